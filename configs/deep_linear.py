@@ -1,0 +1,46 @@
+"""Deep linear MLP with planted targets: Figure 1 (left) and Figure 2 of the two-level paper.
+
+Tselepidis, Kohler and Orvieto (2020), Appendix B.1. The paper runs 100 epochs and 5 seeds:
+`--config.epochs=100 --config.seeds=5`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the experiment."""
+    return ml_collections.ConfigDict(
+        {
+            "name": "deep_linear",
+            "title": "64-layer linear MLP, planted targets",
+            "data": {
+                "name": "planted_linear",
+                "train": 25_000,
+                "test": 2_500,
+                "features": 10,
+                "target_dim": 1,
+            },
+            "model": {"name": "linear_mlp", "depth": 64, "width": 10, "bn_momentum": 0.9},
+            "likelihood": "bernoulli",
+            "optimizers": ("sgd", "adam", "kfac", "two_level", "two_level_exact"),
+            "seeds": 3,
+            "epochs": 30,
+            "batch_size": 512,
+            "learning_rate": 1e-3,
+            "momentum": 0.9,
+            "weight_decay": 1e-3,
+            "kfac": {
+                "damping": 1e-2,
+                "kl_clip": 1e-3,
+                "curvature_every": 10,
+                "inverse_every": 100,
+                "inverse": "eigh",
+            },
+            # Second table: every optimizer at its best rate of this grid.
+            "tune": True,
+            "grid": (1e-2, 3e-3, 1e-3, 1e-4),
+            "targets": (0.2, 0.1, 0.05),
+            "workers": 2,  # runs at once; the steps are timed apart, with nothing beside them
+            "out": "",  # results/<name> when empty
+        }
+    )

@@ -1,0 +1,36 @@
+"""Handwritten digits of scikit-learn, classified by a small tanh network."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the experiment."""
+    return ml_collections.ConfigDict(
+        {
+            "name": "digits",
+            "title": "handwritten digits, 64-128-64-10 tanh MLP",
+            "data": {"name": "digits", "train": 1_500, "test": 297},
+            "model": {"name": "mlp", "widths": (128, 64)},
+            "likelihood": "categorical",
+            "optimizers": ("sgd", "adam", "kfac", "two_level", "two_level_exact"),
+            "seeds": 3,
+            "epochs": 30,
+            "batch_size": 128,
+            "learning_rate": 1e-3,
+            "momentum": 0.9,
+            "weight_decay": 1e-3,
+            "kfac": {
+                "damping": 1e-2,
+                "kl_clip": 1e-3,
+                "curvature_every": 10,
+                "inverse_every": 100,
+                "inverse": "eigh",
+            },
+            # Second table: every optimizer at its best rate of this grid.
+            "tune": True,
+            "grid": (1e-2, 3e-3, 1e-3, 1e-4),
+            "targets": (0.2, 0.1, 0.05),
+            "workers": 2,  # runs at once; the steps are timed apart, with nothing beside them
+            "out": "",  # results/<name> when empty
+        }
+    )

@@ -1,0 +1,44 @@
+"""Natural-gradient preconditioners for JAX as pure Optax transformations."""
+
+from kfac_optax._types import Block, Coupling, Layer, Layers, Use
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.capture.tap import tap_dense
+from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
+from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.coverage import coverage
+from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
+from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
+from kfac_optax.transforms.aliases import kfac, kfac_two_level
+from kfac_optax.transforms.core import scale_by_curvature
+from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.transforms.schedule import HostSchedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bernoulli",
+    "Block",
+    "Categorical",
+    "Coupling",
+    "Estimator",
+    "HostSchedule",
+    "Layer",
+    "Layers",
+    "Normal",
+    "Use",
+    "clip_by_kl",
+    "coarse_correction",
+    "coarse_fisher",
+    "coverage",
+    "diagnostics",
+    "empirical_fisher",
+    "fisher",
+    "forward_only",
+    "ggn",
+    "kfac",
+    "kfac_two_level",
+    "kl_scale",
+    "kronecker",
+    "scale_by_curvature",
+    "tap_dense",
+]

@@ -1,0 +1,105 @@
+"""Parameter trees to canonical matrices and back: the only place that knows paths and kernel layout."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Bucket, Layer, PyTree
+
+
+def path_name(path: tuple) -> str:
+    """Normalised name of a tree path: keys joined by `/`, without the `.value` that variable boxes add.
+
+    >>> tree = {"Dense_0": {"kernel": 1.0}}
+    >>> [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    ['Dense_0/kernel']
+    """
+    keys = list(path)
+    # NNX states show `.value` in `init` but not in `update`, and partitioned linen parameters are boxed too.
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ("value", "raw_value"):
+        keys.pop()
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
+    """Leaves of a tree by normalised path, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
+    """`tree` with the leaves named in `new` exchanged, each cast to the dtype of the leaf it replaces."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [new[n].astype(leaf.dtype) if (n := path_name(path)) in new else leaf for path, leaf in paths]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def make_buckets(layers: Iterable[Layer]) -> tuple[Bucket, ...]:
+    """Groups layers of equal kind and canonical shape, in order of first appearance."""
+    groups: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart
+        groups.setdefault((layer.kind, layer.shape, layer.bias is not None), []).append(layer)
+    return tuple(
+        Bucket(f"{kind}_{p}x{q}" + ("_bias" if bias else ""), tuple(members), (p, q))
+        for (kind, (p, q), bias), members in groups.items()
+    )
+
+
+def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """Canonical matrices of a bucket, `[copies, p, q]`: kernels, with the bias as last row of the input side."""
+    _, q = bucket.shape
+    kernels = [_matrices(leaves[x.kernel].astype(dtype), x) for x in bucket.layers]
+    matrices = jnp.concatenate(kernels)
+    if bucket.layers[0].bias is None:
+        return matrices
+    biases = [leaves[x.bias].astype(dtype).reshape(x.copies, 1, q) for x in bucket.layers if x.bias is not None]
+    return jnp.concatenate([matrices, jnp.concatenate(biases)], axis=1)
+
+
+def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
+    kernel = kernel.mT if layer.transposed else kernel
+    return kernel.reshape(layer.copies, layer.inputs, layer.outputs)
+
+
+def scatter(bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Inverse of `gather`: leaves by name, in the shapes found in `leaves`."""
+    out, start = {}, 0
+    for x in bucket.layers:
+        mine = matrices[start : start + x.copies]
+        start += x.copies
+        kernel = mine[:, : x.inputs]
+        out[x.kernel] = (kernel.mT if x.transposed else kernel).reshape(leaves[x.kernel].shape)
+        if x.bias is not None:
+            out[x.bias] = mine[:, x.inputs].reshape(leaves[x.bias].shape)
+    return out
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays (or abstract arrays) in a tree."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Scalar bool: every entry of every leaf is finite."""
+    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.stack(checks).all() if checks else jnp.bool_(True)
+
+
+def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `condition` (`[]` or `[n]`, matched to leading axes) holds, else `old`."""
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+
+    return jax.tree.map(pick, new, old)
+
+
+def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[Layer, ...]:
+    """The layers whose weight is among the leaves; a bias that is not (masked, say) leaves its layer.
+
+    Under `optax.masked` and `optax.partition` a transformation sees only its own part of the parameters.
+    """
+    found = (layer for layer in layers if layer.kernel in leaves)
+    return tuple(x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None) for x in found)

@@ -1,0 +1,1 @@
+"""Per-layer curvature approximations, one file each."""

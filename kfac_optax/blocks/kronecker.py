@@ -1,0 +1,100 @@
+"""K-FAC's Kronecker block for dense layers, `F ~ A (x) G`. Martens & Grosse (2015), sections 3 and 6."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Block, Use
+from kfac_optax._validate import check_choice
+from kfac_optax.linalg.factorize import Eigen, psd_eigh, psd_inverse
+from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.kronecker import eigen_solve, sandwich, trace_ratio
+
+INVERSES = ("eigh", "cholesky")
+
+
+class Factors(NamedTuple):
+    """The two Kronecker factors, `A = E[a a^T]` and `G = E[g g^T]`."""
+
+    inputs: Float[Array, "p p"]
+    outputs: Float[Array, "q q"]
+
+
+class EigenHeld(NamedTuple):
+    """Eigendecompositions of both factors; the damping enters in every solve, exactly."""
+
+    inputs: Eigen
+    outputs: Eigen
+
+
+class InverseHeld(NamedTuple):
+    """`(A + pi sqrt(damping) I)^{-1}` and `(G + sqrt(damping)/pi I)^{-1}`."""
+
+    inputs: Float[Array, "p p"]
+    outputs: Float[Array, "q q"]
+
+
+def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
+    """Kronecker block `F ~ A (x) G` of a dense layer.
+
+    `A = (1/N) sum_rows a a^T` over all uses of the layer, `G = (1/rows) sum_rows g g^T`; for a layer that runs once
+    per example both are means over examples, for a weight-shared one positions are summed in `A` and averaged in `G`
+    (KFC, KFAC-expand). Solves, with `V [p, q]`:
+
+    - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis.
+    - `"cholesky"`: factored Tikhonov, `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
+      `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh.
+
+    Args:
+      inverse: `"eigh"` or `"cholesky"`.
+      precision: matmul precision of factor products and solves; lower it only for speed.
+
+    Returns:
+      A `Block`.
+
+    Raises:
+      ValueError: unknown `inverse`.
+
+    >>> block = kronecker("cholesky")
+    >>> held = block.factorize(Factors(jnp.eye(2), jnp.eye(2)), jnp.float32(1.0))
+    >>> print(block.solve(held, jnp.ones((2, 2)), jnp.float32(1.0)).round(4))
+    [[0.25 0.25]
+     [0.25 0.25]]
+
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
+    section 6.3 for factored Tikhonov damping.
+    """
+    check_choice("kronecker", "inverse", inverse, INVERSES)
+
+    def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
+        return Factors(jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype))
+
+    def measure(a: Array, g: Array | None, use: Use) -> Factors:
+        a = a.astype(use.dtype)
+        a = homogeneous(a) if use.bias else a
+        weighted = a if use.weights is None else a * use.weights[..., None].astype(use.dtype)
+        inputs = gram(weighted, a, precision=precision) / use.examples
+        if g is None:  # forward only: G := I, shared out over the uses, which are added up
+            share = math.prod(a.shape[:-1]) / use.rows
+            return Factors(inputs, share * jnp.eye(use.outputs, dtype=use.dtype))
+        g = g.astype(use.dtype)
+        return Factors(inputs, gram(g, g, precision=precision) / use.rows)
+
+    def factorize(factors: Factors, damping: Array) -> EigenHeld | InverseHeld:
+        if inverse == "eigh":
+            return EigenHeld(psd_eigh(factors.inputs), psd_eigh(factors.outputs))
+        pi, root = trace_ratio(*factors), jnp.sqrt(damping)
+        return InverseHeld(psd_inverse(factors.inputs, pi * root), psd_inverse(factors.outputs, root / pi))
+
+    def solve(held: EigenHeld | InverseHeld, v: Array, damping: Array) -> Array:
+        if isinstance(held, EigenHeld):
+            return eigen_solve(held.inputs, held.outputs, v, damping, precision=precision)
+        return sandwich(held.inputs, v, held.outputs, precision=precision)
+
+    def multiply(factors: Factors, v: Array) -> Array:
+        return sandwich(factors.inputs, v, factors.outputs, precision=precision)
+
+    return Block(f"kronecker ({inverse})", init, measure, factorize, solve, multiply)

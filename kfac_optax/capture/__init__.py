@@ -1,0 +1,1 @@
+"""Finds the layers of a model by tracing and measures them in the backward pass."""

@@ -1,0 +1,176 @@
+"""Evaluates a traced function again with a probe at every tap; a probe's cotangent is the layer's statistic.
+
+Tap-free runs of equations are handed back to JAX as whole jaxprs. Only what contains a tap is entered: calls are
+inlined, `remat` is re-wrapped, a `scan` is rebuilt so that probes ride along with the layers it scans over (the
+statistics come out stacked) and stay constant over time (the statistics are added up).
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from kfac_optax._types import PyTree
+from kfac_optax.capture.sites import Site, call_body, count_taps
+from kfac_optax.capture.tap import tap_p
+
+
+class Zeros(NamedTuple):
+    """Arguments of a probe: `summed` is added up over steps in which the layer is reused, `rows` is kept apart."""
+
+    summed: PyTree
+    rows: PyTree
+
+
+# What a probe measures from one use, `(a, g) -> Zeros`-shaped statistics.
+Measure = Callable[[jax.Array, jax.Array], Zeros]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probe(measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, zeros: Zeros) -> jax.Array:
+    return s
+
+
+def _probe_forward(measure, s, a, extra, zeros):
+    return s, (a, extra)
+
+
+def _probe_backward(measure, residuals, g):
+    a, extra = residuals
+    return g, None, None, measure(a, g, extra)
+
+
+_probe.defvjp(_probe_forward, _probe_backward)
+
+
+def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
+    """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in front."""
+    for _ in range(site.stacked):
+        measure = jax.vmap(measure, in_axes=(0, 0, None))
+    shapes = jax.eval_shape(measure, site.a, site.s, extra)
+    rides = [n for n, over_layers in site.scans if over_layers]
+    lengths = [n for n, _ in site.scans]
+    axes = frozenset(getattr(site.a, "vma", ())) | frozenset(getattr(site.s, "vma", ()))
+
+    def zero(x: Any, leading: Sequence[int]) -> jax.Array:
+        # under shard_map a cotangent that varies over devices needs an argument that does
+        z = jnp.zeros((*leading, *x.shape), x.dtype)
+        return jax.lax.pcast(z, tuple(axes), to="varying") if axes else z
+
+    summed = jax.tree.map(lambda x: zero(x, rides), shapes.summed)
+    return Zeros(summed, jax.tree.map(lambda x: zero(x, lengths), shapes.rows))
+
+
+def evaluate(
+    closed: Any, inputs: Sequence[Any], sites: Sequence[Site], measures: Sequence[Measure | None], extra: PyTree,
+    zeros: Sequence[Zeros | None],
+) -> list[Any]:  # fmt: skip
+    """Flat outputs of a closed jaxpr, with a probe where a site has a measure (`None`: the tap is dropped)."""
+    run = _Run(tuple(sites), tuple(measures), extra)
+    return _evaluate(run, closed.jaxpr, closed.consts, inputs, range(len(sites)), zeros, 0)
+
+
+class _Run(NamedTuple):
+    sites: tuple[Site, ...]
+    measures: tuple[Measure | None, ...]
+    extra: PyTree
+
+
+def _evaluate(run, jaxpr, consts, inputs, indices, zeros, depth) -> list[Any]:
+    """`indices` are the sites inside this jaxpr, `zeros` their probes' arguments, `depth` the enclosing scans."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+    queue = iter(zip(indices, zeros, strict=True))
+    pending: list[Any] = []
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, jex.Literal) else env[v]
+
+    def flush() -> None:
+        if pending:
+            _run_plain(jaxpr, pending, env)
+            pending.clear()
+
+    for eqn in jaxpr.eqns:
+        taps = count_taps_of(eqn)
+        if not taps:
+            pending.append(eqn)
+            continue
+        flush()
+        values = [read(v) for v in eqn.invars]
+        inside, mine = _take(queue, taps)
+        if eqn.primitive is tap_p:
+            outs = [_place(run, inside[0], values[0], values[1], mine[0])]
+        elif eqn.primitive.name == "scan":
+            outs = _scan(run, eqn, values, inside, mine, depth)
+        else:
+            outs = _call(run, eqn, values, inside, mine, depth)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    flush()
+    return [read(v) for v in jaxpr.outvars]
+
+
+def count_taps_of(eqn: Any) -> int:
+    """Taps in one equation."""
+    return 1 if eqn.primitive is tap_p else sum(map(count_taps, jex.jaxprs_in_params(eqn.params)))
+
+
+def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:
+    pairs = [next(queue) for _ in range(n)]
+    return [i for i, _ in pairs], [z for _, z in pairs]
+
+
+def _place(run: _Run, index: int, s: Any, a: Any, zeros: Zeros | None) -> Any:
+    measure = run.measures[index]
+    if measure is None:
+        return s
+    for _ in range(run.sites[index].stacked):
+        measure = jax.vmap(measure, in_axes=(0, 0, None))
+    return _probe(measure, s, a, run.extra, zeros)
+
+
+def _call(run, eqn, values, inside, zeros, depth) -> list[Any]:
+    body = call_body(eqn)
+    assert body is not None, eqn.primitive
+
+    def call(values, zeros):
+        return _evaluate(run, body.jaxpr, body.consts, values, inside, zeros, depth)
+
+    if "prevent_cse" in eqn.params:  # remat: recompute in the backward pass as the user asked
+        call = jax.checkpoint(call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return call(values, zeros)
+
+
+def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
+    p = eqn.params
+    constants, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    over_layers = [run.sites[i].scans[depth][1] for i in inside]
+    riding = [None if z is None else z if layered else Zeros(None, z.rows) for z, layered in zip(zeros, over_layers, strict=True)]
+
+    def body(carry, xs):
+        slices, ride = xs
+        merged = [
+            None if z is None else r if layered else Zeros(z.summed, r.rows)
+            for z, r, layered in zip(zeros, ride, over_layers, strict=True)
+        ]
+        step = [*values[:constants], *carry, *slices]
+        outs = _evaluate(run, p["jaxpr"].jaxpr, p["jaxpr"].consts, step, inside, merged, depth + 1)
+        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+
+    carry, ys = jax.lax.scan(
+        body, values[constants:first], (values[first:], riding), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def _run_plain(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
+    """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
+    made = {v for e in eqns for v in e.outvars}
+    used = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made))
+    outs = [v for e in eqns for v in e.outvars if not isinstance(v, jex.DropVar)]
+    part = jaxpr.replace(
+        constvars=[], invars=used, outvars=outs, eqns=list(eqns), debug_info=jaxpr.debug_info.with_unknown_names()
+    )
+    env.update(zip(outs, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))(*[env[v] for v in used]), strict=True))

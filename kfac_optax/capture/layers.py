@@ -1,0 +1,146 @@
+"""From tapped sites to layers: which parameters belong together, and what is left uncovered."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfac_optax._tree import named_leaves
+from kfac_optax._types import Layer, Layers, PyTree, Uncovered
+from kfac_optax.capture import linen, nnx
+from kfac_optax.capture.sites import Analysis, Site, analyse
+from kfac_optax.capture.tap import tapping
+
+
+class Traced(NamedTuple):
+    """A function traced with taps.
+
+    Attributes:
+      jaxpr: closed jaxpr; inputs are the leaves of params, then those of the other arguments.
+      out_shape: abstract result of the function.
+      sites: taps that belong to a layer, or to none (`owner` -1), in order of execution.
+      owner: index of the layer of each site.
+      layers: the coverage.
+    """
+
+    jaxpr: Any
+    out_shape: PyTree
+    sites: tuple[Site, ...]
+    owner: tuple[int, ...]
+    layers: Layers
+
+
+def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str) -> Traced:
+    """Traces `function(params, *args)` with all front ends on and finds its layers.
+
+    Raises:
+      ValueError: no tapped layer was found, or one runs where it has no meaning.
+    """
+    with tapping(), linen.intercepting(), nnx.intercepting():
+        jaxpr, out_shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
+    leaves = named_leaves(params)
+    names = tuple(leaves)
+    if len(names) != len(jax.tree.leaves(params)):
+        raise ValueError(f"{where}: two parameters have the same path once normalised: {sorted(names)}.")
+    analysis = analyse(jaxpr.jaxpr, len(names))
+    if not analysis.sites:
+        raise ValueError(
+            f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with parameters "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: {', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
+            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`."
+        )
+    owner, layers = _group(analysis, names, leaves)
+    return Traced(jaxpr, out_shape, analysis.sites, owner, layers)
+
+
+def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) -> tuple[tuple[int, ...], Layers]:
+    """Sites that share a kernel form one layer; everything else about them has to agree."""
+    groups: dict[int, list[int]] = {}
+    problems: dict[int, str] = {}
+    for i, site in enumerate(analysis.sites):
+        kernel = site.params[0]
+        if kernel is None:
+            continue
+        if (reason := _misfit(site, leaves[names[kernel.leaf]])) is not None:
+            problems[kernel.leaf] = reason
+        groups.setdefault(kernel.leaf, []).append(i)
+    groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
+    biases = _own_biases(groups, analysis.sites, problems)
+    owner = [-1] * len(analysis.sites)
+    layers = []
+    for index, (leaf, members) in enumerate(groups.items()):
+        for i in members:
+            owner[i] = index
+        bias = biases.get(leaf)
+        covered = [leaf] if bias is None else [leaf, bias]
+        notes = [n for n in (_other_uses(names[x], analysis.consumers.get(x, []), len(members)) for x in covered) if n]
+        layers.append(_layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], notes))
+    taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
+    tapped = {o.leaf for site in analysis.sites for o in site.params if o is not None}
+    uncovered = tuple(
+        Uncovered(name, tuple(leaves[name].shape), _reason(i, problems, tapped, analysis.consumers.get(i, [])))
+        for i, name in enumerate(names)
+        if name not in taken
+    )
+    return tuple(owner), Layers(tuple(layers), uncovered)
+
+
+def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence[str]) -> Layer:
+    first, origin = sites[0], sites[0].params[0]
+    assert origin is not None
+    uses = [math.prod(site.loops) for site in sites]
+    rows = sum(n * math.prod(site.a.shape[site.stacked : -1]) for n, site in zip(uses, sites, strict=True))
+    path = kernel.rpartition("/")[0] or kernel
+    return Layer(path, first.kind, kernel, bias, first.a.shape[-1], first.s.shape[-1], first.stack, sum(uses), rows,
+                 origin.transposed, tuple(notes))  # fmt: skip
+
+
+def _misfit(site: Site, leaf: Any) -> str | None:
+    """Why the kernel operand of a site is not the parameter as stored, if it is not."""
+    origin = site.params[0]
+    assert origin is not None
+    inner = (site.s.shape[-1], site.a.shape[-1]) if origin.transposed else (site.a.shape[-1], site.s.shape[-1])
+    if tuple(leaf.shape) != (*site.stack, *inner):
+        return f"its layer uses a part of it: {tuple(leaf.shape)} stored, {(*site.stack, *inner)} used"
+    return None
+
+
+def _own_biases(groups: Mapping[int, Sequence[int]], sites: Sequence[Site], problems: dict[int, str]) -> dict[int, int]:
+    """The bias of each kernel, where all uses of the kernel agree on it and no other kernel uses it."""
+    wanted: dict[int, set[int | None]] = {}
+    for kernel, members in groups.items():
+        for i in members:
+            operands = sites[i].params
+            origin = operands[1] if len(operands) > 1 else None
+            wanted.setdefault(kernel, set()).add(None if origin is None else origin.leaf)
+    users: dict[int, set[int]] = {}
+    for kernel, biases in wanted.items():
+        for bias in biases - {None}:
+            users.setdefault(bias, set()).add(kernel)  # type: ignore[arg-type]
+    own = {}
+    for kernel, biases in wanted.items():
+        named = biases - {None}
+        if len(biases) == 1 and named and len(users[bias := next(iter(named))]) == 1:  # type: ignore[index]
+            own[kernel] = bias
+        for bias in named:
+            if own.get(kernel) != bias:
+                problems[bias] = "kernel and bias are shared by different layers"  # type: ignore[index]
+    return own  # type: ignore[return-value]
+
+
+def _other_uses(name: str, consumers: Sequence[str], taps: int) -> str:
+    """A dense layer consumes each of its parameters once; anything more is a use that the statistics do not see."""
+    extra = list(consumers[taps:])
+    return f"{name.rpartition('/')[2]} also used by {', '.join(sorted(set(extra)))}: not measured" if extra else ""
+
+
+def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]) -> str:
+    if index in problems:
+        return problems[index]
+    if index in tapped:
+        return "the kernel of its layer is not a parameter as stored"
+    if not consumers:
+        return "not used"
+    return f"used by {', '.join(sorted(set(consumers)))} outside any supported layer"
+

@@ -1,0 +1,172 @@
+"""Static analysis of a traced function: where the taps are and, by data flow, whose parameters they see."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+from kfac_optax.capture.tap import tap_p
+
+# One output per input, values (not shapes) kept or merely rounded: a parameter stays the same parameter.
+_TRANSPARENT = frozenset(
+    ["convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "layout_constraint",
+     "mesh_cast", "reshard", "pvary", "pcast", "reduce_precision", "stop_gradient", "name"]
+)  # fmt: skip
+# Calls that run their body once with the operands in order.
+_CALLS = frozenset(
+    ["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"]
+)
+
+
+class Origin(NamedTuple):
+    """Which parameter leaf a value is: `depth` leading axes already taken by scans, kernel axes swapped or not."""
+
+    leaf: int
+    depth: int = 0
+    transposed: bool = False
+
+
+class Site(NamedTuple):
+    """One tapped call, as tracing saw it. Shapes are those inside all enclosing scans.
+
+    Attributes:
+      name, kind: from the tap.
+      params: origin of each parameter operand, `None` if it is not a parameter as stored.
+      a, s: abstract input and output, behind `stacked` leading axes.
+      stacked: leading axes of stacked parameters (from `vmap` over parameters).
+      scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned over).
+    """
+
+    name: str
+    kind: str
+    params: tuple[Origin | None, ...]
+    a: Any
+    s: Any
+    stacked: int
+    scans: tuple[tuple[int, bool], ...]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the axes along which the parameters differ."""
+        return tuple(n for n, rides in self.scans if rides) + self.a.shape[: self.stacked]
+
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """Lengths of the scans in which the parameters are the same in every step."""
+        return tuple(n for n, rides in self.scans if not rides)
+
+
+class Analysis(NamedTuple):
+    """Sites in order of execution, and for every parameter leaf what else consumes it."""
+
+    sites: tuple[Site, ...]
+    consumers: dict[int, list[str]]
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """Jaxprs an equation contains."""
+    return list(jex.jaxprs_in_params(eqn.params))
+
+
+def count_taps(jaxpr: Any) -> int:
+    """Number of taps in a jaxpr, bodies included."""
+    return sum((e.primitive is tap_p) + sum(map(count_taps, bodies(e))) for e in jaxpr.eqns)
+
+
+def call_body(eqn: Any) -> Any | None:
+    """The closed body of an equation that runs it once (`jit`, `remat`, custom derivatives), else `None`."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+
+
+def analyse(jaxpr: Any, leaves: int) -> Analysis:
+    """Finds all sites of a jaxpr whose first `leaves` inputs are the parameter leaves.
+
+    Raises:
+      ValueError: a tapped layer runs inside `cond`, `while_loop` or another primitive where it has no meaning.
+    """
+    sites: list[Site] = []
+    consumers: dict[int, list[str]] = {}
+    origins = [Origin(i) if i < leaves else None for i in range(len(jaxpr.invars))]
+    _walk(jaxpr, origins, (), sites, consumers)
+    return Analysis(tuple(sites), consumers)
+
+
+def _walk(
+    jaxpr: Any, origins: Sequence[Origin | None], scans: tuple, sites: list[Site], consumers: dict[int, list[str]]
+) -> list[Origin | None]:
+    known: dict[Any, Origin | None] = dict(zip(jaxpr.invars, origins, strict=True))
+
+    def source(v: Any) -> Origin | None:
+        return None if isinstance(v, jex.Literal) else known.get(v)
+
+    for eqn in jaxpr.eqns:
+        inputs = [source(v) for v in eqn.invars]
+        outputs: Sequence[Origin | None] = [None] * len(eqn.outvars)
+        if eqn.primitive is tap_p:
+            _add_site(eqn, inputs, scans, sites)
+        elif (body := call_body(eqn)) is not None:
+            outputs = _walk(body.jaxpr, inputs, scans, sites, consumers)
+        elif eqn.primitive.name == "scan":
+            outputs = _walk_scan(eqn, inputs, scans, sites, consumers)
+        elif eqn.primitive.name in _TRANSPARENT:
+            outputs = inputs[: len(eqn.outvars)]
+        elif eqn.primitive.name == "transpose" and inputs[0] is not None and _swaps_last(eqn.params["permutation"]):
+            outputs = [inputs[0]._replace(transposed=not inputs[0].transposed)]
+        else:
+            _refuse_taps(eqn)
+            _note(inputs, eqn.primitive.name, consumers)
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [source(v) for v in jaxpr.outvars]
+
+
+def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
+    constants, carried, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
+    body = eqn.params["jaxpr"].jaxpr
+    first = constants + carried
+    # a carry that every step hands on untouched is a constant of the scan
+    kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
+    carry = [o if keep else None for o, keep in zip(inputs[constants:first], kept, strict=True)]
+    slices = [None if o is None else o._replace(depth=o.depth + 1) for o in inputs[first:]]
+    start = len(sites)
+    _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
+    depth = len(scans)
+    for i in range(start, len(sites)):  # now it is known for each layer whether this scan goes over its parameters
+        leaf = sites[i].params[0]
+        rides = leaf is not None and any(o is not None and o.leaf == leaf.leaf for o in slices)
+        marked = list(sites[i].scans)
+        marked[depth] = (length, rides)
+        sites[i] = sites[i]._replace(scans=tuple(marked))
+    return [*carry, *[None] * (len(eqn.outvars) - carried)]
+
+
+def _add_site(eqn, inputs, scans, sites) -> None:
+    p = eqn.params
+    s, a = (v.aval for v in eqn.invars[:2])
+    sites.append(Site(p["name"], p["kind"], tuple(inputs[2:]), a, s, p["stacked"], scans))
+
+
+def _refuse_taps(eqn) -> None:
+    for body in bodies(eqn):
+        for inner in getattr(body, "jaxpr", body).eqns:
+            if inner.primitive is tap_p:
+                raise ValueError(
+                    f"layer {inner.params['name'] or inner.params['kind']!r} runs inside `{eqn.primitive.name}`, where "
+                    "its curvature has no meaning (how often it runs is not known when tracing). Expected layers at "
+                    "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of "
+                    "steps, or move the layer out of the branch."
+                )
+            _refuse_taps(inner)
+
+
+def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:
+    for origin in inputs:
+        if origin is not None:
+            consumers.setdefault(origin.leaf, []).append(primitive)
+
+
+def _swaps_last(permutation: Sequence[int]) -> bool:
+    n = len(permutation)
+    return n >= 2 and tuple(permutation) == (*range(n - 2), n - 1, n - 2)

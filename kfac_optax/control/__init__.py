@@ -1,0 +1,1 @@
+"""Step control: transformations usable over any preconditioner."""

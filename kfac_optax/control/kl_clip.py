@@ -1,0 +1,110 @@
+"""KL-clip: caps the predicted KL divergence of a step, over any preconditioner."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import gather, make_buckets, named_leaves, present, replace_leaves
+from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
+from kfac_optax._validate import check_number, resolve
+
+
+class KLClipState(NamedTuple):
+    """State of `clip_by_kl`: that of the preconditioner, the step count, and the last factor `nu`."""
+
+    preconditioner: PyTree
+    kl_count: jax.Array  # shape=(), dtype=int32
+    kl_scale: jax.Array  # shape=(), dtype=float32
+
+
+def clip_by_kl(
+    preconditioner: optax.GradientTransformation,
+    *,
+    learning_rate: ScalarOrSchedule,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    layers: Layers | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the output of a preconditioner so that a step's squared Fisher norm stays below `kl_clip`.
+
+    `nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))` with `V_i` the raw gradient of layer i and `U_i` what
+    the preconditioner made of it; `U = P V` with `P ~ (F + damping)^{-1}` makes `<U, V>` the squared Fisher norm of `U`.
+    `nu = 1` where the sum vanishes or is not finite.
+
+    Args:
+      preconditioner: any transformation; extra arguments are handed on.
+      learning_rate: the rate that the following transformations apply; only used in the formula.
+      kl_clip: the bound; `None` switches clipping off (the state keeps its form).
+      layers: only these layers are summed and scaled; default: every leaf is a layer.
+
+    Returns:
+      A transformation; its state shows the last `nu` as `kl_scale`.
+
+    Raises:
+      ValueError: `kl_clip` or `learning_rate` not positive.
+
+    >>> tx = clip_by_kl(optax.identity(), learning_rate=1.0, kl_clip=1.0)
+    >>> updates, state = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    >>> print(updates, state.kl_scale)
+    [0.6 0.8] 0.2
+
+    Reference: Tselepidis, Kohler & Orvieto (2020), equation (10); Ba, Grosse & Martens (2017).
+    """
+    check_number("clip_by_kl", "learning_rate", learning_rate, at_least=0)
+    if kl_clip is not None:
+        check_number("clip_by_kl", "kl_clip", kl_clip, above=0)
+    preconditioner = optax.with_extra_args_support(preconditioner)
+
+    def init(params: PyTree) -> KLClipState:
+        return KLClipState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
+
+    def update(updates: PyTree, state: KLClipState, params: PyTree | None = None, **extra: Any):
+        preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
+        count = optax.safe_increment(state.kl_count)
+        if kl_clip is None:
+            return preconditioned, KLClipState(inner, count, state.kl_scale)
+        rate, bound = resolve(learning_rate, state.kl_count), resolve(kl_clip, state.kl_count)
+        with jax.named_scope("kfac/kl_clip"):
+            scale = kl_scale(preconditioned, updates, rate, bound, layers)
+            clipped = _scale(preconditioned, scale, layers)
+        return clipped, KLClipState(inner, count, scale.astype(jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kl_scale(
+    preconditioned: PyTree, gradients: PyTree, learning_rate: Any, kl_clip: Any, layers: Layers | None = None
+) -> jax.Array:
+    """The factor `nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))`.
+
+    >>> print(kl_scale(jnp.array([3.0, 4.0]), jnp.array([3.0, 4.0]), 1.0, 1.0))
+    0.2
+    """
+    total = jnp.sum(_products(named_leaves(preconditioned), named_leaves(gradients), layers))
+    square = jnp.square(jnp.asarray(learning_rate, total.dtype)) * total
+    usable = jnp.isfinite(square) & (square > 0)
+    scale = jnp.sqrt(jnp.asarray(kl_clip, total.dtype) / jnp.where(usable, square, 1))
+    return jnp.where(usable, jnp.minimum(scale, 1), 1)
+
+
+def _products(u: dict[str, jax.Array], v: dict[str, jax.Array], layers: Layers | None) -> jax.Array:
+    """`|<U_i, V_i>|` per layer."""
+    if not v:
+        return jnp.zeros((1,))
+    dtype = jnp.result_type(jnp.float32, *v.values())
+    if layers is None:
+        return jnp.stack([jnp.abs(jnp.sum(u[n].astype(dtype) * v[n].astype(dtype))) for n in v])
+    buckets = make_buckets(present(layers, v))
+    parts = [jnp.abs(jnp.sum(gather(b, u, dtype) * gather(b, v, dtype), axis=(1, 2))) for b in buckets]
+    return jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype)
+
+
+def _scale(tree: PyTree, scale: jax.Array, layers: Layers | None) -> PyTree:
+    leaves = named_leaves(tree)
+    if layers is None:
+        names = set(leaves)
+    else:
+        mine = present(layers, leaves)
+        names = {layer.kernel for layer in mine} | {layer.bias for layer in mine if layer.bias is not None}
+    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in leaves.items() if n in names})

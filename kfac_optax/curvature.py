@@ -1,0 +1,124 @@
+"""The curvature of one batch, as passed to `tx.update(..., curvature=...)`: lazy, it runs only when it is due."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from kfac_optax._types import PyTree
+from kfac_optax.capture.evaluate import Zeros
+from kfac_optax.capture.layers import Traced, trace
+from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.seeds import Seeds
+from kfac_optax.statistics import Linearize, Plan, apply_to_rows, collect, linearize_now
+
+
+class Spec(NamedTuple):
+    """Settings of an estimator: its kind, the user's function, label draws, part of the batch."""
+
+    kind: Kind
+    function: Callable[..., PyTree]
+    samples: int = 1
+    subsample: float | Callable[..., Sequence[PyTree]] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """Curvature at these parameters and this batch, measured when an optimizer asks for it. Made by `fisher.at`."""
+
+    params: PyTree
+    args: tuple[PyTree, ...]
+    key: jax.Array | None
+    spec: Spec = dataclasses.field(metadata={"static": True})
+
+    def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
+        """Statistics of the plan's layers, `[copies, ...]` each, and of its coupling."""
+        args = part_of_batch(self.spec, self.args)
+        traced = trace_model(self.spec, self.params, args)
+        inputs = jax.tree.leaves((self.params, args))
+        kind = self.spec.kind
+        _, heads = split_outputs(kind, traced.out_shape)
+        if any(getattr(head, "weights", None) is not None for head in heads):
+            # Weights are needed before the forward pass. They come from the inputs: compiled, the rest of this is dead code.
+            flat = jex.jaxpr_as_fun(traced.jaxpr)(*inputs)
+            _, heads = split_outputs(kind, jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat))
+        linearize = linearize_now(traced, inputs, lambda prediction: split_outputs(kind, prediction))
+        return _collect(self.spec, plan, traced, linearize, heads, self.key)
+
+
+class SharedCurvature(NamedTuple):
+    """Curvature whose forward pass has run already, together with the loss. Made by `fisher.value_and_grad`."""
+
+    spec: Spec
+    traced: Traced
+    pull: Callable[[Any], Sequence[Zeros | None]]
+    heads: Sequence[Any]
+    key: jax.Array | None
+
+    def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
+        """As `Curvature.statistics`."""
+
+        def linearize(measures, extra):
+            def pull(cotangents):
+                rows = self.pull(cotangents)
+                return [
+                    None if measure is None else apply_to_rows(site, measure, stored.rows, extra)
+                    for site, measure, stored in zip(self.traced.sites, measures, rows, strict=True)
+                ]
+
+            return pull, self.heads
+
+        return _collect(self.spec, plan, self.traced, linearize, self.heads, self.key)
+
+
+def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
+    """Traces the user's function and checks what it returns."""
+    traced = trace(spec.function, params, args, spec.kind.name)
+    split_outputs(spec.kind, traced.out_shape)
+    return traced
+
+
+def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """The arguments restricted to the examples that `subsample` keeps.
+
+    A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced), in every array whose
+    axis 0 has the length of the first array's.
+    """
+    if spec.subsample is None:
+        return args
+    if callable(spec.subsample):
+        return tuple(spec.subsample(*args))
+    arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
+    if not arrays:
+        return args
+    size = arrays[0].shape[0]
+    keep = max(1, round(size * spec.subsample))
+    index = np.arange(keep) * size // keep
+
+    def take(x: Any) -> Any:
+        if getattr(x, "ndim", 0) == 0 or x.shape[0] != size:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((keep, *x.shape[1:]), x.dtype)
+        return x[index]
+
+    return jax.tree.map(take, args)
+
+
+def _collect(
+    spec: Spec, plan: Plan, traced: Traced, linearize: Linearize, heads: Sequence[Any], key: Any
+) -> tuple[list[PyTree], PyTree]:
+    kind = spec.kind
+    if plan.axis_name is not None and key is not None:  # every device draws its own labels
+        key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
+    weights = find_weights(kind, heads, plan.axis_name)
+
+    def seeds(heads: Sequence[Any]) -> Seeds:
+        return kind.seeds(heads, weights.roots, key, spec.samples)
+
+    examples = count_examples(kind, heads)
+    return collect(plan, traced, linearize, seeds, examples, weights.rows, kind.gradients, kind.name)

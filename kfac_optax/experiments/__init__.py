@@ -1,0 +1,1 @@
+"""Experiments that compare K-FAC and two-level K-FAC with first-order optimizers."""

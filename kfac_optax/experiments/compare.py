@@ -1,0 +1,62 @@
+"""Command line: trains every optimizer over seeds and rates, then prints tables and draws figures.
+
+    python -m kfac_optax.experiments.compare --config=configs/deep_linear.py --config.seeds=5
+
+Run it again to continue an interrupted sweep: finished runs with the same settings are kept.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from kfac_optax.experiments import plots, results, sweep, tables
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point: `--config=FILE`, every entry of which can be overridden by a flag."""
+    del argv
+    logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there
+    config = _CONFIG.value
+    out = Path(config.out or f"results/{config.name}")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log has no width of its own, and 80 would break the cells
+    try:
+        runs, timings = sweep.sweep(config, out, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: finished runs are kept, the same command continues the sweep")
+        raise SystemExit(130) from None
+    report(config, out, console, runs, timings)
+
+
+def report(
+    config: ml_collections.ConfigDict,
+    out: Path,
+    console: Console,
+    runs: results.Runs,
+    timings: results.Timings,
+) -> None:
+    """Prints the tables; writes summary.csv and the figures."""
+    rate, title = config.learning_rate, config.title
+    at_rate = {key: group for key, group in runs.items() if key[1] == rate}
+    results.write_summary(out / "summary.csv", runs, timings, config.targets)
+    plots.loss(out / "loss.png", at_rate, rate=rate, title=title)
+    plots.accuracy(out / "accuracy.png", at_rate, rate=rate, title=title)
+    files = ["summary.csv", "loss.png", "accuracy.png"]
+    console.print(tables.fixed_rate(at_rate, timings, rate=rate))
+    if config.tune:
+        plots.tuned_loss(out / "tuned_loss.png", runs, timings, title=title)
+        files.append("tuned_loss.png")
+        console.print(tables.tuned(runs, timings, targets=config.targets))
+    console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

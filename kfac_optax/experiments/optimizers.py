@@ -1,0 +1,134 @@
+"""The compared optimizers by name, each a function of the learning rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+from flax import linen as nn
+
+from kfac_optax.experiments import data, models
+
+Rate = Any  # a float or a traced scalar: one compiled epoch serves every rate
+Build = Callable[[ml_collections.ConfigDict, Any, Rate], optax.GradientTransformation]
+
+
+class Optimizer(NamedTuple):
+    """One row of the comparison.
+
+    Attributes:
+        label: name in tables and figures.
+        curvature: whether updates need `curvature=`.
+        build: config, covered layers and learning rate to the transformation.
+    """
+
+    label: str
+    curvature: bool
+    build: Build
+
+
+def _sgd(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
+    del layers
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(rate, momentum=config.momentum),
+    )
+
+
+def _adam(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
+    del layers
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
+
+
+def _kfac(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
+    import kfac_optax as ko
+
+    return _preconditioned(ko.kfac(layers, learning_rate=rate, **config.kfac), config, rate)
+
+
+def _two_level(coarse: str) -> Build:
+    def build(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
+        import kfac_optax as ko
+
+        tx = ko.kfac_two_level(layers, learning_rate=rate, coarse=coarse, **config.kfac)
+        return _preconditioned(tx, config, rate)
+
+    return build
+
+
+def _preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+    # The decay is added to the preconditioned gradient, as the paper does: before it, the
+    # preconditioner would rescale the decay and the KL clip would see it.
+    return optax.chain(
+        tx,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(rate, momentum=config.momentum),
+    )
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer("SGD", False, _sgd),
+    "adam": Optimizer("Adam", False, _adam),
+    "kfac": Optimizer("K-FAC", True, _kfac),
+    "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
+    "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
+}
+
+
+class Method(NamedTuple):
+    """An optimizer tied to a model.
+
+    Attributes:
+        transform: learning rate to the Optax transformation.
+        extra: (params, model_state, x, key) to the extra arguments of its update.
+    """
+
+    transform: Callable[[Rate], optax.GradientTransformationExtraArgs]
+    extra: Callable[..., dict[str, Any]]
+
+
+def make(
+    config: ml_collections.ConfigDict,
+    name: str,
+    *,
+    model: nn.Module,
+    likelihood: models.Likelihood,
+    x: jax.Array,
+) -> Method:
+    """Ties the optimizer `name` to a model, whose layers are found by tracing it on `x`.
+
+    Args:
+        config: the experiment.
+        name: a key of `OPTIMIZERS`.
+        model: from `models.build`.
+        likelihood: what the logits of the model parametrise.
+        x: a batch of inputs; only its shape matters.
+
+    Returns:
+        The transformation and what its update needs besides the gradient.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    optimizer = data.select(OPTIMIZERS, name, "config.optimizers")
+    if not optimizer.curvature:
+        return Method(
+            lambda rate: optax.with_extra_args_support(optimizer.build(config, None, rate)),
+            lambda *_: {},
+        )
+    import kfac_optax as ko
+
+    def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
+        # In train mode, as the gradient sees the model; the new batch statistics are dropped.
+        return likelihood.distribution(models.apply(model, params, model_state, x, train=True)[0])
+
+    fisher = ko.fisher(predict)
+    params, model_state = jax.jit(lambda key: models.init(model, key, x))(jax.random.key(0))
+    layers = fisher.layers(params, model_state, x)
+    return Method(
+        lambda rate: optimizer.build(config, layers, rate),
+        lambda params, model_state, x, key: {
+            "curvature": fisher.at(params, model_state, x, key=key)
+        },
+    )

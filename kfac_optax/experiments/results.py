@@ -1,0 +1,173 @@
+"""What a sweep leaves on disk, and the statistics made of it."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+from scipy import stats
+
+from kfac_optax.experiments import optimizers, train
+
+# Entries that decide which runs there are and how they are shown, not what happens in one.
+_OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
+_OF_THE_SWEEP |= {"tune", "grid", "targets", "workers", "out"}
+
+
+class Job(NamedTuple):
+    """One training run of a sweep."""
+
+    optimizer: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        return f"{self.optimizer}-lr{self.rate:g}-seed{self.seed}"
+
+
+class Run(NamedTuple):
+    """A finished run: one array `[epochs]` for every column of `metrics.csv`."""
+
+    diverged: bool
+    history: dict[str, np.ndarray]
+
+
+class Timing(NamedTuple):
+    """Milliseconds of a training step in each repeat, and the steps of an epoch."""
+
+    ms: list[float]
+    steps: int
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Mean training time of one epoch."""
+        return float(np.mean(self.ms)) * self.steps / 1e3
+
+
+Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning rate, one per seed
+Timings = Mapping[str, Timing]
+
+
+def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
+    """All that decides the outcome of a run, as JSON gives it back."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in _OF_THE_SWEEP}
+    if not optimizers.OPTIMIZERS[job.optimizer].curvature:
+        settings.pop("kfac", None)
+    settings |= {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
+    return json.loads(json.dumps(settings))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `path` in one move: it holds all of the new content, or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(draft, path)
+
+
+def record(
+    directory: Path,
+    settings: Mapping[str, Any],
+    metrics: Iterable[train.Metrics],
+    details: Mapping[str, Any],
+) -> Run:
+    """Writes `metrics.csv` row by row, then `run.json`, whose presence says that the run is whole.
+
+    Args:
+        directory: of this run; what an unfinished or different run left there is overwritten.
+        settings: from `run_settings`.
+        metrics: the epochs, as they come.
+        details: further entries of `run.json`, such as the environment.
+
+    Returns:
+        The run, as `load` reads it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    marker = directory / "run.json"
+    marker.unlink(missing_ok=True)
+    with open(directory / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(train.Metrics._fields)
+        for row in metrics:
+            writer.writerow(f"{value:.7g}" for value in row)
+            file.flush()
+    status = "finished" if math.isfinite(row.train_loss) else "diverged"
+    final = {k: v if math.isfinite(v) else None for k, v in row._asdict().items()}
+    write_json(marker, {"settings": settings, "status": status, "final": final, **details})
+    run = load(directory, settings)
+    assert run is not None
+    return run
+
+
+def load(directory: Path, settings: Mapping[str, Any]) -> Run | None:
+    """Reads a finished run; None if there is none, or one with other settings."""
+    marker = directory / "run.json"
+    if not marker.exists():
+        return None
+    stored = json.loads(marker.read_text())
+    if stored["settings"] != settings:
+        return None
+    with open(directory / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    history = {k: np.array([float(row[k]) for row in rows]) for k in train.Metrics._fields}
+    return Run(stored["status"] == "diverged", history)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval by Student's t; NaN width for a single value."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else math.nan), math.nan
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def finals(runs: Sequence[Run], column: str) -> list[float]:
+    """Last value of a column in each run that did not diverge."""
+    return [float(run.history[column][-1]) for run in runs if not run.diverged]
+
+
+def best_rate(runs: Runs, optimizer: str) -> float:
+    """The rate of the lowest mean final training loss; one that diverged for a seed comes last."""
+
+    def cost(rate: float) -> tuple[bool, float]:
+        group = runs[optimizer, rate]
+        return any(run.diverged for run in group), interval(finals(group, "train_loss"))[0]
+
+    return min((rate for name, rate in runs if name == optimizer), key=cost)
+
+
+def epochs_to(run: Run, target: float) -> int | None:
+    """First epoch whose training loss is at most `target`."""
+    reached = np.flatnonzero(run.history["train_loss"] <= target)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+def write_summary(path: Path, runs: Runs, timings: Timings, targets: Sequence[float]) -> None:
+    """Writes one row per optimizer and rate: means and 95 % half widths over the seeds."""
+    columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    rows = []
+    order = {name: i for i, name in enumerate(timings)}
+    for name, rate in sorted(runs, key=lambda key: (order[key[0]], -key[1])):
+        group = runs[name, rate]
+        row: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "seeds": len(group)}
+        row["diverged"] = sum(run.diverged for run in group)
+        for column in columns:
+            row[column], row[f"{column}_ci95"] = interval(finals(group, column))
+        row["ms_per_step"], row["ms_per_step_ci95"] = interval(timings[name].ms)
+        for target in targets:
+            reached = [e for run in group if (e := epochs_to(run, target)) is not None]
+            row[f"epochs_to_{target:g}"] = interval(reached)[0]
+            row[f"reached_{target:g}"] = len(reached)
+        rows.append({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)

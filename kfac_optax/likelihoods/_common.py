@@ -1,0 +1,109 @@
+"""Helpers shared by the likelihoods: checks, precision, masking."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_METHODS = ("nll", "mean_nll", "sample", "fisher_sqrt_column", "hessian_product", "with_natural")
+
+
+def is_likelihood(x: Any) -> bool:
+    """Tells whether `x` offers the methods of a likelihood (duck typing, no base class).
+
+    Only methods are looked up, so no property is evaluated and placeholders are safe.
+
+    Args:
+        x: Any object.
+
+    Returns:
+        True for an instance with all likelihood methods; False for anything else, classes included.
+
+    >>> from kfac_optax.likelihoods import Categorical
+    >>> print(is_likelihood(Categorical(jnp.zeros([2, 3]))), is_likelihood(jnp.zeros([2, 3])))
+    True False
+    """
+    return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in _METHODS)
+
+
+def has_shape(x: Any) -> bool:
+    """True for arrays, tracers and shape structs; False for the placeholders of pytree code."""
+    return isinstance(getattr(x, "shape", None), tuple)
+
+
+def check_weights(name: str, *, weights: Any, batch_shape: tuple[int, ...], advice: str) -> None:
+    """Raises ValueError unless `weights` has one entry per term (or is no array at all)."""
+    if has_shape(weights) and weights.shape != batch_shape:
+        raise ValueError(
+            f"{name}: weights have shape {weights.shape}, expected the batch shape {batch_shape}. "
+            f"Pass one weight per term, or weights=None. {advice}"
+        )
+
+
+def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError instead of letting [n] targets broadcast against [n, 1] outputs."""
+    if jnp.shape(targets) != shape:
+        raise ValueError(
+            f"{name}: targets have shape {jnp.shape(targets)}, expected {shape}. "
+            f"Reshape the targets; they are never broadcast."
+        )
+
+
+def split_axes(
+    name: str, *, array: Any, batch_ndim: int, event_ndim: int | None
+) -> tuple[int, int | None]:
+    """Returns consistent (batch_ndim, event_ndim) of an array [*batch, *event].
+
+    The number of event axes is what a likelihood remembers: `vmap` and `scan` add or remove
+    leading axes, and the trailing ones keep their meaning.
+    """
+    if not has_shape(array):
+        return batch_ndim, event_ndim
+    ndim = len(array.shape)
+    if event_ndim is not None:
+        return max(ndim - event_ndim, 0), event_ndim
+    if not 0 <= batch_ndim <= ndim:
+        raise ValueError(
+            f"{name}: batch_ndim is {batch_ndim}, expected between 0 and {ndim} for an array of "
+            f"shape {array.shape}. Pass the number of leading axes that are the batch."
+        )
+    return batch_ndim, ndim - batch_ndim
+
+
+def event_sum(x: jax.Array, *, batch_ndim: int) -> jax.Array:
+    """Sums the event axes: [*batch, *event] -> [*batch]."""
+    return jnp.sum(x, axis=tuple(range(batch_ndim, x.ndim)))
+
+
+def unit(column: int | jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """Boolean array of `shape`, True at flat position `column` (which may be traced)."""
+    return (jnp.arange(math.prod(shape)) == column).reshape(shape)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Casts to float32 unless already wider, so that half precision never enters a log or exp."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
+    """Puts `fill` where the weight is zero.
+
+    Masking the inputs of `nll`, not only its value, keeps NaN out of the gradient too
+    (a zero cotangent times a NaN derivative is NaN).
+    """
+    if weights is None:
+        return x
+    keep = jnp.asarray(weights) != 0
+    keep = keep.reshape(keep.shape + (1,) * (jnp.ndim(x) - keep.ndim))
+    return jnp.where(keep, x, jnp.asarray(fill, jnp.result_type(x)))
+
+
+def weighted_mean(nll: jax.Array, *, weights: Any) -> jax.Array:
+    """Returns sum(w * nll) / sum(w); 0 for zero weights or an empty batch."""
+    w = jnp.ones_like(nll) if weights is None else jnp.asarray(weights, nll.dtype)
+    w = jnp.broadcast_to(w, nll.shape)
+    total = jnp.sum(w)
+    # A zero weight drops the term even when its nll is infinite.
+    weighted = jnp.sum(jnp.where(w != 0, w * nll, 0))
+    return jnp.where(total != 0, weighted / jnp.where(total != 0, total, 1), 0)

@@ -1,0 +1,200 @@
+"""Independent Gaussian outputs: regression."""
+
+import dataclasses
+import functools
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfac_optax.likelihoods import _common
+
+
+@jax.tree_util.register_static
+class _KnownScale(float):
+    """A number that is structure, not a leaf: `jit` and `vmap` must not turn it into an array,
+    since that would add the Fisher directions of a learned scale."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "scale", "weights"],
+    meta_fields=["event_ndim"],
+    drop_fields=["batch_ndim"],  # follows from event_ndim and the shape; stale after vmap
+)
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Independent normal outputs, given by mean and standard deviation.
+
+    `nll = sum_event [(t - m)^2 / (2 s^2) + log s + log(2 pi) / 2]`. The Fisher is
+    `diag(1 / s^2)` in the mean; for a learned scale also `diag(2 / s^2)` in the scale, so
+    `S = diag(1 / s, sqrt(2) / s)`. In the scale it is the expected Hessian, not the Hessian.
+
+    Args:
+        mean: `[*batch, *event]`.
+        scale: A Python or NumPy number: known noise, no Fisher directions, static under `jit`.
+            An array: an output of the model, broadcast to the shape of the mean. (A known array
+            is right too, its directions have zero Jacobian, but doubles the columns.)
+        weights: Non-negative term weights or a 0/1 mask, `[*batch]`; None means all ones.
+        batch_ndim: Number of leading axes that are the batch; the nll sums over the rest.
+        event_ndim: The same from the other end (trailing axes); wins over `batch_ndim` if given.
+            This is what `vmap` keeps: inside a per-example function write `batch_ndim=0`.
+
+    Raises:
+        ValueError: `weights` has another shape than the batch, `scale` does not broadcast to the
+            mean or is a number that is not positive and finite, or `batch_ndim` does not fit.
+
+    Reference: Martens (2020), "New Insights and Perspectives on the Natural Gradient Method".
+
+    >>> likelihood = Normal(jnp.zeros([1, 2]), scale=2.0)
+    >>> print(likelihood.hessian_product((jnp.ones([1, 2]),))[0], likelihood.scale)
+    [[0.25 0.25]] 2.0
+    """
+
+    mean: jax.Array
+    scale: float | jax.Array = 1.0
+    weights: jax.Array | None = None
+    batch_ndim: int = 1
+    event_ndim: int | None = None
+
+    def __post_init__(self) -> None:
+        batch_ndim, event_ndim = _common.split_axes(
+            "Normal", array=self.mean, batch_ndim=self.batch_ndim, event_ndim=self.event_ndim
+        )
+        object.__setattr__(self, "batch_ndim", batch_ndim)
+        object.__setattr__(self, "event_ndim", event_ndim)
+        if _common.has_shape(self.mean):
+            object.__setattr__(self, "scale", _settle_scale(self.scale, shape=self.mean.shape))
+            _common.check_weights(
+                "Normal",
+                weights=self.weights,
+                batch_shape=self.batch_shape,
+                advice="batch_ndim sets how many leading axes are the batch.",
+            )
+
+    @property
+    def natural(self) -> tuple[jax.Array, ...]:
+        """The arrays that the Fisher differentiates: `(mean,)` or `(mean, scale)`."""
+        return (self.mean,) if isinstance(self.scale, float) else (self.mean, self.scale)
+
+    def with_natural(self, natural: tuple[jax.Array, ...]) -> "Normal":
+        """Returns the same likelihood at another mean (and scale, if that is learned)."""
+        names = ("mean", "scale")[: len(self.natural)]
+        return dataclasses.replace(self, **dict(zip(names, natural, strict=True)))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the terms: the leading `batch_ndim` axes."""
+        return self.mean.shape[: self.batch_ndim]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns of `S`: the event size, twice that for a learned scale."""
+        return len(self.natural) * math.prod(self.mean.shape[self.batch_ndim :])
+
+    def nll(self, targets: jax.Array) -> jax.Array:
+        """Negative log-likelihood per term, constants included, summed over the event axes.
+
+        Args:
+            targets: `[*batch, *event]`.
+
+        Returns:
+            `[*batch]`, float32 or wider, unweighted.
+
+        Raises:
+            ValueError: `targets` has another shape than the mean.
+        """
+        _common.check_targets("Normal", targets=targets, shape=self.mean.shape)
+        scale = self._wide_scale()
+        z = (_common.widen(targets) - _common.widen(self.mean)) / scale
+        log_scale = math.log(scale) if isinstance(scale, float) else jnp.log(scale)
+        terms = 0.5 * z**2 + (log_scale + 0.5 * math.log(2 * math.pi))
+        return _common.event_sum(terms, batch_ndim=self.batch_ndim)
+
+    def mean_nll(self, targets: jax.Array) -> jax.Array:
+        """Weighted mean `sum(w * nll) / sum(w)`, a scalar; 0 where all weights are 0.
+
+        Args:
+            targets: `[*batch, *event]`; any value where the weight is 0.
+        """
+        # The scale is filled with 1: a zero would bring back the NaN it is meant to keep out.
+        fills = (0.0, 1.0)[: len(self.natural)]
+        natural = tuple(
+            _common.mask_out(x, weights=self.weights, fill=fill)
+            for x, fill in zip(self.natural, fills, strict=True)
+        )
+        targets = _common.mask_out(targets, weights=self.weights, fill=0.0)
+        nll = self.with_natural(natural).nll(targets)
+        return _common.weighted_mean(nll, weights=self.weights)
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """Draws targets `[*batch, *event]`, float32 or wider: rounded to bfloat16, their distance
+        to the mean would not have the right variance.
+
+        A sample is a label, so it is constant under differentiation: through `m + s * noise` the
+        gradient of `nll(sample)` in the mean would vanish.
+        """
+        mean = _common.widen(self.mean)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        return jax.lax.stop_gradient(mean + self._wide_scale() * noise)
+
+    def fisher_sqrt_column(self, c: int | jax.Array) -> tuple[jax.Array, ...]:
+        """Column `c` of `S` for every term: `e_c / s`, then `sqrt(2) e_c / s` in the scale.
+
+        Args:
+            c: Column number in `[0, num_columns)`, row-major over the event, first the mean's
+                columns, then the scale's; may be traced.
+
+        Returns:
+            Like `natural`, each `[*batch, *event]` in the dtype of that array.
+        """
+        hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
+        return tuple(
+            jnp.broadcast_to(jnp.where(hit, root / self._wide_scale(), 0), x.shape).astype(x.dtype)
+            for x, hit, root in zip(self.natural, hits, self._roots(), strict=True)
+        )
+
+    def hessian_product(self, v: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Fisher times `v`, term by term and unweighted: `(v_m / s^2, 2 v_s / s^2)`.
+
+        Args:
+            v: Like `natural`, each `[*batch, *event]`.
+
+        Returns:
+            Like `natural`, each `[*batch, *event]` in the dtype of that array.
+        """
+        return tuple(
+            ((root / self._wide_scale()) ** 2 * _common.widen(u)).astype(x.dtype)
+            for x, u, root in zip(self.natural, v, self._roots(), strict=True)
+        )
+
+    def _roots(self) -> tuple[float, ...]:
+        """Numerators of `S`: 1 in the mean, sqrt(2) in the scale."""
+        return (1.0, math.sqrt(2))[: len(self.natural)]
+
+    def _wide_scale(self) -> float | jax.Array:
+        # A plain float is weakly typed: it takes the precision of what it meets.
+        return float(self.scale) if isinstance(self.scale, float) else _common.widen(self.scale)
+
+
+def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
+    """Marks a number as known; broadcasts an array to `shape`; leaves placeholders alone."""
+    if isinstance(scale, numbers.Real):
+        if not 0 < scale < math.inf:
+            raise ValueError(
+                f"Normal: scale is {scale}, expected a positive finite standard deviation. "
+                f"For a learned scale pass an array, for instance jax.nn.softplus(output)."
+            )
+        return _KnownScale(scale)
+    if not isinstance(scale, jax.Array | np.ndarray) or scale.shape == shape:
+        return scale
+    try:
+        return jnp.broadcast_to(scale, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"Normal: scale has shape {scale.shape}, expected one that broadcasts to the mean's "
+            f"{shape}. Pass a number, or one standard deviation per output."
+        ) from error

@@ -1,0 +1,1 @@
+"""Matrices only: factorisations and Kronecker-product solves; knows nothing of layers."""

@@ -1,0 +1,32 @@
+"""Second-moment products over rows."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def gram(
+    x: Float[Array, "*rows p"], y: Float[Array, "*rows q"], *, precision: jax.lax.PrecisionLike = "highest"
+) -> Float[Array, "p q"]:
+    """`sum_rows x y^T` over all leading axes, without flattening them.
+
+    >>> print(gram(jnp.ones((3, 2, 1)), jnp.ones((3, 2, 2))))
+    [[6. 6.]]
+    """
+    leading = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(
+        x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=_replicated(x)
+    )
+
+
+def _replicated(x: Array) -> jax.sharding.NamedSharding | None:
+    """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's sharding."""
+    sharding = jax.typeof(x).sharding
+    if all(part is None for part in sharding.spec):
+        return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None))
+
+
+def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:
+    """Rows with the trailing 1 of a layer with bias."""
+    return jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)

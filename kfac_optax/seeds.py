@@ -1,0 +1,88 @@
+"""Output cotangents whose pullbacks have the curvature as second moment: `E_k[seed_k seed_k^T] = H`.
+
+Every estimator is a mean over `count` pullbacks, so block statistics, which are means too, need no special case.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Naturals = list[tuple[jax.Array, ...]]
+
+
+class Seeds(NamedTuple):
+    """`make(k)` is the k-th of `count` cotangents, one tuple per head."""
+
+    count: int
+    make: Callable[[Any], Naturals]
+
+
+def sampled_scores(heads: Sequence[Any], scales: Sequence[Any], key: jax.Array, samples: int) -> Seeds:
+    """Gradients of the negative log-likelihood at labels drawn from the model."""
+
+    def make(k: Any) -> Naturals:
+        keys = jax.random.split(jax.random.fold_in(key, k), len(heads))
+        return [_scale(_score(head, head.sample(key)), scale) for head, scale, key in zip(heads, scales, keys, strict=True)]
+
+    return Seeds(samples, make)
+
+
+def _score(head: Any, labels: Any) -> tuple[jax.Array, ...]:
+    return jax.grad(lambda natural: jnp.sum(head.with_natural(natural).nll(labels)))(head.natural)
+
+
+def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> Seeds:
+    """All columns of the square root of the output Fisher, heads one after another.
+
+    Scaled by the root of their number, since they are averaged where the GGN is their sum.
+    """
+    counts = [head.num_columns for head in heads]
+    total = sum(counts)
+
+    def make(k: Any) -> Naturals:
+        seeds, start = [], 0
+        for head, scale, count in zip(heads, scales, counts, strict=True):
+            mine = (k >= start) & (k < start + count)
+            column = head.fisher_sqrt_column(jnp.clip(k - start, 0, count - 1))
+            seeds.append(_scale(tuple(jnp.where(mine, math.sqrt(total) * c, 0).astype(c.dtype) for c in column), scale))
+            start += count
+        return seeds
+
+    return Seeds(total, make)
+
+
+def _scale(seed: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...]:
+    """Multiplies by the root weight of each term; padding (weight 0) gives exact zeros, whatever is in it."""
+    if scale is None:
+        return seed
+
+    def apply(x: jax.Array) -> jax.Array:
+        s = jnp.asarray(scale)
+        s = s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
+        return jnp.where(s > 0, x * s, 0).astype(x.dtype)
+
+    return tuple(map(apply, seed))
+
+
+def mean_over(function: Callable[[Any], Any], count: int, chunk: int = 8) -> Any:
+    """Mean of `function(k)` over `k < count`; `chunk` pullbacks at a time, so memory does not grow with the count."""
+    if count == 1:
+        return function(jnp.int32(0))
+    if count <= chunk:
+        return jax.tree.map(lambda x: x.mean(0), jax.vmap(function)(jnp.arange(count)))
+    steps = -(-count // chunk)
+
+    def add(total: Any, start: jax.Array) -> tuple[Any, None]:
+        ks = start + jnp.arange(chunk)
+        values = jax.vmap(function)(jnp.minimum(ks, count - 1))
+        keep = ks < count
+        part = jax.tree.map(lambda x: jnp.tensordot(keep.astype(x.dtype), x, 1), values)
+        return jax.tree.map(jnp.add, total, part), None
+
+    shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
+    return jax.tree.map(lambda x: x / count, total)

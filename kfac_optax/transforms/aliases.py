@@ -1,0 +1,128 @@
+"""Ready-made preconditioners; chain one with `optax.sgd` or any other optimizer."""
+
+from typing import Any
+
+import optax
+
+from kfac_optax._types import Coupling, Layers, Numeric, ScalarOrSchedule
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.control.kl_clip import clip_by_kl
+from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.transforms.core import scale_by_curvature
+
+
+def kfac(
+    layers: Layers,
+    *,
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule = 1e-3,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    inverse: str = "eigh",
+    uncovered: str = "pass",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+    precision: Any = "highest",
+    coupling: Coupling | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then KL-clip.
+
+    Chain it with the optimizer that takes the step, `optax.chain(kfac(layers, learning_rate=lr), optax.sgd(lr, 0.9))`,
+    and pass `curvature=fisher.at(params, *args, key=key)` to every update.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows.
+      damping: Tikhonov damping.
+      kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
+      decay: bound of the averaging weight `min(1 - 1/k, decay)`.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses.
+      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
+      uncovered: parameters without a block: `"pass"` or `"raise"`.
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
+      precision: matmul precision of factor products and solves.
+      coupling: correction across layers, for example `coarse_correction()`.
+
+    Returns:
+      A transformation; its state is made of arrays only.
+
+    Raises:
+      ValueError: a hyperparameter out of range.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = kfac(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print(updates.ravel())
+    [1. 1.]
+
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015).
+    """
+    preconditioner = scale_by_curvature(
+        layers, block=kronecker(inverse, precision=precision), coupling=coupling, damping=damping, decay=decay,
+        curvature_every=curvature_every, inverse_every=inverse_every, uncovered=uncovered, axis_name=axis_name,
+        factor_dtype=factor_dtype,
+    )  # fmt: skip
+    return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+
+
+def kfac_two_level(
+    layers: Layers,
+    *,
+    learning_rate: ScalarOrSchedule,
+    damping: ScalarOrSchedule = 1e-3,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    inverse: str = "eigh",
+    uncovered: str = "pass",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+    precision: Any = "highest",
+    coarse: str = "factored",
+    coarse_damping: str = "identity",
+    fine_weight: Numeric = 1.0,
+    coarse_weight: Numeric = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then KL-clip.
+
+    `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping I)^{-1} Z V`, with `Z` summing
+    all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix.
+
+    Args:
+      layers, learning_rate, damping, kl_clip, decay, curvature_every, inverse_every, inverse, uncovered, axis_name,
+        factor_dtype, precision: as in `kfac`.
+      coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
+      coarse_damping: `"identity"` (the paper) or `"galerkin"`.
+      fine_weight, coarse_weight: weights of the two levels.
+
+    Returns:
+      A transformation; its state is made of arrays only.
+
+    Raises:
+      ValueError: a hyperparameter out of range.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = kfac_two_level(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print([f"{u:.3f}" for u in updates.ravel()])
+    ['2.333', '2.333']
+
+    Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning (2020), algorithm 1.
+    """
+    coupling = coarse_correction(
+        coarse, damping=coarse_damping, fine_weight=fine_weight, coarse_weight=coarse_weight, precision=precision
+    )
+    return kfac(
+        layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
+        inverse_every=inverse_every, inverse=inverse, uncovered=uncovered, axis_name=axis_name, factor_dtype=factor_dtype,
+        precision=precision, coupling=coupling,
+    )  # fmt: skip
