@@ -12,6 +12,7 @@ _TRANSPARENT = frozenset(
     ["convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "layout_constraint",
      "mesh_cast", "reshard", "pvary", "pcast", "reduce_precision", "stop_gradient", "name"]
 )  # fmt: skip
+_RESHAPING = frozenset(["broadcast_in_dim", "reshape", "squeeze", "expand_dims"])
 # Calls that run their body once with the operands in order.
 _CALLS = frozenset(
     ["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"]
@@ -19,11 +20,15 @@ _CALLS = frozenset(
 
 
 class Origin(NamedTuple):
-    """Which parameter leaf a value is: `depth` leading axes already taken by scans, kernel axes swapped or not."""
+    """Which parameter leaf a value is: `depth` leading axes already taken by scans, kernel axes swapped or not.
+
+    Once reshaped or broadcast it is no longer `whole`: not a layer's parameter, but still worth naming its consumer.
+    """
 
     leaf: int
     depth: int = 0
     transposed: bool = False
+    whole: bool = True
 
 
 class Site(NamedTuple):
@@ -113,10 +118,12 @@ def _walk(
             outputs = _walk_scan(eqn, inputs, scans, sites, consumers)
         elif eqn.primitive.name in _TRANSPARENT:
             outputs = inputs[: len(eqn.outvars)]
+        elif eqn.primitive.name in _RESHAPING:
+            outputs = [None if inputs[0] is None else inputs[0]._replace(whole=False)]
         elif eqn.primitive.name == "transpose" and inputs[0] is not None and _swaps_last(eqn.params["permutation"]):
             outputs = [inputs[0]._replace(transposed=not inputs[0].transposed)]
         else:
-            _refuse_taps(eqn)
+            _refuse_taps(eqn, eqn.primitive.name)
             _note(inputs, eqn.primitive.name, consumers)
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [source(v) for v in jaxpr.outvars]
@@ -145,20 +152,21 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
 def _add_site(eqn, inputs, scans, sites) -> None:
     p = eqn.params
     s, a = (v.aval for v in eqn.invars[:2])
-    sites.append(Site(p["name"], p["kind"], tuple(inputs[2:]), a, s, p["stacked"], scans))
+    params = tuple(o if o is not None and o.whole else None for o in inputs[2:])
+    sites.append(Site(p["name"], p["kind"], params, a, s, p["stacked"], scans))
 
 
-def _refuse_taps(eqn) -> None:
+def _refuse_taps(eqn, where: str) -> None:
     for body in bodies(eqn):
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
                 raise ValueError(
-                    f"layer {inner.params['name'] or inner.params['kind']!r} runs inside `{eqn.primitive.name}`, where "
+                    f"layer {inner.params['name'] or inner.params['kind']!r} runs inside `{where}`, where "
                     "its curvature has no meaning (how often it runs is not known when tracing). Expected layers at "
                     "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of "
                     "steps, or move the layer out of the branch."
                 )
-            _refuse_taps(inner)
+            _refuse_taps(inner, where)
 
 
 def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:

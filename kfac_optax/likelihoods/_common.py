@@ -50,9 +50,7 @@ def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def split_axes(
-    name: str, *, array: Any, batch_ndim: int, event_ndim: int | None
-) -> tuple[int, int | None]:
+def split_axes(name: str, *, array: Any, batch_ndim: int, event_ndim: int | None) -> tuple[int, int | None]:
     """Returns consistent (batch_ndim, event_ndim) of an array [*batch, *event].
 
     The number of event axes is what a likelihood remembers: `vmap` and `scan` add or remove
@@ -89,8 +87,8 @@ def widen(x: jax.Array) -> jax.Array:
 def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
     """Puts `fill` where the weight is zero.
 
-    Masking the inputs of `nll`, not only its value, keeps NaN out of the gradient too
-    (a zero cotangent times a NaN derivative is NaN).
+    Masking the inputs of `nll`, not its value, keeps NaN out of every gradient, that in the weights
+    included (a zero cotangent times NaN is NaN).
     """
     if weights is None:
         return x
@@ -100,10 +98,8 @@ def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
 
 
 def weighted_mean(nll: jax.Array, *, weights: Any) -> jax.Array:
-    """Returns sum(w * nll) / sum(w); 0 for zero weights or an empty batch."""
+    """Returns sum(w * nll) / sum(w) of finite terms; 0 for zero weights or an empty batch."""
     w = jnp.ones_like(nll) if weights is None else jnp.asarray(weights, nll.dtype)
     w = jnp.broadcast_to(w, nll.shape)
     total = jnp.sum(w)
-    # A zero weight drops the term even when its nll is infinite.
-    weighted = jnp.sum(jnp.where(w != 0, w * nll, 0))
-    return jnp.where(total != 0, weighted / jnp.where(total != 0, total, 1), 0)
+    return jnp.where(total != 0, jnp.sum(w * nll) / jnp.where(total != 0, total, 1), 0)

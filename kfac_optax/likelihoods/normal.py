@@ -15,8 +15,10 @@ from kfac_optax.likelihoods import _common
 
 @jax.tree_util.register_static
 class _KnownScale(float):
-    """A number that is structure, not a leaf: `jit` and `vmap` must not turn it into an array,
-    since that would add the Fisher directions of a learned scale."""
+    """A number that is structure, not a leaf.
+
+    Were `jit` or `vmap` to turn it into an array, it would get the Fisher directions of a learned scale.
+    """
 
 
 @functools.partial(
@@ -120,22 +122,21 @@ class Normal:
         Args:
             targets: `[*batch, *event]`; any value where the weight is 0.
         """
-        # The scale is filled with 1: a zero would bring back the NaN it is meant to keep out.
+        # The scale is filled with 1: a zero would bring back the NaN that masking keeps out.
         fills = (0.0, 1.0)[: len(self.natural)]
         natural = tuple(
-            _common.mask_out(x, weights=self.weights, fill=fill)
-            for x, fill in zip(self.natural, fills, strict=True)
+            _common.mask_out(x, weights=self.weights, fill=fill) for x, fill in zip(self.natural, fills, strict=True)
         )
         targets = _common.mask_out(targets, weights=self.weights, fill=0.0)
         nll = self.with_natural(natural).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """Draws targets `[*batch, *event]`, float32 or wider: rounded to bfloat16, their distance
-        to the mean would not have the right variance.
+        """Draws targets `[*batch, *event]` from the model, float32 or wider.
 
-        A sample is a label, so it is constant under differentiation: through `m + s * noise` the
-        gradient of `nll(sample)` in the mean would vanish.
+        Rounded to bfloat16, their distance to the mean would not have the right variance. A sample is
+        a label, so it is constant under differentiation: through `m + s * noise` the gradient of
+        `nll(sample)` in the mean would vanish.
         """
         mean = _common.widen(self.mean)
         noise = jax.random.normal(key, mean.shape, mean.dtype)
@@ -183,12 +184,13 @@ class Normal:
 def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
     """Marks a number as known; broadcasts an array to `shape`; leaves placeholders alone."""
     if isinstance(scale, numbers.Real):
-        if not 0 < scale < math.inf:
+        number = float(scale)
+        if not 0 < number < math.inf:
             raise ValueError(
                 f"Normal: scale is {scale}, expected a positive finite standard deviation. "
                 f"For a learned scale pass an array, for instance jax.nn.softplus(output)."
             )
-        return _KnownScale(scale)
+        return _KnownScale(number)
     if not isinstance(scale, jax.Array | np.ndarray) or scale.shape == shape:
         return scale
     try:

@@ -103,12 +103,8 @@ def scale_by_curvature(
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
         start = jnp.asarray(resolve(damping, zero), dtype)
-        factors, held = {}, {}
-        for bucket in make_buckets(mine):
-            one = block.init(*bucket.shape, dtype)
-            factors[bucket.name] = jax.tree.map(lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one)
-            held[bucket.name] = jax.vmap(block.factorize, (0, None))(factors[bucket.name], start)
-        coarse = () if coupling is None else _init_coarse(coupling, mine, dtype)
+        # one compiled call instead of an eager one per array
+        factors, held, coarse = jax.jit(lambda damping: _initial(mine, block, coupling, damping))(start)
         return CurvatureState(zero, zero, zero, zero, zero, start.astype(jnp.float32), none, factors, held, coarse)
 
     def update(updates, state, params=None, *, curvature=_MISSING, refresh=None, **extra):
@@ -199,14 +195,22 @@ def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: 
     return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))
 
 
-def _init_coarse(coupling: Coupling, mine: tuple[Layer, ...], dtype: Any) -> CoarseState:
+def _initial(mine: tuple[Layer, ...], block: Block, coupling: Coupling | None, damping: jax.Array) -> tuple:
+    """Factors, held inverses and coupling before anything was measured."""
+    dtype, factors, held = damping.dtype, {}, {}
+    for bucket in make_buckets(mine):
+        one = block.init(*bucket.shape, dtype)
+        factors[bucket.name] = jax.tree.map(lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one)
+        held[bucket.name] = jax.vmap(block.factorize, (0, None))(factors[bucket.name], damping)
+    if coupling is None:
+        return factors, held, ()
     rows, index = 0, {}
     for layer in mine:
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
         rows += layer.copies
     sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in mine])
     statistic = coupling.init(rows, dtype)
-    return CoarseState(statistic, coupling.factorize(statistic, sizes), sizes, index)
+    return factors, held, CoarseState(statistic, coupling.factorize(statistic, sizes), sizes, index)
 
 
 def _due(count: jax.Array, every: Any) -> jax.Array:
