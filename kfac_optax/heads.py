@@ -108,7 +108,7 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
         if head.weights is None:
             roots.append(None if share == 1 else math.sqrt(share))
             continue
-        weights = head.weights.astype(jnp.promote_types(jnp.float32, head.weights.dtype))
+        weights = head.weights.astype(jnp.result_type(jnp.float32, head.weights, *head.natural))
         mean = jnp.mean(weights)
         mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
         rows.append(weights / jnp.where(mean > 0, mean, 1))

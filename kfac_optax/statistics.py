@@ -139,8 +139,9 @@ def _site_measure(plan: Plan, layer: Layer, rows: int, site: Site, examples: int
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
         use = Use(layer.bias is not None, layer.outputs, examples, rows, plan.dtype, row_weights(weights, lead, layer.path))
-        block = plan.block.measure(a, g if gradients else None, use)
-        across = None if coupling is None else coupling.measure(a, g, use)
+        g_or_none = g if gradients else None
+        block = plan.block.measure(a, g_or_none, use)
+        across = None if coupling is None else coupling.measure(a, g_or_none, use)
         if coupling is not None and coupling.rows:
             return Zeros((block, None), across)
         return Zeros((block, across), None)

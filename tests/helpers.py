@@ -130,6 +130,12 @@ def run(tx: optax.GradientTransformation, problem: Problem, steps: int) -> tuple
 
 
 @functools.cache
+def plain_grads() -> Any:
+    """Gradient of the plain problem at its parameters."""
+    return jax.jit(plain_problem().grad)(plain_problem().params)
+
+
+@functools.cache
 def initial_state(preset: str) -> Any:
     """State of a preset with the default settings on the plain problem, shared by the tests of one process."""
     return jax.jit(make_tx(preset, plain_problem()).init)(plain_problem().params)

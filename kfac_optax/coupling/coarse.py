@@ -91,8 +91,10 @@ def coarse_correction(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix needs. "
                 "Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
-        sums = _channel_sums(a, g, use)
-        return sums if coarse == "factored" else jnp.sum(sums.inputs * sums.outputs, -1)
+        alpha, gamma = _channel_sums(a, g, use)
+        if coarse == "exact":  # gamma carries the root of the weight, which is what one row of u u^T needs
+            return jnp.sum(alpha * gamma, -1)
+        return _Sums(alpha if use.weights is None else alpha * _per_row(jnp.sqrt(use.weights), alpha), gamma)
 
     def reduce(measured: Sequence[PyTree], examples: int) -> PyTree:
         if coarse == "exact":
@@ -121,10 +123,12 @@ def coarse_correction(
 def _channel_sums(a: Array, g: Array, use: Use) -> _Sums:
     """`alpha` and `gamma` of one use, `[N, R]`; the bias coordinate counts as one more input."""
     alpha = jnp.sum(a, -1, dtype=use.dtype) + use.bias
-    if use.weights is not None:  # g carries its half of the weight already
-        alpha = alpha * jnp.sqrt(use.weights).astype(use.dtype)
     gamma = jnp.sum(g, -1, dtype=use.dtype)
     return _Sums(alpha.reshape(alpha.shape[0], -1), gamma.reshape(gamma.shape[0], -1))
+
+
+def _per_row(weights: Array, like: Array) -> Array:
+    return weights.reshape(like.shape).astype(like.dtype)
 
 
 def _grams(measured: Sequence[_Sums], examples: int, precision: jax.lax.PrecisionLike) -> Grams:
