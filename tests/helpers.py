@@ -91,7 +91,7 @@ class MLP(nn.Module):
 def linen_problem() -> Problem:
     model = MLP()
     x, y = data()
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     return make_problem(lambda params, x: ko.Categorical(model.apply({"params": params}, x)), params, x, y)
 
 

@@ -128,7 +128,7 @@ class _Tokens(nn.Module):
     def __call__(self, tokens):
         x = nn.LayerNorm()(nn.Embed(6, 4)(tokens))
         x = nn.tanh(nn.Dense(4)(x))
-        return nn.Dense(3)(x)
+        return nn.Dense(4)(x)
 
 
 def test_partition_with_adam():
