@@ -6,7 +6,7 @@ Words: a *site* is one tapped call seen by tracing, a *layer* the parameters tha
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +94,15 @@ class Layers:
         header = ("layer", "kind", "kernel", "bias", "uses", "block", "state bytes")
         sizes = self.state_bytes or (0,) * len(self.layers)
         rows = [
-            (x.path or "(root)", x.kind, _shape(*x.stack, x.inputs, x.outputs), "yes" if x.bias is not None else "no",
-             str(x.uses), "; ".join((self.block, *x.notes)), f"{n:,}")
+            (
+                x.path or "(root)",
+                x.kind,
+                _shape(*x.stack, x.inputs, x.outputs),
+                "yes" if x.bias is not None else "no",
+                str(x.uses),
+                "; ".join((self.block, *x.notes)),
+                f"{n:,}",
+            )
             for x, n in zip(self.layers, sizes, strict=True)
         ]
         if self.coupling:
@@ -182,7 +189,7 @@ def _shape(*sizes: int) -> str:
     return "x".join(map(str, sizes)) or "()"
 
 
-def _columns(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = [header, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

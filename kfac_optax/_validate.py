@@ -20,8 +20,15 @@ def _concrete(value: Any) -> bool:
     return isinstance(value, (int, float, np.ndarray, np.generic)) and not isinstance(value, bool)
 
 
-def check_number(where: str, name: str, value: ScalarOrSchedule | None, *, above: float | None = None,
-                 at_least: float | None = None, at_most: float | None = None) -> None:
+def check_number(
+    where: str,
+    name: str,
+    value: ScalarOrSchedule | None,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> None:
     """Checks a hyperparameter that is a plain number; traced values and schedules are taken as they are."""
     if callable(value) or isinstance(value, jax.Array):
         return

@@ -64,10 +64,10 @@ class SharedCurvature(NamedTuple):
 
         def linearize(measures, extra):
             def pull(cotangents):
-                rows = self.pull(cotangents)
+                triples = zip(self.traced.sites, measures, self.pull(cotangents), strict=True)
                 return [
-                    None if measure is None else apply_to_rows(site, measure, stored.rows, extra)
-                    for site, measure, stored in zip(self.traced.sites, measures, rows, strict=True)
+                    None if measure is None or rows is None else apply_to_rows(site, measure, rows.rows, extra)
+                    for site, measure, rows in triples
                 ]
 
             return pull, self.heads

@@ -15,7 +15,14 @@ from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
 from kfac_optax.coverage import coverage
 from kfac_optax.curvature import Curvature, SharedCurvature, Spec, part_of_batch, trace_model
 from kfac_optax.heads import (
-    EMPIRICAL, FISHER, FORWARD, GGN, count_examples, find_weights, split_outputs, with_naturals,
+    EMPIRICAL,
+    FISHER,
+    FORWARD,
+    GGN,
+    count_examples,
+    find_weights,
+    split_outputs,
+    with_naturals,
 )  # fmt: skip
 from kfac_optax.statistics import Plan, rows_measure
 
@@ -100,9 +107,13 @@ class Estimator:
         [-1. -1.]
         """
         if self.spec.kind.losses:
-            raise TypeError("empirical_fisher.value_and_grad: its function returns losses, not predictions; use fisher or ggn.")
+            raise TypeError(
+                "empirical_fisher.value_and_grad: its function returns losses, not predictions; use fisher or ggn."
+            )
         if self.spec.subsample is not None:
-            raise ValueError("value_and_grad: got subsample; a forward pass on part of the batch cannot be shared with the loss.")
+            raise ValueError(
+                "value_and_grad: got subsample; a forward pass on part of the batch cannot be shared with the loss."
+            )
 
         def step(params: PyTree, *args: PyTree, targets: PyTree = None, key: jax.Array | None = None):
             self._check_key(key)
@@ -154,9 +165,7 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
     return replace_leaves(vector, out)
 
 
-def fisher(
-    predict: Callable[..., PyTree], *, samples: int = 1, subsample: float | Callable | None = None
-) -> Estimator:
+def fisher(predict: Callable[..., PyTree], *, samples: int = 1, subsample: float | Callable | None = None) -> Estimator:
     """The Fisher information of the model's predictive distribution, from labels drawn from the model.
 
     `F = (1/N) sum_b E_{y ~ p(y | x_b)}[g_b g_b^T]`, estimated with `samples` draws per example. One extra backward pass
@@ -204,7 +213,9 @@ def ggn(predict: Callable[..., PyTree], *, subsample: float | Callable | None = 
     return _estimator(Spec(GGN, predict, 1, subsample))
 
 
-def empirical_fisher(per_example_loss: Callable[..., jax.Array], *, subsample: float | Callable | None = None) -> Estimator:
+def empirical_fisher(
+    per_example_loss: Callable[..., jax.Array], *, subsample: float | Callable | None = None
+) -> Estimator:
     """Second moment of the training gradients, `(1/N) sum_b g_b g_b^T`, with the labels of the data.
 
     Args:
@@ -241,7 +252,9 @@ def forward_only(predict: Callable[..., PyTree], *, subsample: float | Callable 
 def _estimator(spec: Spec) -> Estimator:
     where, subsample = spec.kind.name, spec.subsample
     if not callable(spec.function):
-        raise TypeError(f"{where}: got {type(spec.function).__name__}; expected a function (params, *args) -> likelihood.")
+        raise TypeError(
+            f"{where}: got {type(spec.function).__name__}; expected a function (params, *args) -> likelihood."
+        )
     if subsample is not None and not callable(subsample):
         check_number(where, "subsample", subsample, above=0, at_most=1)
     return Estimator(spec)

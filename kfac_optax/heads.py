@@ -50,7 +50,9 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
     if kind.losses:
         if len(getattr(prediction, "shape", ())) != 1:
             got = f"an array {list(prediction.shape)}" if hasattr(prediction, "shape") else type(prediction).__name__
-            raise TypeError(f"{kind.name}: per_example_loss returned {got}; expected an array [N], one loss per example.")
+            raise TypeError(
+                f"{kind.name}: per_example_loss returned {got}; expected an array [N], one loss per example."
+            )
         return [(prediction,)], [prediction]
     heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
     for head in heads or [prediction]:
@@ -83,7 +85,7 @@ class Weights(NamedTuple):
       roots: per head, factor of its cotangents (root of weight and of examples per term); `None` for one.
     """
 
-    rows: jax.Array | None
+    rows: Any
     roots: list[Any]
 
 

@@ -25,7 +25,9 @@ def sampled_scores(heads: Sequence[Any], scales: Sequence[Any], key: jax.Array, 
 
     def make(k: Any) -> Naturals:
         keys = jax.random.split(jax.random.fold_in(key, k), len(heads))
-        return [_scale(_score(head, head.sample(key)), scale) for head, scale, key in zip(heads, scales, keys, strict=True)]
+        return [
+            _scale(_score(head, head.sample(key)), scale) for head, scale, key in zip(heads, scales, keys, strict=True)
+        ]
 
     return Seeds(samples, make)
 

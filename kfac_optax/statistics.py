@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 # Gives `(pull, heads)` for one measure per site: `pull(cotangents)` returns one `Zeros` of statistics per site.
-Linearize = Callable[[Sequence[Measure | None], PyTree], tuple[Callable[[Any], list[Zeros]], Any]]
+Linearize = Callable[[Sequence[Measure | None], PyTree], tuple[Callable[[Any], list[Zeros | None]], Any]]
 
 
 def linearize_now(traced: Traced, inputs: Sequence[Any], outputs: Callable[[PyTree], tuple[Any, Any]]) -> Linearize:
@@ -138,7 +138,9 @@ def _site_measure(plan: Plan, layer: Layer, rows: int, site: Site, examples: int
         )
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
-        use = Use(layer.bias is not None, layer.outputs, examples, rows, plan.dtype, row_weights(weights, lead, layer.path))
+        use = Use(
+            layer.bias is not None, layer.outputs, examples, rows, plan.dtype, row_weights(weights, lead, layer.path)
+        )
         g_or_none = g if gradients else None
         block = plan.block.measure(a, g_or_none, use)
         across = None if coupling is None else coupling.measure(a, g_or_none, use)
@@ -173,14 +175,16 @@ def _per_layer(plan, traced, wanted, pulled, examples) -> tuple[list[PyTree], Py
             continue
         i, stack = wanted[owner], site.stack
         block, summed = zeros.summed
-        blocks[i] = _add(blocks[i], jax.tree.map(lambda x, n=len(stack): _flat(x, n), block))
+        blocks[i] = _add(blocks[i], _flat(block, len(stack)))
         if plan.coupling is None:
             continue
         if plan.coupling.rows:
             rows = jax.tree.map(lambda x, s=site: _stack_first(x, s), zeros.rows)
-            across[i] = rows if across[i] is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y], -1), across[i], rows)
+            across[i] = (
+                rows if across[i] is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y], -1), across[i], rows)
+            )
         else:
-            across[i] = _add(across[i], jax.tree.map(lambda x, n=len(stack): _flat(x, n), summed))
+            across[i] = _add(across[i], _flat(summed, len(stack)))
     if plan.coupling is None:
         return blocks, None
     return blocks, plan.coupling.reduce(across, examples)
@@ -190,9 +194,9 @@ def _add(total: PyTree, part: PyTree) -> PyTree:
     return part if total is None else jax.tree.map(jnp.add, total, part)
 
 
-def _flat(x: jax.Array, axes: int) -> jax.Array:
-    """`[*stack, ...] -> [copies, ...]`."""
-    return x.reshape(-1, *x.shape[axes:])
+def _flat(tree: PyTree, axes: int) -> PyTree:
+    """`[*stack, ...] -> [copies, ...]` for every leaf."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
 
 
 def _stack_first(x: jax.Array, site: Site) -> jax.Array:

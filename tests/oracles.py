@@ -5,6 +5,8 @@ derivatives with respect to additive shifts of the pre-activations, not from pro
 raveled row by row, so a Kronecker block is `kron(A, G)`.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ def make_params(seed, sizes, bias=True):
     """Random parameters; NumPy draws them, so nothing is compiled for it."""
     rng = np.random.default_rng(seed)
     params = {}
-    for i, (p, q) in enumerate(zip(sizes, sizes[1:])):
+    for i, (p, q) in enumerate(itertools.pairwise(sizes)):
         params[f"layer{i}"] = {"kernel": jnp.asarray(rng.normal(size=(p, q)) / np.sqrt(p))}
         if bias:
             params[f"layer{i}"]["bias"] = jnp.asarray(0.3 * rng.normal(size=q))
@@ -151,5 +153,7 @@ def clip(update, gradient, sizes, learning_rate, kl_clip):
 def softmax_columns(logits):
     """Columns of `S = diag(sqrt y) - y sqrt(y)^T`, `[C, N, C]`."""
     y = np.asarray(jax.nn.softmax(logits))
-    s = np.einsum("nc,cd->ncd", np.sqrt(y), np.eye(y.shape[1])) - np.einsum("nd,nc->ndc", y, np.sqrt(y)).transpose(0, 2, 1)
+    s = np.einsum("nc,cd->ncd", np.sqrt(y), np.eye(y.shape[1])) - np.einsum("nd,nc->ndc", y, np.sqrt(y)).transpose(
+        0, 2, 1
+    )
     return s.transpose(1, 0, 2)

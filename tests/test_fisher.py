@@ -108,7 +108,7 @@ def test_blocks_equal_the_exact_ggn_on_deep_linear_nets(x64):
 
 @pytest.mark.parametrize("coarse", ["factored", "exact"])
 def test_coarse_matrix_equals_the_dense_restriction(x64, coarse):
-    params, x, y = problem()
+    params, x, _ = problem()
     coupling = ko.coarse_correction(coarse)
     _, across = measure(ko.ggn(categorical), params, x, coupling=coupling)
     a, g = oracles.per_example(params, x, columns(params, x))
@@ -237,7 +237,11 @@ def test_value_and_grad_shares_the_forward_pass(x64, scan):
         return ko.tap_dense(out @ layer["kernel"] + layer["bias"], out, layer["kernel"], layer["bias"])
 
     if scan:
-        params = {"stack": oracles.normal(4, (2, 3, 3)), "w": oracles.normal(5, (3, 3)), "layer1": params["layer1"] | {"kernel": oracles.normal(6, (3, 2))}}
+        params = {
+            "stack": oracles.normal(4, (2, 3, 3)),
+            "w": oracles.normal(5, (3, 3)),
+            "layer1": params["layer1"] | {"kernel": oracles.normal(6, (3, 2))},
+        }
     predict = lambda p, x: ko.Categorical(model(p, x))
     for coupling in (ko.coarse_correction("factored"), ko.coarse_correction("exact")):
         for estimator, key in ((ko.ggn(predict), None), (ko.fisher(predict, samples=2), jax.random.key(3))):
@@ -276,10 +280,26 @@ def test_many_columns_are_accumulated_in_chunks(x64):
 
 ERRORS = [
     (lambda p, x: ko.fisher(categorical).at(p, x), ValueError, "Pass key=jax.random.key"),
-    (lambda p, x: ko.fisher(lambda p, x: oracles.forward(p, x)[0]).layers(p, x), TypeError, "expected a likelihood or a tree"),
-    (lambda p, x: ko.fisher(lambda p, x: (oracles.forward(p, x), {})[1]).layers(p, x), TypeError, "expected a likelihood or a tree"),
-    (lambda p, x: ko.empirical_fisher(lambda p, x: oracles.forward(p, x)[0]).layers(p, x), TypeError, "one loss per example"),
-    (lambda p, x: ko.fisher(lambda p, x: ko.Normal(x @ p["layer0"]["kernel"])).layers(p, x), ValueError, "no layer found.*tap_dense"),
+    (
+        lambda p, x: ko.fisher(lambda p, x: oracles.forward(p, x)[0]).layers(p, x),
+        TypeError,
+        "expected a likelihood or a tree",
+    ),
+    (
+        lambda p, x: ko.fisher(lambda p, x: (oracles.forward(p, x), {})[1]).layers(p, x),
+        TypeError,
+        "expected a likelihood or a tree",
+    ),
+    (
+        lambda p, x: ko.empirical_fisher(lambda p, x: oracles.forward(p, x)[0]).layers(p, x),
+        TypeError,
+        "one loss per example",
+    ),
+    (
+        lambda p, x: ko.fisher(lambda p, x: ko.Normal(x @ p["layer0"]["kernel"])).layers(p, x),
+        ValueError,
+        "no layer found.*tap_dense",
+    ),
     (lambda p, x: ko.fisher(categorical, samples=0), ValueError, "samples=0; expected samples >= 1"),
     (lambda p, x: ko.fisher(categorical, subsample=1.5), ValueError, "subsample=1.5"),
     (lambda p, x: ko.ggn(categorical, subsample=0.5).value_and_grad(lambda d, y: 0.0), ValueError, "part of the batch"),

@@ -143,7 +143,9 @@ def test_operator_is_symmetric_positive_definite(x64):
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = jax.jit(tx.update)(zeros, tx.init(params), params, curvature=estimator.at(params, x))
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    step = jax.jit(lambda v: jax.flatten_util.ravel_pytree(tx.update(unravel(v), state, curvature=None, refresh=False)[0])[0])
+    step = jax.jit(
+        lambda v: jax.flatten_util.ravel_pytree(tx.update(unravel(v), state, curvature=None, refresh=False)[0])[0]
+    )
     dense = np.stack([step(e) for e in np.eye(flat.size)])
     np.testing.assert_allclose(dense, dense.T, atol=1e-12)
     assert np.linalg.eigvalsh(dense).min() > 0

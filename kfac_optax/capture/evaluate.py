@@ -25,8 +25,8 @@ class Zeros(NamedTuple):
     rows: PyTree
 
 
-# What a probe measures from one use, `(a, g) -> Zeros`-shaped statistics.
-Measure = Callable[[jax.Array, jax.Array], Zeros]
+# What a probe measures from one use, `(a, g, extra) -> Zeros` of statistics.
+Measure = Callable[[jax.Array, jax.Array, PyTree], Zeros]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,7 +147,10 @@ def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
     p = eqn.params
     constants, first = p["num_consts"], p["num_consts"] + p["num_carry"]
     over_layers = [run.sites[i].scans[depth][1] for i in inside]
-    riding = [None if z is None else z if layered else Zeros(None, z.rows) for z, layered in zip(zeros, over_layers, strict=True)]
+    riding = [
+        None if z is None else z if layered else Zeros(None, z.rows)
+        for z, layered in zip(zeros, over_layers, strict=True)
+    ]
 
     def body(carry, xs):
         slices, ride = xs
@@ -160,7 +163,12 @@ def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
         return outs[: p["num_carry"]], outs[p["num_carry"] :]
 
     carry, ys = jax.lax.scan(
-        body, values[constants:first], (values[first:], riding), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        body,
+        values[constants:first],
+        (values[first:], riding),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
     )
     return [*carry, *ys]
 

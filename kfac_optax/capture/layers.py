@@ -75,7 +75,9 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
         bias = biases.get(leaf)
         covered = [leaf] if bias is None else [leaf, bias]
         notes = [n for n in (_other_uses(names[x], analysis.consumers.get(x, []), len(members)) for x in covered) if n]
-        layers.append(_layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], notes))
+        layers.append(
+            _layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], notes)
+        )
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
     tapped = {o.leaf for site in analysis.sites for o in site.params if o is not None}
     uncovered = tuple(
@@ -143,4 +145,3 @@ def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers
     if not consumers:
         return "not used"
     return f"used by {', '.join(sorted(set(consumers)))} outside any supported layer"
-

@@ -15,7 +15,7 @@ class KLClipState(NamedTuple):
     """State of `clip_by_kl`: that of the preconditioner, the step count, and the last factor `nu`."""
 
     preconditioner: PyTree
-    kl_count: jax.Array  # shape=(), dtype=int32
+    kl_count: Any  # shape=(), dtype=int32
     kl_scale: jax.Array  # shape=(), dtype=float32
 
 
@@ -59,7 +59,7 @@ def clip_by_kl(
     def init(params: PyTree) -> KLClipState:
         return KLClipState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
 
-    def update(updates: PyTree, state: KLClipState, params: PyTree | None = None, **extra: Any):
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
         count = optax.safe_increment(state.kl_count)
         if kl_clip is None:

@@ -117,7 +117,9 @@ def coarse_correction(
         return statistic.inputs * statistic.outputs if coarse == "factored" else statistic.fisher
 
     name = f"coarse ({coarse}, {damping})"
-    return Coupling(name, coarse == "factored", init, measure, reduce, factorize, solve, matrix, fine_weight, coarse_weight)
+    return Coupling(
+        name, coarse == "factored", init, measure, reduce, factorize, solve, matrix, fine_weight, coarse_weight
+    )
 
 
 def _channel_sums(a: Array, g: Array, use: Use) -> _Sums:
@@ -136,7 +138,10 @@ def _grams(measured: Sequence[_Sums], examples: int, precision: jax.lax.Precisio
     groups: dict[int, list[int]] = {}
     for i, sums in enumerate(measured):
         groups.setdefault(sums.inputs.shape[-1], []).append(i)
-    stacks = {t: _Sums(*map(jnp.concatenate, zip(*(measured[i] for i in members), strict=True))) for t, members in groups.items()}
+    stacks = {
+        t: _Sums(*map(jnp.concatenate, zip(*(measured[i] for i in members), strict=True)))
+        for t, members in groups.items()
+    }
     rows_in, rows_out = [], []
     for t, left in stacks.items():
         blocks = [_cross(left, right, min(t, u), examples, precision) for u, right in stacks.items()]

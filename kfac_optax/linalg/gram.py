@@ -14,9 +14,7 @@ def gram(
     [[6. 6.]]
     """
     leading = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(
-        x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=_replicated(x)
-    )
+    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=_replicated(x))
 
 
 def _replicated(x: Array) -> jax.sharding.NamedSharding | None:

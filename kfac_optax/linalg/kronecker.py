@@ -18,7 +18,12 @@ def sandwich(left: Array, middle: Array, right: Array, *, precision: jax.lax.Pre
 
 
 def eigen_solve(
-    a: Eigen, g: Eigen, v: Float[Array, "p q"], damping: Float[Array, ""], *, precision: jax.lax.PrecisionLike = "highest"
+    a: Eigen,
+    g: Eigen,
+    v: Float[Array, "p q"],
+    damping: Float[Array, ""],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "p q"]:
     """Exact damping, `(A (x) G + damping I)^{-1}`: `U_A [(U_A^T V U_G) / (s_A s_G^T + damping)] U_G^T`.
 

@@ -96,11 +96,22 @@ def kfac_two_level(
     all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix.
 
     Args:
-      layers, learning_rate, damping, kl_clip, decay, curvature_every, inverse_every, inverse, uncovered, axis_name,
-        factor_dtype, precision: as in `kfac`.
+      layers: from `fisher.layers(params, *args)`.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows.
+      damping: Tikhonov damping of both levels.
+      kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
+      decay: bound of the averaging weight `min(1 - 1/k, decay)`.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses.
+      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine level.
+      uncovered: parameters without a block: `"pass"` or `"raise"`.
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
+      precision: matmul precision of factor products and solves.
       coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
       coarse_damping: `"identity"` (the paper) or `"galerkin"`.
-      fine_weight, coarse_weight: weights of the two levels.
+      fine_weight: weight of the block-diagonal level.
+      coarse_weight: weight of the correction.
 
     Returns:
       A transformation; its state is made of arrays only.

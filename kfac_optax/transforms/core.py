@@ -8,13 +8,20 @@ import numpy as np
 import optax
 
 from kfac_optax._tree import (
-    all_finite, gather, make_buckets, named_leaves, present, replace_leaves, scatter, select,
+    all_finite,
+    gather,
+    make_buckets,
+    named_leaves,
+    present,
+    replace_leaves,
+    scatter,
+    select,
 )  # fmt: skip
 from kfac_optax._types import Block, Bucket, Coupling, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_choice, check_number, resolve
 from kfac_optax.statistics import Plan
 
-_MISSING = object()
+_MISSING: Any = object()
 
 
 class CoarseState(NamedTuple):
@@ -29,16 +36,16 @@ class CoarseState(NamedTuple):
 class CurvatureState(NamedTuple):
     """State of `scale_by_curvature`. Buckets of equal layers are stacked on axis 0."""
 
-    kfac_count: jax.Array  # shape=(), dtype=int32: steps
+    kfac_count: Any  # shape=(), dtype=int32: steps
     curvature_count: jax.Array  # shape=(), dtype=int32: statistics accepted
     skipped_statistics: jax.Array  # shape=(), dtype=int32: statistics dropped because they were not finite
     failed_inverses: jax.Array  # shape=(), dtype=int32: factorisations dropped because they were not finite
-    inverse_age: jax.Array  # shape=(), dtype=int32: steps since what is held was last factorised
+    inverse_age: Any  # shape=(), dtype=int32: steps since what is held was last factorised
     damping: jax.Array  # shape=(), dtype=float32: of the last step
     coarse_share: jax.Array  # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
-    factors: dict[str, PyTree]
-    held: dict[str, PyTree]
-    coarse: CoarseState | tuple[()]
+    factors: PyTree  # statistics of the block, by bucket
+    held: PyTree  # factorised inverses, by bucket
+    coarse: Any  # CoarseState, or () without a coupling
 
 
 def scale_by_curvature(
@@ -72,7 +79,8 @@ def scale_by_curvature(
       coupling: for example `coarse_correction()`; `None` leaves the layers independent.
       damping: Tikhonov damping.
       decay: bound of the averaging weight, in [0, 1].
-      curvature_every, inverse_every: periods in steps.
+      curvature_every: period of the statistics, in steps.
+      inverse_every: period of the inverses, in steps.
       uncovered: parameters without a block: `"pass"` their gradient on unchanged, or `"raise"`.
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split; statistics are averaged over
         it. Not needed under `jit` with sharded arrays.
@@ -154,7 +162,9 @@ class _Step(NamedTuple):
 
 def _check(where, layers, damping, decay, curvature_every, inverse_every, uncovered) -> None:
     if not isinstance(layers, Layers):
-        raise TypeError(f"{where}: layers is a {type(layers).__name__}; expected the result of fisher.layers(params, *args).")
+        raise TypeError(
+            f"{where}: layers is a {type(layers).__name__}; expected the result of fisher.layers(params, *args)."
+        )
     check_number(where, "damping", damping, at_least=0)
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_number(where, "curvature_every", curvature_every, at_least=1)
@@ -162,13 +172,16 @@ def _check(where, layers, damping, decay, curvature_every, inverse_every, uncove
     check_choice(where, "uncovered", uncovered, ("pass", "raise"))
     if uncovered == "raise" and layers.uncovered:
         listed = "\n".join(f"  {u.path} {u.shape}: {u.reason}" for u in layers.uncovered)
-        raise ValueError(f"{where}: uncovered='raise' and no block covers\n{listed}\nUse uncovered='pass' to pass their gradient on.")
+        raise ValueError(
+            f"{where}: uncovered='raise' and no block covers\n{listed}\nUse uncovered='pass' to pass their gradient on."
+        )
 
 
 def _check_curvature(where: str, curvature: Any) -> None:
     if not hasattr(curvature, "statistics"):
         raise TypeError(
-            f"{where}.update: curvature is a {type(curvature).__name__}; expected fisher.at(params, *args, key=key) or None."
+            f"{where}.update: curvature is a {type(curvature).__name__}; "
+            "expected fisher.at(params, *args, key=key) or None."
         )
 
 
@@ -181,10 +194,11 @@ def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tup
         )
     for layer in mine:
         inner = (layer.outputs, layer.inputs) if layer.transposed else (layer.inputs, layer.outputs)
-        if tuple(leaves[layer.kernel].shape) != (*layer.stack, *inner):
+        got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *inner)
+        if got != expected:
             raise ValueError(
-                f"{where}: layer {layer.path!r} has a weight of shape {tuple(leaves[layer.kernel].shape)}, but {(*layer.stack, *inner)} "
-                "when `layers` was made. Make it again: layers = fisher.layers(params, *args)."
+                f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "
+                "`layers` was made. Make it again: layers = fisher.layers(params, *args)."
             )
     return mine
 

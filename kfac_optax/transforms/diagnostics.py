@@ -61,7 +61,11 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     1.0
     """
     state = _the(opt_state, CurvatureState, "diagnostics")
-    spectra = [jnp.linalg.eigvalsh(x).ravel() for x in jax.tree.leaves(state.factors) if x.ndim >= 2 and x.shape[-1] == x.shape[-2]]
+    spectra = [
+        jnp.linalg.eigvalsh(x).ravel()
+        for x in jax.tree.leaves(state.factors)
+        if x.ndim >= 2 and x.shape[-1] == x.shape[-2]
+    ]
     values = jnp.concatenate(spectra)
     clips = _find(opt_state, KLClipState)
     scale = {"kl_scale": clips[0].kl_scale} if clips else {}

@@ -165,10 +165,14 @@ def shared(how):
         elif how == "unrolled":
             out = sum(jnp.tanh(step(p, x[:, t])) for t in range(x.shape[1]))
         elif how == "scan over time":
-            out, _ = jax.lax.scan(lambda c, e: (c + jnp.tanh(step(p, e)), None), jnp.zeros((len(x), 3)), x.swapaxes(0, 1))
+            out, _ = jax.lax.scan(
+                lambda c, e: (c + jnp.tanh(step(p, e)), None), jnp.zeros((len(x), 3)), x.swapaxes(0, 1)
+            )
         elif how == "carried":  # the parameters travel in the carry, untouched
             carry = (jnp.zeros((len(x), 3)), p)
-            (out, _), _ = jax.lax.scan(lambda c, e: ((c[0] + jnp.tanh(step(c[1], e)), c[1]), None), carry, x.swapaxes(0, 1))
+            (out, _), _ = jax.lax.scan(
+                lambda c, e: ((c[0] + jnp.tanh(step(c[1], e)), c[1]), None), carry, x.swapaxes(0, 1)
+            )
         else:
             out = jnp.tanh(jax.vmap(lambda e: step(p, e), 1, 1)(x)).sum(1)
         return ko.Normal(out)
@@ -227,12 +231,16 @@ def test_rnn_over_time_and_several_models_in_one_predict():
     params = {"rnn": Recurrent().init(jax.random.key(0), x), "mlp": models["mlp"].init(jax.random.key(1), x[:, 0])}
 
     def predict(p, x):
-        heads = {k: ko.Normal(models[k].apply(p[k], x if k == "rnn" else x[:, 0])) for k in models}
-        return heads
+        return {k: ko.Normal(models[k].apply(p[k], x if k == "rnn" else x[:, 0])) for k in models}
 
     layers, measured, across = statistics(ko.ggn(predict), params, x, coupling=ko.coarse_correction("factored"))
     by_path = {layer.path: (layer, m) for layer, m in zip(layers, measured)}
-    assert set(by_path) == {"mlp/params", "rnn/params/Dense_0", "rnn/params/SimpleCell_0/i", "rnn/params/SimpleCell_0/h"}
+    assert set(by_path) == {
+        "mlp/params",
+        "rnn/params/Dense_0",
+        "rnn/params/SimpleCell_0/i",
+        "rnn/params/SimpleCell_0/h",
+    }
     recurrent, factors = by_path["rnn/params/SimpleCell_0/h"]
     assert (recurrent.uses, recurrent.rows) == (5, 5 * N)
     assert across.inputs.shape == (4, 4)

@@ -41,7 +41,9 @@ def test_works_over_any_preconditioner_and_forwards_extra_arguments():
         tx = ko.clip_by_kl(preconditioner, learning_rate=1.0, kl_clip=1e-2)
         params = {"w": jnp.ones((2, 2))}
         grads = {"w": jnp.full((2, 2), 3.0)}
-        plain, _ = optax.with_extra_args_support(preconditioner).update(grads, preconditioner.init(params), params, **extra)
+        plain, _ = optax.with_extra_args_support(preconditioner).update(
+            grads, preconditioner.init(params), params, **extra
+        )
         updates, state = jax.jit(tx.update)(grads, tx.init(params), params, **extra)
         nu = np.sqrt(1e-2 / np.sum(plain["w"] * grads["w"]))
         np.testing.assert_allclose(updates["w"], nu * plain["w"], rtol=1e-5)

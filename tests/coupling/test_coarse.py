@@ -20,7 +20,9 @@ def test_layers_with_different_numbers_of_positions_are_resampled_to_the_shorter
     positions = (4, 1, 2)
     a = [oracles.normal(i, (n, t, 3)) for i, t in enumerate(positions)]
     g = [oracles.normal(9 + i, (n, t, 2)) for i, t in enumerate(positions)]
-    measured = [type(coupling.measure(x, y, Use(False, 2, n, 1, jnp.float64)))(*sums(coupling, x, y)) for x, y in zip(a, g)]
+    measured = [
+        type(coupling.measure(x, y, Use(False, 2, n, 1, jnp.float64)))(*sums(coupling, x, y)) for x, y in zip(a, g)
+    ]
     grams = coupling.reduce(measured, n)
     for i, t in enumerate(positions):
         for j, u in enumerate(positions):

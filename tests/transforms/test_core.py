@@ -102,7 +102,9 @@ def test_static_refresh_has_no_branch_and_equals_the_traced_schedule():
     for flags in ({"measure": False, "refresh": False}, {"measure": True, "refresh": True}):
         text = str(jax.make_jaxpr(functools.partial(static.__wrapped__, **flags))(params, two, params, x))
         assert "cond[" not in text
-    text = str(jax.make_jaxpr(functools.partial(static.__wrapped__, measure=False, refresh=False))(params, two, params, x))
+    text = str(
+        jax.make_jaxpr(functools.partial(static.__wrapped__, measure=False, refresh=False))(params, two, params, x)
+    )
     assert "eigh" not in text and "cholesky" not in text
 
 
@@ -175,10 +177,12 @@ def test_uncovered_parameters_pass_through_unscaled_and_unsummed():
 def test_hyperparameters_may_be_schedules_or_traced():
     params, x, layers = problem()
     ramp = lambda count: 0.1 + 0.1 * count
-    scheduled = ko.kfac(layers, learning_rate=ramp, damping=ramp, decay=lambda c: 0.95, kl_clip=lambda c: 1e-3, inverse_every=1)
+    scheduled = ko.kfac(
+        layers, learning_rate=ramp, damping=ramp, decay=lambda c: 0.95, kl_clip=lambda c: 1e-3, inverse_every=1
+    )
     step, state = stepper(scheduled), scheduled.init(params)
     for i in range(3):
-        u, state = step(params, state, params, x)
+        _, state = step(params, state, params, x)
         assert float(core(state).damping) == pytest.approx(0.1 + 0.1 * i)
 
     @jax.jit
@@ -193,7 +197,9 @@ def test_hyperparameters_may_be_schedules_or_traced():
 
 def test_no_recompilation_and_a_stable_state_over_200_steps():
     params, x, layers = problem()
-    tx = optax.chain(ko.kfac_two_level(layers, learning_rate=0.1, curvature_every=3, inverse_every=7), optax.sgd(0.1, momentum=0.9))
+    tx = optax.chain(
+        ko.kfac_two_level(layers, learning_rate=0.1, curvature_every=3, inverse_every=7), optax.sgd(0.1, momentum=0.9)
+    )
 
     @jax.jit
     def step(params, state, x):
@@ -211,7 +217,9 @@ def test_no_recompilation_and_a_stable_state_over_200_steps():
     assert float(predict(params, x).mean_nll(jnp.zeros(N, int))) < 0.01
 
 
-@pytest.mark.parametrize(("inverse", "coarse"), [("eigh", None), ("cholesky", None), ("eigh", "factored"), ("eigh", "exact")])
+@pytest.mark.parametrize(
+    ("inverse", "coarse"), [("eigh", None), ("cholesky", None), ("eigh", "factored"), ("eigh", "exact")]
+)
 def test_coverage_table_adds_up_to_the_bytes_of_the_state(inverse, coarse):
     params, _, layers = problem()
     block = ko.kronecker(inverse)
@@ -320,7 +328,9 @@ def test_wrong_curvature_is_named():
         estimator = ko.ggn(lambda p, x: predict(p["net"], x))
         tx.update(params, state, params, curvature=estimator.at({"net": params}, x))
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), oracles.make_params(0, (3, 7, 4, 2)))
-    with pytest.raises(ValueError, match=r"layer 'layer0' has shape \(3, 4\) with bias in `layers` but \(3, 7\) with bias"):
+    with pytest.raises(
+        ValueError, match=r"layer 'layer0' has shape \(3, 4\) with bias in `layers` but \(3, 7\) with bias"
+    ):
         tx.update(params, state, params, curvature=ESTIMATOR.at(wide, x))
     with pytest.raises(ValueError, match=r"layer 'layer0' has a weight of shape \(3, 7\), but \(3, 4\)"):
         tx.init(wide)

@@ -1,0 +1,113 @@
+"""Checkpoints with Orbax, and the schedule decided on the host: training goes on exactly as without them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import kfac_optax as ko
+from tests import helpers as h
+
+
+def _exactly(a, b):
+    h.assert_same_types(a, b)
+    h.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("preset", h.PRESETS)
+def test_orbax_round_trip(preset, tmp_path):
+    """Saved whole and restored through `eval_shape(init)`, the state is bit for bit the same, and so is what follows."""
+    problem = h.plain_problem()
+    tx = optax.chain(h.make_tx(preset, problem), optax.sgd(0.1, momentum=0.9))
+    step = jax.jit(h.make_step(tx, problem))
+    params, state = problem.params, jax.jit(tx.init)(problem.params)
+    for _ in range(3):
+        params, state, _ = step(params, state)
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step_3", {"params": params, "opt_state": state})
+        checkpointer.wait_until_finished()
+        shapes = jax.eval_shape(lambda p: {"params": p, "opt_state": tx.init(p)}, problem.params)
+        restored = checkpointer.restore(tmp_path / "step_3", shapes)
+    _exactly(restored["opt_state"], state)
+    assert int(optax.tree.get(restored["opt_state"], "kfac_count")) == 3
+
+    again, other = restored["params"], restored["opt_state"]
+    for _ in range(4):  # sees statistics (2) and inverses (3) once more
+        params, state, _ = step(params, state)
+        again, other, _ = step(again, other)
+    _exactly((again, other), (params, state))
+    assert step._cache_size() == 1, "a restored state has the types of a fresh one"
+
+
+def test_orbax_names_are_stable(tmp_path):
+    """Without a target Orbax gives the names on disk: our field names are a format, so changing one must be seen."""
+    state = h.initial_state("kfac_two_level")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        raw = checkpointer.restore(tmp_path / "state")
+    assert set(raw) == {"preconditioner", "kl_count", "kl_scale"}
+    assert set(raw["preconditioner"]) == {
+        "kfac_count", "curvature_count", "skipped_statistics", "failed_inverses", "inverse_age", "damping", "coarse_share",
+        "factors", "held", "coarse",
+    }  # fmt: skip
+    assert set(raw["preconditioner"]["coarse"]) == {"coarse_factors", "coarse_held", "coarse_sizes", "coarse_index"}
+    (factors,) = raw["preconditioner"]["factors"].values()
+    assert set(factors) == {"inputs", "outputs"}
+    np.testing.assert_array_equal(factors["inputs"], optax.tree.get(state, "factors")["dense_5x4_bias"].inputs)
+
+
+@pytest.mark.parametrize("preset", h.PRESETS)
+def test_host_schedule_is_the_traced_schedule(preset):
+    """25 steps of up to four compiled steps without branches against one compiled step with both branches."""
+    problem = h.plain_problem()
+    tx = h.make_tx(preset, problem, curvature_every=3, inverse_every=6)
+    traced_step = h.make_step(tx, problem)
+    schedule = ko.HostSchedule(curvature_every=3, inverse_every=6)
+    kinds = []
+
+    def static_step(params, state, measure, refresh):
+        kinds.append((measure, refresh))
+        curvature = problem.at(params) if measure else None
+        return traced_step(params, state, curvature=curvature, refresh=refresh)
+
+    static, traced = jax.jit(static_step, static_argnames=("measure", "refresh")), jax.jit(traced_step)
+    mine = theirs = (problem.params, jax.jit(tx.init)(problem.params))
+    for i in range(25):
+        *mine, updates = static(*mine, **schedule(i))
+        *theirs, expected = traced(*theirs)
+        h.assert_close(updates, expected, rtol=2e-4, atol=1e-6)
+        for name in ("kfac_count", "curvature_count", "inverse_age"):
+            assert int(optax.tree.get(mine[1], name)) == int(optax.tree.get(theirs[1], name)), (i, name)
+    h.assert_close(optax.tree.get(mine[1], "factors"), optax.tree.get(theirs[1], "factors"), rtol=2e-4)
+    h.assert_close(_inverse(mine[1]), _inverse(theirs[1]), rtol=2e-4)
+    assert int(optax.tree.get(mine[1], "curvature_count")) == 9
+    assert sorted(kinds) == [(False, False), (True, False), (True, True)], "one compilation of each kind of step"
+    hlo = static.lower(*mine, measure=False, refresh=False).as_text()
+    assert "stablehlo.case" not in hlo
+    assert "stablehlo.if" not in hlo
+
+
+def _inverse(state):
+    """What is held, as damped inverses: eigenvectors themselves are only defined up to sign."""
+
+    def matrix(eigen):
+        return jnp.einsum("...ij,...j,...kj->...ik", eigen.vectors, 1 / (eigen.values + 0.05), eigen.vectors)
+
+    held = optax.tree.get(state, "held")
+    return {name: (matrix(pair.inputs), matrix(pair.outputs)) for name, pair in held.items()}
+
+
+def test_a_cholesky_checkpoint_does_not_pass_for_an_eigh_one(tmp_path):
+    """Another form of inverse is another state: restoring it as such fails instead of filling in nonsense."""
+    problem = h.plain_problem()
+    saved = jax.jit(h.make_tx("kfac", problem, inverse="cholesky").init)(problem.params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(h.make_tx("kfac", problem).init, problem.params)
+        with pytest.raises(ValueError, match=r"(?i)structure|mismatch|not match|missing"):
+            checkpointer.restore(tmp_path / "state", target)
