@@ -18,7 +18,7 @@ def _exactly(a, b):
 
 @pytest.mark.parametrize("preset", h.PRESETS)
 def test_orbax_round_trip(preset, tmp_path):
-    """Saved whole and restored through `eval_shape(init)`, the state is bit for bit the same, and so is what follows."""
+    """Saved and restored through `eval_shape(init)`, the state is bit for bit the same, and so is what follows."""
     problem = h.plain_problem()
     tx = optax.chain(h.make_tx(preset, problem), optax.sgd(0.1, momentum=0.9))
     step = jax.jit(h.make_step(tx, problem))
@@ -35,11 +35,10 @@ def test_orbax_round_trip(preset, tmp_path):
     assert int(optax.tree.get(restored["opt_state"], "kfac_count")) == 3
 
     again, other = restored["params"], restored["opt_state"]
-    for _ in range(4):  # sees statistics (2) and inverses (3) once more
+    for _ in range(4):  # statistics (every 2) and inverses (every 3) are due again
         params, state, _ = step(params, state)
         again, other, _ = step(again, other)
     _exactly((again, other), (params, state))
-    assert step._cache_size() == 1, "a restored state has the types of a fresh one"
 
 
 def test_orbax_names_are_stable(tmp_path):
@@ -51,8 +50,8 @@ def test_orbax_names_are_stable(tmp_path):
         raw = checkpointer.restore(tmp_path / "state")
     assert set(raw) == {"preconditioner", "kl_count", "kl_scale"}
     assert set(raw["preconditioner"]) == {
-        "kfac_count", "curvature_count", "skipped_statistics", "failed_inverses", "inverse_age", "damping", "coarse_share",
-        "factors", "held", "coarse",
+        "kfac_count", "curvature_count", "skipped_statistics", "failed_inverses", "inverse_age", "damping",
+        "coarse_share", "factors", "held", "coarse",
     }  # fmt: skip
     assert set(raw["preconditioner"]["coarse"]) == {"coarse_factors", "coarse_held", "coarse_sizes", "coarse_index"}
     (factors,) = raw["preconditioner"]["factors"].values()

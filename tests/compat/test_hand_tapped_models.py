@@ -1,4 +1,4 @@
-"""Models outside Flax, tapped by hand: Equinox with per-example vmap, modules of closures, and boxed linen parameters."""
+"""Models tapped by hand: Equinox with per-example vmap, modules of closures; and boxed linen parameters."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -117,7 +117,7 @@ def test_modules_of_closures():
     )
     plain = h.plain_problem()
     params = init(jax.random.key(0), plain.x)
-    params |= {name: values for name, values in zip(params, plain.params.values(), strict=True)}
+    params |= dict(zip(params, plain.params.values(), strict=True))
     problem = h.make_problem(lambda p, x: ko.Categorical(apply(p, x)), params, plain.x, plain.y)
     assert [layer.path for layer in problem.layers] == ["mlp/~/linear_0", "mlp/~/linear_1"]
     _, state, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)

@@ -102,7 +102,7 @@ class _HalfModel(nn.Module):
 
 
 def test_model_in_bfloat16_with_float32_parameters():
-    """The layer is found through the cast, and its float32 factor is the second moment of its bfloat16 input."""
+    """The layer is found through the cast, and its float32 factor is the second moment of what the module was given."""
     model = _HalfModel()
     x, y = h.data()
     params = jax.jit(model.init)(jax.random.key(0), x)["params"]
@@ -111,14 +111,20 @@ def test_model_in_bfloat16_with_float32_parameters():
     assert problem.layers.uncovered == ()
     updates, state = _first_step(problem)
     assert _dtypes((updates, state)) == {"float32"}
-    rounded = np.asarray(x.astype(jnp.bfloat16), np.float64)
-    rows = np.concatenate([rounded, np.ones((h.N, 1))], 1)
-    (factors,) = optax.tree.get(state, "factors").values()
-    np.testing.assert_allclose(factors.inputs[0], rows.T @ rows / h.N, rtol=1e-5, atol=1e-6)
+    first, second = optax.tree.get(state, "factors")["dense_5x4_bias"].inputs
+    np.testing.assert_allclose(first, _second_moment(x), rtol=1e-5, atol=1e-6)
+    hidden = jnp.tanh(nn.Dense(4, dtype=jnp.bfloat16).apply({"params": params["Dense_0"]}, x))
+    assert hidden.dtype == jnp.bfloat16
+    np.testing.assert_allclose(second, _second_moment(hidden), rtol=1e-2, atol=1e-3)
+
+
+def _second_moment(x):
+    rows = np.concatenate([np.asarray(x, np.float64), np.ones((h.N, 1))], 1)
+    return rows.T @ rows / h.N
 
 
 def test_parameters_cast_by_the_user():
-    """`apply(cast(params))` is followed by data flow to the float32 parameters; updates are float32, close to uncast."""
+    """A cast before `apply` is followed by data flow to the float32 parameters; updates are close to those without."""
     plain = h.plain_problem()
 
     def predict(params, x):
@@ -137,7 +143,7 @@ def test_parameters_cast_by_the_user():
 
 
 def test_injected_damping_keeps_float32_under_bfloat16_parameters():
-    """Optax casts injected Python floats to the parameters' dtype; an explicit float32 stays exact, in our state too."""
+    """Optax casts injected Python floats to the parameters' dtype; an explicit float32 stays exact, also in our state."""
     params = h.plain_params(dtype=jnp.bfloat16)
     problem = h.plain_problem()
     for damping, expected in ((1e-3, float(jnp.bfloat16(1e-3))), (jnp.float32(1e-3), float(jnp.float32(1e-3)))):
