@@ -2,6 +2,6 @@
 
 import os
 
-# XLA's CPU thread pool can lose a wake-up on machines with few cores, after which a step never returns (seen with
-# batched factorisations in flight); the flag is read when the backend starts. See "On CPU" in the README.
+# Tests keep several optimizers in flight at once, and batched factorisations of independent programs can block each other
+# in XLA's thread pool (see the README); the flag is read when the backend starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")

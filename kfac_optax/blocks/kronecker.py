@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
-from kfac_optax.linalg.factorize import Eigen, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker import eigen_solve, sandwich, trace_ratio
 
@@ -85,9 +85,11 @@ def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
 
     def factorize(factors: Factors, damping: Array) -> EigenHeld | InverseHeld:
         if inverse == "eigh":
-            return EigenHeld(psd_eigh(factors.inputs), psd_eigh(factors.outputs))
+            inputs = psd_eigh(factors.inputs)
+            return EigenHeld(inputs, psd_eigh(after(factors.outputs, inputs.values)))
         pi, root = trace_ratio(*factors), jnp.sqrt(damping)
-        return InverseHeld(psd_inverse(factors.inputs, pi * root), psd_inverse(factors.outputs, root / pi))
+        inverse_inputs = psd_inverse(factors.inputs, pi * root)
+        return InverseHeld(inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), root / pi))
 
     def solve(held: EigenHeld | InverseHeld, v: Array, damping: Array) -> Array:
         if isinstance(held, EigenHeld):

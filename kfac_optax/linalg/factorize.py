@@ -6,12 +6,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax._types import PyTree
+
 
 class Eigen(NamedTuple):
     """Eigendecomposition `vectors @ diag(values) @ vectors.T`, eigenvalues clamped at zero."""
 
     vectors: Float[Array, "n n"]
     values: Float[Array, " n"]
+
+
+def after(tree: PyTree, previous: PyTree) -> PyTree:
+    """`tree` unchanged, but computed only once `previous` is: keeps factorisations one after another.
+
+    On the CPU, JAX 0.10 spreads a batched LAPACK call over XLA's thread pool while a thread of the pool waits for it. Two
+    such calls at the same time can take all threads of a small machine for waiting, and the step never returns. An
+    optimisation barrier would be gone before scheduling, hence a dependency that holds at run time: nothing exceeds
+    infinity, NaN included.
+    """
+    marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
+    if not marks:
+        return tree
+    return jax.tree.map(lambda x: x + jnp.stack(marks).any().astype(x.dtype), tree)
 
 
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -19,6 +19,7 @@ from kfac_optax._tree import (
 )  # fmt: skip
 from kfac_optax._types import Block, Bucket, Coupling, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_choice, check_number, resolve
+from kfac_optax.linalg.factorize import after
 from kfac_optax.statistics import Plan
 
 _MISSING: Any = object()
@@ -211,11 +212,12 @@ def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: 
 
 def _initial(mine: tuple[Layer, ...], block: Block, coupling: Coupling | None, damping: jax.Array) -> tuple:
     """Factors, held inverses and coupling before anything was measured."""
-    dtype, factors, held = damping.dtype, {}, {}
-    for bucket in make_buckets(mine):
+    dtype, factors = damping.dtype, {}
+    buckets = make_buckets(mine)
+    for bucket in buckets:
         one = block.init(*bucket.shape, dtype)
         factors[bucket.name] = jax.tree.map(lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one)
-        held[bucket.name] = jax.vmap(block.factorize, (0, None))(factors[bucket.name], damping)
+    held = _factorize(buckets, block, factors, damping)
     if coupling is None:
         return factors, held, ()
     rows, index = 0, {}
@@ -224,7 +226,16 @@ def _initial(mine: tuple[Layer, ...], block: Block, coupling: Coupling | None, d
         rows += layer.copies
     sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in mine])
     statistic = coupling.init(rows, dtype)
-    return factors, held, CoarseState(statistic, coupling.factorize(statistic, sizes), sizes, index)
+    return factors, held, CoarseState(statistic, coupling.factorize(after(statistic, held), sizes), sizes, index)
+
+
+def _factorize(buckets: tuple[Bucket, ...], block: Block, factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
+    """What is held for every bucket, one batched factorisation after another."""
+    held: dict[str, PyTree] = {}
+    for bucket in buckets:
+        ready = after(factors[bucket.name], held)
+        held[bucket.name] = jax.vmap(block.factorize, (0, None))(ready, damping)
+    return held
 
 
 def _due(count: jax.Array, every: Any) -> jax.Array:
@@ -279,14 +290,14 @@ def _refactorize(step: _Step, state: CurvatureState) -> CurvatureState:
     """New inverses; layer by layer, what is not finite keeps the old one."""
     held, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        for bucket in step.buckets:
-            new = jax.vmap(step.block.factorize, (0, None))(state.factors[bucket.name], step.damping)
+        made = _factorize(step.buckets, step.block, state.factors, step.damping)
+        for name, new in made.items():
             good = jax.vmap(all_finite)(new)
-            held[bucket.name] = select(good, new, state.held[bucket.name])
+            held[name] = select(good, new, state.held[name])
             failed = failed + jnp.sum(~good, dtype=jnp.int32)
         coarse = state.coarse
         if step.coupling is not None:
-            new = step.coupling.factorize(coarse.coarse_factors, coarse.coarse_sizes)
+            new = step.coupling.factorize(after(coarse.coarse_factors, made), coarse.coarse_sizes)
             good = all_finite(new)
             coarse = coarse._replace(coarse_held=select(good, new, coarse.coarse_held))
             failed = failed + (~good).astype(jnp.int32)

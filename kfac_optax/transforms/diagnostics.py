@@ -9,6 +9,7 @@ import numpy as np
 from kfac_optax._types import PyTree
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.coupling.coarse import Grams
+from kfac_optax.linalg.factorize import after
 from kfac_optax.transforms.core import CoarseState, CurvatureState
 
 
@@ -61,11 +62,10 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     1.0
     """
     state = _the(opt_state, CurvatureState, "diagnostics")
-    spectra = [
-        jnp.linalg.eigvalsh(x).ravel()
-        for x in jax.tree.leaves(state.factors)
-        if x.ndim >= 2 and x.shape[-1] == x.shape[-2]
-    ]
+    spectra: list[jax.Array] = []
+    for x in jax.tree.leaves(state.factors):
+        if x.ndim >= 2 and x.shape[-1] == x.shape[-2]:
+            spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
     values = jnp.concatenate(spectra)
     clips = _find(opt_state, KLClipState)
     scale = {"kl_scale": clips[0].kl_scale} if clips else {}

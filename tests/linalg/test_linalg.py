@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_optax.linalg.factorize import psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker import eigen_solve, trace_ratio
 from tests import oracles
@@ -64,3 +64,13 @@ def test_gram_sums_over_all_leading_axes():
     x, y = oracles.normal(0, (4, 5, 2)), oracles.normal(1, (4, 5, 3))
     np.testing.assert_allclose(gram(x, y), np.einsum("abi,abj->ij", x, y), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(homogeneous(x)[..., -1], np.ones((4, 5)))
+
+
+def test_factorisations_are_ordered_and_unchanged():
+    """`after` changes no value, NaN or not, and its dependency survives compilation (see its docstring)."""
+    x = oracles.normal(0, (3, 3))
+    for previous in (jnp.ones(2), jnp.full(2, jnp.nan), jnp.full(2, jnp.inf)):
+        np.testing.assert_array_equal(jax.jit(after)(x, previous), x)
+    chained = jax.jit(lambda a, b: (jnp.linalg.eigh(a)[0], jnp.linalg.eigh(after(b, jnp.linalg.eigh(a)[0]))[0]))
+    text = chained.lower(x, x + 1).compile().as_text()
+    assert "inf" in text
