@@ -1,7 +1,8 @@
 """Parameter trees to canonical matrices and back: the only place that knows paths and kernel layout."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,19 @@ def scatter(bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
 def tree_bytes(tree: PyTree) -> int:
     """Bytes of all arrays (or abstract arrays) in a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """Mapped axes over which an abstract array varies; the attribute that says so has moved between JAX versions."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+
+
+def varying_zeros(shape: Sequence[int], dtype: Any, axes: Iterable[str]) -> jax.Array:
+    """Zeros that vary over mapped axes: under `shard_map` what starts as zeros must have the type of what it becomes."""
+    zeros = jnp.zeros(tuple(shape), dtype)
+    axes = tuple(axes)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._tree import varying_axes, varying_zeros
+
 Naturals = list[tuple[jax.Array, ...]]
 
 
@@ -85,6 +87,6 @@ def mean_over(function: Callable[[Any], Any], count: int, chunk: int = 8) -> Any
         return jax.tree.map(jnp.add, total, part), None
 
     shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(lambda x: varying_zeros(x.shape, x.dtype, varying_axes(x)), shapes)
     total, _ = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
     return jax.tree.map(lambda x: x / count, total)

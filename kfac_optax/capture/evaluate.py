@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
+from kfac_optax._tree import varying_axes, varying_zeros
 from kfac_optax._types import PyTree
 from kfac_optax.capture.sites import Site, call_body, count_taps
 from kfac_optax.capture.tap import tap_p
@@ -53,12 +53,10 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
     shapes = jax.eval_shape(measure, site.a, site.s, extra)
     rides = [n for n, over_layers in site.scans if over_layers]
     lengths = [n for n, _ in site.scans]
-    axes = frozenset(getattr(site.a, "vma", ())) | frozenset(getattr(site.s, "vma", ()))
+    axes = varying_axes(site.a) | varying_axes(site.s)
 
     def zero(x: Any, leading: Sequence[int]) -> jax.Array:
-        # under shard_map a cotangent that varies over devices needs an argument that does
-        z = jnp.zeros((*leading, *x.shape), x.dtype)
-        return jax.lax.pcast(z, tuple(axes), to="varying") if axes else z
+        return varying_zeros((*leading, *x.shape), x.dtype, axes)
 
     summed = jax.tree.map(lambda x: zero(x, rides), shapes.summed)
     return Zeros(summed, jax.tree.map(lambda x: zero(x, lengths), shapes.rows))
