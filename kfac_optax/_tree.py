@@ -82,16 +82,21 @@ def tree_bytes(tree: PyTree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def varying_axes(aval: Any) -> frozenset[str]:
-    """Mapped axes over which an abstract array varies; the attribute that says so has moved between JAX versions."""
+def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
+    """Zeros of the type of an abstract array, with more axes in front.
+
+    Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a `shard_map`: a probe's
+    cotangent must have the type of its argument, and a scan's carry that of its start.
+    """
+    shape, sharding = (*leading, *aval.shape), getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", ())
+    if any(part is not None for part in spec):
+        spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
+        return jnp.zeros(shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
+    # the attribute that names the varying axes has moved between JAX versions
     manual = getattr(aval, "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
-
-
-def varying_zeros(shape: Sequence[int], dtype: Any, axes: Iterable[str]) -> jax.Array:
-    """Zeros that vary over mapped axes: under `shard_map` what starts as zeros must have the type of what it becomes."""
-    zeros = jnp.zeros(tuple(shape), dtype)
-    axes = tuple(axes)
+    axes = tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+    zeros = jnp.zeros(shape, aval.dtype)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 

@@ -104,7 +104,9 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((keep, *x.shape[1:]), x.dtype)
-        return x[index]
+        # on explicit mesh axes a gather has to name its result's sharding: that of the batch
+        sharding = jax.typeof(x).sharding
+        return x[index] if all(part is None for part in sharding.spec) else x.at[index].get(out_sharding=sharding)
 
     return jax.tree.map(take, args)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import varying_axes, varying_zeros
+from kfac_optax._tree import zeros_of_type
 
 Naturals = list[tuple[jax.Array, ...]]
 
@@ -87,6 +87,6 @@ def mean_over(function: Callable[[Any], Any], count: int, chunk: int = 8) -> Any
         return jax.tree.map(jnp.add, total, part), None
 
     shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
-    zeros = jax.tree.map(lambda x: varying_zeros(x.shape, x.dtype, varying_axes(x)), shapes)
+    zeros = jax.tree.map(zeros_of_type, shapes)
     total, _ = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
     return jax.tree.map(lambda x: x / count, total)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex
 
-from kfac_optax._tree import varying_axes, varying_zeros
+from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.capture.sites import Site, call_body, count_taps
 from kfac_optax.capture.tap import tap_p
@@ -53,13 +53,8 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
     shapes = jax.eval_shape(measure, site.a, site.s, extra)
     rides = [n for n, over_layers in site.scans if over_layers]
     lengths = [n for n, _ in site.scans]
-    axes = varying_axes(site.a) | varying_axes(site.s)
-
-    def zero(x: Any, leading: Sequence[int]) -> jax.Array:
-        return varying_zeros((*leading, *x.shape), x.dtype, axes)
-
-    summed = jax.tree.map(lambda x: zero(x, rides), shapes.summed)
-    return Zeros(summed, jax.tree.map(lambda x: zero(x, lengths), shapes.rows))
+    summed = jax.tree.map(lambda x: zeros_of_type(x, rides), shapes.summed)
+    return Zeros(summed, jax.tree.map(lambda x: zeros_of_type(x, lengths), shapes.rows))
 
 
 def evaluate(

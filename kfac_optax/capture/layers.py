@@ -51,6 +51,12 @@ def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree
             "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`."
         )
     owner, layers = _group(analysis, names, leaves)
+    if not layers.layers:
+        reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
+        raise ValueError(
+            f"{where}: no layer left, the kernel of every tapped layer is something else than a parameter as stored "
+            f"([inputs, outputs] or its transpose). {reasons}."
+        )
     return Traced(jaxpr, out_shape, analysis.sites, owner, layers)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Coupling, Numeric, PyTree, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, psd_eigh
+from kfac_optax.linalg.gram import replicated
 
 COARSE = ("factored", "exact")
 COARSE_DAMPING = ("identity", "galerkin")
@@ -164,7 +165,7 @@ def _cross(left: _Sums, right: _Sums, positions: int, examples: int, precision: 
 def _product(x: Array, y: Array, precision: jax.lax.PrecisionLike) -> Array:
     """`sum over all but the first axis of x_i y_j`."""
     axes = tuple(range(1, x.ndim))
-    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=precision)
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=precision, out_sharding=replicated(x))
 
 
 def _nearest(x: Array, positions: int) -> Array:

@@ -154,7 +154,7 @@ class Normal:
         """
         hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
         return tuple(
-            jnp.broadcast_to(jnp.where(hit, root / self._wide_scale(), 0), x.shape).astype(x.dtype)
+            jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(x.dtype)
             for x, hit, root in zip(self.natural, hits, self._roots(), strict=True)
         )
 

@@ -14,10 +14,10 @@ def gram(
     [[6. 6.]]
     """
     leading = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=_replicated(x))
+    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x))
 
 
-def _replicated(x: Array) -> jax.sharding.NamedSharding | None:
+def replicated(x: Array) -> jax.sharding.NamedSharding | None:
     """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's sharding."""
     sharding = jax.typeof(x).sharding
     if all(part is None for part in sharding.spec):

@@ -105,16 +105,17 @@ def scale_by_curvature(
     _check(where, layers, damping, decay, curvature_every, inverse_every, uncovered)
 
     def init(params: PyTree) -> CurvatureState:
-        zero, none = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        # every leaf is an array of its own: a buffer that occurs twice cannot be donated
+        counts, share = [jnp.zeros((), jnp.int32) for _ in range(5)], jnp.zeros((), jnp.float32)
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
-            return CurvatureState(zero, zero, zero, zero, zero, none, none, none, none, none)
+            return CurvatureState(*counts, share, share, share, share, share)
         leaves = named_leaves(params)
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
-        start = jnp.asarray(resolve(damping, zero), dtype)
+        start = jnp.asarray(resolve(damping, counts[0]), dtype)
         # one compiled call instead of an eager one per array
         factors, held, coarse = jax.jit(lambda damping: _initial(mine, block, coupling, damping))(start)
-        return CurvatureState(zero, zero, zero, zero, zero, start.astype(jnp.float32), none, factors, held, coarse)
+        return CurvatureState(*counts, jnp.array(start, jnp.float32), share, factors, held, coarse)
 
     def update(updates, state, params=None, *, curvature=_MISSING, refresh=None, **extra):
         del params, extra

@@ -20,25 +20,23 @@ def _exactly(a, b):
 def test_orbax_round_trip(preset, tmp_path):
     """Saved and restored through `eval_shape(init)`, the state is bit for bit the same, and so is what follows."""
     problem = h.plain_problem()
-    tx = optax.chain(h.make_tx(preset, problem), optax.sgd(0.1, momentum=0.9))
-    step = jax.jit(h.make_step(tx, problem))
-    params, state = problem.params, jax.jit(tx.init)(problem.params)
-    for _ in range(3):
-        params, state, _ = step(params, state)
-
+    tx = h.make_tx(preset, problem)
+    params, state, _ = h.reference_run(preset)  # after six steps
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "step_3", {"params": params, "opt_state": state})
+        checkpointer.save(tmp_path / "step_6", {"params": params, "opt_state": state})
         checkpointer.wait_until_finished()
         shapes = jax.eval_shape(lambda p: {"params": p, "opt_state": tx.init(p)}, problem.params)
-        restored = checkpointer.restore(tmp_path / "step_3", shapes)
-    _exactly(restored["opt_state"], state)
-    assert int(optax.tree.get(restored["opt_state"], "kfac_count")) == 3
+        restored = checkpointer.restore(tmp_path / "step_6", shapes)
+    _exactly(restored, {"params": params, "opt_state": state})
+    assert int(optax.tree.get(restored["opt_state"], "kfac_count")) == 6
 
-    again, other = restored["params"], restored["opt_state"]
-    for _ in range(4):  # statistics (every 2) and inverses (every 3) are due again
-        params, state, _ = step(params, state)
-        again, other, _ = step(again, other)
-    _exactly((again, other), (params, state))
+    if preset == "kfac_two_level":
+        step = jax.jit(h.make_step(tx, problem))
+        again, other = restored["params"], restored["opt_state"]
+        for _ in range(4):  # statistics (every 2) and inverses (every 3) are due again
+            params, state, _ = step(params, state)
+            again, other, _ = step(again, other)
+        _exactly((again, other), (params, state))
 
 
 def test_orbax_names_are_stable(tmp_path):
@@ -59,11 +57,10 @@ def test_orbax_names_are_stable(tmp_path):
     np.testing.assert_array_equal(factors["inputs"], optax.tree.get(state, "factors")["dense_5x4_bias"].inputs)
 
 
-@pytest.mark.parametrize("preset", h.PRESETS)
-def test_host_schedule_is_the_traced_schedule(preset):
+def test_host_schedule_is_the_traced_schedule():
     """25 steps of up to four compiled steps without branches against one compiled step with both branches."""
     problem = h.plain_problem()
-    tx = h.make_tx(preset, problem, curvature_every=3, inverse_every=6)
+    tx = h.make_tx("kfac_two_level", problem, curvature_every=3, inverse_every=6)
     traced_step = h.make_step(tx, problem)
     schedule = ko.HostSchedule(curvature_every=3, inverse_every=6)
     kinds = []

@@ -44,11 +44,10 @@ def test_a_damping_array_is_copied():
     assert not set(_buffers(state.hyperparams).values()) & set(_buffers(state.inner_state).values())
 
 
-@both
-def test_donated_training(preset):
+def test_donated_training():
     """From an eager `init`, parameters and state are given away in every step; the result is that of keeping them."""
     problem = h.plain_problem()
-    tx = h.make_tx(preset, problem)
+    tx = h.make_tx("kfac_two_level", problem)
     step = jax.jit(h.make_step(tx, problem), donate_argnums=(0, 1))
     params, state = _copy(problem.params), tx.init(problem.params)
     for _ in range(6):
@@ -57,4 +56,4 @@ def test_donated_training(preset):
         kept = {path[-1].name for path, leaf in given if not leaf.is_deleted()}
         # a step does not read the last one's values of these, so the compiled program never takes them
         assert kept <= {"damping", "coarse_share", "kl_scale"}
-    h.assert_close((params, state), h.reference_run(preset)[:2])
+    h.assert_close((params, state), h.reference_run("kfac_two_level")[:2])
