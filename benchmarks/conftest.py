@@ -10,7 +10,9 @@ def report(benchmark):
     """`report(name, Ratio or number, aim)`: into the table and into pytest-benchmark's JSON."""
 
     def add(name, value, aim=""):
-        shown = f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})" if hasattr(value, "median") else f"{value:.2f}"
+        shown = (
+            f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})" if hasattr(value, "median") else f"{value:.2f}"
+        )
         _rows.append((name, shown, aim))
         benchmark.extra_info[name] = {"value": shown, "aim": aim}
 

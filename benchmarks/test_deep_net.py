@@ -28,9 +28,17 @@ def amortised(times, plain, measure, refresh):
 
 
 def test_two_level_over_one_level(benchmark, report):
-    for label, flags in (("plain", (False, False)), ("with statistics", (True, False)), ("with inverses", (True, True))):
+    for label, flags in (
+        ("plain", (False, False)),
+        ("with statistics", (True, False)),
+        ("with inverses", (True, True)),
+    ):
         times = timed(one=step("kfac", *flags), two=step("two_level", *flags))
-        report(f"two-level / one-level, {label} step", ratio(times["two"], times["one"]), "1.05" if label == "plain" else "")
+        report(
+            f"two-level / one-level, {label} step",
+            ratio(times["two"], times["one"]),
+            "1.05" if label == "plain" else "",
+        )
     benchmark.pedantic(run, (step("two_level", False, False), STEPS), rounds=5)
 
 
@@ -45,7 +53,9 @@ def test_amortised_over_sgd(benchmark, report, name):
 
 
 def test_plain_step_over_its_matmuls(benchmark, report):
-    times = timed(sgd=step("sgd"), matmuls=step("matmuls"), kfac=step("kfac", False, False), two=step("two_level", False, False))
+    times = timed(
+        sgd=step("sgd"), matmuls=step("matmuls"), kfac=step("kfac", False, False), two=step("two_level", False, False)
+    )
     report("plain K-FAC step / SGD step with bare matmuls", ratio(times["kfac"], times["matmuls"]), "1.05")
     report("plain two-level step / SGD step with bare matmuls", ratio(times["two"], times["matmuls"]), "")
     report("SGD step with bare matmuls / SGD step", ratio(times["matmuls"], times["sgd"]), "")

@@ -88,7 +88,8 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a `shard_map`: a probe's
     cotangent must have the type of its argument, and a scan's carry that of its start.
     """
-    shape, sharding = (*leading, *aval.shape), getattr(aval, "sharding", None)
+    shape: tuple[int, ...] = (*leading, *aval.shape)
+    sharding: Any = getattr(aval, "sharding", None)
     spec = getattr(sharding, "spec", ())
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)

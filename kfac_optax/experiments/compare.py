@@ -28,11 +28,11 @@ def main(argv: Sequence[str]) -> None:
     if not console.is_terminal:
         console = Console(width=120)  # a log has no width of its own, and 80 would break the cells
     try:
-        runs, timings = sweep.sweep(config, out, console)
+        runs = sweep.sweep(config, out, console)
     except KeyboardInterrupt:
         console.print("interrupted: finished runs are kept, the same command continues the sweep")
         raise SystemExit(130) from None
-    report(config, out, console, runs, timings)
+    report(config, out, console, runs)
 
 
 def report(
@@ -40,20 +40,19 @@ def report(
     out: Path,
     console: Console,
     runs: results.Runs,
-    timings: results.Timings,
 ) -> None:
     """Prints the tables; writes summary.csv and the figures."""
     rate, title = config.learning_rate, config.title
     at_rate = {key: group for key, group in runs.items() if key[1] == rate}
-    results.write_summary(out / "summary.csv", runs, timings, config.targets)
+    results.write_summary(out / "summary.csv", runs, targets=config.targets)
     plots.loss(out / "loss.png", at_rate, rate=rate, title=title)
     plots.accuracy(out / "accuracy.png", at_rate, rate=rate, title=title)
     files = ["summary.csv", "loss.png", "accuracy.png"]
-    console.print(tables.fixed_rate(at_rate, timings, rate=rate))
+    console.print(tables.fixed_rate(at_rate, rate=rate, workers=config.workers))
     if config.tune:
-        plots.tuned_loss(out / "tuned_loss.png", runs, timings, title=title)
+        plots.tuned_loss(out / "tuned_loss.png", runs, title=title)
         files.append("tuned_loss.png")
-        console.print(tables.tuned(runs, timings, targets=config.targets))
+        console.print(tables.tuned(runs, targets=config.targets))
     console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)
 
 

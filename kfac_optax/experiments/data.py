@@ -20,9 +20,7 @@ class Dataset(NamedTuple):
     test_y: jax.Array
 
 
-def planted_linear(
-    key: jax.Array, *, train: int, test: int, features: int, target_dim: int
-) -> Dataset:
+def planted_linear(key: jax.Array, *, train: int, test: int, features: int, target_dim: int) -> Dataset:
     """Gaussian inputs `[N, features]`, binary targets `[N, target_dim]` of a random linear net.
 
     The teacher is one linear layer without bias, initialised as the students are; a target is the
@@ -42,11 +40,10 @@ def digits(key: jax.Array, *, train: int, test: int) -> Dataset:
     images, labels = load_digits(return_X_y=True)
     if train + test > len(labels):
         raise ValueError(
-            f"config.data: got train={train} and test={test}, expected at most "
-            f"{len(labels)} examples together"
+            f"config.data: got train={train} and test={test}, expected at most {len(labels)} examples together"
         )
     order = jax.random.permutation(key, len(labels))[: train + test]
-    x = jnp.asarray(images / 16.0, jnp.float32)[order]
+    x = jnp.asarray(images, jnp.float32)[order] / 16
     y = jnp.asarray(labels, jnp.int32)[order]
     return Dataset(x[:train], y[:train], x[train:], y[train:])
 

@@ -10,6 +10,7 @@ import ml_collections
 import optax
 from flax import linen as nn
 
+import kfac_optax as ko
 from kfac_optax.experiments import data
 
 
@@ -69,14 +70,10 @@ class Likelihood(NamedTuple):
 
 
 def _bernoulli(logits: jax.Array) -> Any:
-    import kfac_optax as ko
-
     return ko.Bernoulli(logits=logits)
 
 
 def _categorical(logits: jax.Array) -> Any:
-    import kfac_optax as ko
-
     return ko.Categorical(logits=logits)
 
 
@@ -119,9 +116,7 @@ def init(model: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
     return variables.pop("params"), variables
 
 
-def apply(
-    model: nn.Module, params: Any, model_state: Any, x: jax.Array, *, train: bool
-) -> tuple[jax.Array, Any]:
+def apply(model: nn.Module, params: Any, model_state: Any, x: jax.Array, *, train: bool) -> tuple[Any, Any]:
     """Logits, and the variables besides the parameters as the call leaves them."""
     variables = {"params": params, **model_state}
     if train and model_state:

@@ -8,6 +8,7 @@ import ml_collections
 import optax
 from flax import linen as nn
 
+import kfac_optax as ko
 from kfac_optax.experiments import data, models
 
 Rate = Any  # a float or a traced scalar: one compiled epoch serves every rate
@@ -42,22 +43,19 @@ def _adam(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
 
 
 def _kfac(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-    import kfac_optax as ko
-
-    return _preconditioned(ko.kfac(layers, learning_rate=rate, **config.kfac), config, rate)
+    return preconditioned(ko.kfac(layers, learning_rate=rate, **config.kfac), config, rate)
 
 
 def _two_level(coarse: str) -> Build:
     def build(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-        import kfac_optax as ko
-
         tx = ko.kfac_two_level(layers, learning_rate=rate, coarse=coarse, **config.kfac)
-        return _preconditioned(tx, config, rate)
+        return preconditioned(tx, config, rate)
 
     return build
 
 
-def _preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+    """Appends weight decay, momentum and the learning rate to a preconditioner."""
     # The decay is added to the preconditioned gradient, as the paper does: before it, the
     # preconditioner would rescale the decay and the KL clip would see it.
     return optax.chain(
@@ -84,7 +82,7 @@ class Method(NamedTuple):
         extra: (params, model_state, x, key) to the extra arguments of its update.
     """
 
-    transform: Callable[[Rate], optax.GradientTransformationExtraArgs]
+    transform: Callable[[Rate], Any]
     extra: Callable[..., dict[str, Any]]
 
 
@@ -117,7 +115,6 @@ def make(
             lambda rate: optax.with_extra_args_support(optimizer.build(config, None, rate)),
             lambda *_: {},
         )
-    import kfac_optax as ko
 
     def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
         # In train mode, as the gradient sees the model; the new batch statistics are dropped.
@@ -128,7 +125,5 @@ def make(
     layers = fisher.layers(params, model_state, x)
     return Method(
         lambda rate: optimizer.build(config, layers, rate),
-        lambda params, model_state, x, key: {
-            "curvature": fisher.at(params, model_state, x, key=key)
-        },
+        lambda params, model_state, x, key: {"curvature": fisher.at(params, model_state, x, key=key)},
     )

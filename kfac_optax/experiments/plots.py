@@ -1,6 +1,6 @@
 """Figures of a comparison: means over the seeds with 95 % bands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kfac_optax.experiments.optimizers import OPTIMIZERS
-from kfac_optax.experiments.results import Run, Runs, Timings, best_rate, interval
+from kfac_optax.experiments.results import Run, Runs, best_rate, interval, names
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; the dashes
 # tell the optimizers apart without any colour.
@@ -20,7 +20,6 @@ STYLES = {
     "two_level": ("#D55E00", "-"),
     "two_level_exact": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
 }
-Scale = Callable[[str], float]  # optimizer to the length of an epoch on the horizontal axis
 
 
 def loss(path: Path, runs: Runs, *, rate: float, title: str) -> None:
@@ -28,7 +27,8 @@ def loss(path: Path, runs: Runs, *, rate: float, title: str) -> None:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     rates = {name: rate for name, _ in runs}
-    _losses(axes, runs, rates, scale=lambda _: 1.0, xlabel="epoch")
+    _losses(axes, runs, rates)
+    axes.set_xlabel("epoch")
     axes.set_title(f"{title}\nlearning rate {rate:g}, {_band_words(runs)}", fontsize=11)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -36,36 +36,32 @@ def loss(path: Path, runs: Runs, *, rate: float, title: str) -> None:
 
 def accuracy(path: Path, runs: Runs, *, rate: float, title: str) -> None:
     """Training and test accuracy side by side at one learning rate (the paper's Figure 2)."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     lows = []
     for axes, part in zip(panels, ("train", "test"), strict=True):
-        for name in _names(runs):
+        for name in names(runs):
             _curve(axes, runs[name, rate], f"{part}_accuracy", name, factor=100.0)
         axes.set(title=f"{part} accuracy", xlabel="epoch")
         lows.append(100 * _range(list(runs.values()), f"{part}_accuracy")[0])
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy (%)", ylim=(min(lows) - 1, 101))  # no band beyond 100 %
-    panels[1].legend(frameon=False, loc="lower right")
+    _legend_below(figure, panels[0])
     figure.suptitle(f"{title}, learning rate {rate:g}, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
-def tuned_loss(path: Path, runs: Runs, timings: Timings, *, title: str) -> None:
+def tuned_loss(path: Path, runs: Runs, *, title: str) -> None:
     """Training loss of every optimizer at its best rate, against epochs and against seconds."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    rates = {name: best_rate(runs, name) for name in _names(runs)}
-    _losses(left, runs, rates, scale=lambda _: 1.0, xlabel="epoch", with_rate=True)
-    _losses(
-        right,
-        runs,
-        rates,
-        scale=lambda name: timings[name].epoch_seconds,
-        xlabel="training time (s), compilation and evaluation left out",
-    )
+    rates = {name: best_rate(runs, name) for name in names(runs)}
+    _losses(left, runs, rates, with_rate=True)
+    _losses(right, runs, rates, in_seconds=True)
+    left.set_xlabel("epoch")
+    right.set_xlabel("training time (s), compilation and evaluation left out")
     right.set_ylabel("")
-    left.legend(frameon=False)
+    _legend_below(figure, left)
     figure.suptitle(f"{title}, best learning rate of each, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
@@ -75,14 +71,13 @@ def _losses(
     runs: Runs,
     rates: dict[str, float],
     *,
-    scale: Scale,
-    xlabel: str,
+    in_seconds: bool = False,
     with_rate: bool = False,
 ) -> None:
     for name, rate in rates.items():
         note = f", rate {rate:g}" if with_rate else ""
-        _curve(axes, runs[name, rate], "train_loss", name, epoch=scale(name), note=note)
-    axes.set(yscale="log", xlabel=xlabel, ylabel="training loss")
+        _curve(axes, runs[name, rate], "train_loss", name, in_seconds=in_seconds, note=note)
+    axes.set(yscale="log", ylabel="training loss")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -103,28 +98,32 @@ def _curve(
     column: str,
     name: str,
     *,
-    epoch: float = 1.0,
+    in_seconds: bool = False,
     factor: float = 1.0,
     note: str = "",
 ) -> None:
     color, dashes = STYLES.get(name, (None, "-"))
-    kept = [factor * run.history[column] for run in group if not run.diverged]
+    kept = [run for run in group if not run.diverged]
     label = OPTIMIZERS[name].label + note
     if len(kept) < len(group):
         label += f" ({len(group) - len(kept)} of {len(group)} diverged)"
     if not kept:
         axes.plot([], [], color=color, linestyle=dashes, label=label)
         return
-    mean, half = np.transpose([interval(values) for values in np.transpose(kept)])
-    x = epoch * np.arange(1, len(mean) + 1)
+    values = factor * np.transpose([run.history[column] for run in kept])
+    mean, half = np.transpose([interval(row) for row in values])
+    x = kept[0].history["epoch"]
+    if in_seconds:
+        x = np.mean([run.history["seconds"] for run in kept], axis=0).cumsum()
     (line,) = axes.plot(x, mean, color=color, linestyle=dashes, linewidth=1.8, label=label)
     if len(kept) > 1:
         band = np.maximum(mean - half, 1e-12), mean + half
         axes.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _names(runs: Runs) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in runs))
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 def _band_words(runs: Runs) -> str:

@@ -36,23 +36,11 @@ class Run(NamedTuple):
     """A finished run: one array `[epochs]` for every column of `metrics.csv`."""
 
     diverged: bool
+    steps: int  # mini-batches of an epoch
     history: dict[str, np.ndarray]
 
 
-class Timing(NamedTuple):
-    """Milliseconds of a training step in each repeat, and the steps of an epoch."""
-
-    ms: list[float]
-    steps: int
-
-    @property
-    def epoch_seconds(self) -> float:
-        """Mean training time of one epoch."""
-        return float(np.mean(self.ms)) * self.steps / 1e3
-
-
 Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning rate, one per seed
-Timings = Mapping[str, Timing]
 
 
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def record(
         directory: of this run; what an unfinished or different run left there is overwritten.
         settings: from `run_settings`.
         metrics: the epochs, as they come.
-        details: further entries of `run.json`, such as the environment.
+        details: further entries of `run.json`: `steps_per_epoch`, the environment.
 
     Returns:
         The run, as `load` reads it.
@@ -117,21 +105,31 @@ def load(directory: Path, settings: Mapping[str, Any]) -> Run | None:
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     history = {k: np.array([float(row[k]) for row in rows]) for k in train.Metrics._fields}
-    return Run(stored["status"] == "diverged", history)
+    return Run(stored["status"] == "diverged", stored["steps_per_epoch"], history)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t; NaN width for a single value."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else math.nan), math.nan
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
+    array = np.asarray(values, float)
+    if len(array) < 2:
+        return (float(array[0]) if len(array) else math.nan), math.nan
+    error = array.std(ddof=1) / math.sqrt(len(array))
+    return float(array.mean()), float(stats.t.ppf(0.975, len(array) - 1) * error)
+
+
+def names(runs: Runs) -> list[str]:
+    """The optimizers, in the order of the configuration."""
+    return list(dict.fromkeys(name for name, _ in runs))
 
 
 def finals(runs: Sequence[Run], column: str) -> list[float]:
     """Last value of a column in each run that did not diverge."""
     return [float(run.history[column][-1]) for run in runs if not run.diverged]
+
+
+def ms_per_step(runs: Sequence[Run]) -> list[float]:
+    """Mean milliseconds of a training step in each run."""
+    return [float(1e3 * run.history["seconds"].mean() / run.steps) for run in runs]
 
 
 def best_rate(runs: Runs, optimizer: str) -> float:
@@ -144,28 +142,34 @@ def best_rate(runs: Runs, optimizer: str) -> float:
     return min((rate for name, rate in runs if name == optimizer), key=cost)
 
 
-def epochs_to(run: Run, target: float) -> int | None:
-    """First epoch whose training loss is at most `target`."""
-    reached = np.flatnonzero(run.history["train_loss"] <= target)
-    return int(reached[0]) + 1 if len(reached) else None
+def cost_of(runs: Sequence[Run], target: float) -> tuple[list[int], list[float]]:
+    """Epochs and training seconds to a training loss of at most `target`, where it was reached."""
+    epochs, seconds = [], []
+    for run in runs:
+        reached = np.flatnonzero(run.history["train_loss"] <= target)
+        if len(reached):
+            epochs.append(int(reached[0]) + 1)
+            seconds.append(float(run.history["seconds"][: epochs[-1]].sum()))
+    return epochs, seconds
 
 
-def write_summary(path: Path, runs: Runs, timings: Timings, targets: Sequence[float]) -> None:
+def write_summary(path: Path, runs: Runs, *, targets: Sequence[float]) -> None:
     """Writes one row per optimizer and rate: means and 95 % half widths over the seeds."""
     columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     rows = []
-    order = {name: i for i, name in enumerate(timings)}
-    for name, rate in sorted(runs, key=lambda key: (order[key[0]], -key[1])):
+    order = names(runs)
+    for name, rate in sorted(runs, key=lambda key: (order.index(key[0]), -key[1])):
         group = runs[name, rate]
         row: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "seeds": len(group)}
         row["diverged"] = sum(run.diverged for run in group)
         for column in columns:
             row[column], row[f"{column}_ci95"] = interval(finals(group, column))
-        row["ms_per_step"], row["ms_per_step_ci95"] = interval(timings[name].ms)
+        row["ms_per_step"], row["ms_per_step_ci95"] = interval(ms_per_step(group))
         for target in targets:
-            reached = [e for run in group if (e := epochs_to(run, target)) is not None]
-            row[f"epochs_to_{target:g}"] = interval(reached)[0]
-            row[f"reached_{target:g}"] = len(reached)
+            epochs, seconds = cost_of(group, target)
+            row[f"reached_{target:g}"] = len(epochs)
+            row[f"epochs_to_{target:g}"] = interval(epochs)[0]
+            row[f"seconds_to_{target:g}"] = interval(seconds)[0]
         rows.append({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -1,11 +1,8 @@
 """All runs of a comparison: several at once, each kept on disk as soon as it is finished."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import ml_collections
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kfac_optax.experiments import data, optimizers, results, timing, train
+from kfac_optax.experiments import data, optimizers, results, workers
 from kfac_optax.experiments.results import Job, Run
 
 
@@ -26,6 +23,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in ("seeds", "epochs", "batch_size", "workers", "learning_rate"):
         if not config[name] > 0:
             raise ValueError(f"config.{name}: got {config[name]}, expected a positive number")
+    if config.batch_size > config.data.train:
+        raise ValueError(
+            f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} training examples"
+        )
     if not config.optimizers:
         raise ValueError("config.optimizers: got none, expected at least one")
     for name in config.optimizers:
@@ -41,82 +42,45 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
     return [
         Job(name, rate, seed)
         for rate in rates
-        for seed in range(config.seeds)
         for name in dict.fromkeys(config.optimizers)
+        for seed in range(config.seeds)
     ]
 
 
-def sweep(
-    config: ml_collections.ConfigDict, out: Path, console: Console
-) -> tuple[results.Runs, results.Timings]:
-    """Trains what is not yet on disk and times the steps; returns everything the tables need."""
+def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
+    """Trains what is not yet on disk, then reads all runs of the sweep.
+
+    Args:
+        config: the experiment.
+        out: directory of the results.
+        console: shows the progress, as a bar or as one line per run where there is no terminal.
+
+    Returns:
+        The runs by optimizer and learning rate.
+
+    Raises:
+        ValueError: the settings make no sweep.
+    """
     validate(config)
     jobs = plan(config)
-    stored = {job: _stored(config, out, job) for job in jobs}
-    pending = [job for job in jobs if stored[job] is None]
-    timings = timing.load(config, out)
-    untimed = [job.optimizer for job in jobs if job.optimizer not in timings]
+    pending = [job for job in jobs if _stored(config, out, job) is None]
     console.print(f"{config.name}: {len(jobs)} runs, {len(jobs) - len(pending)} done earlier")
-    names = list(dict.fromkeys([job.optimizer for job in pending] + untimed))
-    with ThreadPoolExecutor(config.workers) as pool:
-        if names:
-            console.print(f"compiling {', '.join(names)}")
-        prepared = pool.map(lambda name: train.prepare(config, name), names)
-        trainers = dict(zip(names, prepared, strict=True))
-        stored |= _train(pool, config, out, pending, trainers, console)
-    if untimed:
-        console.print("timing the steps, one optimizer at a time")
-        timing.save(config, out, timing.measure(config, {n: trainers[n] for n in untimed}))
-        timings = timing.load(config, out)
+    if pending:
+        _train(config, out, pending, console)
     runs: dict[tuple[str, float], list[Run]] = {}
     for job in jobs:
-        runs.setdefault((job.optimizer, job.rate), []).append(stored[job])
-    return runs, {name: timings[name] for name in dict.fromkeys(config.optimizers)}
+        finished = _stored(config, out, job)
+        assert finished is not None, f"{job.name} is not on disk although its training came to an end"
+        runs.setdefault((job.optimizer, job.rate), []).append(finished)
+    return runs
 
 
 def _stored(config: ml_collections.ConfigDict, out: Path, job: Job) -> Run | None:
     return results.load(out / "runs" / job.name, results.run_settings(config, job))
 
 
-def _train(
-    pool: ThreadPoolExecutor,
-    config: ml_collections.ConfigDict,
-    out: Path,
-    jobs: Sequence[Job],
-    trainers: dict[str, train.Trainer],
-    console: Console,
-) -> dict[Job, Run]:
-    # Threads are enough to use several cores: XLA lets go of the interpreter while it computes.
-    stop = threading.Event()
-    progress = _progress(console, show=console.is_terminal and bool(jobs))
-    bar = progress.add_task("training", total=len(jobs) * config.epochs)
-
-    def tick(epochs: int) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        progress.advance(bar, epochs)
-
-    done: dict[Job, Run] = {}
-    with progress:
-        futures = {
-            pool.submit(_run, config, out, job, trainers[job.optimizer], tick): job for job in jobs
-        }
-        try:
-            for future in as_completed(futures):
-                job, run = futures[future], future.result()
-                done[job] = run
-                if not console.is_terminal:
-                    line = _line(job, run, done=len(done), total=len(jobs))
-                    console.print(line, markup=False, highlight=False)
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    return done
-
-
-def _progress(console: Console, *, show: bool) -> Progress:
-    return Progress(
+def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console) -> None:
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -125,39 +89,18 @@ def _progress(console: Console, *, show: bool) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not show,
+        disable=not console.is_terminal,
     )
+    bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
+    done = []
 
+    def receive(event: workers.Event) -> None:
+        progress.update(bar, advance=event.epochs, description="training")
+        if event.job is not None:
+            done.append(event.job)
+            if not console.is_terminal:
+                line = f"[{len(done)}/{len(jobs)}] {event.job.name}: {event.outcome}"
+                console.print(line, markup=False, highlight=False)
 
-def _run(
-    config: ml_collections.ConfigDict,
-    out: Path,
-    job: Job,
-    trainer: train.Trainer,
-    tick: Callable[[int], None],
-) -> Run:
-    def epochs() -> Iterator[train.Metrics]:
-        for metrics in train.run(trainer, config, rate=job.rate, seed=job.seed):
-            yield metrics
-            tick(1)
-        tick(config.epochs - metrics.epoch)  # what a diverged run leaves out
-
-    details = {
-        "compile_seconds": round(trainer.compile_seconds, 3),
-        "environment": {
-            "jax": jax.__version__,
-            "device": jax.devices()[0].device_kind,
-            "runs_at_once": config.workers,
-        },
-    }
-    settings = results.run_settings(config, job)
-    return results.record(out / "runs" / job.name, settings, epochs(), details)
-
-
-def _line(job: Job, run: Run, *, done: int, total: int) -> str:
-    last = {column: values[-1] for column, values in run.history.items()}
-    outcome = "diverged" if run.diverged else f"train loss {last['train_loss']:.4f}"
-    return (
-        f"[{done}/{total}] {job.name}: {outcome}, test accuracy "
-        f"{100 * last['test_accuracy']:.2f} %, {run.history['seconds'].sum():.1f} s"
-    )
+    with progress:
+        workers.train_all(config, out, jobs, receive)

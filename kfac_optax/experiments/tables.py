@@ -11,67 +11,66 @@ from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.results import (
     Run,
     Runs,
-    Timing,
-    Timings,
     best_rate,
-    epochs_to,
+    cost_of,
     finals,
     interval,
+    ms_per_step,
+    names,
 )
 
 
-def fixed_rate(runs: Runs, timings: Timings, *, rate: float) -> Table:
+def fixed_rate(runs: Runs, *, rate: float, workers: int) -> Table:
     """Final losses and accuracies of all optimizers at one learning rate."""
-    count = len(next(iter(runs.values())))
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        caption_justify="left",
-        title=f"Every optimizer at learning rate {rate:g}",
-        caption=f"Mean ± 95 % interval (Student t, {_seeds(count)}). ms/step: timed apart, one "
-        f"optimizer at a time with no run beside it ({len(next(iter(timings.values())).ms)} "
-        "repeats), evaluation left out.",
+    table = _table(
+        f"Every optimizer at learning rate {rate:g}",
+        ("final train loss", "train acc %", "test acc %", "ms/step"),
+        f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
+        f"evaluation left out, {_together(workers)}.",
     )
-    table.add_column("optimizer")
-    for heading in ("final train loss", "train acc %", "test acc %", "ms/step"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, timing in timings.items():
+    for name in names(runs):
         group = runs[name, rate]
         table.add_row(
             OPTIMIZERS[name].label,
             _loss(group),
             _mean([100 * a for a in finals(group, "train_accuracy")], ".2f"),
             _mean([100 * a for a in finals(group, "test_accuracy")], ".2f"),
-            _mean(timing.ms, ".2f"),
+            _mean(ms_per_step(group), ".2f"),
         )
     return table
 
 
-def tuned(runs: Runs, timings: Timings, *, targets: Sequence[float]) -> Table:
+def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     """Every optimizer at the best rate of the grid, and what it took to reach fixed losses."""
     rates = sorted({rate for _, rate in runs}, reverse=True)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        caption_justify="left",
-        title="Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
-        caption="Best: lowest mean final train loss. Epochs and seconds: mean over the seeds that "
-        "reached the train loss, and how many did; - when at most half did. Seconds: epochs times "
-        "the ms/step of the first table, compilation and evaluation left out. *: an edge of the "
-        "grid, a better rate may lie beyond.",
+    table = _table(
+        "Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
+        ("rate", "final train loss", *(f"to loss {target:g}" for target in targets)),
+        "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
+        "over the seeds that reached it, and how many did; - when at most half did. *: an edge of "
+        "the grid, a better rate may lie beyond.",
     )
-    table.add_column("optimizer")
-    headings = [f"to loss {target:g}" for target in targets]
-    for heading in ("rate", "final train loss", *headings):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, timing in timings.items():
+    for name in names(runs):
         rate = best_rate(runs, name)
         group = runs[name, rate]
-        cells = [_reached(group, target, timing) for target in targets]
         edge = "*" if rate in (rates[0], rates[-1]) else ""
+        cells = [_reached(group, target) for target in targets]
         table.add_row(OPTIMIZERS[name].label, f"{rate:g}{edge}", _loss(group), *cells)
+    return table
+
+
+def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("optimizer")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -90,15 +89,21 @@ def _mean(values: Sequence[float], digits: str) -> str:
     return f"{mean:{digits}}" if math.isnan(half) else f"{mean:{digits}} ± {half:{digits}}"
 
 
-def _reached(group: Sequence[Run], target: float, timing: Timing) -> str:
-    epochs = [e for run in group if (e := epochs_to(run, target)) is not None]
+def _reached(group: Sequence[Run], target: float) -> str:
+    epochs, seconds = cost_of(group, target)
     share = f"({len(epochs)}/{len(group)})"
     if 2 * len(epochs) <= len(group):
         return f"- {share}"
-    mean = float(np.mean(epochs))
-    seconds = mean * timing.epoch_seconds
-    return f"{mean:.1f} ep\n{seconds:.{1 if seconds >= 10 else 2}f} s {share}"
+    mean = np.mean(seconds)
+    return f"{np.mean(epochs):.1f} ep\n{mean:.{1 if mean >= 10 else 2}f} s {share}"
 
 
-def _seeds(count: int) -> str:
+def _seeds(runs: Runs) -> str:
+    count = len(next(iter(runs.values())))
     return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _together(workers: int) -> str:
+    if workers == 1:
+        return "one run at a time"
+    return f"up to {workers} runs at once, each with one thread (--config.workers=1: one at a time)"

@@ -80,8 +80,7 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     examples = len(dataset.train_x)
     if config.batch_size > examples:
         raise ValueError(
-            f"config.batch_size: got {config.batch_size}, expected at most the {examples} "
-            "training examples"
+            f"config.batch_size: got {config.batch_size}, expected at most the {examples} training examples"
         )
     model = models.build(config.model, outputs=likelihood.outputs(dataset.train_y))
     x = dataset.train_x[: config.batch_size]
@@ -97,6 +96,8 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     epoch = jax.jit(lambda rate, state, dataset: _epoch(problem, rate, state, dataset))
     epoch = epoch.lower(rate, state, dataset).compile()
     seconds = time.perf_counter() - began
+    # The first call allocates; the epochs of a run are timed without that.
+    jax.block_until_ready(epoch(rate, state, dataset))
     return Trainer(init, epoch, evaluate, examples // config.batch_size, seconds)
 
 
@@ -106,9 +107,7 @@ def start(config: ml_collections.ConfigDict, *, seed: int) -> tuple[data.Dataset
     return data.load(config.data, data_key), key
 
 
-def run(
-    trainer: Trainer, config: ml_collections.ConfigDict, *, rate: float, seed: int
-) -> Iterator[Metrics]:
+def run(trainer: Trainer, config: ml_collections.ConfigDict, *, rate: float, seed: int) -> Iterator[Metrics]:
     """Trains from scratch and yields the metrics of each epoch; stops at a non-finite loss."""
     dataset, key = start(config, seed=seed)
     rate = jnp.float32(rate)
@@ -119,7 +118,8 @@ def run(
         state, training = jax.block_until_ready(trainer.epoch(rate, state, dataset))
         seconds = time.perf_counter() - began
         test = trainer.evaluate(state, dataset)
-        metrics = Metrics(epoch, *map(float, (*training, *test)), seconds)
+        train_loss, train_accuracy, test_loss, test_accuracy = map(float, (*training, *test))
+        metrics = Metrics(epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds)
         yield metrics
         if not math.isfinite(metrics.train_loss):
             return
@@ -132,9 +132,7 @@ def _init(problem: _Problem, rate: jax.Array, key: jax.Array, dataset: data.Data
     return State(params, model_state, problem.method.transform(rate).init(params), key)
 
 
-def _epoch(
-    problem: _Problem, rate: jax.Array, state: State, dataset: data.Dataset
-) -> tuple[State, jax.Array]:
+def _epoch(problem: _Problem, rate: jax.Array, state: State, dataset: data.Dataset) -> tuple[State, jax.Array]:
     """Trains on all full mini-batches in a new order; returns mean loss and accuracy `[2]`."""
     examples = len(dataset.train_x)
     steps = examples // problem.batch_size
@@ -160,17 +158,13 @@ def _step(
 
     grads, (logits, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
     extra = problem.method.extra(state.params, state.model_state, x, key)
-    updates, opt_state = problem.method.transform(rate).update(
-        grads, state.opt_state, state.params, **extra
-    )
+    updates, opt_state = problem.method.transform(rate).update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
 
 
 def _evaluate(problem: _Problem, state: State, dataset: data.Dataset) -> jax.Array:
-    logits, _ = models.apply(
-        problem.model, state.params, state.model_state, dataset.test_x, train=False
-    )
+    logits, _ = models.apply(problem.model, state.params, state.model_state, dataset.test_x, train=False)
     return _report(problem, logits, dataset.test_y)
 
 

@@ -105,17 +105,21 @@ def scale_by_curvature(
     _check(where, layers, damping, decay, curvature_every, inverse_every, uncovered)
 
     def init(params: PyTree) -> CurvatureState:
-        # every leaf is an array of its own: a buffer that occurs twice cannot be donated
-        counts, share = [jnp.zeros((), jnp.int32) for _ in range(5)], jnp.zeros((), jnp.float32)
+        def zero(dtype: Any = jnp.int32) -> jax.Array:
+            return jnp.zeros((), dtype)  # a new array each time: a buffer that occurs twice cannot be donated
+
+        state = CurvatureState(
+            zero(), zero(), zero(), zero(), zero(), zero(jnp.float32), zero(jnp.float32), zero(), zero(), zero()
+        )
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
-            return CurvatureState(*counts, share, share, share, share, share)
+            return state
         leaves = named_leaves(params)
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
-        start = jnp.asarray(resolve(damping, counts[0]), dtype)
+        start = jnp.asarray(resolve(damping, state.kfac_count), dtype)
         # one compiled call instead of an eager one per array
         factors, held, coarse = jax.jit(lambda damping: _initial(mine, block, coupling, damping))(start)
-        return CurvatureState(*counts, jnp.array(start, jnp.float32), share, factors, held, coarse)
+        return state._replace(damping=jnp.array(start, jnp.float32), factors=factors, held=held, coarse=coarse)
 
     def update(updates, state, params=None, *, curvature=_MISSING, refresh=None, **extra):
         del params, extra

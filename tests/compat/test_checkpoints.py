@@ -1,7 +1,6 @@
 """Checkpoints with Orbax, and the schedule decided on the host: training goes on exactly as without them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -13,7 +12,7 @@ from tests import helpers as h
 
 def _exactly(a, b):
     h.assert_same_types(a, b)
-    h.assert_close(a, b, rtol=0, atol=0)
+    h.assert_equal(a, b)
 
 
 @pytest.mark.parametrize("preset", h.PRESETS)
@@ -75,26 +74,15 @@ def test_host_schedule_is_the_traced_schedule():
     for i in range(25):
         *mine, updates = static(*mine, **schedule(i))
         *theirs, expected = traced(*theirs)
-        h.assert_close(updates, expected, rtol=2e-4, atol=1e-6)
+        h.assert_close(updates, expected)
         for name in ("kfac_count", "curvature_count", "inverse_age"):
             assert int(optax.tree.get(mine[1], name)) == int(optax.tree.get(theirs[1], name)), (i, name)
-    h.assert_close(optax.tree.get(mine[1], "factors"), optax.tree.get(theirs[1], "factors"), rtol=2e-4)
-    h.assert_close(_inverse(mine[1]), _inverse(theirs[1]), rtol=2e-4)
+    h.assert_close(mine, theirs)
     assert int(optax.tree.get(mine[1], "curvature_count")) == 9
     assert sorted(kinds) == [(False, False), (True, False), (True, True)], "one compilation of each kind of step"
     hlo = static.lower(*mine, measure=False, refresh=False).as_text()
     assert "stablehlo.case" not in hlo
     assert "stablehlo.if" not in hlo
-
-
-def _inverse(state):
-    """What is held, as damped inverses: eigenvectors themselves are only defined up to sign."""
-
-    def matrix(eigen):
-        return jnp.einsum("...ij,...j,...kj->...ik", eigen.vectors, 1 / (eigen.values + 0.05), eigen.vectors)
-
-    held = optax.tree.get(state, "held")
-    return {name: (matrix(pair.inputs), matrix(pair.outputs)) for name, pair in held.items()}
 
 
 def test_a_cholesky_checkpoint_does_not_pass_for_an_eigh_one(tmp_path):

@@ -1,0 +1,126 @@
+"""Runs of a sweep in several processes, one optimizer at a time in each."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from kfac_optax.experiments import results, train
+from kfac_optax.experiments.optimizers import OPTIMIZERS
+from kfac_optax.experiments.results import Job
+
+
+class Event(NamedTuple):
+    """News of a run: epochs that need no more waiting for, and its outcome when it is over."""
+
+    epochs: int
+    job: Job | None = None
+    outcome: str = ""
+
+
+Receive = Callable[[Event], None]
+
+
+def train_all(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], receive: Receive) -> None:
+    """Trains all `jobs`; every optimizer is compiled once, in the process that has all its runs.
+
+    Args:
+        config: the experiment; with `workers=1` everything happens in this process.
+        out: directory of the results.
+        jobs: the runs to make.
+        receive: called in this process with every event.
+    """
+    groups: dict[str, list[Job]] = {}
+    # The longest first, so that no process is left alone with one of them at the end.
+    for job in sorted(jobs, key=lambda job: not OPTIMIZERS[job.optimizer].curvature):
+        groups.setdefault(job.optimizer, []).append(job)
+    if config.workers == 1:
+        for group in groups.values():
+            _train_optimizer(config, out, group, receive)
+    else:
+        _in_processes(config, out, list(groups.values()), receive)
+
+
+def _in_processes(config: ml_collections.ConfigDict, out: Path, groups: Sequence[list[Job]], receive: Receive) -> None:
+    # Not threads: in jaxlib 0.10.2 two batched LAPACK calls (eigh, Cholesky) that run at the same
+    # time can each hold a thread of XLA's pool while they wait for a free one, for ever.
+    context = multiprocessing.get_context("spawn")
+    events = context.SimpleQueue()
+    size = min(config.workers, len(groups))
+    with ProcessPoolExecutor(size, context, _enter_process, (events,)) as pool:
+        pending = {pool.submit(_in_process, config, out, group) for group in groups}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                _drain(events, receive)
+                for future in done:
+                    future.result()
+        except BaseException:
+            # At any time: only `run.json`, written last, makes a run count.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
+        _drain(events, receive)
+
+
+def _drain(events: Any, receive: Receive) -> None:
+    while not events.empty():
+        receive(events.get())
+
+
+_process: dict[str, Any] = {}  # what a worker process was started with; empty in the main process
+
+
+def _enter_process(events: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
+    os.environ.setdefault("NPROC", "1")  # XLA's thread pools: one thread for each run
+    _process["events"] = events
+
+
+def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job]) -> None:
+    _train_optimizer(config, out, jobs, _process["events"].put)
+
+
+def _train_optimizer(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive) -> None:
+    trainer = train.prepare(config, jobs[0].optimizer)
+    details = {
+        "steps_per_epoch": trainer.steps,
+        "compile_seconds": round(trainer.compile_seconds, 3),
+        "environment": {
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            "workers": config.workers,
+        },
+    }
+    for job in jobs:
+        _train_job(config, out, job, trainer, details, send)
+
+
+def _train_job(
+    config: ml_collections.ConfigDict,
+    out: Path,
+    job: Job,
+    trainer: train.Trainer,
+    details: dict[str, Any],
+    send: Receive,
+) -> None:
+    def epochs() -> Iterator[train.Metrics]:
+        for metrics in train.run(trainer, config, rate=job.rate, seed=job.seed):
+            yield metrics
+            send(Event(epochs=1))
+
+    settings = results.run_settings(config, job)
+    run = results.record(out / "runs" / job.name, settings, epochs(), details)
+    last = {column: values[-1] for column, values in run.history.items()}
+    outcome = "diverged" if run.diverged else f"train loss {last['train_loss']:.4f}"
+    outcome += f", test accuracy {100 * last['test_accuracy']:.2f} %"
+    outcome += f", {run.history['seconds'].sum():.1f} s"
+    left_out = config.epochs - len(run.history["epoch"])  # by a run that diverged
+    send(Event(left_out, job, outcome))
