@@ -2,6 +2,6 @@
 
 import os
 
-# Tests keep several optimizers in flight at once, and batched factorisations of independent programs can block each other
-# in XLA's thread pool (see the README); the flag is read when the backend starts.
+# Matrices here are small, so threads inside an operation only get in each other's way. Tests also keep several optimizers
+# in flight at once, whose batched factorisations compete for the same threads (see the README).
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")

@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
             "tune": True,
             "grid": (1e-2, 3e-3, 1e-3, 1e-4),
             "targets": (0.2, 0.1, 0.05),
-            "workers": 2,  # runs at once; the steps are timed apart, with nothing beside them
+            "workers": 2,  # processes, each with one thread; 1 trains and times one run at a time in this process
             "out": "",  # results/<name> when empty
         }
     )

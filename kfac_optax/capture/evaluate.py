@@ -14,7 +14,7 @@ from jax.extend import core as jex
 
 from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
-from kfac_optax.capture.sites import Site, call_body, count_taps
+from kfac_optax.capture.sites import Site, call_body, count_taps, scan_body
 from kfac_optax.capture.tap import tap_p
 
 
@@ -138,7 +138,8 @@ def _call(run, eqn, values, inside, zeros, depth) -> list[Any]:
 
 def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
     p = eqn.params
-    constants, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    closed, constants, carried = scan_body(eqn)
+    first = constants + carried
     over_layers = [run.sites[i].scans[depth][1] for i in inside]
     riding = [
         None if z is None else z if layered else Zeros(None, z.rows)
@@ -152,8 +153,8 @@ def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
             for z, r, layered in zip(zeros, ride, over_layers, strict=True)
         ]
         step = [*values[:constants], *carry, *slices]
-        outs = _evaluate(run, p["jaxpr"].jaxpr, p["jaxpr"].consts, step, inside, merged, depth + 1)
-        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+        outs = _evaluate(run, closed.jaxpr, closed.consts, step, inside, merged, depth + 1)
+        return outs[:carried], outs[carried:]
 
     carry, ys = jax.lax.scan(
         body,

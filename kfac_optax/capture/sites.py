@@ -86,6 +86,24 @@ def call_body(eqn: Any) -> Any | None:
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
 
 
+class ScanBody(NamedTuple):
+    """A scan's closed body and how its operands divide: `constants`, then `carried`, then scanned over."""
+
+    body: Any
+    constants: int
+    carried: int
+
+
+def scan_body(eqn: Any) -> ScanBody:
+    """Layout of a scan equation; JAX 0.11 replaced two counts by one tree of operands."""
+    inner = eqn.params["jaxpr"]
+    body = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+    if "num_consts" in eqn.params:
+        return ScanBody(body, eqn.params["num_consts"], eqn.params["num_carry"])
+    constants, carried, _ = map(len, eqn.params["ft_in"].unpack())
+    return ScanBody(body, constants, carried)
+
+
 def analyse(jaxpr: Any, leaves: int) -> Analysis:
     """Finds all sites of a jaxpr whose first `leaves` inputs are the parameter leaves.
 
@@ -130,8 +148,8 @@ def _walk(
 
 
 def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
-    constants, carried, length = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["length"]
-    body = eqn.params["jaxpr"].jaxpr
+    closed, constants, carried = scan_body(eqn)
+    body, length = closed.jaxpr, eqn.params["length"]
     first = constants + carried
     # a carry that every step hands on untouched is a constant of the scan
     kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
