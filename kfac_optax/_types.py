@@ -55,11 +55,6 @@ class Layer:
         """Shape `[p, q]` of the canonical gradient matrix; `p` counts the bias row."""
         return self.inputs + (self.bias is not None), self.outputs
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One name per layer of the stack."""
-        return (self.path,) if not self.stack else tuple(f"{self.path}[{i}]" for i in range(self.copies))
-
 
 @dataclasses.dataclass(frozen=True)
 class Uncovered:

@@ -1,5 +1,7 @@
 """From tapped sites to layers: which parameters belong together, and what is left uncovered."""
 
+import collections
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -84,6 +86,7 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
         layers.append(
             _layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], notes)
         )
+    layers = _distinct(layers)
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
     tapped = {o.leaf for site in analysis.sites for o in site.params if o is not None}
     uncovered = tuple(
@@ -102,6 +105,12 @@ def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence
     path = kernel.rpartition("/")[0] or kernel
     return Layer(path, first.kind, kernel, bias, first.a.shape[-1], first.s.shape[-1], first.stack, sum(uses), rows,
                  origin.transposed, tuple(notes))  # fmt: skip
+
+
+def _distinct(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers of one module with several kernels are told apart by the kernel; paths name rows in the state."""
+    count = collections.Counter(layer.path for layer in layers)
+    return [layer if count[layer.path] == 1 else dataclasses.replace(layer, path=layer.kernel) for layer in layers]
 
 
 def _misfit(site: Site, leaf: Any) -> str | None:

@@ -279,6 +279,21 @@ def linear_rows(params, x):
     return a, g
 
 
+def test_kernels_of_one_module_keep_rows_and_names_of_their_own():
+    params = {"net": {"first": jnp.eye(3), "second": jnp.ones((3, 2))}}
+
+    def twice(p, x):
+        h = ko.tap_dense(x @ p["net"]["first"], x, p["net"]["first"])
+        return ko.Normal(ko.tap_dense(h @ p["net"]["second"], h, p["net"]["second"]))
+
+    estimator, x = ko.ggn(twice), jnp.ones((4, 3))
+    tx = ko.kfac_two_level(estimator.layers(params, x), learning_rate=0.1)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params, curvature=estimator.at(params, x))
+    matrix, names = ko.coarse_fisher(state)
+    assert names == ("net/first", "net/second")
+    assert matrix.shape == (2, 2)
+
+
 def test_inspection_names_what_is_missing():
     params, _, layers = problem()
     with pytest.raises(ValueError, match="found 0 CoarseState"):
