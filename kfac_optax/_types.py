@@ -119,6 +119,7 @@ class Use(NamedTuple):
     rows: int  # rows of input summed over all uses of the layer
     dtype: Any  # dtype of the statistics, float32 or wider
     weights: jax.Array | None = None  # [*rows of this use], mean one; already inside g, still missing in a
+    inputs: int = 0  # p without the bias row; the vocabulary of an embedding
 
 
 class Block(NamedTuple):
@@ -131,6 +132,8 @@ class Block(NamedTuple):
       factorize: `(statistic, damping) -> held`.
       solve: `(held, V, damping) -> V preconditioned`, `V` of shape `[p, q]`.
       multiply: `(statistic, V) -> F V`, undamped.
+      rows: `measure` sees all uses of the layer at once, `a [N, T, p]` and `g [N, T, q]` with steps in time or
+        positions on axis 1, instead of being added up over uses.
     """
 
     name: str
@@ -139,6 +142,7 @@ class Block(NamedTuple):
     factorize: Callable[..., PyTree]
     solve: Callable[..., jax.Array]
     multiply: Callable[..., jax.Array]
+    rows: bool = False
 
 
 class Coupling(NamedTuple):
