@@ -2,7 +2,7 @@
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, Use
 from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.capture.tap import tap_dense
+from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coverage import coverage
@@ -40,5 +40,8 @@ __all__ = [
     "kl_scale",
     "kronecker",
     "scale_by_curvature",
+    "tap_conv",
     "tap_dense",
+    "tap_embedding",
+    "tap_scale_shift",
 ]

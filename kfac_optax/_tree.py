@@ -1,13 +1,14 @@
 """Parameter trees to canonical matrices and back: the only place that knows paths and kernel layout."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kfac_optax._types import Bucket, Layer, PyTree
+from kfac_optax._types import Block, Bucket, Layer, PyTree
 
 
 def path_name(path: tuple) -> str:
@@ -36,16 +37,20 @@ def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def make_buckets(layers: Iterable[Layer]) -> tuple[Bucket, ...]:
-    """Groups layers of equal kind and canonical shape, in order of first appearance."""
+def make_buckets(layers: Iterable[Layer], block_of: Callable[[Layer], Block] | None = None) -> tuple[Bucket, ...]:
+    """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
+        block = None if block_of is None else block_of(layer)
         # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart
-        groups.setdefault((layer.kind, layer.shape, layer.bias is not None), []).append(layer)
-    return tuple(
-        Bucket(f"{kind}_{p}x{q}" + ("_bias" if bias else ""), tuple(members), (p, q))
-        for (kind, (p, q), bias), members in groups.items()
-    )
+        groups.setdefault((layer.kind, layer.shape, layer.bias is not None, block), []).append(layer)
+    buckets: dict[str, Bucket] = {}
+    for (kind, (p, q), bias, block), members in groups.items():
+        name = base = f"{kind}_{p}x{q}" + ("_bias" if bias else "")
+        while name in buckets:  # the same shapes under another block
+            name = f"{base}_{len(buckets)}"
+        buckets[name] = Bucket(name, tuple(members), (p, q), block)
+    return tuple(buckets.values())
 
 
 def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
@@ -60,8 +65,17 @@ def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) ->
 
 
 def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
-    kernel = kernel.mT if layer.transposed else kernel
+    n, layout = len(layer.stack), layer.layout
+    kernel = kernel.reshape(*layer.stack, *layout.split)
+    kernel = kernel.transpose(*range(n), *(n + axis for axis in layout.order))
     return kernel.reshape(layer.copies, layer.inputs, layer.outputs)
+
+
+def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
+    n, layout = len(layer.stack), layer.layout
+    kernel = matrices.reshape(*layer.stack, *(layout.split[axis] for axis in layout.order))
+    kernel = kernel.transpose(*range(n), *(n + int(axis) for axis in np.argsort(layout.order)))
+    return kernel.reshape(*layer.stack, *layout.shape)
 
 
 def scatter(bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -70,8 +84,7 @@ def scatter(bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
     for x in bucket.layers:
         mine = matrices[start : start + x.copies]
         start += x.copies
-        kernel = mine[:, : x.inputs]
-        out[x.kernel] = (kernel.mT if x.transposed else kernel).reshape(leaves[x.kernel].shape)
+        out[x.kernel] = _as_stored(mine[:, : x.inputs], x)
         if x.bias is not None:
             out[x.bias] = mine[:, x.inputs].reshape(leaves[x.bias].shape)
     return out

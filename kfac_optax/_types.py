@@ -14,6 +14,18 @@ import jax
 PyTree = Any
 Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
+NOT_USED = "not used"  # reason of a parameter that the model does not touch
+
+
+class Layout(NamedTuple):
+    """How a stored weight becomes matrices `[groups, inputs, outputs]`.
+
+    The leaf (behind the axes of its stack) is reshaped to `split`, transposed to `order`, and reshaped again.
+    """
+
+    shape: tuple[int, ...]  # as stored
+    split: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +34,16 @@ class Layer:
 
     Attributes:
       path: normalised path of the module in the parameter tree, for example `"Dense_0"`.
-      kind: what the layer computes (`"dense"`).
-      kernel: path of the weight leaf, of shape `[*stack, inputs, outputs]`.
-      bias: path of the bias leaf `[*stack, outputs]`, or `None`.
-      inputs, outputs: sizes of the weight.
+      kind: what the layer computes: `"dense"`, `"einsum"`, `"conv"`, `"embedding"`, `"tied_embedding"`,
+        `"scale_shift"`, or `"diagonal"` for a parameter on its own.
+      kernel: path of the weight leaf (of the scale, or of the shift where there is no scale).
+      bias: path of the bias leaf, or `None`.
+      inputs, outputs: sizes of the weight as a matrix, of one group.
+      layout: how the stored weight becomes matrices.
       stack: leading axes of a stacked layer (`nn.scan` over layers), `()` otherwise.
+      groups: independent matrices of one layer (groups of a convolution, batched axes of an einsum).
       uses: how often the layer runs in one evaluation (tied layers, steps of a scan over time).
       rows: rows of input over all uses in the traced batch.
-      transposed: the weight is stored `[*stack, outputs, inputs]`.
       notes: what the statistics leave out, for the coverage table.
     """
 
@@ -39,16 +53,22 @@ class Layer:
     bias: str | None
     inputs: int
     outputs: int
+    layout: Layout
     stack: tuple[int, ...] = ()
+    groups: int = 1
     uses: int = 1
     rows: int = 0
-    transposed: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def copies(self) -> int:
-        """Number of layers in the stack."""
-        return math.prod(self.stack)
+        """Number of matrices: layers in the stack times groups of each."""
+        return math.prod(self.stack) * self.groups
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a coupling sees the layer: it has weights between units, not only scales or shifts of them."""
+        return self.kind not in ("scale_shift", "diagonal")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,7 +94,7 @@ class Layers:
 
     layers: tuple[Layer, ...]
     uncovered: tuple[Uncovered, ...] = ()
-    block: str = ""
+    blocks: tuple[str, ...] = ()
     state_bytes: tuple[int, ...] = ()
     coupling: str = ""
     coupling_bytes: int = 0
@@ -88,17 +108,18 @@ class Layers:
     def __str__(self) -> str:
         header = ("layer", "kind", "kernel", "bias", "uses", "block", "state bytes")
         sizes = self.state_bytes or (0,) * len(self.layers)
+        blocks = self.blocks or ("",) * len(self.layers)
         rows = [
             (
                 x.path or "(root)",
                 x.kind,
-                _shape(*x.stack, x.inputs, x.outputs),
+                _shape(*x.stack, *((x.groups,) if x.groups > 1 else ()), x.inputs, x.outputs),
                 "yes" if x.bias is not None else "no",
                 str(x.uses),
-                "; ".join((self.block, *x.notes)),
+                "; ".join((block, *x.notes)),
                 f"{n:,}",
             )
-            for x, n in zip(self.layers, sizes, strict=True)
+            for x, block, n in zip(self.layers, blocks, sizes, strict=True)
         ]
         if self.coupling:
             rows.append(("(all layers)", "coupling", "", "", "", self.coupling, f"{self.coupling_bytes:,}"))
@@ -134,6 +155,10 @@ class Block(NamedTuple):
       multiply: `(statistic, V) -> F V`, undamped.
       rows: `measure` sees all uses of the layer at once, `a [N, T, p]` and `g [N, T, q]` with steps in time or
         positions on axis 1, instead of being added up over uses.
+      sharing: what becomes of positions that share a weight: `"expand"` makes each a row, `"reduce"` averages the
+        inputs and adds up the output gradients of an example first.
+      positions: at most about this many positions of an example are measured, evenly spaced; `None` for all.
+      raw: `measure` sees the input map of a convolution itself, not its patches.
     """
 
     name: str
@@ -143,6 +168,9 @@ class Block(NamedTuple):
     solve: Callable[..., jax.Array]
     multiply: Callable[..., jax.Array]
     rows: bool = False
+    sharing: str = "expand"
+    positions: int | None = None
+    raw: bool = False
 
 
 class Coupling(NamedTuple):
@@ -150,9 +178,10 @@ class Coupling(NamedTuple):
 
     Attributes:
       name: word for the coverage table.
-      rows: whether `measure` returns rows kept apart per use (`[N, R]`) or values summed over uses.
+      rows: whether `measure` returns rows kept apart per use (`[N, *positions]`) or values summed over uses.
       init: `(L, dtype) -> statistic`.
-      measure: `(a, g, use) -> tree` for one use of one layer.
+      measure: `(alpha, gamma, weights) -> tree` for one use of one layer, with the channel sums `alpha = sum(a)` and
+        `gamma = sum(g)` of every row, `[N, *positions]` both.
       reduce: `(measured, examples) -> statistic`, from the values of all layers stacked in order.
       factorize: `(statistic, sizes) -> held`, `sizes` the parameter counts `[L]`.
       solve: `(held, restricted, damping, sizes) -> correction`, both `[L]`.
@@ -173,11 +202,12 @@ class Coupling(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Layers of one shape, stacked on a leading axis of length `copies`."""
+    """Layers of one kind and shape that share a block, stacked on a leading axis of length `copies`."""
 
     name: str
     layers: tuple[Layer, ...]
     shape: tuple[int, int]
+    block: Block | None = None
 
     @property
     def copies(self) -> int:

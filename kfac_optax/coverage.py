@@ -1,17 +1,106 @@
-"""The coverage table: which block each layer gets and how much state it keeps."""
+"""Which block each layer gets, what is left over, and the table that says so."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import tree_bytes
-from kfac_optax._types import Block, Coupling, Layer, Layers
+from kfac_optax._types import NOT_USED, Block, Coupling, Layer, Layers, Layout, Uncovered
+from kfac_optax._validate import check_choice
+from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.unitwise import unitwise
+
+NORMALIZATION = ("unitwise", "diagonal", "pass")
+UNCOVERED = ("pass", "diagonal", "raise")
+BlockOf = Callable[[Layer], Block]
+
+
+def blocks_of(linear: Block | BlockOf, *, inverse: str = "eigh", normalization: str = "unitwise") -> BlockOf:
+    """One block for every layer: `linear` for weights between units, and what fits each of the other kinds.
+
+    Layers that get the same `Block` object and have the same shapes are handled by one batched call.
+
+    Args:
+      linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks.
+      inverse: of embeddings.
+      normalization: `"unitwise"` gives scale and shift of each channel a 2 x 2 block, `"diagonal"` one number each.
+
+    >>> block_of = blocks_of(kronecker())
+    >>> print(block_of(Layer("norm", "scale_shift", "norm/scale", None, 1, 4, Layout((4,), (1, 4), (0, 1)))).name)
+    unit-wise
+    """
+    if not isinstance(linear, Block):
+        return linear
+    chosen = {
+        "embedding": embedding(inverse),
+        "tied_embedding": tied_embedding(inverse),
+        "scale_shift": unitwise(full=normalization != "diagonal"),
+        "diagonal": diagonal(),
+    }
+    return lambda layer: chosen.get(layer.kind, linear)
+
+
+def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unitwise", where: str = "cover") -> Layers:
+    """The layers a transformation handles: without normalisation layers, or with left-over parameters as layers.
+
+    Args:
+      layers: from `fisher.layers(...)`.
+      uncovered: what becomes of parameters without a layer: `"pass"` leaves them out, `"diagonal"` makes each a layer of
+        its own, `"raise"` is an error.
+      normalization: `"pass"` leaves out scale and shift of normalisation layers.
+      where: for errors.
+
+    Raises:
+      TypeError: `layers` is something else.
+      ValueError: a word is unknown; `"raise"` and something is left over.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            f"{where}: layers is a {type(layers).__name__}; expected the result of fisher.layers(params, *args)."
+        )
+    check_choice(where, "uncovered", uncovered, UNCOVERED)
+    check_choice(where, "normalization", normalization, NORMALIZATION)
+    if uncovered == "raise" and layers.uncovered:
+        listed = "\n".join(f"  {u.path} {u.shape}: {u.reason}" for u in layers.uncovered)
+        raise ValueError(
+            f"{where}: uncovered='raise' and no block covers\n{listed}\nUse uncovered='pass' to pass their gradient on, or "
+            "'diagonal'."
+        )
+    kept, left = list(layers.layers), list(layers.uncovered)
+    if normalization == "pass":
+        left += [
+            Uncovered(name, (*x.stack, *x.layout.shape), "normalization='pass'")
+            for x in kept
+            if x.kind == "scale_shift"
+            for name in (x.kernel, x.bias)
+            if name is not None
+        ]
+        kept = [x for x in kept if x.kind != "scale_shift"]
+    if uncovered == "diagonal":
+        kept += [_single(u) for u in left if u.reason not in (NOT_USED, "normalization='pass'")]
+        left = [u for u in left if u.reason in (NOT_USED, "normalization='pass'")]
+    return dataclasses.replace(layers, layers=tuple(kept), uncovered=tuple(left), blocks=(), state_bytes=())
+
+
+def _single(parameter: Uncovered) -> Layer:
+    shape = parameter.shape
+    return Layer(
+        path=parameter.path, kind="diagonal", kernel=parameter.path, bias=None, inputs=1, outputs=math.prod(shape),
+        layout=Layout(shape, shape, tuple(range(len(shape)))), notes=(parameter.reason,),
+    )  # fmt: skip
 
 
 def coverage(
-    layers: Layers, *, block: Block | None = None, coupling: Coupling | None = None, dtype: jnp.dtype = jnp.float32
+    layers: Layers,
+    *,
+    block: Block | BlockOf | None = None,
+    coupling: Coupling | None = None,
+    dtype: jnp.dtype = jnp.float32,
 ) -> Layers:
     """Layers with the state that a block and a coupling keep for them; print the result.
 
@@ -19,7 +108,7 @@ def coverage(
 
     Args:
       layers: from `fisher.layers(params, ...)`.
-      block: per-layer curvature; default the Kronecker block of `kfac`.
+      block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of `kfac`.
       coupling: coarse correction, if any.
       dtype: dtype of the state.
 
@@ -31,8 +120,8 @@ def coverage(
     (root)  dense  2x1     no    1     kronecker (eigh)  52
     total                                                52
     """
-    block = kronecker() if block is None else block
-    copies = sum(layer.copies for layer in layers)
+    block_of = blocks_of(kronecker() if block is None else block)
+    copies = sum(layer.copies for layer in layers if layer.coupled)
     across = 0
     if coupling is not None:
         chosen = coupling
@@ -44,8 +133,8 @@ def coverage(
         across = tree_bytes(jax.eval_shape(coarse_state))
     return dataclasses.replace(
         layers,
-        block=block.name,
-        state_bytes=tuple(_layer_bytes(layer, block, dtype) for layer in layers),
+        blocks=tuple(block_of(layer).name for layer in layers),
+        state_bytes=tuple(_layer_bytes(layer, block_of(layer), dtype) for layer in layers),
         coupling="" if coupling is None else coupling.name,
         coupling_bytes=across,
     )

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, trace
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.seeds import Seeds
-from kfac_optax.statistics import Linearize, Plan, apply_to_rows, collect, linearize_now
+from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collect, linearize_now
 
 
 class Spec(NamedTuple):
@@ -55,20 +56,23 @@ class SharedCurvature(NamedTuple):
 
     spec: Spec
     traced: Traced
-    pull: Callable[[Any], Sequence[Zeros | None]]
+    pull: Callable[[Any], tuple[PyTree, Sequence[Zeros | None]]]
     heads: Sequence[Any]
     key: jax.Array | None
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`."""
 
-        def linearize(measures, extra):
+        def linearize(measures, extra, names):
             def pull(cotangents):
-                triples = zip(self.traced.sites, measures, self.pull(cotangents), strict=True)
-                return [
+                gradients, pulled = self.pull(cotangents)
+                leaves = named_leaves(gradients)
+                triples = zip(self.traced.sites, measures, pulled, strict=True)
+                sites = [
                     None if measure is None or rows is None else apply_to_rows(site, measure, rows.rows, extra)
                     for site, measure, rows in triples
                 ]
+                return Pulled(sites, {name: leaves[name] for name in names})
 
             return pull, self.heads
 
@@ -123,4 +127,4 @@ def _collect(
         return kind.seeds(heads, weights.roots, key, spec.samples)
 
     examples = count_examples(kind, heads)
-    return collect(plan, traced, linearize, seeds, examples, weights.rows, kind.gradients, kind.name)
+    return collect(plan, traced, linearize, kind, seeds, examples, weights.rows, key)

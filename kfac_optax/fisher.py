@@ -12,7 +12,7 @@ from kfac_optax._types import Layers, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
-from kfac_optax.coverage import coverage
+from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.curvature import Curvature, SharedCurvature, Spec, part_of_batch, trace_model
 from kfac_optax.heads import (
     EMPIRICAL,
@@ -142,7 +142,7 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     naturals, pull, prediction = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     heads = split_outputs(spec.kind, prediction)[1]
-    return loss, pull(seeds)[0], SharedCurvature(spec, traced, lambda cotangents: pull(cotangents)[1], heads, key)
+    return loss, pull(seeds)[0], SharedCurvature(spec, traced, pull, heads, key)
 
 
 def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
@@ -153,13 +153,15 @@ def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
-    layers, block = trace_model(spec, params, args).layers.layers, kronecker()
+    found = trace_model(spec, params, args).layers.layers
+    layers = tuple(layer for layer in found if layer.coupled)
+    blocks = tuple(map(blocks_of(kronecker()), layers))
     leaves = named_leaves(vector)
     dtype = jnp.result_type(jnp.float32, *leaves.values())
     whole = spec._replace(subsample=None)  # the part has been taken
-    factors, _ = Curvature(params, tuple(args), None, whole).statistics(Plan(layers, block, None, dtype))
+    factors, _ = Curvature(params, tuple(args), None, whole).statistics(Plan(layers, blocks, None, dtype))
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}
-    for layer, factor in zip(layers, factors, strict=True):
+    for layer, block, factor in zip(layers, blocks, factors, strict=True):
         (bucket,) = make_buckets([layer])
         out |= scatter(bucket, jax.vmap(block.multiply)(factor, gather(bucket, leaves, dtype)), leaves)
     return replace_leaves(vector, out)

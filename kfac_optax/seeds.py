@@ -58,6 +58,22 @@ def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> Seeds:
     return Seeds(total, make)
 
 
+def signed(seeds: Seeds, key: jax.Array | None) -> Seeds:
+    """The same cotangents with a random sign for every example; without a key always the same signs."""
+    key = jax.random.key(0) if key is None else key
+
+    def make(k: Any) -> Naturals:
+        naturals = seeds.make(k)
+        examples = naturals[0][0].shape[:1]
+        signs = jax.random.rademacher(jax.random.fold_in(key, k), examples, jnp.float32)
+        return [
+            tuple((x * signs.reshape(*examples, *(1,) * (x.ndim - len(examples)))).astype(x.dtype) for x in natural)
+            for natural in naturals
+        ]
+
+    return Seeds(seeds.count, make)
+
+
 def _scale(seed: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...]:
     """Multiplies by the root weight of each term; padding (weight 0) gives exact zeros, whatever is in it."""
     if scale is None:

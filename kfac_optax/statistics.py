@@ -1,6 +1,5 @@
 """From a traced model and output cotangents to per-layer statistics: means over examples, samples and devices."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +8,12 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
 from kfac_optax.capture.evaluate import Measure, Zeros, evaluate, make_zeros
+from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
-from kfac_optax.seeds import Seeds, mean_over
+from kfac_optax.heads import Kind
+from kfac_optax.measure import row_weights, site_measure
+from kfac_optax.seeds import Seeds, mean_over, signed
 
 
 class Plan(NamedTuple):
@@ -19,35 +21,46 @@ class Plan(NamedTuple):
 
     Attributes:
       layers: the layers, by their owner's tree (a subset of the model's).
-      block: measures each layer.
+      blocks: the block that measures each of them.
       coupling: measures across layers, or `None`.
       dtype: dtype of the statistics.
       axis_name: mapped axis over which the batch is split, or `None`.
     """
 
     layers: tuple[Layer, ...]
-    block: Block
+    blocks: tuple[Block, ...]
     coupling: Coupling | None
     dtype: Any
     axis_name: Any = None
 
 
-# Gives `(pull, heads)` for one measure per site: `pull(cotangents)` returns one `Zeros` of statistics per site.
-Linearize = Callable[[Sequence[Measure | None], PyTree], tuple[Callable[[Any], list[Zeros | None]], Any]]
+class Pulled(NamedTuple):
+    """Result of one pullback: statistics of every site, and gradients of the leaves asked for."""
+
+    sites: Sequence[Zeros | None]
+    leaves: dict[str, jax.Array]
+
+
+# `(one measure per site, extra, names of leaves) -> (pull, heads)`, `pull(cotangents) -> Pulled`.
+Linearize = Callable[[Sequence[Measure | None], PyTree, Sequence[str]], tuple[Callable[[Any], Pulled], Any]]
 
 
 def linearize_now(traced: Traced, inputs: Sequence[Any], outputs: Callable[[PyTree], tuple[Any, Any]]) -> Linearize:
     """Runs the model forward with probes; statistics are computed on the fly in the backward pass."""
 
-    def linearize(measures: Sequence[Measure | None], extra: PyTree):
+    def linearize(measures: Sequence[Measure | None], extra: PyTree, names: Sequence[str]):
         zeros = [None if m is None else make_zeros(s, m, extra) for s, m in zip(traced.sites, measures, strict=True)]
+        positions = {name: traced.names.index(name) for name in names}
 
-        def run(zeros):
-            flat = evaluate(traced.jaxpr, inputs, traced.sites, measures, extra, zeros)
+        def run(zeros, leaves):
+            mine = list(inputs)
+            for name, leaf in leaves.items():
+                mine[positions[name]] = leaf
+            flat = evaluate(traced.jaxpr, mine, traced.sites, measures, extra, zeros)
             return outputs(jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat))
 
-        _, pull, heads = jax.vjp(run, zeros, has_aux=True)
-        return (lambda cotangents: pull(cotangents)[0]), heads
+        _, pull, heads = jax.vjp(run, zeros, {name: inputs[i] for name, i in positions.items()}, has_aux=True)
+        return (lambda cotangents: Pulled(*pull(cotangents))), heads
 
     return linearize
 
@@ -66,9 +79,24 @@ def apply_to_rows(site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array
     return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
 
 
+class _Setting(NamedTuple):
+    """The model and batch that a plan is carried out on."""
+
+    sites: tuple[Site, ...]
+    owner: tuple[int | None, ...]  # position of each site's layer in the plan
+    found: dict[int, Layer]  # the layers as this trace found them, by position in the plan
+    examples: int
+    weights: jax.Array | None
+
+    def use(self, plan: Plan, layer: Layer) -> Use:
+        other = self.found[plan.layers.index(layer)]
+        bias = layer.bias is not None
+        return Use(bias, layer.outputs, self.examples, other.rows, plan.dtype, None, layer.inputs)
+
+
 def collect(
-    plan: Plan, traced: Traced, linearize: Linearize, seeds: Callable[[Any], Seeds], examples: int,
-    weights: jax.Array | None, gradients: bool, where: str,
+    plan: Plan, traced: Traced, linearize: Linearize, kind: Kind, seeds: Callable[[Any], Seeds], examples: int,
+    weights: jax.Array | None, key: jax.Array | None,
 ) -> tuple[list[PyTree], PyTree]:  # fmt: skip
     """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or `None`).
 
@@ -76,29 +104,57 @@ def collect(
       plan: what to measure.
       traced: the model.
       linearize: its forward pass.
+      kind: of estimator.
       seeds: output cotangents, given the heads.
       examples: N.
       weights: example or term weights with mean one, or `None`.
-      gradients: whether output gradients are meaningful (`False`: inputs only).
-      where: name of the estimator, for errors.
+      key: for random signs, where single parameters are measured.
     """
-    matched = match_layers(plan.layers, traced.layers, where)
-    wanted = {position: i for i, position in enumerate(matched)}
+    setting = _setting(plan, traced, examples, weights, kind.name)
     measures = [
-        _site_measure(plan, plan.layers[wanted[owner]], traced.layers.layers[owner].rows, site, examples, gradients)
-        if owner in wanted
-        else None
-        for site, owner in zip(traced.sites, traced.owner, strict=True)
-    ]
+        None
+        if i is None
+        else site_measure(
+            site, plan.layers[i], plan.blocks[i], plan.coupling if plan.layers[i].coupled else None,
+            setting.use(plan, plan.layers[i]), weights, kind.gradients,
+        )
+        for site, i in zip(traced.sites, setting.owner, strict=True)
+    ]  # fmt: skip
+    single = [layer for layer in plan.layers if layer.kind == "diagonal"]
+    if single and not kind.gradients:
+        raise ValueError(
+            f"{kind.name}: measures inputs of layers only, but {', '.join(x.path for x in single)} has none. Use "
+            "uncovered='pass', or another estimator."
+        )
     with jax.named_scope("kfac/measure"):
-        pull, heads = linearize(measures, weights)
-        plans = seeds(heads)
+        pull, heads = linearize(measures, weights, [layer.kernel for layer in single])
+        cotangents = seeds(heads)
+        # One gradient of all examples squared estimates the sum of squares where the terms are independent with mean
+        # zero: as they are for labels drawn from the model, and for anything else once every example has a random sign.
+        independent = cotangents if kind.labels else signed(cotangents, key)
 
         def one(k: Any) -> tuple[list[PyTree], PyTree]:
-            return _per_layer(plan, traced, wanted, pull(plans.make(k)), examples)
+            pulled = pull(cotangents.make(k))
+            blocks, across = _per_layer(plan, setting, pulled.sites)
+            if not single:
+                return blocks, across
+            leaves = pulled.leaves if independent is cotangents else pull(independent.make(k)).leaves
+            for i, layer in enumerate(plan.layers):
+                if layer.kind == "diagonal":
+                    blocks[i] = jnp.square(leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1) / examples
+            return blocks, across
 
-        result = mean_over(one, plans.count)
+        result = mean_over(one, cotangents.count)
         return jax.lax.pmean(result, plan.axis_name) if plan.axis_name is not None else result
+
+
+def _setting(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> _Setting:
+    with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
+    matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
+    position = dict(zip(matched, with_sites, strict=True))
+    owner = tuple(position.get(i) for i in traced.owner)
+    found = {i: traced.layers.layers[j] for j, i in position.items()}
+    return _Setting(traced.sites, owner, found, examples, weights)
 
 
 def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:
@@ -127,81 +183,87 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
     return result
 
 
-def _site_measure(plan: Plan, layer: Layer, rows: int, site: Site, examples: int, gradients: bool) -> Measure:
-    lead = site.a.shape[site.stacked : -1]
-    coupling = plan.coupling
-    if coupling is not None and (not lead or lead[0] != examples):
-        raise ValueError(
-            f"layer {layer.path!r}: its input has leading axes {lead}, but the batch has {examples} examples. The coarse "
-            "correction needs per-example sums, so axis 0 of every layer's input has to be the examples: reshape to "
-            "[examples, positions, features] instead of [examples * positions, features], or use `kfac` without it."
-        )
+class _Measured(NamedTuple):
+    """What the pullback of one site gave, with `[copies, ...]` in front; `None` for what was not measured that way."""
 
-    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
-        use = Use(
-            layer.bias is not None, layer.outputs, examples, rows, plan.dtype, row_weights(weights, lead, layer.path)
-        )
-        g_or_none = g if gradients else None
-        block = plan.block.measure(a, g_or_none, use)
-        across = None if coupling is None else coupling.measure(a, g_or_none, use)
-        if coupling is not None and coupling.rows:
-            return Zeros((block, None), across)
-        return Zeros((block, across), None)
-
-    return measure
+    block: PyTree  # statistic
+    rows: PyTree  # (a, g), [copies, N, T, ...]
+    across: PyTree  # statistic of the coupling
+    sums: PyTree  # (alpha, gamma), [copies, N, *positions, *steps]
 
 
-def row_weights(weights: jax.Array | None, rows: tuple[int, ...], path: str) -> jax.Array | None:
-    """Weights `[*batch]` of the likelihood's terms spread over a layer's rows.
+def _per_layer(plan: Plan, setting: _Setting, pulled: Sequence[Zeros | None]) -> tuple[list[PyTree], PyTree]:
+    """Statistics of the layers that have sites, in the order of the plan (`None` for others), and of the coupling."""
+    uses: list[list[_Measured]] = [[] for _ in plan.layers]
+    for site, owner, zeros in zip(setting.sites, setting.owner, pulled, strict=True):
+        if owner is not None and zeros is not None:
+            uses[owner].append(_arranged(site, zeros))
+    blocks, across = [], []
+    for layer, block, mine in zip(plan.layers, plan.blocks, uses, strict=True):
+        if not mine:
+            blocks.append(None)
+            continue
+        late = _late(plan, setting, layer, block, [m.rows for m in mine if m.rows is not None])
+        blocks.append(_sum([m.block for m in mine if m.block is not None] + late))
+        if plan.coupling is not None and layer.coupled:
+            across.append(_across(plan.coupling, setting, layer, mine))
+    return blocks, None if plan.coupling is None else plan.coupling.reduce(across, setting.examples)
 
-    Raises:
-      ValueError: the weights do not say how much each row counts.
+
+def _arranged(site: Site, zeros: Zeros) -> _Measured:
+    axes = len(site.stack) + 1  # the groups of a layer follow its stack
+    (block, across), (rows, sums) = zeros.summed, zeros.rows
+
+    def flat(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
+
+    if rows is not None:
+        a, g = rows
+        tokens = isinstance(site.geometry, Lookup)
+        rows = _steps(a, site, 0 if tokens else 1), None if g is None else _steps(g, site, 1)
+    return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: _stack_first(x, site, 0), sums))
+
+
+def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
+    """Statistic of a layer from the rows of all its uses, one after another on the axis of steps."""
+    if not kept:
+        return []
+    a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
+    use = setting.use(plan, layer)
+    use = use._replace(weights=row_weights(setting.weights, a.shape[1:3], layer.path))
+    return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
+
+
+def _across(coupling: Coupling, setting: _Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
+    """The coupling's statistic of one layer; maps of several uses are laid out on one axis, one after another."""
+    parts = [m.across for m in uses if m.across is not None]
+    sums = [m.sums for m in uses if m.sums is not None]
+    if sums:
+        if len(sums) > 1:
+            flat = [jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), pair) for pair in sums]
+            sums = [jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *flat)]
+        alpha, gamma = sums[0]
+        weights = None if alpha is None else row_weights(setting.weights, alpha.shape[1:], layer.path)
+        parts.append(coupling.measure(alpha, gamma, weights))
+    return _sum(parts)
+
+
+def _sum(trees: list[PyTree]) -> PyTree:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *trees)
+
+
+def _stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
+    """Rows `[*scans, *stacked, groups, N, *positions, *features] -> [copies, N, *positions, *steps, *features]`.
+
+    The steps in time of a layer are further positions.
     """
-    if weights is None:
-        return None
-    if weights.ndim > len(rows) or weights.shape != rows[: weights.ndim]:
-        raise ValueError(
-            f"layer {path!r}: weights of shape {weights.shape} do not fit its rows {rows}; expected the leading axes of "
-            "the layer's input. Use one weight per example, or mask the layer's input in the model."
-        )
-    return jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows)
-
-
-def _per_layer(plan, traced, wanted, pulled, examples) -> tuple[list[PyTree], PyTree]:
-    blocks: list[Any] = [None] * len(plan.layers)
-    across: list[Any] = [None] * len(plan.layers)
-    for site, owner, zeros in zip(traced.sites, traced.owner, pulled, strict=True):
-        if owner not in wanted:
-            continue
-        i, stack = wanted[owner], site.stack
-        block, summed = zeros.summed
-        blocks[i] = _add(blocks[i], _flat(block, len(stack)))
-        if plan.coupling is None:
-            continue
-        if plan.coupling.rows:
-            rows = jax.tree.map(lambda x, s=site: _stack_first(x, s), zeros.rows)
-            across[i] = (
-                rows if across[i] is None else jax.tree.map(lambda x, y: jnp.concatenate([x, y], -1), across[i], rows)
-            )
-        else:
-            across[i] = _add(across[i], _flat(summed, len(stack)))
-    if plan.coupling is None:
-        return blocks, None
-    return blocks, plan.coupling.reduce(across, examples)
-
-
-def _add(total: PyTree, part: PyTree) -> PyTree:
-    return part if total is None else jax.tree.map(jnp.add, total, part)
-
-
-def _flat(tree: PyTree, axes: int) -> PyTree:
-    """`[*stack, ...] -> [copies, ...]` for every leaf."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
-
-
-def _stack_first(x: jax.Array, site: Site) -> jax.Array:
-    """Rows `[*scans, *stacked, N, R] -> [copies, N, T]`: steps in time become positions."""
     loops = [i for i, (_, over_layers) in enumerate(site.scans) if not over_layers]
-    x = jnp.moveaxis(x, loops, range(x.ndim - 1 - len(loops), x.ndim - 1))
-    lead = len(site.stack)
-    return x.reshape(-1, x.shape[lead], math.prod(x.shape[lead + 1 :]))
+    end = x.ndim - features
+    x = jnp.moveaxis(x, loops, range(end - len(loops), end))
+    return x.reshape(-1, *x.shape[len(site.stack) + 1 :])
+
+
+def _steps(x: jax.Array, site: Site, features: int) -> jax.Array:
+    """As `_stack_first`, all positions and steps on one axis."""
+    x = _stack_first(x, site, features)
+    return x.reshape(*x.shape[:2], -1, *x.shape[x.ndim - features :])

@@ -12,6 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_optax as ko
+from kfac_optax.coverage import blocks_of
+from kfac_optax.statistics import Plan
+
+
+def plan(layers, coupling=None, dtype=jnp.float64, block=None):
+    """What to measure: every layer with the block it gets by default, or with `block` where that fits."""
+    block_of = blocks_of(ko.kronecker() if block is None else block)
+    return Plan(tuple(layers), tuple(map(block_of, layers)), coupling, dtype)
 
 
 def make_params(seed, sizes, bias=True):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.statistics import Plan
 from tests import oracles
 
 SIZES = (3, 4, 2)
@@ -26,7 +25,7 @@ def categorical(params, x):
 
 
 def measure(estimator, params, *args, key=None, coupling=None):
-    plan = Plan(estimator.layers(params, *args).layers, ko.kronecker(), coupling, jnp.float64)
+    plan = oracles.plan(estimator.layers(params, *args), coupling, jnp.float64)
     return jax.jit(lambda p, a, k: estimator.at(p, *a, key=k).statistics(plan))(params, args, key)
 
 
@@ -206,7 +205,7 @@ def test_forward_only_measures_inputs_and_needs_no_backward_pass(x64):
     np.testing.assert_allclose(product["layer0"]["kernel"], expected[:-1], rtol=1e-12)
     np.testing.assert_allclose(product["layer0"]["bias"], expected[-1], rtol=1e-12)
     # compiled, the matmuls left are the forward pass (two) and the input products (two)
-    plan = Plan(estimator.layers(params, x).layers, ko.kronecker(), None, jnp.float64)
+    plan = oracles.plan(estimator.layers(params, x), None, jnp.float64)
     text = jax.jit(lambda p, x: estimator.at(p, x).statistics(plan)).lower(params, x).compile().as_text()
     assert 0 < text.count(" dot(") + text.count("__onednn$matmul") <= 4
 
@@ -245,7 +244,7 @@ def test_value_and_grad_shares_the_forward_pass(x64, scan):
     predict = lambda p, x: ko.Categorical(model(p, x))
     for coupling in (ko.coarse_correction("factored"), ko.coarse_correction("exact")):
         for estimator, key in ((ko.ggn(predict), None), (ko.fisher(predict, samples=2), jax.random.key(3))):
-            plan = Plan(estimator.layers(params, x).layers, ko.kronecker(), coupling, jnp.float64)
+            plan = oracles.plan(estimator.layers(params, x), coupling, jnp.float64)
             step = estimator.value_and_grad(lambda dist, y: dist.mean_nll(y))
 
             @jax.jit

@@ -1,4 +1,4 @@
-"""K-FAC's Kronecker block for dense layers, `F ~ A (x) G`. Martens & Grosse (2015), sections 3 and 6."""
+"""K-FAC's Kronecker block for layers with a weight matrix, `F ~ A (x) G`. Martens & Grosse (2015), sections 3 and 6."""
 
 import math
 from typing import NamedTuple
@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker import eigen_solve, sandwich, trace_ratio
+from kfac_optax.linalg.rows import weighted_gram
 
 INVERSES = ("eigh", "cholesky")
+SHARING = ("expand", "reduce")
 
 
 class Factors(NamedTuple):
@@ -37,12 +39,20 @@ class InverseHeld(NamedTuple):
     outputs: Float[Array, "q q"]
 
 
-def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """Kronecker block `F ~ A (x) G` of a dense layer.
+def kronecker(
+    inverse: str = "eigh",
+    *,
+    sharing: str = "expand",
+    positions: int | None = None,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block:
+    """Kronecker block `F ~ A (x) G` of a layer with a weight matrix: dense, convolution, attention projection.
 
     `A = (1/N) sum_rows a a^T` over all uses of the layer, `G = (1/rows) sum_rows g g^T`; for a layer that runs once
     per example both are means over examples, for a weight-shared one positions are summed in `A` and averaged in `G`
-    (KFC, KFAC-expand). Solves, with `V [p, q]`:
+    (KFC for convolutions, whose rows are patches; KFAC-expand). With `sharing="reduce"` an example's inputs are averaged
+    over positions and its output gradients added up before (KFAC-reduce), for models that pool positions before the
+    loss. Solves, with `V [p, q]`:
 
     - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis.
     - `"cholesky"`: factored Tikhonov, `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
@@ -50,13 +60,16 @@ def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
 
     Args:
       inverse: `"eigh"` or `"cholesky"`.
+      sharing: `"expand"` or `"reduce"`.
+      positions: at most about this many positions of an example are measured, evenly spaced, each counting for those left
+        out; `None` measures all. With `"reduce"` it has no effect.
       precision: matmul precision of factor products and solves; lower it only for speed.
 
     Returns:
       A `Block`.
 
     Raises:
-      ValueError: unknown `inverse`.
+      ValueError: unknown `inverse` or `sharing`, `positions < 1`.
 
     >>> block = kronecker("cholesky")
     >>> held = block.factorize(Factors(jnp.eye(2), jnp.eye(2)), jnp.float32(1.0))
@@ -65,9 +78,14 @@ def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
      [0.25 0.25]]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
-    section 6.3 for factored Tikhonov damping.
+    section 6.3 for factored Tikhonov damping; Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for
+    Convolution Layers (2016); Eschenhagen et al., Kronecker-Factored Approximate Curvature for Modern Neural Network
+    Architectures (2023) for expand and reduce.
     """
     check_choice("kronecker", "inverse", inverse, INVERSES)
+    check_choice("kronecker", "sharing", sharing, SHARING)
+    if positions is not None:
+        check_number("kronecker", "positions", positions, at_least=1)
 
     def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
         return Factors(jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype))
@@ -75,8 +93,7 @@ def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
-        weighted = a if use.weights is None else a * use.weights[..., None].astype(use.dtype)
-        inputs = gram(weighted, a, precision=precision) / use.examples
+        inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
             share = math.prod(a.shape[:-1]) / use.rows
             return Factors(inputs, share * jnp.eye(use.outputs, dtype=use.dtype))
@@ -99,4 +116,5 @@ def kronecker(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
-    return Block(f"kronecker ({inverse})", init, measure, factorize, solve, multiply)
+    name = f"kronecker ({inverse})" if sharing == "expand" else f"kronecker ({inverse}, {sharing})"
+    return Block(name, init, measure, factorize, solve, multiply, sharing=sharing, positions=positions)

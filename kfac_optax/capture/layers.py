@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 
 from kfac_optax._tree import named_leaves
-from kfac_optax._types import Layer, Layers, PyTree, Uncovered
+from kfac_optax._types import NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
+from kfac_optax.capture.geometry import Dense, Lookup, Unsupported, layout, matrix_shape
 from kfac_optax.capture.sites import Analysis, Site, analyse
 from kfac_optax.capture.tap import tapping
 
@@ -19,6 +20,7 @@ class Traced(NamedTuple):
     """A function traced with taps.
 
     Attributes:
+      names: paths of the parameters, in order.
       jaxpr: closed jaxpr; inputs are the leaves of params, then those of the other arguments.
       out_shape: abstract result of the function.
       sites: taps that belong to a layer, or to none (`owner` -1), in order of execution.
@@ -26,6 +28,7 @@ class Traced(NamedTuple):
       layers: the coverage.
     """
 
+    names: tuple[str, ...]
     jaxpr: Any
     out_shape: PyTree
     sites: tuple[Site, ...]
@@ -50,7 +53,8 @@ def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with parameters "
             f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: {', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
-            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`."
+            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, `tap_conv`, `tap_embedding`, "
+            "`tap_scale_shift`."
         )
     owner, layers = _group(analysis, names, leaves)
     if not layers.layers:
@@ -59,7 +63,7 @@ def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree
             f"{where}: no layer left, the kernel of every tapped layer is something else than a parameter as stored "
             f"([inputs, outputs] or its transpose). {reasons}."
         )
-    return Traced(jaxpr, out_shape, analysis.sites, owner, layers)
+    return Traced(names, jaxpr, out_shape, analysis.sites, owner, layers)
 
 
 def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) -> tuple[tuple[int, ...], Layers]:
@@ -67,12 +71,18 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
     groups: dict[int, list[int]] = {}
     problems: dict[int, str] = {}
     for i, site in enumerate(analysis.sites):
+        if isinstance(site.geometry, Unsupported):
+            problems |= {o.leaf: f"not supported: {site.geometry.reason}" for o in site.params if o is not None}
+            continue
         kernel = site.params[0]
         if kernel is None:
             continue
         if (reason := _misfit(site, leaves[names[kernel.leaf]])) is not None:
             problems[kernel.leaf] = reason
         groups.setdefault(kernel.leaf, []).append(i)
+    for leaf, members in groups.items():
+        if not _alike([analysis.sites[i] for i in members]):
+            problems.setdefault(leaf, "layers of different kinds share it")
     groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
     biases = _own_biases(groups, analysis.sites, problems)
     owner = [-1] * len(analysis.sites)
@@ -98,13 +108,39 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
 
 
 def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence[str]) -> Layer:
-    first, origin = sites[0], sites[0].params[0]
-    assert origin is not None
+    # a look-up comes before a head that shares its table
+    first = min(sites, key=lambda site: not isinstance(site.geometry, Lookup))
+    kinds = {site.geometry.kind for site in sites}
+    groups, inputs, outputs = matrix_shape(first.geometry, first.kernel)
     uses = [math.prod(site.loops) for site in sites]
-    rows = sum(n * math.prod(site.a.shape[site.stacked : -1]) for n, site in zip(uses, sites, strict=True))
-    path = kernel.rpartition("/")[0] or kernel
-    return Layer(path, first.kind, kernel, bias, first.a.shape[-1], first.s.shape[-1], first.stack, sum(uses), rows,
-                 origin.transposed, tuple(notes))  # fmt: skip
+    rows = sum(n * math.prod(site.row_shape) for n, site in zip(uses, sites, strict=True))
+    return Layer(
+        path=kernel.rpartition("/")[0] or kernel,
+        kind="tied_embedding" if len(kinds) > 1 else first.geometry.kind,
+        kernel=kernel, bias=bias, inputs=inputs, outputs=outputs, layout=_layout(first), stack=first.stack, groups=groups,
+        uses=sum(uses), rows=rows, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _layout(site: Site) -> Layout:
+    origin = site.params[0]
+    assert origin is not None
+    return layout(site.geometry, site.kernel, origin.permutation)
+
+
+def _alike(sites: Sequence[Site]) -> bool:
+    """Whether uses of one kernel see the same matrix in it: of one kind, or an embedding that is also the head."""
+    kinds = {site.geometry.kind for site in sites}
+    if kinds == {"embedding", "dense"}:
+        heads = [site for site in sites if isinstance(site.geometry, Dense)]
+        return all(site.params[0] is not None and site.params[0].permutation == (-1, -2) for site in heads)
+    first = sites[0]
+    return all(
+        site.geometry.kind == first.geometry.kind
+        and matrix_shape(site.geometry, site.kernel) == matrix_shape(first.geometry, first.kernel)
+        and _layout(site) == _layout(first)
+        for site in sites
+    )
 
 
 def _distinct(layers: Sequence[Layer]) -> list[Layer]:
@@ -117,9 +153,15 @@ def _misfit(site: Site, leaf: Any) -> str | None:
     """Why the kernel operand of a site is not the parameter as stored, if it is not."""
     origin = site.params[0]
     assert origin is not None
-    inner = (site.s.shape[-1], site.a.shape[-1]) if origin.transposed else (site.a.shape[-1], site.s.shape[-1])
-    if tuple(leaf.shape) != (*site.stack, *inner):
-        return f"its layer uses a part of it: {tuple(leaf.shape)} stored, {(*site.stack, *inner)} used"
+    moved = len(origin.permutation)
+    if moved > len(site.kernel):
+        return "the axes of its stack are not in front"
+    used = (*site.kernel[: len(site.kernel) - moved], *(0,) * moved)
+    stored = list(used)
+    for i, axis in enumerate(origin.permutation):
+        stored[axis] = site.kernel[len(site.kernel) - moved + i]
+    if tuple(leaf.shape) != (*site.stack, *stored):
+        return f"its layer uses a part of it: {tuple(leaf.shape)} stored, {(*site.stack, *stored)} used"
     return None
 
 
@@ -158,5 +200,5 @@ def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers
     if index in tapped:
         return "the kernel of its layer is not a parameter as stored"
     if not consumers:
-        return "not used"
+        return NOT_USED
     return f"used by {', '.join(sorted(set(consumers)))} outside any supported layer"

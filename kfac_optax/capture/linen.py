@@ -2,28 +2,93 @@
 
 import contextlib
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 from flax.core import meta
 
+from kfac_optax.capture import modules
+from kfac_optax.capture.geometry import Dense
 from kfac_optax.capture.tap import place
 
-SUPPORTED = ("flax.linen.Dense",)
-_DENSE_CALL = inspect.unwrap(nn.Dense.__call__)
+SUPPORTED = (
+    "flax.linen.Dense", "DenseGeneral", "Einsum", "Conv", "ConvTranspose", "Embed", "BatchNorm", "LayerNorm", "RMSNorm",
+    "GroupNorm", "InstanceNorm", "OptimizedLSTMCell",
+)  # fmt: skip
+
+
+def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
+    def handle(module, next_fun, params, inputs, *args, **kwargs):
+        a, geometry = describe(module, inputs, *args, **kwargs)
+        return _tap(module, next_fun(inputs, *args, **kwargs), a, geometry, params, "kernel", "bias")
+
+    return handle
+
+
+def _embed(module, next_fun, params, inputs):
+    tokens, geometry = modules.embedding(module, inputs)
+    return _tap(module, next_fun(inputs), tokens, geometry, params, "embedding")
+
+
+def _attend(module, next_fun, params, query):
+    return place(next_fun(query), query, params["embedding"].T, geometry=Dense(), name=_name(module))
+
+
+def _norm(module, next_fun, params, x, *args, **kwargs):
+    out = next_fun(x, *args, **kwargs)
+    if "scale" not in params:
+        return _tap(module, out, jnp.ones_like(out), modules.norm(module, x), params, "bias")
+    # the same normalisation once more without its parameters; compiled, both share mean and variance
+    bare = {"use_scale": False} | ({"use_bias": False} if hasattr(module, "use_bias") else {})
+    statistics = {k: v for k, v in module.variables.items() if k == "batch_stats"}
+    plain = module.clone(parent=None, name=None, **bare)
+    a, _ = plain.apply(statistics, x, *args, mutable=["batch_stats"], **kwargs)
+    return _tap(module, out, a, modules.norm(module, x), params, "scale", "bias")
+
+
+def _lstm(module, next_fun, params, carry, inputs):
+    """Its gates are one product of concatenated weights; the plain cell with the same parameters has a layer for each."""
+    fields = ("features", "gate_fn", "activation_fn", "kernel_init", "recurrent_kernel_init", "bias_init", "dtype")
+    fields += ("param_dtype", "carry_init")
+    cell = nn.LSTMCell(**{name: getattr(module, name) for name in fields}, parent=None)
+    return cell.apply({"params": params}, carry, inputs)
+
+
+def _tap(module, out, a, geometry, params, *names):
+    return place(out, a, *(params[n] for n in names if n in params), geometry=geometry, name=_name(module))
+
+
+def _name(module: nn.Module) -> str:
+    return "/".join(module.path)
+
+
+_HANDLERS: dict[Callable, tuple[str, Callable[..., Any]]] = {
+    inspect.unwrap(nn.Dense.__call__): ("kernel", _linear(modules.dense)),
+    inspect.unwrap(nn.DenseGeneral.__call__): ("kernel", _linear(modules.dense_general)),
+    inspect.unwrap(nn.Einsum.__call__): ("kernel", _linear(modules.einsum)),
+    inspect.unwrap(nn.Conv.__call__): ("kernel", _linear(modules.conv)),
+    inspect.unwrap(nn.ConvTranspose.__call__): ("kernel", _linear(modules.conv_transpose)),
+    inspect.unwrap(nn.Embed.__call__): ("embedding", _embed),
+    inspect.unwrap(nn.Embed.attend): ("embedding", _attend),
+    inspect.unwrap(nn.OptimizedLSTMCell.__call__): ("", _lstm),
+} | {
+    inspect.unwrap(cls.__call__): ("", _norm)
+    for cls in (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+}
 
 
 def _intercept(next_fun, args, kwargs, context):
-    out = next_fun(*args, **kwargs)
-    # Compared by function, not by class: a subclass with its own __call__ is tapped where it calls Dense's.
-    if getattr(context.orig_method, "func", None) is not _DENSE_CALL:
-        return out
-    module = context.module
-    params = meta.unbox(module.variables.get("params", {}))
-    if "kernel" not in params:  # e.g. while the module is being initialised
-        return out
-    inputs = args[0] if args else kwargs["inputs"]
-    operands = [params["kernel"]] + ([params["bias"]] if "bias" in params else [])
-    return place(out, inputs, *operands, kind="dense", name="/".join(module.path))
+    # Compared by function, not by class: a subclass with its own __call__ is tapped where it calls that of its base.
+    method: Any = getattr(context.orig_method, "func", None)
+    if method not in _HANDLERS:
+        return next_fun(*args, **kwargs)
+    needed, handle = _HANDLERS[method]
+    params = meta.unbox(context.module.variables.get("params", {}))
+    if not params or needed not in ("", *params):  # without parameters, or while the module is being initialised
+        return next_fun(*args, **kwargs)
+    return handle(context.module, next_fun, params, *args, **kwargs)
 
 
 def intercepting() -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
+from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
 
 # One output per input, values (not shapes) kept or merely rounded: a parameter stays the same parameter.
@@ -20,14 +21,15 @@ _CALLS = frozenset(
 
 
 class Origin(NamedTuple):
-    """Which parameter leaf a value is: `depth` leading axes already taken by scans, kernel axes swapped or not.
+    """Which parameter leaf a value is: `depth` leading axes already taken by scans.
 
-    Once reshaped or broadcast it is no longer `whole`: not a layer's parameter, but still worth naming its consumer.
+    `permutation` says which stored axes (from the end) its trailing axes are; `()` if none has moved. Once reshaped or
+    broadcast the value is no longer `whole`: not a layer's parameter, but still worth naming its consumer.
     """
 
     leaf: int
     depth: int = 0
-    transposed: bool = False
+    permutation: tuple[int, ...] = ()
     whole: bool = True
 
 
@@ -35,16 +37,18 @@ class Site(NamedTuple):
     """One tapped call, as tracing saw it. Shapes are those inside all enclosing scans.
 
     Attributes:
-      name, kind: from the tap.
+      name, geometry: from the tap.
       params: origin of each parameter operand, `None` if it is not a parameter as stored.
+      kernel: shape of the first of them, as the layer uses it.
       a, s: abstract input and output, behind `stacked` leading axes.
       stacked: leading axes of stacked parameters (from `vmap` over parameters).
       scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned over).
     """
 
     name: str
-    kind: str
+    geometry: Geometry
     params: tuple[Origin | None, ...]
+    kernel: tuple[int, ...]
     a: Any
     s: Any
     stacked: int
@@ -54,6 +58,11 @@ class Site(NamedTuple):
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes along which the parameters differ."""
         return tuple(n for n, rides in self.scans if rides) + self.a.shape[: self.stacked]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """`(N, *positions)` of one use."""
+        return rows_shape(self.geometry, self.a.shape[self.stacked :], self.s.shape[self.stacked :])
 
     @property
     def loops(self) -> tuple[int, ...]:
@@ -138,8 +147,8 @@ def _walk(
             outputs = inputs[: len(eqn.outvars)]
         elif eqn.primitive.name in _RESHAPING:
             outputs = [None if inputs[0] is None else inputs[0]._replace(whole=False)]
-        elif eqn.primitive.name == "transpose" and inputs[0] is not None and _swaps_last(eqn.params["permutation"]):
-            outputs = [inputs[0]._replace(transposed=not inputs[0].transposed)]
+        elif eqn.primitive.name == "transpose":
+            outputs = [None if inputs[0] is None else _transposed(inputs[0], eqn.params["permutation"])]
         else:
             _refuse_taps(eqn, eqn.primitive.name)
             _note(inputs, eqn.primitive.name, consumers)
@@ -154,7 +163,7 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
     # a carry that every step hands on untouched is a constant of the scan
     kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
     carry = [o if keep else None for o, keep in zip(inputs[constants:first], kept, strict=True)]
-    slices = [None if o is None else o._replace(depth=o.depth + 1) for o in inputs[first:]]
+    slices = [_sliced(o, v.aval.ndim) for o, v in zip(inputs[first:], eqn.invars[first:], strict=True)]
     start = len(sites)
     _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
     depth = len(scans)
@@ -171,7 +180,8 @@ def _add_site(eqn, inputs, scans, sites) -> None:
     p = eqn.params
     s, a = (v.aval for v in eqn.invars[:2])
     params = tuple(o if o is not None and o.whole else None for o in inputs[2:])
-    sites.append(Site(p["name"], p["kind"], params, a, s, p["stacked"], scans))
+    kernel = tuple(eqn.invars[2].aval.shape[p["stacked"] :])
+    sites.append(Site(p["name"], p["geometry"], params, kernel, a, s, p["stacked"], scans))
 
 
 def _refuse_taps(eqn, where: str) -> None:
@@ -179,7 +189,7 @@ def _refuse_taps(eqn, where: str) -> None:
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
                 raise ValueError(
-                    f"layer {inner.params['name'] or inner.params['kind']!r} runs inside `{where}`, where "
+                    f"layer {inner.params['name'] or inner.params['geometry'].kind!r} runs inside `{where}`, where "
                     "its curvature has no meaning (how often it runs is not known when tracing). Expected layers at "
                     "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of "
                     "steps, or move the layer out of the branch."
@@ -193,6 +203,17 @@ def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:
             consumers.setdefault(origin.leaf, []).append(primitive)
 
 
-def _swaps_last(permutation: Sequence[int]) -> bool:
+def _transposed(origin: Origin, permutation: Sequence[int]) -> Origin:
     n = len(permutation)
-    return n >= 2 and tuple(permutation) == (*range(n - 2), n - 1, n - 2)
+    before = [*range(-n, -len(origin.permutation)), *origin.permutation]
+    now = [before[axis] for axis in permutation]
+    while now and now[0] == -len(now):
+        del now[0]
+    return origin._replace(permutation=tuple(now))
+
+
+def _sliced(origin: Origin | None, rank: int) -> Origin | None:
+    """Inside a scan over it a value has lost its first axis; if that was no longer the first one stored, it is lost."""
+    if origin is None:
+        return None
+    return origin._replace(depth=origin.depth + 1, whole=origin.whole and len(origin.permutation) < rank)

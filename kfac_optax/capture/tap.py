@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import jax
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from kfac_optax.capture.geometry import Geometry
 
 # A context that JAX's caches know: a function jitted before, without taps, is traced anew inside the estimator,
 # and a trace with taps never leaks into the user's own steps.
@@ -51,51 +53,6 @@ def tapping() -> Iterator[None]:
         yield
 
 
-def place(s: Array, a: Array, *params: Array, kind: str, name: str) -> Array:
+def place(s: Array, a: Array, *params: Array, geometry: Geometry, name: str) -> Array:
     """Binds the tap; front ends call this once they know that `s` is the output of a supported layer."""
-    return tap_p.bind(s, a, *params, kind=kind, name=name, stacked=0)
-
-
-def tap_dense(
-    s: Float[Array, "*batch q"],
-    a: Float[Array, "*batch p"],
-    kernel: Float[Array, "p q"],
-    bias: Float[Array, " q"] | None = None,
-    *,
-    name: str = "",
-) -> Float[Array, "*batch q"]:
-    """Marks `s = a @ kernel + bias` as a dense layer, for Equinox, Haiku and plain JAX models.
-
-    An identity: returns `s`. Outside an estimator it does nothing at all.
-
-    Args:
-      s: output of the layer, `[*batch, q]`. Use the returned value in place of it.
-      a: input of the layer, `[*batch, p]`.
-      kernel: the weight **parameter**, `[p, q]` (pass `weight.T` where it is stored transposed).
-      bias: the bias parameter `[q]`, if the layer has one.
-      name: shown in errors.
-
-    Returns:
-      `s`.
-
-    Raises:
-      ValueError: the shapes do not belong together.
-
-    >>> import jax.numpy as jnp
-    >>> x, w = jnp.ones((4, 3)), jnp.ones((3, 2))
-    >>> print(tap_dense(x @ w, x, w).shape)
-    (4, 2)
-    """
-    label = f"tap_dense{f' {name!r}' if name else ''}"
-    if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1] or s.shape[-1:] != kernel.shape[1:]:
-        raise ValueError(
-            f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, q], a [*batch, p] and "
-            "kernel [p, q]. Pass the kernel so that s = a @ kernel (+ bias)."
-        )
-    if s.shape[:-1] != a.shape[:-1]:
-        raise ValueError(f"{label}: leading axes of s {s.shape} and a {a.shape} differ; expected the same rows.")
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(f"{label}: got bias {bias.shape}; expected {kernel.shape[1:]}, one value per output.")
-    if not active():
-        return s
-    return place(s, a, kernel, *(() if bias is None else (bias,)), kind="dense", name=name)
+    return tap_p.bind(s, a, *params, geometry=geometry, name=name, stacked=0)

@@ -4,20 +4,23 @@
 Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning (2020), section 3 and algorithm 1.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Coupling, Numeric, PyTree, Use
+from kfac_optax._types import Coupling, Numeric, PyTree
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, psd_eigh
 from kfac_optax.linalg.gram import replicated
 
 COARSE = ("factored", "exact")
 COARSE_DAMPING = ("identity", "galerkin")
+Resample = Callable[[jax.Array, int, int], jax.Array]  # (x, axis, smaller size)
 
 
 class Grams(NamedTuple):
@@ -34,14 +37,15 @@ class Exact(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    inputs: Float[Array, "*copies N T"]
-    outputs: Float[Array, "*copies N T"]
+    inputs: Float[Array, "copies N *positions"]
+    outputs: Float[Array, "copies N *positions"]
 
 
 def coarse_correction(
     coarse: str = "factored",
     *,
     damping: str = "identity",
+    resample: str = "nearest",
     fine_weight: Numeric = 1.0,
     coarse_weight: Numeric = 1.0,
     precision: jax.lax.PrecisionLike = "highest",
@@ -50,14 +54,19 @@ def coarse_correction(
 
     - `"factored"` (the paper): `F_c[i, j] = sum(A_ij) sum(G_ij)`, the sum of all entries of `A_ij (x) G_ij`. With the
       channel sums `alpha_i = 1^T a_i`, `gamma_i = 1^T g_i` of each example both are `L x L` Gram matrices, so no
-      cross-covariance is ever formed. Layers with different numbers of positions are compared after nearest-neighbour
-      selection from the longer one.
+      cross-covariance is ever formed. Layers with maps of different shapes are compared after bringing both to the
+      smaller size, axis by axis. Since that is done pair by pair, the matrix may be slightly indefinite; negative
+      eigenvalues are clamped before damping.
     - `"exact"`: `F_c = E[u u^T]` with `u_i = sum_t alpha_it gamma_it`: no independence assumption, no resampling.
+
+    Layers that only scale and shift, and parameters on their own, have no row; every group of a grouped convolution and
+    every layer of a stack has one.
 
     Args:
       coarse: `"factored"` or `"exact"`.
       damping: `"identity"` adds `lambda` to the diagonal (the paper), `"galerkin"` `lambda * n_i` with `n_i` the
         number of parameters of layer i, which is what restricting `F + lambda I` gives.
+      resample: how `"factored"` makes the larger map smaller, `"nearest"` (the paper) or `"area"` (means).
       fine_weight: weight of the block-diagonal part.
       coarse_weight: weight of the correction.
       precision: matmul precision of the Grams.
@@ -78,30 +87,30 @@ def coarse_correction(
     where = "coarse_correction"
     check_choice(where, "coarse", coarse, COARSE)
     check_choice(where, "coarse_damping", damping, COARSE_DAMPING)
+    check_choice(where, "resample", resample, RESAMPLE)
     check_number(where, "fine_weight", fine_weight, at_least=0)
     check_number(where, "coarse_weight", coarse_weight, at_least=0)
-    galerkin = damping == "galerkin"
+    galerkin, select = damping == "galerkin", RESAMPLE[resample]
 
     def init(layers: int, dtype: jnp.dtype) -> PyTree:
         zeros = jnp.zeros((layers, layers), dtype)
         return Grams(zeros, zeros) if coarse == "factored" else Exact(zeros)
 
-    def measure(a: Array, g: Array | None, use: Use) -> PyTree:
-        if g is None:
+    def measure(alpha: Array, gamma: Array | None, weights: Array | None) -> PyTree:
+        if gamma is None:
             raise ValueError(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix needs. "
                 "Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
-        alpha, gamma = _channel_sums(a, g, use)
         if coarse == "exact":  # gamma carries the root of the weight, which is what one row of u u^T needs
-            return jnp.sum(alpha * gamma, -1)
-        return _Sums(alpha if use.weights is None else alpha * _per_row(jnp.sqrt(use.weights), alpha), gamma)
+            return jnp.sum(alpha * gamma, tuple(range(2, alpha.ndim)))
+        return _Sums(alpha if weights is None else alpha * jnp.sqrt(weights).astype(alpha.dtype), gamma)
 
     def reduce(measured: Sequence[PyTree], examples: int) -> PyTree:
         if coarse == "exact":
             u = jnp.concatenate(measured)
             return Exact(_product(u, u, precision) / examples)
-        return _grams(measured, examples, precision)
+        return _grams(measured, examples, select, precision)
 
     def factorize(statistic: PyTree, sizes: Array) -> Eigen:
         fisher = matrix(statistic)
@@ -123,29 +132,18 @@ def coarse_correction(
     )
 
 
-def _channel_sums(a: Array, g: Array, use: Use) -> _Sums:
-    """`alpha` and `gamma` of one use, `[N, R]`; the bias coordinate counts as one more input."""
-    alpha = jnp.sum(a, -1, dtype=use.dtype) + use.bias
-    gamma = jnp.sum(g, -1, dtype=use.dtype)
-    return _Sums(alpha.reshape(alpha.shape[0], -1), gamma.reshape(gamma.shape[0], -1))
-
-
-def _per_row(weights: Array, like: Array) -> Array:
-    return weights.reshape(like.shape).astype(like.dtype)
-
-
-def _grams(measured: Sequence[_Sums], examples: int, precision: jax.lax.PrecisionLike) -> Grams:
-    """Both Grams, block by block for layers with different numbers of positions."""
-    groups: dict[int, list[int]] = {}
+def _grams(measured: Sequence[_Sums], examples: int, select: Resample, precision: jax.lax.PrecisionLike) -> Grams:
+    """Both Grams, block by block for layers with different maps of positions."""
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i, sums in enumerate(measured):
-        groups.setdefault(sums.inputs.shape[-1], []).append(i)
+        groups.setdefault(sums.inputs.shape[2:], []).append(i)
     stacks = {
-        t: _Sums(*map(jnp.concatenate, zip(*(measured[i] for i in members), strict=True)))
-        for t, members in groups.items()
+        shape: _Sums(*map(jnp.concatenate, zip(*(measured[i] for i in members), strict=True)))
+        for shape, members in groups.items()
     }
     rows_in, rows_out = [], []
-    for t, left in stacks.items():
-        blocks = [_cross(left, right, min(t, u), examples, precision) for u, right in stacks.items()]
+    for left in stacks.values():
+        blocks = [_cross(left, right, examples, select, precision) for right in stacks.values()]
         rows_in.append(jnp.concatenate([b.inputs for b in blocks], 1))
         rows_out.append(jnp.concatenate([b.outputs for b in blocks], 1))
     order = _order(measured, groups)
@@ -155,11 +153,45 @@ def _grams(measured: Sequence[_Sums], examples: int, precision: jax.lax.Precisio
     return Grams(jnp.concatenate(rows_in)[take][:, take], jnp.concatenate(rows_out)[take][:, take])
 
 
-def _cross(left: _Sums, right: _Sums, positions: int, examples: int, precision: jax.lax.PrecisionLike) -> Grams:
+def _cross(left: _Sums, right: _Sums, examples: int, select: Resample, precision: jax.lax.PrecisionLike) -> Grams:
     """Positions are summed in the input side and averaged in the output side, as in the factors themselves."""
-    left, right = (_Sums(*(_nearest(x, positions) for x in sums)) for sums in (left, right))
+    left, right = common_positions(left, right, select)
+    positions = math.prod(left.inputs.shape[2:])
     inputs = _product(left.inputs, right.inputs, precision) / examples
     return Grams(inputs, _product(left.outputs, right.outputs, precision) / (examples * positions))
+
+
+def common_positions(left: _Sums, right: _Sums, select: Resample) -> tuple[_Sums, _Sums]:
+    """Both on maps of one shape: axis by axis the smaller size, on one axis where they differ in number."""
+    if left.inputs.ndim != right.inputs.ndim:
+        left, right = (_Sums(*(x.reshape(*x.shape[:2], -1) for x in sums)) for sums in (left, right))
+    for axis in range(2, left.inputs.ndim):
+        size = min(left.inputs.shape[axis], right.inputs.shape[axis])
+        left, right = (_Sums(*(select(x, axis, size) for x in sums)) for sums in (left, right))
+    return left, right
+
+
+def _nearest(x: Array, axis: int, size: int) -> Array:
+    have = x.shape[axis]
+    if have == size:
+        return x
+    return jnp.take(x, np.arange(size) * have // size, axis=axis)
+
+
+def _area(x: Array, axis: int, size: int) -> Array:
+    """Means over the cells that each of `size` equal parts touches."""
+    have = x.shape[axis]
+    if have == size:
+        return x
+    cells = np.zeros((have, size))
+    for i in range(size):
+        first, last = i * have // size, -(-(i + 1) * have // size)
+        cells[first:last, i] = 1 / (last - first)
+    moved = jnp.matmul(jnp.moveaxis(x, axis, -1), jnp.asarray(cells, x.dtype), precision="highest")
+    return jnp.moveaxis(moved, -1, axis)
+
+
+RESAMPLE: dict[str, Resample] = {"nearest": _nearest, "area": _area}
 
 
 def _product(x: Array, y: Array, precision: jax.lax.PrecisionLike) -> Array:
@@ -168,14 +200,7 @@ def _product(x: Array, y: Array, precision: jax.lax.PrecisionLike) -> Array:
     return jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=precision, out_sharding=replicated(x))
 
 
-def _nearest(x: Array, positions: int) -> Array:
-    have = x.shape[-1]
-    if have == positions:
-        return x
-    return x[..., jnp.asarray([(i * have) // positions for i in range(positions)])]
-
-
-def _order(measured: Sequence[_Sums], groups: dict[int, list[int]]) -> list[int] | None:
+def _order(measured: Sequence[_Sums], groups: dict[tuple[int, ...], list[int]]) -> list[int] | None:
     """Where each layer's rows are once layers have been grouped; `None` if the order did not change."""
     copies = [sums.inputs.shape[0] for sums in measured]
     grouped = [i for members in groups.values() for i in members]

@@ -8,6 +8,7 @@ from kfac_optax._types import Coupling, Layers, Numeric, ScalarOrSchedule
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.control.kl_clip import clip_by_kl
 from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.coverage import blocks_of, cover
 from kfac_optax.transforms.core import scale_by_curvature
 
 
@@ -22,6 +23,9 @@ def kfac(
     inverse_every: ScalarOrSchedule = 100,
     inverse: str = "eigh",
     uncovered: str = "pass",
+    normalization: str = "unitwise",
+    sharing: str = "expand",
+    positions: int | None = None,
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
@@ -41,7 +45,11 @@ def kfac(
       curvature_every: period of the statistics.
       inverse_every: period of the inverses.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
-      uncovered: parameters without a block: `"pass"` or `"raise"`.
+      uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
+      normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
+        or `"pass"`.
+      sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).
+      positions: at most about this many positions of an example are measured; `None` for all.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
@@ -63,9 +71,11 @@ def kfac(
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015).
     """
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
+    linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     preconditioner = scale_by_curvature(
-        layers, block=kronecker(inverse, precision=precision), coupling=coupling, damping=damping, decay=decay,
-        curvature_every=curvature_every, inverse_every=inverse_every, uncovered=uncovered, axis_name=axis_name,
+        layers, block=blocks_of(linear, inverse=inverse, normalization=normalization), coupling=coupling, damping=damping,
+        decay=decay, curvature_every=curvature_every, inverse_every=inverse_every, axis_name=axis_name,
         factor_dtype=factor_dtype,
     )  # fmt: skip
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
@@ -82,11 +92,15 @@ def kfac_two_level(
     inverse_every: ScalarOrSchedule = 100,
     inverse: str = "eigh",
     uncovered: str = "pass",
+    normalization: str = "unitwise",
+    sharing: str = "expand",
+    positions: int | None = None,
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
     coarse: str = "factored",
     coarse_damping: str = "identity",
+    resample: str = "nearest",
     fine_weight: Numeric = 1.0,
     coarse_weight: Numeric = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,12 +118,17 @@ def kfac_two_level(
       curvature_every: period of the statistics.
       inverse_every: period of the inverses.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine level.
-      uncovered: parameters without a block: `"pass"` or `"raise"`.
+      uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
+      normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
+        or `"pass"`.
+      sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).
+      positions: at most about this many positions of an example are measured; `None` for all.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
       coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
       coarse_damping: `"identity"` (the paper) or `"galerkin"`.
+      resample: how maps of unequal size are compared, `"nearest"` (the paper) or `"area"`.
       fine_weight: weight of the block-diagonal level.
       coarse_weight: weight of the correction.
 
@@ -130,10 +149,15 @@ def kfac_two_level(
     Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning (2020), algorithm 1.
     """
     coupling = coarse_correction(
-        coarse, damping=coarse_damping, fine_weight=fine_weight, coarse_weight=coarse_weight, precision=precision
+        coarse,
+        damping=coarse_damping,
+        resample=resample,
+        fine_weight=fine_weight,
+        coarse_weight=coarse_weight,
+        precision=precision,
     )
     return kfac(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, inverse=inverse, uncovered=uncovered, axis_name=axis_name, factor_dtype=factor_dtype,
-        precision=precision, coupling=coupling,
+        inverse_every=inverse_every, inverse=inverse, uncovered=uncovered, normalization=normalization, sharing=sharing,
+        positions=positions, axis_name=axis_name, factor_dtype=factor_dtype, precision=precision, coupling=coupling,
     )  # fmt: skip

@@ -18,7 +18,8 @@ from kfac_optax._tree import (
     select,
 )  # fmt: skip
 from kfac_optax._types import Block, Bucket, Coupling, Layer, Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_choice, check_number, resolve
+from kfac_optax._validate import NO_CURVATURE, check_number, resolve
+from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.linalg.factorize import after
 from kfac_optax.statistics import Plan
 
@@ -52,13 +53,14 @@ class CurvatureState(NamedTuple):
 def scale_by_curvature(
     layers: Layers,
     *,
-    block: Block,
+    block: Block | BlockOf,
     coupling: Coupling | None = None,
     damping: ScalarOrSchedule = 1e-3,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
     uncovered: str = "pass",
+    normalization: str = "unitwise",
     axis_name: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,13 +78,18 @@ def scale_by_curvature(
 
     Args:
       layers: from `fisher.layers(params, ...)`.
-      block: the per-layer approximation, for example `kronecker()`.
+      block: the approximation of dense layers, convolutions and attention projections, for example `kronecker()`
+        (embeddings and normalisation layers get blocks of their own); or a function of the layer that gives every layer
+        its block. Layers with equal shapes and the same `Block` object share one batched call.
       coupling: for example `coarse_correction()`; `None` leaves the layers independent.
       damping: Tikhonov damping.
       decay: bound of the averaging weight, in [0, 1].
       curvature_every: period of the statistics, in steps.
       inverse_every: period of the inverses, in steps.
-      uncovered: parameters without a block: `"pass"` their gradient on unchanged, or `"raise"`.
+      uncovered: parameters without a block: `"pass"` their gradient on unchanged, precondition with the diagonal of the
+        Fisher (`"diagonal"`, one more gradient when statistics are taken, unless labels are drawn), or `"raise"`.
+      normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for every channel,
+        `"diagonal"`, or `"pass"`.
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split; statistics are averaged over
         it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters' dtypes.
@@ -102,7 +109,9 @@ def scale_by_curvature(
     [1. 1.]
     """
     where = "scale_by_curvature"
-    _check(where, layers, damping, decay, curvature_every, inverse_every, uncovered)
+    _check(where, damping, decay, curvature_every, inverse_every)
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
+    block_of = blocks_of(block, normalization=normalization)
 
     def init(params: PyTree) -> CurvatureState:
         def zero(dtype: Any = jnp.int32) -> jax.Array:
@@ -118,7 +127,7 @@ def scale_by_curvature(
         dtype = _dtype(leaves, mine, factor_dtype)
         start = jnp.asarray(resolve(damping, state.kfac_count), dtype)
         # one compiled call instead of an eager one per array
-        factors, held, coarse = jax.jit(lambda damping: _initial(mine, block, coupling, damping))(start)
+        factors, held, coarse = jax.jit(lambda damping: _initial(mine, block_of, coupling, damping))(start)
         return state._replace(damping=jnp.array(start, jnp.float32), factors=factors, held=held, coarse=coarse)
 
     def update(updates, state, params=None, *, curvature=_MISSING, refresh=None, **extra):
@@ -130,10 +139,12 @@ def scale_by_curvature(
         leaves = named_leaves(updates)
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
-        step = _Step(mine, make_buckets(mine), block, coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype))
+        step = _Step(
+            mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
+        )
         if curvature is not None:
             _check_curvature(where, curvature)
-            plan = Plan(mine, block, coupling, dtype, axis_name)
+            plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
             weight = resolve(decay, state.kfac_count)
             due = True if refresh is not None else _due(state.kfac_count, resolve(curvature_every, state.kfac_count))
             state = _when(due, lambda s: _accumulate(step, s, curvature.statistics(plan), weight), state, _STATISTICS)
@@ -156,31 +167,26 @@ class _Step(NamedTuple):
 
     layers: tuple[Layer, ...]  # in order of execution
     buckets: tuple[Bucket, ...]
-    block: Block
     coupling: Coupling | None
     damping: jax.Array
 
     def rows(self) -> np.ndarray:
-        """Row in the coarse matrix (order of execution) of every layer in bucket order."""
-        first = dict(zip(self.layers, np.cumsum([0, *(x.copies for x in self.layers[:-1])]), strict=True))
-        return np.concatenate([first[x] + np.arange(x.copies) for bucket in self.buckets for x in bucket.layers])
-
-
-def _check(where, layers, damping, decay, curvature_every, inverse_every, uncovered) -> None:
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"{where}: layers is a {type(layers).__name__}; expected the result of fisher.layers(params, *args)."
+        """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""
+        first, start = {}, 0
+        for layer in self.layers:
+            if layer.coupled:
+                first[layer] = start
+                start += layer.copies
+        return np.concatenate(
+            [first[x] + np.arange(x.copies) for bucket in self.buckets for x in bucket.layers if x.coupled]
         )
+
+
+def _check(where, damping, decay, curvature_every, inverse_every) -> None:
     check_number(where, "damping", damping, at_least=0)
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_number(where, "curvature_every", curvature_every, at_least=1)
     check_number(where, "inverse_every", inverse_every, at_least=1)
-    check_choice(where, "uncovered", uncovered, ("pass", "raise"))
-    if uncovered == "raise" and layers.uncovered:
-        listed = "\n".join(f"  {u.path} {u.shape}: {u.reason}" for u in layers.uncovered)
-        raise ValueError(
-            f"{where}: uncovered='raise' and no block covers\n{listed}\nUse uncovered='pass' to pass their gradient on."
-        )
 
 
 def _check_curvature(where: str, curvature: Any) -> None:
@@ -199,8 +205,7 @@ def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tup
             "Pass the parameter tree that `layers` was made from."
         )
     for layer in mine:
-        inner = (layer.outputs, layer.inputs) if layer.transposed else (layer.inputs, layer.outputs)
-        got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *inner)
+        got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *layer.layout.shape)
         if got != expected:
             raise ValueError(
                 f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "
@@ -215,17 +220,18 @@ def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: 
     return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))
 
 
-def _initial(mine: tuple[Layer, ...], block: Block, coupling: Coupling | None, damping: jax.Array) -> tuple:
+def _initial(mine: tuple[Layer, ...], block_of: BlockOf, coupling: Coupling | None, damping: jax.Array) -> tuple:
     """Factors, held inverses and coupling before anything was measured."""
     dtype, factors = damping.dtype, {}
-    buckets = make_buckets(mine)
+    buckets = make_buckets(mine, block_of)
     for bucket in buckets:
-        one = block.init(*bucket.shape, dtype)
+        one = _block(bucket).init(*bucket.shape, dtype)
         factors[bucket.name] = jax.tree.map(lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one)
-    held = _factorize(buckets, block, factors, damping)
+    held = _factorize(buckets, factors, damping)
     if coupling is None:
         return factors, held, ()
     rows, index = 0, {}
+    mine = tuple(layer for layer in mine if layer.coupled)
     for layer in mine:
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
         rows += layer.copies
@@ -234,12 +240,17 @@ def _initial(mine: tuple[Layer, ...], block: Block, coupling: Coupling | None, d
     return factors, held, CoarseState(statistic, coupling.factorize(after(statistic, held), sizes), sizes, index)
 
 
-def _factorize(buckets: tuple[Bucket, ...], block: Block, factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
+def _block(bucket: Bucket) -> Block:
+    assert bucket.block is not None
+    return bucket.block
+
+
+def _factorize(buckets: tuple[Bucket, ...], factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
     """What is held for every bucket, one batched factorisation after another."""
     held: dict[str, PyTree] = {}
     for bucket in buckets:
         ready = after(factors[bucket.name], held)
-        held[bucket.name] = jax.vmap(block.factorize, (0, None))(ready, damping)
+        held[bucket.name] = jax.vmap(_block(bucket).factorize, (0, None))(ready, damping)
     return held
 
 
@@ -295,7 +306,7 @@ def _refactorize(step: _Step, state: CurvatureState) -> CurvatureState:
     """New inverses; layer by layer, what is not finite keeps the old one."""
     held, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        made = _factorize(step.buckets, step.block, state.factors, step.damping)
+        made = _factorize(step.buckets, state.factors, step.damping)
         for name, new in made.items():
             good = jax.vmap(all_finite)(new)
             held[name] = select(good, new, state.held[name])
@@ -315,8 +326,10 @@ def _precondition(
     """New leaves by name, and the coarse share of the update."""
     with jax.named_scope("kfac/precondition"):
         gradients = [gather(bucket, leaves, dtype) for bucket in step.buckets]
-        solve = jax.vmap(step.block.solve, (0, 0, None))
-        updates = [solve(state.held[b.name], v, step.damping) for b, v in zip(step.buckets, gradients, strict=True)]
+        updates = [
+            jax.vmap(_block(b).solve, (0, 0, None))(state.held[b.name], v, step.damping)
+            for b, v in zip(step.buckets, gradients, strict=True)
+        ]
         share = jnp.zeros((), jnp.float32)
         if step.coupling is not None:
             updates, share = _couple(step, state.coarse, gradients, updates)
@@ -331,17 +344,18 @@ def _couple(step: _Step, coarse: CoarseState, gradients: list, fine: list) -> tu
     coupling = step.coupling
     assert coupling is not None
     rows = step.rows()
+    coupled = [i for i, bucket in enumerate(step.buckets) if bucket.layers[0].coupled]
     in_order = np.array_equal(rows, np.arange(len(rows)))
-    restricted = jnp.concatenate([jnp.sum(v, (1, 2)) for v in gradients])
+    restricted = jnp.concatenate([jnp.sum(gradients[i], (1, 2)) for i in coupled])
     restricted = restricted if in_order else restricted[np.argsort(rows)]
     correction = coupling.solve(coarse.coarse_held, restricted, step.damping, coarse.coarse_sizes)
     shift = jnp.asarray(coupling.coarse_weight, correction.dtype) * correction
     by_bucket = shift if in_order else shift[rows]
-    combined, start = [], 0
-    for update in fine:
-        mine = by_bucket[start : start + update.shape[0]]
-        start += update.shape[0]
-        combined.append(jnp.asarray(coupling.fine_weight, update.dtype) * update + mine[:, None, None])
+    combined, start = [jnp.asarray(coupling.fine_weight, u.dtype) * u for u in fine], 0
+    for i in coupled:
+        mine = by_bucket[start : start + fine[i].shape[0]]
+        start += fine[i].shape[0]
+        combined[i] = combined[i] + mine[:, None, None]
     total = sum(jnp.sum(jnp.square(u)) for u in combined)
     part = jnp.sum(jnp.square(shift) * coarse.coarse_sizes)
     return combined, jnp.sqrt(part / jnp.where(total > 0, total, 1))

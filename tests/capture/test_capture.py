@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import kfac_optax as ko
-from kfac_optax.statistics import Plan
 from tests import oracles
 
 SIZES = (6, 6, 6, 3)
@@ -20,7 +19,7 @@ N = 8
 def statistics(estimator, params, *args, coupling=None, key=None, dtype=jnp.float32):
     """Layers and their statistics, compiled."""
     layers = estimator.layers(params, *args)
-    plan = Plan(layers.layers, ko.kronecker(), coupling, dtype)
+    plan = oracles.plan(layers, coupling, dtype)
     run = jax.jit(lambda p, a: estimator.at(p, *a, key=key).statistics(plan))
     return layers, *run(params, args)
 

@@ -5,33 +5,45 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax._types import Use
 from tests import oracles
 
 
-def sums(coupling, a, g):
-    use = Use(False, g.shape[-1], len(a), a[..., 0].size, jnp.float64)
-    return [x[None] for x in coupling.measure(a, g, use)]
+def measured(coupling, a, g):
+    """Of one layer, with the axis of its copies."""
+    return coupling.measure(a.sum(-1)[None], g.sum(-1)[None], None)
 
 
-def test_layers_with_different_numbers_of_positions_are_resampled_to_the_shorter(x64):
-    """Three layers with 4, 1 and 2 positions: every pair is compared at the smaller number, nearest positions."""
-    n, coupling = 5, ko.coarse_correction("factored")
-    positions = (4, 1, 2)
-    a = [oracles.normal(i, (n, t, 3)) for i, t in enumerate(positions)]
-    g = [oracles.normal(9 + i, (n, t, 2)) for i, t in enumerate(positions)]
-    measured = [
-        type(coupling.measure(x, y, Use(False, 2, n, 1, jnp.float64)))(*sums(coupling, x, y)) for x, y in zip(a, g)
-    ]
-    grams = coupling.reduce(measured, n)
-    for i, t in enumerate(positions):
-        for j, u in enumerate(positions):
-            m = min(t, u)
-            pick = lambda x, have, m=m: np.asarray(x).sum(-1)[:, [k * have // m for k in range(m)]]
-            inputs = np.sum(pick(a[i], t) * pick(a[j], u)) / n
-            outputs = np.sum(pick(g[i], t) * pick(g[j], u)) / (n * m)
-            np.testing.assert_allclose(grams.inputs[i, j], inputs, rtol=1e-10)
-            np.testing.assert_allclose(grams.outputs[i, j], outputs, rtol=1e-10)
+def pick(x, shape, method):
+    """Channel sums `[N, *shape]` on a smaller map, by definition and position by position."""
+    x = np.asarray(x)
+    for axis, size in enumerate(shape, 1):
+        have = x.shape[axis]
+        parts = []
+        for i in range(size):
+            cell = range(i * have // size, -(-(i + 1) * have // size)) if method == "area" else [i * have // size]
+            parts.append(np.mean([np.take(x, j, axis) for j in cell], 0))
+        x = np.stack(parts, axis)
+    return x
+
+
+@pytest.mark.parametrize("resample", ["nearest", "area"])
+@pytest.mark.parametrize("maps", [((4,), (1,), (2,)), ((4, 6), (3, 2), (4, 6)), ((5, 3), (2, 4), (7,))])
+def test_maps_of_unequal_size_are_compared_on_the_smaller(x64, maps, resample):
+    """Axis by axis, non-square maps and sequences included; maps with different numbers of axes are laid out first."""
+    n, coupling = 5, ko.coarse_correction("factored", resample=resample)
+    a = [oracles.normal(i, (n, *t, 3)) for i, t in enumerate(maps)]
+    g = [oracles.normal(9 + i, (n, *t, 2)) for i, t in enumerate(maps)]
+    grams = coupling.reduce([measured(coupling, x, y) for x, y in zip(a, g)], n)
+    for i, t in enumerate(maps):
+        for j, u in enumerate(maps):
+            flat = len(t) != len(u)
+            shape = (min(np.prod(t), np.prod(u)),) if flat else tuple(map(min, t, u))
+            prepared = [np.asarray(x).sum(-1) for x in (a[i], a[j], g[i], g[j])]
+            if flat:
+                prepared = [x.reshape(n, -1) for x in prepared]
+            ai, aj, gi, gj = (pick(x, shape, resample) for x in prepared)
+            np.testing.assert_allclose(grams.inputs[i, j], np.sum(ai * aj) / n, rtol=1e-10)
+            np.testing.assert_allclose(grams.outputs[i, j], np.sum(gi * gj) / (n * np.prod(shape)), rtol=1e-10)
 
 
 @pytest.mark.parametrize("damping", ["identity", "galerkin"])

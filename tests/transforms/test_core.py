@@ -77,9 +77,8 @@ def test_schedule_order_and_averaging():
 
 
 def _plan(layers):
-    from kfac_optax.statistics import Plan
 
-    return Plan(layers.layers, ko.kronecker(), None, jnp.float32)
+    return oracles.plan(layers, None, jnp.float32)
 
 
 def test_static_refresh_has_no_branch_and_equals_the_traced_schedule():
@@ -317,7 +316,7 @@ WRONG = [
     (dict(damping="small"), TypeError, "expected a number, a jax.Array or a schedule"),
     (dict(damping=float("nan")), ValueError, "damping=nan"),
     (dict(inverse="lu"), ValueError, "inverse='lu'; expected one of 'eigh', 'cholesky'"),
-    (dict(uncovered="skip"), ValueError, "uncovered='skip'; expected one of 'pass', 'raise'"),
+    (dict(uncovered="skip"), ValueError, "uncovered='skip'; expected one of 'pass', 'diagonal', 'raise'"),
     (dict(coarse="fine"), ValueError, "coarse='fine'; expected one of 'factored', 'exact'"),
     (dict(coarse_damping="none"), ValueError, "coarse_damping='none'"),
     (dict(coarse_weight=-1.0), ValueError, "coarse_weight=-1.0"),

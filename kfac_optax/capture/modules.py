@@ -1,0 +1,176 @@
+"""Geometry of Flax modules, read from attributes that linen and NNX share: `(input of the dense view, geometry)`."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen.linear as linen_linear
+import jax
+import jax.numpy as jnp
+
+from kfac_optax.capture.geometry import Contraction, Conv, Dense, Geometry, Lookup, ScaleShift, Unsupported
+from kfac_optax.capture.patches import Window
+
+Described = tuple[jax.Array, Geometry]
+
+
+def dense(module: Any, inputs: jax.Array) -> Described:
+    """`Dense`, `Linear`."""
+    return inputs, Dense()
+
+
+def dense_general(module: Any, inputs: jax.Array) -> Described:
+    """`DenseGeneral`, `LinearGeneral`: contracts some axes, may batch over leading ones."""
+    n = inputs.ndim
+    batch = getattr(module, "batch_dims", None)
+    batch = tuple(module.batch_axis) if batch is None else batch
+    features = getattr(module, "features", None)
+    features = _tuple(module.out_features if features is None else features)
+    axes = [axis % n for axis in _tuple(module.axis)]
+    batch = [axis % n for axis in _tuple(batch)]
+    rows = [axis for axis in range(n) if axis not in axes and axis not in batch]
+    if not batch and axes == [n - 1] and len(features) == 1:
+        return inputs, Dense()
+    outputs = len(features)
+    kernel = len(batch) + len(axes) + outputs
+    s = len(batch) + len(rows) + outputs
+    return inputs, Contraction(
+        a=tuple(axis - n for axis in (*rows, *batch, *axes)),
+        s=tuple(axis - s for axis in (*range(len(batch), len(batch) + len(rows)), *range(len(batch)), *range(s - outputs, s))),
+        kernel=tuple(range(-kernel, 0)),
+        rows=len(rows), groups=len(batch), inputs=len(axes), outputs=outputs,
+    )  # fmt: skip
+
+
+def einsum(module: Any, inputs: jax.Array, einsum_str: str | None = None) -> Described:
+    """`Einsum`: any product of two operands in which every axis has a role."""
+    kernel = getattr(module, "shape", None) or module.kernel_shape
+    return inputs, contraction(einsum_str or module.einsum_str, inputs.ndim, len(kernel))
+
+
+def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
+    """Geometry of `jnp.einsum(equation, a, kernel)`.
+
+    >>> contraction("ntd,dhk->nthk", 3, 3).inputs
+    1
+    """
+    operands, result = equation.replace(" ", "").split("->")
+    left, right = operands.split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    dots = "".join(spare[: a_rank - len(left.replace("...", ""))])
+    left, result = left.replace("...", dots), result.replace("...", dots)
+    if "." in right or len(right) != kernel_rank or len(left) != a_rank:
+        return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
+    if any(len(set(labels)) != len(labels) for labels in (left, right, result)):
+        return Unsupported(f"einsum {equation!r} takes a diagonal")
+    if any(c not in right and c not in result for c in left) or any(c not in left and c not in result for c in right):
+        return Unsupported(f"einsum {equation!r} sums over an axis of one operand alone")
+    rows = [c for c in left if c not in right]
+    groups = [c for c in result if c in left and c in right]
+    inputs = [c for c in left if c in right and c not in result]
+    outputs = [c for c in result if c in right and c not in left]
+    if not outputs or not inputs:
+        return Unsupported(f"einsum {equation!r} is no matrix product")
+    plain = "".join(rows + inputs), "".join(inputs + outputs), "".join(rows + outputs)
+    if not groups and len(inputs) == len(outputs) == 1 and (left, right, result) == plain:
+        return Dense()
+
+    def axes(labels: str, order: Sequence[str]) -> tuple[int, ...]:
+        return tuple(labels.index(c) - len(labels) for c in order)
+
+    return Contraction(
+        a=axes(left, rows + groups + inputs),
+        s=axes(result, rows + groups + outputs),
+        kernel=axes(right, groups + inputs + outputs),
+        rows=len(rows), groups=len(groups), inputs=len(inputs), outputs=len(outputs),
+    )  # fmt: skip
+
+
+def conv(module: Any, inputs: jax.Array) -> Described:
+    """`Conv`: padding that is not zeros is applied here, so that the geometry sees zeros only."""
+    if getattr(module, "shared_weights", True) is False:
+        return inputs, Unsupported("its weights are not shared over positions")
+    custom = getattr(module, "conv_general_dilated", None)
+    if custom not in (None, jax.lax.conv_general_dilated) or getattr(module, "conv_general_dilated_cls", None):
+        return inputs, Unsupported("a convolution by a function of the user")
+    if module.mask is not None:
+        return inputs, Unsupported("its weights are masked")
+    size = _tuple(module.kernel_size)
+    per_axis = functools.partial(_per_axis, axes=len(size))
+    spread, dilation = per_axis(module.kernel_dilation), per_axis(module.input_dilation)
+    reach = [(k - 1) * d + 1 for k, d in zip(size, spread, strict=True)]
+    padding = linen_linear.canonicalize_padding(module.padding, len(size))
+    front = inputs.ndim - len(size) - 1
+    if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+        causal = padding == "CAUSAL"
+        pads = [(k - 1, 0) if causal else ((k - 1) // 2, k // 2) for k in reach]
+        mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]  # type: ignore[index]
+        inputs = jnp.pad(inputs, [(0, 0)] * front + pads + [(0, 0)], mode=mode)
+        padding = "VALID"
+    strides = per_axis(module.strides)
+    pads = resolve_padding(inputs.shape[front:-1], reach, strides, dilation, padding)
+    return inputs, Conv(Window(size, strides, pads, dilation, spread), module.feature_group_count)
+
+
+def resolve_padding(
+    spatial: Sequence[int], reach: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: Any
+) -> tuple[tuple[int, int], ...]:
+    """Padding as pairs; `reach` is the size of the dilated window."""
+    if isinstance(padding, str):
+        spread = [(n - 1) * d + 1 for n, d in zip(spatial, dilation, strict=True)]
+        padding = jax.lax.padtype_to_pads(spread, reach, strides, padding)
+    return tuple((int(low), int(high)) for low, high in padding)
+
+
+def conv_transpose(module: Any, inputs: jax.Array) -> Described:
+    """`ConvTranspose`: an ordinary convolution of the input with zeros between its values."""
+    if module.mask is not None:
+        return inputs, Unsupported("its weights are masked")
+    if module.padding == "CIRCULAR":
+        return inputs, Unsupported("a transposed convolution with circular padding")
+    size = _tuple(module.kernel_size)
+    strides, spread = _per_axis(module.strides, len(size)), _per_axis(module.kernel_dilation, len(size))
+    padding = linen_linear.canonicalize_padding(module.padding, len(size))
+    return inputs, transposed(size, strides, padding, spread, flipped=module.transpose_kernel)
+
+
+def transposed(
+    size: Sequence[int], strides: Sequence[int], padding: Any, spread: Sequence[int], *, flipped: bool = False
+) -> Conv:
+    """Geometry of `jax.lax.conv_transpose`, whose padding JAX itself resolves."""
+    n = len(size)
+    call = functools.partial(
+        jax.lax.conv_transpose, strides=strides, padding=padding, rhs_dilation=spread, transpose_kernel=flipped
+    )
+    example = jax.ShapeDtypeStruct((1, *(math.prod(size) + 1,) * n, 1), jnp.float32)
+    made = jax.make_jaxpr(call)(example, jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32))
+    (eqn,) = [e for e in made.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    p = eqn.params
+    window = Window(
+        tuple(size), tuple(p["window_strides"]), tuple(map(tuple, p["padding"])), tuple(p["lhs_dilation"]),
+        tuple(p["rhs_dilation"]),
+    )  # fmt: skip
+    return Conv(window, 1, flipped)
+
+
+def embedding(module: Any, inputs: jax.Array) -> Described:
+    """`Embed`."""
+    if module.num_embeddings == 1:  # broadcast without a look-up
+        return jnp.zeros_like(inputs), Lookup(1)
+    return inputs, Lookup(module.num_embeddings)
+
+
+def norm(module: Any, inputs: jax.Array) -> Geometry:
+    """Geometry of scale and shift of a normalisation layer."""
+    axes = getattr(module, "feature_axes", None)
+    axes = getattr(module, "axis", -1) if axes is None else axes
+    return ScaleShift(tuple(sorted(axis % inputs.ndim - inputs.ndim for axis in _tuple(axes))))
+
+
+def _tuple(x: Any) -> tuple:
+    return tuple(x) if isinstance(x, Sequence) else (x,)
+
+
+def _per_axis(x: Any, axes: int) -> tuple[int, ...]:
+    return tuple(x) if isinstance(x, Sequence) else (1 if x is None else x,) * axes
