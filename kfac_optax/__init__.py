@@ -1,11 +1,16 @@
 """Natural-gradient preconditioners for JAX as pure Optax transformations."""
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, Use
+from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.recurrent import recurrent
+from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.coupling.coarse import coarse_correction
-from kfac_optax.coverage import coverage
+from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
@@ -26,11 +31,14 @@ __all__ = [
     "Layers",
     "Normal",
     "Use",
+    "blocks_of",
     "clip_by_kl",
     "coarse_correction",
     "coarse_fisher",
     "coverage",
     "diagnostics",
+    "diagonal",
+    "embedding",
     "empirical_fisher",
     "fisher",
     "forward_only",
@@ -39,9 +47,13 @@ __all__ = [
     "kfac_two_level",
     "kl_scale",
     "kronecker",
+    "recurrent",
     "scale_by_curvature",
+    "sua",
     "tap_conv",
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
+    "tied_embedding",
+    "unitwise",
 ]

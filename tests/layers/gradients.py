@@ -14,9 +14,8 @@ from kfac_optax.statistics import Plan
 
 
 def _weights(a, g, use):
-    if jnp.issubdtype(a.dtype, jnp.integer):
-        if g.shape[-1] == use.outputs:
-            return jnp.zeros((use.inputs, use.outputs), use.dtype).at[a].add(g) / use.examples
+    if jnp.issubdtype(a.dtype, jnp.integer) and g.shape[-1] == use.outputs:
+        return jnp.zeros((use.inputs, use.outputs), use.dtype).at[a].add(g) / use.examples
     a = homogeneous(a) if use.bias else a
     product = gram(a.astype(use.dtype), g.astype(use.dtype)) / use.examples
     # the head of a tied table: logits = h @ table.T

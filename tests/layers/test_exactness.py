@@ -1,0 +1,225 @@
+"""Where theory says that a block is the exact GGN, it is; masks and weights equal dropped rows; twins in other words."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfac_optax as ko
+from kfac_optax._tree import gather, make_buckets, named_leaves, replace_leaves, scatter
+from tests import oracles
+from tests.layers.gradients import x64_params
+
+
+def dense_block(estimator, params, args, layer):
+    """The curvature's diagonal block of one layer, in canonical order, column by column."""
+    leaves, (bucket,) = named_leaves(params), make_buckets([layer])
+    p, q = layer.shape
+    zeros = {name: jnp.zeros_like(x) for name, x in leaves.items()}
+
+    @jax.jit
+    def column(k):
+        v = jnp.zeros((layer.copies * p * q,)).at[k].set(1.0).reshape(layer.copies, p, q)
+        vector = replace_leaves(params, zeros | scatter(bucket, v, leaves))
+        product = named_leaves(estimator.vector_product(params, vector, *args))
+        return gather(bucket, product, jnp.float64).ravel()
+
+    return np.stack([column(k) for k in range(layer.copies * p * q)])
+
+
+def block_matrix(block, statistic, layer):
+    p, q = layer.shape
+    basis = jnp.eye(p * q).reshape(p * q, p, q)
+    return np.asarray(jax.vmap(lambda v: block.multiply(statistic, v))(basis)).reshape(p * q, -1)
+
+
+def measured(estimator, params, *args, block=None, **options):
+    layers = estimator.layers(params, *args)
+    plan = oracles.plan(layers, block=block, **options)
+    statistics, _ = jax.jit(lambda p, a: estimator.at(p, *a).statistics(plan))(params, args)
+    return dict(zip([x.path for x in layers], zip(layers, plan.blocks, statistics))), statistics
+
+
+def assert_exact(predict, params, *args, block=None, exact=True):
+    estimator = ko.ggn(predict)
+    found, _ = measured(estimator, params, *args, block=block)
+    errors = []
+    for layer, chosen, statistic in found.values():
+        assert layer.copies == 1
+        one = jax.tree.map(lambda x: x[0], statistic)
+        dense = dense_block(estimator, params, args, layer)
+        errors.append(np.abs(block_matrix(chosen, one, layer) - dense).max() / np.abs(dense).max())
+    assert (max(errors) < 1e-8) == exact, errors
+
+
+class DeepLinear(nn.Module):
+    """Linear layers shared over positions; pooled before the loss or not."""
+
+    pool: bool
+    conv: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer = (lambda n, name: nn.Conv(n, (1,), name=name)) if self.conv else (lambda n, name: nn.Dense(n, name=name))
+        x = layer(2, "second")(layer(3, "first")(x))
+        return x.mean(1) if self.pool else x
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_linear_nets_that_share_weights(x64, pool, sharing, conv):
+    """Expand is exact where every position has its loss, reduce where positions are pooled; neither is both."""
+    model, x = DeepLinear(pool, conv), oracles.normal(0, (4, 3, 2))
+    params = x64_params(lambda key, x: model.init(key, x)["params"], x)
+    predict = lambda p, x: ko.Normal(model.apply({"params": p}, x))
+    assert_exact(predict, params, x, block=ko.kronecker(sharing=sharing), exact=pool == (sharing == "reduce"))
+
+
+def test_one_position_is_a_dense_layer(x64):
+    """A window as large as the image, and its flattened twin."""
+    conv, dense = nn.Conv(2, (3, 2), padding="VALID"), nn.Dense(2)
+    x = oracles.normal(0, (5, 3, 2, 2))
+    params = x64_params(lambda key, x: conv.init(key, x)["params"], x)
+    flat = {"kernel": params["kernel"].reshape(-1, 2), "bias": params["bias"]}
+    one = measured(ko.ggn(lambda p, x: ko.Normal(conv.apply({"params": p}, x).reshape(5, 2))), params, x)[1]
+    other = measured(
+        ko.ggn(lambda p, x: ko.Normal(dense.apply({"params": p}, x))), flat, x.reshape(5, -1)
+    )[1]  # fmt: skip
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    assert_exact(lambda p, x: ko.Normal(conv.apply({"params": p}, x).reshape(5, 2)), params, x)
+
+
+def test_scale_and_shift_have_the_exact_blocks_of_their_channels(x64):
+    model = nn.Sequential([nn.Dense(3), nn.LayerNorm(), jnp.tanh, nn.Dense(2)])
+    x = oracles.normal(0, (4, 5, 2))
+    params = x64_params(lambda key, x: model.init(key, x)["params"], x)
+    estimator = ko.ggn(lambda p, x: ko.Categorical(model.apply({"params": p}, x).sum(1)))
+    layer, block, statistic = measured(estimator, params, x)[0]["layers_1"]
+    dense = dense_block(estimator, params, (x,), layer).reshape(2, 3, 2, 3)
+    got = block_matrix(block, statistic[0], layer).reshape(2, 3, 2, 3)
+    for c in range(3):
+        np.testing.assert_allclose(got[:, c, :, c], dense[:, c, :, c], rtol=1e-8)
+
+
+def test_an_embedding_is_a_dense_layer_on_one_hot_rows(x64):
+    tokens = jnp.asarray([[0, 3, 3], [4, 1, 0]])
+    table = {"table": oracles.normal(0, (5, 2))}
+    look_up = ko.ggn(lambda p, t: ko.Categorical(jnp.tanh(ko.tap_embedding(p["table"][t], t, p["table"]))))
+
+    def one_hot(p, t):
+        x = jax.nn.one_hot(t, 5, dtype=p["table"].dtype)
+        return ko.Categorical(jnp.tanh(ko.tap_dense(x @ p["table"], x, p["table"])))
+
+    got, expected = measured(look_up, table, tokens)[1][0], measured(ko.ggn(one_hot), table, tokens)[1][0]
+    np.testing.assert_allclose(got.counts[0], np.diagonal(expected.inputs[0]), rtol=1e-12)
+    np.testing.assert_allclose(got.outputs, expected.outputs, rtol=1e-12)
+
+
+def recurrent(cell=nn.GRUCell):
+    model = nn.Sequential([nn.RNN(cell(3, param_dtype=jnp.float64)), nn.Dense(2)])
+    x = oracles.normal(0, (4, 5, 2))
+    return model, x, x64_params(lambda key, x: model.init(key, x)["params"], x)
+
+
+@pytest.mark.parametrize("name", ["kronecker", "option1", "option2", "two_level"])
+def test_masked_steps_in_time_count_as_dropped(x64, name):
+    """A causal net with its last step masked is the net on the shorter sequence, inside the scan as outside."""
+    model, x, params = recurrent()
+
+    def predict(p, x, weights):
+        return ko.Categorical(model.apply({"params": p}, x), weights=weights)
+
+    estimator = ko.ggn(predict)
+    mask = jnp.ones((4, 5)).at[:, -1].set(0)
+    block = ko.recurrent(name) if name.startswith("option") else None
+    coupling = ko.coarse_correction("exact") if name == "two_level" else None
+    layers = estimator.layers(params, x, mask)
+    results = []
+    for args in ((x, mask), (x[:, :-1], mask[:, :-1])):
+        plan = oracles.plan(layers, coupling, block=block)
+        statistics, across = jax.jit(lambda p, a, plan=plan: estimator.at(p, *a).statistics(plan))(params, args)
+        v = [oracles.normal(i, (1, *x.shape)) for i, x in enumerate(layers)]
+        results.append((
+            [jax.vmap(b.multiply)(s, w) for b, s, w in zip(plan.blocks, statistics, v)], across
+        ))  # fmt: skip
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+class Masked(nn.Module):
+    """Convolution, attention, normalisation and a head on tokens; masked tokens touch no other."""
+
+    @nn.compact
+    def __call__(self, tokens, mask):
+        x = nn.Embed(6, 4, name="embed")(tokens)
+        attend = nn.make_attention_mask(mask, mask, dtype=bool)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm()(x), mask=attend)
+        return nn.Dense(3, name="head")(jnp.tanh(nn.Dense(4, name="up")(x)))
+
+
+@pytest.mark.parametrize("coarse", ["factored", "exact"])
+def test_padding_tokens_count_as_dropped(x64, coarse):
+    """Sequences padded by two tokens and masked give the update of the unpadded ones."""
+    model, tokens = Masked(), jnp.asarray([[0, 3, 3], [4, 1, 0], [2, 2, 5]])
+    padded = jnp.pad(tokens, ((0, 0), (0, 2)), constant_values=1)
+    mask = jnp.pad(jnp.ones((3, 3)), ((0, 0), (0, 2)))
+    params = x64_params(lambda key, t: model.init(key, t, jnp.ones(t.shape))["params"], tokens)
+    predict = lambda p, t, m: ko.Categorical(model.apply({"params": p}, t, m > 0), weights=m)
+    estimator, updates = ko.ggn(predict), []
+    for args in ((padded, mask), (tokens, jnp.ones((3, 3)))):
+        tx = ko.kfac_two_level(estimator.layers(params, *args), learning_rate=0.1, damping=0.1, coarse=coarse)
+        grads = jax.tree.map(jnp.sin, params)
+        step = jax.jit(
+            lambda p, a, tx=tx, grads=grads: tx.update(grads, tx.init(p), p, curvature=estimator.at(p, *a))[0]
+        )
+        updates.append(step(params, args))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(updates[0]), jax.tree.leaves(updates[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9, err_msg=jax.tree_util.keystr(path))
+
+
+def test_left_over_parameters_get_the_diagonal(x64):
+    """One example: the diagonal is exact. Many: right on average over the random signs of the examples."""
+    params = {"w": oracles.normal(0, (2, 3)), "gain": oracles.normal(1, (3,)), "idle": jnp.ones(2)}
+
+    def predict(p, x):
+        return ko.Normal(jnp.tanh(ko.tap_dense(x @ p["w"], x, p["w"])) * p["gain"])
+
+    estimator = ko.ggn(predict)
+    x = oracles.normal(2, (1, 2))
+    layers = estimator.layers(params, x)
+    tx = ko.kfac(layers, learning_rate=0.1, damping=0.3, kl_clip=None, uncovered="diagonal")
+    grads = jax.tree.map(jnp.cos, params)
+    step = jax.jit(lambda x, key: tx.update(grads, tx.init(params), params, curvature=estimator.at(params, x, key=key)))
+    updates, _ = step(x, jax.random.key(0))
+    exact = jnp.tanh(x @ params["w"])[0] ** 2
+    np.testing.assert_allclose(updates["gain"], grads["gain"] / (exact + 0.3), rtol=1e-10)
+    np.testing.assert_allclose(updates["idle"], grads["idle"])  # the model does not touch it
+    x = oracles.normal(3, (6, 2))
+    statistics = jax.vmap(lambda key: step(x, key)[1].preconditioner.factors["diagonal_1x3"][0, 0])(
+        jax.random.split(jax.random.key(1), 4000)
+    )
+    np.testing.assert_allclose(statistics.mean(0), jnp.mean(jnp.tanh(x @ params["w"]) ** 2, 0), rtol=0.1)
+
+
+def test_normalisation_layers_can_be_left_alone():
+    model = nn.Sequential([nn.Dense(3), nn.LayerNorm(), nn.Dense(2)])
+    x = jnp.ones((4, 2))
+    params = model.init(jax.random.key(0), x)["params"]
+    fisher = ko.ggn(lambda p, x: ko.Categorical(model.apply({"params": p}, x)))
+    grads = jax.tree.map(jnp.ones_like, params)
+    for word, passed in (("pass", True), ("unitwise", False), ("diagonal", False)):
+        tx = ko.kfac(fisher.layers(params, x), learning_rate=0.1, normalization=word, uncovered="diagonal")
+        updates, _ = jax.jit(lambda p, tx=tx: tx.update(grads, tx.init(p), p, curvature=fisher.at(p, x)))(params)
+        scale = updates["layers_1"]["scale"]
+        assert bool((scale == 1).all()) == passed
+        assert bool(jnp.isfinite(optax.tree.norm(updates)))
+    with pytest.raises(ValueError, match="normalization='skip'; expected one of 'unitwise'"):
+        ko.kfac(fisher.layers(params, x), learning_rate=0.1, normalization="skip")
+    forward = ko.forward_only(lambda p, x: ko.Categorical(model.apply({"params": p}, x)))
+    tx = ko.kfac(forward.layers(params, x), learning_rate=0.1, uncovered="diagonal")
+    updates, _ = tx.update(grads, tx.init(params), params, curvature=forward.at(params, x))
+    assert bool(jnp.isfinite(optax.tree.norm(updates)))
