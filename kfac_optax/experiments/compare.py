@@ -42,16 +42,17 @@ def report(
     runs: results.Runs,
 ) -> None:
     """Prints the tables; writes summary.csv and the figures."""
-    rate, title = config.learning_rate, config.title
-    at_rate = {key: group for key, group in runs.items() if key[1] == rate}
+    title, base, score = config.title, results.base_runs(config, runs), results.score(runs)
     results.write_summary(out / "summary.csv", runs, targets=config.targets)
-    plots.loss(out / "loss.png", at_rate, rate=rate, title=title)
-    plots.accuracy(out / "accuracy.png", at_rate, rate=rate, title=title)
-    files = ["summary.csv", "loss.png", "accuracy.png"]
-    console.print(tables.fixed_rate(at_rate, rate=rate, workers=config.workers))
+    plots.loss(out / "loss.png", base, title=title)
+    plots.scores(out / f"{score}.png", base, title=title)
+    plots.over_seconds(out / "seconds.png", base, title=title)
+    files = ["summary.csv", "loss.png", f"{score}.png", "seconds.png"]
+    console.print(tables.fixed_rate(base, workers=config.workers))
     if config.tune:
         plots.tuned_loss(out / "tuned_loss.png", runs, title=title)
-        files.append("tuned_loss.png")
+        plots.tuned_score(out / f"tuned_{score}.png", runs, title=title)
+        files += ["tuned_loss.png", f"tuned_{score}.png"]
         console.print(tables.tuned(runs, targets=config.targets))
     console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)
 

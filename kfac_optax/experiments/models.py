@@ -1,95 +1,25 @@
-"""Flax models and likelihoods by name."""
+"""Flax models by name, with or without batch statistics."""
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import optax
 from flax import linen as nn
 
-import kfac_optax as ko
 from kfac_optax.experiments import data
+from kfac_optax.experiments.nets_conv import VGG16, ResNet, SmallCNN
+from kfac_optax.experiments.nets_dense import MLP, Autoencoder, LinearMLP
+from kfac_optax.experiments.nets_text import CharTransformer
 
-
-class LinearMLP(nn.Module):
-    """Linear network with batch normalization after each of its `depth` hidden layers."""
-
-    depth: int
-    width: int
-    outputs: int
-    bn_momentum: float = 0.9
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps inputs `[N, features]` to logits `[N, outputs]`."""
-
-        def dense(width: int) -> nn.Dense:
-            return nn.Dense(width, use_bias=False, kernel_init=nn.initializers.he_uniform())
-
-        for _ in range(self.depth):
-            x = dense(self.width)(x)
-            x = nn.BatchNorm(use_running_average=not train, momentum=self.bn_momentum)(x)
-        return dense(self.outputs)(x)
-
-
-class MLP(nn.Module):
-    """Fully connected network with biases and tanh between its layers."""
-
-    widths: tuple[int, ...]
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps inputs `[N, features]` to logits `[N, outputs]`."""
-        del train  # nothing in this model behaves differently in evaluation
-        for width in self.widths:
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(self.outputs)(x)
-
-
-MODELS = {"linear_mlp": LinearMLP, "mlp": MLP}
-
-
-class Likelihood(NamedTuple):
-    """How logits explain targets.
-
-    Attributes:
-        distribution: logits to the library's likelihood, for the Fisher.
-        nll: logits and targets to the negative log-likelihood of each example, `[N]`.
-        correct: logits and targets to the fraction of right answers of each example, `[N]`.
-        outputs: targets to the number of logits that a model of them needs.
-    """
-
-    distribution: Callable[[jax.Array], Any]
-    nll: Callable[[jax.Array, jax.Array], jax.Array]
-    correct: Callable[[jax.Array, jax.Array], jax.Array]
-    outputs: Callable[[jax.Array], int]
-
-
-def _bernoulli(logits: jax.Array) -> Any:
-    return ko.Bernoulli(logits=logits)
-
-
-def _categorical(logits: jax.Array) -> Any:
-    return ko.Categorical(logits=logits)
-
-
-LIKELIHOODS = {
-    "bernoulli": Likelihood(
-        distribution=_bernoulli,
-        nll=lambda logits, y: optax.sigmoid_binary_cross_entropy(logits, y).sum(-1),
-        correct=lambda logits, y: jnp.mean((logits > 0) == (y > 0.5), axis=-1),
-        outputs=lambda y: y.shape[-1],
-    ),
-    "categorical": Likelihood(
-        distribution=_categorical,
-        nll=optax.softmax_cross_entropy_with_integer_labels,
-        correct=lambda logits, y: (logits.argmax(-1) == y).astype(jnp.float32),
-        outputs=lambda y: int(y.max()) + 1,
-    ),
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "linear_mlp": LinearMLP,
+    "mlp": MLP,
+    "autoencoder": Autoencoder,
+    "small_cnn": SmallCNN,
+    "vgg16": VGG16,
+    "resnet": ResNet,
+    "char_transformer": CharTransformer,
 }
 
 
@@ -98,7 +28,7 @@ def build(config: ml_collections.ConfigDict, *, outputs: int) -> nn.Module:
 
     Args:
         config: the `model` section of an experiment.
-        outputs: number of logits.
+        outputs: number of logits, unless the section has an entry of that name.
 
     Returns:
         A module that is called as `module(x, train=...)`.
@@ -106,8 +36,8 @@ def build(config: ml_collections.ConfigDict, *, outputs: int) -> nn.Module:
     Raises:
         ValueError: the name is unknown.
     """
-    options = config.to_dict()
-    return data.select(MODELS, options.pop("name"), "config.model.name")(outputs=outputs, **options)
+    options = {"outputs": outputs, **config.to_dict()}
+    return data.select(MODELS, options.pop("name"), "config.model.name")(**options)
 
 
 def init(model: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
@@ -122,8 +52,3 @@ def apply(model: nn.Module, params: Any, model_state: Any, x: jax.Array, *, trai
     if train and model_state:
         return model.apply(variables, x, train=True, mutable=list(model_state))
     return model.apply(variables, x, train=train), model_state
-
-
-def targets_per_example(y: jax.Array) -> int:
-    """Number of targets that the likelihood of one example sums over."""
-    return math.prod(y.shape[1:])

@@ -9,10 +9,24 @@ import optax
 from flax import linen as nn
 
 import kfac_optax as ko
-from kfac_optax.experiments import data, models
+from kfac_optax.experiments import data, models, schedules
+from kfac_optax.experiments.likelihoods import Likelihood
 
-Rate = Any  # a float or a traced scalar: one compiled epoch serves every rate
-Build = Callable[[ml_collections.ConfigDict, Any, Rate], optax.GradientTransformation]
+# A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
+Rate = Any
+Build = Callable[[ml_collections.ConfigDict, "Curved | None", Rate], optax.GradientTransformation]
+
+
+class Curved(NamedTuple):
+    """What a preconditioner is built from.
+
+    Attributes:
+        layers: those that the library found in the model.
+        options: `config.kfac` with its schedules, keyword arguments of the library.
+    """
+
+    layers: Any
+    options: dict[str, Any]
 
 
 class Optimizer(NamedTuple):
@@ -21,7 +35,7 @@ class Optimizer(NamedTuple):
     Attributes:
         label: name in tables and figures.
         curvature: whether updates need `curvature=`.
-        build: config, covered layers and learning rate to the transformation.
+        build: config, layers and options if `curvature`, learning rate to the transformation.
     """
 
     label: str
@@ -29,26 +43,28 @@ class Optimizer(NamedTuple):
     build: Build
 
 
-def _sgd(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-    del layers
+def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    del curved
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(rate, momentum=config.momentum),
     )
 
 
-def _adam(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-    del layers
+def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    del curved
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
 
 
-def _kfac(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-    return preconditioned(ko.kfac(layers, learning_rate=rate, **config.kfac), config, rate)
+def _kfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    assert curved is not None
+    return preconditioned(ko.kfac(curved.layers, learning_rate=rate, **curved.options), config, rate)
 
 
 def _two_level(coarse: str) -> Build:
-    def build(config: ml_collections.ConfigDict, layers: Any, rate: Rate) -> Any:
-        tx = ko.kfac_two_level(layers, learning_rate=rate, coarse=coarse, **config.kfac)
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        tx = ko.kfac_two_level(curved.layers, learning_rate=rate, coarse=coarse, **curved.options)
         return preconditioned(tx, config, rate)
 
     return build
@@ -91,8 +107,9 @@ def make(
     name: str,
     *,
     model: nn.Module,
-    likelihood: models.Likelihood,
+    likelihood: Likelihood,
     x: jax.Array,
+    steps: int,
 ) -> Method:
     """Ties the optimizer `name` to a model, whose layers are found by tracing it on `x`.
 
@@ -101,7 +118,8 @@ def make(
         name: a key of `OPTIMIZERS`.
         model: from `models.build`.
         likelihood: what the logits of the model parametrise.
-        x: a batch of inputs; only its shape matters.
+        x: a batch of inputs as the model gets them; only its shape matters.
+        steps: mini-batches of an epoch, for what changes with the epoch.
 
     Returns:
         The transformation and what its update needs besides the gradient.
@@ -110,9 +128,15 @@ def make(
         ValueError: the name is unknown.
     """
     optimizer = data.select(OPTIMIZERS, name, "config.optimizers")
+    factor = schedules.rate_factor(config.get("schedule"), steps=steps)
+
+    def scheduled(rate: Rate) -> Rate:
+        # Without a schedule the rate stays a number: the optimizers then keep no count of their own.
+        return rate if factor is None else lambda step: rate * factor(step)
+
     if not optimizer.curvature:
         return Method(
-            lambda rate: optax.with_extra_args_support(optimizer.build(config, None, rate)),
+            lambda rate: optax.with_extra_args_support(optimizer.build(config, None, scheduled(rate))),
             lambda *_: {},
         )
 
@@ -122,8 +146,9 @@ def make(
 
     fisher = ko.fisher(predict)
     params, model_state = jax.jit(lambda key: models.init(model, key, x))(jax.random.key(0))
-    layers = fisher.layers(params, model_state, x)
+    options = schedules.resolve(config.kfac.to_dict(), steps=steps, where="config.kfac")
+    curved = Curved(fisher.layers(params, model_state, x), options)
     return Method(
-        lambda rate: optimizer.build(config, layers, rate),
+        lambda rate: optimizer.build(config, curved, scheduled(rate)),
         lambda params, model_state, x, key: {"curvature": fisher.at(params, model_state, x, key=key)},
     )

@@ -1,6 +1,6 @@
 """Figures of a comparison: means over the seeds with 95 % bands."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kfac_optax.experiments.optimizers import OPTIMIZERS
-from kfac_optax.experiments.results import Run, Runs, best_rate, interval, names
+from kfac_optax.experiments.results import Run, Runs, best_runs, interval, score
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; the dashes
 # tell the optimizers apart without any colour.
@@ -20,75 +20,134 @@ STYLES = {
     "two_level": ("#D55E00", "-"),
     "two_level_exact": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
 }
+_SECONDS = "training time (s), compilation and evaluation left out"
 
 
-def loss(path: Path, runs: Runs, *, rate: float, title: str) -> None:
-    """Training loss per epoch at one learning rate (the paper's Figure 1, left)."""
+def loss(path: Path, runs: Runs, *, title: str) -> None:
+    """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1, left)."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    rates = {name: rate for name, _ in runs}
-    _losses(axes, runs, rates)
+    _losses(axes, runs)
     axes.set_xlabel("epoch")
-    axes.set_title(f"{title}\nlearning rate {rate:g}, {_band_words(runs)}", fontsize=11)
+    axes.set_title(f"{title}\n{_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def accuracy(path: Path, runs: Runs, *, rate: float, title: str) -> None:
-    """Training and test accuracy side by side at one learning rate (the paper's Figure 2)."""
+def scores(path: Path, runs: Runs, *, title: str) -> None:
+    """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and 3)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    lows = []
     for axes, part in zip(panels, ("train", "test"), strict=True):
-        for name in names(runs):
-            _curve(axes, runs[name, rate], f"{part}_accuracy", name, factor=100.0)
-        axes.set(title=f"{part} accuracy", xlabel="epoch")
-        lows.append(100 * _range(list(runs.values()), f"{part}_accuracy")[0])
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel="accuracy (%)", ylim=(min(lows) - 1, 101))  # no band beyond 100 %
+        _scores(axes, runs, part)
+        axes.set(title=f"{part} {score(runs)}", xlabel="epoch")
+    _score_limits(panels, runs, ("train", "test"))
+    panels[1].set_ylabel("")
     _legend_below(figure, panels[0])
-    figure.suptitle(f"{title}, learning rate {rate:g}, {_band_words(runs)}", fontsize=11)
+    figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def over_seconds(path: Path, runs: Runs, *, title: str) -> None:
+    """Training loss and test score against training time, every optimizer at one learning rate."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _losses(left, runs, in_seconds=True)
+    _scores(right, runs, "test", in_seconds=True)
+    _score_limits((right,), runs, ("test",))
+    for axes in (left, right):
+        axes.set_xlabel(_SECONDS)
+    right.set_ylabel(f"test {right.get_ylabel()}")
+    _legend_below(figure, left)
+    figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
 def tuned_loss(path: Path, runs: Runs, *, title: str) -> None:
     """Training loss of every optimizer at its best rate, against epochs and against seconds."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rates = {name: best_rate(runs, name) for name in names(runs)}
-    _losses(left, runs, rates, with_rate=True)
-    _losses(right, runs, rates, in_seconds=True)
-    left.set_xlabel("epoch")
-    right.set_xlabel("training time (s), compilation and evaluation left out")
+    best = best_runs(runs)
+    figure, (left, right) = _epochs_and_seconds(best, title)
+    _losses(left, best, with_rate=True)
+    _losses(right, best, in_seconds=True)
     right.set_ylabel("")
     _legend_below(figure, left)
-    figure.suptitle(f"{title}, best learning rate of each, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
-def _losses(
-    axes: Axes,
-    runs: Runs,
-    rates: dict[str, float],
-    *,
-    in_seconds: bool = False,
-    with_rate: bool = False,
-) -> None:
-    for name, rate in rates.items():
-        note = f", rate {rate:g}" if with_rate else ""
-        _curve(axes, runs[name, rate], "train_loss", name, in_seconds=in_seconds, note=note)
-    axes.set(yscale="log", ylabel="training loss")
+def tuned_score(path: Path, runs: Runs, *, title: str) -> None:
+    """Test accuracy, or error, of every optimizer at its best rate, against epochs and against seconds."""
+    best = best_runs(runs)
+    figure, (left, right) = _epochs_and_seconds(best, title)
+    _scores(left, best, "test", with_rate=True)
+    _scores(right, best, "test", in_seconds=True)
+    _score_limits((left, right), best, ("test",))
+    left.set_ylabel(f"test {left.get_ylabel()}")
+    right.set_ylabel("")
+    _legend_below(figure, left)
+    figure.savefig(path, dpi=150)
+
+
+def _epochs_and_seconds(runs: Runs, title: str) -> tuple[Figure, tuple[Axes, Axes]]:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set_xlabel("epoch")
+    right.set_xlabel(_SECONDS)
+    figure.suptitle(f"{title}, best learning rate of each, {_band_words(runs)}", fontsize=11)
+    return figure, (left, right)
+
+
+def _losses(axes: Axes, runs: Runs, *, in_seconds: bool = False, with_rate: bool = False) -> None:
+    _curves(axes, runs, "train_loss", in_seconds=in_seconds, with_rate=with_rate)
+    axes.set_ylabel("training loss")
+    _logarithmic(axes, runs, ("train_loss",))
+
+
+def _scores(axes: Axes, runs: Runs, part: str, *, in_seconds: bool = False, with_rate: bool = False) -> None:
+    percent = score(runs) == "accuracy"
+    factor = 100.0 if percent else 1.0
+    _curves(axes, runs, f"{part}_{score(runs)}", in_seconds=in_seconds, with_rate=with_rate, factor=factor)
+    axes.set_ylabel("accuracy (%)" if percent else "mean squared error")
+    axes.grid(alpha=0.3)
+
+
+def _score_limits(panels: Iterable[Axes], runs: Runs, parts: Sequence[str]) -> None:
+    columns = [f"{part}_{score(runs)}" for part in parts]
+    for axes in panels:
+        if score(runs) == "accuracy":
+            low = 100 * min(_range(runs, column)[0] for column in columns)
+            axes.set_ylim(low - 1, 101)  # no band beyond 100 %
+        else:
+            _logarithmic(axes, runs, columns)
+
+
+def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
+    axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     # By the runs themselves: the band of few seeds may reach below zero, which has no logarithm.
-    low, high = _range([runs[key] for key in rates.items()], "train_loss")
-    axes.set_ylim(low / 1.15, high * 1.15)
+    lows, highs = zip(*(_range(runs, column) for column in columns), strict=True)
+    axes.set_ylim(min(lows) / 1.15, max(highs) * 1.15)
     axes.grid(alpha=0.3)
 
 
-def _range(groups: Sequence[Sequence[Run]], column: str) -> tuple[float, float]:
-    kept = [run.history[column] for group in groups for run in group if not run.diverged]
+def _curves(axes: Axes, runs: Runs, column: str, *, in_seconds: bool, with_rate: bool, factor: float = 1.0) -> None:
+    with_rate = with_rate or _rates_differ(runs)
+    for (name, rate), group in runs.items():
+        note = f", rate {rate:g}" if with_rate else ""
+        _curve(axes, group, column, name, in_seconds=in_seconds, factor=factor, note=note)
+
+
+def _rates_differ(runs: Runs) -> bool:
+    return len({rate for _, rate in runs}) > 1
+
+
+def _rate_words(runs: Runs) -> str:
+    return "given learning rates" if _rates_differ(runs) else f"learning rate {next(iter(runs))[1]:g}"
+
+
+def _range(runs: Runs, column: str) -> tuple[float, float]:
+    kept = [run.history[column] for group in runs.values() for run in group if not run.diverged]
     return (np.min(kept), np.max(kept)) if kept else (0.1, 1.0)
 
 

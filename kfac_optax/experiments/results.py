@@ -12,11 +12,7 @@ import ml_collections
 import numpy as np
 from scipy import stats
 
-from kfac_optax.experiments import optimizers, train
-
-# Entries that decide which runs there are and how they are shown, not what happens in one.
-_OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
-_OF_THE_SWEEP |= {"tune", "grid", "targets", "workers", "out"}
+from kfac_optax.experiments import optimizers, settings, train
 
 
 class Job(NamedTuple):
@@ -45,11 +41,9 @@ Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning ra
 
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
     """All that decides the outcome of a run, as JSON gives it back."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in _OF_THE_SWEEP}
-    if not optimizers.OPTIMIZERS[job.optimizer].curvature:
-        settings.pop("kfac", None)
-    settings |= {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
-    return json.loads(json.dumps(settings))
+    curvature = optimizers.OPTIMIZERS[job.optimizer].curvature
+    common = settings.identity(config, job.optimizer, curvature=curvature)
+    return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 def record(
     directory: Path,
     settings: Mapping[str, Any],
-    metrics: Iterable[train.Metrics],
+    metrics: Iterable[train.Metrics | train.ErrorMetrics],
     details: Mapping[str, Any],
 ) -> Run:
     """Writes `metrics.csv` row by row, then `run.json`, whose presence says that the run is whole.
@@ -82,8 +76,9 @@ def record(
     marker.unlink(missing_ok=True)
     with open(directory / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(train.Metrics._fields)
-        for row in metrics:
+        for i, row in enumerate(metrics):
+            if not i:
+                writer.writerow(row._fields)
             writer.writerow(f"{value:.7g}" for value in row)
             file.flush()
     status = "finished" if math.isfinite(row.train_loss) else "diverged"
@@ -104,7 +99,7 @@ def load(directory: Path, settings: Mapping[str, Any]) -> Run | None:
         return None
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    history = {k: np.array([float(row[k]) for row in rows]) for k in train.Metrics._fields}
+    history = {k: np.array([float(row[k]) for row in rows]) for k in rows[0]}
     return Run(stored["status"] == "diverged", stored["steps_per_epoch"], history)
 
 
@@ -115,6 +110,33 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return (float(array[0]) if len(array) else math.nan), math.nan
     error = array.std(ddof=1) / math.sqrt(len(array))
     return float(array.mean()), float(stats.t.ppf(0.975, len(array) - 1) * error)
+
+
+def score(runs: Runs) -> str:
+    """What the runs are scored by besides the loss: `accuracy` or `error`."""
+    history = next(iter(runs.values()))[0].history
+    return "accuracy" if "train_accuracy" in history else "error"
+
+
+def outcome(run: Run) -> str:
+    """How a run ended, in words."""
+    last = {column: values[-1] for column, values in run.history.items()}
+    words = "diverged" if run.diverged else f"train loss {last['train_loss']:.4f}"
+    if "test_accuracy" in last:
+        words += f", test accuracy {100 * last['test_accuracy']:.2f} %"
+    else:
+        words += f", test error {last['test_error']:.5f}"
+    return words + f", {run.history['seconds'].sum():.1f} s"
+
+
+def base_runs(config: ml_collections.ConfigDict, runs: Runs) -> Runs:
+    """The runs of every optimizer at the rate that the configuration gives it."""
+    return {key: group for key, group in runs.items() if key[1] == settings.base_rate(config, key[0])}
+
+
+def best_runs(runs: Runs) -> Runs:
+    """The runs of every optimizer at its best rate."""
+    return {key: runs[key] for key in ((name, best_rate(runs, name)) for name in names(runs))}
 
 
 def names(runs: Runs) -> list[str]:
@@ -155,7 +177,8 @@ def cost_of(runs: Sequence[Run], target: float) -> tuple[list[int], list[float]]
 
 def write_summary(path: Path, runs: Runs, *, targets: Sequence[float]) -> None:
     """Writes one row per optimizer and rate: means and 95 % half widths over the seeds."""
-    columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    kind = score(runs)
+    columns = ("train_loss", f"train_{kind}", "test_loss", f"test_{kind}")
     rows = []
     order = names(runs)
     for name, rate in sorted(runs, key=lambda key: (order.index(key[0]), -key[1])):

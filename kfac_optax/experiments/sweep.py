@@ -1,5 +1,6 @@
 """All runs of a comparison: several at once, each kept on disk as soon as it is finished."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,15 +8,16 @@ import ml_collections
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
-from kfac_optax.experiments import data, optimizers, results, workers
+from kfac_optax.experiments import data, optimizers, results, settings, workers
 from kfac_optax.experiments.results import Job, Run
+
+_SILENCE = 60.0  # seconds after which a log gets a line although no run has ended
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
@@ -31,20 +33,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError("config.optimizers: got none, expected at least one")
     for name in config.optimizers:
         data.select(optimizers.OPTIMIZERS, name, "config.optimizers")
+    for name in config.get("per_optimizer") or ():
+        data.select(optimizers.OPTIMIZERS, name, "config.per_optimizer")
+        settings.of(config, name)
     for rate in config.grid:
         if not rate > 0:
             raise ValueError(f"config.grid: got {rate}, expected positive learning rates")
 
 
 def plan(config: ml_collections.ConfigDict) -> list[Job]:
-    """All runs of a sweep, those at the paper's rate first."""
-    rates = dict.fromkeys([config.learning_rate, *(config.grid if config.tune else ())])
-    return [
-        Job(name, rate, seed)
-        for rate in rates
-        for name in dict.fromkeys(config.optimizers)
-        for seed in range(config.seeds)
-    ]
+    """All runs of a sweep, those at the rates of the configuration first."""
+    names = dict.fromkeys(config.optimizers)
+    base = [(name, settings.base_rate(config, name)) for name in names]
+    tuned = [(name, rate) for rate in config.grid for name in names] if config.tune else []
+    return [Job(name, rate, seed) for name, rate in dict.fromkeys(base + tuned) for seed in range(config.seeds)]
 
 
 def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
@@ -83,7 +85,7 @@ def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], co
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.completed:.1f}/{task.total:.0f}"),
         TextColumn("epochs"),
         TimeElapsedColumn(),
         TextColumn("left"),
@@ -93,14 +95,21 @@ def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], co
     )
     bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
     done = []
+    finished, said = 0.0, time.monotonic()
 
     def receive(event: workers.Event) -> None:
+        nonlocal finished, said
         progress.update(bar, advance=event.epochs, description="training")
+        finished += event.epochs
+        if not console.is_terminal and time.monotonic() - said >= _SILENCE:
+            console.print(f"{finished:.1f} of {len(jobs) * config.epochs} epochs", highlight=False)
+            said = time.monotonic()
         if event.job is not None:
             done.append(event.job)
             if not console.is_terminal:
                 line = f"[{len(done)}/{len(jobs)}] {event.job.name}: {event.outcome}"
                 console.print(line, markup=False, highlight=False)
+                said = time.monotonic()
 
     with progress:
         workers.train_all(config, out, jobs, receive)

@@ -17,24 +17,29 @@ from kfac_optax.experiments.results import (
     interval,
     ms_per_step,
     names,
+    score,
 )
 
+_SCORES = {"accuracy": "", "error": " Error: mean squared, per pixel."}
 
-def fixed_rate(runs: Runs, *, rate: float, workers: int) -> Table:
-    """Final losses and accuracies of all optimizers at one learning rate."""
+
+def fixed_rate(runs: Runs, *, workers: int) -> Table:
+    """Final losses and scores of all optimizers, each at one learning rate."""
+    rates = sorted({rate for _, rate in runs}, reverse=True)
+    kind = score(runs)
+    heading, factor, digits = _columns(kind)
     table = _table(
-        f"Every optimizer at learning rate {rate:g}",
-        ("final train loss", "train acc %", "test acc %", "ms/step"),
+        f"Every optimizer at learning rate {', '.join(f'{rate:g}' for rate in rates)}",
+        ("final train loss", f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
-        f"evaluation left out, {_together(workers)}.",
+        f"evaluation left out, {_together(workers)}." + _SCORES[kind],
     )
-    for name in names(runs):
-        group = runs[name, rate]
+    for (name, rate), group in runs.items():
         table.add_row(
-            OPTIMIZERS[name].label,
+            OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 else ""),
             _loss(group),
-            _mean([100 * a for a in finals(group, "train_accuracy")], ".2f"),
-            _mean([100 * a for a in finals(group, "test_accuracy")], ".2f"),
+            _mean([factor * value for value in finals(group, f"train_{kind}")], digits),
+            _mean([factor * value for value in finals(group, f"test_{kind}")], digits),
             _mean(ms_per_step(group), ".2f"),
         )
     return table
@@ -43,9 +48,11 @@ def fixed_rate(runs: Runs, *, rate: float, workers: int) -> Table:
 def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     """Every optimizer at the best rate of the grid, and what it took to reach fixed losses."""
     rates = sorted({rate for _, rate in runs}, reverse=True)
+    kind = score(runs)
+    heading, factor, digits = _columns(kind)
     table = _table(
         "Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
-        ("rate", "final train loss", *(f"to loss {target:g}" for target in targets)),
+        ("rate", "final train loss", f"test {heading}", *(f"to loss {target:g}" for target in targets)),
         "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
         "over the seeds that reached it, and how many did; - when at most half did. *: an edge of "
         "the grid, a better rate may lie beyond.",
@@ -55,8 +62,14 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         group = runs[name, rate]
         edge = "*" if rate in (rates[0], rates[-1]) else ""
         cells = [_reached(group, target) for target in targets]
-        table.add_row(OPTIMIZERS[name].label, f"{rate:g}{edge}", _loss(group), *cells)
+        test = _mean([factor * value for value in finals(group, f"test_{kind}")], digits)
+        table.add_row(OPTIMIZERS[name].label, f"{rate:g}{edge}", _loss(group), test, *cells)
     return table
+
+
+def _columns(kind: str) -> tuple[str, float, str]:
+    """Heading, factor and format of a score."""
+    return ("acc %", 100.0, ".2f") if kind == "accuracy" else ("error", 1.0, ".5f")
 
 
 def _table(title: str, headings: Sequence[str], caption: str) -> Table:

@@ -1,5 +1,6 @@
-"""Training loop: one compiled call per epoch, one compilation per optimizer."""
+"""Training loop: an epoch is one or more calls of a function that is compiled once per optimizer."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -8,18 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
+import numpy as np
 
-from kfac_optax.experiments import data, models, optimizers
-
-
-class State(NamedTuple):
-    """All that an epoch changes; `model_state` is `{}` for models without batch statistics."""
-
-    params: Any
-    model_state: Any
-    opt_state: Any
-    key: jax.Array
+from kfac_optax.experiments import data, settings, steps
+from kfac_optax.experiments.checkpoints import Position, Store
+from kfac_optax.experiments.steps import State
 
 
 class Metrics(NamedTuple):
@@ -37,33 +31,44 @@ class Metrics(NamedTuple):
     seconds: float
 
 
+class ErrorMetrics(NamedTuple):
+    """The row of a likelihood that is scored by an error."""
+
+    epoch: int
+    train_loss: float
+    train_error: float
+    test_loss: float
+    test_error: float
+    seconds: float
+
+
 class Trainer(NamedTuple):
     """The functions of one optimizer that every run of it shares.
 
     Attributes:
         init: (rate, key, dataset) to the first state.
-        epoch: compiled (rate, state, dataset) to the next state, training loss and accuracy.
-        evaluate: compiled (state, dataset) to test loss and accuracy.
+        shuffle: key to the mini-batches of an epoch.
+        train: (rate, state, reports, dataset, epoch, begin, end) to state and reports after the mini-batches from
+            `begin` up to `end`; takes the memory of the first of both over.
+        evaluate: (params, model_state, dataset) to test loss and score.
+        metrics: the kind of a row.
         steps: mini-batches of one epoch.
-        compile_seconds: time that compiling `epoch` took.
+        steps_per_call: at most so many of them in one call of `train`.
+        compile_seconds: time that compiling `train` took.
     """
 
     init: Callable[..., State]
-    epoch: Callable[..., tuple[State, jax.Array]]
-    evaluate: Callable[..., jax.Array]
+    shuffle: Callable[..., steps.Epoch]
+    train: Callable[..., tuple[State, jax.Array]]
+    evaluate: Callable[..., np.ndarray]
+    metrics: type[Metrics | ErrorMetrics]
     steps: int
+    steps_per_call: int
     compile_seconds: float
 
 
-class _Problem(NamedTuple):
-    model: Any
-    likelihood: models.Likelihood
-    method: optimizers.Method
-    batch_size: int
-
-
 def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
-    """Compiles the epoch of one optimizer; learning rate and seed stay arguments.
+    """Compiles the training of one optimizer; learning rate and seed stay arguments.
 
     Args:
         config: the experiment.
@@ -73,32 +78,62 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
         The functions that `run` needs.
 
     Raises:
-        ValueError: a name is unknown, or a batch is larger than the training set.
+        ValueError: a name is unknown, a batch is larger than the training set, or a label too large for the model.
     """
-    likelihood = data.select(models.LIKELIHOODS, config.likelihood, "config.likelihood")
+    config = settings.of(config, name)
     dataset, key = start(config, seed=0)
-    examples = len(dataset.train_x)
-    if config.batch_size > examples:
-        raise ValueError(
-            f"config.batch_size: got {config.batch_size}, expected at most the {examples} training examples"
-        )
-    model = models.build(config.model, outputs=likelihood.outputs(dataset.train_y))
-    x = dataset.train_x[: config.batch_size]
-    method = optimizers.make(config, name, model=model, likelihood=likelihood, x=x)
-    problem = _Problem(model, likelihood, method, config.batch_size)
+    problem = steps.problem(config, name, dataset)
+    examples, tests = len(dataset.train_x), len(dataset.test_x)
 
     rate = jnp.float32(config.learning_rate)
-    init = jax.jit(lambda rate, key, dataset: _init(problem, rate, key, dataset))
-    state = init(rate, key, dataset)
-    evaluate = jax.jit(lambda state, dataset: _evaluate(problem, state, dataset))
-    evaluate = evaluate.lower(state, dataset).compile()
+    init = jax.jit(functools.partial(steps.init, problem))
+    shuffle = jax.jit(lambda key: steps.shuffle(problem, key, examples))
+    state, reports = init(rate, key, dataset), steps.no_reports(problem)
+    arguments = rate, state, reports, dataset, shuffle(state.key)
     began = time.perf_counter()
-    epoch = jax.jit(lambda rate, state, dataset: _epoch(problem, rate, state, dataset))
-    epoch = epoch.lower(rate, state, dataset).compile()
+    train = _in_python(problem, arguments) if config.get("python_loop") else _in_compiled_loop(problem, arguments)
     seconds = time.perf_counter() - began
     # The first call allocates; the epochs of a run are timed without that.
-    jax.block_until_ready(epoch(rate, state, dataset))
-    return Trainer(init, epoch, evaluate, examples // config.batch_size, seconds)
+    jax.block_until_ready(train(*arguments, 0, 1))
+
+    evaluate = _evaluation(problem, min(config.get("evaluation_batch") or tests, tests))
+    per_call = min(config.get("steps_per_call") or problem.steps, problem.steps)
+    metrics = ErrorMetrics if problem.likelihood.error else Metrics
+    return Trainer(init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds)
+
+
+def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
+    # State and reports in place: the state of a preconditioner can be far larger than the model.
+    train = jax.jit(functools.partial(steps.train_many, problem), donate_argnums=(1, 2))
+    return train.lower(*arguments, 0, 0).compile()
+
+
+def _in_python(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
+    # XLA computes convolutions inside a compiled loop several times as slowly on a CPU (jax-ml/jax#12868).
+    step = jax.jit(functools.partial(steps.train_one, problem), donate_argnums=(1, 2)).lower(*arguments, 0).compile()
+
+    def train(rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int) -> Any:
+        for i in range(begin, end):
+            state, reports = step(rate, state, reports, dataset, epoch, i)
+        return state, reports
+
+    return train
+
+
+def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
+    report = jax.jit(functools.partial(steps.evaluate, problem), static_argnames="size")
+
+    def evaluate(params: Any, model_state: Any, dataset: data.Dataset) -> np.ndarray:
+        examples = len(dataset.test_x)
+        if size == examples:
+            return np.asarray(report(params, model_state, dataset, 0, size=size))
+        total = np.zeros(2)
+        for begin in range(0, examples, size):
+            count = min(size, examples - begin)  # a last batch of another size is compiled once more
+            total += count * np.asarray(report(params, model_state, dataset, begin, size=count), float)
+        return total / examples
+
+    return evaluate
 
 
 def start(config: ml_collections.ConfigDict, *, seed: int) -> tuple[data.Dataset, jax.Array]:
@@ -107,69 +142,63 @@ def start(config: ml_collections.ConfigDict, *, seed: int) -> tuple[data.Dataset
     return data.load(config.data, data_key), key
 
 
-def run(trainer: Trainer, config: ml_collections.ConfigDict, *, rate: float, seed: int) -> Iterator[Metrics]:
-    """Trains from scratch and yields the metrics of each epoch; stops at a non-finite loss."""
+def run(
+    trainer: Trainer,
+    config: ml_collections.ConfigDict,
+    *,
+    rate: float,
+    seed: int,
+    store: Store | None = None,
+    progress: Callable[[float], None] = lambda epochs: None,
+) -> Iterator[Metrics | ErrorMetrics]:
+    """Trains and yields the metrics of each epoch; stops at a non-finite loss.
+
+    Args:
+        trainer: from `prepare`.
+        config: the experiment.
+        rate: the learning rate.
+        seed: of data, weights and everything else random.
+        store: where the state is kept; a run found there goes on, its earlier rows are yielded again.
+        progress: told after every call of compiled code how many epochs, or what part of one, it took off.
+
+    Yields:
+        One row for every epoch.
+    """
     dataset, key = start(config, seed=seed)
-    rate = jnp.float32(rate)
-    state = trainer.init(rate, key, dataset)
+    rate_array = jnp.float32(rate)
+    state, reports, done = trainer.init(rate_array, key, dataset), jnp.zeros((trainer.steps, 2)), Position()
+    if store is not None and (found := store.read((state, reports))) is not None:
+        done, (state, reports) = found
+        progress(len(done.rows) + done.step / trainer.steps)
+    rows = [trainer.metrics(int(row[0]), *row[1:]) for row in done.rows]
+    yield from rows
     jax.block_until_ready((state, dataset))
-    for epoch in range(1, config.epochs + 1):
-        began = time.perf_counter()
-        state, training = jax.block_until_ready(trainer.epoch(rate, state, dataset))
-        seconds = time.perf_counter() - began
-        test = trainer.evaluate(state, dataset)
-        train_loss, train_accuracy, test_loss, test_accuracy = map(float, (*training, *test))
-        metrics = Metrics(epoch, train_loss, train_accuracy, test_loss, test_accuracy, seconds)
-        yield metrics
-        if not math.isfinite(metrics.train_loss):
+    for epoch in range(len(rows) + 1, config.epochs + 1):
+        seconds = done.seconds
+        drawn = trainer.shuffle(state.key)  # again for the rest of an epoch: the key stays until its end
+        for begin in range(done.step, trainer.steps, trainer.steps_per_call):
+            end = min(begin + trainer.steps_per_call, trainer.steps)
+            began = time.perf_counter()
+            state, reports = jax.block_until_ready(
+                trainer.train(rate_array, state, reports, dataset, drawn, begin, end)
+            )
+            seconds += time.perf_counter() - began
+            progress((end - begin) / trainer.steps)
+            if end < trainer.steps:
+                _keep(store, Position(rows, end, seconds), state, reports)
+        state = state._replace(key=drawn.next_key)
+        train_loss, train_score = map(float, reports.mean(0))
+        test_loss, test_score = map(float, trainer.evaluate(state.params, state.model_state, dataset))
+        rows.append(trainer.metrics(epoch, train_loss, train_score, test_loss, test_score, seconds))
+        done = Position(rows)
+        if not math.isfinite(rows[-1].train_loss):
+            yield rows[-1]
             return
+        if epoch < config.epochs:
+            _keep(store, done, state, reports)
+        yield rows[-1]
 
 
-def _init(problem: _Problem, rate: jax.Array, key: jax.Array, dataset: data.Dataset) -> State:
-    init_key, key = jax.random.split(key)
-    x = dataset.train_x[: problem.batch_size]
-    params, model_state = models.init(problem.model, init_key, x)
-    return State(params, model_state, problem.method.transform(rate).init(params), key)
-
-
-def _epoch(problem: _Problem, rate: jax.Array, state: State, dataset: data.Dataset) -> tuple[State, jax.Array]:
-    """Trains on all full mini-batches in a new order; returns mean loss and accuracy `[2]`."""
-    examples = len(dataset.train_x)
-    steps = examples // problem.batch_size
-    key, order_key, curvature_key = jax.random.split(state.key, 3)
-    order = jax.random.permutation(order_key, examples)[: steps * problem.batch_size]
-    batches = order.reshape(steps, problem.batch_size), jax.random.split(curvature_key, steps)
-
-    def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
-        index, key = batch
-        x, y = dataset.train_x[index], dataset.train_y[index]
-        return _step(problem, rate, state, x, y, key)
-
-    state, metrics = jax.lax.scan(step, state._replace(key=key), batches)
-    return state, metrics.mean(0)
-
-
-def _step(
-    problem: _Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array
-) -> tuple[State, jax.Array]:
-    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-        logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
-        return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
-
-    grads, (logits, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
-    extra = problem.method.extra(state.params, state.model_state, x, key)
-    updates, opt_state = problem.method.transform(rate).update(grads, state.opt_state, state.params, **extra)
-    params = optax.apply_updates(state.params, updates)
-    return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
-
-
-def _evaluate(problem: _Problem, state: State, dataset: data.Dataset) -> jax.Array:
-    logits, _ = models.apply(problem.model, state.params, state.model_state, dataset.test_x, train=False)
-    return _report(problem, logits, dataset.test_y)
-
-
-def _report(problem: _Problem, logits: jax.Array, y: jax.Array) -> jax.Array:
-    # Per target, so that losses compare across target dimensions; training uses the sum, the
-    # likelihood that the Fisher belongs to.
-    loss = problem.likelihood.nll(logits, y).mean() / models.targets_per_example(y)
-    return jnp.stack([loss, problem.likelihood.correct(logits, y).mean()])
+def _keep(store: Store | None, position: Position, state: State, reports: jax.Array) -> None:
+    if store is not None and store.due(position):
+        store.write(position, (state, reports))

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from kfac_optax.experiments import results, train
+from kfac_optax.experiments import results, settings, train
+from kfac_optax.experiments.checkpoints import Store
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.results import Job
 
 
 class Event(NamedTuple):
-    """News of a run: epochs that need no more waiting for, and its outcome when it is over."""
+    """News of a run: epochs, or what part of one, that need no more waiting for; its outcome when it is over."""
 
-    epochs: int
+    epochs: float
     job: Job | None = None
     outcome: str = ""
 
@@ -89,6 +90,7 @@ def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job
 
 
 def _train_optimizer(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive) -> None:
+    config = settings.of(config, jobs[0].optimizer)
     trainer = train.prepare(config, jobs[0].optimizer)
     details = {
         "steps_per_epoch": trainer.steps,
@@ -111,16 +113,22 @@ def _train_job(
     details: dict[str, Any],
     send: Receive,
 ) -> None:
-    def epochs() -> Iterator[train.Metrics]:
-        for metrics in train.run(trainer, config, rate=job.rate, seed=job.seed):
-            yield metrics
-            send(Event(epochs=1))
+    directory = out / "runs" / job.name
+    directory.mkdir(parents=True, exist_ok=True)
+    identity = results.run_settings(config, job)
+    # By default only what would take long to repeat is kept.
+    every: Any = config.get("checkpoint_every", 0)
+    seconds: Any = config.get("checkpoint_seconds", 60)
+    store = Store(directory / "checkpoint.npz", identity, epochs=every, seconds=seconds)
+    finished = 0.0
 
-    settings = results.run_settings(config, job)
-    run = results.record(out / "runs" / job.name, settings, epochs(), details)
-    last = {column: values[-1] for column, values in run.history.items()}
-    outcome = "diverged" if run.diverged else f"train loss {last['train_loss']:.4f}"
-    outcome += f", test accuracy {100 * last['test_accuracy']:.2f} %"
-    outcome += f", {run.history['seconds'].sum():.1f} s"
-    left_out = config.epochs - len(run.history["epoch"])  # by a run that diverged
-    send(Event(left_out, job, outcome))
+    def progress(epochs: float) -> None:
+        nonlocal finished
+        finished += epochs
+        send(Event(epochs))
+
+    metrics = train.run(trainer, config, rate=job.rate, seed=job.seed, store=store, progress=progress)
+    run = results.record(directory, identity, metrics, details)
+    store.remove()
+    outcome = results.outcome(run)
+    send(Event(config.epochs - finished, job, outcome))  # what a diverged run leaves out, or a rounding error

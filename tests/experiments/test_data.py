@@ -54,5 +54,7 @@ def test_too_many_digits_are_refused():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"config.data.name: got 'cifar', expected one of \['digits'"):
+    with pytest.raises(
+        ValueError, match=r"config.data.name: got 'cifar', expected one of \['characters', 'cifar10', 'digits'"
+    ):
         planted(0, name="cifar")

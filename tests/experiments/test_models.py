@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kfac_optax.experiments import models
+from kfac_optax.experiments.likelihoods import LIKELIHOODS
 
 X = jax.random.normal(jax.random.key(0), (32, 3))
 
@@ -52,7 +53,7 @@ def test_a_model_without_statistics_carries_none():
 
 @pytest.mark.parametrize(("name", "shape"), [("bernoulli", (6, 3)), ("categorical", (6,))])
 def test_nll_is_the_one_of_the_library(name, shape):
-    likelihood = models.LIKELIHOODS[name]
+    likelihood = LIKELIHOODS[name]
     y = jax.random.bernoulli(jax.random.key(3), 0.5, shape).astype(jnp.float32 if len(shape) == 2 else jnp.int32)
     logits = jax.random.normal(jax.random.key(2), (6, 3))
     np.testing.assert_allclose(likelihood.nll(logits, y), likelihood.distribution(logits).nll(y), rtol=1e-5)
@@ -60,17 +61,17 @@ def test_nll_is_the_one_of_the_library(name, shape):
 
 def test_correct_counts_each_target_by_its_sign():
     logits, y = jnp.array([[2.0, -1.0], [3.0, 4.0]]), jnp.array([[1.0, 1.0], [1.0, 1.0]])
-    np.testing.assert_allclose(models.LIKELIHOODS["bernoulli"].correct(logits, y), [0.5, 1.0])
-    np.testing.assert_allclose(models.LIKELIHOODS["categorical"].correct(logits, jnp.array([0, 0])), [1.0, 0.0])
+    np.testing.assert_allclose(LIKELIHOODS["bernoulli"].score(logits, y), [0.5, 1.0])
+    np.testing.assert_allclose(LIKELIHOODS["categorical"].score(logits, jnp.array([0, 0])), [1.0, 0.0])
 
 
 def test_targets_decide_the_number_of_outputs():
-    assert models.LIKELIHOODS["bernoulli"].outputs(jnp.zeros((7, 3))) == 3
-    assert models.LIKELIHOODS["categorical"].outputs(jnp.array([0, 4, 2])) == 5
-    assert models.targets_per_example(jnp.zeros((7, 3))) == 3
-    assert models.targets_per_example(jnp.zeros(7)) == 1
+    assert LIKELIHOODS["bernoulli"].outputs(jnp.zeros((7, 3))) == 3
+    assert LIKELIHOODS["categorical"].outputs(jnp.array([0, 4, 2])) == 5
+    assert LIKELIHOODS["bernoulli"].targets(jnp.zeros((7, 3))) == 3
+    assert LIKELIHOODS["categorical"].targets(jnp.zeros(7)) == 1
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(ValueError, match="config.model.name: got 'resnet', expected one of"):
-        build("resnet")
+    with pytest.raises(ValueError, match="config.model.name: got 'lenet', expected one of"):
+        build("lenet")

@@ -123,7 +123,7 @@ def rendered(table) -> str:
 
 def test_tables_tell_divergence_and_what_was_not_reached(runs):
     at_rate = {key: group for key, group in runs.items() if key[1] == RATE}
-    text = rendered(tables.fixed_rate(at_rate, rate=RATE, workers=1))
+    text = rendered(tables.fixed_rate(at_rate, workers=1))
     assert "0.0500 (1 of 2 diverged)" in text
     assert "0.2250 ± 0.9530" in text
     text = rendered(tables.tuned(runs, targets=(0.2, 1e-9)))
@@ -131,16 +131,16 @@ def test_tables_tell_divergence_and_what_was_not_reached(runs):
     assert "1.50 s" not in text
     assert "2.0 ep" in text
     assert "- (0/2)" in text
-    text = rendered(tables.fixed_rate({("sgd", RATE): [make_run(math.nan)]}, rate=RATE, workers=2))
+    text = rendered(tables.fixed_rate({("sgd", RATE): [make_run(math.nan)]}, workers=2))
     assert "diverged" in text
 
 
 def test_figures_are_drawn_with_and_without_divergence(tmp_path, runs):
     at_rate = {key: group for key, group in runs.items() if key[1] == RATE}
-    plots.loss(tmp_path / "loss.png", at_rate, rate=RATE, title="title")
-    plots.accuracy(tmp_path / "accuracy.png", at_rate, rate=RATE, title="title")
+    plots.loss(tmp_path / "loss.png", at_rate, title="title")
+    plots.scores(tmp_path / "accuracy.png", at_rate, title="title")
     plots.tuned_loss(tmp_path / "tuned.png", runs, title="title")
     lost = {("sgd", RATE): [make_run(1.0, math.nan)]}
-    plots.loss(tmp_path / "lost.png", lost, rate=RATE, title="title")
-    plots.accuracy(tmp_path / "lost_accuracy.png", lost, rate=RATE, title="title")
+    plots.loss(tmp_path / "lost.png", lost, title="title")
+    plots.scores(tmp_path / "lost_accuracy.png", lost, title="title")
     assert len(list(tmp_path.glob("*.png"))) == 5

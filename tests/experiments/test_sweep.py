@@ -25,7 +25,7 @@ def test_a_sweep_leaves_all_files_and_is_not_repeated(deep_linear, tmp_path, mon
     assert set(runs) == {(name, rate) for name in ("sgd", "adam") for rate in (1e-1, 1e-3)}
     assert all(len(group) == 2 for group in runs.values())
     assert {path.name for path in tmp_path.iterdir()} == {
-        "runs", "summary.csv", "loss.png", "accuracy.png", "tuned_loss.png",
+        "runs", "summary.csv", "loss.png", "accuracy.png", "seconds.png", "tuned_loss.png", "tuned_accuracy.png",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "runs" / "adam-lr0.1-seed1").iterdir()} == {"metrics.csv", "run.json"}
     assert "[8/8]" in text

@@ -1,0 +1,62 @@
+"""Deep autoencoder of Fashion-MNIST: 784-1000-500-250-30 and back, tanh, a linear code, Bernoulli pixels.
+
+The architecture of Hinton and Salakhutdinov (2006) on which Martens and Grosse (2015) tried K-FAC. Needs the files of
+Fashion-MNIST, `--config.data_dir=DIR` (Debian package dataset-fashion-mnist). Without files:
+`--config=configs/fashion_mnist_autoencoder.py:digits` trains a small one on the digits of scikit-learn.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
+    """Returns the settings of the experiment; `variant` is `fashion_mnist` or `digits`."""
+    if variant not in ("fashion_mnist", "digits"):
+        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected 'fashion_mnist' or 'digits'")
+    data_dir = ml_collections.FieldReference("")
+    config = ml_collections.ConfigDict(
+        {
+            "name": "fashion_mnist_autoencoder",
+            "title": "Fashion-MNIST, deep autoencoder",
+            "data_dir": data_dir,
+            "data": {
+                "name": "fashion_mnist",
+                "data_dir": data_dir,
+                "train": 60_000,
+                "test": 10_000,
+                "reconstruct": True,
+            },
+            "model": {"name": "autoencoder", "widths": (1000, 500, 250, 30)},
+            "likelihood": "pixels",
+            "optimizers": ("sgd", "adam", "kfac", "two_level"),
+            "seeds": 1,
+            "epochs": 20,
+            "batch_size": 1000,
+            "learning_rate": 1e-3,
+            "momentum": 0.9,
+            "weight_decay": 1e-5,
+            "kfac": {
+                "damping": 1e-1,
+                "kl_clip": 1e-1,
+                "curvature_every": 5,
+                "inverse_every": 20,
+                "inverse": "eigh",
+            },
+            # Second table: every optimizer at its best rate of this grid.
+            "tune": True,
+            "grid": (1e-1, 1e-2, 1e-3, 1e-4),
+            "targets": (280.0, 260.0, 250.0),
+            "evaluation_batch": 1_000,
+            "steps_per_call": 10,
+            "checkpoint_every": 0,  # epochs; 0: only by the clock
+            "checkpoint_seconds": 60,
+            "workers": 1,
+            "out": "",  # results/<name> when empty
+        }
+    )
+    if variant == "digits":
+        config.name, config.title = "digits_autoencoder", "handwritten digits, 64-128-64-16 tanh autoencoder"
+        config.data = ml_collections.ConfigDict({"name": "digits", "train": 1_500, "test": 297, "reconstruct": True})
+        config.model.widths = (128, 64, 16)
+        config.update(seeds=3, epochs=30, batch_size=128, evaluation_batch=0, steps_per_call=0, workers=2)
+        config.targets = (22.0, 20.0, 18.0)
+    return config

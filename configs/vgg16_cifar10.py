@@ -1,0 +1,65 @@
+"""VGG16 with batch norm on CIFAR-10, the network of the papers on online and randomized decompositions.
+
+Puiu (2022), "Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates" and "Randomized K-FACs", whose point
+is the cost of wide layers. Their network is VGG16 with a change before its fully connected layers; here the last
+pooling is left out, so that the first of these has 2048 inputs. Batch, weight decay, rate, damping and periods are of
+the size they use; the stages of the schedules are a simple choice of ours. Needs the CIFAR-10 files,
+`--config.data_dir=DIR`, and a GPU.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the settings of the experiment."""
+    data_dir = ml_collections.FieldReference("")
+    return ml_collections.ConfigDict(
+        {
+            "name": "vgg16_cifar10",
+            "title": "VGG16 with batch norm on CIFAR-10",
+            "data_dir": data_dir,
+            "data": {"name": "cifar10", "data_dir": data_dir, "train": 50_000, "test": 10_000},
+            # Mean and standard deviation of the training pixels per channel.
+            "inputs": {
+                "mean": (0.4914, 0.4822, 0.4465),
+                "std": (0.2470, 0.2435, 0.2616),
+                "crop": 4,
+                "flip": True,
+            },
+            "model": {
+                "name": "vgg16",
+                "hidden": (4096, 4096),
+                "pooled": 4,
+                "width": 64,
+                "outputs": 10,
+                "bn_momentum": 0.9,
+            },
+            "likelihood": "categorical",
+            "optimizers": ("sgd", "kfac", "two_level"),
+            "seeds": 1,
+            "epochs": 50,
+            "batch_size": 256,
+            "learning_rate": 0.3,
+            "per_optimizer": {"sgd": {"learning_rate": 0.1}},
+            "schedule": {"epochs": (2, 13, 27, 40), "factors": (1.0, 0.4, 0.1, 0.01, 0.003)},
+            "momentum": 0.9,
+            "weight_decay": 7e-4,
+            "kfac": {
+                "damping": {"epochs": (25, 35), "values": (0.1, 0.05, 0.01)},
+                "kl_clip": 7e-2,
+                "curvature_every": 10,
+                "inverse_every": 50,
+                "inverse": "eigh",
+            },
+            "tune": False,
+            "grid": (0.3, 0.1, 0.03),
+            "targets": (0.5, 0.1, 0.02),
+            "evaluation_batch": 1_000,
+            "python_loop": True,  # convolutions in a compiled loop are slow on a CPU
+            "steps_per_call": 50,
+            "checkpoint_every": 1,  # epochs
+            "checkpoint_seconds": 300,
+            "workers": 1,
+            "out": "",  # results/<name> when empty
+        }
+    )

@@ -1,0 +1,46 @@
+"""The settings of one optimizer's runs within an experiment."""
+
+import json
+from typing import Any
+
+import ml_collections
+
+# Entries that decide which runs there are, how they are shown, kept or where files lie, not what happens in one.
+_OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
+_OF_THE_SWEEP |= {"tune", "grid", "targets", "workers", "out"}
+_OF_THE_SWEEP |= {"data_dir", "steps_per_call", "checkpoint_every", "checkpoint_seconds", "evaluation_batch"}
+
+
+def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:
+    """The experiment as one optimizer sees it: `config.per_optimizer.<name>` replaces entries of the same name.
+
+    Returns:
+        A copy without the section `per_optimizer`; `config` itself where it has none.
+
+    Raises:
+        ValueError: an entry of the section that the experiment does not have.
+    """
+    if "per_optimizer" not in config:
+        return config
+    own = ml_collections.ConfigDict(config.to_dict())
+    changes = own.per_optimizer.get(optimizer, {})
+    del own.per_optimizer
+    for name, value in changes.items():
+        if name not in own:
+            raise ValueError(f"config.per_optimizer.{optimizer}: got {name!r}, expected one of {sorted(own.keys())}")
+        own[name] = value
+    return own
+
+
+def base_rate(config: ml_collections.ConfigDict, optimizer: str) -> float:
+    """The learning rate of an optimizer where rates are not tuned."""
+    return of(config, optimizer).learning_rate
+
+
+def identity(config: ml_collections.ConfigDict, optimizer: str, *, curvature: bool) -> dict[str, Any]:
+    """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
+    settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
+    settings["data"].pop("data_dir", None)
+    if not curvature:
+        settings.pop("kfac", None)
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,169 @@
+"""What is compiled: initial state, shuffling, training steps and the evaluation of one optimizer's runs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from kfac_optax.experiments import data, inputs, likelihoods, models, optimizers
+
+
+class State(NamedTuple):
+    """All that training changes; `model_state` is `{}` for models without batch statistics."""
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+    key: jax.Array  # of the epoch: order of the examples and everything random in its steps
+
+
+class Epoch(NamedTuple):
+    """What an epoch draws.
+
+    Attributes:
+        batches: examples of each mini-batch, `[steps, batch_size]`.
+        keys: one for each step.
+        next_key: of the epoch that follows.
+    """
+
+    batches: jax.Array
+    keys: jax.Array
+    next_key: jax.Array
+
+
+class Problem(NamedTuple):
+    """Everything fixed before a run: model, likelihood, optimizer, sizes."""
+
+    model: Any
+    likelihood: likelihoods.Likelihood
+    method: optimizers.Method
+    inputs: dict[str, Any]
+    batch_size: int
+    steps: int
+
+
+def problem(config: ml_collections.ConfigDict, name: str, dataset: data.Dataset) -> Problem:
+    """Puts the parts of one optimizer's runs together.
+
+    Args:
+        config: the experiment, as this optimizer sees it.
+        name: a key of `optimizers.OPTIMIZERS`.
+        dataset: of any seed; only shapes and the largest label matter.
+
+    Returns:
+        What the other functions here need.
+
+    Raises:
+        ValueError: a name is unknown, a batch is larger than the training set, or a label too large for the model.
+    """
+    examples = len(dataset.train_x)
+    if config.batch_size > examples:
+        raise ValueError(
+            f"config.batch_size: got {config.batch_size}, expected at most the {examples} training examples"
+        )
+    likelihood = data.select(likelihoods.LIKELIHOODS, config.likelihood, "config.likelihood")
+    options = config.inputs.to_dict() if "inputs" in config else {}
+    inputs.check(options)
+    needed = likelihood.outputs(dataset.train_y)
+    model = models.build(config.model, outputs=needed)
+    if model.outputs < needed:
+        raise ValueError(
+            f"config.model.outputs: got {model.outputs}, expected at least the {needed} that the data need"
+        )
+    steps = examples // config.batch_size
+    x, _ = inputs.evaluation(options, dataset.train_x[: config.batch_size], dataset.train_y[: config.batch_size])
+    method = optimizers.make(config, name, model=model, likelihood=likelihood, x=x, steps=steps)
+    return Problem(model, likelihood, method, options, config.batch_size, steps)
+
+
+def init(problem: Problem, rate: jax.Array, key: jax.Array, dataset: data.Dataset) -> State:
+    """The state at the start of a run."""
+    init_key, key = jax.random.split(key)
+    size = problem.batch_size
+    x, _ = inputs.evaluation(problem.inputs, dataset.train_x[:size], dataset.train_y[:size])
+    params, model_state = models.init(problem.model, init_key, x)
+    return State(params, model_state, problem.method.transform(rate).init(params), key)
+
+
+def shuffle(problem: Problem, key: jax.Array, examples: int) -> Epoch:
+    """Divides the examples into full mini-batches, in an order that the key decides."""
+    next_key, order_key, step_key = jax.random.split(key, 3)
+    order = jax.random.permutation(order_key, examples)[: problem.steps * problem.batch_size]
+    keys = jax.random.split(step_key, problem.steps)
+    return Epoch(order.reshape(problem.steps, problem.batch_size), keys, next_key)
+
+
+def no_reports(problem: Problem) -> jax.Array:
+    """Room for loss and score of every mini-batch of an epoch, `[steps, 2]`."""
+    return jnp.zeros((problem.steps, 2))
+
+
+def train_one(
+    problem: Problem,
+    rate: jax.Array,
+    state: State,
+    reports: jax.Array,
+    dataset: data.Dataset,
+    epoch: Epoch,
+    i: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Trains on mini-batch `i` of an epoch and writes loss and score of it to `reports[i]`."""
+    key, index = epoch.keys[i], epoch.batches[i]
+    x, y = dataset.train_x[index], dataset.train_y[index]
+    input_key = key
+    if inputs.is_random(problem.inputs):
+        key, input_key = jax.random.split(key)
+    x, y = inputs.training(problem.inputs, input_key, x, y)
+    state, report = _step(problem, rate, state, x, y, key)
+    return state, reports.at[i].set(report)
+
+
+def train_many(
+    problem: Problem,
+    rate: jax.Array,
+    state: State,
+    reports: jax.Array,
+    dataset: data.Dataset,
+    epoch: Epoch,
+    begin: jax.Array,
+    end: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Trains on the mini-batches from `begin` up to `end`: one compilation serves any part of an epoch."""
+
+    def step(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        return train_one(problem, rate, *carry, dataset, epoch, i)
+
+    return jax.lax.fori_loop(begin, end, step, (state, reports))
+
+
+def _step(
+    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array
+) -> tuple[State, jax.Array]:
+    def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+        logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
+        return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
+
+    grads, (logits, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
+    extra = problem.method.extra(state.params, state.model_state, x, key)
+    updates, opt_state = problem.method.transform(rate).update(grads, state.opt_state, state.params, **extra)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
+
+
+def evaluate(
+    problem: Problem, params: Any, model_state: Any, dataset: data.Dataset, begin: jax.Array, size: int
+) -> jax.Array:
+    """Mean loss and score `[2]` of the `size` test examples that begin at `begin`."""
+    x, y = dataset.test_x, dataset.test_y
+    if size < len(x):
+        x, y = (jax.lax.dynamic_slice_in_dim(a, begin, size) for a in (x, y))
+    x, y = inputs.evaluation(problem.inputs, x, y)
+    logits, _ = models.apply(problem.model, params, model_state, x, train=False)
+    return _report(problem, logits, y)
+
+
+def _report(problem: Problem, logits: jax.Array, y: jax.Array) -> jax.Array:
+    loss = problem.likelihood.nll(logits, y).mean() / problem.likelihood.targets(y)
+    return jnp.stack([loss, problem.likelihood.score(logits, y).mean()])
