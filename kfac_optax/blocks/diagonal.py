@@ -1,0 +1,46 @@
+"""Diagonal block over a statistic that is measured elsewhere."""
+
+from typing import NoReturn
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Block, Use
+
+
+def diagonal() -> Block:
+    """Diagonal block `F ~ diag(S)` for parameters `V [1, n]` that belong to no layer with inputs and outputs.
+
+    `solve` is `V / (S + damping)`. The statistic `S [1, n]`, for example the mean square of per-example gradients, is
+    handed in ready-made.
+
+    Returns:
+      A `Block` whose `measure` raises: rows of inputs and output gradients do not determine `S`.
+
+    >>> block = diagonal()
+    >>> held = block.factorize(jnp.array([[1.0, 3.0]]), jnp.float32(1.0))
+    >>> print(block.solve(held, jnp.ones((1, 2)), jnp.float32(1.0)))
+    [[0.5  0.25]]
+
+    Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020), section 10.
+    """
+
+    def init(p: int, q: int, dtype: jnp.dtype) -> Float[Array, "p q"]:
+        return jnp.ones((p, q), dtype)
+
+    def measure(a: Array, g: Array | None, use: Use) -> NoReturn:
+        raise ValueError(
+            "diagonal: measure got rows of a layer; expected its statistic [1, n] ready-made. Let the estimator measure "
+            "the parameters (mean square of per-example gradients), or use the block of the layer's kind."
+        )
+
+    def factorize(statistic: Array, damping: Array) -> Array:
+        return jnp.maximum(statistic, 0)
+
+    def solve(held: Array, v: Array, damping: Array) -> Array:
+        return v / (held + damping)
+
+    def multiply(statistic: Array, v: Array) -> Array:
+        return statistic * v
+
+    return Block("diagonal", init, measure, factorize, solve, multiply)
