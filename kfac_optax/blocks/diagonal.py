@@ -22,7 +22,7 @@ def diagonal() -> Block:
     >>> print(block.solve(held, jnp.ones((1, 2)), jnp.float32(1.0)))
     [[0.5  0.25]]
 
-    Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020), section 10.
+    Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020).
     """
 
     def init(p: int, q: int, dtype: jnp.dtype) -> Float[Array, "p q"]:
