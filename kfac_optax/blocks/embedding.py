@@ -153,7 +153,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     >>> block = tied_embedding()
     >>> held = block.factorize(block.init(3, 2, jnp.float32), jnp.float32(0.0))
     >>> print(block.solve(held, jnp.ones((3, 2)), jnp.float32(0.0)).round(4)[0])
-    [0.5 0.5]
+    [1. 1.]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
     appendix B for the inverse of a sum of two Kronecker products.
@@ -161,8 +161,8 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
     def init(p: int, q: int, dtype: jnp.dtype) -> TiedFactors:
-        one, eye, ones = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.ones(p, dtype)
-        return TiedFactors(ones, eye, one, ones, eye, one)
+        one, eye, halves = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.full(p, 0.5, dtype)
+        return TiedFactors(halves, eye, one, halves, eye, one)  # the two terms add up to the identity
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
         lookup = jnp.issubdtype(a.dtype, jnp.integer)
