@@ -11,7 +11,7 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import Eigen, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram
-from kfac_optax.linalg.rows import weighted_gram
+from kfac_optax.linalg.rows import index_counts, weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
 
@@ -204,8 +204,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
 
 
 def _counts(tokens: Array, use: Use) -> Array:
-    weights = jnp.ones((), use.dtype) if use.weights is None else use.weights.astype(use.dtype)
-    return jnp.zeros(use.inputs, use.dtype).at[tokens].add(weights, mode="drop") / use.examples
+    return index_counts(tokens, use.inputs, use.weights, use.dtype) / use.examples
 
 
 def _output_moment(tokens: Array, g: Array | None, use: Use, precision: jax.lax.PrecisionLike) -> Array:

@@ -192,6 +192,22 @@ def test_statistics_have_the_shapes_and_dtype_of_init(name):
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), case.block.init(*case.shape, jnp.float32))
 
 
+@every_case
+@pytest.mark.parametrize("weighted", [False, True])
+def test_explicit_mesh_axes(name, weighted):
+    """Contractions and scatters over sharded examples name the sharding of their results."""
+    case, n = CASES[name], 4
+    rows = case.rows(0, n)
+    weights = jnp.asarray([0.5, 1.0, 1.5, 1.0]) if weighted else None
+    expected = measure(case, rows, n, jnp.float32, weights)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put((rows, weights), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        got = jax.jit(lambda rows, weights: measure(case, rows, n, jnp.float32, weights))(*sharded)
+        assert all(axis is None for x in jax.tree.leaves(got) for axis in jax.typeof(x).sharding.spec)
+        close(jax.device_get(got), expected, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.floats(1e-3, 10))
 def test_diagonal_is_the_dense_solve(seed, lam):

@@ -221,7 +221,7 @@ def test_forward_only_has_independent_steps(x64):
     np.testing.assert_allclose(dense(lambda v: recurrent().multiply(factors, v)), expected, atol=1e-10)
 
 
-def test_identical_rows_in_time_need_no_damping_to_stay_positive(x64):
+def test_lags_beyond_one_are_clipped(x64):
     """Lags that contradict the equal-time moments are clipped instead of turning the solve indefinite."""
     eye, one = jnp.eye(2), jnp.ones(())
     for sign in (1, -1):
@@ -231,6 +231,7 @@ def test_identical_rows_in_time_need_no_damping_to_stay_positive(x64):
             held = block.factorize(factors, jnp.asarray(1e-9))
             matrix = dense(lambda v, b=block, h=held: b.solve(h, v, None), 2, 2)
             assert np.isfinite(matrix).all() and np.linalg.eigvalsh(matrix).min() > 0
+            assert np.isfinite(block.multiply(factors, jnp.ones((2, 2)))).all()
 
 
 @settings(max_examples=20, deadline=None)
