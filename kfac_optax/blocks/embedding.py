@@ -11,7 +11,7 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import Eigen, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram
-from kfac_optax.linalg.rows import weighted_gram
+from kfac_optax.linalg.rows import index_counts, weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
 
@@ -153,7 +153,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     >>> block = tied_embedding()
     >>> held = block.factorize(block.init(3, 2, jnp.float32), jnp.float32(0.0))
     >>> print(block.solve(held, jnp.ones((3, 2)), jnp.float32(0.0)).round(4)[0])
-    [0.5 0.5]
+    [1. 1.]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
     appendix B for the inverse of a sum of two Kronecker products.
@@ -161,8 +161,8 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
     def init(p: int, q: int, dtype: jnp.dtype) -> TiedFactors:
-        one, eye, ones = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.ones(p, dtype)
-        return TiedFactors(ones, eye, one, ones, eye, one)
+        one, eye, halves = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.full(p, 0.5, dtype)
+        return TiedFactors(halves, eye, one, halves, eye, one)  # the two terms add up to the identity
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
         lookup = jnp.issubdtype(a.dtype, jnp.integer)
@@ -204,8 +204,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
 
 
 def _counts(tokens: Array, use: Use) -> Array:
-    weights = jnp.ones((), use.dtype) if use.weights is None else use.weights.astype(use.dtype)
-    return jnp.zeros(use.inputs, use.dtype).at[tokens].add(weights, mode="drop") / use.examples
+    return index_counts(tokens, use.inputs, use.weights, use.dtype) / use.examples
 
 
 def _output_moment(tokens: Array, g: Array | None, use: Use, precision: jax.lax.PrecisionLike) -> Array:

@@ -71,8 +71,8 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     Sequences of unequal length come as weights `[N, T]` that are zero behind the end; steps of weight zero are dropped,
     and no pair crosses one. Two scalars are kept, `steps`, the mean over examples of the summed weights (the scale
     `T` of equal-time terms), and `ends`, the weighted number of ends of sequences, so that `steps / ends` is the mean
-    length. `eta` is interpolated between the whole lengths next to it: exact for sequences of one length, otherwise
-    exact up to the variance of the length where `x` is far from one.
+    length of those that are not empty. `eta` is interpolated between the whole lengths next to it: exact where lengths
+    differ by at most one step, otherwise an approximation of its mean over lengths that only matters for `x` near one.
 
     Args:
       option: `"option1"` or `"option2"`.
@@ -160,10 +160,10 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
             middle = _product(left, scale * _product(left.T, rotated, right), right.T)
         else:
             # sum_{|d|} Psi^d = (I - Psi)^{-1} + transpose - I in whitened coordinates
-            psi, phi = (
-                _product(root.T, factors.inputs_lag, root),
-                _product(output_root.T, factors.outputs_lag, output_root),
-            )
+            left = _squared(root, after(factors.inputs_lag, output_root))
+            right = _squared(output_root, after(factors.outputs_lag, left.vectors))
+            psi = _shrunk(_product(root.T, factors.inputs_lag, root), left.values)
+            phi = _shrunk(_product(output_root.T, factors.outputs_lag, output_root), right.values)
             forward, backward = _geometric(psi, phi, rotated), _geometric(psi.T, phi.T, rotated)
             middle = steps * (forward + backward - rotated)
         return _product(back, middle, output_back.T)
@@ -223,6 +223,11 @@ def _eta(x: Array, t: Array) -> Array:
         series = series + term
         term = -term * (t - k) / (k + 1) * gap
     return jnp.where(near, t + 2 * x * series, closed)
+
+
+def _shrunk(psi: Array, squares: Array) -> Array:
+    """`psi` with singular values below one, as those of sequences are up to rounding; else its powers would explode."""
+    return psi * jnp.minimum(1, _LARGEST / jnp.sqrt(jnp.maximum(squares[-1], _LARGEST**2)))
 
 
 def _moments(x: Array, count: int, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:

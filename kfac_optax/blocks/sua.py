@@ -150,8 +150,8 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
 
 
 def _covariance(factors: ChannelFactors) -> tuple[Array, Array, Array]:
-    """`T`, `mu` and `Sigma`; `T` is one where nothing was measured."""
-    steps = jnp.where(factors.steps > 0, factors.steps, 1)
+    """`T`, `mu` and `Sigma`; `T` is next to nothing where nothing was measured, as it multiplies the bias entry."""
+    steps = jnp.where(factors.steps > 0, factors.steps, jnp.finfo(factors.steps.dtype).eps)
     mean = factors.mean / steps
     return steps, mean, symmetrize(factors.moment / steps - jnp.outer(mean, mean))
 

@@ -18,8 +18,11 @@ def unitwise(full: bool = True) -> Block:
     positive definite even where `F_c` has rank one and the damping is tiny.
 
     `a` and `g` are `[N, *positions, C]`, or `[C]` for a single example. Gradients between uses of the same layer are
-    left out. Where `g` is zero, `a` is not read. Without `g` (forward only) every position counts as an independent
-    unit gradient, `F_c = (1/N) sum_b sum_pos w (x, 1) (x, 1)^T`.
+    left out. Weights are in `g` already; examples whose weights are all zero are dropped, and where `g` is zero `a` is
+    not read. A single position of weight zero still counts if `g` is not zero there: it moves the loss of others.
+
+    Without `g` (forward only) every position counts as an independent unit gradient,
+    `F_c = (1/N) sum_b sum_pos w (x, 1) (x, 1)^T`.
 
     Args:
       full: `False` keeps the diagonals only, `[C, p]`.

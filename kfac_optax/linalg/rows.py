@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.gram import gram, replicated
 
 
 def keep_rows(x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None) -> Float[Array, "*rows d"]:
@@ -29,3 +29,17 @@ def weighted_gram(
     """
     x = keep_rows(x, weights)
     return gram(x if weights is None else x * weights[..., None].astype(x.dtype), x, precision=precision)
+
+
+def index_counts(
+    indices: Int[Array, "*rows"], size: int, weights: Float[Array, "*rows"] | None, dtype: jnp.dtype
+) -> Float[Array, " size"]:
+    """`sum_rows w e_index`: how often every index below `size` occurs; larger ones are not counted.
+
+    >>> print(index_counts(jnp.array([0, 2, 2, 5]), 3, None, jnp.float32))
+    [1. 0. 2.]
+    """
+    amounts = jnp.ones((), dtype) if weights is None else weights.astype(dtype)
+    sharded = replicated(indices)  # None, or for a matrix
+    one_axis = None if sharded is None else sharded.update(spec=jax.sharding.PartitionSpec(None))
+    return jnp.zeros(size, dtype).at[indices].add(amounts, mode="drop", out_sharding=one_axis)

@@ -1,0 +1,128 @@
+"""The block of uncorrelated positions against dense matrices and, where it is exact, against the patch block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kfac_optax._types import Use
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.sua import sua
+from tests import oracles
+
+C, Q, N = 2, 3, 4
+
+
+def make_use(offsets, rows, bias=True, weights=None):
+    return Use(bias, Q, N, rows, jnp.float64, weights, offsets * C)
+
+
+def dense(apply, p, q=Q):
+    eye = jnp.eye(p * q).reshape(-1, p, q)
+    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
+
+
+def omega(x, offsets, steps, bias):
+    """`T (blockdiag(I (x) Sigma, 0) + m m^T)` from rows of the input map."""
+    rows = np.reshape(x, (-1, C))
+    mu, sigma = rows.mean(0), np.cov(rows.T, bias=True)
+    m = np.concatenate([np.tile(mu, offsets), np.ones(int(bias))])
+    blocks = np.zeros((len(m), len(m)))
+    blocks[: offsets * C, : offsets * C] = np.kron(np.eye(offsets), sigma)
+    return steps * (blocks + np.outer(m, m))
+
+
+@pytest.mark.parametrize("lam", [1e-6, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_solve_is_the_dense_inverse(lam, bias, x64):
+    offsets, p = 6, 6 * C + bias
+    x, g = oracles.normal(0, (N, 4, 5, C)) + 0.5, oracles.normal(1, (N, 2, 3, Q))
+    block = sua(C)
+    factors = block.measure(x, g, make_use(offsets, N * 6, bias))
+    big, gamma = omega(x, offsets, 6, bias), np.einsum("nhwi,nhwj->ij", g, g) / (N * 6)
+    np.testing.assert_allclose(factors.level, np.trace(big) / p, rtol=1e-12)
+    np.testing.assert_allclose(dense(lambda v: block.multiply(factors, v), p), np.kron(big, gamma), atol=1e-10)
+    pi, root = np.sqrt((np.trace(big) / p) / (np.trace(gamma) / Q)), np.sqrt(lam)
+    damped = np.kron(np.linalg.inv(big + pi * root * np.eye(p)), np.linalg.inv(gamma + root / pi * np.eye(Q)))
+    held = jax.jit(block.factorize)(factors, jnp.asarray(lam))
+    np.testing.assert_allclose(dense(lambda v: block.solve(held, v, None), p), damped, rtol=1e-8, atol=1e-10)
+
+
+def test_tiny_damping_in_single_precision(x64):
+    """The bias entry's `1 / shift` must not cancel."""
+    x, g = oracles.normal(0, (N, 6, C)), oracles.normal(1, (N, 6, Q))
+    v, lam = oracles.normal(2, (3 * C + 1, Q)), 1e-10
+    results = []
+    for dtype in (jnp.float32, jnp.float64):
+        block = sua(C)
+        factors = block.measure(x, g, make_use(3, N * 6)._replace(dtype=dtype))
+        held = jax.jit(block.factorize)(factors, jnp.asarray(lam, dtype))
+        results.append(np.asarray(block.solve(held, v.astype(dtype), None)))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-3, atol=1e-3 * np.abs(results[1]).max())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_offset_is_the_patch_block(weighted, bias, x64):
+    """A 1x1 kernel has no two positions to correlate, so both blocks are the same."""
+    x, g = oracles.normal(0, (N, 5, C)), oracles.normal(1, (N, 5, Q))
+    w = jnp.asarray([0.0, 1.0, 2.0, 1.0])
+    weights = jnp.broadcast_to(w[:, None], (N, 5)) if weighted else None
+    use = make_use(1, N * 5, bias, weights)
+    block, plain = sua(C), kronecker("cholesky")
+    reference = plain.measure(x, g, use)
+    factors = block.measure(x.at[0].set(jnp.nan) if weighted else x, g, use)
+    lam, p = jnp.asarray(0.2), C + bias
+    held, plain_held = jax.jit(block.factorize)(factors, lam), plain.factorize(reference, lam)
+    for got, expected in (
+        (lambda v: block.multiply(factors, v), lambda v: plain.multiply(reference, v)),
+        (lambda v: block.solve(held, v, lam), lambda v: plain.solve(plain_held, v, lam)),
+    ):
+        np.testing.assert_allclose(dense(got, p), dense(expected, p), rtol=1e-9, atol=1e-10)
+
+
+def test_weights_of_another_map_count_per_example(x64):
+    x, g = oracles.normal(0, (N, 4, C)), oracles.normal(1, (N, 2, Q))
+    w = jnp.asarray([0.5, 1.0, 2.0, 0.5])
+    uses = [make_use(2, N * 2, True, jnp.broadcast_to(w[:, None], (N, n))) for n in (2, 4)] + [
+        make_use(2, N * 2, True, w)
+    ]
+    results = [sua(C).measure(x, g, use) for use in uses]
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), results[0], other)
+
+
+def test_uses_add_up(x64):
+    """Two uses of the same map are one use with all positions."""
+    x, g = oracles.normal(0, (N, 6, C)), oracles.normal(1, (N, 4, Q))
+    parts = [sua(C).measure(x[:, i : i + 3], g[:, j : j + 2], make_use(2, N * 4)) for i, j in ((0, 0), (3, 2))]
+    whole = sua(C).measure(x, g, make_use(2, N * 4))
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-11), *parts, whole)
+
+
+def test_forward_only(x64):
+    x = oracles.normal(0, (N, 4, C))
+    factors = sua(C).measure(x, None, make_use(2, N * 3))
+    expected = np.kron(omega(x, 2, 3, True), np.eye(Q))
+    np.testing.assert_allclose(dense(lambda v: sua(C).multiply(factors, v), 2 * C + 1), expected, atol=1e-10)
+
+
+def test_one_channel_needs_to_know_of_the_bias(x64):
+    with pytest.raises(ValueError, match="expected `bias` to be given"):
+        sua(1).init(10, 2, jnp.float32)
+    x, g = oracles.normal(0, (N, 4, 1)), oracles.normal(1, (N, 2, Q))
+    use = Use(True, Q, N, N * 2, jnp.float64, None, 3)
+    block = sua(1, bias=True)
+    factors = block.measure(x, g, use)
+    held = jax.jit(block.factorize)(factors, jnp.asarray(0.1))
+    matrix = dense(lambda v: block.solve(held, v, None), 4)
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-11)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="expected channels >= 1"):
+        sua(0)
+    with pytest.raises(ValueError, match="expected a multiple of channels=4"):
+        sua(4).init(10, 2, jnp.float32)
+    with pytest.raises(ValueError, match=r"expected \[N, \*spatial, 2\]"):
+        sua(2).measure(jnp.ones((4, 5, 3)), jnp.ones((4, 5, Q)), make_use(1, 20))
