@@ -42,6 +42,7 @@ class Layer:
       layout: how the stored weight becomes matrices.
       stack: leading axes of a stacked layer (`nn.scan` over layers), `()` otherwise.
       groups: independent matrices of one layer (groups of a convolution, batched axes of an einsum).
+      channels: input channels of a plain convolution (no groups, not transposed), 0 for everything else.
       uses: how often the layer runs in one evaluation (tied layers, steps of a scan over time).
       rows: rows of input over all uses in the traced batch.
       notes: what the statistics leave out, for the coverage table.
@@ -56,6 +57,7 @@ class Layer:
     layout: Layout
     stack: tuple[int, ...] = ()
     groups: int = 1
+    channels: int = 0
     uses: int = 1
     rows: int = 0
     notes: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """Which block each layer gets, what is left over, and the table that says so."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -13,14 +14,26 @@ from kfac_optax._validate import check_choice
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.recurrent import OPTIONS, recurrent
+from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 
 NORMALIZATION = ("unitwise", "diagonal", "pass")
 UNCOVERED = ("pass", "diagonal", "raise")
+CONVOLUTION = ("kfc", "sua")
+RECURRENCE = ("independent", *OPTIONS)
 BlockOf = Callable[[Layer], Block]
 
 
-def blocks_of(linear: Block | BlockOf, *, inverse: str = "eigh", normalization: str = "unitwise") -> BlockOf:
+def blocks_of(
+    linear: Block | BlockOf,
+    *,
+    inverse: str = "eigh",
+    normalization: str = "unitwise",
+    convolution: str = "kfc",
+    recurrence: str = "independent",
+    precision: jax.lax.PrecisionLike = "highest",
+) -> BlockOf:
     """One block for every layer: `linear` for weights between units, and what fits each of the other kinds.
 
     Layers that get the same `Block` object and have the same shapes are handled by one batched call.
@@ -29,20 +42,40 @@ def blocks_of(linear: Block | BlockOf, *, inverse: str = "eigh", normalization: 
       linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks.
       inverse: of embeddings.
       normalization: `"unitwise"` gives scale and shift of each channel a 2 x 2 block, `"diagonal"` one number each.
+      convolution: `"kfc"` measures patches; `"sua"` only channels, where the convolution is a plain one (no groups, not
+        transposed).
+      recurrence: `"independent"` adds up the steps of a layer that is used several times; `"option1"` and `"option2"`
+        model how neighbouring steps correlate, see `recurrent`.
+      precision: matmul precision of factor products and solves.
+
+    Raises:
+      ValueError: a word is unknown.
 
     >>> block_of = blocks_of(kronecker())
     >>> print(block_of(Layer("norm", "scale_shift", "norm/scale", None, 1, 4, Layout((4,), (1, 4), (0, 1)))).name)
     unit-wise
     """
+    check_choice("blocks_of", "convolution", convolution, CONVOLUTION)
+    check_choice("blocks_of", "recurrence", recurrence, RECURRENCE)
     if not isinstance(linear, Block):
         return linear
-    chosen = {
-        "embedding": embedding(inverse),
-        "tied_embedding": tied_embedding(inverse),
+    by_kind = {
+        "embedding": embedding(inverse, precision=precision),
+        "tied_embedding": tied_embedding(inverse, precision=precision),
         "scale_shift": unitwise(full=normalization != "diagonal"),
         "diagonal": diagonal(),
     }
-    return lambda layer: chosen.get(layer.kind, linear)
+    by_channels = functools.cache(lambda channels, bias: sua(channels, bias=bias, precision=precision))
+    in_time = None if recurrence == "independent" else recurrent(recurrence, precision=precision)
+
+    def block_of(layer: Layer) -> Block:
+        if layer.kind in by_kind:
+            return by_kind[layer.kind]
+        if convolution == "sua" and layer.channels:
+            return by_channels(layer.channels, layer.bias is not None)
+        return in_time if in_time is not None and layer.uses > 1 and layer.kind != "conv" else linear
+
+    return block_of
 
 
 def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unitwise", where: str = "cover") -> Layers:

@@ -53,6 +53,11 @@ class Conv:
     flipped: bool = False
     kind = "conv"
 
+    def plain_channels(self, kernel: Sequence[int]) -> int:
+        """Input channels, where every output position sees a window of the input as it is; else 0."""
+        plain = self.groups == 1 and not self.flipped and set(self.window.input_dilation) == {1}
+        return kernel[-2] if plain else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:

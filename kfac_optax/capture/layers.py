@@ -11,7 +11,7 @@ import jax
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
-from kfac_optax.capture.geometry import Dense, Lookup, Unsupported, layout, matrix_shape
+from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
 from kfac_optax.capture.sites import Analysis, Site, analyse
 from kfac_optax.capture.tap import tapping
 
@@ -118,6 +118,7 @@ def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence
         path=kernel.rpartition("/")[0] or kernel,
         kind="tied_embedding" if len(kinds) > 1 else first.geometry.kind,
         kernel=kernel, bias=bias, inputs=inputs, outputs=outputs, layout=_layout(first), stack=first.stack, groups=groups,
+        channels=first.geometry.plain_channels(first.kernel) if isinstance(first.geometry, Conv) else 0,
         uses=sum(uses), rows=rows, notes=tuple(notes),
     )  # fmt: skip
 

@@ -26,6 +26,8 @@ def kfac(
     normalization: str = "unitwise",
     sharing: str = "expand",
     positions: int | None = None,
+    convolution: str = "kfc",
+    recurrence: str = "independent",
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
@@ -50,6 +52,8 @@ def kfac(
         or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).
       positions: at most about this many positions of an example are measured; `None` for all.
+      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
+      recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or `"option2"`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
@@ -73,10 +77,13 @@ def kfac(
     """
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
+    block_of = blocks_of(
+        linear, inverse=inverse, normalization=normalization, convolution=convolution, recurrence=recurrence,
+        precision=precision,
+    )  # fmt: skip
     preconditioner = scale_by_curvature(
-        layers, block=blocks_of(linear, inverse=inverse, normalization=normalization), coupling=coupling, damping=damping,
-        decay=decay, curvature_every=curvature_every, inverse_every=inverse_every, axis_name=axis_name,
-        factor_dtype=factor_dtype,
+        layers, block=block_of, coupling=coupling, damping=damping, decay=decay, curvature_every=curvature_every,
+        inverse_every=inverse_every, axis_name=axis_name, factor_dtype=factor_dtype,
     )  # fmt: skip
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
@@ -95,6 +102,8 @@ def kfac_two_level(
     normalization: str = "unitwise",
     sharing: str = "expand",
     positions: int | None = None,
+    convolution: str = "kfc",
+    recurrence: str = "independent",
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
@@ -123,6 +132,8 @@ def kfac_two_level(
         or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).
       positions: at most about this many positions of an example are measured; `None` for all.
+      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
+      recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or `"option2"`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
@@ -159,5 +170,6 @@ def kfac_two_level(
     return kfac(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
         inverse_every=inverse_every, inverse=inverse, uncovered=uncovered, normalization=normalization, sharing=sharing,
-        positions=positions, axis_name=axis_name, factor_dtype=factor_dtype, precision=precision, coupling=coupling,
+        positions=positions, convolution=convolution, recurrence=recurrence, axis_name=axis_name, factor_dtype=factor_dtype,
+        precision=precision, coupling=coupling,
     )  # fmt: skip

@@ -248,9 +248,10 @@ def _block(bucket: Bucket) -> Block:
 def _factorize(buckets: tuple[Bucket, ...], factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
     """What is held for every bucket, one batched factorisation after another."""
     held: dict[str, PyTree] = {}
+    previous: PyTree = ()
     for bucket in buckets:
-        ready = after(factors[bucket.name], held)
-        held[bucket.name] = jax.vmap(_block(bucket).factorize, (0, None))(ready, damping)
+        ready = after(factors[bucket.name], previous)
+        previous = held[bucket.name] = jax.vmap(_block(bucket).factorize, (0, None))(ready, damping)
     return held
 
 

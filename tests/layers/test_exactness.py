@@ -223,3 +223,46 @@ def test_normalisation_layers_can_be_left_alone():
     tx = ko.kfac(forward.layers(params, x), learning_rate=0.1, uncovered="diagonal")
     updates, _ = tx.update(grads, tx.init(params), params, curvature=forward.at(params, x))
     assert bool(jnp.isfinite(optax.tree.norm(updates)))
+
+
+def test_channels_only_where_a_convolution_is_plain():
+    """SUA sees the map itself, as its block would directly; grouped and transposed ones keep their patches."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="plain")(x))
+            x = nn.relu(nn.Conv(4, (3, 3), feature_group_count=2, name="grouped")(x))
+            return nn.ConvTranspose(2, (2, 2), strides=(2, 2), name="up")(x).mean((1, 2))
+
+    x = jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
+    params = Net().init(jax.random.key(1), x)["params"]
+    fisher = ko.ggn(lambda p, x: ko.Categorical(Net().apply({"params": p}, x)))
+    layers = fisher.layers(params, x)
+    names = [ko.blocks_of(ko.kronecker(), convolution="sua")(layer).name for layer in layers]
+    assert names == ["kronecker (sua)", "kronecker (eigh)", "kronecker (eigh)"]
+    tx = ko.kfac_two_level(layers, learning_rate=0.1, damping=0.1, convolution="sua")
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = jax.jit(lambda p: tx.update(grads, tx.init(p), p, curvature=fisher.at(p, x)))(params)
+    assert bool(jnp.isfinite(optax.tree.norm(updates)))
+    seen = state.preconditioner.factors["conv_19x4_bias"]
+    np.testing.assert_allclose(seen.moment[0], 9 * jnp.einsum("nhwc,nhwd->cd", x, x) / x[..., 0].size, rtol=1e-5)
+    with pytest.raises(ValueError, match="convolution='fft'; expected one of 'kfc', 'sua'"):
+        ko.kfac(layers, learning_rate=0.1, convolution="fft")
+
+
+@pytest.mark.parametrize("option", ["option1", "option2"])
+def test_temporal_correlations_reach_the_update(option):
+    """Layers inside the scan get the block of their steps, in the order of time; the head outside keeps its own."""
+    model = nn.Sequential([nn.RNN(nn.SimpleCell(3)), nn.Dense(2)])
+    x = jax.random.normal(jax.random.key(0), (4, 5, 2))
+    params = model.init(jax.random.key(1), x)["params"]
+    fisher = ko.ggn(lambda p, x: ko.Normal(model.apply({"params": p}, x)[:, -1]))
+    tx = ko.kfac(fisher.layers(params, x), learning_rate=0.1, damping=0.1, recurrence=option, kl_clip=None)
+    grads = jax.tree.map(jnp.ones_like, params)
+    _, state = jax.jit(lambda p: tx.update(grads, tx.init(p), p, curvature=fisher.at(p, x)))(params)
+    a = x  # inputs of the input-to-hidden layer, whose bias is a column of ones
+    factors = state.preconditioner.factors["dense_3x3_bias"]
+    lag = jnp.einsum("ntp,ntq->pq", a[:, 1:], a[:, :-1]) / 20
+    np.testing.assert_allclose(factors.inputs_lag[0, :2, :2], lag, rtol=1e-4, atol=1e-6)
+    assert set(state.preconditioner.factors) == {"dense_3x3_bias", "dense_3x3", "dense_4x2_bias"}
