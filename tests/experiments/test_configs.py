@@ -37,7 +37,7 @@ def reduced(name: str, directory, *variant: str):
 # Widths and optimizers that compile quickly.
 SMALL = [
     ("resnet110_cifar10", "sgd", {"depth": 8, "width": 2}),
-    ("vgg16_cifar10", "sgd", {"width": 8, "hidden": (4,)}),
+    ("vgg16_cifar10", "sgd", {"width": 2, "groups": (1, 1, 1), "hidden": (4,)}),
     ("fashion_mnist_cnn", "adam", {"channels": (2, 3), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
@@ -112,10 +112,11 @@ def test_a_character_is_predicted_from_those_before_it():
     config = read_config("char_transformer").model
     config.update(depth=1, width=8, heads=2)
     model, x = models.build(config, outputs=0), np.arange(12).reshape(1, 12)
-    params, _ = models.init(model, jax.random.key(0), x)
+    params, _ = jax.jit(lambda key: models.init(model, key, x))(jax.random.key(0))
     changed = x.copy()
     changed[0, 7] = 50
-    logits, other = (models.apply(model, params, {}, tokens, train=False)[0] for tokens in (x, changed))
+    predict = jax.jit(lambda tokens: models.apply(model, params, {}, tokens, train=False)[0])
+    logits, other = predict(x), predict(changed)
     assert logits.shape == (1, 12, 97)
     np.testing.assert_allclose(logits[0, :7], other[0, :7], atol=1e-6)
     assert not np.allclose(logits[0, 7:], other[0, 7:], atol=1e-3)
