@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_optax.experiments import results, train, workers
+from kfac_optax.experiments import models, results, train, workers
 from kfac_optax.experiments.checkpoints import Position, Store
+from kfac_optax.experiments.likelihoods import LIKELIHOODS
 from kfac_optax.experiments.results import Job
 
 STATE = {
@@ -108,31 +109,27 @@ def test_a_killed_sweep_goes_on_where_it_was(deep_linear, trainers, tmp_path, mo
     np.testing.assert_array_equal(np.transpose([run.history[name] for name in list(run.history)[:-1]]), expected)
 
 
-def test_an_evaluation_in_batches_equals_that_of_the_whole(digits):
-    digits.update(epochs=1)
+def test_steps_follow_the_schedule_and_evaluation_goes_batch_by_batch(digits):
     digits.data.test = 30
     with digits.unlocked():
-        digits.evaluation_batch = 0
-    whole, *_ = train.run(train.prepare(digits, "sgd"), digits, rate=1e-2, seed=0)
-    digits.evaluation_batch = 8  # does not divide 30
-    parts, *_ = train.run(train.prepare(digits, "sgd"), digits, rate=1e-2, seed=0)
-    np.testing.assert_allclose(parts[3:5], whole[3:5], rtol=1e-5)
-    assert parts[1:3] == whole[1:3]
-
-
-def test_a_schedule_reaches_the_steps(digits):
-    digits.update(epochs=3)
-    with digits.unlocked():
         digits.schedule = {"epochs": (1,), "factors": (1.0, 0.0)}
+        digits.evaluation_batch = 8  # does not divide 30
     trainer = train.prepare(digits, "sgd")
     dataset, key = train.start(digits, seed=0)
     rate = jnp.float32(1e-2)
     state, reports = trainer.init(rate, key, dataset), jnp.zeros((trainer.steps, 2))
-    kernels = []
+    params = [jax.tree.map(np.array, state.params)]
     for _ in range(3):
         epoch = trainer.shuffle(state.key)
         state, reports = trainer.train(rate, state, reports, dataset, epoch, 0, trainer.steps)
         state = state._replace(key=jnp.copy(epoch.next_key))
-        kernels.append(np.array(state.params["Dense_0"]["kernel"]))
-    np.testing.assert_array_equal(kernels[1], kernels[0])
-    np.testing.assert_array_equal(kernels[2], kernels[0])
+        params.append(jax.tree.map(np.array, state.params))
+    kernels = [p["Dense_0"]["kernel"] for p in params]
+    assert not np.array_equal(kernels[1], kernels[0])
+    np.testing.assert_array_equal(kernels[2], kernels[1])
+    np.testing.assert_array_equal(kernels[3], kernels[1])
+
+    likelihood = LIKELIHOODS["categorical"]
+    logits = models.build(digits.model, outputs=10).apply({"params": params[-1]}, dataset.test_x, train=False)
+    expected = [part(logits, dataset.test_y).mean() for part in (likelihood.nll, likelihood.score)]
+    np.testing.assert_allclose(trainer.evaluate(params[-1], {}, dataset), expected, rtol=1e-5)

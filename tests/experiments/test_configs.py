@@ -36,9 +36,9 @@ def reduced(name: str, directory, *variant: str):
 
 # Widths and optimizers that compile quickly.
 SMALL = [
-    ("resnet110_cifar10", "sgd", {"depth": 8, "width": 2}),
-    ("vgg16_cifar10", "sgd", {"width": 2, "groups": (1, 1, 1), "hidden": (4,)}),
-    ("fashion_mnist_cnn", "adam", {"channels": (2, 3), "hidden": (4,)}),
+    ("resnet110_cifar10", "sgd", {"depth": 8}),
+    ("vgg16_cifar10", "sgd", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
+    ("fashion_mnist_cnn", "adam", {"channels": (8,), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
