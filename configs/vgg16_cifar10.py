@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "hidden": (4096, 4096),
                 "pooled": 4,
                 "width": 64,
+                "groups": (2, 2, 3, 3, 3),
                 "outputs": 10,
                 "bn_momentum": 0.9,
             },

@@ -34,22 +34,24 @@ class VGG16(nn.Module):
     """VGG16 with batch normalization: 13 convolutions in five groups, then fully connected layers.
 
     `pooled` groups, the first ones, end in 2x2 max pooling: with 5 a 32x32 image ends as one place of 512 channels,
-    with 4 as 2x2 places and the first fully connected layer has 2048 inputs. `width` scales the channels.
+    with 4 as 2x2 places and the first fully connected layer has 2048 inputs. `width` scales the channels, `groups` are
+    the numbers of convolutions.
     """
 
     outputs: int
     hidden: tuple[int, ...] = (4096, 4096)
     pooled: int = 5
     width: int = 64
+    groups: tuple[int, ...] = (2, 2, 3, 3, 3)
     bn_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[N, H, W, C]` to logits `[N, outputs]`."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum)
-        for group, (layers, factor) in enumerate(((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))):
+        for group, layers in enumerate(self.groups):
             for _ in range(layers):
-                x = nn.Conv(factor * self.width, (3, 3), use_bias=False, kernel_init=_he)(x)
+                x = nn.Conv(min(2**group, 8) * self.width, (3, 3), use_bias=False, kernel_init=_he)(x)
                 x = nn.relu(norm()(x))
             if group < self.pooled:
                 x = nn.max_pool(x, (2, 2), (2, 2))

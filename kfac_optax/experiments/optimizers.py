@@ -145,7 +145,7 @@ def make(
         return likelihood.distribution(models.apply(model, params, model_state, x, train=True)[0])
 
     fisher = ko.fisher(predict)
-    params, model_state = jax.jit(lambda key: models.init(model, key, x))(jax.random.key(0))
+    params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
     options = schedules.resolve(config.kfac.to_dict(), steps=steps, where="config.kfac")
     curved = Curved(fisher.layers(params, model_state, x), options)
     return Method(

@@ -12,11 +12,11 @@ from kfac_optax.experiments import train
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def read_config(name: str) -> ml_collections.ConfigDict:
+def read_config(name: str, *variant: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*variant)
 
 
 def small_deep_linear() -> ml_collections.ConfigDict:
