@@ -133,6 +133,8 @@ def coverage(
     *,
     block: Block | BlockOf | None = None,
     coupling: Coupling | None = None,
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
     dtype: jnp.dtype = jnp.float32,
 ) -> Layers:
     """Layers with the state that a block and a coupling keep for them; print the result.
@@ -143,6 +145,8 @@ def coverage(
       layers: from `fisher.layers(params, ...)`.
       block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of `kfac`.
       coupling: coarse correction, if any.
+      uncovered: as for `kfac`.
+      normalization: as for `kfac`.
       dtype: dtype of the state.
 
     >>> import kfac_optax as ko
@@ -153,7 +157,8 @@ def coverage(
     (root)  dense  2x1     no    1     kronecker (eigh)  52
     total                                                52
     """
-    block_of = blocks_of(kronecker() if block is None else block)
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
+    block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
     copies = sum(layer.copies for layer in layers if layer.coupled)
     across = 0
     if coupling is not None:

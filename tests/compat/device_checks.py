@@ -246,6 +246,76 @@ def pmap():
     _same(jax.tree.map(lambda leaf: leaf[0], result), case.expected())
 
 
+def _zoo(params, x, tokens):
+    """Every kind of block: convolution, embedding, scale and shift, dense, a parameter on its own."""
+    conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NWC", "WIO", "NWC"))
+    s = ko.tap_conv(conv(x, params["conv"], (2,), "SAME"), x, params["conv"], strides=2)
+    a = s / jnp.sqrt(1 + jnp.mean(s**2, -1, keepdims=True))
+    s = ko.tap_scale_shift(a * params["scale"] + params["shift"], a, params["scale"], params["shift"])
+    s = jnp.tanh(s + ko.tap_embedding(params["table"].at[tokens].get(out_sharding=_like(s)), tokens, params["table"]))
+    s = s.sum(1) * params["gain"]
+    return ko.Categorical(ko.tap_dense(s @ params["head"], s, params["head"]))
+
+
+def _like(x):
+    sharding = jax.typeof(x).sharding
+    return sharding if any(part is not None for part in sharding.spec) else None
+
+
+def _zoo_problem():
+    keys = jax.random.split(jax.random.key(5), 8)
+    shapes = {"conv": (3, 2, 4), "scale": (4,), "shift": (4,), "table": (5, 4), "gain": (4,), "head": (4, 3)}
+    params = {name: jax.random.normal(key, shape) for (name, shape), key in zip(shapes.items(), keys)}
+    x, tokens = jax.random.normal(keys[6], (EXAMPLES, 6, 2)), jax.random.randint(keys[7], (EXAMPLES, 3), 0, 5)
+    estimator = ko.empirical_fisher(lambda p, x, tokens: _zoo(p, x, tokens).nll(jnp.arange(len(x)) % 3))
+    layers = estimator.layers(params, x, tokens)
+    assert not [u for u in layers.uncovered if u.path != "gain"], layers
+
+    def tx(**settings):
+        return ko.kfac_two_level(layers, learning_rate=0.1, damping=0.05, **settings)
+
+    return params, (x, tokens), estimator, tx
+
+
+def every_layer_auto_axes():
+    """A sharded batch through every kind of layer: the numbers of one device, the diagonal included."""
+    params, batch, estimator, make = _zoo_problem()
+    tx = make(uncovered="diagonal")
+    step = _step(tx, estimator)
+    expected = jax.device_get(step(params, jax.jit(tx.init)(params), *batch))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    params = jax.device_put(params, whole)
+    state = jax.jit(tx.init, out_shardings=whole)(params)
+    _same(step(params, state, *jax.device_put(batch, split)), expected)
+
+
+def every_layer_shard_map():
+    """The same inside `shard_map`, without the diagonal, whose random signs differ from device to device."""
+    params, batch, estimator, make = _zoo_problem()
+    tx = make()
+    expected = jax.device_get(_step(tx, estimator)(params, jax.jit(tx.init)(params), *batch))
+    mesh = jax.make_mesh((DEVICES,), ("data",))
+    tx = make(axis_name="data")
+    step = jax.shard_map(
+        lambda p, s, *b: _step(tx, _zoo_local())(p, s, *b),
+        mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, P())
+        _same(jax.jit(step)(params, jax.jit(tx.init)(params), *jax.device_put(batch, P("data"))), expected)
+
+
+def _zoo_local():
+    """Labels of one device's share of the batch."""
+
+    def losses(params, x, tokens):
+        labels = (jax.lax.axis_index("data") * len(x) + jnp.arange(len(x))) % 3
+        return _zoo(params, x, tokens).nll(labels)
+
+    return ko.empirical_fisher(losses)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -258,6 +328,8 @@ CHECKS = {
         shard_map,
         shard_map_schedule,
         shard_map_sampled_labels,
+        every_layer_auto_axes,
+        every_layer_shard_map,
     )
 }
 
