@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "curvature_every": 10,
                 "inverse_every": 100,
                 "inverse": "eigh",
+                "normalization": "pass",  # norm layers are left alone, as in the papers
             },
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,

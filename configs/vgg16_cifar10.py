@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "curvature_every": 10,
                 "inverse_every": 50,
                 "inverse": "eigh",
+                "normalization": "pass",  # norm layers are left alone, as in the papers
             },
             "tune": False,
             "grid": (0.3, 0.1, 0.03),

@@ -23,8 +23,8 @@ def is_random(options: Mapping[str, Any]) -> bool:
 def pixels(x: jax.Array) -> jax.Array:
     """Bytes to numbers in [0, 1]; anything else as it is.
 
-    >>> print(pixels(jnp.array([0, 51], jnp.uint8)), pixels(jnp.array([51])))
-    [0.  0.2] [51]
+    >>> print(pixels(jnp.array([0, 255], jnp.uint8)), pixels(jnp.array([255])))
+    [0. 1.] [255]
     """
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
