@@ -95,11 +95,14 @@ class Method(NamedTuple):
 
     Attributes:
         transform: learning rate to the Optax transformation.
-        extra: (params, model_state, x, key) to the extra arguments of its update.
+        extra: (params, model_state, x, key) to the extra arguments of its update; with `measure=` and `refresh=` what is
+            due is decided when the step is compiled.
+        due: when that is, or None where nothing ever is or the periods change.
     """
 
     transform: Callable[[Rate], Any]
     extra: Callable[..., dict[str, Any]]
+    due: ko.HostSchedule | None = None
 
 
 def make(
@@ -148,7 +151,11 @@ def make(
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
     options = schedules.resolve(config.kfac.to_dict(), steps=steps, where="config.kfac")
     curved = Curved(fisher.layers(params, model_state, x), options)
-    return Method(
-        lambda rate: optimizer.build(config, curved, scheduled(rate)),
-        lambda params, model_state, x, key: {"curvature": fisher.at(params, model_state, x, key=key)},
-    )
+
+    def extra(params: Any, model_state: Any, x: jax.Array, key: jax.Array, *, measure: Any = None, refresh: Any = None):
+        curvature = fisher.at(params, model_state, x, key=key) if measure in (None, True) else None
+        return {"curvature": curvature, "refresh": refresh}
+
+    periods = {k: options[k] for k in ("curvature_every", "inverse_every") if k in options}
+    due = None if any(map(callable, periods.values())) else ko.HostSchedule(**periods)
+    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, due)

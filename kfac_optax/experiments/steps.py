@@ -108,15 +108,19 @@ def train_one(
     dataset: data.Dataset,
     epoch: Epoch,
     i: jax.Array,
+    **due: bool,
 ) -> tuple[State, jax.Array]:
-    """Trains on mini-batch `i` of an epoch and writes loss and score of it to `reports[i]`."""
+    """Trains on mini-batch `i` of an epoch and writes loss and score of it to `reports[i]`.
+
+    `due`: from the optimizer's `HostSchedule`, or nothing: then the step itself decides what is due.
+    """
     key, index = epoch.keys[i], epoch.batches[i]
     x, y = dataset.train_x[index], dataset.train_y[index]
     input_key = key
     if inputs.is_random(problem.inputs):
         key, input_key = jax.random.split(key)
     x, y = inputs.training(problem.inputs, input_key, x, y)
-    state, report = _step(problem, rate, state, x, y, key)
+    state, report = _step(problem, rate, state, x, y, key, due)
     return state, reports.at[i].set(report)
 
 
@@ -139,14 +143,14 @@ def train_many(
 
 
 def _step(
-    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array
+    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array, due: dict[str, bool]
 ) -> tuple[State, jax.Array]:
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
         return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
 
     grads, (logits, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
-    extra = problem.method.extra(state.params, state.model_state, x, key)
+    extra = problem.method.extra(state.params, state.model_state, x, key, **due)
     updates, opt_state = problem.method.transform(rate).update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from kfac_optax.experiments import data, settings, steps
 from kfac_optax.experiments.checkpoints import Position, Store
@@ -109,12 +110,25 @@ def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Cal
 
 
 def _in_python(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
-    # XLA computes convolutions inside a compiled loop several times as slowly on a CPU (jax-ml/jax#12868).
-    step = jax.jit(functools.partial(steps.train_one, problem), donate_argnums=(1, 2)).lower(*arguments, 0).compile()
+    # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU (jax-ml/jax#12868): one
+    # step a call, and what is due is decided here.
+    schedule = problem.method.due
+
+    def due(count: int) -> dict[str, bool]:
+        return {} if schedule is None else schedule(count)
+
+    def compiled(**due: bool) -> Callable[..., tuple[State, jax.Array]]:
+        step = functools.partial(steps.train_one, problem, **due)
+        return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, 0).compile()
+
+    longest = 1 if schedule is None else math.lcm(schedule.curvature_every, schedule.inverse_every)
+    kinds = {tuple(due(count).items()) for count in range(min(longest, 100_000))}
+    made = {kind: compiled(**dict(kind)) for kind in kinds}
 
     def train(rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int) -> Any:
+        first = 0 if schedule is None else int(optax.tree.get(state.opt_state, "kfac_count"))
         for i in range(begin, end):
-            state, reports = step(rate, state, reports, dataset, epoch, i)
+            state, reports = made[tuple(due(first + i - begin).items())](rate, state, reports, dataset, epoch, i)
         return state, reports
 
     return train
