@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import Block, Coupling, Layer, PyTree, Use
-from kfac_optax.capture.evaluate import Measure, Zeros
+from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
 from kfac_optax.capture.geometry import (
     Conv,
     Geometry,
@@ -60,7 +60,7 @@ def site_measure(
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         statistic = rows = across = sums = None
         if late or block.rows:
-            rows = to_rows(geometry, a, g_or_none)
+            rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
             statistic = measure_use(geometry, block, a, g_or_none, use._replace(weights=per_row))
         if coupling is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
-from kfac_optax.capture.evaluate import Measure, Zeros, evaluate, make_zeros
+from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent, evaluate, from_cotangent, make_zeros
 from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
@@ -67,14 +67,14 @@ def linearize_now(traced: Traced, inputs: Sequence[Any], outputs: Callable[[PyTr
 
 def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree) -> Zeros:
     """Keeps the rows themselves, for a forward pass that is shared before it is known what to measure."""
-    return Zeros(None, (a, g))
+    return Zeros(None, (as_cotangent(a), g))
 
 
 def apply_to_rows(site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree) -> Zeros:
     """The statistics of a site from its stored rows, as its probe would have measured them."""
     for _ in range(len(site.scans) + site.stacked):
         measure = jax.vmap(measure, in_axes=(0, 0, None))
-    measured = measure(*rows, extra)
+    measured = measure(*from_cotangent(site, rows), extra)
     loops = tuple(i for i, (_, over_layers) in enumerate(site.scans) if not over_layers)
     return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
 
@@ -218,7 +218,7 @@ def _arranged(site: Site, zeros: Zeros) -> _Measured:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
 
     if rows is not None:
-        a, g = rows
+        a, g = from_cotangent(site, rows)
         tokens = isinstance(site.geometry, Lookup)
         rows = _steps(a, site, 0 if tokens else 1), None if g is None else _steps(g, site, 1)
     return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: _stack_first(x, site, 0), sums))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax._tree import zeros_of_type
@@ -44,6 +45,17 @@ def _probe_backward(measure, residuals, g):
 
 
 _probe.defvjp(_probe_forward, _probe_backward)
+
+
+def as_cotangent(x: jax.Array) -> jax.Array:
+    """Rows that a probe hands back: tokens as floats, since a cotangent cannot be an integer (exact below 2^24)."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def from_cotangent(site: Site, rows: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    """Inverse of `as_cotangent` for the rows `(a, g)` of a site."""
+    a, g = rows
+    return (a.astype(jnp.int32), g) if jnp.issubdtype(site.a.dtype, jnp.integer) else (a, g)
 
 
 def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:

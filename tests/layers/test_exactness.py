@@ -181,6 +181,52 @@ def test_padding_tokens_count_as_dropped(x64, coarse):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
+def test_a_shared_forward_pass_gives_the_same_statistics(x64):
+    """Rows kept until it is known what to measure: of every kind of layer, tokens and left-over parameters included."""
+    model, tokens = Masked(), jnp.asarray([[0, 3, 3], [4, 1, 0], [2, 2, 5]])
+    mask = jnp.ones((3, 3)).at[0, 2].set(0)
+    params = x64_params(lambda key, t: model.init(key, t, mask)["params"], tokens) | {"gain": jnp.ones(3)}
+
+    def predict(p, t, m):
+        net = {k: v for k, v in p.items() if k != "gain"}
+        return ko.Categorical(model.apply({"params": net}, t, m > 0) * p["gain"], weights=m)
+
+    estimator = ko.ggn(predict)
+    tx = ko.kfac_two_level(estimator.layers(params, tokens, mask), learning_rate=0.1, damping=0.1, uncovered="diagonal")
+
+    @jax.jit
+    def updates(params):
+        step = estimator.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
+        _, grads, shared = step(params, tokens, mask, targets=tokens % 3)
+        lazy = estimator.at(params, tokens, mask)
+        return [tx.update(grads, tx.init(params), params, curvature=c)[0] for c in (shared, lazy)]
+
+    for a, b in zip(*map(jax.tree.leaves, updates(params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_tokens_inside_a_scan_over_time_with_masked_steps(x64):
+    """An embedding looked up step by step: rows are kept, since weights tell the steps apart."""
+    tokens = jnp.asarray([[0, 3, 3, 1], [4, 1, 0, 2]])
+    mask = jnp.ones((2, 4)).at[:, -1].set(0)
+    params = {"table": oracles.normal(0, (5, 2)), "w": oracles.normal(1, (2, 2))}
+
+    def predict(p, tokens, mask):
+        def step(h, t):
+            h = jnp.tanh(ko.tap_embedding(p["table"][t], t, p["table"]) + ko.tap_dense(h @ p["w"], h, p["w"]))
+            return h, h
+
+        _, hs = jax.lax.scan(step, jnp.zeros((len(tokens), 2)), tokens.T)
+        return ko.Categorical(hs.swapaxes(0, 1), weights=mask)
+
+    long = measured(ko.ggn(predict), params, tokens, mask)[0]
+    short = measured(ko.ggn(predict), params, tokens[:, :-1], mask[:, :-1])[0]
+    for path, (layer, block, statistic) in long.items():
+        v = oracles.normal(2, (1, *layer.shape))
+        expected = jax.vmap(block.multiply)(short[path][2], v)
+        np.testing.assert_allclose(jax.vmap(block.multiply)(statistic, v), expected, rtol=1e-9)
+
+
 def test_left_over_parameters_get_the_diagonal(x64):
     """One example: the diagonal is exact. Many: right on average over the random signs of the examples."""
     params = {"w": oracles.normal(0, (2, 3)), "gain": oracles.normal(1, (3,)), "idle": jnp.ones(2)}
