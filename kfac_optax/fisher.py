@@ -200,7 +200,9 @@ def ggn(predict: Callable[..., PyTree], *, subsample: float | Callable | None = 
     """The exact generalised Gauss-Newton matrix, `(1/N) sum_b J_b^T H_b J_b`, from all output columns.
 
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these likelihoods it is the Fisher
-    itself, without sampling noise, at the cost of one backward pass per output.
+    itself, without sampling noise, at the cost of one backward pass per output. A column of all examples is pulled back
+    at once, so where examples interact (batch norm in training mode, nodes of one graph) products between examples stay
+    in the statistics; `fisher` draws labels independently, and there they cancel.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.

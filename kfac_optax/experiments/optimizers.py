@@ -61,10 +61,10 @@ def _kfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
     return preconditioned(ko.kfac(curved.layers, learning_rate=rate, **curved.options), config, rate)
 
 
-def _two_level(coarse: str) -> Build:
+def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        tx = ko.kfac_two_level(curved.layers, learning_rate=rate, coarse=coarse, **curved.options)
+        tx = ko.kfac_two_level(curved.layers, learning_rate=rate, coarse=coarse, coarse_damping=coarse_damping, **curved.options)
         return preconditioned(tx, config, rate)
 
     return build
@@ -87,6 +87,7 @@ OPTIMIZERS = {
     "kfac": Optimizer("K-FAC", True, _kfac),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
+    "two_level_galerkin": Optimizer("two-level, Galerkin", True, _two_level("factored", "galerkin")),
 }
 
 

@@ -19,6 +19,7 @@ STYLES = {
     "kfac": ("#0072B2", "-."),
     "two_level": ("#D55E00", "-"),
     "two_level_exact": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
+    "two_level_galerkin": ("#56B4E9", (0, (1, 1))),
 }
 _SECONDS = "training time (s), compilation and evaluation left out"
 

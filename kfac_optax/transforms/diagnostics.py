@@ -13,6 +13,9 @@ from kfac_optax.linalg.factorize import after
 from kfac_optax.transforms.core import CoarseState, CurvatureState
 
 
+_ROUNDING = 1e-10  # float32 squared: what a sum that should vanish leaves on the diagonal
+
+
 class CoarseFisher(NamedTuple):
     """Coarse Fisher matrix scaled to unit diagonal, `[L, L]`, with the names of its rows."""
 
@@ -85,7 +88,8 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     """The coarse Fisher matrix scaled to unit diagonal, `F_c[i, j] / sqrt(F_c[i, i] F_c[j, j])`, with layer names.
 
     Off-diagonal entries show how strongly layers are coupled, which block-diagonal K-FAC leaves out. Rows of layers that
-    have seen no gradient are zero.
+    the coarse space does not see are zero: layers without gradient, and those whose gradients sum to zero by construction,
+    such as a softmax head or what only a layer norm reads (diagonal below 1e-10 of the largest: rounding).
 
     Args:
       opt_state: an Optax state with exactly one two-level K-FAC transformation in it.
@@ -111,6 +115,7 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     for path, rows in coarse.coarse_index.items():
         rows = np.asarray(rows)
         names |= {int(r): path if len(rows) == 1 else f"{path}[{i}]" for i, r in enumerate(rows)}
-    root = np.sqrt(np.maximum(np.diagonal(matrix), 0))
+    diagonal = np.diagonal(matrix)
+    root = np.sqrt(np.where(diagonal > _ROUNDING * diagonal.max(initial=0), diagonal, 0))
     scale = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
     return CoarseFisher(matrix * scale[:, None] * scale, tuple(names[i] for i in range(len(names))))
