@@ -64,7 +64,9 @@ def _kfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
 def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        tx = ko.kfac_two_level(curved.layers, learning_rate=rate, coarse=coarse, coarse_damping=coarse_damping, **curved.options)
+        tx = ko.kfac_two_level(
+            curved.layers, learning_rate=rate, coarse=coarse, coarse_damping=coarse_damping, **curved.options
+        )
         return preconditioned(tx, config, rate)
 
     return build

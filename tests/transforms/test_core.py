@@ -278,6 +278,20 @@ def linear_rows(params, x):
     return a, g
 
 
+def test_sums_that_vanish_are_not_normalised_to_correlations():
+    """The gradients of logits sum to zero, so the coarse space does not see a softmax head: its row is rounding."""
+    x = oracles.normal(0, (20, 3)).astype(jnp.float32)
+    params = Twins().init(jax.random.key(0), x)["params"]
+    estimator = ko.fisher(lambda p, x: ko.Categorical(Twins().apply({"params": p}, x)))
+    tx = ko.kfac_two_level(estimator.layers(params, x), learning_rate=0.1)
+    _, state = jax.jit(tx.update)(
+        params, tx.init(params), params, curvature=estimator.at(params, x, key=jax.random.key(1))
+    )
+    matrix, names = ko.coarse_fisher(state)
+    np.testing.assert_allclose(np.diagonal(matrix), [1, 1, 1, 0], rtol=1e-5)
+    assert names[-1] == "c" and not matrix[-1].any()
+
+
 def test_kernels_of_one_module_keep_rows_and_names_of_their_own():
     params = {"net": {"first": jnp.eye(3), "second": jnp.ones((3, 2))}}
 
