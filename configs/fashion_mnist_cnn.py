@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
             "inputs": {"mean": (0.2860,), "std": (0.3530,)},  # of the training pixels
             "model": {"name": "small_cnn", "channels": (8, 16, 32), "hidden": (32,), "kernel": 3, "outputs": 10},
             "likelihood": "categorical",
-            "optimizers": ("sgd", "adam", "kfac", "two_level"),
+            "optimizers": ("sgd", "adam", "kfac", "two_level", "two_level_exact", "two_level_galerkin"),
             "seeds": 3,
             "epochs": 5,
             "batch_size": 128,
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
             },
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
-            "grid": (1e-1, 3e-2, 1e-2, 3e-3),
+            "grid": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3),
             "targets": (0.6, 0.5, 0.4),
             "evaluation_batch": 1_000,
             "python_loop": True,  # convolutions in a compiled loop are slow on a CPU
