@@ -23,7 +23,7 @@ from kfac_optax.capture.geometry import (
 from kfac_optax.capture.sites import Site
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a part at a time.
-PATCH_BYTES = 1 << 26
+PATCH_BYTES = 1 << 27
 
 
 def site_measure(

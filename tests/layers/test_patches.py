@@ -88,7 +88,7 @@ def assert_factors(got, expected):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("bytes_", [1 << 26, 20_000, 1])
+@pytest.mark.parametrize("bytes_", [1 << 27, 20_000, 1])
 def test_factors_are_those_of_a_dense_layer_on_the_patches(x64, monkeypatch, bytes_, weighted):
     """Also where the patches of the whole batch do not fit and are formed in parts."""
     monkeypatch.setattr(measure, "PATCH_BYTES", bytes_)
