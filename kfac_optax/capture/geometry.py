@@ -250,8 +250,7 @@ def _sum_positions(g: jax.Array) -> jax.Array:
 def channel_sums(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype) -> tuple:
     """Sums of all entries of every input row (its bias coordinate included) and gradient row, `[groups, N, *positions]`."""
     if isinstance(geometry, Conv):
-        per_group = jnp.sum(a.reshape(*a.shape[:-1], geometry.groups, -1), -1, dtype=dtype)
-        alpha = patches.unfold(per_group, geometry.window, geometry.groups).sum(-1)
+        alpha = patches.window_sums(a.astype(dtype), geometry.window, geometry.groups)
         return alpha + bias, jnp.sum(_split_last(g, geometry.groups), -1, dtype=dtype)
     rows, gradients = _plain_rows(geometry, a, g)
     assert gradients is not None

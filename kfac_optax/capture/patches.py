@@ -1,6 +1,6 @@
 """Convolutions as dense layers: the patches that each output position sees, from slices, without a convolution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,10 +39,12 @@ def _padded(a: jax.Array, window: Window) -> jax.Array:
     return jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0)] * front + spatial + [(0, 0, 0)])
 
 
-def _windows(a: jax.Array, window: Window, *, reverse: bool, mean: bool) -> jax.Array:
-    """Axis by axis, since XLA compiles two short concatenations several times faster than one of all offsets.
+def _windows(
+    a: jax.Array, window: Window, join: Callable[[list[jax.Array], int], jax.Array], reverse: bool
+) -> jax.Array:
+    """Joins the views of each axis's offsets, `[..., *spatial, groups, C] -> [..., *out, groups, ...]`.
 
-    `[..., *spatial, groups, C] -> [..., *out, groups, offsets * C]`, with the mean over an output axis in its place.
+    Axis by axis, since XLA compiles two short concatenations several times faster than one of all offsets.
     """
     n = len(window.size)
     out = window.outputs(a.shape[:-1])
@@ -54,24 +56,33 @@ def _windows(a: jax.Array, window: Window, *, reverse: bool, mean: bool) -> jax.
             jax.lax.slice_in_dim(a, start, start + extent, window.strides[i], axis)
             for start in (starts[::-1] if reverse else starts)
         ]
-        a = jnp.concatenate([x.mean(axis, keepdims=True) for x in parts] if mean else parts, -1)
+        a = join(parts, axis)
     return a
 
 
-def _unfolded(a: jax.Array, window: Window, groups: int, *, reverse: bool, mean: bool) -> jax.Array:
+def _over_windows(a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False) -> jax.Array:
+    """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
     padded = _padded(a, window)
     bare = window._replace(padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size))
-    grouped = padded.reshape(*padded.shape[:-1], groups, -1)
-    made = _windows(grouped, bare, reverse=reverse, mean=mean)
+    made = _windows(padded.reshape(*padded.shape[:-1], groups, -1), bare, join, reverse)
     return made.squeeze(-2)[None] if groups == 1 else jnp.moveaxis(made, -2, 0)
 
 
 def unfold(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
     """Patches `[groups, ..., *out, offsets * C / groups]` of a map `[..., *spatial, C]`, channels varying fastest."""
-    return _unfolded(a, window, groups, reverse=reverse, mean=False)
+    return _over_windows(a, window, groups, lambda parts, axis: jnp.concatenate(parts, -1), reverse)
 
 
 def mean_patch(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
     """The mean of all patches of an example, `[groups, ..., offsets * C / groups]`: no patch is formed."""
-    made = _unfolded(a, window, groups, reverse=reverse, mean=True)
-    return made.squeeze(tuple(range(-1 - len(window.size), -1)))
+
+    def join(parts: list[jax.Array], axis: int) -> jax.Array:
+        return jnp.concatenate([x.mean(axis, keepdims=True) for x in parts], -1)
+
+    return _over_windows(a, window, groups, join, reverse).squeeze(tuple(range(-1 - len(window.size), -1)))
+
+
+def window_sums(a: jax.Array, window: Window, groups: int = 1) -> jax.Array:
+    """The sum of all entries of every patch, `[groups, ..., *out]`: no patch is formed."""
+    per_group = a.reshape(*a.shape[:-1], groups, -1).sum(-1)
+    return _over_windows(per_group, window, groups, lambda parts, axis: sum(parts[1:], parts[0]))[..., 0]
