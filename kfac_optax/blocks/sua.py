@@ -146,7 +146,7 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
         inner = jnp.einsum("cd,kdq->kcq", covariance, features, precision=precision) + mean[:, None] * common
         return jnp.matmul(steps * join(inner, None if row is None else common), factors.outputs, precision=precision)
 
-    return Block("kronecker (sua)", init, measure, factorize, solve, multiply)
+    return Block("kronecker (sua)", init, measure, factorize, solve, multiply, raw=True)
 
 
 def _covariance(factors: ChannelFactors) -> tuple[Array, Array, Array]:

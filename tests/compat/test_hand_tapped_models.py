@@ -43,7 +43,7 @@ def test_equinox():
         return ko.Categorical(jax.vmap(eqx.combine(params, static))(x))
 
     problem = h.make_problem(predict, params, plain.x, plain.y)
-    assert [(x.kernel, x.bias, x.transposed) for x in problem.layers] == [
+    assert [(x.kernel, x.bias, x.layout.order == (1, 0)) for x in problem.layers] == [
         ("layers/0/weight", "layers/0/bias", True), ("layers/1/weight", "layers/1/bias", True),
     ]  # fmt: skip
     final, state, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)

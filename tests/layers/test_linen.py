@@ -130,7 +130,7 @@ def test_a_transformer_with_a_tied_table(x64):
     assert "used by" in layers.uncovered[0].reason
 
 
-@pytest.mark.parametrize("cell", [nn.SimpleCell, nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell])
 def test_recurrent_cells(x64, cell):
     model = nn.RNN(cell(3, param_dtype=jnp.float64), name="rnn")
     layers = assert_gradients(*problem(model, oracles.normal(0, (2, 4, 2))))

@@ -38,7 +38,7 @@ def kernel_matrices(geometry, kernel):
 
 
 @hypothesis.given(geometries())
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 def test_rows_times_matrix_is_the_convolution(case):
     geometry, spatial = case
     window, n = geometry.window, len(case[1])
@@ -87,8 +87,7 @@ def assert_factors(got, expected):
     np.testing.assert_allclose(got.outputs, expected.outputs, rtol=1e-12)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("bytes_", [1 << 27, 20_000, 1])
+@pytest.mark.parametrize(("bytes_", "weighted"), [(1 << 27, False), (20_000, True), (1, False)])
 def test_factors_are_those_of_a_dense_layer_on_the_patches(x64, monkeypatch, bytes_, weighted):
     """Also where the patches of the whole batch do not fit and are formed in parts."""
     monkeypatch.setattr(measure, "PATCH_BYTES", bytes_)
