@@ -228,9 +228,9 @@ def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list)
     """Statistic of a layer from the rows of all its uses, one after another on the axis of steps."""
     if not kept:
         return []
+    weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
-    use = setting.use(plan, layer)
-    use = use._replace(weights=row_weights(setting.weights, a.shape[1:3], layer.path))
+    use = setting.use(plan, layer)._replace(weights=weights)
     return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
 
 
@@ -239,13 +239,23 @@ def _across(coupling: Coupling, setting: _Setting, layer: Layer, uses: list[_Mea
     parts = [m.across for m in uses if m.across is not None]
     sums = [m.sums for m in uses if m.sums is not None]
     if sums:
+        shapes = [alpha.shape[1:] for alpha, _ in sums if alpha is not None]
+        weights = _weights_in_a_row(setting, layer, shapes) if shapes else None
         if len(sums) > 1:
             flat = [jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), pair) for pair in sums]
             sums = [jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *flat)]
-        alpha, gamma = sums[0]
-        weights = None if alpha is None else row_weights(setting.weights, alpha.shape[1:], layer.path)
-        parts.append(coupling.measure(alpha, gamma, weights))
+        parts.append(coupling.measure(*sums[0], weights))
     return _sum(parts)
+
+
+def _weights_in_a_row(setting: _Setting, layer: Layer, rows: Sequence[tuple[int, ...]]) -> jax.Array | None:
+    """Weights of the rows `(N, *positions)` of each use, several uses one after another on one axis."""
+    if setting.weights is None:
+        return None
+    spread = [row_weights(setting.weights, shape, layer.path) for shape in rows]
+    if len(spread) == 1:
+        return spread[0]
+    return jnp.concatenate([w.reshape(len(w), -1) for w in spread if w is not None], 1)
 
 
 def _sum(trees: list[PyTree]) -> PyTree:

@@ -182,6 +182,26 @@ def test_padding_tokens_count_as_dropped(x64, coarse):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("coarse", ["factored", "exact"])
+def test_padding_tokens_of_a_tied_table_count_as_dropped(x64, coarse):
+    """Look-ups and head have rows of their own, each weighted by the same mask."""
+    params = {"table": oracles.normal(0, (5, 3))}
+    tokens = jnp.asarray([[0, 3, 3], [4, 1, 0]])
+
+    def predict(p, t, m):
+        x = jnp.tanh(ko.tap_embedding(p["table"][t], t, p["table"]))
+        return ko.Categorical(ko.tap_dense(x @ p["table"].T, x, p["table"].T), weights=m)
+
+    padded, mask = jnp.pad(tokens, ((0, 0), (0, 2))), jnp.pad(jnp.ones((2, 3)), ((0, 0), (0, 2)))
+    estimator, updates = ko.ggn(predict), []
+    for args in ((padded, mask), (tokens, jnp.ones((2, 3)))):
+        tx = ko.kfac_two_level(estimator.layers(params, *args), learning_rate=0.1, damping=0.1, coarse=coarse)
+        grads = jax.tree.map(jnp.sin, params)
+        updates.append(tx.update(grads, tx.init(params), params, curvature=estimator.at(params, *args))[0])
+    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8)
+
+
 def test_a_shared_forward_pass_gives_the_same_statistics(x64):
     """Rows kept until it is known what to measure: of every kind of layer, tokens and left-over parameters included."""
     model, tokens = Masked(), jnp.asarray([[0, 3, 3], [4, 1, 0], [2, 2, 5]])
