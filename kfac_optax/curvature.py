@@ -13,6 +13,7 @@ from kfac_optax._types import PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, trace
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.products import quadratic_form, vector_product
 from kfac_optax.seeds import Seeds
 from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collect, linearize_now
 
@@ -50,6 +51,23 @@ class Curvature:
         linearize = linearize_now(traced, inputs, lambda prediction: split_outputs(kind, prediction))
         return _collect(self.spec, plan, traced, linearize, heads, self.key)
 
+    def quadratic_form(
+        self, directions: Sequence[PyTree], *, subsample: Any = None, axis_name: Any = None
+    ) -> jax.Array:
+        """Matrix `[m, m]` of `d_i^T F d_j` for directions like the parameters, exact on the batch, labels not needed.
+
+        Args:
+          directions: trees like the parameters.
+          subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
+          axis_name: mapped axis over which the batch is split.
+        """
+        return _quadratic_form(self.spec, self.params, self.args, directions, subsample, axis_name)
+
+    def vector_product(self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None) -> PyTree:
+        """`F v`, a tree like the parameters; arguments as in `quadratic_form`."""
+        spec, args = _exact(self.spec, self.args, subsample)
+        return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
+
 
 class SharedCurvature(NamedTuple):
     """Curvature whose forward pass has run already, together with the loss. Made by `fisher.value_and_grad`."""
@@ -59,6 +77,19 @@ class SharedCurvature(NamedTuple):
     pull: Callable[[Any], tuple[PyTree, Sequence[Zeros | None]]]
     heads: Sequence[Any]
     key: jax.Array | None
+    params: PyTree
+    args: tuple[PyTree, ...]
+
+    def quadratic_form(
+        self, directions: Sequence[PyTree], *, subsample: Any = None, axis_name: Any = None
+    ) -> jax.Array:
+        """As `Curvature.quadratic_form`."""
+        return _quadratic_form(self.spec, self.params, self.args, directions, subsample, axis_name)
+
+    def vector_product(self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None) -> PyTree:
+        """As `Curvature.vector_product`."""
+        spec, args = _exact(self.spec, self.args, subsample)
+        return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`."""
@@ -77,6 +108,23 @@ class SharedCurvature(NamedTuple):
             return pull, self.heads
 
         return _collect(self.spec, plan, self.traced, linearize, self.heads, self.key)
+
+
+def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, tuple[PyTree, ...]]:
+    """The part of the batch on which products are taken."""
+    if not spec.kind.gradients:
+        raise ValueError(
+            f"{spec.kind.name}: measures inputs of layers only, so it is no model of the loss. Use fisher or ggn where the "
+            "step is decided by a quadratic model, a trust region in the exact metric, or a deflated coupling."
+        )
+    if subsample is not None:
+        spec = spec._replace(subsample=subsample)
+    return spec, part_of_batch(spec, args)
+
+
+def _quadratic_form(spec, params, args, directions, subsample, axis_name) -> jax.Array:
+    spec, args = _exact(spec, args, subsample)
+    return quadratic_form(spec.kind, spec.function, params, directions, args, axis_name)
 
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:

@@ -19,11 +19,10 @@ from kfac_optax.heads import (
     FISHER,
     FORWARD,
     GGN,
-    count_examples,
-    find_weights,
     split_outputs,
     with_naturals,
 )  # fmt: skip
+from kfac_optax.products import vector_product
 from kfac_optax.statistics import Plan, rows_measure
 
 
@@ -66,23 +65,9 @@ class Estimator:
         `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every layer, zero for other parameters.
         """
         args = part_of_batch(self.spec, args)
-        kind = self.spec.kind
-        if not kind.gradients:
+        if not self.spec.kind.gradients:
             return _forward_product(self.spec, params, vector, args)
-
-        def naturals(params: PyTree) -> tuple[Any, Any]:
-            return split_outputs(kind, self.spec.function(params, *args))
-
-        _, jvp, heads = jax.linearize(naturals, params, has_aux=True)
-        tangents = jvp(vector)
-        if kind.losses:
-            cotangents = tangents
-        else:
-            roots = find_weights(kind, heads).roots
-            products = [head.hessian_product(tangent) for head, tangent in zip(heads, tangents, strict=True)]
-            cotangents = [_weighted(p, root) for p, root in zip(products, roots, strict=True)]
-        (product,) = jax.linear_transpose(jvp, params)(cotangents)
-        return jax.tree.map(lambda x: x / count_examples(kind, heads), product)
+        return vector_product(self.spec.kind, self.spec.function, params, vector, args)
 
     def value_and_grad(self, loss_fn: Callable[[PyTree, PyTree], jax.Array]) -> Callable[..., tuple[Any, PyTree, Any]]:
         """Loss, gradient and curvature from one forward pass, for when curvature is wanted in every step.
@@ -142,14 +127,7 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     naturals, pull, prediction = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     heads = split_outputs(spec.kind, prediction)[1]
-    return loss, pull(seeds)[0], SharedCurvature(spec, traced, pull, heads, key)
-
-
-def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
-    if root is None:
-        return product
-    weight = jnp.square(jnp.asarray(root))
-    return tuple((x * weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))).astype(x.dtype) for x in product)
+    return loss, pull(seeds)[0], SharedCurvature(spec, traced, pull, heads, key, params, args)
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:

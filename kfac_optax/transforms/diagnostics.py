@@ -10,7 +10,7 @@ from kfac_optax._types import PyTree
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.coupling.coarse import Grams
 from kfac_optax.linalg.factorize import after
-from kfac_optax.transforms.core import CoarseState, CurvatureState
+from kfac_optax.transforms.state import CoarseState, CurvatureState
 
 _ROUNDING = 1e-10  # float32 squared: what a sum that should vanish leaves on the diagonal
 

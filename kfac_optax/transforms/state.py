@@ -1,0 +1,58 @@
+"""State of a preconditioner, and what the parts of one update share."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kfac_optax._types import Block, Bucket, Coupling, Layer, PyTree
+
+
+class CoarseState(NamedTuple):
+    """State of the coupling between layers, rows in order of execution."""
+
+    coarse_factors: PyTree
+    coarse_held: PyTree
+    coarse_sizes: jax.Array  # shape=(L,): number of parameters of each layer
+    coarse_index: dict[str, jax.Array]  # rows of each layer, by path
+
+
+class CurvatureState(NamedTuple):
+    """State of `scale_by_curvature`. Buckets of equal layers are stacked on axis 0."""
+
+    kfac_count: Any  # shape=(), dtype=int32: steps
+    curvature_count: jax.Array  # shape=(), dtype=int32: statistics accepted
+    skipped_statistics: jax.Array  # shape=(), dtype=int32: statistics dropped because they were not finite
+    failed_inverses: jax.Array  # shape=(), dtype=int32: factorisations dropped because they were not finite
+    inverse_age: Any  # shape=(), dtype=int32: steps since what is held was last factorised
+    damping: jax.Array  # shape=(), dtype=float32: of the last step
+    coarse_share: jax.Array  # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
+    factors: PyTree  # statistics of the block, by bucket
+    held: PyTree  # factorised inverses, by bucket
+    coarse: Any  # CoarseState, or () without a coupling
+
+
+class Step(NamedTuple):
+    """What the parts of one update share."""
+
+    layers: tuple[Layer, ...]  # in order of execution
+    buckets: tuple[Bucket, ...]
+    coupling: Coupling | None
+    damping: jax.Array
+
+    def rows(self) -> np.ndarray:
+        """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""
+        first, start = {}, 0
+        for layer in self.layers:
+            if layer.coupled:
+                first[layer] = start
+                start += layer.copies
+        return np.concatenate(
+            [first[x] + np.arange(x.copies) for bucket in self.buckets for x in bucket.layers if x.coupled]
+        )
+
+
+def block_of_bucket(bucket: Bucket) -> Block:
+    """The block of a bucket that was made with one."""
+    assert bucket.block is not None
+    return bucket.block
