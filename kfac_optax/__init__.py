@@ -8,14 +8,17 @@ from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
+from kfac_optax.control.damping import adapt_damping
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
+from kfac_optax.control.quadratic_model import quadratic_step, solve_model
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
+from kfac_optax.transforms.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
-from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics, problems
 from kfac_optax.transforms.schedule import HostSchedule
 
 __version__ = "0.1.0"
@@ -31,6 +34,7 @@ __all__ = [
     "Layers",
     "Normal",
     "Use",
+    "adapt_damping",
     "blocks_of",
     "clip_by_kl",
     "coarse_correction",
@@ -44,11 +48,16 @@ __all__ = [
     "forward_only",
     "ggn",
     "kfac",
+    "kfac_adaptive",
     "kfac_two_level",
+    "kfac_two_level_adaptive",
     "kl_scale",
     "kronecker",
+    "problems",
+    "quadratic_step",
     "recurrent",
     "scale_by_curvature",
+    "solve_model",
     "sua",
     "tap_conv",
     "tap_dense",

@@ -114,6 +114,18 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
+def wide_dtype(tree: PyTree) -> Any:
+    """The widest of float32 and the dtypes of a tree: for sums, statistics and the numbers in a state."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+
+
+def inner(left: PyTree, right: PyTree) -> jax.Array:
+    """Sum of products of all entries of two trees, in their `wide_dtype`."""
+    dtype = wide_dtype((left, right))
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return sum((jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
+
+
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
     checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

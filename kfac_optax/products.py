@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._tree import inner
 from kfac_optax._types import PyTree
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 
@@ -63,15 +64,9 @@ def quadratic_form(
     tangents = [model.jvp(direction) for direction in directions]
     products = [model.hessian(tangent) for tangent in tangents]
     m = len(directions)
-    entries = {(i, j): _inner(tangents[i], products[j]) / model.examples for i in range(m) for j in range(i, m)}
+    entries = {(i, j): inner(tangents[i], products[j]) / model.examples for i in range(m) for j in range(i, m)}
     form = jnp.stack([jnp.stack([entries[min(i, j), max(i, j)] for j in range(m)]) for i in range(m)])
     return form if axis_name is None else jax.lax.pmean(form, axis_name)
-
-
-def _inner(left: Any, right: Any) -> jax.Array:
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    wide = [(x.astype(jnp.promote_types(x.dtype, jnp.float32)), y) for x, y in pairs]
-    return sum((jnp.sum(x * y.astype(x.dtype)) for x, y in wide), jnp.zeros(()))
 
 
 def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:

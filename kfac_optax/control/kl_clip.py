@@ -22,7 +22,7 @@ class KLClipState(NamedTuple):
 def clip_by_kl(
     preconditioner: optax.GradientTransformation,
     *,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None,
     kl_clip: ScalarOrSchedule | None = 1e-3,
     layers: Layers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -34,7 +34,8 @@ def clip_by_kl(
 
     Args:
       preconditioner: any transformation; extra arguments are handed on.
-      learning_rate: the rate that the following transformations apply; only used in the formula.
+      learning_rate: the rate that the following transformations apply; only used in the formula, `None` only where
+        clipping is off.
       kl_clip: the bound; `None` switches clipping off (the state keeps its form).
       layers: only these layers are summed and scaled; default: every leaf is a layer.
 
@@ -51,8 +52,8 @@ def clip_by_kl(
 
     Reference: Tselepidis, Kohler & Orvieto (2020), equation (10); Ba, Grosse & Martens (2017).
     """
-    check_number("clip_by_kl", "learning_rate", learning_rate, at_least=0)
     if kl_clip is not None:
+        check_number("clip_by_kl", "learning_rate", learning_rate, at_least=0)
         check_number("clip_by_kl", "kl_clip", kl_clip, above=0)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
@@ -62,7 +63,7 @@ def clip_by_kl(
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
         count = optax.safe_increment(state.kl_count)
-        if kl_clip is None:
+        if kl_clip is None or learning_rate is None:
             return preconditioned, KLClipState(inner, count, state.kl_scale)
         rate, bound = resolve(learning_rate, state.kl_count), resolve(kl_clip, state.kl_count)
         with jax.named_scope("kfac/kl_clip"):

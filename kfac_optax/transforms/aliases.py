@@ -15,7 +15,7 @@ from kfac_optax.transforms.core import scale_by_curvature
 def kfac(
     layers: Layers,
     *,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     damping: ScalarOrSchedule = 1e-3,
     kl_clip: ScalarOrSchedule | None = 1e-3,
     decay: ScalarOrSchedule = 0.95,
@@ -40,7 +40,8 @@ def kfac(
 
     Args:
       layers: from `fisher.layers(params, *args)`.
-      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May be left out only
+        together with `kl_clip=None`, where what follows decides on the length of the step (`quadratic_step`).
       damping: Tikhonov damping.
       kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
@@ -63,7 +64,7 @@ def kfac(
       A transformation; its state is made of arrays only.
 
     Raises:
-      ValueError: a hyperparameter out of range.
+      ValueError: a hyperparameter out of range, or KL-clip without a rate.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -75,6 +76,11 @@ def kfac(
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015).
     """
+    if learning_rate is None and kl_clip is not None:
+        raise ValueError(
+            "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. Pass learning_rate=, the "
+            "rate of the optimizer that follows, or kl_clip=None where what follows decides on the length of the step."
+        )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
@@ -91,7 +97,7 @@ def kfac(
 def kfac_two_level(
     layers: Layers,
     *,
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     damping: ScalarOrSchedule = 1e-3,
     kl_clip: ScalarOrSchedule | None = 1e-3,
     decay: ScalarOrSchedule = 0.95,
@@ -120,7 +126,8 @@ def kfac_two_level(
 
     Args:
       layers: from `fisher.layers(params, *args)`.
-      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May be left out only
+        together with `kl_clip=None`, where what follows decides on the length of the step (`quadratic_step`).
       damping: Tikhonov damping of both levels.
       kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
@@ -147,7 +154,7 @@ def kfac_two_level(
       A transformation; its state is made of arrays only.
 
     Raises:
-      ValueError: a hyperparameter out of range.
+      ValueError: a hyperparameter out of range, or KL-clip without a rate.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))

@@ -38,11 +38,13 @@ def scale_by_curvature(
     statistics from 1. Where both are due, statistics come first, then inverses, then the step is preconditioned. A
     statistic that is not finite is dropped; a factorisation that fails keeps the last good one; both are counted.
 
-    `update(grads, state, params, *, curvature, refresh=None, damping=None)`:
+    `update(grads, state, params, *, curvature, measure=None, refresh=None, damping=None)`:
 
     - `curvature`: from `fisher.at(...)` or `fisher.value_and_grad(...)`; `None` takes no statistics in this step.
     - `refresh=None`: the schedule is traced, one compiled step serves all. A Python bool decides now, without any branch
       in the compiled step: statistics are taken if `curvature` is given, inverses are refreshed if `refresh` is true.
+    - `measure=False`: takes no statistics although `curvature` is given, for a transformation behind that needs its products
+      in every step.
     - `damping`: replaces this transformation's own in this step, at all levels; `adapt_damping` passes it.
 
     Args:
@@ -100,7 +102,7 @@ def scale_by_curvature(
         factors, held, coarse = jax.jit(lambda damping: initial(mine, block_of, coupling, damping))(start)
         return state._replace(damping=jnp.array(start, jnp.float32), factors=factors, held=held, coarse=coarse)
 
-    def update(updates, state, params=None, *, curvature=_MISSING, refresh=None, damping=None, **extra):
+    def update(updates, state, params=None, *, curvature=_MISSING, measure=None, refresh=None, damping=None, **extra):
         del params, extra
         damping = own_damping if damping is None else damping
         if curvature is _MISSING:
@@ -113,11 +115,15 @@ def scale_by_curvature(
         step = Step(
             mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
         )
-        if curvature is not None:
+        if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
             weight = resolve(decay, state.kfac_count)
-            due = True if refresh is not None else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
+            due = (
+                True
+                if measure or refresh is not None
+                else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
+            )
             state = when(due, lambda s: accumulate(step, s, curvature.statistics(plan), weight), state, STATISTICS)
         due = (
             bool(refresh) if refresh is not None else due_at(state.kfac_count, resolve(inverse_every, state.kfac_count))
