@@ -16,7 +16,7 @@ from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
 from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
-from kfac_optax.transforms.schedule import HostSchedule
+from kfac_optax.transforms.schedule import HostSchedule, refresh_period
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "kl_scale",
     "kronecker",
     "recurrent",
+    "refresh_period",
     "scale_by_curvature",
     "sua",
     "tap_conv",

@@ -92,7 +92,10 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     state, reports = init(rate, key, dataset), steps.no_reports(problem)
     arguments = rate, state, reports, dataset, shuffle(state.key)
     began = time.perf_counter()
-    train = _in_python(problem, arguments) if config.get("python_loop") else _in_compiled_loop(problem, arguments)
+    if config.get("python_loop"):
+        train = _in_python(problem, arguments, count=config.epochs * problem.steps)
+    else:
+        train = _in_compiled_loop(problem, arguments)
     seconds = time.perf_counter() - began
     # The first call allocates; the epochs of a run are timed without that.
     jax.block_until_ready(train(*arguments, 0, 1))
@@ -109,20 +112,21 @@ def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Cal
     return train.lower(*arguments, 0, 0).compile()
 
 
-def _in_python(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
+def _in_python(
+    problem: steps.Problem, arguments: tuple[Any, ...], *, count: int
+) -> Callable[..., tuple[State, jax.Array]]:
     # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU (jax-ml/jax#12868): one
     # step a call, and what is due is decided here.
     schedule = problem.method.due
 
-    def due(count: int) -> dict[str, bool]:
-        return {} if schedule is None else schedule(count)
+    def due(step: int) -> dict[str, Any]:
+        return {} if schedule is None else schedule(step)
 
-    def compiled(**due: bool) -> Callable[..., tuple[State, jax.Array]]:
+    def compiled(**due: Any) -> Callable[..., tuple[State, jax.Array]]:
         step = functools.partial(steps.train_one, problem, **due)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, 0).compile()
 
-    longest = 1 if schedule is None else math.lcm(schedule.curvature_every, schedule.inverse_every)
-    kinds = {tuple(due(count).items()) for count in range(min(longest, 100_000))}
+    kinds = {tuple(due(step).items()) for step in range(1 if schedule is None else count)}
     made = {kind: compiled(**dict(kind)) for kind in kinds}
 
     def train(rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int) -> Any:
