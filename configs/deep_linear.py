@@ -37,8 +37,13 @@ def get_config() -> ml_collections.ConfigDict:
                 "inverse": "eigh",
                 "normalization": "pass",  # norm layers are left alone, as in the papers
             },
+            # Rows within an epoch, and an end by the clock: for comparisons at equal seconds.
+            "report_every": 0,  # steps between rows of metrics.csv; 0: one row an epoch
+            "evaluate_every": 0,  # rows between evaluations, whose values the rows between repeat; 0: once an epoch
+            "budget_seconds": 0.0,  # a run ends with the row in which its training has taken so long; 0: never
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
+            "tune_seeds": 0,  # seeds that a rate is tried with, then the best gets the others; 0: all
             "grid": (1e-2, 3e-3, 1e-3, 1e-4),
             "targets": (0.2, 0.1, 0.05),
             "workers": 2,  # processes, each with one thread; 1 trains and times one run at a time in this process

@@ -41,8 +41,13 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
                 "inverse_every": 20,
                 "inverse": "eigh",
             },
+            # Rows within an epoch, and an end by the clock: for comparisons at equal seconds.
+            "report_every": 0,  # steps between rows of metrics.csv; 0: one row an epoch
+            "evaluate_every": 0,  # rows between evaluations, whose values the rows between repeat; 0: once an epoch
+            "budget_seconds": 0.0,  # a run ends with the row in which its training has taken so long; 0: never
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
+            "tune_seeds": 0,  # seeds that a rate is tried with, then the best gets the others; 0: all
             "grid": (1e-1, 1e-2, 1e-3, 1e-4),
             "targets": (280.0, 260.0, 250.0),
             "evaluation_batch": 1_000,

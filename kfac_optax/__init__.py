@@ -19,7 +19,7 @@ from kfac_optax.transforms.adaptive import kfac_adaptive, kfac_two_level_adaptiv
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
 from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics, problems
-from kfac_optax.transforms.schedule import HostSchedule
+from kfac_optax.transforms.schedule import HostSchedule, refresh_period
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "problems",
     "quadratic_step",
     "recurrent",
+    "refresh_period",
     "scale_by_curvature",
     "solve_model",
     "sua",

@@ -19,9 +19,9 @@ class Position(NamedTuple):
     """How far a run has come.
 
     Attributes:
-        rows: the metrics of the epochs that are over, each as a list of numbers.
+        rows: the metrics so far, each row as a list of numbers that begins with the epoch.
         step: mini-batches of the epoch in hand that are done.
-        seconds: training time that these took.
+        seconds: training time since the last row.
     """
 
     rows: Sequence[Sequence[float]] = ()
@@ -47,7 +47,8 @@ class Store:
 
     def due(self, position: Position) -> bool:
         """Whether a run that has come to `position` should be kept now."""
-        ended = position.step == 0 and self._epochs > 0 and len(position.rows) % self._epochs == 0
+        epoch = round(position.rows[-1][0]) if position.rows else 0
+        ended = position.step == 0 and self._epochs > 0 and epoch % self._epochs == 0
         return ended or 0 < self._seconds <= time.monotonic() - self._written
 
     def write(self, position: Position, state: Any) -> None:

@@ -54,6 +54,8 @@ def report(
         plots.tuned_score(out / f"tuned_{score}.png", runs, title=title)
         files += ["tuned_loss.png", f"tuned_{score}.png"]
         console.print(tables.tuned(runs, targets=config.targets))
+    if config.get("report_every") or config.get("budget_seconds"):
+        console.print(tables.race(runs, targets=config.targets))
     console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)
 
 

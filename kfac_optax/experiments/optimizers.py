@@ -36,11 +36,13 @@ class Optimizer(NamedTuple):
         label: name in tables and figures.
         curvature: whether updates need `curvature=`.
         build: config, layers and options if `curvature`, learning rate to the transformation.
+        tuned: whether the grid of learning rates is tried; False for one that finds its own rate and runs once per seed.
     """
 
     label: str
     curvature: bool
     build: Build
+    tuned: bool = True
 
 
 def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
@@ -98,14 +100,15 @@ class Method(NamedTuple):
 
     Attributes:
         transform: learning rate to the Optax transformation.
-        extra: (params, model_state, x, key) to the extra arguments of its update; with `measure=` and `refresh=` what is
-            due is decided when the step is compiled.
-        due: when that is, or None where nothing ever is or the periods change.
+        extra: `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due)` to the extra
+            arguments of its update: loss and gradient of the mini-batch, and the loss as a function of the parameters;
+            with `measure=` and `refresh=` (and whatever else `due` names) what is due is decided when the step is compiled.
+        due: step to what is due in it, as these keyword arguments; None where nothing ever is.
     """
 
     transform: Callable[[Rate], Any]
     extra: Callable[..., dict[str, Any]]
-    due: ko.HostSchedule | None = None
+    due: Callable[[int], dict[str, Any]] | None = None
 
 
 def make(
@@ -143,7 +146,7 @@ def make(
     if not optimizer.curvature:
         return Method(
             lambda rate: optax.with_extra_args_support(optimizer.build(config, None, scheduled(rate))),
-            lambda *_: {},
+            lambda *_, **__: {},
         )
 
     def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
@@ -155,10 +158,13 @@ def make(
     options = schedules.resolve(config.kfac.to_dict(), steps=steps, where="config.kfac")
     curved = Curved(fisher.layers(params, model_state, x), options)
 
-    def extra(params: Any, model_state: Any, x: jax.Array, key: jax.Array, *, measure: Any = None, refresh: Any = None):
+    def extra(
+        params: Any, model_state: Any, x: jax.Array, key: jax.Array, *,
+        value: Any = None, value_fn: Any = None, grad: Any = None, measure: Any = None, refresh: Any = None, **due: Any,
+    ):  # fmt: skip
+        del value, value_fn, grad
         curvature = fisher.at(params, model_state, x, key=key) if measure in (None, True) else None
-        return {"curvature": curvature, "refresh": refresh}
+        return {"curvature": curvature, "refresh": refresh, **due}
 
-    periods = {k: options[k] for k in ("curvature_every", "inverse_every") if k in options}
-    due = None if any(map(callable, periods.values())) else ko.HostSchedule(**periods)
-    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, due)
+    periods = {k: options[k] for k in ("curvature_every", "inverse_every", "stagger") if k in options}
+    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, ko.HostSchedule(**periods))

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
+from kfac_optax.experiments import clock
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.results import Run, Runs, best_runs, interval, score
 
@@ -135,21 +136,22 @@ def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
 def _curves(axes: Axes, runs: Runs, column: str, *, in_seconds: bool, with_rate: bool, factor: float = 1.0) -> None:
     with_rate = with_rate or _rates_differ(runs)
     for (name, rate), group in runs.items():
-        note = f", rate {rate:g}" if with_rate else ""
+        note = f", rate {rate:g}" if with_rate and OPTIMIZERS[name].tuned else ""
         _curve(axes, group, column, name, in_seconds=in_seconds, factor=factor, note=note)
 
 
 def _rates_differ(runs: Runs) -> bool:
-    return len({rate for _, rate in runs}) > 1
+    return len({rate for name, rate in runs if OPTIMIZERS[name].tuned}) > 1
 
 
 def _rate_words(runs: Runs) -> str:
-    return "given learning rates" if _rates_differ(runs) else f"learning rate {next(iter(runs))[1]:g}"
+    rates = {rate for name, rate in runs if OPTIMIZERS[name].tuned}
+    return f"learning rate {rates.pop():g}" if len(rates) == 1 else "given learning rates"
 
 
 def _range(runs: Runs, column: str) -> tuple[float, float]:
     kept = [run.history[column] for group in runs.values() for run in group if not run.diverged]
-    return (np.min(kept), np.max(kept)) if kept else (0.1, 1.0)
+    return (min(map(np.min, kept)), max(map(np.max, kept))) if kept else (0.1, 1.0)
 
 
 def _curve(
@@ -170,11 +172,8 @@ def _curve(
     if not kept:
         axes.plot([], [], color=color, linestyle=dashes, label=label)
         return
-    values = factor * np.transpose([run.history[column] for run in kept])
-    mean, half = np.transpose([interval(row) for row in values])
-    x = kept[0].history["epoch"]
-    if in_seconds:
-        x = np.mean([run.history["seconds"] for run in kept], axis=0).cumsum()
+    x, values = (clock.curves if in_seconds else clock.by_epoch)(kept, column)
+    mean, half = np.transpose([interval(row) for row in factor * values.T])
     (line,) = axes.plot(x, mean, color=color, linestyle=dashes, linewidth=1.8, label=label)
     if len(kept) > 1:
         band = np.maximum(mean - half, 1e-12), mean + half
@@ -187,5 +186,6 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _band_words(runs: Runs) -> str:
-    count = len(next(iter(runs.values())))
-    return "1 run" if count == 1 else f"mean and 95 % band of {count} runs"
+    counts = sorted({len(group) for group in runs.values()})
+    words = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return "1 run" if words == "1" else f"mean and 95 % band of {words} runs"

@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A finished run: one array `[epochs]` for every column of `metrics.csv`."""
+    """A finished run: one array `[rows]` for every column of `metrics.csv`."""
 
     diverged: bool
     steps: int  # mini-batches of an epoch
@@ -65,7 +65,7 @@ def record(
     Args:
         directory: of this run; what an unfinished or different run left there is overwritten.
         settings: from `run_settings`.
-        metrics: the epochs, as they come.
+        metrics: the rows, as they come.
         details: further entries of `run.json`: `steps_per_epoch`, the environment.
 
     Returns:
@@ -151,27 +151,37 @@ def finals(runs: Sequence[Run], column: str) -> list[float]:
 
 def ms_per_step(runs: Sequence[Run]) -> list[float]:
     """Mean milliseconds of a training step in each run."""
-    return [float(1e3 * run.history["seconds"].mean() / run.steps) for run in runs]
+    return [float(1e3 * run.history["seconds"].sum() / steps_of(run)[-1]) for run in runs]
+
+
+def steps_of(run: Run) -> np.ndarray:
+    """Training steps up to each row."""
+    return np.round(run.history["epoch"] * run.steps).astype(int)
 
 
 def best_rate(runs: Runs, optimizer: str) -> float:
-    """The rate of the lowest mean final training loss; one that diverged for a seed comes last."""
+    """The rate of the lowest mean final training loss; one that diverged for a seed comes last.
+
+    Rates are compared by the seeds that all of them were tried with.
+    """
+    tried = {rate: group for (name, rate), group in runs.items() if name == optimizer}
+    seeds = min(map(len, tried.values()))
 
     def cost(rate: float) -> tuple[bool, float]:
-        group = runs[optimizer, rate]
+        group = tried[rate][:seeds]
         return any(run.diverged for run in group), interval(finals(group, "train_loss"))[0]
 
-    return min((rate for name, rate in runs if name == optimizer), key=cost)
+    return min(tried, key=cost)
 
 
-def cost_of(runs: Sequence[Run], target: float) -> tuple[list[int], list[float]]:
+def cost_of(runs: Sequence[Run], target: float) -> tuple[list[float], list[float]]:
     """Epochs and training seconds to a training loss of at most `target`, where it was reached."""
     epochs, seconds = [], []
     for run in runs:
         reached = np.flatnonzero(run.history["train_loss"] <= target)
         if len(reached):
-            epochs.append(int(reached[0]) + 1)
-            seconds.append(float(run.history["seconds"][: epochs[-1]].sum()))
+            epochs.append(float(run.history["epoch"][reached[0]]))
+            seconds.append(float(run.history["seconds"][: reached[0] + 1].sum()))
     return epochs, seconds
 
 
@@ -192,7 +202,8 @@ def write_summary(path: Path, runs: Runs, *, targets: Sequence[float]) -> None:
             epochs, seconds = cost_of(group, target)
             row[f"reached_{target:g}"] = len(epochs)
             row[f"epochs_to_{target:g}"] = interval(epochs)[0]
-            row[f"seconds_to_{target:g}"] = interval(seconds)[0]
+            row[f"steps_to_{target:g}"] = interval([epoch * group[0].steps for epoch in epochs])[0]
+            row[f"seconds_to_{target:g}"], row[f"seconds_to_{target:g}_ci95"] = interval(seconds)
         rows.append({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-Schedule = Callable[[jax.Array], jax.Array]
+import kfac_optax as ko
+
+Schedule = Callable[[Any], Any]
 
 
 def piecewise(*, epochs: Sequence[int], values: Sequence[float], steps: int, where: str = "piecewise") -> Schedule:
@@ -34,7 +36,9 @@ def piecewise(*, epochs: Sequence[int], values: Sequence[float], steps: int, whe
         raise ValueError(f"{where}: got epochs {tuple(epochs)}, expected increasing positive numbers")
     starts = [epoch * steps for epoch in epochs]
 
-    def schedule(step: jax.Array) -> jax.Array:
+    def schedule(step: Any) -> Any:
+        if isinstance(step, int):  # on the host, nothing has to wait for a device
+            return np.float32(values[sum(step >= start for start in starts)])
         stage = jnp.sum(jnp.asarray(step) >= jnp.asarray(starts, jnp.int32))
         return jnp.asarray(values, jnp.float32)[stage]
 
@@ -49,11 +53,13 @@ def rate_factor(section: Mapping[str, Any] | None, *, steps: int) -> Schedule | 
 
 
 def resolve(options: Mapping[str, Any], *, steps: int, where: str) -> dict[str, Any]:
-    """Replaces `{"epochs": ..., "values": ...}` among the options by the schedule that it describes."""
+    """Replaces schedules among the options, `{"epochs": ..., "values": ...}` or the arguments of `refresh_period`."""
 
     def one(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        if "warmup_steps" in value:
+            return ko.refresh_period(value["regular"], warmup_steps=value["warmup_steps"], first=value.get("first", 1))
         return piecewise(epochs=value["epochs"], values=value["values"], steps=steps, where=f"{where}.{name}")
 
     return {name: one(name, value) for name, value in options.items()}

@@ -7,8 +7,10 @@ import ml_collections
 
 # Entries that decide which runs there are, how they are shown, kept or where files lie, not what happens in one.
 _OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
-_OF_THE_SWEEP |= {"tune", "grid", "targets", "workers", "out"}
+_OF_THE_SWEEP |= {"tune", "tune_seeds", "grid", "targets", "workers", "out"}
 _OF_THE_SWEEP |= {"data_dir", "steps_per_call", "checkpoint_every", "checkpoint_seconds", "evaluation_batch"}
+# Entries that change nothing where they are 0, so that runs made before there were any stay valid.
+_OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds")
 
 
 def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:
@@ -37,10 +39,20 @@ def base_rate(config: ml_collections.ConfigDict, optimizer: str) -> float:
     return of(config, optimizer).learning_rate
 
 
+def rates(config: ml_collections.ConfigDict, optimizer: str, *, tuned: bool) -> list[float]:
+    """The learning rates that an optimizer is tried with, its own first; only that one where it is not tuned."""
+    own = of(config, optimizer)
+    grid = own.grid if config.tune and tuned else ()
+    return list(dict.fromkeys((own.learning_rate, *grid)))
+
+
 def identity(config: ml_collections.ConfigDict, optimizer: str, *, curvature: bool) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
     settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
     settings["data"].pop("data_dir", None)
+    for name in _OFF_AT_ZERO:
+        if not settings.get(name):
+            settings.pop(name, None)
     if not curvature:
         settings.pop("kfac", None)
     return json.loads(json.dumps(settings))

@@ -100,6 +100,12 @@ def no_reports(problem: Problem) -> jax.Array:
     return jnp.zeros((problem.steps, 2))
 
 
+def mean_report(reports: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
+    """Mean loss and score `[2]` of the mini-batches from `begin` up to `end`; the others may hold anything."""
+    index = jnp.arange(len(reports))[:, None]
+    return jnp.where((begin <= index) & (index < end), reports, 0).sum(0) / (end - begin)
+
+
 def train_one(
     problem: Problem,
     rate: jax.Array,
@@ -108,11 +114,11 @@ def train_one(
     dataset: data.Dataset,
     epoch: Epoch,
     i: jax.Array,
-    **due: bool,
+    **due: Any,
 ) -> tuple[State, jax.Array]:
     """Trains on mini-batch `i` of an epoch and writes loss and score of it to `reports[i]`.
 
-    `due`: from the optimizer's `HostSchedule`, or nothing: then the step itself decides what is due.
+    `due`: from the optimizer's schedule, or nothing: then the step itself decides what is due.
     """
     key, index = epoch.keys[i], epoch.batches[i]
     x, y = dataset.train_x[index], dataset.train_y[index]
@@ -143,15 +149,18 @@ def train_many(
 
 
 def _step(
-    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array, due: dict[str, bool]
+    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array, due: dict[str, Any]
 ) -> tuple[State, jax.Array]:
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
         return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
 
-    grads, (logits, model_state) = jax.grad(loss_fn, has_aux=True)(state.params)
-    extra = problem.method.extra(state.params, state.model_state, x, key, **due)
-    updates, opt_state = problem.method.transform(rate).update(grads, state.opt_state, state.params, **extra)
+    (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    extra = problem.method.extra(
+        state.params, state.model_state, x, key,
+        value=value, value_fn=lambda params: loss_fn(params)[0], grad=grad, **due,
+    )  # fmt: skip
+    updates, opt_state = problem.method.transform(rate).update(grad, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
 

@@ -36,17 +36,45 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in config.get("per_optimizer") or ():
         data.select(optimizers.OPTIMIZERS, name, "config.per_optimizer")
         settings.of(config, name)
-    for rate in config.grid:
+    for rate in (*config.grid, *(rate for name in config.optimizers for rate in _rates(config, name))):
         if not rate > 0:
             raise ValueError(f"config.grid: got {rate}, expected positive learning rates")
+    for name in ("report_every", "evaluate_every", "budget_seconds", "tune_seeds"):
+        if (config.get(name) or 0) < 0:
+            raise ValueError(f"config.{name}: got {config[name]}, expected a positive number, or 0 for none")
+    if (config.get("tune_seeds") or 0) > config.seeds:
+        raise ValueError(
+            f"config.tune_seeds: got {config.tune_seeds}, expected at most the {config.seeds} of config.seeds"
+        )
 
 
 def plan(config: ml_collections.ConfigDict) -> list[Job]:
-    """All runs of a sweep, those at the rates of the configuration first."""
+    """The runs of a sweep, those at the rates of the configuration first.
+
+    With `config.tune_seeds` an optimizer that is tuned has only that many seeds here; `further` adds the others.
+    """
     names = dict.fromkeys(config.optimizers)
-    base = [(name, settings.base_rate(config, name)) for name in names]
-    tuned = [(name, rate) for rate in config.grid for name in names] if config.tune else []
-    return [Job(name, rate, seed) for name, rate in dict.fromkeys(base + tuned) for seed in range(config.seeds)]
+    rates = {name: _rates(config, name) for name in names}
+    pairs = [(name, rates[name][0]) for name in names] + [(name, rate) for name in names for rate in rates[name][1:]]
+    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name))]
+
+
+def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
+    """The remaining seeds of every optimizer, at the rate that was best with the first ones."""
+    return [
+        Job(name, results.best_rate(runs, name), seed)
+        for name in results.names(runs)
+        for seed in range(_first_seeds(config, name), config.seeds)
+    ]
+
+
+def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
+    return settings.rates(config, name, tuned=optimizers.OPTIMIZERS[name].tuned)
+
+
+def _first_seeds(config: ml_collections.ConfigDict, name: str) -> int:
+    tuned = len(_rates(config, name)) > 1
+    return (config.get("tune_seeds") if tuned else 0) or config.seeds
 
 
 def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
@@ -64,7 +92,17 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
         ValueError: the settings make no sweep.
     """
     validate(config)
-    jobs = plan(config)
+    runs = _make(config, out, plan(config), console)
+    if jobs := further(config, runs):
+        console.print("the best rate of each, with the remaining seeds", highlight=False)
+        for key, more in _make(config, out, jobs, console).items():
+            runs[key] += more
+    return runs
+
+
+def _make(
+    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console
+) -> dict[tuple[str, float], list[Run]]:
     pending = [job for job in jobs if _stored(config, out, job) is None]
     console.print(f"{config.name}: {len(jobs)} runs, {len(jobs) - len(pending)} done earlier")
     if pending:

@@ -1,4 +1,4 @@
-"""The two tables of a comparison, for the terminal."""
+"""The tables of a comparison, for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from kfac_optax.experiments import clock
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.results import (
     Run,
     Runs,
     best_rate,
+    best_runs,
     cost_of,
     finals,
     interval,
@@ -25,7 +27,7 @@ _SCORES = {"accuracy": "", "error": " Error: mean squared, per pixel."}
 
 def fixed_rate(runs: Runs, *, workers: int) -> Table:
     """Final losses and scores of all optimizers, each at one learning rate."""
-    rates = sorted({rate for _, rate in runs}, reverse=True)
+    rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
     table = _table(
@@ -36,7 +38,7 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
     )
     for (name, rate), group in runs.items():
         table.add_row(
-            OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 else ""),
+            OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
             _loss(group),
             _mean([factor * value for value in finals(group, f"train_{kind}")], digits),
             _mean([factor * value for value in finals(group, f"test_{kind}")], digits),
@@ -47,7 +49,7 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
 
 def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     """Every optimizer at the best rate of the grid, and what it took to reach fixed losses."""
-    rates = sorted({rate for _, rate in runs}, reverse=True)
+    rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
     table = _table(
@@ -60,11 +62,49 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     for name in names(runs):
         rate = best_rate(runs, name)
         group = runs[name, rate]
-        edge = "*" if rate in (rates[0], rates[-1]) else ""
         cells = [_reached(group, target) for target in targets]
         test = _mean([factor * value for value in finals(group, f"test_{kind}")], digits)
-        table.add_row(OPTIMIZERS[name].label, f"{rate:g}{edge}", _loss(group), test, *cells)
+        table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _loss(group), test, *cells)
     return table
+
+
+def race(runs: Runs, *, targets: Sequence[float]) -> Table:
+    """What every optimizer at its best rate reaches in the same training seconds, and when it reaches fixed losses."""
+    best = best_runs(runs)
+    seconds = clock.common(best)
+    table = _table(
+        "Every optimizer at its best learning rate, by training seconds",
+        ("rate", "ms/step", f"train loss at {seconds:.3g} s", *(f"to loss {target:g}" for target in targets)),
+        f"Mean ± 95 % interval (Student t) over {_seeds(best)}; compilation and evaluation left out. Seconds and steps to a "
+        "train loss: over the seeds that reached it, and how many did; - when at most half did. *: an edge of the grid.",
+    )
+    for (name, _), group in best.items():
+        cells = [_raced(group, target) for target in targets]
+        loss = _mean(clock.at(group, "train_loss", seconds=seconds), ".4f")
+        table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _mean(ms_per_step(group), ".2f"), loss, *cells)
+    return table
+
+
+def _rates(runs: Runs) -> list[float]:
+    """All rates of the optimizers that are tuned, the largest first."""
+    return sorted({rate for name, rate in runs if OPTIMIZERS[name].tuned}, reverse=True)
+
+
+def _rate(runs: Runs, name: str) -> str:
+    """The best rate of an optimizer, marked where it is an edge of those that were tried."""
+    if not OPTIMIZERS[name].tuned:
+        return "own"
+    rate, tried = best_rate(runs, name), [rate for other, rate in runs if other == name]
+    return f"{rate:g}" + ("*" if len(tried) > 1 and rate in (min(tried), max(tried)) else "")
+
+
+def _raced(group: Sequence[Run], target: float) -> str:
+    epochs, seconds = cost_of(group, target)
+    share = f"({len(epochs)}/{len(group)})"
+    if 2 * len(epochs) <= len(group):
+        return f"- {share}"
+    steps = [epoch * group[0].steps for epoch in epochs]
+    return f"{_mean(seconds, '.2f')} s\n{_mean(steps, '.0f')} steps {share}"
 
 
 def _columns(kind: str) -> tuple[str, float, str]:
@@ -112,8 +152,9 @@ def _reached(group: Sequence[Run], target: float) -> str:
 
 
 def _seeds(runs: Runs) -> str:
-    count = len(next(iter(runs.values())))
-    return "1 seed" if count == 1 else f"{count} seeds"
+    counts = sorted({len(group) for group in runs.values()})
+    words = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return "1 seed" if words == "1" else f"{words} seeds"
 
 
 def _together(workers: int) -> str:

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ class Metrics(NamedTuple):
     """One row of `metrics.csv`.
 
     A loss is a mean over examples and over the targets of an example. The training columns are
-    means over the mini-batches of the epoch, and `seconds` is the time spent on these.
+    means over the mini-batches since the row before, and `seconds` is the time spent on these. `epoch`
+    counts the epochs trained so far, in parts of one where `config.report_every` asks for rows within it.
     """
 
-    epoch: int
+    epoch: float
     train_loss: float
     train_accuracy: float
     test_loss: float
@@ -35,7 +36,7 @@ class Metrics(NamedTuple):
 class ErrorMetrics(NamedTuple):
     """The row of a likelihood that is scored by an error."""
 
-    epoch: int
+    epoch: float
     train_loss: float
     train_error: float
     test_loss: float
@@ -92,7 +93,10 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     state, reports = init(rate, key, dataset), steps.no_reports(problem)
     arguments = rate, state, reports, dataset, shuffle(state.key)
     began = time.perf_counter()
-    train = _in_python(problem, arguments) if config.get("python_loop") else _in_compiled_loop(problem, arguments)
+    if config.get("python_loop"):
+        train = _in_python(problem, arguments, count=config.epochs * problem.steps)
+    else:
+        train = _in_compiled_loop(problem, arguments)
     seconds = time.perf_counter() - began
     # The first call allocates; the epochs of a run are timed without that.
     jax.block_until_ready(train(*arguments, 0, 1))
@@ -109,20 +113,21 @@ def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Cal
     return train.lower(*arguments, 0, 0).compile()
 
 
-def _in_python(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
+def _in_python(
+    problem: steps.Problem, arguments: tuple[Any, ...], *, count: int
+) -> Callable[..., tuple[State, jax.Array]]:
     # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU (jax-ml/jax#12868): one
     # step a call, and what is due is decided here.
     schedule = problem.method.due
 
-    def due(count: int) -> dict[str, bool]:
-        return {} if schedule is None else schedule(count)
+    def due(step: int) -> dict[str, Any]:
+        return {} if schedule is None else schedule(step)
 
-    def compiled(**due: bool) -> Callable[..., tuple[State, jax.Array]]:
+    def compiled(**due: Any) -> Callable[..., tuple[State, jax.Array]]:
         step = functools.partial(steps.train_one, problem, **due)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, 0).compile()
 
-    longest = 1 if schedule is None else math.lcm(schedule.curvature_every, schedule.inverse_every)
-    kinds = {tuple(due(count).items()) for count in range(min(longest, 100_000))}
+    kinds = {tuple(due(step).items()) for step in range(1 if schedule is None else count)}
     made = {kind: compiled(**dict(kind)) for kind in kinds}
 
     def train(rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int) -> Any:
@@ -165,7 +170,7 @@ def run(
     store: Store | None = None,
     progress: Callable[[float], None] = lambda epochs: None,
 ) -> Iterator[Metrics | ErrorMetrics]:
-    """Trains and yields the metrics of each epoch; stops at a non-finite loss.
+    """Trains and yields one row after another; stops at a non-finite loss, or when the budget of seconds is spent.
 
     Args:
         trainer: from `prepare`.
@@ -176,41 +181,87 @@ def run(
         progress: told after every call of compiled code how many epochs, or what part of one, it took off.
 
     Yields:
-        One row for every epoch.
+        One row for every epoch; with `config.report_every=k` one after every `k` steps of it as well.
     """
     dataset, key = start(config, seed=seed)
     rate_array = jnp.float32(rate)
     state, reports, done = trainer.init(rate_array, key, dataset), jnp.zeros((trainer.steps, 2)), Position()
     if store is not None and (found := store.read((state, reports))) is not None:
         done, (state, reports) = found
-        progress(len(done.rows) + done.step / trainer.steps)
-    rows = [trainer.metrics(int(row[0]), *row[1:]) for row in done.rows]
+    rows = [trainer.metrics(*row) for row in done.rows]
+    epochs, reported = _steps_reported(rows, trainer)
+    if epochs or done.step:
+        progress(epochs + done.step / trainer.steps)
     yield from rows
     jax.block_until_ready((state, dataset))
-    for epoch in range(len(rows) + 1, config.epochs + 1):
-        seconds = done.seconds
+    step, seconds = done.step, done.seconds
+    while epochs < config.epochs:
         drawn = trainer.shuffle(state.key)  # again for the rest of an epoch: the key stays until its end
-        for begin in range(done.step, trainer.steps, trainer.steps_per_call):
-            end = min(begin + trainer.steps_per_call, trainer.steps)
+        while step < trainer.steps:
+            end = _call_end(trainer, config, step)
             began = time.perf_counter()
-            state, reports = jax.block_until_ready(
-                trainer.train(rate_array, state, reports, dataset, drawn, begin, end)
-            )
+            state, reports = jax.block_until_ready(trainer.train(rate_array, state, reports, dataset, drawn, step, end))
             seconds += time.perf_counter() - began
-            progress((end - begin) / trainer.steps)
-            if end < trainer.steps:
-                _keep(store, Position(rows, end, seconds), state, reports)
-        state = state._replace(key=drawn.next_key)
-        train_loss, train_score = map(float, reports.mean(0))
-        test_loss, test_score = map(float, trainer.evaluate(state.params, state.model_state, dataset))
-        rows.append(trainer.metrics(epoch, train_loss, train_score, test_loss, test_score, seconds))
-        done = Position(rows)
-        if not math.isfinite(rows[-1].train_loss):
+            progress((end - step) / trainer.steps)
+            step = end
+            if not _reports(trainer, config, step):
+                _keep(store, Position(rows, step, seconds), state, reports)
+                continue
+            loss, score = map(float, _mean(reports, reported, step))
+            state = state._replace(key=drawn.next_key) if step == trainer.steps else state
+            row = trainer.metrics(epochs + step / trainer.steps, loss, score, math.nan, math.nan, seconds)
+            over = _over(config, rows, row)
+            rows.append(_evaluated(trainer, config, rows, row, state, dataset, over))
+            reported, seconds = step % trainer.steps, 0.0
+            if not over:
+                _keep(store, Position(rows, reported), state, reports)
             yield rows[-1]
-            return
-        if epoch < config.epochs:
-            _keep(store, done, state, reports)
-        yield rows[-1]
+            if over:
+                return
+        epochs, step = epochs + 1, 0
+
+
+_mean = jax.jit(steps.mean_report)
+
+
+def _steps_reported(rows: Sequence[Any], trainer: Trainer) -> tuple[int, int]:
+    """Whole epochs, and steps of the next one, that the rows cover."""
+    return divmod(round(rows[-1].epoch * trainer.steps) if rows else 0, trainer.steps)
+
+
+def _call_end(trainer: Trainer, config: ml_collections.ConfigDict, begin: int) -> int:
+    """Where the call that begins at a step of an epoch ends: no call goes beyond a row."""
+    every = config.get("report_every") or trainer.steps
+    return min(begin + trainer.steps_per_call, (begin // every + 1) * every, trainer.steps)
+
+
+def _reports(trainer: Trainer, config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether there is a row after so many steps of an epoch."""
+    return step == trainer.steps or step % (config.get("report_every") or trainer.steps) == 0
+
+
+def _over(config: ml_collections.ConfigDict, rows: Sequence[Any], row: Any) -> bool:
+    """Whether a run ends with this row."""
+    spent, budget = sum(one.seconds for one in (*rows, row)), config.get("budget_seconds") or math.inf
+    return not math.isfinite(row.train_loss) or row.epoch >= config.epochs or spent >= budget
+
+
+def _evaluated(
+    trainer: Trainer,
+    config: ml_collections.ConfigDict,
+    rows: Sequence[Any],
+    row: Any,
+    state: State,
+    dataset: data.Dataset,
+    over: bool,
+) -> Any:
+    """The row with its test columns: those of the row before where it is not its turn to evaluate."""
+    every = config.get("evaluate_every") or math.inf
+    if over or row.epoch == round(row.epoch) or len(rows) % every == 0:
+        test = map(float, trainer.evaluate(state.params, state.model_state, dataset))
+    else:
+        test = rows[-1][3:5]
+    return type(row)(*row[:3], *test, row.seconds)
 
 
 def _keep(store: Store | None, position: Position, state: State, reports: jax.Array) -> None:

@@ -21,6 +21,7 @@ def kfac(
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
     inverse: str = "eigh",
     uncovered: str = "pass",
     normalization: str = "unitwise",
@@ -46,7 +47,8 @@ def kfac(
       kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
-      inverse_every: period of the inverses.
+      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
+      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
       uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
@@ -89,7 +91,7 @@ def kfac(
     )  # fmt: skip
     preconditioner = scale_by_curvature(
         layers, block=block_of, coupling=coupling, damping=damping, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, axis_name=axis_name, factor_dtype=factor_dtype,
+        inverse_every=inverse_every, stagger=stagger, axis_name=axis_name, factor_dtype=factor_dtype,
     )  # fmt: skip
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
@@ -103,6 +105,7 @@ def kfac_two_level(
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
     inverse: str = "eigh",
     uncovered: str = "pass",
     normalization: str = "unitwise",
@@ -132,7 +135,8 @@ def kfac_two_level(
       kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
-      inverse_every: period of the inverses.
+      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
+      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine level.
       uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
@@ -176,7 +180,7 @@ def kfac_two_level(
     )
     return kfac(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, inverse=inverse, uncovered=uncovered, normalization=normalization, sharing=sharing,
-        positions=positions, convolution=convolution, recurrence=recurrence, axis_name=axis_name, factor_dtype=factor_dtype,
-        precision=precision, coupling=coupling,
+        inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered, normalization=normalization,
+        sharing=sharing, positions=positions, convolution=convolution, recurrence=recurrence, axis_name=axis_name,
+        factor_dtype=factor_dtype, precision=precision, coupling=coupling,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.statistics import Plan
 from kfac_optax.transforms.precondition import precondition
-from kfac_optax.transforms.refresh import INVERSES, STATISTICS, accumulate, due_at, initial, refactorize, when
+from kfac_optax.transforms.refresh import STATISTICS, accumulate, due_at, initial, parts_due, refresh_parts, when
+from kfac_optax.transforms.stagger import check_parts, chosen
 from kfac_optax.transforms.state import CurvatureState, Step
 
 _MISSING: Any = object()
@@ -27,6 +28,7 @@ def scale_by_curvature(
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
     uncovered: str = "pass",
     normalization: str = "unitwise",
     axis_name: Any = None,
@@ -42,7 +44,8 @@ def scale_by_curvature(
 
     - `curvature`: from `fisher.at(...)` or `fisher.value_and_grad(...)`; `None` takes no statistics in this step.
     - `refresh=None`: the schedule is traced, one compiled step serves all. A Python bool decides now, without any branch
-      in the compiled step: statistics are taken if `curvature` is given, inverses are refreshed if `refresh` is true.
+      in the compiled step: statistics are taken if `curvature` is given, inverses are refreshed if `refresh` is true. With
+      `stagger=n` a tuple of part numbers, as `HostSchedule` gives it, refreshes these parts only.
     - `measure=False`: takes no statistics although `curvature` is given, for a transformation behind that needs its products
       in every step.
     - `damping`: replaces this transformation's own in this step, at all levels; `adapt_damping` passes it.
@@ -56,7 +59,10 @@ def scale_by_curvature(
       damping: Tikhonov damping.
       decay: bound of the averaging weight, in [0, 1].
       curvature_every: period of the statistics, in steps.
-      inverse_every: period of the inverses, in steps.
+      inverse_every: period of the inverses, in steps; `refresh_period(...)` makes a shorter one at first.
+      stagger: `n > 1` spreads a refresh evenly over its period, so that no step takes much longer than the others: the
+        matrices are divided into `n` parts of about equal cost, and part `j` is refreshed when `count % inverse_every ==
+        j * inverse_every // n`, the coupling with part 0. In step 0 all are. `None` or 1: all in one step.
       uncovered: parameters without a block: `"pass"` their gradient on unchanged, precondition with the diagonal of the
         Fisher (`"diagonal"`, one more gradient when statistics are taken, unless labels are drawn), or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for every channel,
@@ -81,7 +87,7 @@ def scale_by_curvature(
     """
     where = "scale_by_curvature"
     _check(where, damping, decay, curvature_every, inverse_every)
-    own_damping = damping
+    own_damping, parts = damping, check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
 
@@ -92,6 +98,7 @@ def scale_by_curvature(
         state = CurvatureState(
             zero(), zero(), zero(), zero(), zero(), zero(jnp.float32), zero(jnp.float32), zero(), zero(), zero()
         )
+        state = state._replace(inverse_age=jnp.ones((), jnp.int32))  # nothing refreshed yet: older than the first step
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
             return state
         leaves = named_leaves(params)
@@ -125,10 +132,11 @@ def scale_by_curvature(
                 else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
             )
             state = when(due, lambda s: accumulate(step, s, curvature.statistics(plan), weight), state, STATISTICS)
-        due = (
-            bool(refresh) if refresh is not None else due_at(state.kfac_count, resolve(inverse_every, state.kfac_count))
-        )
-        state = when(due, lambda s: refactorize(step, s), state, INVERSES)
+        if refresh is None:
+            parts_now: Any = parts_due(state, resolve(inverse_every, state.kfac_count), parts)
+        else:
+            parts_now = chosen(f"{where}.update", refresh, parts)
+        state = refresh_parts(step, state, parts_now)
         new, share = precondition(step, state, leaves, dtype)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),

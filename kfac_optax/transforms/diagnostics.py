@@ -50,7 +50,8 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Scalars that say how a K-FAC transformation is doing; works under `jit`.
 
     `kl_scale` (nu of KL-clip, if it is used), `damping`, `coarse_share` (norm of the coarse part over norm of the update),
-    `inverse_age` (steps since the inverses were made), `statistics` (accepted), `skipped_statistics`, `failed_inverses`,
+    `inverse_age` (steps since the inverses were made; with `stagger`, the part made last), `statistics` (accepted),
+    `skipped_statistics`, `failed_inverses`,
     the numbers of `quadratic_step` (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping`
     (`model_damping`, `reduction_ratio`, `rejected_steps`, ...) where they are used,
     and the range of the eigenvalues of all factors, `eigenvalue_min` and `eigenvalue_max` (computed on the spot).

@@ -1,5 +1,6 @@
 """What changes between steps: factors take in new statistics, inverses are factorised again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from kfac_optax._tree import all_finite, make_buckets, select
 from kfac_optax._types import Bucket, Coupling, Layer, PyTree
 from kfac_optax.coverage import BlockOf
 from kfac_optax.linalg.factorize import after
+from kfac_optax.transforms import stagger
 from kfac_optax.transforms.state import CoarseState, CurvatureState, Step, block_of_bucket
 
 
@@ -48,21 +50,35 @@ def due_at(count: jax.Array, every: Any) -> jax.Array:
     return count % jnp.asarray(every).astype(jnp.int32) == 0
 
 
+def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array, ...]:
+    """Which parts of the inverses are due; all of them at first."""
+    if parts == 1:
+        return (due_at(state.kfac_count, every),)
+    every = jnp.asarray(every).astype(jnp.int32)
+    first = (state.kfac_count == 0) | (state.inverse_age > state.kfac_count)
+    return tuple(first | (state.kfac_count % every == stagger.phase(j, every, parts)) for j in range(parts))
+
+
 STATISTICS = ("factors", "curvature_count", "skipped_statistics", "coarse")
-INVERSES = ("held", "failed_inverses", "inverse_age", "coarse")
+BLOCKS = ("held", "failed_inverses", "inverse_age")
+COARSE = ("failed_inverses", "coarse")
+INVERSES = (*BLOCKS, "coarse")
 
 
-def when(due: Any, change: Any, state: CurvatureState, fields: tuple[str, ...]) -> CurvatureState:
-    """`change(state)` where due; only the fields that can change pass through the branch."""
+def when(
+    due: Any, change: Any, state: CurvatureState, fields: tuple[str, ...], view: Any = lambda state: state
+) -> CurvatureState:
+    """`change(view(state))` where due; only the fields that can change pass through the branch, as `view` shows them."""
     if isinstance(due, bool):
-        return change(state) if due else state
+        return change(view(state)) if due else view(state)
 
     def changed(_: None) -> tuple:
-        new = change(state)
+        new = change(view(state))
         return tuple(getattr(new, name) for name in fields)
 
     def same(_: None) -> tuple:
-        return tuple(getattr(state, name) for name in fields)
+        old = view(state)
+        return tuple(getattr(old, name) for name in fields)
 
     return state._replace(**dict(zip(fields, jax.lax.cond(due, changed, same, None), strict=True)))
 
@@ -91,8 +107,54 @@ def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree],
     return state._replace(factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse)
 
 
+def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> CurvatureState:
+    """New inverses of the parts that are due, Python bools or traced ones; the coupling goes with the first part."""
+    if len(due) == 1:
+        return when(due[0], lambda s: refactorize_coarse(step, refactorize(step, s)), state, INVERSES)
+    previous: PyTree = ()
+    for one_due, part in zip(due, _divided(step, len(due)), strict=True):
+        if part and one_due is not False:
+            state, previous = _refresh_part(step, state, one_due, part, previous)
+    if step.coupling is not None:
+        state = when(due[0], lambda s: refactorize_coarse(step, s), state, COARSE)
+    return state
+
+
+def _divided(step: Step, parts: int) -> tuple[stagger.Part, ...]:
+    costs = {}
+    for bucket in step.buckets:
+        init = block_of_bucket(bucket).init
+        one = jax.eval_shape(lambda init=init, shape=bucket.shape: init(*shape, step.damping.dtype))
+        costs[bucket.name] = bucket.copies, stagger.cost([x.shape for x in jax.tree.leaves(one)])
+    return stagger.divide(costs, parts=parts)
+
+
+def _refresh_part(
+    step: Step, state: CurvatureState, due: Any, part: stagger.Part, previous: PyTree
+) -> tuple[CurvatureState, PyTree]:
+    """The state with one part refreshed where due, and what the next part has to wait for."""
+    mine = step._replace(buckets=tuple(bucket for bucket in step.buckets if bucket.name in part))
+
+    def pieces(trees: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {name: jax.tree.map(lambda x, ends=ends: x[slice(*ends)], trees[name]) for name, ends in part.items()}
+
+    def view(state: CurvatureState) -> CurvatureState:
+        # cut within the branch: only what is written passes through it, and factors are not copied where nothing is due
+        return state._replace(factors=after(pieces(state.factors), previous), held=pieces(state.held))
+
+    def put(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+        same = whole.shape == piece.shape
+        return piece if same else jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+
+    new = when(due, lambda s: refactorize(mine, s), state, BLOCKS, view)
+    held = dict(state.held)
+    for name, (start, _) in part.items():
+        held[name] = jax.tree.map(lambda x, y, start=start: put(x, y, start), held[name], new.held[name])
+    return new._replace(factors=state.factors, held=held), new.held
+
+
 def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
-    """New inverses; layer by layer, what is not finite keeps the old one."""
+    """New inverses of all blocks; layer by layer, what is not finite keeps the old one."""
     held, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
         made = _factorize(step.buckets, state.factors, step.damping)
@@ -100,10 +162,17 @@ def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
             good = jax.vmap(all_finite)(new)
             held[name] = select(good, new, state.held[name])
             failed = failed + jnp.sum(~good, dtype=jnp.int32)
-        coarse = state.coarse
-        if step.coupling is not None:
-            new = step.coupling.factorize(after(coarse.coarse_factors, made), coarse.coarse_sizes)
-            good = all_finite(new)
-            coarse = coarse._replace(coarse_held=select(good, new, coarse.coarse_held))
-            failed = failed + (~good).astype(jnp.int32)
-    return state._replace(held=held, failed_inverses=failed, inverse_age=jnp.zeros((), jnp.int32), coarse=coarse)
+    return state._replace(held=held, failed_inverses=failed, inverse_age=jnp.zeros((), jnp.int32))
+
+
+def refactorize_coarse(step: Step, state: CurvatureState) -> CurvatureState:
+    """A new factorisation of the coupling, unless it is not finite."""
+    if step.coupling is None:
+        return state
+    coarse, failed = state.coarse, state.failed_inverses
+    with jax.named_scope("kfac/factorize"):
+        new = step.coupling.factorize(after(coarse.coarse_factors, state.held), coarse.coarse_sizes)
+        good = all_finite(new)
+        coarse = coarse._replace(coarse_held=select(good, new, coarse.coarse_held))
+        failed = failed + (~good).astype(jnp.int32)
+    return state._replace(failed_inverses=failed, coarse=coarse)

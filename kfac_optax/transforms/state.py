@@ -24,7 +24,7 @@ class CurvatureState(NamedTuple):
     curvature_count: jax.Array  # shape=(), dtype=int32: statistics accepted
     skipped_statistics: jax.Array  # shape=(), dtype=int32: statistics dropped because they were not finite
     failed_inverses: jax.Array  # shape=(), dtype=int32: factorisations dropped because they were not finite
-    inverse_age: Any  # shape=(), dtype=int32: steps since what is held was last factorised
+    inverse_age: Any  # shape=(), dtype=int32: steps since the last factorisation (with `stagger`: of any part)
     damping: jax.Array  # shape=(), dtype=float32: of the last step
     coarse_share: jax.Array  # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
     factors: PyTree  # statistics of the block, by bucket
