@@ -10,6 +10,8 @@ from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.coupling.deflated import deflated
+from kfac_optax.coupling.tridiagonal import tridiagonal
 from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
@@ -36,6 +38,7 @@ __all__ = [
     "coarse_correction",
     "coarse_fisher",
     "coverage",
+    "deflated",
     "diagnostics",
     "diagonal",
     "embedding",
@@ -55,5 +58,6 @@ __all__ = [
     "tap_embedding",
     "tap_scale_shift",
     "tied_embedding",
+    "tridiagonal",
     "unitwise",
 ]

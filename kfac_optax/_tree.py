@@ -107,11 +107,15 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
         return jnp.zeros(shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
-    # the attribute that names the varying axes has moved between JAX versions
-    manual = getattr(aval, "manual_axis_type", None)
-    axes = tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
-    zeros = jnp.zeros(shape, aval.dtype)
+    zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """Axes of a `shard_map` over which a value differs between devices, where that is tracked."""
+    # the attribute has moved between JAX versions
+    manual = getattr(aval, "manual_axis_type", None)
+    return tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -50,7 +50,7 @@ def scale_by_curvature(
       block: the approximation of dense layers, convolutions and attention projections, for example `kronecker()`
         (embeddings and normalisation layers get blocks of their own); or a function of the layer that gives every layer
         its block. Layers with equal shapes and the same `Block` object share one batched call.
-      coupling: for example `coarse_correction()`; `None` leaves the layers independent.
+      coupling: `coarse_correction()`, `deflated()` or `tridiagonal()`; `None` leaves the layers independent.
       damping: Tikhonov damping.
       decay: bound of the averaging weight, in [0, 1].
       curvature_every: period of the statistics, in steps.
@@ -82,6 +82,8 @@ def scale_by_curvature(
     own_damping = damping
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
+    if coupling is not None:
+        coupling.check(layers.layers, tuple(map(block_of, layers)))
 
     def init(params: PyTree) -> CurvatureState:
         def zero(dtype: Any = jnp.int32) -> jax.Array:
@@ -123,7 +125,7 @@ def scale_by_curvature(
             bool(refresh) if refresh is not None else due_at(state.kfac_count, resolve(inverse_every, state.kfac_count))
         )
         state = when(due, lambda s: refactorize(step, s), state, INVERSES)
-        new, share = precondition(step, state, leaves, dtype)
+        new, share = precondition(step, state, leaves, dtype, curvature, axis_name)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),
             inverse_age=optax.safe_increment(state.inverse_age),
