@@ -1,6 +1,7 @@
 """Gradients to updates: every block solves for its layers, the coupling makes of that what it knows."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,59 +40,82 @@ def precondition(
 
 
 def _system(step, sizes, gradient, fine, leaves, curvature, axis_name) -> System:
-    rows, places = step.rows(), step.places()
-    coupled = [i for i, bucket in enumerate(step.buckets) if bucket.layers[0].coupled]
-    in_order = np.array_equal(rows, np.arange(len(rows)))
+    between = _Between(step, [v.shape for v in gradient])
+    batch = _Batch(step, leaves, curvature, axis_name)
+    return System(
+        gradient, fine, between.restrict, between.prolong, between.matrices, between.replace, batch.product,
+        lambda: batch.coarse(between.prolong, sizes), step.damping, sizes,
+    )  # fmt: skip
 
-    def restrict(vector: Vector) -> jax.Array:
-        restricted = jnp.concatenate([jnp.sum(vector[i], (1, 2)) for i in coupled])
-        return restricted if in_order else restricted[np.argsort(rows)]
 
-    def prolong(values: jax.Array) -> Vector:
-        by_bucket = values if in_order else values[rows]
-        vector, start = [jnp.zeros((), values.dtype)] * len(gradient), 0
-        for i in coupled:
-            vector[i] = by_bucket[start : start + len(gradient[i]), None, None]
-            start += len(gradient[i])
-        return [jnp.broadcast_to(x, v.shape) for x, v in zip(vector, gradient, strict=True)]
+class _Between(NamedTuple):
+    """From vectors to rows and back."""
 
-    def matrices(vector: Vector) -> list[jax.Array]:
-        return [vector[i][k] for i, k in places]
+    step: Step
+    shapes: list[tuple[int, ...]]
 
-    def replace(vector: Vector, matrices: Any) -> Vector:
-        parts: list[list] = [[None] * len(v) for v in vector]
-        for (i, k), matrix in zip(places, matrices, strict=True):
-            parts[i][k] = matrix
-        return [jnp.stack(parts[i]) if i in coupled else v for i, v in enumerate(vector)]
+    def restrict(self, vector: Vector) -> jax.Array:
+        rows = self.step.rows()
+        restricted = jnp.concatenate([jnp.sum(vector[i], (1, 2)) for i in self.coupled()])
+        return restricted if _in_order(rows) else restricted[np.argsort(rows)]
 
-    def as_tree(vector: Vector) -> PyTree:
+    def prolong(self, values: jax.Array) -> Vector:
+        rows, start = self.step.rows(), 0
+        by_bucket = values if _in_order(rows) else values[rows]
+        vector = [jnp.zeros((), values.dtype)] * len(self.shapes)
+        for i in self.coupled():
+            vector[i] = by_bucket[start : start + self.shapes[i][0], None, None]
+            start += self.shapes[i][0]
+        return [jnp.broadcast_to(x, shape) for x, shape in zip(vector, self.shapes, strict=True)]
+
+    def matrices(self, vector: Vector) -> list[jax.Array]:
+        return [vector[i][k] for i, k in self.step.places()]
+
+    def replace(self, vector: Vector, matrices: Sequence[jax.Array]) -> Vector:
+        of_place = dict(zip(self.step.places(), matrices, strict=True))
+        coupled = self.coupled()
+        return [jnp.stack([of_place[i, k] for k in range(len(v))]) if i in coupled else v for i, v in enumerate(vector)]
+
+    def coupled(self) -> list[int]:
+        return [i for i, bucket in enumerate(self.step.buckets) if bucket.layers[0].coupled]
+
+
+def _in_order(rows: np.ndarray) -> bool:
+    return np.array_equal(rows, np.arange(len(rows)))
+
+
+class _Batch(NamedTuple):
+    """The exact curvature of this step's batch on what blocks cover."""
+
+    step: Step
+    leaves: dict[str, jax.Array]
+    curvature: Any
+    axis_name: Any
+
+    def product(self, vector: Vector) -> Vector:
+        products = named_leaves(self._given().vector_product(self._as_tree(vector), axis_name=self.axis_name))
+        return [gather(bucket, products, v.dtype) for bucket, v in zip(self.step.buckets, vector, strict=True)]
+
+    def coarse(self, prolong: Callable[[jax.Array], Vector], sizes: jax.Array) -> jax.Array:
+        def direction(row: jax.Array) -> PyTree:
+            return self._as_tree(prolong((jnp.arange(len(sizes)) == row).astype(sizes.dtype)))
+
+        form = self._given().quadratic_form(direction, count=len(sizes), axis_name=self.axis_name)
+        return form.astype(sizes.dtype)
+
+    def _as_tree(self, vector: Vector) -> PyTree:
         """Like the parameters, zeros where no block is."""
         named: dict[str, jax.Array] = {}
-        for bucket, v in zip(step.buckets, vector, strict=True):
-            named |= scatter(bucket, v, leaves)
-        return replace_leaves(jax.tree.map(jnp.zeros_like, curvature.params), named)
+        for bucket, v in zip(self.step.buckets, vector, strict=True):
+            named |= scatter(bucket, v, self.leaves)
+        return replace_leaves(jax.tree.map(jnp.zeros_like, self.curvature.params), named)
 
-    def product(vector: Vector) -> Vector:
-        _need_curvature(step, curvature)
-        products = named_leaves(curvature.vector_product(as_tree(vector), axis_name=axis_name))
-        return [gather(bucket, products, v.dtype) for bucket, v in zip(step.buckets, vector, strict=True)]
-
-    def coarse() -> jax.Array:
-        _need_curvature(step, curvature)
-
-        def direction(row: jax.Array) -> PyTree:
-            return as_tree(prolong((jnp.arange(len(rows)) == row).astype(sizes.dtype)))
-
-        return curvature.quadratic_form(direction, count=len(rows), axis_name=axis_name).astype(sizes.dtype)
-
-    return System(gradient, fine, restrict, prolong, matrices, replace, product, coarse, step.damping, sizes)
-
-
-def _need_curvature(step: Step, curvature: Any) -> None:
-    if curvature is None:
-        assert step.coupling is not None
-        raise ValueError(
-            f"{step.coupling.name}: this coupling takes exact products with the curvature of the batch in every step, but "
-            "got curvature=None. Pass curvature=fisher.at(params, *args, key=key) every time (statistics still follow "
-            "curvature_every), or use the additive correction."
-        )
+    def _given(self) -> Any:
+        if self.curvature is None:
+            assert self.step.coupling is not None
+            raise ValueError(
+                f"{self.step.coupling.name}: this coupling takes exact products with the curvature of the batch in every "
+                "step, but got curvature=None. Pass curvature=fisher.at(params, *args, key=key) every time (statistics "
+                "still follow curvature_every), or use the additive correction."
+            )
+        return self.curvature
