@@ -79,7 +79,8 @@ def quadratic_form(
     """
     model = _linearize(kind, function, params, args, axis_name)
     if callable(directions):
-        assert count is not None
+        if count is None:
+            raise ValueError("quadratic_form: directions is a function; expected count=, how many directions it makes.")
         form = _form_of_many(model, directions, count)
         return form if axis_name is None else jax.lax.pmean(form, axis_name)
     tangents = [model.jvp(direction) for direction in directions]

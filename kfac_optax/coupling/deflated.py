@@ -5,12 +5,12 @@ Written for one right-hand side `g`, with `fine` a block-diagonal preconditioner
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kfac_optax._tree import squared_distance
 from kfac_optax._types import Coupling, Fine, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice
 from kfac_optax.coupling.coarse import coarse_correction, coarse_factorize, coarse_matrix, coarse_solve
@@ -111,7 +111,7 @@ def deflated(
     [1. 1.]
 
     Reference: Tang, Nabben, Vuik & Erlangga, Comparison of Two-Level Preconditioners Derived from Deflation, Domain
-    Decomposition and Multigrid Methods (2009), table 1; Koroko et al., Analysis and Comparison of Two-Level KFAC Methods for
+    Decomposition and Multigrid Methods (2009); Koroko et al., Analysis and Comparison of Two-Level KFAC Methods for
     Training Deep Neural Networks (2023), for the coarse residual.
     """
     where = "deflated"
@@ -145,14 +145,14 @@ def deflated(
             return system.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
 
         update = MODES[mode](system.gradient, fine, product, correct)
-        return update, sum(jnp.sum(jnp.square(x)) for x in _subtract(update, alone))
+        return update, squared_distance(update, alone)
 
     return level._replace(name=f"{mode} ({coarse_operator}, {coarse})", factorize=factorize, apply=apply)
 
 
-def _add(x: PyTree, y: PyTree) -> Any:
+def _add(x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(jnp.add, x, y)
 
 
-def _subtract(x: PyTree, y: PyTree) -> Any:
+def _subtract(x: PyTree, y: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, x, y)

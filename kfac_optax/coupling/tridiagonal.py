@@ -1,5 +1,6 @@
 """K-FAC's block-tridiagonal inverse: each layer's gradient regressed on the next layer's, for chains of dense layers."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax._tree import squared_distance
 from kfac_optax._types import Block, Coupling, Fine, Layer, PyTree, System, Vector
 from kfac_optax.blocks.kronecker import Factors, InverseHeld
 from kfac_optax.linalg.factorize import after
@@ -122,7 +124,7 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
             following = [fine.held(i + 1) for i in members]
             own, following = (jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (own, following))
             cross = Factors(statistic.inputs[name], statistic.outputs[name])
-            make = jax.vmap(lambda *args: _link(*args, fine.damping, precision))
+            make = jax.vmap(functools.partial(_link, damping=fine.damping, precision=precision))
             previous = held[name] = make(after(own, previous), cross, following)
         return held
 
@@ -131,12 +133,14 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
         update = system.replace(
             fine, _solve(held, system.matrices(system.gradient), system.matrices(fine)[-1], precision)
         )
-        return update, sum((jnp.sum(jnp.square(x - y)) for x, y in zip(update, fine, strict=True)), jnp.zeros(()))
+        return update, squared_distance(update, fine)
 
     return Coupling("block-tridiagonal", init, measure, reduce, factorize, apply, _check, sees="rows", late=True)
 
 
-def _link(own: Factors, cross: Factors, following: InverseHeld, damping: Array, precision) -> Link:
+def _link(
+    own: Factors, cross: Factors, following: InverseHeld, *, damping: Array, precision: jax.lax.PrecisionLike
+) -> Link:
     pi, root = trace_ratio(*own), jnp.sqrt(damping)
     psi, phi = (jnp.matmul(c, inverse, precision=precision) for c, inverse in zip(cross, following, strict=True))
     explained = [sandwich(c, x, c.T, precision=precision) for c, x in zip(cross, following, strict=True)]

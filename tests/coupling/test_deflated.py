@@ -10,7 +10,7 @@ import pytest
 import kfac_optax as ko
 from kfac_optax.coupling.deflated import MODES
 from tests import oracles
-from tests.coupling.mixed_net import DAMPING, SETTINGS, net, operator
+from tests.coupling.mixed_net import DAMPING, ESTIMATOR, SETTINGS, net, operator
 
 # correction, coarse operator, whether the coarse residual vanishes, whether the operator is symmetric
 CASES = [
@@ -90,6 +90,18 @@ def test_the_quadratic_model_is_never_worse_than_one_level(x64):
     assert (values(both) <= values(fine) + 1e-12).all()
     assert (values(both) < values(fine) - 1e-3).any()
     assert (values(additive) > values(fine) + 1e-3).any()
+
+
+def test_many_directions_are_made_a_few_at_a_time(x64):
+    """What `E` is made with: a quadratic form of more directions than exist at once."""
+    problem = net()
+    _, unravel = jax.flatten_util.ravel_pytree(problem.params)
+    directions = oracles.normal(5, (11, len(problem.fisher))) * problem.covered
+    at = ESTIMATOR.at(problem.params, problem.x)
+    form = jax.jit(lambda d: at.quadratic_form(lambda i: unravel(d[i]), count=len(d)))(directions)
+    assert relative(form, directions @ problem.fisher @ directions.T) < 1e-12
+    with pytest.raises(ValueError, match="directions is a function; expected count="):
+        at.quadratic_form(lambda i: unravel(directions[i]))
 
 
 def test_an_exact_fine_level_stays_exact(x64):
