@@ -12,6 +12,8 @@ from kfac_optax.control.damping import adapt_damping
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.control.quadratic_model import quadratic_step, solve_model
 from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.coupling.deflated import deflated
+from kfac_optax.coupling.tridiagonal import tridiagonal
 from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
@@ -40,6 +42,7 @@ __all__ = [
     "coarse_correction",
     "coarse_fisher",
     "coverage",
+    "deflated",
     "diagnostics",
     "diagonal",
     "embedding",
@@ -65,5 +68,6 @@ __all__ = [
     "tap_embedding",
     "tap_scale_shift",
     "tied_embedding",
+    "tridiagonal",
     "unitwise",
 ]

@@ -107,10 +107,7 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
         return jnp.zeros(shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
-    # the attribute that names the varying axes has moved between JAX versions
-    manual = getattr(aval, "manual_axis_type", None)
-    axes = tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
-    zeros = jnp.zeros(shape, aval.dtype)
+    zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
@@ -124,6 +121,19 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
     dtype = wide_dtype((left, right))
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     return sum((jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """Axes of a `shard_map` over which a value differs between devices, where that is tracked."""
+    # the attribute has moved between JAX versions
+    manual = getattr(aval, "manual_axis_type", None)
+    return tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+
+
+def squared_distance(x: PyTree, y: PyTree) -> jax.Array:
+    """`||x - y||^2` of two trees."""
+    parts = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), x, y))
+    return sum(parts[1:], parts[0])
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -175,32 +175,81 @@ class Block(NamedTuple):
     raw: bool = False
 
 
+Vector = list[jax.Array]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
+
+
+class Fine(NamedTuple):
+    """The block-diagonal level at a refresh, for couplings that build on it. Rows are the matrices that couplings see.
+
+    Attributes:
+      factors: `row -> statistic` of its block.
+      held: `row -> held` of its block.
+      damping: of this refresh.
+      sizes: `[L]`, number of parameters of each row.
+    """
+
+    factors: Callable[[int], PyTree]
+    held: Callable[[int], PyTree]
+    damping: jax.Array
+    sizes: jax.Array
+
+
+class System(NamedTuple):
+    """What a coupling solves, `(F + damping I) x = gradient`, and the means to do it.
+
+    Attributes:
+      gradient: the right-hand side, a `Vector`.
+      fine: `vector -> vector`, block-diagonal preconditioner.
+      restrict: `vector -> [L]`, `Z`: the sum of all entries of every row.
+      prolong: `[L] -> vector`, `Z^T`: the same number on all entries of a row, zeros in layers that couplings do not see.
+      matrices: `vector -> [[p, q], ...]`, the rows one by one.
+      replace: `(vector, matrices) -> vector`, the same with other rows.
+      product: `vector -> F vector`, exact on this step's batch; an error where the step has no curvature.
+      coarse: `() -> Z F Z^T` of the same batch, `[L, L]`.
+      damping: of this step.
+      sizes: `[L]`, number of parameters of each row.
+    """
+
+    gradient: Vector
+    fine: Callable[[Vector], Vector]
+    restrict: Callable[[Vector], jax.Array]
+    prolong: Callable[[jax.Array], Vector]
+    matrices: Callable[[Vector], list[jax.Array]]
+    replace: Callable[[Vector, Sequence[jax.Array]], Vector]
+    product: Callable[[Vector], Vector]
+    coarse: Callable[[], jax.Array]
+    damping: jax.Array
+    sizes: jax.Array
+
+
 class Coupling(NamedTuple):
-    """How layers talk: a coarse statistic over all layers, and the correction it gives.
+    """How layers talk: a statistic across layers, and what becomes of the block-diagonal update.
+
+    A *row* is one matrix of a layer with weights between units; rows are in order of execution.
 
     Attributes:
       name: word for the coverage table.
-      rows: whether `measure` returns rows kept apart per use (`[N, *positions]`) or values summed over uses.
-      init: `(L, dtype) -> statistic`.
-      measure: `(alpha, gamma, weights) -> tree` for one use of one layer, with the channel sums `alpha = sum(a)` and
-        `gamma = sum(g)` of every row, `[N, *positions]` both.
-      reduce: `(measured, examples) -> statistic`, from the values of all layers stacked in order.
-      factorize: `(statistic, sizes) -> held`, `sizes` the parameter counts `[L]`.
-      solve: `(held, restricted, damping, sizes) -> correction`, both `[L]`.
-      matrix: `statistic -> [L, L]` coarse Fisher.
-      fine_weight, coarse_weight: weights of the two levels.
+      init: `(layers, dtype) -> statistic`, for the layers that have rows.
+      measure: `(a, g, weights) -> tree` for one use of one layer. What it sees has the rows of the layer in front.
+      reduce: `(measured, examples) -> statistic`, from the values of all layers in order.
+      factorize: `(statistic, Fine) -> held`.
+      apply: `(held, System) -> (update, changed)`, the update a vector, `changed` the squared norm of its difference from
+        the block-diagonal one.
+      check: `(layers, blocks)`, raises where the coupling does not fit.
+      sees: `"sums"`, the channel sums `alpha = sum(a)` and `gamma = sum(g)`, `[copies, N, *positions]` both; or `"rows"`,
+        `a [copies, N, p]` with the bias coordinate and `g [copies, N, q]`, which demands one row per example.
+      late: measure all uses of a layer at once, when every layer is known, instead of adding up what each gives.
     """
 
     name: str
-    rows: bool
     init: Callable[..., PyTree]
     measure: Callable[..., PyTree]
     reduce: Callable[..., PyTree]
     factorize: Callable[..., PyTree]
-    solve: Callable[..., jax.Array]
-    matrix: Callable[..., jax.Array]
-    fine_weight: Numeric = 1.0
-    coarse_weight: Numeric = 1.0
+    apply: Callable[..., tuple[Vector, jax.Array]]
+    check: Callable[..., None] = lambda layers, blocks: None
+    sees: str = "sums"
+    late: bool = False
 
 
 class Bucket(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import tree_bytes
-from kfac_optax._types import NOT_USED, Block, Coupling, Layer, Layers, Layout, Uncovered
+from kfac_optax._types import NOT_USED, Block, Coupling, Fine, Layer, Layers, Layout, Uncovered
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -144,7 +144,7 @@ def coverage(
     Args:
       layers: from `fisher.layers(params, ...)`.
       block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of `kfac`.
-      coupling: coarse correction, if any.
+      coupling: as for `scale_by_curvature`, if any.
       uncovered: as for `kfac`.
       normalization: as for `kfac`.
       dtype: dtype of the state.
@@ -159,16 +159,7 @@ def coverage(
     """
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
     block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
-    copies = sum(layer.copies for layer in layers if layer.coupled)
-    across = 0
-    if coupling is not None:
-        chosen = coupling
-
-        def coarse_state():
-            statistic, sizes = chosen.init(copies, dtype), jnp.ones(copies, dtype)
-            return statistic, chosen.factorize(statistic, sizes), sizes, jnp.arange(copies)
-
-        across = tree_bytes(jax.eval_shape(coarse_state))
+    across = 0 if coupling is None else _coupling_bytes(layers, block_of, coupling, dtype)
     return dataclasses.replace(
         layers,
         blocks=tuple(block_of(layer).name for layer in layers),
@@ -184,3 +175,20 @@ def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
         return statistic, block.factorize(statistic, jnp.ones((), dtype))
 
     return layer.copies * tree_bytes(jax.eval_shape(state))
+
+
+def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype: jnp.dtype) -> int:
+    coupling.check(layers.layers, tuple(map(block_of, layers)))
+    coupled = [layer for layer in layers if layer.coupled]
+    rows = [layer for layer in coupled for _ in range(layer.copies)]
+
+    def state():
+        def factors(row: int):
+            return block_of(rows[row]).init(*rows[row].shape, dtype)
+
+        one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
+        fine = Fine(factors, lambda row: block_of(rows[row]).factorize(factors(row), one), one, sizes)
+        statistic = coupling.init(coupled, dtype)
+        return statistic, coupling.factorize(statistic, fine), sizes, jnp.arange(len(rows))
+
+    return tree_bytes(jax.eval_shape(state))

@@ -52,16 +52,22 @@ class Curvature:
         return _collect(self.spec, plan, traced, linearize, heads, self.key)
 
     def quadratic_form(
-        self, directions: Sequence[PyTree], *, subsample: Any = None, axis_name: Any = None
+        self,
+        directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
+        *,
+        count: int | None = None,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> jax.Array:
         """Matrix `[m, m]` of `d_i^T F d_j` for directions like the parameters, exact on the batch, labels not needed.
 
         Args:
-          directions: trees like the parameters.
+          directions: trees like the parameters, or a function from an index to one, of which a few exist at a time.
+          count: how many, of a function.
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
           axis_name: mapped axis over which the batch is split.
         """
-        return _quadratic_form(self.spec, self.params, self.args, directions, subsample, axis_name)
+        return _quadratic_form(self.spec, self.params, self.args, directions, count, subsample, axis_name)
 
     def vector_product(self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None) -> PyTree:
         """`F v`, a tree like the parameters; arguments as in `quadratic_form`."""
@@ -81,10 +87,15 @@ class SharedCurvature(NamedTuple):
     args: tuple[PyTree, ...]
 
     def quadratic_form(
-        self, directions: Sequence[PyTree], *, subsample: Any = None, axis_name: Any = None
+        self,
+        directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
+        *,
+        count: int | None = None,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> jax.Array:
         """As `Curvature.quadratic_form`."""
-        return _quadratic_form(self.spec, self.params, self.args, directions, subsample, axis_name)
+        return _quadratic_form(self.spec, self.params, self.args, directions, count, subsample, axis_name)
 
     def vector_product(self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None) -> PyTree:
         """As `Curvature.vector_product`."""
@@ -122,9 +133,9 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
     return spec, part_of_batch(spec, args)
 
 
-def _quadratic_form(spec, params, args, directions, subsample, axis_name) -> jax.Array:
+def _quadratic_form(spec, params, args, directions, count, subsample, axis_name) -> jax.Array:
     spec, args = _exact(spec, args, subsample)
-    return quadratic_form(spec.kind, spec.function, params, directions, args, axis_name)
+    return quadratic_form(spec.kind, spec.function, params, directions, args, axis_name, count)
 
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:

@@ -14,6 +14,7 @@ from kfac_optax.capture.geometry import (
     Conv,
     Geometry,
     ScaleShift,
+    bias_rows,
     channel_sums,
     reduced,
     rows_shape,
@@ -32,8 +33,8 @@ def site_measure(
     """The measure of one site: `Zeros((block statistic, coupling statistic), (rows of the block, of the coupling))`.
 
     Statistics have the group axis of the layer in front. Rows are kept where somebody wants to see all steps of a layer
-    at once, and where the weights tell steps in time apart that a scan adds up: `(a, g)` for the block, the channel sums
-    `(alpha, gamma)` for the coupling.
+    at once, and where the weights tell steps in time apart that a scan adds up: `(a, g)` for the block, what it sees (the
+    channel sums `(alpha, gamma)` or rows) for the coupling.
 
     Args:
       site: where.
@@ -45,12 +46,8 @@ def site_measure(
       gradients: whether output gradients are meaningful.
     """
     shape, geometry = site.row_shape, site.geometry
-    if coupling is not None and (not shape or shape[0] != use.examples):
-        raise ValueError(
-            f"layer {layer.path!r}: its rows are {shape}, but the batch has {use.examples} examples. The coarse correction "
-            "needs per-example sums, so axis 0 of every layer's input has to be the examples: reshape to "
-            "[examples, positions, features] instead of [examples * positions, features], or use `kfac` without it."
-        )
+    if coupling is not None:
+        _check_rows(coupling, layer, shape, use.examples)
     late = weights is not None and bool(site.loops) and weights.ndim > len(shape)
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
@@ -58,18 +55,35 @@ def site_measure(
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
         g_or_none = g if gradients else None
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
-        statistic = rows = across = sums = None
+        statistic = rows = across = seen = None
         if late or block.rows:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
             statistic = measure_use(geometry, block, a, g_or_none, use._replace(weights=per_row))
         if coupling is not None:
-            sums = channel_sums(geometry, a, g, use.bias, use.dtype) if gradients else (None, None)
-            if not (late or coupling.rows):
-                across, sums = coupling.measure(*sums, per_row), None
-        return Zeros((statistic, across), (rows, sums))
+            seen = (None, None)
+            if gradients:
+                see = channel_sums if coupling.sees == "sums" else bias_rows
+                seen = see(geometry, a, g, use.bias, use.dtype)
+            if not (late or coupling.late):
+                across, seen = coupling.measure(*seen, per_row), None
+        return Zeros((statistic, across), (rows, seen))
 
     return measure
+
+
+def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+    if not shape or shape[0] != examples:
+        raise ValueError(
+            f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples. The coarse correction "
+            "needs per-example sums, so axis 0 of every layer's input has to be the examples: reshape to "
+            "[examples, positions, features] instead of [examples * positions, features], or use `kfac` without it."
+        )
+    if coupling.sees == "rows" and len(shape) > 1:
+        raise ValueError(
+            f"{coupling.name}: layer {layer.path!r} has rows {shape}; expected one row per example, ({examples},). Use the "
+            "coarse correction for models with positions, or kfac without a coupling."
+        )
 
 
 def measure_use(geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use) -> PyTree:

@@ -189,7 +189,7 @@ class _Measured(NamedTuple):
     block: PyTree  # statistic
     rows: PyTree  # (a, g), [copies, N, T, ...]
     across: PyTree  # statistic of the coupling
-    sums: PyTree  # (alpha, gamma), [copies, N, *positions, *steps]
+    seen: PyTree  # what the coupling sees, [copies, N, *positions, *steps, ...]
 
 
 def _per_layer(plan: Plan, setting: _Setting, pulled: Sequence[Zeros | None]) -> tuple[list[PyTree], PyTree]:
@@ -197,7 +197,7 @@ def _per_layer(plan: Plan, setting: _Setting, pulled: Sequence[Zeros | None]) ->
     uses: list[list[_Measured]] = [[] for _ in plan.layers]
     for site, owner, zeros in zip(setting.sites, setting.owner, pulled, strict=True):
         if owner is not None and zeros is not None:
-            uses[owner].append(_arranged(site, zeros))
+            uses[owner].append(_arranged(plan.coupling, site, zeros))
     blocks, across = [], []
     for layer, block, mine in zip(plan.layers, plan.blocks, uses, strict=True):
         if not mine:
@@ -210,9 +210,10 @@ def _per_layer(plan: Plan, setting: _Setting, pulled: Sequence[Zeros | None]) ->
     return blocks, None if plan.coupling is None else plan.coupling.reduce(across, setting.examples)
 
 
-def _arranged(site: Site, zeros: Zeros) -> _Measured:
+def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
     axes = len(site.stack) + 1  # the groups of a layer follow its stack
-    (block, across), (rows, sums) = zeros.summed, zeros.rows
+    (block, across), (rows, seen) = zeros.summed, zeros.rows
+    features = _features(coupling)
 
     def flat(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
@@ -221,7 +222,7 @@ def _arranged(site: Site, zeros: Zeros) -> _Measured:
         a, g = from_cotangent(site, rows)
         tokens = isinstance(site.geometry, Lookup)
         rows = _steps(a, site, 0 if tokens else 1), None if g is None else _steps(g, site, 1)
-    return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: _stack_first(x, site, 0), sums))
+    return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: _stack_first(x, site, features), seen))
 
 
 def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
@@ -237,15 +238,23 @@ def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list)
 def _across(coupling: Coupling, setting: _Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
     """The coupling's statistic of one layer; maps of several uses are laid out on one axis, one after another."""
     parts = [m.across for m in uses if m.across is not None]
-    sums = [m.sums for m in uses if m.sums is not None]
-    if sums:
-        shapes = [alpha.shape[1:] for alpha, _ in sums if alpha is not None]
+    seen, features = [m.seen for m in uses if m.seen is not None], _features(coupling)
+    if seen:
+        shapes = [a.shape[1 : a.ndim - features] for a, _ in seen if a is not None]
         weights = _weights_in_a_row(setting, layer, shapes) if shapes else None
-        if len(sums) > 1:
-            flat = [jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1), pair) for pair in sums]
-            sums = [jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *flat)]
-        parts.append(coupling.measure(*sums[0], weights))
+        if len(seen) > 1:
+
+            def flat(x: jax.Array) -> jax.Array:
+                return x.reshape(*x.shape[:2], -1, *x.shape[x.ndim - features :])
+
+            seen = [jax.tree.map(lambda *xs: jnp.concatenate([flat(x) for x in xs], 2), *seen)]
+        parts.append(coupling.measure(*seen[0], weights))
     return _sum(parts)
+
+
+def _features(coupling: Coupling | None) -> int:
+    """Trailing axes of what the coupling sees of a row."""
+    return 1 if coupling is not None and coupling.sees == "rows" else 0
 
 
 def _weights_in_a_row(setting: _Setting, layer: Layer, rows: Sequence[tuple[int, ...]]) -> jax.Array | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Layout
 from kfac_optax.capture import patches
+from kfac_optax.linalg.gram import homogeneous
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,3 +258,10 @@ def channel_sums(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dty
     one_hot = isinstance(geometry, Lookup)
     alpha = jnp.ones(rows.shape, dtype) if one_hot else jnp.sum(rows, -1, dtype=dtype)
     return alpha + bias, jnp.sum(gradients, -1, dtype=dtype)
+
+
+def bias_rows(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype) -> tuple:
+    """As `channel_sums`, the rows themselves: `[groups, N, *positions, p]` and `[groups, N, *positions, q]`."""
+    rows, gradients = to_rows(geometry, a, g)
+    rows = rows.astype(dtype)
+    return homogeneous(rows) if bias else rows, gradients.astype(dtype)

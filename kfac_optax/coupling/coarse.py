@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Coupling, Numeric, PyTree
+from kfac_optax._types import Coupling, Fine, Layer, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, psd_eigh
 from kfac_optax.linalg.gram import replicated
@@ -77,10 +77,8 @@ def coarse_correction(
     Raises:
       ValueError: unknown mode, negative weight.
 
-    >>> coupling = coarse_correction("exact")
-    >>> held = coupling.factorize(Exact(3 * jnp.eye(2)), jnp.ones(2))
-    >>> print(coupling.solve(held, jnp.array([4.0, 8.0]), jnp.float32(1.0), jnp.ones(2)))
-    [1. 2.]
+    >>> print(coarse_correction("exact").name)
+    coarse (exact, identity)
 
     Reference: Tselepidis, Kohler & Orvieto (2020), equations (5) to (7); damping in appendix A.
     """
@@ -92,9 +90,9 @@ def coarse_correction(
     check_number(where, "coarse_weight", coarse_weight, at_least=0)
     galerkin, select = damping == "galerkin", RESAMPLE[resample]
 
-    def init(layers: int, dtype: jnp.dtype) -> PyTree:
-        zeros = jnp.zeros((layers, layers), dtype)
-        return Grams(zeros, zeros) if coarse == "factored" else Exact(zeros)
+    def init(layers: Sequence[Layer], dtype: jnp.dtype) -> PyTree:
+        zeros = jnp.zeros((sum(layer.copies for layer in layers),) * 2, dtype)
+        return Grams(zeros, jnp.zeros_like(zeros)) if coarse == "factored" else Exact(zeros)
 
     def measure(alpha: Array, gamma: Array | None, weights: Array | None) -> PyTree:
         if gamma is None:
@@ -112,24 +110,64 @@ def coarse_correction(
             return Exact(_product(u, u, precision) / examples)
         return _grams(measured, examples, select, precision)
 
-    def factorize(statistic: PyTree, sizes: Array) -> Eigen:
-        fisher = matrix(statistic)
-        if galerkin:
-            fisher = fisher / jnp.sqrt(sizes[:, None] * sizes)
-        return psd_eigh(fisher)
+    def factorize(statistic: PyTree, fine: Fine) -> Eigen:
+        return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=galerkin)
 
-    def solve(held: Eigen, restricted: Array, lam: Array, sizes: Array) -> Array:
-        scale = jnp.sqrt(sizes) if galerkin else jnp.ones_like(sizes)
-        rotated = jnp.matmul(held.vectors.T, restricted / scale, precision=precision) / (held.values + lam)
-        return jnp.matmul(held.vectors, rotated, precision=precision) / scale
-
-    def matrix(statistic: PyTree) -> Array:
-        return statistic.inputs * statistic.outputs if coarse == "factored" else statistic.fisher
+    def apply(held: Eigen, system: System) -> tuple[Vector, Array]:
+        restricted = system.restrict(system.gradient)
+        correction = coarse_solve(
+            held, restricted, system.damping, system.sizes, galerkin=galerkin, precision=precision
+        )
+        shift = jnp.asarray(coarse_weight, correction.dtype) * correction
+        fine = (jnp.asarray(fine_weight, u.dtype) * u for u in system.fine(system.gradient))
+        update = [u + c for u, c in zip(fine, system.prolong(shift), strict=True)]
+        return update, jnp.sum(jnp.square(shift) * system.sizes)
 
     name = f"coarse ({coarse}, {damping})"
-    return Coupling(
-        name, coarse == "factored", init, measure, reduce, factorize, solve, matrix, fine_weight, coarse_weight
-    )
+    return Coupling(name, init, measure, reduce, factorize, apply, late=coarse == "factored")
+
+
+def coarse_matrix(statistic: Grams | Exact) -> Float[Array, "L L"]:
+    """The coarse Fisher `F_c` of a statistic.
+
+    >>> print(coarse_matrix(Grams(2 * jnp.eye(2), jnp.ones((2, 2)))))
+    [[2. 0.]
+     [0. 2.]]
+    """
+    return statistic.inputs * statistic.outputs if isinstance(statistic, Grams) else statistic.fisher
+
+
+def coarse_factorize(matrix: Float[Array, "L L"], sizes: Float[Array, " L"], *, galerkin: bool = False) -> Eigen:
+    """Eigendecomposition of `F_c`, negative eigenvalues clamped; of `F_c[i, j] / sqrt(n_i n_j)` for Galerkin damping."""
+    return psd_eigh(matrix / jnp.sqrt(sizes[:, None] * sizes) if galerkin else matrix)
+
+
+def coarse_solve(
+    held: Eigen,
+    restricted: Float[Array, " L"],
+    damping: Float[Array, ""],
+    sizes: Float[Array, " L"],
+    *,
+    galerkin: bool = False,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, " L"]:
+    """`(F_c + damping I)^{-1} r`, or `(F_c + damping diag(n))^{-1} r` with Galerkin damping.
+
+    Args:
+      held: from `coarse_factorize`.
+      restricted: `r = Z V`.
+      damping: added to the eigenvalues.
+      sizes: parameters `n` of each row.
+      galerkin: as for `coarse_factorize`.
+      precision: matmul precision.
+
+    >>> held = coarse_factorize(3 * jnp.eye(2), jnp.ones(2))
+    >>> print(coarse_solve(held, jnp.array([4.0, 8.0]), jnp.float32(1.0), jnp.ones(2)))
+    [1. 2.]
+    """
+    scale = jnp.sqrt(sizes) if galerkin else jnp.ones_like(sizes)
+    rotated = jnp.matmul(held.vectors.T, restricted / scale, precision=precision) / (held.values + damping)
+    return jnp.matmul(held.vectors, rotated, precision=precision) / scale
 
 
 def _grams(measured: Sequence[_Sums], examples: int, select: Resample, precision: jax.lax.PrecisionLike) -> Grams:

@@ -17,12 +17,12 @@ def gram(
     return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x))
 
 
-def replicated(x: Array) -> jax.sharding.NamedSharding | None:
+def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
     """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's sharding."""
     sharding = jax.typeof(x).sharding
     if all(part is None for part in sharding.spec):
         return None
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, None))
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*[None] * ndim))
 
 
 def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:

@@ -5,9 +5,11 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Coupling, Layers, Numeric, ScalarOrSchedule
+from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.control.kl_clip import clip_by_kl
 from kfac_optax.coupling.coarse import coarse_correction
+from kfac_optax.coupling.deflated import MODES, deflated
 from kfac_optax.coverage import blocks_of, cover
 from kfac_optax.transforms.core import scale_by_curvature
 
@@ -60,7 +62,8 @@ def kfac(
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
-      coupling: correction across layers, for example `coarse_correction()`.
+      coupling: what layers tell each other: `coarse_correction()`, `deflated()`, or `tridiagonal()` for chains of dense layers
+        with `inverse="cholesky"`.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -121,11 +124,14 @@ def kfac_two_level(
     resample: str = "nearest",
     fine_weight: Numeric = 1.0,
     coarse_weight: Numeric = 1.0,
+    correction: str = "additive",
+    coarse_operator: str = "batch",
 ) -> optax.GradientTransformationExtraArgs:
     """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then KL-clip.
 
     `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping I)^{-1} Z V`, with `Z` summing
-    all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix.
+    all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix. This is the additive correction; the others, see `deflated`,
+    take exact products with the curvature of the batch, so `curvature` has to be passed in every step.
 
     Args:
       layers: from `fisher.layers(params, *args)`.
@@ -149,10 +155,12 @@ def kfac_two_level(
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
       coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
-      coarse_damping: `"identity"` (the paper) or `"galerkin"`.
+      coarse_damping: `"identity"` (the paper) or `"galerkin"`; of the additive correction, the others need the latter.
       resample: how maps of unequal size are compared, `"nearest"` (the paper) or `"area"`.
       fine_weight: weight of the block-diagonal level.
       coarse_weight: weight of the correction.
+      correction: `"additive"` (the paper), `"a-def1"`, `"a-def2"` or `"bnn"`.
+      coarse_operator: of the last three, `"batch"` (exact, one forward-mode pass per layer and step) or `"averaged"`.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -170,14 +178,13 @@ def kfac_two_level(
 
     Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning (2020), algorithm 1.
     """
-    coupling = coarse_correction(
-        coarse,
-        damping=coarse_damping,
-        resample=resample,
-        fine_weight=fine_weight,
-        coarse_weight=coarse_weight,
-        precision=precision,
+    check_choice("kfac_two_level", "correction", correction, ("additive", *MODES))
+    common: dict[str, Any] = dict(
+        coarse=coarse, resample=resample, fine_weight=fine_weight, coarse_weight=coarse_weight, precision=precision
     )
+    coupling = coarse_correction(damping=coarse_damping, **common)
+    if correction != "additive":
+        coupling = deflated(correction, coarse_operator=coarse_operator, **common)
     return kfac(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
         inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered, normalization=normalization,

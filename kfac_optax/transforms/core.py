@@ -55,7 +55,7 @@ def scale_by_curvature(
       block: the approximation of dense layers, convolutions and attention projections, for example `kronecker()`
         (embeddings and normalisation layers get blocks of their own); or a function of the layer that gives every layer
         its block. Layers with equal shapes and the same `Block` object share one batched call.
-      coupling: for example `coarse_correction()`; `None` leaves the layers independent.
+      coupling: `coarse_correction()`, `deflated()` or `tridiagonal()`; `None` leaves the layers independent.
       damping: Tikhonov damping.
       decay: bound of the averaging weight, in [0, 1].
       curvature_every: period of the statistics, in steps.
@@ -90,6 +90,8 @@ def scale_by_curvature(
     own_damping, parts = damping, check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
+    if coupling is not None:
+        coupling.check(layers.layers, tuple(map(block_of, layers)))
 
     def init(params: PyTree) -> CurvatureState:
         def zero(dtype: Any = jnp.int32) -> jax.Array:
@@ -137,7 +139,7 @@ def scale_by_curvature(
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
-        new, share = precondition(step, state, leaves, dtype)
+        new, share = precondition(step, state, leaves, dtype, curvature, axis_name)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),
             inverse_age=optax.safe_increment(state.inverse_age),

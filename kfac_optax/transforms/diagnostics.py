@@ -10,7 +10,7 @@ from kfac_optax._types import PyTree
 from kfac_optax.control.damping import DampingState
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.control.quadratic_model import QuadraticState
-from kfac_optax.coupling.coarse import Grams
+from kfac_optax.coupling.coarse import Exact, Grams, coarse_matrix
 from kfac_optax.linalg.factorize import after
 from kfac_optax.transforms.state import CoarseState, CurvatureState
 
@@ -49,7 +49,8 @@ def _the(opt_state: PyTree, kind: type, where: str) -> Any:
 def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Scalars that say how a K-FAC transformation is doing; works under `jit`.
 
-    `kl_scale` (nu of KL-clip, if it is used), `damping`, `coarse_share` (norm of the coarse part over norm of the update),
+    `kl_scale` (nu of KL-clip, if it is used), `damping`, `coarse_share` (norm of what the coupling
+    changed over norm of the update),
     `inverse_age` (steps since the inverses were made; with `stagger`, the part made last), `statistics` (accepted),
     `skipped_statistics`, `failed_inverses`,
     the numbers of `quadratic_step` (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping`
@@ -131,7 +132,12 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     """
     coarse = _the(opt_state, CoarseState, "coarse_fisher")
     statistic = coarse.coarse_factors
-    matrix = np.asarray(statistic.inputs * statistic.outputs if isinstance(statistic, Grams) else statistic.fisher)
+    if not isinstance(statistic, Grams | Exact):
+        raise ValueError(
+            f"coarse_fisher: this coupling keeps {type(statistic).__name__}, no coarse matrix; expected the state of "
+            "kfac_two_level, or of another preset with coarse_correction() or deflated()."
+        )
+    matrix = np.asarray(coarse_matrix(statistic))
     names: dict[int, str] = {}
     for path, rows in coarse.coarse_index.items():
         rows = np.asarray(rows)

@@ -1,51 +1,121 @@
-"""Gradients to updates: every block solves for its layers, the coupling adds what it knows."""
+"""Gradients to updates: every block solves for its layers, the coupling makes of that what it knows."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._tree import gather, scatter
-from kfac_optax.transforms.state import CoarseState, CurvatureState, Step, block_of_bucket
+from kfac_optax._tree import gather, named_leaves, replace_leaves, scatter
+from kfac_optax._types import PyTree, System, Vector
+from kfac_optax.transforms.state import CurvatureState, Step, block_of_bucket
 
 
 def precondition(
-    step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any
+    step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any, curvature: Any, axis_name: Any
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """New leaves by name, and the coarse share of the update."""
-    with jax.named_scope("kfac/precondition"):
-        gradients = [gather(bucket, leaves, dtype) for bucket in step.buckets]
-        updates = [
+    """New leaves by name, and the share of the update that the coupling changed."""
+
+    def fine(vector: Vector) -> Vector:
+        return [
             jax.vmap(block_of_bucket(b).solve, (0, 0, None))(state.held[b.name], v, step.damping)
-            for b, v in zip(step.buckets, gradients, strict=True)
+            for b, v in zip(step.buckets, vector, strict=True)
         ]
+
+    with jax.named_scope("kfac/precondition"):
+        gradient = [gather(bucket, leaves, dtype) for bucket in step.buckets]
         share = jnp.zeros((), jnp.float32)
-        if step.coupling is not None:
-            updates, share = _couple(step, state.coarse, gradients, updates)
+        if step.coupling is None:
+            update = fine(gradient)
+        else:
+            system = _system(step, state.coarse.coarse_sizes, gradient, fine, leaves, curvature, axis_name)
+            update, changed = step.coupling.apply(state.coarse.coarse_held, system)
+            total = sum(jnp.sum(jnp.square(u)) for u in update)
+            share = jnp.sqrt(changed / jnp.where(total > 0, total, 1))
     new: dict[str, jax.Array] = {}
-    for bucket, update in zip(step.buckets, updates, strict=True):
-        new |= scatter(bucket, update, leaves)
+    for bucket, matrices in zip(step.buckets, update, strict=True):
+        new |= scatter(bucket, matrices, leaves)
     return new, share
 
 
-def _couple(step: Step, coarse: CoarseState, gradients: list, fine: list) -> tuple[list[jax.Array], jax.Array]:
-    """Adds the coarse correction: the same shift on every entry of a layer."""
-    coupling = step.coupling
-    assert coupling is not None
-    rows = step.rows()
-    coupled = [i for i, bucket in enumerate(step.buckets) if bucket.layers[0].coupled]
-    in_order = np.array_equal(rows, np.arange(len(rows)))
-    restricted = jnp.concatenate([jnp.sum(gradients[i], (1, 2)) for i in coupled])
-    restricted = restricted if in_order else restricted[np.argsort(rows)]
-    correction = coupling.solve(coarse.coarse_held, restricted, step.damping, coarse.coarse_sizes)
-    shift = jnp.asarray(coupling.coarse_weight, correction.dtype) * correction
-    by_bucket = shift if in_order else shift[rows]
-    combined, start = [jnp.asarray(coupling.fine_weight, u.dtype) * u for u in fine], 0
-    for i in coupled:
-        mine = by_bucket[start : start + fine[i].shape[0]]
-        start += fine[i].shape[0]
-        combined[i] = combined[i] + mine[:, None, None]
-    total = sum(jnp.sum(jnp.square(u)) for u in combined)
-    part = jnp.sum(jnp.square(shift) * coarse.coarse_sizes)
-    return combined, jnp.sqrt(part / jnp.where(total > 0, total, 1))
+def _system(step, sizes, gradient, fine, leaves, curvature, axis_name) -> System:
+    between = _Between(step, [v.shape for v in gradient])
+    batch = _Batch(step, leaves, curvature, axis_name)
+    return System(
+        gradient, fine, between.restrict, between.prolong, between.matrices, between.replace, batch.product,
+        lambda: batch.coarse(between.prolong, sizes), step.damping, sizes,
+    )  # fmt: skip
+
+
+class _Between(NamedTuple):
+    """From vectors to rows and back."""
+
+    step: Step
+    shapes: list[tuple[int, ...]]
+
+    def restrict(self, vector: Vector) -> jax.Array:
+        rows = self.step.rows()
+        restricted = jnp.concatenate([jnp.sum(vector[i], (1, 2)) for i in self.coupled()])
+        return restricted if _in_order(rows) else restricted[np.argsort(rows)]
+
+    def prolong(self, values: jax.Array) -> Vector:
+        rows, start = self.step.rows(), 0
+        by_bucket = values if _in_order(rows) else values[rows]
+        vector = [jnp.zeros((), values.dtype)] * len(self.shapes)
+        for i in self.coupled():
+            vector[i] = by_bucket[start : start + self.shapes[i][0], None, None]
+            start += self.shapes[i][0]
+        return [jnp.broadcast_to(x, shape) for x, shape in zip(vector, self.shapes, strict=True)]
+
+    def matrices(self, vector: Vector) -> list[jax.Array]:
+        return [vector[i][k] for i, k in self.step.places()]
+
+    def replace(self, vector: Vector, matrices: Sequence[jax.Array]) -> Vector:
+        of_place = dict(zip(self.step.places(), matrices, strict=True))
+        coupled = self.coupled()
+        return [jnp.stack([of_place[i, k] for k in range(len(v))]) if i in coupled else v for i, v in enumerate(vector)]
+
+    def coupled(self) -> list[int]:
+        return [i for i, bucket in enumerate(self.step.buckets) if bucket.layers[0].coupled]
+
+
+def _in_order(rows: np.ndarray) -> bool:
+    return np.array_equal(rows, np.arange(len(rows)))
+
+
+class _Batch(NamedTuple):
+    """The exact curvature of this step's batch on what blocks cover."""
+
+    step: Step
+    leaves: dict[str, jax.Array]
+    curvature: Any
+    axis_name: Any
+
+    def product(self, vector: Vector) -> Vector:
+        products = named_leaves(self._given().vector_product(self._as_tree(vector), axis_name=self.axis_name))
+        return [gather(bucket, products, v.dtype) for bucket, v in zip(self.step.buckets, vector, strict=True)]
+
+    def coarse(self, prolong: Callable[[jax.Array], Vector], sizes: jax.Array) -> jax.Array:
+        def direction(row: jax.Array) -> PyTree:
+            return self._as_tree(prolong((jnp.arange(len(sizes)) == row).astype(sizes.dtype)))
+
+        form = self._given().quadratic_form(direction, count=len(sizes), axis_name=self.axis_name)
+        return form.astype(sizes.dtype)
+
+    def _as_tree(self, vector: Vector) -> PyTree:
+        """Like the parameters, zeros where no block is."""
+        named: dict[str, jax.Array] = {}
+        for bucket, v in zip(self.step.buckets, vector, strict=True):
+            named |= scatter(bucket, v, self.leaves)
+        return replace_leaves(jax.tree.map(jnp.zeros_like, self.curvature.params), named)
+
+    def _given(self) -> Any:
+        if self.curvature is None:
+            assert self.step.coupling is not None
+            raise ValueError(
+                f"{self.step.coupling.name}: this coupling takes exact products with the curvature of the batch in every "
+                "step, but got curvature=None. Pass curvature=fisher.at(params, *args, key=key) every time (statistics "
+                "still follow curvature_every), or use the additive correction."
+            )
+        return self.curvature

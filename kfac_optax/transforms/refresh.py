@@ -25,13 +25,14 @@ def initial(mine: tuple[Layer, ...], block_of: BlockOf, coupling: Coupling | Non
     if coupling is None:
         return factors, held, ()
     rows, index = 0, {}
-    mine = tuple(layer for layer in mine if layer.coupled)
-    for layer in mine:
+    coupled = tuple(layer for layer in mine if layer.coupled)
+    for layer in coupled:
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
         rows += layer.copies
-    sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in mine])
-    statistic = coupling.init(rows, dtype)
-    return factors, held, CoarseState(statistic, coupling.factorize(after(statistic, held), sizes), sizes, index)
+    sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in coupled])
+    statistic = coupling.init(coupled, dtype)
+    fine = Step(mine, buckets, coupling, damping).fine(factors, held, sizes)
+    return factors, held, CoarseState(statistic, coupling.factorize(after(statistic, held), fine), sizes, index)
 
 
 def _factorize(buckets: tuple[Bucket, ...], factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
@@ -171,7 +172,8 @@ def refactorize_coarse(step: Step, state: CurvatureState) -> CurvatureState:
         return state
     coarse, failed = state.coarse, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        new = step.coupling.factorize(after(coarse.coarse_factors, state.held), coarse.coarse_sizes)
+        fine = step.fine(state.factors, state.held, coarse.coarse_sizes)
+        new = step.coupling.factorize(after(coarse.coarse_factors, state.held), fine)
         good = all_finite(new)
         coarse = coarse._replace(coarse_held=select(good, new, coarse.coarse_held))
         failed = failed + (~good).astype(jnp.int32)

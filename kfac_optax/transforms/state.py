@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kfac_optax._types import Block, Bucket, Coupling, Layer, PyTree
+from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
 
 
 class CoarseState(NamedTuple):
@@ -50,6 +50,21 @@ class Step(NamedTuple):
         return np.concatenate(
             [first[x] + np.arange(x.copies) for bucket in self.buckets for x in bucket.layers if x.coupled]
         )
+
+    def places(self) -> list[tuple[int, int]]:
+        """Bucket of every row and its position there, rows in order of execution."""
+        in_buckets = [(i, k) for i, b in enumerate(self.buckets) if b.layers[0].coupled for k in range(b.copies)]
+        return [in_buckets[i] for i in np.argsort(self.rows())]
+
+    def fine(self, factors: PyTree, held: PyTree, sizes: jax.Array) -> Fine:
+        """What couplings may use of the blocks' factors and of what is held for them, by bucket both."""
+        places = self.places()
+
+        def row_of(by_bucket: PyTree, row: int) -> PyTree:
+            bucket, position = places[row]
+            return jax.tree.map(lambda x: x[position], by_bucket[self.buckets[bucket].name])
+
+        return Fine(lambda row: row_of(factors, row), lambda row: row_of(held, row), self.damping, sizes)
 
 
 def block_of_bucket(bucket: Bucket) -> Block:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import kfac_optax as ko
+from kfac_optax.coupling.coarse import coarse_matrix
 from tests import oracles
 
 SIZES = (6, 6, 6, 3)
@@ -203,7 +204,7 @@ def test_weight_sharing_sums_inputs_and_averages_gradients(how):
             expected = np.sum(np.einsum("nt,cnt->cn", alpha, gamma) ** 2) / N
         else:
             expected = np.sum(alpha**2) / N * np.sum(gamma**2) / (N * steps)
-        np.testing.assert_allclose(coupling.matrix(across), [[expected]], rtol=1e-5)
+        np.testing.assert_allclose(coarse_matrix(across), [[expected]], rtol=1e-5)
 
 
 def test_coarse_level_refuses_rows_that_are_not_per_example():

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
     def expected(self):
         """Updates and state of one step on one device."""
-        return _expected(CASES.index(self))
+        return _expected((*CASES, *COUPLED).index(self))
 
 
 CASES = (
@@ -65,11 +65,15 @@ CASES = (
     Case(_weighted, "kfac_two_level", False, {"coarse": "exact"}),
     Case(_per_example, "kfac", False),
 )
+COUPLED = (
+    Case(_weighted, "kfac_two_level", True, {"correction": "bnn"}),
+    Case(_weighted, "kfac", True, {"inverse": "cholesky", "coupling": ko.tridiagonal()}),
+)
 
 
 @functools.cache
 def _expected(index):
-    case, params, (x, _, weights) = CASES[index], h.plain_params(), _data()
+    case, params, (x, _, weights) = (*CASES, *COUPLED)[index], h.plain_params(), _data()
     tx = case.tx(x, weights)
     return jax.device_get(case.step(tx)(params, jax.jit(tx.init)(params), x, weights))
 
@@ -121,12 +125,12 @@ def auto_axes_sharded_parameters():
     h.assert_same_types(after, state)
 
 
-def explicit_axes():
+def explicit_axes(cases=CASES):
     """`jax.make_mesh` makes explicit axes now: same numbers, and the types of the state never change."""
     mesh = jax.make_mesh((DEVICES,), ("data",))
     assert mesh.axis_types == (AxisType.Explicit,)
     x, _, weights = _data()
-    for case in CASES:
+    for case in cases:
         tx, expected = case.tx(x, weights), case.expected()
         with jax.set_mesh(mesh):
             params = jax.device_put(h.plain_params(), P())
@@ -176,15 +180,21 @@ def explicit_axes_part_of_the_batch():
         _same(step(params, tx.init(params), jax.device_put(x, P("data"))), expected)
 
 
-def shard_map():
+def shard_map(cases=CASES):
     """`axis_name=` inside `shard_map` that checks varying axes: exact also where devices have different weights."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, _, weights = _data()
     specs = (P(), P(), P("data"), P("data"))
-    for case in CASES:
+    for case in cases:
         tx, params = case.tx(x, weights, axis_name="data"), h.plain_params()
         step = jax.shard_map(case.step(tx), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
         _same(jax.jit(step)(params, jax.jit(tx.init)(params), x, weights), case.expected())
+
+
+def couplings():
+    """Exact products and cross factors of a split batch are those of the whole, on manual and on explicit axes."""
+    shard_map(COUPLED)
+    explicit_axes(COUPLED)
 
 
 def shard_map_schedule():
@@ -330,6 +340,7 @@ CHECKS = {
         shard_map_sampled_labels,
         every_layer_auto_axes,
         every_layer_shard_map,
+        couplings,
     )
 }
 
