@@ -8,7 +8,12 @@ from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
+from kfac_optax.control.cold_start import cold_start
+from kfac_optax.control.graft import graft_norm
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
+from kfac_optax.control.rms import clip_by_rms
+from kfac_optax.control.trust_region import clip_by_trust_region, trust_scale
+from kfac_optax.control.weight_decay import add_weight_decay
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
@@ -16,6 +21,7 @@ from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
 from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.transforms.factor_metric import factor_metric
 from kfac_optax.transforms.schedule import HostSchedule
 
 __version__ = "0.1.0"
@@ -31,18 +37,24 @@ __all__ = [
     "Layers",
     "Normal",
     "Use",
+    "add_weight_decay",
     "blocks_of",
     "clip_by_kl",
+    "clip_by_rms",
+    "clip_by_trust_region",
     "coarse_correction",
     "coarse_fisher",
+    "cold_start",
     "coverage",
     "diagnostics",
     "diagonal",
     "embedding",
     "empirical_fisher",
+    "factor_metric",
     "fisher",
     "forward_only",
     "ggn",
+    "graft_norm",
     "kfac",
     "kfac_two_level",
     "kl_scale",
@@ -55,5 +67,6 @@ __all__ = [
     "tap_embedding",
     "tap_scale_shift",
     "tied_embedding",
+    "trust_scale",
     "unitwise",
 ]

@@ -1,6 +1,6 @@
 """Looking into an optimizer state: scalars for logging and the coarse Fisher matrix for plotting."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ import numpy as np
 
 from kfac_optax._types import PyTree
 from kfac_optax.control.kl_clip import KLClipState
+from kfac_optax.control.trust_region import TrustRegionState
 from kfac_optax.coupling.coarse import Grams
 from kfac_optax.linalg.factorize import after
-from kfac_optax.transforms.state import CoarseState, CurvatureState
+from kfac_optax.transforms.state import CoarseState, CurvatureState, find_states, the_state
 
 _ROUNDING = 1e-10  # float32 squared: what a sum that should vanish leaves on the diagonal
 
@@ -22,34 +23,13 @@ class CoarseFisher(NamedTuple):
     names: tuple[str, ...]
 
 
-def _find(opt_state: PyTree, kind: type) -> list[Any]:
-    found: list[Any] = []
-
-    def visit(node: Any) -> bool:
-        if isinstance(node, kind):
-            found.append(node)
-        return False  # go on inside: a clip wraps the curvature's own state
-
-    jax.tree.leaves(opt_state, is_leaf=visit)
-    return found
-
-
-def _the(opt_state: PyTree, kind: type, where: str) -> Any:
-    found = _find(opt_state, kind)
-    if len(found) != 1:
-        raise ValueError(
-            f"{where}: found {len(found)} {kind.__name__} in the optimizer state; expected exactly one. Pass the state of one "
-            "K-FAC transformation (of one group, under optax.partition)."
-        )
-    return found[0]
-
-
 def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Scalars that say how a K-FAC transformation is doing; works under `jit`.
 
-    `kl_scale` (nu of KL-clip, if it is used), `damping`, `coarse_share` (norm of the coarse part over norm of the update),
-    `inverse_age` (steps since the inverses were made), `statistics` (accepted), `skipped_statistics`, `failed_inverses`,
-    and the range of the eigenvalues of all factors, `eigenvalue_min` and `eigenvalue_max` (computed on the spot).
+    `kl_scale` and `trust_scale` (nu of KL-clip and of a trust region, if they are used), `damping`, `coarse_share` (norm of
+    the coarse part over norm of the update), `inverse_age` (steps since the inverses were made), `statistics` (accepted),
+    `skipped_statistics`, `failed_inverses`, and the range of the eigenvalues of all factors, `eigenvalue_min` and
+    `eigenvalue_max` (computed on the spot).
 
     Args:
       opt_state: any Optax state with exactly one K-FAC transformation in it.
@@ -63,14 +43,17 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     >>> print(diagnostics(tx.init(jnp.zeros((2, 1))))["eigenvalue_max"])
     1.0
     """
-    state = _the(opt_state, CurvatureState, "diagnostics")
+    state = the_state(opt_state, CurvatureState, "diagnostics")
     spectra: list[jax.Array] = []
     for x in jax.tree.leaves(state.factors):
         if x.ndim >= 2 and x.shape[-1] == x.shape[-2]:
             spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
     values = jnp.concatenate(spectra)
-    clips = _find(opt_state, KLClipState)
-    scale = {"kl_scale": clips[0].kl_scale} if clips else {}
+    scale = {}
+    for clip in find_states(opt_state, KLClipState)[:1]:
+        scale["kl_scale"] = clip.kl_scale
+    for clip in find_states(opt_state, TrustRegionState)[:1]:
+        scale["trust_scale"] = clip.trust_scale
     return scale | {
         "damping": state.damping,
         "coarse_share": state.coarse_share,
@@ -107,7 +90,7 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     >>> print(coarse_fisher(state).matrix)
     [[1.]]
     """
-    coarse = _the(opt_state, CoarseState, "coarse_fisher")
+    coarse = the_state(opt_state, CoarseState, "coarse_fisher")
     statistic = coarse.coarse_factors
     matrix = np.asarray(statistic.inputs * statistic.outputs if isinstance(statistic, Grams) else statistic.fisher)
     names: dict[int, str] = {}
