@@ -28,7 +28,7 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
     rates = sorted({rate for _, rate in runs}, reverse=True)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
-    table = _table(
+    table = blank(
         f"Every optimizer at learning rate {', '.join(f'{rate:g}' for rate in rates)}",
         ("final train loss", f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
@@ -38,9 +38,9 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
         table.add_row(
             OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 else ""),
             _loss(group),
-            _mean([factor * value for value in finals(group, f"train_{kind}")], digits),
-            _mean([factor * value for value in finals(group, f"test_{kind}")], digits),
-            _mean(ms_per_step(group), ".2f"),
+            mean_and_interval([factor * value for value in finals(group, f"train_{kind}")], digits),
+            mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits),
+            mean_and_interval(ms_per_step(group), ".2f"),
         )
     return table
 
@@ -50,7 +50,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     rates = sorted({rate for _, rate in runs}, reverse=True)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
-    table = _table(
+    table = blank(
         "Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
         ("rate", "final train loss", f"test {heading}", *(f"to loss {target:g}" for target in targets)),
         "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
@@ -62,7 +62,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         group = runs[name, rate]
         edge = "*" if rate in (rates[0], rates[-1]) else ""
         cells = [_reached(group, target) for target in targets]
-        test = _mean([factor * value for value in finals(group, f"test_{kind}")], digits)
+        test = mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits)
         table.add_row(OPTIMIZERS[name].label, f"{rate:g}{edge}", _loss(group), test, *cells)
     return table
 
@@ -72,7 +72,8 @@ def _columns(kind: str) -> tuple[str, float, str]:
     return ("acc %", 100.0, ".2f") if kind == "accuracy" else ("error", 1.0, ".5f")
 
 
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+def blank(title: str, headings: Sequence[str], caption: str) -> Table:
+    """A table without rows: a column for the optimizers, and one for every heading."""
     table = Table(
         title=title,
         caption=caption,
@@ -92,10 +93,11 @@ def _loss(group: Sequence[Run]) -> str:
     if diverged == len(group):
         return "diverged"
     note = f" ({diverged} of {len(group)} diverged)" if diverged else ""
-    return _mean(finals(group, "train_loss"), ".4f") + note
+    return mean_and_interval(finals(group, "train_loss"), ".4f") + note
 
 
-def _mean(values: Sequence[float], digits: str) -> str:
+def mean_and_interval(values: Sequence[float], digits: str) -> str:
+    """Mean and half width of the 95 % interval, as text."""
     if not values:
         return "-"
     mean, half = interval(values)
