@@ -50,8 +50,8 @@ def clip_by_trust_region(
 
     - `"damped"`: `sum_i <U_i, V_i>` with `V_i` the raw gradients. For `U = (F + damping I)^{-1} V` that is
       `U^T (F + damping I) U`, at no cost. `radius = kl_clip / 2` gives `clip_by_kl`, except that signs count here.
-    - `"exact"`: the Fisher of the batch itself, from `curvature.quadratic_form`: one forward pass more, and the extra
-      argument `curvature` in every step.
+    - `"exact"`: the Fisher of the batch itself, from `curvature.quadratic_form`: a forward pass and a forward-mode one more,
+      and the extra argument `curvature` in every step (the preconditioner then follows its own period, `refresh=None`).
     - a function `(state of the preconditioner, updates) -> scalar`, such as `factor_metric(layers)`.
 
     Args:

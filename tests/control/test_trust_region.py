@@ -191,6 +191,34 @@ def test_part_of_the_batch_serves_the_exact_metric(x64):
     assert scales[0] == scales[1] < 1
 
 
+def test_a_batch_split_over_devices_gives_one_scale(x64):
+    """`axis_name`, here of a `vmap`: the product is that of the whole batch."""
+    estimator, params, x, grads, _ = problem()
+
+    def scale(x, axis_name=None):
+        tx = ko.clip_by_trust_region(optax.identity(), learning_rate=9.0, metric="exact", axis_name=axis_name)
+        return tx.update(grads, tx.init(params), params, curvature=estimator.at(params, x))[1].trust_scale
+
+    split = jax.jit(jax.vmap(lambda x: scale(x, "devices"), axis_name="devices"))(x.reshape(2, 3, 3))
+    np.testing.assert_allclose(split, jax.jit(scale)(x), rtol=1e-6)
+    assert float(split[0]) < 1
+
+
+def test_curvature_that_shares_the_forward_pass_of_the_loss(x64):
+    estimator, params, x, grads, _ = problem()
+    tx = ko.clip_by_trust_region(optax.identity(), learning_rate=9.0, metric="exact")
+
+    @jax.jit
+    def both(params):
+        y = jnp.asarray([0, 1, 1, 0, 1, 0])
+        _, same, shared = estimator.value_and_grad(lambda p, y: p.mean_nll(y))(params, x, targets=y)
+        once = lambda g, curvature: tx.update(g, tx.init(params), params, curvature=curvature)[0]
+        return once(same, shared), once(grads, estimator.at(params, x))
+
+    one, two = map(oracles.flatten, both(params))
+    np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
 def test_dtype_of_the_updates_is_kept_and_diagnostics_show_the_scale():
     tx = ko.clip_by_trust_region(optax.identity(), learning_rate=1.0)
     grads = jnp.ones(3, jnp.bfloat16)

@@ -151,6 +151,20 @@ def test_fisher_penalty_of_masked_parameters(x64):
         np.testing.assert_allclose(ravel(once(tx, params, curvature=estimator.at(params, x))), wanted, rtol=1e-10)
 
 
+def test_a_batch_split_over_devices_gives_one_fisher(x64):
+    estimator, params, x = problem()
+    zero = jax.tree.map(jnp.zeros_like, params)
+
+    def decay(x, axis_name=None):
+        tx = ko.add_weight_decay(optax.identity(), DECAY, mode="fisher", axis_name=axis_name)
+        return tx.update(zero, tx.init(params), params, curvature=estimator.at(params, x))[0]
+
+    split = jax.jit(jax.vmap(lambda x: decay(x, "devices"), axis_name="devices"))(x.reshape(2, 3, 3))
+    whole = jax.jit(decay)(x)
+    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, [other, other], rtol=1e-12, atol=1e-15)
+
+
 def recorder():
     """Passes gradients and keeps the extra arguments it got."""
     seen = {}
