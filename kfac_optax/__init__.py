@@ -8,9 +8,14 @@ from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
+from kfac_optax.control.cold_start import cold_start
 from kfac_optax.control.damping import adapt_damping
+from kfac_optax.control.graft import graft_norm
 from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.control.quadratic_model import quadratic_step, solve_model
+from kfac_optax.control.rms import clip_by_rms
+from kfac_optax.control.trust_region import clip_by_trust_region, trust_scale
+from kfac_optax.control.weight_decay import add_weight_decay
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coupling.deflated import deflated
 from kfac_optax.coupling.tridiagonal import tridiagonal
@@ -20,7 +25,9 @@ from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.transforms.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
-from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics, problems
+from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.transforms.factor_metric import factor_metric
+from kfac_optax.transforms.problems import problems
 from kfac_optax.transforms.schedule import HostSchedule, refresh_period
 
 __version__ = "0.1.0"
@@ -37,19 +44,25 @@ __all__ = [
     "Normal",
     "Use",
     "adapt_damping",
+    "add_weight_decay",
     "blocks_of",
     "clip_by_kl",
+    "clip_by_rms",
+    "clip_by_trust_region",
     "coarse_correction",
     "coarse_fisher",
+    "cold_start",
     "coverage",
     "deflated",
     "diagnostics",
     "diagonal",
     "embedding",
     "empirical_fisher",
+    "factor_metric",
     "fisher",
     "forward_only",
     "ggn",
+    "graft_norm",
     "kfac",
     "kfac_adaptive",
     "kfac_two_level",
@@ -69,5 +82,6 @@ __all__ = [
     "tap_scale_shift",
     "tied_embedding",
     "tridiagonal",
+    "trust_scale",
     "unitwise",
 ]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import gather, make_buckets, named_leaves, present, replace_leaves
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_number, resolve
+from kfac_optax.control._per_layer import inner_products, scale_layers
 
 
 class KLClipState(NamedTuple):
@@ -68,7 +68,7 @@ def clip_by_kl(
         rate, bound = resolve(learning_rate, state.kl_count), resolve(kl_clip, state.kl_count)
         with jax.named_scope("kfac/kl_clip"):
             scale = kl_scale(preconditioned, updates, rate, bound, layers)
-            clipped = _scale(preconditioned, scale, layers)
+            clipped = scale_layers(preconditioned, scale, layers)
         return clipped, KLClipState(inner, count, scale.astype(jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -82,30 +82,8 @@ def kl_scale(
     >>> print(kl_scale(jnp.array([3.0, 4.0]), jnp.array([3.0, 4.0]), 1.0, 1.0))
     0.2
     """
-    total = jnp.sum(_products(named_leaves(preconditioned), named_leaves(gradients), layers))
+    total = jnp.sum(jnp.abs(inner_products(preconditioned, gradients, layers)))
     square = jnp.square(jnp.asarray(learning_rate, total.dtype)) * total
     usable = jnp.isfinite(square) & (square > 0)
     scale = jnp.sqrt(jnp.asarray(kl_clip, total.dtype) / jnp.where(usable, square, 1))
     return jnp.where(usable, jnp.minimum(scale, 1), 1)
-
-
-def _products(u: dict[str, jax.Array], v: dict[str, jax.Array], layers: Layers | None) -> jax.Array:
-    """`|<U_i, V_i>|` per layer."""
-    if not v:
-        return jnp.zeros((1,))
-    dtype = jnp.result_type(jnp.float32, *v.values())
-    if layers is None:
-        return jnp.stack([jnp.abs(jnp.sum(u[n].astype(dtype) * v[n].astype(dtype))) for n in v])
-    buckets = make_buckets(present(layers, v))
-    parts = [jnp.abs(jnp.sum(gather(b, u, dtype) * gather(b, v, dtype), axis=(1, 2))) for b in buckets]
-    return jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype)
-
-
-def _scale(tree: PyTree, scale: jax.Array, layers: Layers | None) -> PyTree:
-    leaves = named_leaves(tree)
-    if layers is None:
-        names = set(leaves)
-    else:
-        mine = present(layers, leaves)
-        names = {layer.kernel for layer in mine} | {layer.bias for layer in mine if layer.bias is not None}
-    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in leaves.items() if n in names})

@@ -45,7 +45,7 @@ def scores(path: Path, runs: Runs, *, title: str) -> None:
         axes.set(title=f"{part} {score(runs)}", xlabel="epoch")
     _score_limits(panels, runs, ("train", "test"))
     panels[1].set_ylabel("")
-    _legend_below(figure, panels[0])
+    legend_below(figure, panels[0])
     figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
@@ -60,7 +60,7 @@ def over_seconds(path: Path, runs: Runs, *, title: str) -> None:
     for axes in (left, right):
         axes.set_xlabel(_SECONDS)
     right.set_ylabel(f"test {right.get_ylabel()}")
-    _legend_below(figure, left)
+    legend_below(figure, left)
     figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
@@ -72,7 +72,7 @@ def tuned_loss(path: Path, runs: Runs, *, title: str) -> None:
     _losses(left, best, with_rate=True)
     _losses(right, best, in_seconds=True)
     right.set_ylabel("")
-    _legend_below(figure, left)
+    legend_below(figure, left)
     figure.savefig(path, dpi=150)
 
 
@@ -85,7 +85,7 @@ def tuned_score(path: Path, runs: Runs, *, title: str) -> None:
     _score_limits((left, right), best, ("test",))
     left.set_ylabel(f"test {left.get_ylabel()}")
     right.set_ylabel("")
-    _legend_below(figure, left)
+    legend_below(figure, left)
     figure.savefig(path, dpi=150)
 
 
@@ -180,7 +180,8 @@ def _curve(
         axes.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Puts the legend of some axes under all of the figure, in one row."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 

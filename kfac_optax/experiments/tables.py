@@ -30,7 +30,7 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
     rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
-    table = _table(
+    table = blank(
         f"Every optimizer at learning rate {', '.join(f'{rate:g}' for rate in rates)}",
         ("final train loss", f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
@@ -40,9 +40,9 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
         table.add_row(
             OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
             _loss(group),
-            _mean([factor * value for value in finals(group, f"train_{kind}")], digits),
-            _mean([factor * value for value in finals(group, f"test_{kind}")], digits),
-            _mean(ms_per_step(group), ".2f"),
+            mean_and_interval([factor * value for value in finals(group, f"train_{kind}")], digits),
+            mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits),
+            mean_and_interval(ms_per_step(group), ".2f"),
         )
     return table
 
@@ -52,7 +52,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
-    table = _table(
+    table = blank(
         "Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
         ("rate", "final train loss", f"test {heading}", *(f"to loss {target:g}" for target in targets)),
         "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
@@ -63,7 +63,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         rate = best_rate(runs, name)
         group = runs[name, rate]
         cells = [_reached(group, target) for target in targets]
-        test = _mean([factor * value for value in finals(group, f"test_{kind}")], digits)
+        test = mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits)
         table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _loss(group), test, *cells)
     return table
 
@@ -72,7 +72,7 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
     """What every optimizer at its best rate reaches in the same training seconds, and when it reaches fixed losses."""
     best = best_runs(runs)
     seconds = clock.common(best)
-    table = _table(
+    table = blank(
         "Every optimizer at its best learning rate, by training seconds",
         ("rate", "ms/step", f"train loss at {seconds:.3g} s", *(f"to loss {target:g}" for target in targets)),
         f"Mean ± 95 % interval (Student t) over {_seeds(best)}; compilation and evaluation left out. Seconds and steps to a "
@@ -80,8 +80,10 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
     )
     for (name, _), group in best.items():
         cells = [_raced(group, target) for target in targets]
-        loss = _mean(clock.at(group, "train_loss", seconds=seconds), ".4f")
-        table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _mean(ms_per_step(group), ".2f"), loss, *cells)
+        loss = mean_and_interval(clock.at(group, "train_loss", seconds=seconds), ".4f")
+        table.add_row(
+            OPTIMIZERS[name].label, _rate(runs, name), mean_and_interval(ms_per_step(group), ".2f"), loss, *cells
+        )
     return table
 
 
@@ -104,7 +106,7 @@ def _raced(group: Sequence[Run], target: float) -> str:
     if 2 * len(epochs) <= len(group):
         return f"- {share}"
     steps = [epoch * group[0].steps for epoch in epochs]
-    return f"{_mean(seconds, '.2f')} s\n{_mean(steps, '.0f')} steps {share}"
+    return f"{mean_and_interval(seconds, '.2f')} s\n{mean_and_interval(steps, '.0f')} steps {share}"
 
 
 def _columns(kind: str) -> tuple[str, float, str]:
@@ -112,7 +114,8 @@ def _columns(kind: str) -> tuple[str, float, str]:
     return ("acc %", 100.0, ".2f") if kind == "accuracy" else ("error", 1.0, ".5f")
 
 
-def _table(title: str, headings: Sequence[str], caption: str) -> Table:
+def blank(title: str, headings: Sequence[str], caption: str) -> Table:
+    """A table without rows: a column for the optimizers, and one for every heading."""
     table = Table(
         title=title,
         caption=caption,
@@ -132,10 +135,11 @@ def _loss(group: Sequence[Run]) -> str:
     if diverged == len(group):
         return "diverged"
     note = f" ({diverged} of {len(group)} diverged)" if diverged else ""
-    return _mean(finals(group, "train_loss"), ".4f") + note
+    return mean_and_interval(finals(group, "train_loss"), ".4f") + note
 
 
-def _mean(values: Sequence[float], digits: str) -> str:
+def mean_and_interval(values: Sequence[float], digits: str) -> str:
+    """Mean and half width of the 95 % interval, as text."""
     if not values:
         return "-"
     mean, half = interval(values)

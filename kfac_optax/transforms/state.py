@@ -71,3 +71,31 @@ def block_of_bucket(bucket: Bucket) -> Block:
     """The block of a bucket that was made with one."""
     assert bucket.block is not None
     return bucket.block
+
+
+def find_states(opt_state: PyTree, kind: type) -> list[Any]:
+    """All parts of an optimizer state that are of one kind, in tree order."""
+    found: list[Any] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, kind):
+            found.append(node)
+        return False  # go on inside: a clip wraps the curvature's own state
+
+    jax.tree.leaves(opt_state, is_leaf=visit)
+    return found
+
+
+def the_state(opt_state: PyTree, kind: type, where: str) -> Any:
+    """The only part of one kind.
+
+    Raises:
+      ValueError: there is none, or several.
+    """
+    found = find_states(opt_state, kind)
+    if len(found) != 1:
+        raise ValueError(
+            f"{where}: found {len(found)} {kind.__name__} in the optimizer state; expected exactly one. Pass the state of one "
+            "K-FAC transformation (of one group, under optax.partition)."
+        )
+    return found[0]
