@@ -52,6 +52,7 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             "targets": (280.0, 260.0, 250.0),
             "evaluation_batch": 1_000,
             "steps_per_call": 10,
+            "python_loop": False,  # steps compiled without branches, what is due decided in Python
             "checkpoint_every": 0,  # epochs; 0: only by the clock
             "checkpoint_seconds": 60,
             "workers": 1,

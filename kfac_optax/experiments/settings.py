@@ -9,8 +9,8 @@ import ml_collections
 _OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
 _OF_THE_SWEEP |= {"tune", "tune_seeds", "grid", "targets", "workers", "out"}
 _OF_THE_SWEEP |= {"data_dir", "steps_per_call", "checkpoint_every", "checkpoint_seconds", "evaluation_batch"}
-# Entries that change nothing where they are 0, so that runs made before there were any stay valid.
-_OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds")
+# Entries that change nothing where they are 0 or False, so that runs made before there were any stay valid.
+_OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds", "python_loop")
 
 
 def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:

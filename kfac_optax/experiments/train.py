@@ -185,9 +185,7 @@ def run(
     """
     dataset, key = start(config, seed=seed)
     rate_array = jnp.float32(rate)
-    state, reports, done = trainer.init(rate_array, key, dataset), jnp.zeros((trainer.steps, 2)), Position()
-    if store is not None and (found := store.read((state, reports))) is not None:
-        done, (state, reports) = found
+    done, state, reports = _begin(trainer, trainer.init(rate_array, key, dataset), store)
     rows = [trainer.metrics(*row) for row in done.rows]
     epochs, reported = _steps_reported(rows, trainer)
     if epochs or done.step:
@@ -222,6 +220,16 @@ def run(
 
 
 _mean = jax.jit(steps.mean_report)
+
+
+def _begin(trainer: Trainer, state: State, store: Store | None) -> tuple[Position, State, jax.Array]:
+    """Where a run begins: at its first state, or at what the store has of it."""
+    reports = jnp.zeros((trainer.steps, 2))
+    found = None if store is None else store.read((state, reports))
+    if found is None:
+        return Position(), state, reports
+    done, (state, reports) = found
+    return done, state, reports
 
 
 def _steps_reported(rows: Sequence[Any], trainer: Trainer) -> tuple[int, int]:
