@@ -88,25 +88,6 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     section 4.3 and appendix B.
     """
 
-    def init(layers: Sequence[Layer], dtype: jnp.dtype) -> CrossFactors:
-        sizes = [layer.shape for layer in layers]
-        groups = _groups(sizes).items()
-        inputs = {k: jnp.zeros((len(m), sizes[m[0]][0], sizes[m[0] + 1][0]), dtype) for k, m in groups}
-        outputs = {k: jnp.zeros((len(m), sizes[m[0]][1], sizes[m[0] + 1][1]), dtype) for k, m in groups}
-        return CrossFactors(inputs, outputs)
-
-    def measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
-        if g is None:
-            raise ValueError(
-                f"{_WHERE}: this estimator measures no output gradients, which the cross factors need. Use fisher, ggn or "
-                "empirical_fisher."
-            )
-        a, g = (x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g))  # a scan of one step leaves an axis
-        if weights is None:
-            return _Rows(a, g)
-        weights = weights.reshape(1, -1)
-        return _Rows(keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype), g)
-
     def reduce(measured: Sequence[_Rows], examples: int) -> CrossFactors:
         groups = _groups([(x.inputs.shape[-1], x.outputs.shape[-1]) for x in measured]).items()
 
@@ -117,10 +98,11 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
         return CrossFactors({k: cross("inputs", m) for k, m in groups}, {k: cross("outputs", m) for k, m in groups})
 
     def factorize(statistic: CrossFactors, fine: Fine) -> dict[str, Link]:
+        factors = [fine.factors(i) for i in range(len(fine.sizes))]
         held: dict[str, Link] = {}
         previous: PyTree = statistic  # comes after the factorisations of the blocks
-        for name, members in _groups(_shapes(fine)).items():
-            own = [fine.factors(i) for i in members]
+        for name, members in _groups([(len(f.inputs), len(f.outputs)) for f in factors]).items():
+            own = [factors[i] for i in members]
             following = [fine.held(i + 1) for i in members]
             own, following = (jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (own, following))
             cross = Factors(statistic.inputs[name], statistic.outputs[name])
@@ -135,7 +117,28 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
         )
         return update, squared_distance(update, fine)
 
-    return Coupling("block-tridiagonal", init, measure, reduce, factorize, apply, _check, sees="rows", late=True)
+    return Coupling("block-tridiagonal", _init, _measure, reduce, factorize, apply, _check, sees="rows", late=True)
+
+
+def _init(layers: Sequence[Layer], dtype: jnp.dtype) -> CrossFactors:
+    sizes = [layer.shape for layer in layers]
+    groups = _groups(sizes).items()
+    inputs = {k: jnp.zeros((len(m), sizes[m[0]][0], sizes[m[0] + 1][0]), dtype) for k, m in groups}
+    outputs = {k: jnp.zeros((len(m), sizes[m[0]][1], sizes[m[0] + 1][1]), dtype) for k, m in groups}
+    return CrossFactors(inputs, outputs)
+
+
+def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
+    if g is None:
+        raise ValueError(
+            f"{_WHERE}: this estimator measures no output gradients, which the cross factors need. Use fisher, ggn or "
+            "empirical_fisher."
+        )
+    a, g = (x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g))  # a scan of one step leaves an axis
+    if weights is None:
+        return _Rows(a, g)
+    weights = weights.reshape(1, -1)
+    return _Rows(keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype), g)
 
 
 def _link(
@@ -170,11 +173,6 @@ def _groups(shapes: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:
     for i, ((p, q), (next_p, next_q)) in enumerate(itertools.pairwise(shapes)):
         groups.setdefault(f"{p}x{q}_{next_p}x{next_q}", []).append(i)
     return groups
-
-
-def _shapes(fine: Fine) -> list[tuple[int, int]]:
-    factors = [fine.factors(i) for i in range(len(fine.sizes))]
-    return [(len(f.inputs), len(f.outputs)) for f in factors]
 
 
 def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:

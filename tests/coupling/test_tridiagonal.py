@@ -102,6 +102,19 @@ def test_weights_count_examples(x64):
             assert np.abs(block).max() > 1e-3
 
 
+def test_cross_factors_are_averaged_like_the_factors(x64):
+    """Two batches one after another are the mean of both: same count, same weight."""
+    params, x = oracles.make_params(0, (2, 3, 2)), oracles.normal(1, (10, 2))
+    estimator = ko.ggn(predict)
+    tx = KFAC(estimator.layers(params, x), coupling=ko.tridiagonal())
+    step = jax.jit(lambda s, x: tx.update(params, s, curvature=estimator.at(params, x), refresh=False)[1])
+    state = step(step(tx.init(params), x[:5]), x[5:]).preconditioner
+    factors, across = cross(estimator, params, x)
+    got = [*state.factors.values(), state.coarse.coarse_factors]
+    for u, v in zip(jax.tree.leaves(got), jax.tree.leaves([*factors, across]), strict=True):
+        np.testing.assert_allclose(u, v, rtol=1e-10, atol=1e-14)
+
+
 class Model(nn.Module):
     how: str
 
