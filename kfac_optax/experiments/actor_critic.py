@@ -14,17 +14,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kfac_optax.experiments import a2c, data, plots, tables
+from kfac_optax.experiments import a2c, command_line, data, plots, tables
 from kfac_optax.experiments.results import interval, write_json
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
 _STYLES = {"acktr": plots.STYLES["kfac"], "adam": plots.STYLES["adam"], "rmsprop": plots.STYLES["sgd"]}
 
 
@@ -40,15 +37,8 @@ class Run(NamedTuple):
 Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning rate, one per seed
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point: `--config=FILE`, every entry of which can be overridden by a flag."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there
-    config = _CONFIG.value
-    out = Path(config.out or f"results/{config.name}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+def experiment(config: ml_collections.ConfigDict, out: Path, console: Console) -> None:
+    """Trains every optimizer at every rate with every seed, then reports."""
     report(config, out, console, compare(config, console))
 
 
@@ -222,5 +212,4 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(experiment)

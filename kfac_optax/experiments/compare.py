@@ -5,28 +5,16 @@
 Run it again to continue an interrupted sweep: finished runs with the same settings are kept.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
 from rich.console import Console
 
-from kfac_optax.experiments import plots, results, sweep, tables
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
+from kfac_optax.experiments import command_line, plots, results, sweep, tables
 
 
-def main(argv: Sequence[str]) -> None:
-    """Entry point: `--config=FILE`, every entry of which can be overridden by a flag."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there
-    config = _CONFIG.value
-    out = Path(config.out or f"results/{config.name}")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log has no width of its own, and 80 would break the cells
+def experiment(config: ml_collections.ConfigDict, out: Path, console: Console) -> None:
+    """Trains whatever is not finished yet, then reports."""
     try:
         runs = sweep.sweep(config, out, console)
     except KeyboardInterrupt:
@@ -60,5 +48,4 @@ def report(
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(experiment)

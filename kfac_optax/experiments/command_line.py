@@ -1,0 +1,27 @@
+"""What the command lines of the experiments share: the flag `--config=FILE`, and a console that fits a log."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
+
+
+def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) -> None:
+    """Calls `experiment(config, out, console)` with what `--config=FILE` and the flags that override its entries say."""
+
+    def main(argv: Sequence[str]) -> None:
+        del argv
+        logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there
+        config = _CONFIG.value
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=120)  # a log has no width of its own, and 80 would break the cells
+        experiment(config, Path(config.out or f"results/{config.name}"), console)
+
+    flags.mark_flag_as_required("config")
+    app.run(main)
