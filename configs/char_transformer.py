@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "inverse_every": 50,
                 "inverse": "eigh",
             },
+            "adaptive": {},  # options of kfac_adaptive and two_level_adaptive, which tune themselves
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
             "grid": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3),

@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "inverse": "eigh",
                 "normalization": "pass",  # norm layers are left alone, as in the papers
             },
+            "adaptive": {},  # options of kfac_adaptive and two_level_adaptive, which tune themselves
             # Rows within an epoch, and an end by the clock: for comparisons at equal seconds.
             "report_every": 0,  # steps between rows of metrics.csv; 0: one row an epoch
             "evaluate_every": 0,  # rows between evaluations, whose values the rows between repeat; 0: once an epoch

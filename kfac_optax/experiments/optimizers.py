@@ -1,5 +1,6 @@
 """The compared optimizers by name, each a function of the learning rate."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Curved(NamedTuple):
 
     Attributes:
         layers: those that the library found in the model.
-        options: `config.kfac` with its schedules, keyword arguments of the library.
+        options: keyword arguments of the library, from `config.kfac` or `config.adaptive`, with their schedules.
     """
 
     layers: Any
@@ -36,13 +37,19 @@ class Optimizer(NamedTuple):
         label: name in tables and figures.
         curvature: whether updates need `curvature=`.
         build: config, layers and options if `curvature`, learning rate to the transformation.
-        tuned: whether the grid of learning rates is tried; False for one that finds its own rate and runs once per seed.
+        adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no grid is tried, and its
+            options are those of `config.adaptive`.
     """
 
     label: str
     curvature: bool
     build: Build
-    tuned: bool = True
+    adaptive: bool = False
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the grid of learning rates is tried."""
+        return not self.adaptive
 
 
 def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
@@ -74,6 +81,17 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     return build
 
 
+def _adaptive(preset: Callable[..., Any]) -> Build:
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        del rate
+        assert curved is not None
+        decay = config.weight_decay  # in the objective, as the ratio of its reduction sees it
+        tx = preset(curved.layers, weight_decay=decay, **curved.options)
+        return optax.chain(optax.add_decayed_weights(decay), tx)
+
+    return build
+
+
 def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
     """Appends weight decay, momentum and the learning rate to a preconditioner."""
     # The decay is added to the preconditioned gradient, as the paper does: before it, the
@@ -92,7 +110,13 @@ OPTIMIZERS = {
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer("two-level, Galerkin", True, _two_level("factored", "galerkin")),
+    "kfac_adaptive": Optimizer("K-FAC, adaptive", True, _adaptive(ko.kfac_adaptive), adaptive=True),
+    "two_level_adaptive": Optimizer("two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True),
 }
+# What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
+_STRUCTURE = (
+    "uncovered", "normalization", "sharing", "positions", "convolution", "recurrence", "factor_dtype", "precision",
+)  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -153,11 +177,24 @@ def make(
         # In train mode, as the gradient sees the model; the new batch statistics are dropped.
         return likelihood.distribution(models.apply(model, params, model_state, x, train=True)[0])
 
-    fisher = ko.fisher(predict)
+    fisher = ko.fisher(predict, subsample=config.get("subsample") or None)
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
-    options = schedules.resolve(config.kfac.to_dict(), steps=steps, where="config.kfac")
-    curved = Curved(fisher.layers(params, model_state, x), options)
+    curved = Curved(fisher.layers(params, model_state, x), _options(config, optimizer, steps))
+    extra = _extra_of_adaptive(config, fisher) if optimizer.adaptive else _extra(fisher)
+    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, _due(optimizer, curved))
 
+
+def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    options = config.kfac.to_dict()
+    if not optimizer.adaptive:
+        return schedules.resolve(options, steps=steps, where="config.kfac")
+    own = config.adaptive.to_dict() if "adaptive" in config else {}
+    return {k: options[k] for k in _STRUCTURE if k in options} | schedules.resolve(
+        own, steps=steps, where="config.adaptive"
+    )
+
+
+def _extra(fisher: Any) -> Callable[..., dict[str, Any]]:
     def extra(
         params: Any, model_state: Any, x: jax.Array, key: jax.Array, *,
         value: Any = None, value_fn: Any = None, grad: Any = None, measure: Any = None, refresh: Any = None, **due: Any,
@@ -166,5 +203,32 @@ def make(
         curvature = fisher.at(params, model_state, x, key=key) if measure in (None, True) else None
         return {"curvature": curvature, "refresh": refresh, **due}
 
-    periods = {k: options[k] for k in ("curvature_every", "inverse_every", "stagger") if k in options}
-    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, ko.HostSchedule(**periods))
+    return extra
+
+
+def _extra_of_adaptive(config: ml_collections.ConfigDict, fisher: Any) -> Callable[..., dict[str, Any]]:
+    def objective(value: Any, params: Any) -> Any:
+        return value + config.weight_decay / 2 * optax.tree.norm(params, squared=True)
+
+    def extra(
+        params: Any, model_state: Any, x: jax.Array, key: jax.Array, *, value: Any, value_fn: Any, grad: Any, **due: Any
+    ):  # fmt: skip
+        del grad  # the transformation gets it with the weight decay
+        return {
+            "curvature": fisher.at(params, model_state, x, key=key),
+            "value": objective(value, params),
+            "value_fn": lambda params: objective(value_fn(params), params),
+            **due,
+        }
+
+    return extra
+
+
+def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:
+    options = dict(curved.options)
+    if optimizer.adaptive:
+        defaults = inspect.signature(ko.kfac_adaptive).parameters
+        names = ("curvature_every", "inverse_every", "adapt_every")
+        options = {name: defaults[name].default for name in names} | options
+    periods = {k: options[k] for k in ("curvature_every", "inverse_every", "stagger", "adapt_every") if k in options}
+    return ko.HostSchedule(**periods)

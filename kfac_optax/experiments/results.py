@@ -41,8 +41,8 @@ Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning ra
 
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
     """All that decides the outcome of a run, as JSON gives it back."""
-    curvature = optimizers.OPTIMIZERS[job.optimizer].curvature
-    common = settings.identity(config, job.optimizer, curvature=curvature)
+    kind = optimizers.OPTIMIZERS[job.optimizer]
+    common = settings.identity(config, job.optimizer, curvature=kind.curvature, adaptive=kind.adaptive)
     return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 
 

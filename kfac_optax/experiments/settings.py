@@ -10,7 +10,7 @@ _OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
 _OF_THE_SWEEP |= {"tune", "tune_seeds", "grid", "targets", "workers", "out"}
 _OF_THE_SWEEP |= {"data_dir", "steps_per_call", "checkpoint_every", "checkpoint_seconds", "evaluation_batch"}
 # Entries that change nothing where they are 0 or False, so that runs made before there were any stay valid.
-_OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds", "python_loop")
+_OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds", "python_loop", "subsample")
 
 
 def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:
@@ -46,7 +46,9 @@ def rates(config: ml_collections.ConfigDict, optimizer: str, *, tuned: bool) -> 
     return list(dict.fromkeys((own.learning_rate, *grid)))
 
 
-def identity(config: ml_collections.ConfigDict, optimizer: str, *, curvature: bool) -> dict[str, Any]:
+def identity(
+    config: ml_collections.ConfigDict, optimizer: str, *, curvature: bool, adaptive: bool = False
+) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
     settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
     settings["data"].pop("data_dir", None)
@@ -55,4 +57,7 @@ def identity(config: ml_collections.ConfigDict, optimizer: str, *, curvature: bo
             settings.pop(name, None)
     if not curvature:
         settings.pop("kfac", None)
+        settings.pop("subsample", None)
+    if not adaptive:
+        settings.pop("adaptive", None)
     return json.loads(json.dumps(settings))

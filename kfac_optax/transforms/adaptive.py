@@ -9,24 +9,29 @@ from kfac_optax.control.damping import adapt_damping
 from kfac_optax.control.quadratic_model import quadratic_step
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.transforms.aliases import kfac
+from kfac_optax.transforms.schedule import refresh_period
+
+# Often while everything changes fast, then so rarely that a step costs about twice that of SGD where layers are wide.
+_STATISTICS = refresh_period(5, warmup_steps=20)
+_INVERSES = refresh_period(20, warmup_steps=20, first=5)
 
 
 def kfac_adaptive(
     layers: Layers,
     *,
-    initial_damping: Numeric = 0.1,
+    initial_damping: Numeric = 0.03,
     learning_rate: ScalarOrSchedule | None = None,
     momentum: ScalarOrSchedule | None = None,
     weight_decay: Numeric = 0.0,
     adapt_every: int = 5,
     damping_decay: Numeric = 0.95,
-    damping_min: Numeric = 1e-8,
+    damping_min: Numeric = 0.01,
     damping_max: Numeric = 1e8,
     reject_below: Numeric | None = 0.0,
     search_every: int | None = None,
     model_subsample: Any = None,
-    curvature_every: ScalarOrSchedule = 1,
-    inverse_every: ScalarOrSchedule = 5,
+    curvature_every: ScalarOrSchedule = _STATISTICS,
+    inverse_every: ScalarOrSchedule = _INVERSES,
     inverse: str = "cholesky",
     axis_name: Any = None,
     **options: Any,
@@ -54,8 +59,8 @@ def kfac_adaptive(
       reject_below: measured reduction ratios below it reject the step; `None` rejects only what is not finite.
       search_every: period of the search for the preconditioner's own damping; `None`: it is `lambda + weight_decay`.
       model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in `fisher`.
-      curvature_every: period of the statistics.
-      inverse_every: period of the inverses.
+      curvature_every: period of the statistics; by default every step of the first 20, then every 5.
+      inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every 20.
       inverse: `"cholesky"` (factored Tikhonov damping) or `"eigh"` (exact damping).
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       **options: further arguments of `kfac`.

@@ -67,6 +67,8 @@ class HostSchedule(NamedTuple):
       inverse_every: period of the inverses, or a schedule of it.
       stagger: parts of the inverses, as the transformation was given; `refresh` then names the parts that are due by a
         tuple, and is `True` where all are (in step 0, for one).
+      adapt_every: period of `adapt_damping` (its `every`), or of a whole optimizer that contains it; then `adapt` is among
+        what is returned, and curvature has to be passed in every step.
 
     >>> schedule = HostSchedule(curvature_every=2, inverse_every=4)
     >>> print(schedule(0), schedule(2))
@@ -74,11 +76,14 @@ class HostSchedule(NamedTuple):
     >>> staggered = HostSchedule(curvature_every=2, inverse_every=4, stagger=2)
     >>> print([staggered(step)["refresh"] for step in range(5)])
     [True, False, (1,), False, (0,)]
+    >>> print([HostSchedule(adapt_every=3)(step)["adapt"] for step in range(4)])
+    [False, False, True, False]
     """
 
     curvature_every: int | Callable[[int], Any] = 10
     inverse_every: int | Callable[[int], Any] = 100
     stagger: int | None = None
+    adapt_every: int | None = None
 
     def __call__(self, step: int) -> dict[str, Any]:
         """What is due at a step, as keyword arguments.
@@ -91,7 +96,11 @@ class HostSchedule(NamedTuple):
         parts = check_parts("HostSchedule", self.stagger)
         due = tuple(j for j in range(parts) if step == 0 or step % every == phase(j, every, parts))
         # one kind of step for "all" and one for "none", however many parts there are
-        return {"measure": step % measure_every == 0, "refresh": due if 0 < len(due) < parts else bool(due)}
+        kind = {"measure": step % measure_every == 0, "refresh": due if 0 < len(due) < parts else bool(due)}
+        if self.adapt_every is None:
+            return kind
+        adapt = _period("adapt_every", self.adapt_every, step)
+        return kind | {"adapt": step % adapt == adapt - 1}
 
 
 def _period(name: str, value: Any, step: int) -> int:

@@ -30,7 +30,11 @@ def reduced(name: str, directory, *variant: str):
     if config.data.name == "fashion_mnist":
         data_files.write_idx(directory)
         config.data_dir = str(directory)
-    config.kfac.update(curvature_every=1, inverse_every=2)
+    config.kfac = config.kfac.to_dict() | {"curvature_every": 1, "inverse_every": 2}
+    if "adaptive" in config:
+        config.adaptive = {"curvature_every": 1, "inverse_every": 2, "adapt_every": 3}
+    if "report_every" in config:
+        config.update(report_every=0, budget_seconds=0.0)
     return config
 
 
@@ -41,6 +45,7 @@ SMALL = [
     ("fashion_mnist_cnn", "adam", {"channels": (8,), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
+    ("fashion_mnist_autoencoder:digits", "two_level_adaptive", {"widths": (6, 3)}),
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
 ]
 
