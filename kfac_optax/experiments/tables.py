@@ -31,7 +31,7 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
     kind = score(runs)
     heading, factor, digits = _columns(kind)
     table = blank(
-        f"Every optimizer at learning rate {', '.join(f'{rate:g}' for rate in rates)}",
+        "Every optimizer at " + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
         ("final train loss", f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
         f"evaluation left out, {_together(workers)}." + _SCORES[kind],
@@ -53,7 +53,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     kind = score(runs)
     heading, factor, digits = _columns(kind)
     table = blank(
-        "Every optimizer at its best learning rate of " + ", ".join(f"{r:g}" for r in rates),
+        "Every optimizer at " + (f"its best learning rate of {_listed(rates)}" if rates else "the rate it finds"),
         ("rate", "final train loss", f"test {heading}", *(f"to loss {target:g}" for target in targets)),
         "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
         "over the seeds that reached it, and how many did; - when at most half did. *: an edge of "
@@ -90,6 +90,10 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
 def _rates(runs: Runs) -> list[float]:
     """All rates of the optimizers that are tuned, the largest first."""
     return sorted({rate for name, rate in runs if OPTIMIZERS[name].tuned}, reverse=True)
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _rate(runs: Runs, name: str) -> str:

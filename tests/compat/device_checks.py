@@ -217,6 +217,37 @@ def shard_map_schedule():
     _same(jax.jit(sharded)(problem.params, x, y), jax.device_get((params, state)))
 
 
+def shard_map_adaptive():
+    """Damping, rate and momentum adapted on a split batch are those of the whole; the loss of each device is its own."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    x, y, _ = _data()
+    estimator, params = ko.ggn(h.plain_predict), h.plain_params()
+    layers = estimator.layers(params, x)
+
+    def train(axis_name, params, x, y):
+        tx = ko.kfac_adaptive(layers, curvature_every=1, inverse_every=2, adapt_every=2, axis_name=axis_name)
+        state = tx.init(params)
+
+        def loss(params):
+            return jnp.mean(h.plain_predict(params, x).nll(y))
+
+        def whole(params):
+            return loss(params) if axis_name is None else jax.lax.pmean(loss(params), axis_name)
+
+        for _ in range(3):
+            curvature = estimator.at(params, x)
+            known = {"curvature": curvature, "value": loss(params), "value_fn": loss}
+            updates, state = tx.update(jax.grad(whole)(params), state, params, **known)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    specs = (P(), P("data"), P("data"))
+    sharded = jax.shard_map(functools.partial(train, "data"), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+    expected = jax.device_get(jax.jit(functools.partial(train, None))(params, x, y))
+    assert expected[1].reduction_ratio != 1
+    _same(jax.jit(sharded)(params, x, y), expected)
+
+
 def shard_map_sampled_labels():
     """Every device draws labels of its own: the factor is the mean of the devices' with folded keys."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -341,6 +372,7 @@ CHECKS = {
         every_layer_auto_axes,
         every_layer_shard_map,
         couplings,
+        shard_map_adaptive,
     )
 }
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import kfac_optax as ko
+from conftest import read_config
 from kfac_optax.experiments import (
     clock,
     compare,
@@ -174,7 +175,7 @@ def test_figures_take_runs_of_unequal_length(tmp_path, unequal):
 
 
 def own_rate(monkeypatch):
-    tx = optimizers.OPTIMIZERS["sgd"]._replace(label="own rate", tuned=False)
+    tx = optimizers.OPTIMIZERS["sgd"]._replace(label="own rate", adaptive=True)
     monkeypatch.setitem(optimizers.OPTIMIZERS, "own", tx)
 
 
@@ -310,3 +311,49 @@ def test_the_python_loop_takes_the_step_that_is_due(digits, monkeypatch):
     for begin, end in ((0, 3), (3, 4), (0, 4)):
         state, reports = trainer.train(jnp.float32(0.1), state, reports, dataset, epoch, begin, end)
     assert state.opt_state["log"].tolist() == [0, 1, 2, 1, 3, 1, 2, 1]
+
+
+def test_the_rate_of_an_adaptive_optimizer_is_its_own(unequal):
+    found = {("kfac_adaptive", 0.1): unequal["sgd", 0.1][:2]}
+    assert "Every optimizer at the rate it finds" in rendered(tables.tuned(found, targets=()))
+    assert "at the rate it finds" in rendered(tables.fixed_rate(found, workers=1))
+
+
+def test_adaptive_options_matter_to_adaptive_optimizers_only(deep_linear):
+    def settings_of(name):
+        return results.run_settings(deep_linear, Job(name, 0.1, 0))
+
+    before = settings_of("kfac"), settings_of("kfac_adaptive")
+    deep_linear.adaptive = {"adapt_every": 2}
+    assert settings_of("kfac") == before[0]
+    assert settings_of("kfac_adaptive") != before[1]
+
+
+@pytest.fixture(scope="module")
+def adaptive_problem():
+    config = read_config("digits")
+    config.update(weight_decay=0.5, batch_size=8)
+    config.model.widths = (3,)
+    config.adaptive = {"curvature_every": 2, "inverse_every": 4, "adapt_every": 3}
+    dataset, _ = train.start(config, seed=0)
+    return config, steps.problem(config, "kfac_adaptive", dataset)
+
+
+def test_what_is_due_of_an_adaptive_optimizer_is_decided_on_the_host(adaptive_problem):
+    due = adaptive_problem[1].method.due
+    assert due(0) == {"measure": True, "refresh": True, "adapt": False}
+    assert due(5) == {"measure": False, "refresh": False, "adapt": True}
+
+
+def test_the_objective_of_an_adaptive_optimizer_contains_the_weight_decay(adaptive_problem):
+    params, x = {"w": jnp.array([1.0, 2.0])}, jnp.zeros(1)
+
+    def value_fn(params):
+        return jnp.sum(params["w"])
+
+    # the curvature is lazy: nothing of this model is run
+    extra = adaptive_problem[1].method.extra(
+        params, {}, x, jax.random.key(0), value=value_fn(params), value_fn=value_fn, grad=params, adapt=True
+    )
+    assert extra["value"] == extra["value_fn"](params) == 3 + 0.5 / 2 * 5
+    assert extra["adapt"] is True and extra["curvature"] is not None
