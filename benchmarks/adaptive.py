@@ -82,7 +82,7 @@ def _parts(known: dict[str, Any], loss: Callable[..., Any]) -> dict[str, Callabl
         return kfac.update(params, state, params, curvature=None, refresh=False)[0]
 
     def products(params: Any, x: jax.Array, *directions: Any) -> Any:
-        return fisher.at(params, x).quadratic_form(directions, subsample=MODEL_PART)
+        return fisher.at(params, x, key=jax.random.key(0)).quadratic_form(directions, subsample=MODEL_PART)
 
     calls = {
         "loss and gradient": (jax.value_and_grad(loss), params, x),

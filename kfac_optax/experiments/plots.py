@@ -1,5 +1,6 @@
 """Figures of a comparison: means over the seeds with 95 % bands."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -125,12 +126,13 @@ def _score_limits(panels: Iterable[Axes], runs: Runs, parts: Sequence[str]) -> N
 
 
 def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     # By the runs themselves: the band of few seeds may reach below zero, which has no logarithm.
     lows, highs = zip(*(_range(runs, column) for column in columns), strict=True)
+    narrow = max(highs) < 10 * min(lows)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7) if narrow else (1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(min(lows) / 1.15, max(highs) * 1.15)
     axes.grid(alpha=0.3)
 
@@ -183,9 +185,11 @@ def _curve(
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Puts the legend of some axes under all of the figure, in one row."""
+    """Puts the legend of some axes under all of the figure, in one row or, where that would be too long, in two."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    long = sum(len(label) + 8 for label in labels) > 10 * figure.get_figwidth()
+    columns = math.ceil(len(labels) / 2) if long else len(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _band_words(runs: Runs) -> str:
