@@ -67,8 +67,8 @@ def randomized_eigh(
       ValueError: `rank < 1`, a negative number, an unknown variant.
 
     >>> low = randomized_eigh(jnp.diag(jnp.array([1.0, 5.0, 0.0, 3.0])), jax.random.key(0), rank=2, oversampling=1)
-    >>> print(low.values.round(3))
-    [5. 3.]
+    >>> [f"{value:.3f}" for value in low.values]
+    ['5.000', '3.000']
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022); Halko, Martinsson &
     Tropp, Finding Structure with Randomness (2011).
