@@ -4,6 +4,7 @@ from kfac_optax._types import Block, Coupling, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
@@ -27,6 +28,7 @@ from kfac_optax.transforms.aliases import kfac, kfac_two_level
 from kfac_optax.transforms.core import scale_by_curvature
 from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.transforms.factor_metric import factor_metric
+from kfac_optax.transforms.low_rank import b_kfac, b_kfac_c, b_r_c, b_r_kfac, low_rank_blocks, rs_kfac
 from kfac_optax.transforms.problems import problems
 from kfac_optax.transforms.schedule import HostSchedule, refresh_period
 
@@ -45,6 +47,10 @@ __all__ = [
     "Use",
     "adapt_damping",
     "add_weight_decay",
+    "b_kfac",
+    "b_kfac_c",
+    "b_r_c",
+    "b_r_kfac",
     "blocks_of",
     "clip_by_kl",
     "clip_by_rms",
@@ -69,10 +75,13 @@ __all__ = [
     "kfac_two_level_adaptive",
     "kl_scale",
     "kronecker",
+    "low_rank",
+    "low_rank_blocks",
     "problems",
     "quadratic_step",
     "recurrent",
     "refresh_period",
+    "rs_kfac",
     "scale_by_curvature",
     "solve_model",
     "sua",

@@ -161,6 +161,13 @@ class Block(NamedTuple):
         inputs and adds up the output gradients of an example first.
       positions: at most about this many positions of an example are measured, evenly spaced; `None` for all.
       raw: `measure` sees the input map of a convolution itself, not its patches.
+      refresh: `(held, statistic, damping, count) -> held`, in place of `factorize` once something is held; `count` numbers the
+        statistics, for random draws.
+      absorb: `(held, columns, statistic, damping, average) -> held`, takes new rows into what is held at every statistic. Such
+        a block measures `(statistic, columns)`; `columns` come with an axis of pullbacks in front, and those of all devices
+        together. `average` is an `Average`.
+      solve_rows: `(held, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and `g [R, q]`; or `None` where that
+        would cost more than `solve`.
     """
 
     name: str
@@ -173,6 +180,16 @@ class Block(NamedTuple):
     sharing: str = "expand"
     positions: int | None = None
     raw: bool = False
+    refresh: Callable[..., PyTree] | None = None
+    absorb: Callable[..., PyTree] | None = None
+    solve_rows: Callable[..., jax.Array | None] | None = None
+
+
+class Average(NamedTuple):
+    """How a new statistic is averaged in: `S <- weight S + (1 - weight) S_new`, as number `count` of those accepted."""
+
+    weight: jax.Array
+    count: jax.Array
 
 
 Vector = list[jax.Array]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket

@@ -9,13 +9,13 @@ import numpy as np
 from jax.extend import core as jex
 
 from kfac_optax._tree import named_leaves
-from kfac_optax._types import PyTree
+from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, trace
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.products import quadratic_form, vector_product
 from kfac_optax.seeds import Seeds
-from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collect, linearize_now
+from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collect, linearize_now, rows_of_layers
 
 
 class Spec(NamedTuple):
@@ -85,6 +85,11 @@ class SharedCurvature(NamedTuple):
     key: jax.Array | None
     params: PyTree
     args: tuple[PyTree, ...]
+    rows: Sequence[Zeros | None]  # of every site, `g` that of the loss
+
+    def gradient_rows(self, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+        """Rows `a [copies, R, p]` and `g [copies, R, q]` with `a^T g` the gradient, of layers whose block takes them."""
+        return rows_of_layers(plan, self.traced, self.rows, self.spec.kind.name)
 
     def quadratic_form(
         self,

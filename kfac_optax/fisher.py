@@ -127,7 +127,8 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     naturals, pull, prediction = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     heads = split_outputs(spec.kind, prediction)[1]
-    return loss, pull(seeds)[0], SharedCurvature(spec, traced, pull, heads, key, params, args)
+    gradient, rows = pull(seeds)
+    return loss, gradient, SharedCurvature(spec, traced, pull, heads, key, params, args, rows)
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:

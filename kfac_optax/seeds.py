@@ -87,22 +87,28 @@ def _scale(seed: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...]:
     return tuple(map(apply, seed))
 
 
-def mean_over(function: Callable[[Any], Any], count: int, chunk: int = 8) -> Any:
-    """Mean of `function(k)` over `k < count`; `chunk` pullbacks at a time, so memory does not grow with the count."""
+def mean_over(function: Callable[[Any], tuple[Any, Any]], count: int, chunk: int = 8) -> tuple[Any, Any]:
+    """Of `function(k) -> (statistics, columns)` over `k < count`: the mean of the first, the second stacked on axis 0.
+
+    `chunk` pullbacks at a time, so memory for statistics does not grow with the count.
+    """
     if count == 1:
-        return function(jnp.int32(0))
+        statistics, columns = function(jnp.int32(0))
+        return statistics, jax.tree.map(lambda x: x[None], columns)
     if count <= chunk:
-        return jax.tree.map(lambda x: x.mean(0), jax.vmap(function)(jnp.arange(count)))
+        statistics, columns = jax.vmap(function)(jnp.arange(count))
+        return jax.tree.map(lambda x: x.mean(0), statistics), columns
     steps = -(-count // chunk)
 
-    def add(total: Any, start: jax.Array) -> tuple[Any, None]:
+    def add(total: Any, start: jax.Array) -> tuple[Any, Any]:
         ks = start + jnp.arange(chunk)
-        values = jax.vmap(function)(jnp.minimum(ks, count - 1))
+        values, columns = jax.vmap(function)(jnp.minimum(ks, count - 1))
         keep = ks < count
         part = jax.tree.map(lambda x: jnp.tensordot(keep.astype(x.dtype), x, 1), values)
-        return jax.tree.map(jnp.add, total, part), None
+        return jax.tree.map(jnp.add, total, part), columns
 
-    shapes = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    shapes, _ = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = jax.tree.map(zeros_of_type, shapes)
-    total, _ = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
-    return jax.tree.map(lambda x: x / count, total)
+    total, columns = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
+    stacked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], columns)
+    return jax.tree.map(lambda x: x / count, total), stacked

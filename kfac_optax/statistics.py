@@ -1,5 +1,7 @@
 """From a traced model and output cotangents to per-layer statistics: means over examples, samples and devices."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +10,11 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent, evaluate, from_cotangent, make_zeros
-from kfac_optax.capture.geometry import Lookup
+from kfac_optax.capture.geometry import Conv, Lookup, to_rows
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
 from kfac_optax.heads import Kind
+from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.measure import row_weights, site_measure
 from kfac_optax.seeds import Seeds, mean_over, signed
 
@@ -100,6 +103,8 @@ def collect(
 ) -> tuple[list[PyTree], PyTree]:  # fmt: skip
     """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or `None`).
 
+    A layer whose block takes rows in has `(statistic, columns)` there, the columns `[copies, pullbacks, ...]`.
+
     Args:
       plan: what to measure.
       traced: the model.
@@ -133,19 +138,61 @@ def collect(
         # zero: as they are for labels drawn from the model, and for anything else once every example has a random sign.
         independent = cotangents if kind.labels else signed(cotangents, key)
 
-        def one(k: Any) -> tuple[list[PyTree], PyTree]:
+        def one(k: Any) -> tuple[tuple[list[PyTree], PyTree], dict[int, PyTree]]:
             pulled = pull(cotangents.make(k))
             blocks, across = _per_layer(plan, setting, pulled.sites)
+            columns = {}
+            for i, block in enumerate(plan.blocks):
+                if block.absorb is not None:
+                    blocks[i], columns[i] = blocks[i]
             if not single:
-                return blocks, across
+                return (blocks, across), columns
             leaves = pulled.leaves if independent is cotangents else pull(independent.make(k)).leaves
             for i, layer in enumerate(plan.layers):
                 if layer.kind == "diagonal":
                     blocks[i] = jnp.square(leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1) / examples
-            return blocks, across
+            return (blocks, across), columns
 
-        result = mean_over(one, cotangents.count)
-        return jax.lax.pmean(result, plan.axis_name) if plan.axis_name is not None else result
+        (blocks, across), columns = mean_over(one, cotangents.count)
+        if plan.axis_name is not None:
+            blocks, across = jax.lax.pmean((blocks, across), plan.axis_name)
+            columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
+        for i, mine in columns.items():
+            blocks[i] = blocks[i], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), mine)
+        return blocks, across
+
+
+def rows_of_layers(
+    plan: Plan, traced: Traced, sites: Sequence[Zeros | None], where: str
+) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+    """Rows `a [copies, R, p]`, with the bias coordinate, and `g [copies, R, q]` of all uses of layers that can use them.
+
+    Those of dense layers: `R` counts examples, positions and uses.
+    """
+    owner = _setting(plan, traced, 0, None, where).owner
+    uses: dict[Layer, list] = {}
+    for site, i, kept in zip(traced.sites, owner, sites, strict=True):
+        # with notes, something besides the rows has a part in the gradient
+        if i is None or kept is None or plan.blocks[i].solve_rows is None or plan.layers[i].notes:
+            continue
+        if isinstance(site.geometry, Conv):
+            continue
+        as_rows = functools.partial(to_rows, site.geometry)
+        for _ in range(len(site.scans) + site.stacked):
+            as_rows = jax.vmap(as_rows)
+        a, g = as_rows(*from_cotangent(site, kept.rows))
+        a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (_steps(a, site, 1), _steps(g, site, 1)))
+        uses.setdefault(plan.layers[i], []).append((homogeneous(a) if plan.layers[i].bias is not None else a, g))
+    return {layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine) for layer, mine in uses.items()}
+
+
+def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
+    """Rows `[..., n, d]` of every device one after another, divided by the root of their number: columns of a mean."""
+    devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    # a sum, unlike all_gather, gives what shard_map knows to be the same on all devices
+    apart = jnp.zeros((devices, *x.shape), x.dtype).at[mine].set(x)
+    together = jnp.moveaxis(jax.lax.psum(apart, axis_name), 0, -3)
+    return together.reshape(*x.shape[:-2], -1, x.shape[-1]) / math.sqrt(devices)
 
 
 def _setting(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> _Setting:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class LowRank(NamedTuple):
@@ -69,10 +69,33 @@ def low_rank_solve(
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022); spectrum
     continuation: Puiu, Brand New K-FACs (2022).
     """
+    coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
+    if low.values.shape[0] == v.shape[0]:  # nothing is left out
+        return jnp.matmul(low.vectors, coordinates / (low.values + shift)[:, None], precision=precision)
     outside = 1 / (rest + shift)
     inside = 1 / (low.values + shift) - outside
-    coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
     return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
+
+
+def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""]:
+    """The fewest pairs that hold the share `1 - error` of a matrix's trace; all of them where they hold less.
+
+    >>> print(rank_for(LowRank(jnp.eye(3), jnp.array([3.0, 0.9, 0.1])), jnp.float32(4.0), 0.05))
+    2
+    """
+    enough = jnp.cumsum(low.values) >= (1 - error) * trace
+    return jnp.where(enough.any(), jnp.argmax(enough) + 1, low.values.shape[0]).astype(jnp.int32)
+
+
+def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Array, ""]:
+    """Mean of the eigenvalues behind the first `used`, `(tr X - sum D) / (d - used)`, between zero and the last of those.
+
+    >>> print(mean_left_out(LowRank(jnp.eye(3, 1), jnp.array([3.0])), jnp.float32(4.0), 1))
+    0.5
+    """
+    dimension, held = low.vectors.shape
+    known = jnp.sum(jnp.where(jnp.arange(held) < used, low.values, 0))
+    return jnp.clip((trace - known) / jnp.maximum(dimension - used, 1), 0, low.values[used - 1])
 
 
 def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:

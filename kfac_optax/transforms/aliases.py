@@ -4,13 +4,13 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import Coupling, Layers, Numeric, ScalarOrSchedule
+from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.control.kl_clip import clip_by_kl
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coupling.deflated import MODES, deflated
-from kfac_optax.coverage import blocks_of, cover
+from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.transforms.core import scale_by_curvature
 
 
@@ -34,6 +34,8 @@ def kfac(
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
+    block: Block | BlockOf | None = None,
+    factored_gradient: bool = False,
     coupling: Coupling | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then KL-clip.
@@ -62,6 +64,10 @@ def kfac(
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
+      block: in place of the Kronecker block of dense layers, convolutions and attention projections; or a function of the
+        layer that gives every layer its block, such as `low_rank_blocks(...)`, and leaves the choices of `inverse`, `sharing`,
+        `positions`, `convolution` and `recurrence` without a say.
+      factored_gradient: precondition gradients of dense layers from their rows, see `scale_by_curvature`.
       coupling: what layers tell each other: `coarse_correction()`, `deflated()`, or `tridiagonal()` for chains of dense layers
         with `inverse="cholesky"`.
 
@@ -89,12 +95,13 @@ def kfac(
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
-        linear, inverse=inverse, normalization=normalization, convolution=convolution, recurrence=recurrence,
-        precision=precision,
+        linear if block is None else block, inverse=inverse, normalization=normalization, convolution=convolution,
+        recurrence=recurrence, precision=precision,
     )  # fmt: skip
     preconditioner = scale_by_curvature(
         layers, block=block_of, coupling=coupling, damping=damping, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, stagger=stagger, axis_name=axis_name, factor_dtype=factor_dtype,
+        inverse_every=inverse_every, stagger=stagger, factored_gradient=factored_gradient, axis_name=axis_name,
+        factor_dtype=factor_dtype,
     )  # fmt: skip
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
@@ -119,6 +126,8 @@ def kfac_two_level(
     axis_name: Any = None,
     factor_dtype: Any = None,
     precision: Any = "highest",
+    block: Block | BlockOf | None = None,
+    factored_gradient: bool = False,
     coarse: str = "factored",
     coarse_damping: str = "identity",
     resample: str = "nearest",
@@ -154,6 +163,10 @@ def kfac_two_level(
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products and solves.
+      block: in place of the Kronecker block of dense layers, convolutions and attention projections; or a function of the
+        layer that gives every layer its block, such as `low_rank_blocks(...)`, and leaves the choices of `inverse`, `sharing`,
+        `positions`, `convolution` and `recurrence` without a say.
+      factored_gradient: precondition gradients of dense layers from their rows, see `scale_by_curvature`.
       coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
       coarse_damping: `"identity"` (the paper) or `"galerkin"`; of the additive correction, the others need the latter.
       resample: how maps of unequal size are compared, `"nearest"` (the paper) or `"area"`.
@@ -189,5 +202,6 @@ def kfac_two_level(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
         inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered, normalization=normalization,
         sharing=sharing, positions=positions, convolution=convolution, recurrence=recurrence, axis_name=axis_name,
-        factor_dtype=factor_dtype, precision=precision, coupling=coupling,
+        factor_dtype=factor_dtype, precision=precision, block=block, factored_gradient=factored_gradient,
+        coupling=coupling,
     )  # fmt: skip

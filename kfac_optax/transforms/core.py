@@ -12,7 +12,16 @@ from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.statistics import Plan
 from kfac_optax.transforms.precondition import precondition
-from kfac_optax.transforms.refresh import STATISTICS, accumulate, due_at, initial, parts_due, refresh_parts, when
+from kfac_optax.transforms.refresh import (
+    ONLINE,
+    STATISTICS,
+    accumulate,
+    due_at,
+    initial,
+    parts_due,
+    refresh_parts,
+    when,
+)
 from kfac_optax.transforms.stagger import check_parts, chosen
 from kfac_optax.transforms.state import CurvatureState, Step
 
@@ -31,6 +40,7 @@ def scale_by_curvature(
     stagger: int | None = None,
     uncovered: str = "pass",
     normalization: str = "unitwise",
+    factored_gradient: bool = False,
     axis_name: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,6 +77,9 @@ def scale_by_curvature(
         Fisher (`"diagonal"`, one more gradient when statistics are taken, unless labels are drawn), or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for every channel,
         `"diagonal"`, or `"pass"`.
+      factored_gradient: precondition the gradient of dense layers as the product of rows that it is, wherever the block
+        knows how (`solve_rows`) and saves work by it. Needs `curvature` from `fisher.value_and_grad` in every step, of the
+        very gradient that is passed: nothing may be added to it before, so weight decay has to follow (decoupled).
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split; statistics are averaged over
         it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters' dtypes.
@@ -133,13 +146,17 @@ def scale_by_curvature(
                 if measure or refresh is not None
                 else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
             )
-            state = when(due, lambda s: accumulate(step, s, curvature.statistics(plan), weight), state, STATISTICS)
+            changed = ONLINE if any(block.absorb is not None for block in plan.blocks) else STATISTICS
+            state = when(due, lambda s: accumulate(step, s, curvature.statistics(plan), weight), state, changed)
         if refresh is None:
             parts_now: Any = parts_due(state, resolve(inverse_every, state.kfac_count), parts)
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
-        new, share = precondition(step, state, leaves, dtype, curvature, axis_name)
+        rows = None
+        if factored_gradient:
+            rows = _gradient_rows(where, curvature, Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name))
+        new, share = precondition(step, state, leaves, dtype, curvature, axis_name, rows)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),
             inverse_age=optax.safe_increment(state.inverse_age),
@@ -156,6 +173,22 @@ def _check(where, damping, decay, curvature_every, inverse_every) -> None:
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_number(where, "curvature_every", curvature_every, at_least=1)
     check_number(where, "inverse_every", inverse_every, at_least=1)
+
+
+def _gradient_rows(where: str, curvature: Any, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+    """Rows whose products are the gradients of layers.
+
+    Raises:
+      ValueError: the curvature knows no gradient.
+    """
+    if not hasattr(curvature, "gradient_rows"):
+        got = "None" if curvature is None else "curvature from fisher.at(...)"
+        raise ValueError(
+            f"{where}.update: factored_gradient=True and got {got}; expected curvature that shares its pass with the gradient, "
+            "in every step: loss, grads, curvature = fisher.value_and_grad(loss_fn)(params, *args, targets=y, key=key). "
+            "Statistics still follow curvature_every (or measure=)."
+        )
+    return curvature.gradient_rows(plan)
 
 
 def _check_curvature(where: str, curvature: Any) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import PyTree
+from kfac_optax.blocks.low_rank import LowRankHeld, quality
 from kfac_optax.control.damping import DampingState
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.control.quadratic_model import QuadraticState
@@ -33,7 +34,9 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     part made last), `statistics` (accepted), `skipped_statistics`, `failed_inverses`, the numbers of `quadratic_step`
     (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping` (`model_damping`, `reduction_ratio`,
     `rejected_steps`, ...) where they are used, and the range of the eigenvalues of all factors, `eigenvalue_min` and
-    `eigenvalue_max` (computed on the spot).
+    `eigenvalue_max` (computed on the spot). Where factors are held as a few eigenpairs, also the worst over all of them:
+    `captured_energy` (share of the trace in the pairs in use), `inversion_error` (by how much, relative to what is right, the
+    inverse can be off along a direction that is left out; damping makes it small), and the largest `rank_in_use`.
 
     Args:
       opt_state: any Optax state with exactly one K-FAC transformation in it.
@@ -48,20 +51,46 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     1.0
     """
     state = the_state(opt_state, CurvatureState, "diagnostics")
+    values = jnp.concatenate(_spectra(state))
+    return (
+        _step_control(opt_state)
+        | _low_rank(state.held)
+        | {
+            "damping": state.damping,
+            "coarse_share": state.coarse_share,
+            "inverse_age": state.inverse_age,
+            "statistics": state.curvature_count,
+            "skipped_statistics": state.skipped_statistics,
+            "failed_inverses": state.failed_inverses,
+            "eigenvalue_min": values.min(),
+            "eigenvalue_max": values.max(),
+        }
+    )
+
+
+def _spectra(state: CurvatureState) -> list[jax.Array]:
+    """Eigenvalues of the factors, of those with a few pairs what is held of them."""
     spectra: list[jax.Array] = []
-    for x in jax.tree.leaves(state.factors):
-        if x.ndim >= 2 and x.shape[-1] == x.shape[-2]:
-            spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
-    values = jnp.concatenate(spectra)
-    return _step_control(opt_state) | {
-        "damping": state.damping,
-        "coarse_share": state.coarse_share,
-        "inverse_age": state.inverse_age,
-        "statistics": state.curvature_count,
-        "skipped_statistics": state.skipped_statistics,
-        "failed_inverses": state.failed_inverses,
-        "eigenvalue_min": values.min(),
-        "eigenvalue_max": values.max(),
+    for name, factors in state.factors.items():
+        if isinstance(state.held[name], LowRankHeld):
+            spectra += [jnp.append(side.low.values, side.rest) for side in state.held[name]]
+            continue
+        for x in jax.tree.leaves(factors):
+            if x.ndim >= 2 and x.shape[-1] == x.shape[-2]:
+                spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
+    return spectra
+
+
+def _low_rank(held: dict[str, PyTree]) -> dict[str, jax.Array]:
+    """How good the decompositions with a few pairs are, the worst of all factors; empty where there are none."""
+    sides = [side for x in held.values() if isinstance(x, LowRankHeld) for side in x]
+    if not sides:
+        return {}
+    qualities = [jax.vmap(quality)(side) for side in sides]
+    return {
+        "captured_energy": jnp.stack([q.energy.min() for q in qualities]).min(),
+        "inversion_error": jnp.stack([q.error.max() for q in qualities]).max(),
+        "rank_in_use": jnp.stack([q.used.max() for q in qualities]).max(),
     }
 
 

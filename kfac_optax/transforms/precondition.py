@@ -8,18 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._tree import gather, named_leaves, replace_leaves, scatter
-from kfac_optax._types import PyTree, System, Vector
+from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.transforms.state import CurvatureState, Step, block_of_bucket
+
+Rows = dict[Layer, tuple[jax.Array, jax.Array]]
 
 
 def precondition(
-    step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any, curvature: Any, axis_name: Any
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """New leaves by name, and the share of the update that the coupling changed."""
+    step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any, curvature: Any, axis_name: Any,
+    rows: Rows | None,
+) -> tuple[dict[str, jax.Array], jax.Array]:  # fmt: skip
+    """New leaves by name, and the share of the update that the coupling changed. `rows`: see `_from_rows`."""
 
     def fine(vector: Vector) -> Vector:
+        known = _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}
         return [
-            jax.vmap(block_of_bucket(b).solve, (0, 0, None))(state.held[b.name], v, step.damping)
+            known[b.name]
+            if b.name in known
+            else jax.vmap(block_of_bucket(b).solve, (0, 0, None))(state.held[b.name], v, step.damping)
             for b, v in zip(step.buckets, vector, strict=True)
         ]
 
@@ -37,6 +43,21 @@ def precondition(
     for bucket, matrices in zip(step.buckets, update, strict=True):
         new |= scatter(bucket, matrices, leaves)
     return new, share
+
+
+def _from_rows(step: Step, state: CurvatureState, rows: Rows, dtype: Any, axis_name: Any) -> dict[str, jax.Array]:
+    """Preconditioned gradients of the buckets that take rows `(a [copies, R, p], g [copies, R, q])`, by bucket."""
+    known: dict[str, jax.Array] = {}
+    for bucket in step.buckets:
+        solve_rows = block_of_bucket(bucket).solve_rows
+        if solve_rows is None or any(layer not in rows for layer in bucket.layers):
+            continue
+        a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs).astype(dtype), *(rows[layer] for layer in bucket.layers))
+        solved = jax.vmap(solve_rows, (0, 0, 0, None))(state.held[bucket.name], a, g, step.damping)
+        if solved is not None:
+            # linear in the rows, so that the mean over devices is that of the gradient
+            known[bucket.name] = solved if axis_name is None else jax.lax.pmean(solved, axis_name)
+    return known
 
 
 def _system(step, sizes, gradient, fine, leaves, curvature, axis_name) -> System:

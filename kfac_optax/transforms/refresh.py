@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite, make_buckets, select
-from kfac_optax._types import Bucket, Coupling, Layer, PyTree
+from kfac_optax._types import Average, Bucket, Coupling, Layer, PyTree
 from kfac_optax.coverage import BlockOf
 from kfac_optax.linalg.factorize import after
 from kfac_optax.transforms import stagger
@@ -35,13 +35,21 @@ def initial(mine: tuple[Layer, ...], block_of: BlockOf, coupling: Coupling | Non
     return factors, held, CoarseState(statistic, coupling.factorize(after(statistic, held), fine), sizes, index)
 
 
-def _factorize(buckets: tuple[Bucket, ...], factors: PyTree, damping: jax.Array) -> dict[str, PyTree]:
-    """What is held for every bucket, one batched factorisation after another."""
+def _factorize(
+    buckets: tuple[Bucket, ...], factors: PyTree, damping: jax.Array, state: CurvatureState | None = None
+) -> dict[str, PyTree]:
+    """What is held for every bucket, one batched factorisation after another; from scratch where there is no state."""
     held: dict[str, PyTree] = {}
     previous: PyTree = ()
     for bucket in buckets:
-        ready = after(factors[bucket.name], previous)
-        previous = held[bucket.name] = jax.vmap(block_of_bucket(bucket).factorize, (0, None))(ready, damping)
+        block, ready = block_of_bucket(bucket), after(factors[bucket.name], previous)
+        if state is None or block.refresh is None:
+            new = jax.vmap(block.factorize, (0, None))(ready, damping)
+        else:
+            new = jax.vmap(block.refresh, (0, 0, None, None))(
+                state.held[bucket.name], ready, damping, state.curvature_count
+            )
+        previous = held[bucket.name] = new
     return held
 
 
@@ -61,6 +69,7 @@ def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array,
 
 
 STATISTICS = ("factors", "curvature_count", "skipped_statistics", "coarse")
+ONLINE = (*STATISTICS, "held", "failed_inverses")  # where a block takes rows into what is held
 BLOCKS = ("held", "failed_inverses", "inverse_age")
 COARSE = ("failed_inverses", "coarse")
 INVERSES = (*BLOCKS, "coarse")
@@ -85,7 +94,7 @@ def when(
 
 
 def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any) -> CurvatureState:
-    """Averages in new statistics, unless they are not finite."""
+    """Averages in new statistics, unless they are not finite; blocks that take rows in do so."""
     per_layer, across = measured
     finite = all_finite(measured)
     count = state.curvature_count + finite.astype(jnp.int32)
@@ -97,15 +106,38 @@ def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree],
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
     measured_of = dict(zip(step.layers, per_layer, strict=True))
-    factors = {}
+    factors, columns = {}, {}
     for bucket in step.buckets:
         stacked = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers))
+        if block_of_bucket(bucket).absorb is not None:
+            stacked, columns[bucket.name] = stacked
         factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
     coarse = state.coarse
     if isinstance(coarse, CoarseState):
         coarse = coarse._replace(coarse_factors=jax.tree.map(average, coarse.coarse_factors, across))
     skipped = state.skipped_statistics + (~finite).astype(jnp.int32)
-    return state._replace(factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse)
+    state = state._replace(factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse)
+    return _absorb(step, state, columns, Average(weight, count), finite) if columns else state
+
+
+def _absorb(step: Step, state: CurvatureState, columns: dict, average: Average, finite: jax.Array) -> CurvatureState:
+    """What is held, with the new rows in it; layer by layer, what is not finite keeps the old one."""
+    held, failed, previous = dict(state.held), state.failed_inverses, ()
+    with jax.named_scope("kfac/absorb"):
+        for bucket in step.buckets:
+            absorb = block_of_bucket(bucket).absorb
+            if absorb is None:
+                continue
+            # rows that are not finite would only keep the factorisation busy
+            rows = jax.tree.map(lambda x: jnp.where(finite, x, 0), columns[bucket.name])
+            old = state.held[bucket.name]
+            new = jax.vmap(absorb, (0, 0, 0, None, None))(
+                old, after(rows, previous), state.factors[bucket.name], step.damping, average
+            )
+            good = jax.vmap(all_finite)(new)
+            held[bucket.name] = previous = select(good & finite, new, old)
+            failed = failed + jnp.sum(~good, dtype=jnp.int32)
+    return state._replace(held=held, failed_inverses=failed)
 
 
 def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> CurvatureState:
@@ -158,7 +190,7 @@ def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
     """New inverses of all blocks; layer by layer, what is not finite keeps the old one."""
     held, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        made = _factorize(step.buckets, state.factors, step.damping)
+        made = _factorize(step.buckets, state.factors, step.damping, state)
         for name, new in made.items():
             good = jax.vmap(all_finite)(new)
             held[name] = select(good, new, state.held[name])

@@ -1,0 +1,316 @@
+"""Kronecker blocks whose factors are held as a few eigenpairs: from random sketches, or followed online."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kfac_optax._types import Average, Block, Use
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.kronecker import Factors, kronecker
+from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.gram import gram, homogeneous, replicated
+from kfac_optax.linalg.kronecker import sandwich
+from kfac_optax.linalg.low_rank import LowRank, captured_energy, low_rank_solve, mean_left_out, rank_for, truncate, zero
+from kfac_optax.linalg.online import brand_update, correct_directions
+from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
+from kfac_optax.linalg.rows import keep_rows
+from kfac_optax.linalg.tikhonov import tikhonov_shifts
+
+REST = ("mean", "smallest", "zero")
+DAMPING = ("tikhonov", "relative")
+
+
+class Columns(NamedTuple):
+    """Rows of one measurement, scaled so that their sum of products is the factor; `None` for a factor that sketches."""
+
+    inputs: Float[Array, "k n p"] | None
+    outputs: Float[Array, "k n q"] | None
+
+
+class Side(NamedTuple):
+    """One factor as it is held, and what makes an inverse of it."""
+
+    low: LowRank
+    trace: Float[Array, ""]  # of the factor
+    used: Int[Array, ""]  # how many pairs
+    rest: Float[Array, ""]  # what eigenvalues behind those are taken for
+    shift: Float[Array, ""]  # damping
+
+
+class LowRankHeld(NamedTuple):
+    """Both factors of a layer."""
+
+    inputs: Side
+    outputs: Side
+
+
+class _Rule(NamedTuple):
+    """What is done with a factor."""
+
+    online: bool  # new rows go into what is held
+    sketches: bool  # a refresh decomposes the average
+    corrected: bool  # directions of what is held are brought up to date now and then
+
+    @property
+    def dense(self) -> bool:
+        """Whether the average is kept; otherwise only its diagonal, for the trace."""
+        return self.sketches or self.corrected
+
+
+class Quality(NamedTuple):
+    """How well a factor is held."""
+
+    energy: Float[Array, ""]  # share of the trace in the pairs in use
+    error: Float[Array, ""]  # of the inverse where pairs are left out, at most
+    used: Int[Array, ""]  # pairs in use
+
+
+def quality(side: Side) -> Quality:
+    """Captured energy, estimated error of the inverse, and pairs in use of one factor.
+
+    Eigenvalues that are left out lie between zero and `t`, the smallest in use or what is left of the trace. With `c` what they
+    are taken for and `s` the damping, the solve is off by the factor `(x + s) / (c + s)` for one that is `x`; the error is how
+    far from one that can be, `max(t - c, c) / (c + s)`. Zero where nothing is left out.
+
+    >>> held = low_rank(1, rest="zero").factorize(Factors(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(1)), jnp.float32(0.5))
+    >>> print(quality(held.inputs).energy)
+    0.75
+    """
+    held = side.low.values.shape[0]
+    in_use = side.low._replace(values=jnp.where(jnp.arange(held) < side.used, side.low.values, 0))
+    left = jnp.maximum(side.trace - jnp.sum(in_use.values), 0)
+    top = jnp.minimum(side.low.values[side.used - 1], left)
+    error = jnp.maximum(top - side.rest, side.rest) / (side.rest + side.shift)
+    everything = side.used >= side.low.vectors.shape[0]
+    return Quality(captured_energy(in_use, side.trace), jnp.where(everything, 0, error), side.used)
+
+
+def low_rank(
+    rank: int,
+    *,
+    online: tuple[bool, bool] = (False, False),
+    overwrite: bool = False,
+    correct_every: int | None = None,
+    correct_share: float = 0.2,
+    oversampling: int = 10,
+    power_iterations: int = 2,
+    variant: str = "svd",
+    rest: str = "mean",
+    damping_rule: str = "tikhonov",
+    target_error: float | None = None,
+    sharing: str = "expand",
+    positions: int | None = None,
+    seed: int = 0,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block:
+    """Kronecker block `F ~ A (x) G` that holds `rank` eigenpairs `(U, D)` of each factor, and solves with them.
+
+    For each factor `X` of dimension `d`, with damping `s` and the eigenvalues that are not held taken for `c`,
+
+        X^-1 M ~ U [(D + s)^-1 - (c + s)^-1] U^T M + M / (c + s)        in O(d rank) for every column of M.
+
+    A factor that sketches keeps its dense average and decomposes it at random at every refresh, in `O(d^2 rank)`. One that is
+    followed online takes the `n` rows of every statistic into `(U, D)` at once, in `O(d (rank + n)^2)`: its average is never
+    formed, unless it is to overwrite `(U, D)` with a sketch at every refresh, or to correct some of the directions now and
+    then. A factor with `d <= rank` is decomposed as a whole.
+
+    Args:
+      rank: eigenpairs of each factor.
+      online: whether the inputs' and the outputs' factor are followed online; for layers without positions, or with few.
+      overwrite: sketch such a factor anew at every refresh; keeps its dense average.
+      correct_every: statistics between corrections of it; `None` for none. Keeps its dense average too.
+      correct_share: of a correction: share of the `rank` directions, drawn at random, one more is added.
+      oversampling: of sketches, see `randomized_eigh`.
+      power_iterations: of sketches, see `randomized_eigh`.
+      variant: of sketches, `"svd"` or `"symmetric"`, see `randomized_eigh`.
+      rest: eigenvalues that are not held are taken for their `"mean"`, known from the trace, for the `"smallest"` held, as the
+        reference of online updates does (spectrum continuation), or for `"zero"`, as that of sketches does.
+      damping_rule: `"tikhonov"`, `s = pi^{+-1} sqrt(damping)` as in `kronecker("cholesky")`; or the references' `"relative"`,
+        `s = damping max(D)`.
+      target_error: use only as many pairs as hold `1 - target_error` of the factor's trace; `None` for all.
+      sharing: as in `kronecker`; of blocks without online factor.
+      positions: as in `kronecker`; of blocks without online factor.
+      seed: of sketches and corrections.
+      precision: matmul precision of factor products, decompositions and solves.
+
+    Returns:
+      A `Block`.
+
+    Raises:
+      ValueError: `rank < 1`, another number out of range, an unknown word.
+
+    >>> block = low_rank(1)
+    >>> held = block.factorize(Factors(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(1)), jnp.float32(0.0))
+    >>> print(block.solve(held, jnp.ones((2, 1)), jnp.float32(0.0)).ravel().round(3))
+    [0.333 1.   ]
+
+    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022); Puiu, Brand New
+    K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
+    """
+    _check(
+        rank, oversampling, power_iterations, correct_every, correct_share, target_error, variant, rest, damping_rule
+    )
+    plain = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
+    rules = tuple(_Rule(on, overwrite or not on, on and correct_every is not None) for on in online)
+
+    def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
+        starts = (jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype) for d, rule in zip((p, q), rules))
+        return Factors(*starts)
+
+    def measure(a: Array, g: Array | None, use: Use) -> Any:
+        if not any(online):
+            return plain.measure(a, g, use)
+        rows = _scaled_rows(a, g, use)
+        factors = [gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0) for y, r in zip(rows, rules)]
+        return Factors(*factors), Columns(*(y if r.online else None for y, r in zip(rows, rules)))
+
+    def draws(count: Array) -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
+
+    def sketch(matrix: Array, key: Array) -> LowRank:
+        return randomized_eigh(
+            matrix, key, rank=rank, oversampling=oversampling, power_iterations=power_iterations, variant=variant,
+            precision=precision,
+        )  # fmt: skip
+
+    def follow(low: LowRank, columns: Array, matrix: Array, average: Average, key: Array) -> LowRank:
+        new = brand_update(low, columns.T, average.weight, rank=low.values.shape[0], precision=precision)
+        new = truncate(new, low.values.shape[0])
+        if correct_every is None:
+            return new
+
+        def correct(low: LowRank) -> LowRank:
+            count = int(correct_share * low.values.shape[0]) + 1
+            return correct_directions(low, matrix, key, count=count, precision=precision)
+
+        return jax.lax.cond(average.count % correct_every == 0, correct, lambda low: low, new)
+
+    def shifts(factors: Factors, lows: list[LowRank], damping: Array) -> tuple[Array, Array]:
+        if damping_rule == "tikhonov":
+            mean_a, mean_g = (_trace(x) / len(x) for x in factors)
+            return tikhonov_shifts(mean_a, mean_g, damping)
+        top_a, top_g = (low.values[0] for low in lows)
+        return damping * jnp.where(top_a > 0, top_a, 1), damping * jnp.where(top_g > 0, top_g, 1)
+
+    def side(low: LowRank, trace: Array, shift: Array) -> Side:
+        used = jnp.full((), low.values.shape[0], jnp.int32)
+        if target_error is not None:
+            used = rank_for(low, trace, target_error)
+        smallest = low.values[used - 1]
+        others = {"mean": mean_left_out(low, trace, used), "smallest": smallest, "zero": jnp.zeros_like(smallest)}
+        return Side(low, trace, used, others[rest], shift)
+
+    def refresh(old: LowRankHeld | None, factors: Factors, damping: Array, count: Array) -> LowRankHeld:
+        keys, lows = draws(count), []
+        for i, (factor, rule) in enumerate(zip(factors, rules)):
+            if rule.sketches:
+                lows.append(sketch(after(factor, lows), keys[i]))
+            else:
+                lows.append(zero(len(factor), rank, factor.dtype) if old is None else old[i].low)
+        traces = map(_trace, factors)
+        return LowRankHeld(*map(side, lows, traces, shifts(factors, lows, damping)))
+
+    def factorize(factors: Factors, damping: Array) -> LowRankHeld:
+        return refresh(None, factors, damping, jnp.zeros((), jnp.int32))
+
+    def absorb(held: LowRankHeld, columns: Columns, factors: Factors, damping: Array, average: Average) -> LowRankHeld:
+        keys, lows = draws(average.count), []
+        for i, (old, rows, factor) in enumerate(zip(held, _of_all_pullbacks(columns), factors)):
+            low = old.low
+            lows.append(low if rows is None else follow(low, after(rows, lows), factor, average, keys[i]))
+        new = []
+        for rule, old, low, factor, shift in zip(rules, held, lows, factors, shifts(factors, lows, damping)):
+            new.append(side(low, _trace(factor), shift) if rule.online else old._replace(shift=shift))
+        return LowRankHeld(*new)
+
+    def invert(side: Side, v: Array) -> Array:
+        kept = jnp.where(jnp.arange(side.low.values.shape[0]) < side.used, side.low.values, side.rest)
+        return low_rank_solve(side.low._replace(values=kept), v, side.shift, rest=side.rest, precision=precision)
+
+    def solve(held: LowRankHeld, v: Array, damping: Array) -> Array:
+        return invert(held.outputs, invert(held.inputs, v).T).T
+
+    def solve_rows(held: LowRankHeld, a: Array, g: Array, damping: Array) -> Array | None:
+        p, q, n = a.shape[1], g.shape[1], len(a)
+        of_a, of_g = (side.low.values.shape[0] for side in held)
+        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (of_a + of_g):  # more than `solve` takes
+            return None
+        return jnp.matmul(invert(held.inputs, a.T), invert(held.outputs, g.T).T, precision=precision)
+
+    def multiply(factors: Factors, v: Array) -> Array:
+        if factors.inputs.ndim < 2 or factors.outputs.ndim < 2:
+            raise ValueError(
+                "low_rank: a factor that is only followed online has no average to multiply with. Ask the exact curvature "
+                "instead (a trust region in the exact metric), or keep the average: overwrite=True."
+            )
+        return sandwich(factors.inputs, v, factors.outputs, precision=precision)
+
+    name = f"low rank ({' x '.join(_describe(rule, rank) for rule in rules)})"
+    return Block(
+        name, init, measure, factorize, solve, multiply, rows=any(online), sharing=sharing, positions=positions,
+        refresh=refresh, absorb=absorb if any(online) else None, solve_rows=solve_rows,
+    )  # fmt: skip
+
+
+def _check(
+    rank, oversampling, power_iterations, correct_every, correct_share, target_error, variant, rest, damping_rule
+):
+    where = "low_rank"
+    check_number(where, "rank", rank, at_least=1)
+    check_number(where, "oversampling", oversampling, at_least=0)
+    check_number(where, "power_iterations", power_iterations, at_least=0)
+    if correct_every is not None:
+        check_number(where, "correct_every", correct_every, at_least=1)
+    check_number(where, "correct_share", correct_share, at_least=0, at_most=1)
+    if target_error is not None:
+        check_number(where, "target_error", target_error, at_least=0, at_most=1)
+    check_choice(where, "variant", variant, VARIANTS)
+    check_choice(where, "rest", rest, REST)
+    check_choice(where, "damping_rule", damping_rule, DAMPING)
+
+
+def _describe(rule: _Rule, rank: int) -> str:
+    how = "online" if rule.online else "sketched"
+    extra = [
+        word for word, has in (("overwritten", rule.online and rule.sketches), ("corrected", rule.corrected)) if has
+    ]
+    return " ".join([f"{rank} {how}", *extra])
+
+
+def _trace(factor: Array) -> Array:
+    """Of a factor, or of the diagonal that is kept of it."""
+    return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
+
+
+def _scaled_rows(a: Array, g: Array | None, use: Use) -> list[Array]:
+    """Rows `[n, p]` and `[n, q]` whose sums of products are the factors."""
+    if g is None:
+        raise ValueError(
+            "low_rank: online updates need output gradients, but this estimator measures inputs only. Use fisher, ggn or "
+            "empirical_fisher, or sketches (rs_kfac)."
+        )
+    a, g = a.astype(use.dtype), g.astype(use.dtype)
+    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    if use.weights is not None:  # g has its root inside
+        a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)
+    pairs = (a, use.examples), (g, use.rows)
+    return [x.reshape(-1, x.shape[-1]) / math.sqrt(count) for x, count in pairs]
+
+
+def _of_all_pullbacks(columns: Columns) -> tuple[Array | None, Array | None]:
+    """Inputs are the same in all pullbacks; output gradients of each are a part of the mean."""
+    a, g = columns
+    if a is not None:
+        a = _replicate(a[0])
+    if g is not None:
+        g = _replicate(g.reshape(-1, g.shape[-1]) / math.sqrt(len(g)))
+    return a, g
+
+
+def _replicate(x: Array) -> Array:
+    """A decomposition cannot be spread over explicit mesh axes."""
+    sharding = replicated(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
