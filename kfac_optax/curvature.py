@@ -1,6 +1,7 @@
 """The curvature of one batch, as passed to `tx.update(..., curvature=...)`: lazy, it runs only when it is due."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from kfac_optax._tree import named_leaves
+from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, trace
@@ -85,11 +86,22 @@ class SharedCurvature(NamedTuple):
     key: jax.Array | None
     params: PyTree
     args: tuple[PyTree, ...]
+    loss: jax.Array
     rows: Sequence[Zeros | None]  # of every site, `g` that of the loss
 
     def gradient_rows(self, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:
-        """Rows `a [copies, R, p]` and `g [copies, R, q]` with `a^T g` the gradient, of layers whose block takes them."""
-        return rows_of_layers(plan, self.traced, self.rows, self.spec.kind.name)
+        """Rows `a [copies, R, p]` and `g [copies, R, q]` of layers whose block takes them.
+
+        `a^T g` is the gradient, of this device's part of the batch: the mean over `plan.axis_name` is that of the whole.
+        """
+        rows = rows_of_layers(plan, self.traced, self.rows, self.spec.kind.name)
+        return {layer: (a, g * self._devices(plan.axis_name, g)) for layer, (a, g) in rows.items()}
+
+    def _devices(self, axis_name: Any, g: jax.Array) -> int:
+        """What turns rows of a loss that was averaged over devices, where JAX knows of it, into those of each device's own."""
+        names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+        split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
+        return math.prod(jax.lax.axis_size(name) for name in names if name in split and name not in same)
 
     def quadratic_form(
         self,

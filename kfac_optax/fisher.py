@@ -128,7 +128,7 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     heads = split_outputs(spec.kind, prediction)[1]
     gradient, rows = pull(seeds)
-    return loss, gradient, SharedCurvature(spec, traced, pull, heads, key, params, args, rows)
+    return loss, gradient, SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:

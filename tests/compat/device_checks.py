@@ -248,6 +248,60 @@ def shard_map_adaptive():
     _same(jax.jit(sharded)(params, x, y), expected)
 
 
+def online():
+    """Factors followed online, and gradients from rows: rows of all devices, under `shard_map` and on explicit axes."""
+    x = jax.random.normal(jax.random.key(3), (EXAMPLES, 40))
+    y, params = jnp.sin(x[:, :30]), {"w": jax.random.normal(jax.random.key(4), (40, 30)) / 6}
+    estimator = ko.empirical_fisher(lambda p, x, y: _wide(p, x).nll(y))  # no draws, no sum over columns
+    shared = ko.ggn(_wide)
+    layers = estimator.layers(params, x, y)
+
+    def step(axis_name, factored, params, state, x, y, *, mean=False):
+        tx = ko.b_r_kfac(layers, rank=5, learning_rate=0.1, axis_name=axis_name, factored_gradient=factored)
+
+        def loss_fn(prediction, y):
+            loss = prediction.mean_nll(y)
+            return jax.lax.pmean(loss, axis_name) if mean else loss
+
+        _, grads, curvature = shared.value_and_grad(loss_fn)(params, x, targets=y)
+        if axis_name is not None and not mean:
+            grads = jax.lax.pmean(grads, axis_name)
+        if not factored:  # statistics of the other would be thirty columns
+            curvature = estimator.at(params, x, y)
+        return tx.update(grads, state, params, curvature=curvature, measure=not factored, refresh=False)
+
+    state = ko.b_r_kfac(layers, rank=5, learning_rate=0.1).init(params)
+    single = functools.partial(step, None)
+    _, expected_state = jax.jit(functools.partial(single, False))(params, state, x, y)
+    expected, _ = jax.jit(functools.partial(single, False))(params, expected_state, x, y)
+    assert "5 of 40 online" in str(ko.coverage(layers, block=ko.low_rank_blocks("b_kfac", rank=5)))
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P(), P(), P("data"), P("data"))
+
+    def sharded(factored, mean):
+        mapped = functools.partial(step, "data", factored, mean=mean)
+        # with tracking, the gradient of a loss that every device has of its own is a sum
+        return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=mean))
+
+    for mean in (False, True):
+        _, after = sharded(False, mean)(params, state, x, y)
+        _same(sharded(False, mean)(params, after, x, y)[0], jax.device_get(expected))
+        dense = jax.jit(functools.partial(single, True))(params, jax.device_get(after), x, y)[0]
+        _same(sharded(True, mean)(params, after, x, y)[0], jax.device_get(dense))
+
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",))):
+        placed = jax.device_put((x, y), P("data")), jax.device_put((params, state), P())
+        (x, y), (params, state) = placed
+        _, after = jax.jit(functools.partial(single, False))(params, state, x, y)
+        h.assert_same_types(after, state)
+        _same(jax.jit(functools.partial(single, False))(params, after, x, y)[0], jax.device_get(expected))
+
+
+def _wide(params, x):
+    return ko.Normal(h.dense(x, params["w"]))
+
+
 def shard_map_sampled_labels():
     """Every device draws labels of its own: the factor is the mean of the devices' with folded keys."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -373,6 +427,7 @@ CHECKS = {
         every_layer_shard_map,
         couplings,
         shard_map_adaptive,
+        online,
     )
 }
 
