@@ -13,7 +13,7 @@ from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram, homogeneous, replicated
 from kfac_optax.linalg.kronecker import sandwich
-from kfac_optax.linalg.low_rank import LowRank, captured_energy, low_rank_solve, mean_left_out, rank_for, truncate, zero
+from kfac_optax.linalg.low_rank import LowRank, captured_energy, low_rank_solve, mean_left_out, rank_for, zero
 from kfac_optax.linalg.online import brand_update, correct_directions
 from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
 from kfac_optax.linalg.rows import keep_rows
@@ -177,8 +177,8 @@ def low_rank(
         )  # fmt: skip
 
     def follow(low: LowRank, columns: Array, matrix: Array, average: Average, key: Array) -> LowRank:
-        new = brand_update(low, columns.T, average.weight, rank=low.values.shape[0], precision=precision)
-        new = truncate(new, low.values.shape[0])
+        held = low.values.shape[0]
+        new = brand_update(low, columns.T, average.weight, rank=held, keep=held, precision=precision)
         if correct_every is None:
             return new
 

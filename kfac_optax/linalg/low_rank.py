@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, Int
 
 
 class LowRank(NamedTuple):
-    """`vectors @ diag(values) @ vectors.T` with orthonormal columns, the largest of the non-negative values first."""
+    """`vectors @ diag(values) @ vectors.T` with orthonormal columns, the largest of the non-negative values first.
+
+    Columns whose value is zero may be zero themselves.
+    """
 
     vectors: Float[Array, "d m"]
     values: Float[Array, " m"]

@@ -10,6 +10,8 @@ from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import symmetrize
 from kfac_optax.linalg.low_rank import LowRank, largest, truncate
 
+_ROUNDING = 4  # eigenvalues below so many units of rounding of the largest are noise
+
 
 def brand_update(
     low: LowRank,
@@ -17,46 +19,55 @@ def brand_update(
     decay: Any,
     *,
     rank: int,
+    keep: int | None = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> LowRank:
     """The eigendecomposition of `decay X_r + (1 - decay) Y Y^T`, where `X_r` keeps the `rank` largest pairs of `low`.
 
-    Exact but for that truncation, so it never exceeds the dense average. The result has `min(d, rank + n)` pairs; all
-    serve the inverse, and the next update truncates. With `W = [U_r, Y]` and `Q R = W`, it is the eigendecomposition of
-    `R diag(decay D_r, (1 - decay) I) R^T`, turned by `Q`: `O(d (rank + n)^2)`, and nothing of size `d x d`. Brand's
-    factorisation orthogonalises only the new columns; doing so with the old ones too costs as much as turning them, serves
-    full and deficient ranks without a case of its own, and keeps the columns orthonormal for good.
+    Exact but for that truncation, so it never exceeds the dense average. With `Z = [sqrt(decay D_r) U_r, sqrt(1 - decay) Y]`,
+    it is `Z Z^T`, and the small matrix `Z^T Z = V L V^T` gives its pairs `(Z V L^{-1/2}, L)`: products of `O(d (rank + n)^2)`,
+    nothing of size `d x d`. Brand's factorisation orthogonalises the new columns against the old ones; here a step of
+    Newton and Schulz makes the columns orthonormal to rounding, whatever those before it were. Eigenvalues below rounding of
+    the largest one are zero, and so are their columns.
 
     Args:
       low: the decomposition so far, `zero(d, rank)` at first.
       columns: `Y`; for a factor `(1/N) sum a a^T` these are the `a` divided by `sqrt(N)`.
       decay: weight of the past.
       rank: pairs kept of `low`.
+      keep: pairs of the result, the largest; `None` for all `min(d, rank + n)`.
       precision: matmul precision.
 
     Raises:
-      ValueError: `rank < 1`.
+      ValueError: `rank < 1` or `keep < 1`.
 
     >>> from kfac_optax.linalg.low_rank import to_dense, zero
     >>> low = brand_update(zero(3, 2), jnp.array([[2.0], [0.0], [0.0]]), 0.5, rank=2)
-    >>> print(low.values)
-    [2. 0. 0.]
+    >>> [f"{value:.3f}" for value in low.values]
+    ['2.000', '0.000', '0.000']
     >>> low = brand_update(low, jnp.array([[0.0], [2.0], [0.0]]), 0.5, rank=2)
-    >>> print(jnp.diag(to_dense(low)))
-    [1. 2. 0.]
+    >>> print(jnp.allclose(to_dense(low), jnp.diag(jnp.array([1.0, 2.0, 0.0])), atol=1e-6))
+    True
 
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022); Brand, Fast
     low-rank modifications of the thin singular value decomposition (2006).
     """
     check_number("brand_update", "rank", rank, at_least=1)
+    if keep is not None:
+        check_number("brand_update", "keep", keep, at_least=1)
     kept = truncate(low, rank)
     decay = jnp.asarray(decay, low.values.dtype)
-    columns = columns.astype(low.vectors.dtype)
-    basis, triangle = jnp.linalg.qr(jnp.concatenate([kept.vectors, columns], 1))
-    weights = jnp.concatenate([decay * kept.values, jnp.broadcast_to(1 - decay, columns.shape[1:])])
-    middle = jnp.matmul(triangle * weights, triangle.T, precision=precision)
-    values, rotation = jnp.linalg.eigh(symmetrize(middle))
-    return largest(values, jnp.matmul(basis, rotation, precision=precision), values.shape[0])
+    old, new = kept.vectors * jnp.sqrt(decay * kept.values), columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay)
+    z = jnp.concatenate([old, new], 1)
+    pairs = min(*z.shape, z.shape[1] if keep is None else keep)
+    values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(z.T, z, precision=precision)))
+    top = largest(values, rotation, pairs)
+    certain = top.values > _ROUNDING * jnp.finfo(values.dtype).eps * top.values[0]
+    values = jnp.where(certain, top.values, 0)
+    scale = jnp.where(certain, 1 / jnp.sqrt(jnp.where(certain, values, 1)), 0)
+    vectors = jnp.matmul(z, top.vectors * scale, precision=precision)
+    inner = jnp.matmul(vectors.T, vectors, precision=precision)
+    return LowRank(1.5 * vectors - 0.5 * jnp.matmul(vectors, inner, precision=precision), values)
 
 
 def correct_directions(
