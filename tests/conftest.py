@@ -5,9 +5,15 @@ import os
 import jax
 import pytest
 
-# Compiling is most of the time of these tests, and code generation most of that. XLA's own passes run as ever; the flag is
-# read when the first computation starts, and processes started by tests inherit it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Compiling is most of the time of these tests, and code generation most of that: code is not optimised, loops are emitted
+# without MLIR, and a module is not split for threads. XLA's own passes run as ever; the flags are read when the first
+# computation starts, and processes started by tests inherit them.
+FAST_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE))
 
 
 @pytest.fixture
