@@ -208,16 +208,17 @@ def test_the_search_takes_the_damping_with_the_lowest_model(quadratic):
     state = state._replace(preconditioner_damping=jnp.asarray(4.0))
     params, state = step(params, state)
     assert float(state.preconditioner_damping) == 4.0
-    changes = []
-    for gamma in (2.0, 4.0, 8.0):
-        plain = ko.adapt_damping(quadratic.chain(), initial_damping=1e-9, damping_min=1e-9, every=100)
+
+    @jax.jit
+    def change(params, inner, gamma):
         grads = jax.grad(quadratic.loss)(params)
         _, inner = quadratic.chain().update(
-            grads, state.optimizer, params, curvature=quadratic.fisher.at(params, quadratic.x), grad=grads, damping=gamma,
+            grads, inner, params, curvature=quadratic.fisher.at(params, quadratic.x), grad=grads, damping=gamma,
             model_damping=1e-9,
         )  # fmt: skip
-        assert plain is not None
-        changes.append(float(inner[1].damped_change))
+        return inner[1].damped_change
+
+    changes = [float(change(params, state.optimizer, gamma)) for gamma in (2.0, 4.0, 8.0)]
     _, state = step(params, state)
     assert float(state.preconditioner_damping) == (2.0, 4.0, 8.0)[int(np.argmin(changes))] == 2.0
     np.testing.assert_allclose(state.optimizer[1].damped_change, min(changes), rtol=1e-12)
@@ -227,18 +228,16 @@ def test_both_levels_get_the_adapted_damping(x64):
     problem = Problem(linear=False)
     optimizer = optax.chain(ko.kfac_two_level(problem.layers, kl_clip=None), ko.quadratic_step())
     tx = ko.adapt_damping(optimizer, initial_damping=0.3, every=1)
-    grads = jax.grad(problem.loss)(problem.params)
-    at = problem.fisher.at(problem.params, problem.x)
-    _, state = tx.update(
-        grads,
-        tx.init(problem.params),
-        problem.params,
-        curvature=at,
-        value=problem.loss(problem.params),
-        value_fn=problem.loss,
-    )
     plain = ko.kfac_two_level(problem.layers, kl_clip=None, damping=0.3)
-    direction, inner = plain.update(grads, plain.init(problem.params), problem.params, curvature=at)
+
+    @jax.jit
+    def both(params):
+        value, grads = jax.value_and_grad(problem.loss)(params)
+        at = problem.fisher.at(params, problem.x)
+        _, state = tx.update(grads, tx.init(params), params, curvature=at, value=value, value_fn=problem.loss)
+        return state, *plain.update(grads, plain.init(params), params, curvature=at)
+
+    state, direction, inner = both(problem.params)
     taken = jax.tree.map(lambda u, s: s / -u, direction, state.optimizer[1].previous_update)
     ratios = np.concatenate([np.ravel(x) for x in jax.tree.leaves(taken)])
     np.testing.assert_allclose(ratios, state.optimizer[1].step_rate, rtol=1e-9)
@@ -291,7 +290,12 @@ def test_presets_train_without_any_setting(x64, preset):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == types
     adam = optax.adam(0.05)
     other, adam_state = problem.params, adam.init(problem.params)
+
+    @jax.jit
+    def adam_step(params, state):
+        updates, state = adam.update(jax.grad(problem.loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
     for _ in range(30):
-        updates, adam_state = adam.update(jax.grad(problem.loss)(other), adam_state)
-        other = optax.apply_updates(other, updates)
+        other, adam_state = adam_step(other, adam_state)
     assert float(problem.loss(params)) < float(problem.loss(other))

@@ -45,16 +45,21 @@ def test_rows_times_matrix_is_the_convolution(case):
     rng = np.random.default_rng(0)
     a = jnp.asarray(rng.normal(size=(2, *spatial, 4)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(*window.size, 4 // geometry.groups, 6)), jnp.float32)
-    expected = jax.lax.conv_general_dilated(
-        a, kernel, window.strides, window.padding, lhs_dilation=window.input_dilation,
-        rhs_dilation=window.kernel_dilation, dimension_numbers=LETTERS[n], feature_group_count=geometry.groups,
-    )  # fmt: skip
-    rows, out = to_rows(geometry, a, expected)
-    got = jnp.einsum("g...p,gpq->g...q", rows, kernel_matrices(geometry, kernel))
+
+    @jax.jit
+    def compute(a, kernel):
+        expected = jax.lax.conv_general_dilated(
+            a, kernel, window.strides, window.padding, lhs_dilation=window.input_dilation,
+            rhs_dilation=window.kernel_dilation, dimension_numbers=LETTERS[n], feature_group_count=geometry.groups,
+        )  # fmt: skip
+        rows, out = to_rows(geometry, a, expected)
+        got = jnp.einsum("g...p,gpq->g...q", rows, kernel_matrices(geometry, kernel))
+        mean, _, _ = reduced(geometry, a, None, None)
+        return rows, out, got, mean, channel_sums(geometry, a, expected, True, jnp.float32)
+
+    rows, out, got, mean, (alpha, gamma) = jax.device_get(compute(a, kernel))
     np.testing.assert_allclose(got, out, rtol=1e-4, atol=1e-4)
-    mean, _, _ = reduced(geometry, a, None, None)
     np.testing.assert_allclose(mean[:, :, 0], rows.mean(tuple(range(2, rows.ndim - 1))), rtol=1e-4, atol=1e-5)
-    alpha, gamma = channel_sums(geometry, a, expected, True, jnp.float32)
     np.testing.assert_allclose(alpha, rows.sum(-1) + 1, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(gamma, out.sum(-1), rtol=1e-4, atol=1e-4)
 
