@@ -1,5 +1,6 @@
 """What every block owes its caller, whatever it models."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +72,7 @@ CASES = {  # compiled once, not operation by operation for every example
 every_case = pytest.mark.parametrize("name", CASES)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def measure(case, rows, n, dtype=jnp.float64, weights=None):
     count = sum(g[..., 0].size for _, g in rows)
     use = Use(case.bias, case.shape[1], n, count, dtype, None, case.inputs)
@@ -82,9 +84,15 @@ def measure(case, rows, n, dtype=jnp.float64, weights=None):
     return jax.tree.map(lambda *x: sum(x), *parts)
 
 
-def matrix(apply, shape):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def columns(apply, shape, operands, *rest):
     eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
-    return np.asarray(jax.jit(jax.vmap(apply))(eye)).reshape(len(eye), -1).T
+    return jax.vmap(lambda v: apply(operands, v, *rest))(eye).reshape(len(eye), -1).T
+
+
+def matrix(apply, shape, *operands):
+    """`apply(operands[0], v, *operands[1:])` as a dense matrix."""
+    return np.asarray(columns(apply, shape, *operands))
 
 
 def close(x, y, **tolerance):
@@ -99,13 +107,13 @@ def test_solve_is_linear_symmetric_and_positive(name, seed, n, lam):
         case, lam = CASES[name], jnp.asarray(lam)
         factors = measure(case, case.rows(seed, n), n)
         held = case.block.factorize(factors, lam)
-        inverse = matrix(lambda v: case.block.solve(held, v, lam), case.shape)
+        inverse = matrix(case.block.solve, case.shape, held, lam)
         scale = np.abs(inverse).max()
         np.testing.assert_allclose(inverse, inverse.T, atol=1e-10 * scale)
         assert np.linalg.eigvalsh(inverse).min() > 0
         v = draw(seed, *case.shape)
         np.testing.assert_allclose(np.ravel(case.block.solve(held, v, lam)), inverse @ np.ravel(v), atol=1e-10 * scale)
-        curvature = matrix(lambda v: case.block.multiply(factors, v), case.shape)
+        curvature = matrix(case.block.multiply, case.shape, factors)
         np.testing.assert_allclose(curvature, curvature.T, atol=1e-8 * np.abs(curvature).max())
         assert np.linalg.eigvalsh((curvature + curvature.T) / 2).min() > -1e-8 * np.abs(curvature).max()
         if case.exact:
@@ -208,10 +216,13 @@ def test_explicit_mesh_axes(name, weighted):
         close(jax.device_get(got), expected, rtol=1e-5, atol=1e-6)
 
 
+DIAGONAL = diagonal()
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.floats(1e-3, 10))
 def test_diagonal_is_the_dense_solve(seed, lam):
     with jax.enable_x64(True):
-        s, block = jnp.square(draw(seed, 1, 4)), diagonal()
-        inverse = matrix(lambda v: block.solve(block.factorize(s, lam), v, lam), (1, 4))
+        s = jnp.square(draw(seed, 1, 4))
+        inverse = matrix(DIAGONAL.solve, (1, 4), DIAGONAL.factorize(s, lam), lam)
         np.testing.assert_allclose(inverse, np.diag(1 / (np.ravel(s) + lam)), rtol=1e-12)
