@@ -32,7 +32,7 @@ def dense_block(estimator, params, args, layer):
 def block_matrix(block, statistic, layer):
     p, q = layer.shape
     basis = jnp.eye(p * q).reshape(p * q, p, q)
-    return np.asarray(jax.vmap(lambda v: block.multiply(statistic, v))(basis)).reshape(p * q, -1)
+    return np.asarray(jax.jit(jax.vmap(lambda v: block.multiply(statistic, v)))(basis)).reshape(p * q, -1)
 
 
 def measured(estimator, params, *args, block=None, **options):
@@ -145,7 +145,7 @@ def test_masked_steps_in_time_count_as_dropped(x64, name):
         statistics, across = jax.jit(lambda p, a, plan=plan: estimator.at(p, *a).statistics(plan))(params, args)
         v = [oracles.normal(i, (1, *x.shape)) for i, x in enumerate(layers)]
         results.append((
-            [jax.vmap(b.multiply)(s, w) for b, s, w in zip(plan.blocks, statistics, v)], across
+            [jax.jit(jax.vmap(b.multiply))(s, w) for b, s, w in zip(plan.blocks, statistics, v)], across
         ))  # fmt: skip
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
@@ -197,7 +197,10 @@ def test_padding_tokens_of_a_tied_table_count_as_dropped(x64, coarse):
     for args in ((padded, mask), (tokens, jnp.ones((2, 3)))):
         tx = ko.kfac_two_level(estimator.layers(params, *args), learning_rate=0.1, damping=0.1, coarse=coarse)
         grads = jax.tree.map(jnp.sin, params)
-        updates.append(tx.update(grads, tx.init(params), params, curvature=estimator.at(params, *args))[0])
+        step = jax.jit(
+            lambda p, a, tx=tx, grads=grads: tx.update(grads, tx.init(p), p, curvature=estimator.at(p, *a))[0]
+        )
+        updates.append(step(params, args))
     for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8)
 
@@ -275,7 +278,7 @@ def test_left_over_parameters_get_the_diagonal(x64):
 def test_normalisation_layers_can_be_left_alone():
     model = nn.Sequential([nn.Dense(3), nn.LayerNorm(), nn.Dense(2)])
     x = jnp.ones((4, 2))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     fisher = ko.ggn(lambda p, x: ko.Categorical(model.apply({"params": p}, x)))
     grads = jax.tree.map(jnp.ones_like, params)
     for word, passed in (("pass", True), ("unitwise", False), ("diagonal", False)):
@@ -288,7 +291,7 @@ def test_normalisation_layers_can_be_left_alone():
         ko.kfac(fisher.layers(params, x), learning_rate=0.1, normalization="skip")
     forward = ko.forward_only(lambda p, x: ko.Categorical(model.apply({"params": p}, x)))
     tx = ko.kfac(forward.layers(params, x), learning_rate=0.1, uncovered="diagonal")
-    updates, _ = tx.update(grads, tx.init(params), params, curvature=forward.at(params, x))
+    updates, _ = jax.jit(lambda p: tx.update(grads, tx.init(p), p, curvature=forward.at(p, x)))(params)
     assert bool(jnp.isfinite(optax.tree.norm(updates)))
 
 
@@ -303,7 +306,7 @@ def test_channels_only_where_a_convolution_is_plain():
             return nn.ConvTranspose(2, (2, 2), strides=(2, 2), name="up")(x).mean((1, 2))
 
     x = jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
-    params = Net().init(jax.random.key(1), x)["params"]
+    params = jax.jit(Net().init)(jax.random.key(1), x)["params"]
     fisher = ko.ggn(lambda p, x: ko.Categorical(Net().apply({"params": p}, x)))
     layers = fisher.layers(params, x)
     names = [ko.blocks_of(ko.kronecker(), convolution="sua")(layer).name for layer in layers]
@@ -323,7 +326,7 @@ def test_temporal_correlations_reach_the_update(option):
     """Layers inside the scan get the block of their steps, in the order of time; the head outside keeps its own."""
     model = nn.Sequential([nn.RNN(nn.SimpleCell(3)), nn.Dense(2)])
     x = jax.random.normal(jax.random.key(0), (4, 5, 2))
-    params = model.init(jax.random.key(1), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
     fisher = ko.ggn(lambda p, x: ko.Normal(model.apply({"params": p}, x)[:, -1]))
     tx = ko.kfac(fisher.layers(params, x), learning_rate=0.1, damping=0.1, recurrence=option, kl_clip=None)
     grads = jax.tree.map(jnp.ones_like, params)
