@@ -42,6 +42,8 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
                 "inverse_every": {"regular": 20, "warmup_steps": 20, "first": 5},
                 "inverse": "cholesky",
             },
+            # On top for inverses of low rank: add rs_kfac, b_kfac, ... to the optimizers.
+            "low_rank": {"rank": 128},
             # Options of kfac_adaptive and two_level_adaptive, which tune themselves: exact products on 125 images.
             "adaptive": {"model_subsample": 0.125},
             "per_optimizer": {

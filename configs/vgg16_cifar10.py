@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "bn_momentum": 0.9,
             },
             "likelihood": "categorical",
-            "optimizers": ("sgd", "kfac", "two_level"),
+            "optimizers": ("sgd", "kfac", "two_level", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c"),
             "seeds": 1,
             "epochs": 50,
             "batch_size": 256,
@@ -53,6 +53,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "inverse": "eigh",
                 "normalization": "pass",  # norm layers are left alone, as in the papers
             },
+            # What comes on top for inverses of low rank; of the size the papers use. Online are the fully connected layers.
+            "low_rank": {"rank": 220, "correct_every": 5, "correct_share": 0.2},
             "tune": False,
             "grid": (0.3, 0.1, 0.03),
             "targets": (0.5, 0.1, 0.02),

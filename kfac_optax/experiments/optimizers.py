@@ -23,7 +23,8 @@ class Curved(NamedTuple):
 
     Attributes:
         layers: those that the library found in the model.
-        options: keyword arguments of the library, from `config.kfac` or `config.adaptive`, with their schedules.
+        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where that is meant, or from
+            `config.adaptive`; with their schedules.
     """
 
     layers: Any
@@ -39,12 +40,14 @@ class Optimizer(NamedTuple):
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no grid is tried, and its
             options are those of `config.adaptive`.
+        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top of `config.kfac`.
     """
 
     label: str
     curvature: bool
     build: Build
     adaptive: bool = False
+    low_rank: bool = False
 
     @property
     def tuned(self) -> bool:
@@ -65,9 +68,16 @@ def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
 
 
-def _kfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-    assert curved is not None
-    return preconditioned(ko.kfac(curved.layers, learning_rate=rate, **curved.options), config, rate)
+def _preset(preset: Callable[..., Any]) -> Build:
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        return preconditioned(preset(curved.layers, learning_rate=rate, **curved.options), config, rate)
+
+    return build
+
+
+def _online_two_level(layers: Any, **options: Any) -> Any:
+    return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
 
 
 def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
@@ -106,12 +116,18 @@ def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> An
 OPTIMIZERS = {
     "sgd": Optimizer("SGD", False, _sgd),
     "adam": Optimizer("Adam", False, _adam),
-    "kfac": Optimizer("K-FAC", True, _kfac),
+    "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer("two-level, Galerkin", True, _two_level("factored", "galerkin")),
     "kfac_adaptive": Optimizer("K-FAC, adaptive", True, _adaptive(ko.kfac_adaptive), adaptive=True),
     "two_level_adaptive": Optimizer("two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True),
+    "rs_kfac": Optimizer("RS-KFAC", True, _preset(ko.rs_kfac), low_rank=True),
+    "b_kfac": Optimizer("B-KFAC", True, _preset(ko.b_kfac), low_rank=True),
+    "b_r_kfac": Optimizer("B-R-KFAC", True, _preset(ko.b_r_kfac), low_rank=True),
+    "b_kfac_c": Optimizer("B-KFAC-C", True, _preset(ko.b_kfac_c), low_rank=True),
+    "b_r_c": Optimizer("B-R-C", True, _preset(ko.b_r_c), low_rank=True),
+    "b_kfac_two_level": Optimizer("B-KFAC, two-level", True, _preset(_online_two_level), low_rank=True),
 }
 # What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
 _STRUCTURE = (
@@ -186,6 +202,8 @@ def make(
 
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     options = config.kfac.to_dict()
+    if optimizer.low_rank:
+        options |= config.low_rank.to_dict() if "low_rank" in config else {}
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
     own = config.adaptive.to_dict() if "adaptive" in config else {}

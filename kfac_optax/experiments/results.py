@@ -42,7 +42,9 @@ Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning ra
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
     """All that decides the outcome of a run, as JSON gives it back."""
     kind = optimizers.OPTIMIZERS[job.optimizer]
-    common = settings.identity(config, job.optimizer, curvature=kind.curvature, adaptive=kind.adaptive)
+    common = settings.identity(
+        config, job.optimizer, curvature=kind.curvature, adaptive=kind.adaptive, low_rank=kind.low_rank
+    )
     return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 
 

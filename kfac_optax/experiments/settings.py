@@ -47,7 +47,12 @@ def rates(config: ml_collections.ConfigDict, optimizer: str, *, tuned: bool) -> 
 
 
 def identity(
-    config: ml_collections.ConfigDict, optimizer: str, *, curvature: bool, adaptive: bool = False
+    config: ml_collections.ConfigDict,
+    optimizer: str,
+    *,
+    curvature: bool,
+    adaptive: bool = False,
+    low_rank: bool = False,
 ) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
     settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
@@ -60,4 +65,6 @@ def identity(
         settings.pop("subsample", None)
     if not adaptive:
         settings.pop("adaptive", None)
+    if not low_rank:
+        settings.pop("low_rank", None)
     return json.loads(json.dumps(settings))

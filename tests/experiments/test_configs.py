@@ -31,6 +31,8 @@ def reduced(name: str, directory, *variant: str):
         data_files.write_idx(directory)
         config.data_dir = str(directory)
     config.kfac = config.kfac.to_dict() | {"curvature_every": 1, "inverse_every": 2}
+    if "low_rank" in config:
+        config.low_rank = {"rank": 4}
     if "adaptive" in config:
         config.adaptive = {"curvature_every": 1, "inverse_every": 2, "adapt_every": 3}
     if "report_every" in config:
@@ -41,7 +43,8 @@ def reduced(name: str, directory, *variant: str):
 # Widths and optimizers that compile quickly.
 SMALL = [
     ("resnet110_cifar10", "sgd", {"depth": 8}),
-    ("vgg16_cifar10", "sgd", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
+    ("vgg16_cifar10", "b_kfac", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
+    ("wide_mlp", "b_r_c", {"widths": (40,)}),
     ("fashion_mnist_cnn", "adam", {"channels": (8,), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
