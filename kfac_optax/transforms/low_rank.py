@@ -59,8 +59,8 @@ def low_rank_blocks(
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> layers = estimator.layers(jnp.zeros((100, 3)), jnp.ones((5, 100)))
     >>> print(ko.coverage(layers, block=low_rank_blocks(rank=8)))
-    layer   kind   kernel  bias  uses  block                                       state bytes
-    ------  -----  ------  ----  ----  ------------------------------------------  -----------
+    layer   kind   kernel  bias  uses  block                                        state bytes
+    ------  -----  ------  ----  ----  -------------------------------------------  -----------
     (root)  dense  100x3   no    1     low rank (8 of 100 online x all 3, clamped)  3,748
     total                                                                           3,748
     """
@@ -180,6 +180,14 @@ def b_r_kfac(layers: Layers, *, rank: Rank = 128, **options: Any) -> optax.Gradi
     Raises:
       ValueError: a hyperparameter out of range.
 
+    >>> import jax, jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
+    >>> tx = b_r_kfac(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
+    >>> print(state.factors["dense_64x2"].inputs.shape, state.held["dense_64x2"].inputs.low.vectors.shape)
+    (1, 64, 64) (1, 64, 8)
+
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
     return _preset("b_r_kfac", layers, rank=rank, **options)
@@ -206,6 +214,14 @@ def b_kfac_c(
     Raises:
       ValueError: a hyperparameter out of range.
 
+    >>> import jax, jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
+    >>> tx = b_kfac_c(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
+    >>> print(state.factors["dense_64x2"].inputs.shape, state.held["dense_64x2"].inputs.low.vectors.shape)
+    (1, 64, 64) (1, 64, 8)
+
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
     return _preset("b_kfac_c", layers, rank=rank, correct_every=correct_every, correct_share=correct_share, **options)
@@ -228,6 +244,14 @@ def b_r_c(
 
     Raises:
       ValueError: a hyperparameter out of range.
+
+    >>> import jax, jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
+    >>> tx = b_r_c(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
+    >>> print(state.factors["dense_64x2"].inputs.shape, state.held["dense_64x2"].inputs.low.vectors.shape)
+    (1, 64, 64) (1, 64, 8)
 
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
