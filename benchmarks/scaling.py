@@ -102,6 +102,10 @@ def report(widths: list[int], times: dict[str, dict[int, float]]) -> None:
     )
 
 
+def widths_of(times: dict[str, dict[int, float]]) -> list[int]:
+    return sorted({width for of_width in times.values() for width in of_width})
+
+
 def draw(times: dict[str, dict[int, float]], path: pathlib.Path) -> None:
     import matplotlib
 
@@ -114,6 +118,8 @@ def draw(times: dict[str, dict[int, float]], path: pathlib.Path) -> None:
             widths, spent = list(times[name]), list(times[name].values())
             ax.loglog(widths, spent, "o-", label=f"{name}: width$^{{{exponent(widths, spent):.1f}}}$")
         ax.set(title=title, xlabel="width")
+        ax.set_xticks(widths_of(times), labels=widths_of(times), minor=False)
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend()
     axes[0].set_ylabel("seconds")
@@ -125,12 +131,10 @@ def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
-    parser.add_argument(
-        "--eigh-up-to", type=int, default=4096, help="widest eigendecomposition: the next takes minutes"
-    )
+    parser.add_argument("--eigh-up-to", type=int, default=8192, help="widest eigendecomposition")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results/scaling.png"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/scaling.png"))
     options = parser.parse_args()
     times: dict[str, dict[int, float]] = {name: {} for name in (*REFRESH, *APPLY)}
     for width in tqdm(options.widths, desc="widths"):

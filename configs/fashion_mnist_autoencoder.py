@@ -51,6 +51,9 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
                 "adam": {"learning_rate": 6e-4, "grid": (2e-3, 6e-4, 2e-4)},
                 "kfac": {"learning_rate": 1e-1, "grid": (3e-1, 1e-1)},
                 "two_level": {"learning_rate": 1e-1, "grid": (3e-1, 1e-1)},
+                "rs_kfac": {"learning_rate": 1e-1, "grid": (3e-1, 1e-1)},
+                "b_kfac": {"learning_rate": 1e-1, "grid": (3e-1, 1e-1)},
+                "b_r_kfac": {"learning_rate": 1e-1, "grid": (3e-1, 1e-1)},
             },
             # Rows within an epoch, and an end by the clock: for comparisons at equal seconds.
             "report_every": 10,  # steps between rows of metrics.csv; 0: one row an epoch

@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
             "seeds": 3,
             "epochs": 1000,
             "batch_size": 128,
-            "learning_rate": 1e-2,
+            "learning_rate": 3e-3,
             "momentum": 0.9,
             "weight_decay": 1e-4,
             "kfac": {
@@ -47,8 +47,11 @@ def get_config() -> ml_collections.ConfigDict:
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
             "tune_seeds": 1,  # seeds that a rate is tried with, then the best gets the others; 0: all
-            "grid": (1e-1, 3e-2, 1e-2),
-            "per_optimizer": {"adam": {"learning_rate": 1e-3, "grid": (1e-3, 3e-4, 1e-4)}},
+            "grid": (3e-2, 1e-2, 3e-3, 1e-3),
+            "per_optimizer": {
+                "sgd": {"learning_rate": 3e-2, "grid": (3e-1, 1e-1, 3e-2, 1e-2)},
+                "adam": {"learning_rate": 3e-4, "grid": (1e-3, 3e-4, 1e-4)},
+            },
             "targets": (0.2, 0.05, 0.02, 0.01),
             "steps_per_call": 5,
             "python_loop": True,  # steps compiled without branches, what is due decided in Python

@@ -96,7 +96,7 @@ def low_rank(
     correct_every: int | None = None,
     correct_share: float = 0.2,
     oversampling: int = 10,
-    power_iterations: int = 2,
+    power_iterations: int = 1,
     variant: str = "svd",
     rest: str = "mean",
     damping_rule: str = "tikhonov",

@@ -40,7 +40,7 @@ def randomized_eigh(
     *,
     rank: int,
     oversampling: int = 10,
-    power_iterations: int = 2,
+    power_iterations: int = 1,
     variant: str = "svd",
     precision: jax.lax.PrecisionLike = "highest",
 ) -> LowRank:
