@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kfac_optax._types import Block, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
@@ -57,6 +58,7 @@ CASES = {
     "unitwise-diagonal": Case(unitwise(full=False), (2, 3), True, dense_rows(2, p=3, q=3), bias=True, inputs=1),
     "recurrent-1": Case(recurrent(), (3, 2), False, dense_rows(4, p=2), bias=True, inputs=2),
     "recurrent-2": Case(recurrent("option2"), (3, 2), False, dense_rows(4, p=2), bias=True, inputs=2),
+    "low-rank": Case(low_rank(2), (5, 4), False, dense_rows(3, p=4, q=4), bias=True, inputs=4),
     "sua": Case(sua(2), (5, 2), False, dense_rows(3, p=2), bias=True, inputs=4),
 }
 CASES = {  # compiled once, not operation by operation for every example
@@ -143,7 +145,9 @@ def test_start_and_zero_statistics_are_finite(name, start):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(held))
     expected = v / 1e-3 if start == "zero" else v
     np.testing.assert_allclose(got, expected, rtol=0.1 if start == "init" else 1e-4)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((factors, held, got)))
+    # the one count is that of a factor's eigenpairs in use
+    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves((factors, held, got)))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((factors, got)))
 
 
 @every_case
