@@ -13,7 +13,15 @@ from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram, homogeneous, replicated
 from kfac_optax.linalg.kronecker import sandwich
-from kfac_optax.linalg.low_rank import LowRank, captured_energy, low_rank_solve, mean_left_out, rank_for, zero
+from kfac_optax.linalg.low_rank import (
+    LowRank,
+    beyond,
+    captured_energy,
+    low_rank_solve,
+    mean_left_out,
+    of_diagonal,
+    rank_for,
+)
 from kfac_optax.linalg.online import brand_update, correct_directions
 from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
 from kfac_optax.linalg.rows import keep_rows
@@ -64,14 +72,15 @@ class Quality(NamedTuple):
     """How well a factor is held."""
 
     energy: Float[Array, ""]  # share of the trace in the pairs in use
-    error: Float[Array, ""]  # of the inverse where pairs are left out, at most
+    error: Float[Array, ""]  # of the inverse where pairs are left out, an estimate
     used: Int[Array, ""]  # pairs in use
 
 
 def quality(side: Side) -> Quality:
     """Captured energy, estimated error of the inverse, and pairs in use of one factor.
 
-    Eigenvalues that are left out lie between zero and `t`, the smallest in use or what is left of the trace. With `c` what they
+    Eigenvalues that are left out are thought between zero and `t`, the smallest in use or what is left of the trace (those of a
+    factor followed online may be larger). With `c` what they
     are taken for and `s` the damping, the solve is off by the factor `(x + s) / (c + s)` for one that is `x`; the error is how
     far from one that can be, `max(t - c, c) / (c + s)`. Zero where nothing is left out.
 
@@ -79,8 +88,7 @@ def quality(side: Side) -> Quality:
     >>> print(quality(held.inputs).energy)
     0.75
     """
-    held = side.low.values.shape[0]
-    in_use = side.low._replace(values=jnp.where(jnp.arange(held) < side.used, side.low.values, 0))
+    in_use = beyond(side.low, side.used, 0)
     left = jnp.maximum(side.trace - jnp.sum(in_use.values), 0)
     top = jnp.minimum(side.low.values[side.used - 1], left)
     error = jnp.maximum(top - side.rest, side.rest) / (side.rest + side.shift)
@@ -208,8 +216,10 @@ def low_rank(
         for i, (factor, rule) in enumerate(zip(factors, rules)):
             if rule.sketches:
                 lows.append(sketch(after(factor, lows), keys[i]))
-            else:
-                lows.append(zero(len(factor), rank, factor.dtype) if old is None else old[i].low)
+            elif old is not None:
+                lows.append(old[i].low)
+            else:  # no rows yet: the diagonal is all there is, that of the identity before any statistic
+                lows.append(of_diagonal(jnp.diag(factor) if factor.ndim == 2 else factor, rank))
         traces = map(_trace, factors)
         return LowRankHeld(*map(side, lows, traces, shifts(factors, lows, damping)))
 
@@ -227,8 +237,8 @@ def low_rank(
         return LowRankHeld(*new)
 
     def invert(side: Side, v: Array) -> Array:
-        kept = jnp.where(jnp.arange(side.low.values.shape[0]) < side.used, side.low.values, side.rest)
-        return low_rank_solve(side.low._replace(values=kept), v, side.shift, rest=side.rest, precision=precision)
+        kept = beyond(side.low, side.used, side.rest)
+        return low_rank_solve(kept, v, side.shift, rest=side.rest, precision=precision)
 
     def solve(held: LowRankHeld, v: Array, damping: Array) -> Array:
         return invert(held.outputs, invert(held.inputs, v).T).T
@@ -248,9 +258,8 @@ def low_rank(
             )
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
-    name = f"low rank ({' x '.join(_describe(rule, rank) for rule in rules)})"
     return Block(
-        name, init, measure, factorize, solve, multiply, rows=any(online), sharing=sharing, positions=positions,
+        f"low rank ({rank})", init, measure, factorize, solve, multiply, rows=any(online), sharing=sharing, positions=positions,
         refresh=refresh, absorb=absorb if any(online) else None, solve_rows=solve_rows,
     )  # fmt: skip
 
@@ -270,14 +279,6 @@ def _check(
     check_choice(where, "variant", variant, VARIANTS)
     check_choice(where, "rest", rest, REST)
     check_choice(where, "damping_rule", damping_rule, DAMPING)
-
-
-def _describe(rule: _Rule, rank: int) -> str:
-    how = "online" if rule.online else "sketched"
-    extra = [
-        word for word, has in (("overwritten", rule.online and rule.sketches), ("corrected", rule.corrected)) if has
-    ]
-    return " ".join([f"{rank} {how}", *extra])
 
 
 def _trace(factor: Array) -> Array:

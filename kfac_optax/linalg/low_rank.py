@@ -27,6 +27,18 @@ def zero(dimension: int, rank: int, dtype: Any = jnp.float32) -> LowRank:
     return LowRank(jnp.eye(dimension, rank, dtype=dtype), jnp.zeros(rank, dtype))
 
 
+def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
+    """The `min(rank, d)` largest pairs of a diagonal matrix.
+
+    >>> print(of_diagonal(jnp.array([1.0, 3.0, 2.0]), 2).vectors)
+    [[0. 0.]
+     [1. 0.]
+     [0. 1.]]
+    """
+    values, order = jax.lax.top_k(diagonal, min(rank, len(diagonal)))
+    return LowRank(jax.nn.one_hot(order, len(diagonal), axis=0, dtype=diagonal.dtype), values)
+
+
 def largest(values: Float[Array, " n"], vectors: Float[Array, "d n"], rank: int) -> LowRank:
     """The `rank` largest of eigenvalues in rising order, as `eigh` gives them; negative ones become zero."""
     return LowRank(vectors[:, ::-1][:, :rank], jnp.maximum(values[::-1][:rank], 0))
@@ -80,6 +92,15 @@ def low_rank_solve(
     return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
 
 
+def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
+    """The same pairs, with `value` for the eigenvalues behind the first `used`.
+
+    >>> print(beyond(LowRank(jnp.eye(3), jnp.array([3.0, 2.0, 1.0])), 2, 0.5).values)
+    [3.  2.  0.5]
+    """
+    return low._replace(values=jnp.where(jnp.arange(low.values.shape[0]) < used, low.values, value))
+
+
 def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""]:
     """The fewest pairs that hold the share `1 - error` of a matrix's trace; all of them where they hold less.
 
@@ -96,9 +117,8 @@ def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Arr
     >>> print(mean_left_out(LowRank(jnp.eye(3, 1), jnp.array([3.0])), jnp.float32(4.0), 1))
     0.5
     """
-    dimension, held = low.vectors.shape
-    known = jnp.sum(jnp.where(jnp.arange(held) < used, low.values, 0))
-    return jnp.clip((trace - known) / jnp.maximum(dimension - used, 1), 0, low.values[used - 1])
+    rest = trace - jnp.sum(beyond(low, used, 0).values)
+    return jnp.clip(rest / jnp.maximum(low.vectors.shape[0] - used, 1), 0, low.values[used - 1])
 
 
 def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:

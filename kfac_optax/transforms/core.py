@@ -137,9 +137,9 @@ def scale_by_curvature(
         step = Step(
             mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
         )
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
-            plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
             weight = resolve(decay, state.kfac_count)
             due = (
                 True
@@ -153,9 +153,7 @@ def scale_by_curvature(
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
-        rows = None
-        if factored_gradient:
-            rows = _gradient_rows(where, curvature, Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name))
+        rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
         new, share = precondition(step, state, leaves, dtype, curvature, axis_name, rows)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),

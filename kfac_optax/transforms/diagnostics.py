@@ -35,8 +35,8 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping` (`model_damping`, `reduction_ratio`,
     `rejected_steps`, ...) where they are used, and the range of the eigenvalues of all factors, `eigenvalue_min` and
     `eigenvalue_max` (computed on the spot). Where factors are held as a few eigenpairs, also the worst over all of them:
-    `captured_energy` (share of the trace in the pairs in use), `inversion_error` (by how much, relative to what is right, the
-    inverse can be off along a direction that is left out; damping makes it small), and the largest `rank_in_use`.
+    `captured_energy` (share of the trace in the pairs in use), `inversion_error` (an estimate of how much, relative to what is
+    right, the inverse may be off along a direction that is left out; damping makes it small), and the largest `rank_in_use`.
 
     Args:
       opt_state: any Optax state with exactly one K-FAC transformation in it.

@@ -37,9 +37,10 @@ def low_rank_blocks(
 ) -> BlockOf:
     """The block that every layer gets from a method with low-rank factors: a function for `block=`, or for `coverage`.
 
-    A factor of dimension `d` is followed online where the method does that, the layer is dense, and `rank + rows < d`, with
-    the rows of the traced batch (positions count); otherwise its dense average is kept and sketched at every refresh. A factor
-    with `d <= rank` is decomposed as a whole (`clamped` in the table where the rank is larger).
+    A factor of dimension `d` is followed online where the method does that, the layer is dense, positions are not pooled
+    (`sharing="reduce"`), and `rank + rows < d`, with the rows of the traced batch (positions count); otherwise its dense average
+    is kept and sketched at every refresh. A factor with `d <= rank` is decomposed as a whole (`clamped` in the table where the
+    rank is larger).
 
     Args:
       method: `"rs_kfac"`, `"b_kfac"`, `"b_r_kfac"`, `"b_kfac_c"` or `"b_r_c"`.

@@ -21,6 +21,7 @@ def precondition(
     """New leaves by name, and the share of the update that the coupling changed. `rows`: see `_from_rows`."""
 
     def fine(vector: Vector) -> Vector:
+        # of what couplings solve for, only the gradient itself is a product of rows
         known = _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}
         return [
             known[b.name]

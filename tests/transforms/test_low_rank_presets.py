@@ -233,6 +233,20 @@ def test_bad_batch_leaves_everything_as_it_was(x64):
     assert int(core(after).skipped_statistics) == 1 and int(core(after).failed_inverses) == 0
 
 
+@pytest.mark.parametrize("name", ["b_kfac", "b_kfac_c", "b_r_kfac"])
+def test_before_any_statistic_factors_are_the_identity(x64, name):
+    """A first batch that is not finite leaves the update of dense K-FAC: nothing is blown up by the damping alone."""
+    params, layers = problem()
+    grads, broken = gradient(3, params), batch(0).at[0, 0].set(jnp.nan)
+
+    def update(tx):
+        curvature = FISHER.at(params, broken, key=jax.random.key(0))
+        return jax.jit(lambda s: tx.update(grads, s, params, curvature=curvature))(tx.init(params))[0]
+
+    expected = update(ko.kfac(layers, inverse="cholesky", **COMMON))
+    close(update(PRESETS[name](layers, rank=4, **COMMON)), expected, 1e-9)
+
+
 @pytest.mark.parametrize("name", ["rs_kfac", "b_kfac", "b_r_c"])
 @pytest.mark.parametrize("make", [lambda seed: batch(seed, 1), lambda seed: 0 * batch(seed)], ids=["one", "zeros"])
 def test_a_batch_of_one_and_a_batch_of_zeros(x64, name, make):
