@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "curvature_every": 5,
                 "inverse_every": 25,
                 "inverse": "cholesky",
+                "factored_gradient": True,  # of dense K-FAC too: gradients are preconditioned from their rows
             },
             # What comes on top for inverses of low rank. Defaults: corrections of a fifth at every fifth statistic.
             "low_rank": {"rank": 128},

@@ -20,12 +20,21 @@ from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collec
 
 
 class Spec(NamedTuple):
-    """Settings of an estimator: its kind, the user's function, label draws, part of the batch."""
+    """Settings of an estimator.
+
+    Attributes:
+      kind: of estimator.
+      function: what is differentiated: parameters and arguments to predictions, or to losses.
+      samples: label draws.
+      subsample: part of the batch.
+      with_aux: the user's function where it returns more, `(prediction, aux)`; then `function` is its first part.
+    """
 
     kind: Kind
     function: Callable[..., PyTree]
     samples: int = 1
     subsample: float | Callable[..., Sequence[PyTree]] | None = None
+    with_aux: Callable[..., tuple[PyTree, PyTree]] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 """Curvature estimators: what is measured, from which labels, on which part of the batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from kfac_optax._types import Layers, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
+from kfac_optax.capture.layers import trace
 from kfac_optax.coverage import blocks_of, coverage
 from kfac_optax.curvature import Curvature, SharedCurvature, Spec, part_of_batch, trace_model
 from kfac_optax.heads import (
@@ -19,6 +21,7 @@ from kfac_optax.heads import (
     FISHER,
     FORWARD,
     GGN,
+    Kind,
     split_outputs,
     with_naturals,
 )  # fmt: skip
@@ -76,9 +79,10 @@ class Estimator:
           loss_fn: `(prediction, targets) -> scalar`, with `prediction` what `predict` returns.
 
         Returns:
-          A function `(params, *args, targets=None, key=None) -> (loss, grads, curvature)`. The curvature keeps the rows
-          of all layers, so it needs more memory than `at`, which measures on the fly. It belongs to the trace it was
-          made in: pass it to `tx.update`, not through the boundary of a jitted function.
+          A function `(params, *args, targets=None, key=None) -> (loss, grads, curvature)`; of an estimator with
+          `has_aux=True`, `((loss, aux), grads, curvature)`. The curvature keeps the rows of all layers, so it needs more
+          memory than `at`, which measures on the fly. It belongs to the trace it was made in: pass it to `tx.update`, not
+          through the boundary of a jitted function.
 
         Raises:
           TypeError: the estimator has no prediction to share (`empirical_fisher`).
@@ -115,20 +119,37 @@ class Estimator:
 
 
 def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
-    traced = trace_model(spec, params, args)
+    traced = (
+        trace_model(spec, params, args) if spec.with_aux is None else trace(spec.with_aux, params, args, spec.kind.name)
+    )
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [None if m is None else make_zeros(s, m, None) for s, m in zip(traced.sites, measures, strict=True)]
 
     def forward(params: PyTree, zeros: Sequence[Zeros | None]):
         flat = evaluate(traced.jaxpr, jax.tree.leaves((params, args)), traced.sites, measures, None, zeros)
-        prediction = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
-        return split_outputs(spec.kind, prediction)[0], prediction
+        out = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
+        prediction, aux = (out, None) if spec.with_aux is None else _pair(spec.kind, out)
+        return split_outputs(spec.kind, prediction)[0], (prediction, aux)
 
-    naturals, pull, prediction = jax.vjp(forward, params, zeros, has_aux=True)
+    naturals, pull, (prediction, aux) = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     heads = split_outputs(spec.kind, prediction)[1]
     gradient, rows = pull(seeds)
-    return loss, gradient, SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
+    curvature = SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
+    return loss if spec.with_aux is None else (loss, aux), gradient, curvature
+
+
+def _pair(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
+    """A prediction and what comes with it.
+
+    Raises:
+      TypeError: there are not two.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a pair (prediction, aux)."
+        )
+    return out
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
@@ -146,7 +167,13 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
     return replace_leaves(vector, out)
 
 
-def fisher(predict: Callable[..., PyTree], *, samples: int = 1, subsample: float | Callable | None = None) -> Estimator:
+def fisher(
+    predict: Callable[..., PyTree],
+    *,
+    samples: int = 1,
+    subsample: float | Callable | None = None,
+    has_aux: bool = False,
+) -> Estimator:
     """The Fisher information of the model's predictive distribution, from labels drawn from the model.
 
     `F = (1/N) sum_b E_{y ~ p(y | x_b)}[g_b g_b^T]`, estimated with `samples` draws per example. One extra backward pass
@@ -157,6 +184,8 @@ def fisher(predict: Callable[..., PyTree], *, samples: int = 1, subsample: float
       samples: draws per example.
       subsample: measure on a part of the batch only: a fraction in (0, 1] (evenly spaced examples of every argument
         whose axis 0 is the batch) or a function of the arguments that returns them cut down.
+      has_aux: `predict` returns a pair, the likelihoods and anything else (new batch statistics, logits), which
+        `value_and_grad` hands out next to the loss, as `jax.value_and_grad` does.
 
     Returns:
       An `Estimator` with `.layers`, `.at`, `.vector_product` and `.value_and_grad`.
@@ -172,10 +201,12 @@ def fisher(predict: Callable[..., PyTree], *, samples: int = 1, subsample: float
     Reference: Martens & Grosse (2015), section 5, on drawing labels from the model.
     """
     check_number("fisher", "samples", samples, at_least=1)
-    return _estimator(Spec(FISHER, predict, samples, subsample))
+    return _estimator(Spec(FISHER, predict, samples, subsample), has_aux)
 
 
-def ggn(predict: Callable[..., PyTree], *, subsample: float | Callable | None = None) -> Estimator:
+def ggn(
+    predict: Callable[..., PyTree], *, subsample: float | Callable | None = None, has_aux: bool = False
+) -> Estimator:
     """The exact generalised Gauss-Newton matrix, `(1/N) sum_b J_b^T H_b J_b`, from all output columns.
 
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these likelihoods it is the Fisher
@@ -186,6 +217,7 @@ def ggn(predict: Callable[..., PyTree], *, subsample: float | Callable | None = 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.
       subsample: as in `fisher`.
+      has_aux: as in `fisher`.
 
     >>> import kfac_optax as ko
     >>> estimator = ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -193,7 +225,7 @@ def ggn(predict: Callable[..., PyTree], *, subsample: float | Callable | None = 
     >>> print(estimator.vector_product(jnp.zeros((2, 1)), v, x).ravel())
     [1. 1.]
     """
-    return _estimator(Spec(GGN, predict, 1, subsample))
+    return _estimator(Spec(GGN, predict, 1, subsample), has_aux)
 
 
 def empirical_fisher(
@@ -215,12 +247,15 @@ def empirical_fisher(
     return _estimator(Spec(EMPIRICAL, per_example_loss, 1, subsample))
 
 
-def forward_only(predict: Callable[..., PyTree], *, subsample: float | Callable | None = None) -> Estimator:
+def forward_only(
+    predict: Callable[..., PyTree], *, subsample: float | Callable | None = None, has_aux: bool = False
+) -> Estimator:
     """Second moments of the layers' inputs only: `F ~ A (x) I`. No labels and, once compiled, no backward pass.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.
       subsample: as in `fisher`.
+      has_aux: as in `fisher`.
 
     >>> import kfac_optax as ko
     >>> estimator = forward_only(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -229,10 +264,10 @@ def forward_only(predict: Callable[..., PyTree], *, subsample: float | Callable 
 
     Reference: Benzing, Gradient Descent on Neurons and its Link to Approximate Second-Order Optimization (2022).
     """
-    return _estimator(Spec(FORWARD, predict, 1, subsample))
+    return _estimator(Spec(FORWARD, predict, 1, subsample), has_aux)
 
 
-def _estimator(spec: Spec) -> Estimator:
+def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
     where, subsample = spec.kind.name, spec.subsample
     if not callable(spec.function):
         raise TypeError(
@@ -240,4 +275,14 @@ def _estimator(spec: Spec) -> Estimator:
         )
     if subsample is not None and not callable(subsample):
         check_number(where, "subsample", subsample, above=0, at_most=1)
+    if has_aux:
+        spec = spec._replace(function=_first_of(spec.kind, spec.function), with_aux=spec.function)
     return Estimator(spec)
+
+
+def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    @functools.wraps(predict)
+    def prediction(*args: Any, **kwargs: Any) -> PyTree:
+        return _pair(kind, predict(*args, **kwargs))[0]
+
+    return prediction

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import kfac_optax as ko
 from kfac_optax.coupling.coarse import coarse_matrix
@@ -260,6 +261,36 @@ def test_value_and_grad_shares_the_forward_pass(x64, scan):
                 np.testing.assert_allclose(u, v, rtol=1e-10, atol=1e-13)
 
 
+def test_aux_comes_next_to_the_loss(x64):
+    """Batch statistics and logits out of the one forward pass, while everything else sees the prediction only."""
+    model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False), nn.Dense(2)])
+    x, y = oracles.normal(0, (N, 3)), jnp.arange(N) % 2
+    variables = model.init(jax.random.key(0), x)
+    params, stats = jax.tree.map(lambda v: v.astype(jnp.float64), (variables["params"], variables["batch_stats"]))
+
+    def both(p, stats, x):
+        logits, new = model.apply({"params": p, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return ko.Categorical(logits), (logits, new["batch_stats"])
+
+    plain, estimator = ko.ggn(lambda *args: both(*args)[0]), ko.ggn(both, has_aux=True)
+    layers = estimator.layers(params, stats, x)
+    assert str(layers) == str(plain.layers(params, stats, x))
+    vector = jax.tree.map(jnp.ones_like, params)
+    close = lambda u, v: jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), u, v)
+    close(estimator.vector_product(params, vector, stats, x), plain.vector_product(params, vector, stats, x))
+
+    @jax.jit
+    def shared(params):
+        step = estimator.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
+        (loss, aux), grads, curvature = step(params, stats, x, targets=y)
+        plan = oracles.plan(layers, None, jnp.float64)
+        return loss, aux, grads, curvature.statistics(plan), estimator.at(params, stats, x).statistics(plan)
+
+    loss, aux, grads, statistics, lazy = shared(params)
+    value, gradient = jax.value_and_grad(lambda p: both(p, stats, x)[0].mean_nll(y))(params)
+    close((loss, aux, grads, statistics), (value, both(params, stats, x)[1], gradient, lazy))
+
+
 def test_statistics_of_halves_average_to_the_whole(x64):
     params, x, _ = problem()
     whole, _ = measure(ko.ggn(categorical), params, x)
@@ -304,6 +335,11 @@ ERRORS = [
     (lambda p, x: ko.fisher(categorical, subsample=1.5), ValueError, "subsample=1.5"),
     (lambda p, x: ko.ggn(categorical, subsample=0.5).value_and_grad(lambda d, y: 0.0), ValueError, "part of the batch"),
     (lambda p, x: ko.empirical_fisher(categorical).value_and_grad(lambda d, y: 0.0), TypeError, "not predictions"),
+    (
+        lambda p, x: ko.fisher(categorical, has_aux=True).layers(p, x),
+        TypeError,
+        "returned Categorical; expected a pair",
+    ),
     (lambda p, x: ko.fisher("model"), TypeError, "expected a function"),
     (lambda p, x: ko.tap_dense(x, x, x), ValueError, "expected s .*batch, q"),
     (lambda p, x: ko.tap_dense(x, x, jnp.eye(3), jnp.ones(2)), ValueError, "one value per output"),

@@ -113,8 +113,18 @@ def kronecker(
             return eigen_solve(held.inputs, held.outputs, v, damping, precision=precision)
         return sandwich(held.inputs, v, held.outputs, precision=precision)
 
+    def solve_rows(held: InverseHeld, a: Array, g: Array, damping: Array) -> Array | None:
+        (n, p), q = a.shape, g.shape[1]
+        if n * (p * p + q * q + p * q) > p * q * (p + q):  # more than `solve` takes
+            return None
+        thin_a = jnp.matmul(a, held.inputs, precision=precision)
+        return jnp.matmul(thin_a.T, jnp.matmul(g, held.outputs, precision=precision), precision=precision)
+
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
     name = f"kronecker ({inverse})" if sharing == "expand" else f"kronecker ({inverse}, {sharing})"
-    return Block(name, init, measure, factorize, solve, multiply, sharing=sharing, positions=positions)
+    return Block(
+        name, init, measure, factorize, solve, multiply, sharing=sharing, positions=positions,
+        solve_rows=solve_rows if inverse == "cholesky" else None,
+    )  # fmt: skip

@@ -144,11 +144,15 @@ class Method(NamedTuple):
             arguments of its update: loss and gradient of the mini-batch, and the loss as a function of the parameters;
             with `measure=` and `refresh=` (and whatever else `due` names) what is due is decided when the step is compiled.
         due: step to what is due in it, as these keyword arguments; None where nothing ever is.
+        value_and_grad: `(params, model_state, x, *, targets, key)` to `((loss, (logits, model_state)), gradient, curvature)`,
+            of an optimizer that preconditions gradients from their rows; the extra arguments of its update are then this
+            curvature and what is due.
     """
 
     transform: Callable[[Rate], Any]
     extra: Callable[..., dict[str, Any]]
     due: Callable[[int], dict[str, Any]] | None = None
+    value_and_grad: Callable[..., Any] | None = None
 
 
 def make(
@@ -190,14 +194,20 @@ def make(
         )
 
     def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
-        # In train mode, as the gradient sees the model; the new batch statistics are dropped.
-        return likelihood.distribution(models.apply(model, params, model_state, x, train=True)[0])
+        # In train mode, as the gradient sees the model.
+        logits, model_state = models.apply(model, params, model_state, x, train=True)
+        return likelihood.distribution(logits), (logits, model_state)
 
-    fisher = ko.fisher(predict, subsample=config.get("subsample") or None)
+    fisher = ko.fisher(predict, subsample=config.get("subsample") or None, has_aux=True)
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
     curved = Curved(fisher.layers(params, model_state, x), _options(config, optimizer, steps))
     extra = _extra_of_adaptive(config, fisher) if optimizer.adaptive else _extra(fisher)
-    return Method(lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, _due(optimizer, curved))
+    in_one_pass = None
+    if curved.options.get("factored_gradient"):
+        in_one_pass = fisher.value_and_grad(lambda prediction, targets: prediction.mean_nll(targets))
+    return Method(
+        lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, _due(optimizer, curved), in_one_pass
+    )
 
 
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:

@@ -155,12 +155,19 @@ def _step(
         logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
         return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
 
-    (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    extra = problem.method.extra(
-        state.params, state.model_state, x, key,
-        value=value, value_fn=lambda params: loss_fn(params)[0], grad=grad, **due,
-    )  # fmt: skip
-    updates, opt_state = problem.method.transform(rate).update(grad, state.opt_state, state.params, **extra)
+    method = problem.method
+    if method.value_and_grad is None:
+        (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        extra = method.extra(
+            state.params, state.model_state, x, key,
+            value=value, value_fn=lambda params: loss_fn(params)[0], grad=grad, **due,
+        )  # fmt: skip
+    else:
+        (_, (logits, model_state)), grad, curvature = method.value_and_grad(
+            state.params, state.model_state, x, targets=y, key=key
+        )
+        extra = {"curvature": curvature, **due}
+    updates, opt_state = method.transform(rate).update(grad, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
 

@@ -12,16 +12,7 @@ from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.statistics import Plan
 from kfac_optax.transforms.precondition import precondition
-from kfac_optax.transforms.refresh import (
-    ONLINE,
-    STATISTICS,
-    accumulate,
-    due_at,
-    initial,
-    parts_due,
-    refresh_parts,
-    when,
-)
+from kfac_optax.transforms.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
 from kfac_optax.transforms.stagger import check_parts, chosen
 from kfac_optax.transforms.state import CurvatureState, Step
 
@@ -146,8 +137,7 @@ def scale_by_curvature(
                 if measure or refresh is not None
                 else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
             )
-            changed = ONLINE if any(block.absorb is not None for block in plan.blocks) else STATISTICS
-            state = when(due, lambda s: accumulate(step, s, curvature.statistics(plan), weight), state, changed)
+            state = take_statistics(step, state, due, lambda: curvature.statistics(plan), weight)
         if refresh is None:
             parts_now: Any = parts_due(state, resolve(inverse_every, state.kfac_count), parts)
         else:

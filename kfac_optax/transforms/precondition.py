@@ -53,12 +53,18 @@ def _from_rows(step: Step, state: CurvatureState, rows: Rows, dtype: Any, axis_n
         solve_rows = block_of_bucket(bucket).solve_rows
         if solve_rows is None or any(layer not in rows for layer in bucket.layers):
             continue
-        a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs).astype(dtype), *(rows[layer] for layer in bucket.layers))
+        a, g = (_stacked(xs, dtype) for xs in zip(*(rows[layer] for layer in bucket.layers), strict=True))
         solved = jax.vmap(solve_rows, (0, 0, 0, None))(state.held[bucket.name], a, g, step.damping)
         if solved is not None:
             # linear in the rows, so that the mean over devices is that of the gradient
             known[bucket.name] = solved if axis_name is None else jax.lax.pmean(solved, axis_name)
     return known
+
+
+def _stacked(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Rows `[copies, R, d]` of several layers together; zeros make up for layers with fewer of them."""
+    longest = max(x.shape[1] for x in rows)
+    return jnp.concatenate([jnp.pad(x.astype(dtype), ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in rows])
 
 
 def _system(step, sizes, gradient, fine, leaves, curvature, axis_name) -> System:

@@ -1,6 +1,6 @@
 """What changes between steps: factors take in new statistics, inverses are factorised again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,7 @@ def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array,
     return tuple(first | (state.kfac_count % every == stagger.phase(j, every, parts)) for j in range(parts))
 
 
-STATISTICS = ("factors", "curvature_count", "skipped_statistics", "coarse")
-ONLINE = (*STATISTICS, "held", "failed_inverses")  # where a block takes rows into what is held
+STATISTICS = ("factors", "curvature_count", "skipped_statistics", "coarse", "held", "failed_inverses")
 BLOCKS = ("held", "failed_inverses", "inverse_age")
 COARSE = ("failed_inverses", "coarse")
 INVERSES = (*BLOCKS, "coarse")
@@ -91,6 +90,19 @@ def when(
         return tuple(getattr(old, name) for name in fields)
 
     return state._replace(**dict(zip(fields, jax.lax.cond(due, changed, same, None), strict=True)))
+
+
+def take_statistics(
+    step: Step, state: CurvatureState, due: Any, measure: Callable[[], tuple[list, PyTree]], decay: Any
+) -> CurvatureState:
+    """New statistics where due; of what is held, only blocks that take rows in pass through the branch."""
+    online = [bucket.name for bucket in step.buckets if block_of_bucket(bucket).absorb is not None]
+
+    def view(state: CurvatureState) -> CurvatureState:
+        return state._replace(held={name: state.held[name] for name in online})
+
+    new = when(due, lambda s: accumulate(step, s, measure(), decay), state, STATISTICS, view)
+    return new._replace(held=state.held | new.held)
 
 
 def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any) -> CurvatureState:

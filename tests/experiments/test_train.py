@@ -28,6 +28,22 @@ def test_a_model_without_batch_statistics_is_trained_too(digits):
     assert history[1] < history[0]
 
 
+def test_gradients_from_their_rows_train_alike(deep_linear):
+    """With batch statistics, which come out of the same pass; in a compiled loop and step by step."""
+    deep_linear.update(batch_size=4)
+    deep_linear.data.update(train=8, test=4, features=12)
+    deep_linear.model.update(depth=1, width=16)
+    deep_linear.kfac.update(inverse="cholesky")
+    histories = []
+    for factored, python_loop in ((False, False), (True, False), (True, True)):
+        deep_linear.kfac = deep_linear.kfac.to_dict() | {"factored_gradient": factored}
+        deep_linear.update({"python_loop": python_loop})
+        trainer = train.prepare(deep_linear, "kfac")
+        histories.append([row[:5] for row in train.run(trainer, deep_linear, rate=1e-2, seed=0)])
+    for other in histories[1:]:
+        np.testing.assert_allclose(other, histories[0], rtol=1e-5)
+
+
 def test_one_compilation_serves_every_rate_and_seed(deep_linear, trainers):
     trainer = trainers("adam")
     first = losses(trainer, deep_linear, rate=1e-3, seed=0)

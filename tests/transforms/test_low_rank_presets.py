@@ -155,10 +155,26 @@ def test_online_updates_form_no_square_array(name, linear):
     assert (not square) == linear
 
 
-@pytest.mark.parametrize(("preset", "coarse"), [("rs_kfac", False), ("b_kfac", True)])
+def test_only_what_is_followed_online_passes_through_the_branch_of_the_statistics():
+    params, layers = problem(jnp.float32, sizes=(*SIZES, 3, 3))
+    tx = ko.b_kfac(layers, rank=4, learning_rate=0.1)
+    state, key = jax.eval_shape(tx.init, params), jax.random.key(0)
+    closed = jax.make_jaxpr(
+        lambda s, x: tx.update(params, s, params, curvature=FISHER.at(params, x, key=key), refresh=None)
+    )(state, batch(0, dtype=jnp.float32))
+    statistics, _ = (eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name == "cond")
+    online = [core(state).held[name] for name in ("dense_40x30_bias", "dense_31x3_bias")]
+    assert len(core(state).held) == 3  # one is too small
+    passed = len(jax.tree.leaves((core(state).factors, online)))
+    assert len(statistics.outvars) == passed + 3  # and three counts
+
+
+@pytest.mark.parametrize(("preset", "coarse"), [("rs_kfac", False), ("b_kfac", True), ("kfac", True)])
 def test_rows_of_the_gradient_give_the_same_update(x64, preset, coarse):
-    params, layers = problem(sizes=(*SIZES, 3)) if coarse else problem()
-    block_of, calls = ko.low_rank_blocks(preset, rank=RANK), []
+    params, layers = problem(sizes=(*SIZES, 9)) if coarse else problem()
+    dense = preset == "kfac"
+    block_of = ko.blocks_of(ko.kronecker("cholesky")) if dense else ko.low_rank_blocks(preset, rank=RANK)
+    calls = []
 
     @functools.cache
     def spied(block):
@@ -179,6 +195,30 @@ def test_rows_of_the_gradient_give_the_same_update(x64, preset, coarse):
     close(updates[True], updates[False])
 
 
+def test_rows_of_layers_that_share_a_bucket_but_not_their_number(x64):
+    """A layer over positions and one after pooling, of one shape."""
+    params = {"each": oracles.normal(0, (20, 20)), "pooled": oracles.normal(1, (20, 20))}
+
+    def predict(p, x):
+        h = jnp.tanh(ko.tap_dense(x @ p["each"], x, p["each"])).mean(1)
+        return ko.Categorical(ko.tap_dense(h @ p["pooled"], h, p["pooled"]))
+
+    x, y = oracles.normal(2, (2, 3, 20)), jnp.arange(2)
+    estimator, options = ko.fisher(predict), dict(inverse="cholesky", **COMMON)
+    layers = estimator.layers(params, x)
+    assert [layer.rows for layer in layers] == [6, 2]
+
+    @jax.jit
+    def updates():
+        work = estimator.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
+        _, grads, curvature = work(params, x, targets=y, key=jax.random.key(0))
+        both = (ko.kfac(layers, factored_gradient=factored, **options) for factored in (False, True))
+        return [tx.update(grads, tx.init(params), params, curvature=curvature)[0] for tx in both]
+
+    dense, factored = updates()
+    close(factored, dense)
+
+
 def test_factored_gradient_needs_shared_curvature(x64):
     params, layers = problem()
     tx = ko.b_kfac(layers, rank=4, factored_gradient=True, **COMMON)
@@ -187,8 +227,8 @@ def test_factored_gradient_needs_shared_curvature(x64):
             tx.update(params, tx.init(params), params, curvature=curvature)
 
 
-def test_many_rows_fall_back_to_the_dense_gradient(x64):
-    block = ko.low_rank(2)
+@pytest.mark.parametrize("block", [ko.low_rank(2), ko.kronecker("cholesky")], ids=lambda block: block.name)
+def test_many_rows_fall_back_to_the_dense_gradient(x64, block):
     held = jax.eval_shape(lambda: block.factorize(block.init(8, 6, jnp.float32), jnp.float32(1)))
     few, many = (
         jax.eval_shape(lambda h, n=n: block.solve_rows(h, jnp.ones((n, 8)), jnp.ones((n, 6)), 1.0), held)
