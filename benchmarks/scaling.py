@@ -1,7 +1,7 @@
 """How the cost of a factor's inverse grows with the width of a layer: `python -m benchmarks.scaling`.
 
 For each width `d`, with rank and batch fixed: a refresh (eigendecomposition, Cholesky inverse, random sketch, online update) and
-an application (dense inverse or low rank to a `d x d` gradient, low rank to the rows of a batch). Prints seconds, the exponent
+an application (dense inverse or low rank, to a `d x d` gradient or to the rows of a batch). Prints seconds, the exponent
 that a line through the last points of each curve has on log axes, where curves cross, and the ratio of eigendecomposition to
 online update; writes the figure.
 """
@@ -25,7 +25,7 @@ from kfac_optax.linalg.online import brand_update
 from kfac_optax.linalg.randomized import randomized_eigh
 
 REFRESH = ("eigendecomposition", "Cholesky inverse", "random sketch", "online update")
-APPLY = ("dense inverse", "low rank", "low rank, from rows")
+APPLY = ("dense inverse", "dense inverse, from rows", "low rank", "low rank, from rows")
 FITTED = 3  # points of a curve that its exponent is fitted to, the widest: at small widths fixed costs rule
 ENOUGH = 5.0  # seconds of repetitions
 
@@ -50,6 +50,7 @@ def calls(width: int, rank: int, rows: int) -> dict[str, Callable[[], None]]:
         "random sketch": made(lambda x, key: randomized_eigh(x, key, rank=rank), factor, key),
         "online update": made(lambda low, y: brand_update(low, y, 0.95, rank=rank, keep=rank), low, new),
         "dense inverse": made(lambda x, v: jnp.matmul(x, v, precision="highest"), factor, gradient),
+        "dense inverse, from rows": made(lambda x, y: jnp.matmul(x, y, precision="highest"), factor, new),
         "low rank": made(low_rank_solve, low, gradient, shift),
         "low rank, from rows": made(low_rank_solve, low, new, shift),
     }

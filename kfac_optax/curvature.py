@@ -13,10 +13,12 @@ from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, trace
+from kfac_optax.gradient_rows import rows_of_layers
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.plan import Plan
 from kfac_optax.products import quadratic_form, vector_product
 from kfac_optax.seeds import Seeds
-from kfac_optax.statistics import Linearize, Plan, Pulled, apply_to_rows, collect, linearize_now, rows_of_layers
+from kfac_optax.statistics import Linearize, Pulled, apply_to_rows, collect, linearize_now
 
 
 class Spec(NamedTuple):

@@ -25,8 +25,9 @@ from kfac_optax.heads import (
     split_outputs,
     with_naturals,
 )  # fmt: skip
+from kfac_optax.plan import Plan
 from kfac_optax.products import vector_product
-from kfac_optax.statistics import Plan, rows_measure
+from kfac_optax.statistics import rows_measure
 
 
 @dataclasses.dataclass(frozen=True)

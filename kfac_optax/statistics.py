@@ -1,6 +1,5 @@
 """From a traced model and output cotangents to per-layer statistics: means over examples, samples and devices."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,33 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
+from kfac_optax._types import Block, Coupling, Layer, PyTree
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent, evaluate, from_cotangent, make_zeros
-from kfac_optax.capture.geometry import Conv, Lookup, to_rows
+from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.layers import Traced
+from kfac_optax.capture.rows import stack_first, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.heads import Kind
-from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.measure import row_weights, site_measure
+from kfac_optax.plan import Plan, Setting, set_up
 from kfac_optax.seeds import Seeds, mean_over, signed
-
-
-class Plan(NamedTuple):
-    """What to measure.
-
-    Attributes:
-      layers: the layers, by their owner's tree (a subset of the model's).
-      blocks: the block that measures each of them.
-      coupling: measures across layers, or `None`.
-      dtype: dtype of the statistics.
-      axis_name: mapped axis over which the batch is split, or `None`.
-    """
-
-    layers: tuple[Layer, ...]
-    blocks: tuple[Block, ...]
-    coupling: Coupling | None
-    dtype: Any
-    axis_name: Any = None
 
 
 class Pulled(NamedTuple):
@@ -82,21 +64,6 @@ def apply_to_rows(site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array
     return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
 
 
-class _Setting(NamedTuple):
-    """The model and batch that a plan is carried out on."""
-
-    sites: tuple[Site, ...]
-    owner: tuple[int | None, ...]  # position of each site's layer in the plan
-    found: dict[int, Layer]  # the layers as this trace found them, by position in the plan
-    examples: int
-    weights: jax.Array | None
-
-    def use(self, plan: Plan, layer: Layer) -> Use:
-        other = self.found[plan.layers.index(layer)]
-        bias = layer.bias is not None
-        return Use(bias, layer.outputs, self.examples, other.rows, plan.dtype, None, layer.inputs)
-
-
 def collect(
     plan: Plan, traced: Traced, linearize: Linearize, kind: Kind, seeds: Callable[[Any], Seeds], examples: int,
     weights: jax.Array | None, key: jax.Array | None,
@@ -115,7 +82,7 @@ def collect(
       weights: example or term weights with mean one, or `None`.
       key: for random signs, where single parameters are measured.
     """
-    setting = _setting(plan, traced, examples, weights, kind.name)
+    setting = set_up(plan, traced, examples, weights, kind.name)
     measures = [
         None
         if i is None
@@ -162,30 +129,6 @@ def collect(
         return blocks, across
 
 
-def rows_of_layers(
-    plan: Plan, traced: Traced, sites: Sequence[Zeros | None], where: str
-) -> dict[Layer, tuple[jax.Array, jax.Array]]:
-    """Rows `a [copies, R, p]`, with the bias coordinate, and `g [copies, R, q]` of all uses of layers that can use them.
-
-    Those of dense layers: `R` counts examples, positions and uses.
-    """
-    owner = _setting(plan, traced, 0, None, where).owner
-    uses: dict[Layer, list] = {}
-    for site, i, kept in zip(traced.sites, owner, sites, strict=True):
-        # with notes, something besides the rows has a part in the gradient
-        if i is None or kept is None or plan.blocks[i].solve_rows is None or plan.layers[i].notes:
-            continue
-        if isinstance(site.geometry, Conv):
-            continue
-        as_rows = functools.partial(to_rows, site.geometry)
-        for _ in range(len(site.scans) + site.stacked):
-            as_rows = jax.vmap(as_rows)
-        a, g = as_rows(*from_cotangent(site, kept.rows))
-        a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (_steps(a, site, 1), _steps(g, site, 1)))
-        uses.setdefault(plan.layers[i], []).append((homogeneous(a) if plan.layers[i].bias is not None else a, g))
-    return {layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine) for layer, mine in uses.items()}
-
-
 def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
     """Rows `[..., n, d]` of every device one after another, divided by the root of their number: columns of a mean."""
     devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
@@ -193,41 +136,6 @@ def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
     apart = jnp.zeros((devices, *x.shape), x.dtype).at[mine].set(x)
     together = jnp.moveaxis(jax.lax.psum(apart, axis_name), 0, -3)
     return together.reshape(*x.shape[:-2], -1, x.shape[-1]) / math.sqrt(devices)
-
-
-def _setting(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> _Setting:
-    with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
-    matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
-    position = dict(zip(matched, with_sites, strict=True))
-    owner = tuple(position.get(i) for i in traced.owner)
-    found = {i: traced.layers.layers[j] for j, i in position.items()}
-    return _Setting(traced.sites, owner, found, examples, weights)
-
-
-def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:
-    """Positions of the wanted layers among those of the traced model.
-
-    Raises:
-      ValueError: a layer is missing or has another shape, so the curvature belongs to another model.
-    """
-    positions = {layer.kernel: i for i, layer in enumerate(found.layers)}
-    result = []
-    for layer in wanted:
-        if layer.kernel not in positions:
-            raise ValueError(
-                f"{where}: `curvature` has no layer {layer.path!r}; it has {', '.join(x.path for x in found.layers)}. It "
-                "was made for another model or parameter tree than `layers`: use the same estimator for both."
-            )
-        other = found.layers[positions[layer.kernel]]
-        mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
-        if mine != theirs or (layer.bias is not None and layer.bias != other.bias):
-            raise ValueError(
-                f"{where}: layer {layer.path!r} has shape {mine}{' with bias' if layer.bias else ''} in `layers` but {theirs}"
-                f"{' with bias' if other.bias else ''} in `curvature`. Make `layers` again for this model: "
-                "layers = fisher.layers(params, *args)."
-            )
-        result.append(positions[layer.kernel])
-    return result
 
 
 class _Measured(NamedTuple):
@@ -239,7 +147,7 @@ class _Measured(NamedTuple):
     seen: PyTree  # what the coupling sees, [copies, N, *positions, *steps, ...]
 
 
-def _per_layer(plan: Plan, setting: _Setting, pulled: Sequence[Zeros | None]) -> tuple[list[PyTree], PyTree]:
+def _per_layer(plan: Plan, setting: Setting, pulled: Sequence[Zeros | None]) -> tuple[list[PyTree], PyTree]:
     """Statistics of the layers that have sites, in the order of the plan (`None` for others), and of the coupling."""
     uses: list[list[_Measured]] = [[] for _ in plan.layers]
     for site, owner, zeros in zip(setting.sites, setting.owner, pulled, strict=True):
@@ -268,11 +176,11 @@ def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
     if rows is not None:
         a, g = from_cotangent(site, rows)
         tokens = isinstance(site.geometry, Lookup)
-        rows = _steps(a, site, 0 if tokens else 1), None if g is None else _steps(g, site, 1)
-    return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: _stack_first(x, site, features), seen))
+        rows = steps_in_a_row(a, site, 0 if tokens else 1), None if g is None else steps_in_a_row(g, site, 1)
+    return _Measured(flat(block), rows, flat(across), jax.tree.map(lambda x: stack_first(x, site, features), seen))
 
 
-def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
+def _late(plan: Plan, setting: Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
     """Statistic of a layer from the rows of all its uses, one after another on the axis of steps."""
     if not kept:
         return []
@@ -282,7 +190,7 @@ def _late(plan: Plan, setting: _Setting, layer: Layer, block: Block, kept: list)
     return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
 
 
-def _across(coupling: Coupling, setting: _Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
+def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
     """The coupling's statistic of one layer; maps of several uses are laid out on one axis, one after another."""
     parts = [m.across for m in uses if m.across is not None]
     seen, features = [m.seen for m in uses if m.seen is not None], _features(coupling)
@@ -304,7 +212,7 @@ def _features(coupling: Coupling | None) -> int:
     return 1 if coupling is not None and coupling.sees == "rows" else 0
 
 
-def _weights_in_a_row(setting: _Setting, layer: Layer, rows: Sequence[tuple[int, ...]]) -> jax.Array | None:
+def _weights_in_a_row(setting: Setting, layer: Layer, rows: Sequence[tuple[int, ...]]) -> jax.Array | None:
     """Weights of the rows `(N, *positions)` of each use, several uses one after another on one axis."""
     if setting.weights is None:
         return None
@@ -316,20 +224,3 @@ def _weights_in_a_row(setting: _Setting, layer: Layer, rows: Sequence[tuple[int,
 
 def _sum(trees: list[PyTree]) -> PyTree:
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *trees)
-
-
-def _stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
-    """Rows `[*scans, *stacked, groups, N, *positions, *features] -> [copies, N, *positions, *steps, *features]`.
-
-    The steps in time of a layer are further positions.
-    """
-    loops = [i for i, (_, over_layers) in enumerate(site.scans) if not over_layers]
-    end = x.ndim - features
-    x = jnp.moveaxis(x, loops, range(end - len(loops), end))
-    return x.reshape(-1, *x.shape[len(site.stack) + 1 :])
-
-
-def _steps(x: jax.Array, site: Site, features: int) -> jax.Array:
-    """As `_stack_first`, all positions and steps on one axis."""
-    x = _stack_first(x, site, features)
-    return x.reshape(*x.shape[:2], -1, *x.shape[x.ndim - features :])

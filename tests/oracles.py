@@ -13,7 +13,7 @@ import numpy as np
 
 import kfac_optax as ko
 from kfac_optax.coverage import blocks_of
-from kfac_optax.statistics import Plan
+from kfac_optax.plan import Plan
 
 
 def plan(layers, coupling=None, dtype=jnp.float64, block=None):

@@ -5,19 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kfac_optax._types import Average, Block, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import Factors, kronecker
+from kfac_optax.blocks.low_rank_side import LowRankHeld, Side, solve_side
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram, homogeneous, replicated
 from kfac_optax.linalg.kronecker import sandwich
 from kfac_optax.linalg.low_rank import (
     LowRank,
-    beyond,
-    captured_energy,
-    low_rank_solve,
     mean_left_out,
     of_diagonal,
     rank_for,
@@ -38,23 +36,6 @@ class Columns(NamedTuple):
     outputs: Float[Array, "k n q"] | None
 
 
-class Side(NamedTuple):
-    """One factor as it is held, and what makes an inverse of it."""
-
-    low: LowRank
-    trace: Float[Array, ""]  # of the factor
-    used: Int[Array, ""]  # how many pairs
-    rest: Float[Array, ""]  # what eigenvalues behind those are taken for
-    shift: Float[Array, ""]  # damping
-
-
-class LowRankHeld(NamedTuple):
-    """Both factors of a layer."""
-
-    inputs: Side
-    outputs: Side
-
-
 class _Rule(NamedTuple):
     """What is done with a factor."""
 
@@ -66,34 +47,6 @@ class _Rule(NamedTuple):
     def dense(self) -> bool:
         """Whether the average is kept; otherwise only its diagonal, for the trace."""
         return self.sketches or self.corrected
-
-
-class Quality(NamedTuple):
-    """How well a factor is held."""
-
-    energy: Float[Array, ""]  # share of the trace in the pairs in use
-    error: Float[Array, ""]  # of the inverse where pairs are left out, an estimate
-    used: Int[Array, ""]  # pairs in use
-
-
-def quality(side: Side) -> Quality:
-    """Captured energy, estimated error of the inverse, and pairs in use of one factor.
-
-    Eigenvalues that are left out are thought between zero and `t`, the smallest in use or what is left of the trace (those of a
-    factor followed online may be larger). With `c` what they
-    are taken for and `s` the damping, the solve is off by the factor `(x + s) / (c + s)` for one that is `x`; the error is how
-    far from one that can be, `max(t - c, c) / (c + s)`. Zero where nothing is left out.
-
-    >>> held = low_rank(1, rest="zero").factorize(Factors(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(1)), jnp.float32(0.5))
-    >>> print(quality(held.inputs).energy)
-    0.75
-    """
-    in_use = beyond(side.low, side.used, 0)
-    left = jnp.maximum(side.trace - jnp.sum(in_use.values), 0)
-    top = jnp.minimum(side.low.values[side.used - 1], left)
-    error = jnp.maximum(top - side.rest, side.rest) / (side.rest + side.shift)
-    everything = side.used >= side.low.vectors.shape[0]
-    return Quality(captured_energy(in_use, side.trace), jnp.where(everything, 0, error), side.used)
 
 
 def low_rank(
@@ -236,19 +189,17 @@ def low_rank(
             new.append(side(low, _trace(factor), shift) if rule.online else old._replace(shift=shift))
         return LowRankHeld(*new)
 
-    def invert(side: Side, v: Array) -> Array:
-        kept = beyond(side.low, side.used, side.rest)
-        return low_rank_solve(kept, v, side.shift, rest=side.rest, precision=precision)
-
     def solve(held: LowRankHeld, v: Array, damping: Array) -> Array:
-        return invert(held.outputs, invert(held.inputs, v).T).T
+        left = solve_side(held.inputs, v, precision=precision)
+        return solve_side(held.outputs, left.T, precision=precision).T
 
     def solve_rows(held: LowRankHeld, a: Array, g: Array, damping: Array) -> Array | None:
         p, q, n = a.shape[1], g.shape[1], len(a)
         of_a, of_g = (side.low.values.shape[0] for side in held)
         if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (of_a + of_g):  # more than `solve` takes
             return None
-        return jnp.matmul(invert(held.inputs, a.T), invert(held.outputs, g.T).T, precision=precision)
+        thin_a, thin_g = (solve_side(side, x.T, precision=precision) for side, x in zip(held, (a, g)))
+        return jnp.matmul(thin_a, thin_g.T, precision=precision)
 
     def multiply(factors: Factors, v: Array) -> Array:
         if factors.inputs.ndim < 2 or factors.outputs.ndim < 2:

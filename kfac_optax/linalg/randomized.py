@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.linalg.factorize import psd_eigh, symmetrize
+from kfac_optax.linalg.factorize import after, psd_eigh, symmetrize
 from kfac_optax.linalg.low_rank import LowRank, largest
 
 VARIANTS = ("svd", "symmetric")
@@ -88,5 +88,5 @@ def randomized_eigh(
         values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(basis.T, image, precision=precision)))
         return largest(values, jnp.matmul(basis, rotation, precision=precision), rank)
     orthonormal, triangle = jnp.linalg.qr(image)  # image = (Q^T X)^T, so its left singular vectors
-    left, values, _ = jnp.linalg.svd(triangle)
+    left, values, _ = jnp.linalg.svd(after(triangle, orthonormal))
     return LowRank(jnp.matmul(orthonormal, left[:, :rank], precision=precision), values[:rank])

@@ -10,7 +10,7 @@ from kfac_optax._tree import make_buckets, named_leaves, present, replace_leaves
 from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 from kfac_optax.coverage import BlockOf, blocks_of, cover
-from kfac_optax.statistics import Plan
+from kfac_optax.plan import Plan
 from kfac_optax.transforms.precondition import precondition
 from kfac_optax.transforms.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
 from kfac_optax.transforms.stagger import check_parts, chosen

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import PyTree
-from kfac_optax.blocks.low_rank import LowRankHeld, quality
+from kfac_optax.blocks.low_rank_side import LowRankHeld, quality
 from kfac_optax.control.damping import DampingState
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.control.quadratic_model import QuadraticState

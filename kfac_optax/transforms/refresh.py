@@ -40,7 +40,7 @@ def _factorize(
 ) -> dict[str, PyTree]:
     """What is held for every bucket, one batched factorisation after another; from scratch where there is no state."""
     held: dict[str, PyTree] = {}
-    previous: PyTree = ()
+    previous: PyTree = () if state is None else _online(buckets, state)
     for bucket in buckets:
         block, ready = block_of_bucket(bucket), after(factors[bucket.name], previous)
         if state is None or block.refresh is None:
@@ -51,6 +51,11 @@ def _factorize(
             )
         previous = held[bucket.name] = new
     return held
+
+
+def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:
+    """What is held for blocks that take rows in: these have been factorised with the statistics of this step."""
+    return {b.name: state.held[b.name] for b in buckets if block_of_bucket(b).absorb is not None}
 
 
 def due_at(count: jax.Array, every: Any) -> jax.Array:
@@ -96,10 +101,9 @@ def take_statistics(
     step: Step, state: CurvatureState, due: Any, measure: Callable[[], tuple[list, PyTree]], decay: Any
 ) -> CurvatureState:
     """New statistics where due; of what is held, only blocks that take rows in pass through the branch."""
-    online = [bucket.name for bucket in step.buckets if block_of_bucket(bucket).absorb is not None]
 
     def view(state: CurvatureState) -> CurvatureState:
-        return state._replace(held={name: state.held[name] for name in online})
+        return state._replace(held=_online(step.buckets, state))
 
     new = when(due, lambda s: accumulate(step, s, measure(), decay), state, STATISTICS, view)
     return new._replace(held=state.held | new.held)
@@ -156,7 +160,7 @@ def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> Curv
     """New inverses of the parts that are due, Python bools or traced ones; the coupling goes with the first part."""
     if len(due) == 1:
         return when(due[0], lambda s: refactorize_coarse(step, refactorize(step, s)), state, INVERSES)
-    previous: PyTree = ()
+    previous: PyTree = _online(step.buckets, state)
     for one_due, part in zip(due, _divided(step, len(due)), strict=True):
         if part and one_due is not False:
             state, previous = _refresh_part(step, state, one_due, part, previous)

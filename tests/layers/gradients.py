@@ -10,7 +10,7 @@ import numpy as np
 import kfac_optax as ko
 from kfac_optax._tree import make_buckets, named_leaves, scatter
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.statistics import Plan
+from kfac_optax.plan import Plan
 
 
 def _weights(a, g, use):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.blocks.low_rank import LowRankHeld
+from kfac_optax.blocks.low_rank_side import LowRankHeld
 from kfac_optax.seeds import mean_over
 from kfac_optax.transforms.state import CurvatureState, the_state
 from tests import oracles
