@@ -79,8 +79,8 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
         config.per_optimizer = ml_collections.ConfigDict({"adam": {"learning_rate": 1e-3, "grid": (3e-3, 1e-3)}})
         config.update(seeds=3, epochs=1000, batch_size=128, learning_rate=0.03, checkpoint_every=0)
         del config.schedule
-        config.update(tune=True, tune_seeds=1, grid=(0.1, 0.03, 0.01), targets=(0.5, 0.3, 0.1), steps_per_call=10)
-        config.update({"report_every": 10, "evaluate_every": 0, "budget_seconds": 30.0})
-        config.kfac = {**config.kfac.to_dict(), "damping": 0.1, "inverse": "cholesky"}
+        config.update(tune=True, tune_seeds=0, grid=(0.1, 0.03), targets=(1.0, 0.5), steps_per_call=5)
+        config.update({"report_every": 5, "evaluate_every": 0, "budget_seconds": 30.0})
+        config.kfac = {**config.kfac.to_dict(), "damping": 0.1, "inverse": "cholesky", "factored_gradient": True}
         config.low_rank.rank = 128
     return config

@@ -44,6 +44,7 @@ def reduced(name: str, directory, *variant: str):
 SMALL = [
     ("resnet110_cifar10", "sgd", {"depth": 8}),
     ("vgg16_cifar10", "b_kfac", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
+    ("vgg16_cifar10:fashion_mnist", "rs_kfac", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
     ("wide_mlp", "b_kfac_two_level", {"widths": (40,)}),
     ("fashion_mnist_cnn", "adam", {"channels": (8,), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),

@@ -1,7 +1,7 @@
 """No two LAPACK calls of a compiled step may run at the same time.
 
-On the CPU, JAX spreads a batched call over a pool of threads while one thread of that pool waits for it; two at a time can take all
-threads for waiting, and the step never returns. So there has to be a path of data from each call to every later one.
+On the CPU, JAX spreads a batched call over a pool of threads while one thread of that pool waits for it; two at a time can take
+all threads for waiting, and the step never returns. So there has to be a path of data from each call to every later one.
 """
 
 import re
