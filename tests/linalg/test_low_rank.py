@@ -139,7 +139,7 @@ def test_online_updates_never_exceed_the_dense_average(seed, d, n, rank):
         assert np.linalg.eigvalsh(dense - to_dense(low)).min() > -1e-10 * np.trace(dense)
         assert low.values.shape == (min(d, min(rank, d) + n),)
         assert np.all(np.diff(low.values) <= 0) and np.all(low.values >= 0)
-        assert_orthonormal(low.vectors, 1e-10)
+        assert_orthonormal(low.vectors, 1e-10, low.values)  # six updates may be fewer columns than d
 
 
 @settings(max_examples=5, deadline=None)
