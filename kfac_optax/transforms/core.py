@@ -79,7 +79,8 @@ def scale_by_curvature(
       A transformation whose whole state is a `CurvatureState` of arrays.
 
     Raises:
-      ValueError: a hyperparameter out of range; `curvature` missing or made for another model.
+      ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot; `curvature` missing or made for
+        another model.
 
     >>> import kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -94,8 +95,15 @@ def scale_by_curvature(
     own_damping, parts = damping, check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
+    blocks = tuple(map(block_of, layers))
     if coupling is not None:
-        coupling.check(layers.layers, tuple(map(block_of, layers)))
+        coupling.check(layers.layers, blocks)
+    if factored_gradient and all(b.solve_rows is None for b in blocks):
+        names = ", ".join(sorted({b.name for b in blocks}))
+        raise ValueError(
+            f"{where}: got factored_gradient=True, but no block can solve for rows: {names}. Expected one of "
+            "low_rank or kronecker('cholesky'): pass inverse='cholesky', or take a preset of low rank."
+        )
 
     def init(params: PyTree) -> CurvatureState:
         def zero(dtype: Any = jnp.int32) -> jax.Array:

@@ -227,6 +227,12 @@ def test_factored_gradient_needs_shared_curvature(x64):
             tx.update(params, tx.init(params), params, curvature=curvature)
 
 
+def test_factored_gradient_needs_a_block_that_takes_rows():
+    _, layers = problem()
+    with pytest.raises(ValueError, match=r"no block can solve for rows: kronecker \(eigh\)\. Expected"):
+        ko.kfac(layers, inverse="eigh", factored_gradient=True, **COMMON)
+
+
 @pytest.mark.parametrize("block", [ko.low_rank(2), ko.kronecker("cholesky")], ids=lambda block: block.name)
 def test_many_rows_fall_back_to_the_dense_gradient(x64, block):
     held = jax.eval_shape(lambda: block.factorize(block.init(8, 6, jnp.float32), jnp.float32(1)))
