@@ -120,9 +120,7 @@ class Estimator:
 
 
 def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
-    traced = (
-        trace_model(spec, params, args) if spec.with_aux is None else trace(spec.with_aux, params, args, spec.kind.name)
-    )
+    traced = trace(spec.with_aux or spec.function, params, args, spec.kind.name)
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [None if m is None else make_zeros(s, m, None) for s, m in zip(traced.sites, measures, strict=True)]
 
