@@ -130,12 +130,6 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
     return tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
 
 
-def squared_distance(x: PyTree, y: PyTree) -> jax.Array:
-    """`||x - y||^2` of two trees."""
-    parts = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), x, y))
-    return sum(parts[1:], parts[0])
-
-
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
     checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]

@@ -195,6 +195,16 @@ class Average(NamedTuple):
 Vector = list[jax.Array]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
 
 
+class Directions(NamedTuple):
+    """An update that has not been added up yet, for step rules that weigh its parts.
+
+    Attributes:
+      parts: trees like the gradient whose sum is the update; what no block covers is in the first, zero in the others.
+    """
+
+    parts: tuple[PyTree, ...]
+
+
 class Fine(NamedTuple):
     """The block-diagonal level at a refresh, for couplings that build on it. Rows are the matrices that couplings see.
 
@@ -250,8 +260,8 @@ class Coupling(NamedTuple):
       measure: `(a, g, weights) -> tree` for one use of one layer. What it sees has the rows of the layer in front.
       reduce: `(measured, examples) -> statistic`, from the values of all layers in order.
       factorize: `(statistic, Fine) -> held`.
-      apply: `(held, System) -> (update, changed)`, the update a vector, `changed` the squared norm of its difference from
-        the block-diagonal one.
+      apply: `(held, System) -> [vector, ...]`, the parts whose sum is the update: the block-diagonal level first, then what
+        the coupling adds to it.
       check: `(layers, blocks)`, raises where the coupling does not fit.
       sees: `"sums"`, the channel sums `alpha = sum(a)` and `gamma = sum(g)`, `[copies, N, *positions]` both; or `"rows"`,
         `a [copies, N, p]` with the bias coordinate and `g [copies, N, q]`, which demands one row per example.
@@ -263,7 +273,7 @@ class Coupling(NamedTuple):
     measure: Callable[..., PyTree]
     reduce: Callable[..., PyTree]
     factorize: Callable[..., PyTree]
-    apply: Callable[..., tuple[Vector, jax.Array]]
+    apply: Callable[..., list[Vector]]
     check: Callable[..., None] = lambda layers, blocks: None
     sees: str = "sums"
     late: bool = False

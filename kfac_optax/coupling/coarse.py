@@ -113,15 +113,14 @@ def coarse_correction(
     def factorize(statistic: PyTree, fine: Fine) -> Eigen:
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=galerkin)
 
-    def apply(held: Eigen, system: System) -> tuple[Vector, Array]:
+    def apply(held: Eigen, system: System) -> list[Vector]:
         restricted = system.restrict(system.gradient)
         correction = coarse_solve(
             held, restricted, system.damping, system.sizes, galerkin=galerkin, precision=precision
         )
         shift = jnp.asarray(coarse_weight, correction.dtype) * correction
-        fine = (jnp.asarray(fine_weight, u.dtype) * u for u in system.fine(system.gradient))
-        update = [u + c for u, c in zip(fine, system.prolong(shift), strict=True)]
-        return update, jnp.sum(jnp.square(shift) * system.sizes)
+        fine = [jnp.asarray(fine_weight, u.dtype) * u for u in system.fine(system.gradient)]
+        return [fine, system.prolong(shift)]
 
     name = f"coarse ({coarse}, {damping})"
     return Coupling(name, init, measure, reduce, factorize, apply, late=coarse == "factored")

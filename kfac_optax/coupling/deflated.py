@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kfac_optax._tree import squared_distance
 from kfac_optax._types import Coupling, Fine, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice
 from kfac_optax.coupling.coarse import coarse_correction, coarse_factorize, coarse_matrix, coarse_solve
@@ -127,7 +126,7 @@ def deflated(
             return ()
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=True)
 
-    def apply(held: PyTree, system: System) -> tuple[Vector, Array]:
+    def apply(held: PyTree, system: System) -> list[Vector]:
         def fine(v: Vector) -> Vector:
             return [jnp.asarray(fine_weight, x.dtype) * x for x in system.fine(v)]
 
@@ -145,7 +144,7 @@ def deflated(
             return system.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
 
         update = MODES[mode](system.gradient, fine, product, correct)
-        return update, squared_distance(update, alone)
+        return [alone, _subtract(update, alone)]
 
     return level._replace(name=f"{mode} ({coarse_operator}, {coarse})", factorize=factorize, apply=apply)
 

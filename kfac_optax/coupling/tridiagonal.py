@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import squared_distance
 from kfac_optax._types import Block, Coupling, Fine, Layer, PyTree, System, Vector
 from kfac_optax.blocks.kronecker import Factors, InverseHeld
 from kfac_optax.linalg.factorize import after
@@ -110,12 +109,12 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
             previous = held[name] = make(after(own, previous), cross, following)
         return held
 
-    def apply(held: dict[str, Link], system: System) -> tuple[Vector, Array]:
+    def apply(held: dict[str, Link], system: System) -> list[Vector]:
         fine = system.fine(system.gradient)
         update = system.replace(
             fine, _solve(held, system.matrices(system.gradient), system.matrices(fine)[-1], precision)
         )
-        return update, squared_distance(update, fine)
+        return [fine, [x - y for x, y in zip(update, fine, strict=True)]]
 
     return Coupling("block-tridiagonal", _init, _measure, reduce, factorize, apply, _check, sees="rows", late=True)
 

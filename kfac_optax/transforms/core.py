@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._tree import make_buckets, named_leaves, present, replace_leaves
-from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.plan import Plan
@@ -32,6 +32,7 @@ def scale_by_curvature(
     uncovered: str = "pass",
     normalization: str = "unitwise",
     factored_gradient: bool = False,
+    separate: bool = False,
     axis_name: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -71,6 +72,8 @@ def scale_by_curvature(
       factored_gradient: precondition the gradient of dense layers as the product of rows that it is, wherever the block
         knows how (`solve_rows`) and saves work by it. Needs `curvature` from `fisher.value_and_grad` in every step, of the
         very gradient that is passed: nothing may be added to it before, so weight decay has to follow (decoupled).
+      separate: hand on the parts of the update one by one, as `Directions`, to a step rule that weighs them: the
+        block-diagonal level, then what the coupling adds. Without a coupling there is one part.
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split; statistics are averaged over
         it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters' dtypes.
@@ -159,9 +162,18 @@ def scale_by_curvature(
             damping=step.damping.astype(jnp.float32),
             coarse_share=share.astype(jnp.float32),
         )
-        return replace_leaves(updates, new), state
+        return _joined(updates, new, separate), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _joined(updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool) -> PyTree:
+    """The parts as trees like the gradient, one by one or added up."""
+    if not separate:
+        total = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
+        return replace_leaves(updates, total)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return Directions((replace_leaves(updates, parts[0]), *(replace_leaves(zeros, part) for part in parts[1:])))
 
 
 def _check(where, damping, decay, curvature_every, inverse_every) -> None:

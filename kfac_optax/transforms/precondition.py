@@ -17,8 +17,8 @@ Rows = dict[Layer, tuple[jax.Array, jax.Array]]
 def precondition(
     step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any, curvature: Any, axis_name: Any,
     rows: Rows | None,
-) -> tuple[dict[str, jax.Array], jax.Array]:  # fmt: skip
-    """New leaves by name, and the share of the update that the coupling changed. `rows`: see `_from_rows`."""
+) -> tuple[list[dict[str, jax.Array]], jax.Array]:  # fmt: skip
+    """The parts of the update, leaves by name, and the share that the coupling has in it. `rows`: see `_from_rows`."""
 
     def fine(vector: Vector) -> Vector:
         # of what couplings solve for, only the gradient itself is a product of rows
@@ -32,18 +32,32 @@ def precondition(
 
     with jax.named_scope("kfac/precondition"):
         gradient = [gather(bucket, leaves, dtype) for bucket in step.buckets]
-        share = jnp.zeros((), jnp.float32)
         if step.coupling is None:
-            update = fine(gradient)
+            parts = [fine(gradient)]
         else:
             system = _system(step, state.coarse.coarse_sizes, gradient, fine, leaves, curvature, axis_name)
-            update, changed = step.coupling.apply(state.coarse.coarse_held, system)
-            total = sum(jnp.sum(jnp.square(u)) for u in update)
-            share = jnp.sqrt(changed / jnp.where(total > 0, total, 1))
-    new: dict[str, jax.Array] = {}
-    for bucket, matrices in zip(step.buckets, update, strict=True):
-        new |= scatter(bucket, matrices, leaves)
-    return new, share
+            parts = step.coupling.apply(state.coarse.coarse_held, system)
+        share = _share(parts)
+    return [_named(step, part, leaves) for part in parts], share
+
+
+def _share(parts: list[Vector]) -> jax.Array:
+    """Norm of what comes after the first part over the norm of the sum."""
+    if len(parts) == 1:
+        return jnp.zeros((), jnp.float32)
+    added = [sum(xs[1:], xs[0]) for xs in zip(*parts[1:], strict=True)]
+    changed, total = 0.0, 0.0
+    for fine, more in zip(parts[0], added, strict=True):
+        changed += jnp.sum(jnp.square(more))
+        total += jnp.sum(jnp.square(fine + more))
+    return jnp.sqrt(changed / jnp.where(total > 0, total, 1))
+
+
+def _named(step: Step, vector: Vector, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    named: dict[str, jax.Array] = {}
+    for bucket, matrices in zip(step.buckets, vector, strict=True):
+        named |= scatter(bucket, matrices, leaves)
+    return named
 
 
 def _from_rows(step: Step, state: CurvatureState, rows: Rows, dtype: Any, axis_name: Any) -> dict[str, jax.Array]:
@@ -133,9 +147,7 @@ class _Batch(NamedTuple):
 
     def _as_tree(self, vector: Vector) -> PyTree:
         """Like the parameters, zeros where no block is."""
-        named: dict[str, jax.Array] = {}
-        for bucket, v in zip(self.step.buckets, vector, strict=True):
-            named |= scatter(bucket, v, self.leaves)
+        named = _named(self.step, vector, self.leaves)
         return replace_leaves(jax.tree.map(jnp.zeros_like, self.curvature.params), named)
 
     def _given(self) -> Any:
