@@ -15,6 +15,10 @@ PyTree = Any
 Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
+COMPLEX = (  # reason of a parameter that only 'pass' is for
+    "complex numbers are not measured; 'pass' hands its gradient on as it is (that of jax.grad is the conjugate of "
+    "the direction of ascent). Use real and imaginary parts as real parameters to have them measured"
+)
 
 
 class Layout(NamedTuple):
