@@ -168,9 +168,7 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
-    traced = trace(spec.function, params, args, spec.kind.name)
-    split_outputs(spec.kind, traced.out_shape)
-    return traced
+    return trace(spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out))
 
 
 def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -206,7 +204,11 @@ def _collect(
     spec: Spec, plan: Plan, traced: Traced, linearize: Linearize, heads: Sequence[Any], key: Any
 ) -> tuple[list[PyTree], PyTree]:
     kind = spec.kind
-    if plan.axis_name is not None and key is not None:  # every device draws its own labels
+    if (
+        not kind.labels
+    ):  # signs need no key, but others in every step: products of different terms cancel over the steps
+        key = jax.random.fold_in(jax.random.key(0) if key is None else key, plan.count)
+    if plan.axis_name is not None:  # every device draws its own labels and signs
         key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
     weights = find_weights(kind, heads, plan.axis_name)
 
@@ -214,4 +216,4 @@ def _collect(
         return kind.seeds(heads, weights.roots, key, spec.samples)
 
     examples = count_examples(kind, heads)
-    return collect(plan, traced, linearize, kind, seeds, examples, weights.rows, key)
+    return collect(plan, traced, linearize, kind, seeds, examples, weights.rows)

@@ -54,7 +54,8 @@ class Estimator:
         Args:
           params: parameters, a tree like the one `layers` was made from.
           *args: further arguments of `predict`.
-          key: PRNG key, where labels are drawn.
+          key: PRNG key of the labels that are drawn; without labels it may be left out, and only adds to the random signs
+            of `ggn` and `empirical_fisher`, which change with the optimizer's step anyhow.
 
         Raises:
           ValueError: the key is missing.
@@ -209,9 +210,13 @@ def ggn(
     """The exact generalised Gauss-Newton matrix, `(1/N) sum_b J_b^T H_b J_b`, from all output columns.
 
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these likelihoods it is the Fisher
-    itself, without sampling noise, at the cost of one backward pass per output. A column of all examples is pulled back
-    at once, so where examples interact (batch norm in training mode, nodes of one graph) products between examples stay
-    in the statistics; `fisher` draws labels independently, and there they cancel.
+    itself, without sampling noise, at the cost of one backward pass per output.
+
+    A column of all terms is pulled back at once, each term with a random sign. Where a row of a layer sees one term this
+    changes nothing. Where it sees several (batch norm in training mode, centred scores, nodes of one graph, attention
+    between positions that each have a label), or a parameter has no layer (`uncovered="diagonal"`), products of different
+    terms cancel in expectation, as they do under `fisher`. The signs change with the step of the optimizer, with the key
+    too if one is given.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.
@@ -231,6 +236,8 @@ def empirical_fisher(
     per_example_loss: Callable[..., jax.Array], *, subsample: float | Callable | None = None
 ) -> Estimator:
     """Second moment of the training gradients, `(1/N) sum_b g_b g_b^T`, with the labels of the data.
+
+    Where examples interact, products of different ones cancel in expectation: each has a random sign, see `ggn`.
 
     Args:
       per_example_loss: `(params, *args) -> [N]` losses.

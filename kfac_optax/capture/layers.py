@@ -40,14 +40,18 @@ class Traced(NamedTuple):
     layers: Layers
 
 
-def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str) -> Traced:
-    """Traces `function(params, *args)` with all front ends on and finds its layers.
+def trace(
+    function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str,
+    check: Callable[[PyTree], Any] = lambda out_shape: None,
+) -> Traced:  # fmt: skip
+    """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees its abstract result.
 
     Raises:
       ValueError: no tapped layer was found, or one runs where it has no meaning.
     """
     with tapping(), linen.intercepting(), nnx.intercepting():
         jaxpr, out_shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
+    check(out_shape)
     leaves = named_leaves(params)
     names = tuple(leaves)
     if len(names) != len(jax.tree.leaves(params)):

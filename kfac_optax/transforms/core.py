@@ -136,7 +136,7 @@ def scale_by_curvature(
         step = Step(
             mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
         )
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, state.kfac_count)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             weight = resolve(decay, state.kfac_count)
