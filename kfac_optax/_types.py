@@ -15,10 +15,11 @@ PyTree = Any
 Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
-COMPLEX = (  # reason of a parameter that only 'pass' is for
-    "complex numbers are not measured; 'pass' hands its gradient on as it is (that of jax.grad is the conjugate of "
-    "the direction of ascent). Use real and imaginary parts as real parameters to have them measured"
+COMPLEX = (  # reason of a parameter that no block and no diagonal is for
+    "complex parameter: not measured, its gradient is handed on as it is (of jax.grad the conjugate of the direction of "
+    "ascent); make its real and imaginary part real parameters to have them measured"
 )
+COMPLEX_LAYER = "its layer computes with complex numbers: not measured"  # reason of a real parameter
 
 
 class Layout(NamedTuple):

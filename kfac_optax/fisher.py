@@ -67,7 +67,8 @@ class Estimator:
         """Product of the curvature matrix with a tree like `params`; the matrix is never formed.
 
         `fisher` and `ggn`: `(1/N) sum_b J_b^T H_b J_b v`, exact, no labels drawn. `empirical_fisher`:
-        `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every layer, zero for other parameters.
+        `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every layer, zero for other parameters. Of complex
+        parameters it is a cotangent, as `jax.grad` gives them: `v^T F v` is the real part of the sum of `v * (F v)`.
         """
         args = part_of_batch(self.spec, args)
         if not self.spec.kind.gradients:
@@ -157,7 +158,7 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
     layers = tuple(layer for layer in found if layer.coupled)
     blocks = tuple(map(blocks_of(kronecker()), layers))
     leaves = named_leaves(vector)
-    dtype = jnp.result_type(jnp.float32, *leaves.values())
+    dtype = jnp.result_type(jnp.float32, *(leaves[layer.kernel] for layer in layers))
     whole = spec._replace(subsample=None)  # the part has been taken
     factors, _ = Curvature(params, tuple(args), None, whole).statistics(Plan(layers, blocks, None, dtype))
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}

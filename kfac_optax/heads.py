@@ -60,6 +60,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             raise TypeError(
                 f"{kind.name}: per_example_loss returned {got}; expected an array [N], one loss per example."
             )
+        _check_real(kind, "per_example_loss returned", prediction)
         return [(prediction,)], [prediction]
     heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
     for head in heads or [prediction]:
@@ -69,7 +70,17 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
                 f"{kind.name}: predict returned {type(head).__name__}{shape}; expected a likelihood or a tree of them. "
                 "Wrap the output of the model: Categorical(logits), Bernoulli(logits) or Normal(mean, scale)."
             )
+        for x in head.natural:
+            _check_real(kind, f"predict returned {type(head).__name__} of", x)
     return [head.natural for head in heads], heads
+
+
+def _check_real(kind: Kind, what: str, x: Any) -> None:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{kind.name}: {what} {x.dtype}{list(x.shape)}; expected real numbers. Return real and imaginary part as two "
+            "real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
+        )
 
 
 def with_naturals(prediction: PyTree, naturals: Sequence[tuple[Any, ...]]) -> PyTree:

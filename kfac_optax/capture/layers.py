@@ -13,7 +13,7 @@ from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
 from kfac_optax._tree import named_leaves
-from kfac_optax._types import COMPLEX, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
+from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
 from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, is_rule
@@ -94,12 +94,13 @@ def _group(
     """Sites that share a kernel form one layer; everything else about them has to agree."""
     groups: dict[int, list[int]] = {}
     problems: dict[int, str] = {}
+    tapped = _tapped(analysis)
     for i, site in enumerate(analysis.sites):
         if isinstance(site.geometry, Unsupported):
             problems |= {o.leaf: f"not supported: {site.geometry.reason}" for o in site.params if o is not None}
             continue
         if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (site.a, site.s)):
-            problems |= {o.leaf: COMPLEX for o in site.params if o is not None}
+            problems |= {o.leaf: COMPLEX_LAYER for o in site.params if o is not None}
             continue
         kernel = site.params[0]
         if kernel is None:
@@ -110,7 +111,8 @@ def _group(
     for leaf, members in groups.items():
         if not _alike([analysis.sites[i] for i in members]):
             problems.setdefault(leaf, "layers of different kinds share it")
-    problems |= {i: COMPLEX for i, x in enumerate(names) if jnp.issubdtype(leaves[x].dtype, jnp.complexfloating)}
+    used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
+    problems |= {i: COMPLEX for i in used if jnp.issubdtype(leaves[names[i]].dtype, jnp.complexfloating)}
     groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
     biases = _own_biases(groups, analysis.sites, problems)
     owner = [-1] * len(analysis.sites)
@@ -127,7 +129,6 @@ def _group(
     layers = _distinct(layers)
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
     problems = _bypasses(bypassed, analysis) | problems
-    tapped = _tapped(analysis)
     uncovered = tuple(
         Uncovered(name, tuple(leaves[name].shape), _reason(i, problems, tapped, analysis.consumers.get(i, [])))
         for i, name in enumerate(names)
