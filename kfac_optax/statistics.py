@@ -14,6 +14,7 @@ from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.rows import stack_first, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.heads import Kind
+from kfac_optax.linalg.rows import finite_padding
 from kfac_optax.measure import row_weights, site_measure
 from kfac_optax.plan import Plan, Setting, set_up
 from kfac_optax.seeds import Seeds, mean_over
@@ -183,6 +184,8 @@ def _late(plan: Plan, setting: Setting, layer: Layer, block: Block, kept: list) 
         return []
     weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
+    if weights is not None and g is not None:
+        g = finite_padding(g, weights[..., None])
     use = setting.use(plan, layer)._replace(weights=weights)
     return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
 
