@@ -16,7 +16,7 @@ from kfac_optax._tree import named_leaves
 from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
-from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, is_rule
+from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, count_taps, is_rule
 from kfac_optax.capture.tap import tapping
 
 
@@ -78,10 +78,19 @@ def trace(
     return Traced(names, jaxpr, out_shape, analysis.sites, owner, layers)
 
 
-def _live(closed: Any) -> Any:
-    """The same closed jaxpr without equations on which no output depends."""
-    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
+    """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
+    outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
+
+
+def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
+    """Whether that part of the function's result depends on every tap that was found."""
+    leaves, treedef = jax.tree.flatten(traced.out_shape)
+    wanted = set(jax.tree.leaves(part(treedef.unflatten(range(len(leaves))))))
+    pruned = _live(traced.jaxpr, [i in wanted for i in range(len(leaves))])
+    return count_taps(pruned.jaxpr) == len(traced.sites)
 
 
 def _tapped(analysis: Analysis) -> set[int]:
@@ -224,8 +233,11 @@ def _other_uses(name: str, consumers: Sequence[str], taps: int) -> str:
 
     So it is of a derivative of the layer in its input, a product with the same kernel.
     """
-    extra = [x for x in consumers if x != STOPPED][taps:]
-    return f"{name.rpartition('/')[2]} also used by {_listed(extra)}: not measured" if extra else ""
+    used = [x for x in consumers if x != STOPPED]
+    leaf, own, extra = name.rpartition("/")[2], [x for x in used[:taps] if is_rule(x)], used[taps:]
+    if own:
+        return f"{leaf} used through {_listed(own)}: its own derivative rule, not measured"
+    return f"{leaf} also used by {_listed(extra)}: not measured" if extra else ""
 
 
 def _bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:

@@ -188,3 +188,18 @@ def test_what_is_behind_stop_gradient_is_no_use():
     frozen = lambda p, x: ko.Normal(dense(jnp.tanh(dense(x, jax.lax.stop_gradient(p["a"]))), p["b"]))
     layers = ko.ggn(frozen).layers(params, x)
     assert [(u.path, u.reason) for u in layers.uncovered] == [("a", "only used behind stop_gradient")]
+
+
+def test_a_product_with_its_own_rule_is_noted_at_its_tap():
+    """A quantised product, say: the tap sees its output, the rule decides what becomes of the gradient."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g / 2))
+    params, x, _ = problem()
+    predict = lambda p, x: ko.Normal(dense(ko.tap_dense(product(x, p["a"]), x, p["a"]), p["b"]))
+    first, second = ko.ggn(predict).layers(params, x)
+    assert first.notes == ("a used through custom_vjp `product`: its own derivative rule, not measured",)
+    assert second.notes == ()

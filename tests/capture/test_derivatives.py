@@ -128,3 +128,29 @@ def test_a_parameter_that_is_handed_out_or_carried_is_used():
     tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal")
     _, state = tx.update(params, tx.init(params), params, curvature=estimator.at(params, jnp.ones((N, 2))))
     assert "diagonal_1x3" in state.preconditioner.factors
+
+
+def test_what_is_returned_besides_predictions_measures_nothing(x64):
+    """Features of other data, handed out next to the prediction by the same layers: no rows of theirs."""
+    params = {"a": oracles.normal(0, (2, 3)), "b": oracles.normal(1, (3, 1))}
+    x, other = oracles.normal(2, (N, 2)), oracles.normal(3, (N, 2))
+    dense = lambda x, w: ko.tap_dense(x @ w, x, w)
+    network = lambda p, x: dense(jnp.tanh(dense(x, p["a"])), p["b"])
+    estimator = ko.ggn(lambda p, x, other: (ko.Normal(network(p, x)), network(p, 9 * other)), has_aux=True)
+    plan = oracles.plan(estimator.layers(params, x, other))
+
+    @jax.jit
+    def shared(p):
+        step = estimator.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
+        (_, aux), grads, curvature = step(p, x, other, targets=jnp.ones((N, 1)))
+        return aux, grads, curvature.statistics(plan)[0]
+
+    aux, grads, got = shared(params)
+    np.testing.assert_allclose(aux, network(params, 9 * other), rtol=1e-12)
+    want = jax.grad(lambda p: ko.Normal(network(p, x)).mean_nll(jnp.ones((N, 1))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), grads, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10),
+        got,
+        estimator.at(params, x, other).statistics(plan)[0],
+    )
