@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
-from kfac_optax.capture.layers import Traced, trace
+from kfac_optax.capture.layers import Traced, serve_all, trace
 from kfac_optax.gradient_rows import rows_of_layers
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.plan import Plan
@@ -169,6 +169,36 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
     return trace(spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out))
+
+
+def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
+    """The model with what it returns besides predictions, and whether that has to be computed apart.
+
+    So it has where it runs layers of its own, whose rows are none of the predictions'.
+    """
+    if spec.with_aux is None:
+        return trace_model(spec, params, args), False
+
+    def check(out_shape: PyTree) -> None:
+        split_outputs(spec.kind, pair_of(spec.kind, out_shape)[0])
+
+    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    if serve_all(traced, lambda out: out[0]):
+        return traced, False
+    return trace_model(spec, params, args), True
+
+
+def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
+    """A prediction and what comes with it.
+
+    Raises:
+      TypeError: there are not two.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a pair (prediction, aux)."
+        )
+    return out
 
 
 def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:

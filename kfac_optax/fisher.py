@@ -13,9 +13,16 @@ from kfac_optax._types import Layers, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
-from kfac_optax.capture.layers import Traced, serve_all, trace
 from kfac_optax.coverage import blocks_of, coverage
-from kfac_optax.curvature import Curvature, SharedCurvature, Spec, part_of_batch, trace_model
+from kfac_optax.curvature import (
+    Curvature,
+    SharedCurvature,
+    Spec,
+    pair_of,
+    part_of_batch,
+    trace_model,
+    trace_shared,
+)
 from kfac_optax.heads import (
     EMPIRICAL,
     FISHER,
@@ -122,54 +129,24 @@ class Estimator:
 
 
 def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
-    traced, aux_apart = _trace_shared(spec, params, args)
+    traced, aux_apart = trace_shared(spec, params, args)
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [None if m is None else make_zeros(s, m, None) for s, m in zip(traced.sites, measures, strict=True)]
 
     def forward(params: PyTree, zeros: Sequence[Zeros | None]):
         flat = evaluate(traced.jaxpr, jax.tree.leaves((params, args)), traced.sites, measures, None, zeros)
         out = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
-        prediction, aux = (out, None) if spec.with_aux is None or aux_apart else _pair(spec.kind, out)
+        prediction, aux = (out, None) if spec.with_aux is None or aux_apart else pair_of(spec.kind, out)
         return split_outputs(spec.kind, prediction)[0], (prediction, aux)
 
     naturals, pull, (prediction, aux) = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
     if aux_apart and spec.with_aux is not None:
-        aux = _pair(spec.kind, spec.with_aux(params, *args))[1]
+        aux = pair_of(spec.kind, spec.with_aux(params, *args))[1]
     heads = split_outputs(spec.kind, prediction)[1]
     gradient, rows = pull(seeds)
     curvature = SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
     return loss if spec.with_aux is None else (loss, aux), gradient, curvature
-
-
-def _trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
-    """The model with what it returns besides predictions, and whether that has to be computed apart.
-
-    So it has where it runs layers of its own, whose rows are none of the predictions'.
-    """
-    if spec.with_aux is None:
-        return trace_model(spec, params, args), False
-
-    def check(out_shape: PyTree) -> None:
-        split_outputs(spec.kind, _pair(spec.kind, out_shape)[0])
-
-    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
-    if serve_all(traced, lambda out: out[0]):
-        return traced, False
-    return trace_model(spec, params, args), True
-
-
-def _pair(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
-    """A prediction and what comes with it.
-
-    Raises:
-      TypeError: there are not two.
-    """
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a pair (prediction, aux)."
-        )
-    return out
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
@@ -309,6 +286,6 @@ def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
 def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:
     @functools.wraps(predict)
     def prediction(*args: Any, **kwargs: Any) -> PyTree:
-        return _pair(kind, predict(*args, **kwargs))[0]
+        return pair_of(kind, predict(*args, **kwargs))[0]
 
     return prediction
