@@ -15,6 +15,11 @@ PyTree = Any
 Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
+COMPLEX = (  # reason of a parameter that no block and no diagonal is for
+    "complex parameter: not measured, its gradient is handed on as it is (of jax.grad the conjugate of the direction of "
+    "ascent); make its real and imaginary part real parameters to have them measured"
+)
+COMPLEX_LAYER = "its layer computes with complex numbers: not measured"  # reason of a real parameter
 
 
 class Layout(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import tree_bytes
-from kfac_optax._types import NOT_USED, Block, Coupling, Fine, Layer, Layers, Layout, Uncovered
+from kfac_optax._types import COMPLEX, NOT_USED, Block, Coupling, Fine, Layer, Layers, Layout, Uncovered
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -115,8 +115,9 @@ def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unit
         ]
         kept = [x for x in kept if x.kind != "scale_shift"]
     if uncovered == "diagonal":
-        kept += [_single(u) for u in left if u.reason not in (NOT_USED, "normalization='pass'")]
-        left = [u for u in left if u.reason in (NOT_USED, "normalization='pass'")]
+        passed = (NOT_USED, COMPLEX, "normalization='pass'")
+        kept += [_single(u) for u in left if u.reason not in passed]
+        left = [u for u in left if u.reason in passed]
     return dataclasses.replace(layers, layers=tuple(kept), uncovered=tuple(left), blocks=(), state_bytes=())
 
 

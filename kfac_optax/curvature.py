@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
-from kfac_optax.capture.layers import Traced, trace
+from kfac_optax.capture.layers import Traced, serve_all, trace
 from kfac_optax.gradient_rows import rows_of_layers
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.plan import Plan
@@ -168,9 +168,37 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
-    traced = trace(spec.function, params, args, spec.kind.name)
-    split_outputs(spec.kind, traced.out_shape)
-    return traced
+    return trace(spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out))
+
+
+def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
+    """The model with what it returns besides predictions, and whether that has to be computed apart.
+
+    So it has where it runs layers of its own, whose rows are none of the predictions'.
+    """
+    if spec.with_aux is None:
+        return trace_model(spec, params, args), False
+
+    def check(out_shape: PyTree) -> None:
+        split_outputs(spec.kind, pair_of(spec.kind, out_shape)[0])
+
+    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    if serve_all(traced, lambda out: out[0]):
+        return traced, False
+    return trace_model(spec, params, args), True
+
+
+def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
+    """A prediction and what comes with it.
+
+    Raises:
+      TypeError: there are not two.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a pair (prediction, aux)."
+        )
+    return out
 
 
 def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
@@ -206,7 +234,11 @@ def _collect(
     spec: Spec, plan: Plan, traced: Traced, linearize: Linearize, heads: Sequence[Any], key: Any
 ) -> tuple[list[PyTree], PyTree]:
     kind = spec.kind
-    if plan.axis_name is not None and key is not None:  # every device draws its own labels
+    if (
+        not kind.labels
+    ):  # signs need no key, but others in every step: products of different terms cancel over the steps
+        key = jax.random.fold_in(jax.random.key(0) if key is None else key, plan.count)
+    if plan.axis_name is not None:  # every device draws its own labels and signs
         key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
     weights = find_weights(kind, heads, plan.axis_name)
 
@@ -214,4 +246,4 @@ def _collect(
         return kind.seeds(heads, weights.roots, key, spec.samples)
 
     examples = count_examples(kind, heads)
-    return collect(plan, traced, linearize, kind, seeds, examples, weights.rows, key)
+    return collect(plan, traced, linearize, kind, seeds, examples, weights.rows)

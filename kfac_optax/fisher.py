@@ -13,9 +13,16 @@ from kfac_optax._types import Layers, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
-from kfac_optax.capture.layers import trace
 from kfac_optax.coverage import blocks_of, coverage
-from kfac_optax.curvature import Curvature, SharedCurvature, Spec, part_of_batch, trace_model
+from kfac_optax.curvature import (
+    Curvature,
+    SharedCurvature,
+    Spec,
+    pair_of,
+    part_of_batch,
+    trace_model,
+    trace_shared,
+)
 from kfac_optax.heads import (
     EMPIRICAL,
     FISHER,
@@ -54,7 +61,8 @@ class Estimator:
         Args:
           params: parameters, a tree like the one `layers` was made from.
           *args: further arguments of `predict`.
-          key: PRNG key, where labels are drawn.
+          key: PRNG key of the labels that are drawn; without labels it may be left out, and only adds to the random signs
+            of `ggn` and `empirical_fisher`, which change with the optimizer's step anyhow.
 
         Raises:
           ValueError: the key is missing.
@@ -66,7 +74,8 @@ class Estimator:
         """Product of the curvature matrix with a tree like `params`; the matrix is never formed.
 
         `fisher` and `ggn`: `(1/N) sum_b J_b^T H_b J_b v`, exact, no labels drawn. `empirical_fisher`:
-        `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every layer, zero for other parameters.
+        `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every layer, zero for other parameters. Of complex
+        parameters it is a cotangent, as `jax.grad` gives them: `v^T F v` is the real part of the sum of `v * (F v)`.
         """
         args = part_of_batch(self.spec, args)
         if not self.spec.kind.gradients:
@@ -120,35 +129,24 @@ class Estimator:
 
 
 def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
-    traced = trace(spec.with_aux or spec.function, params, args, spec.kind.name)
+    traced, aux_apart = trace_shared(spec, params, args)
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [None if m is None else make_zeros(s, m, None) for s, m in zip(traced.sites, measures, strict=True)]
 
     def forward(params: PyTree, zeros: Sequence[Zeros | None]):
         flat = evaluate(traced.jaxpr, jax.tree.leaves((params, args)), traced.sites, measures, None, zeros)
         out = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
-        prediction, aux = (out, None) if spec.with_aux is None else _pair(spec.kind, out)
+        prediction, aux = (out, None) if spec.with_aux is None or aux_apart else pair_of(spec.kind, out)
         return split_outputs(spec.kind, prediction)[0], (prediction, aux)
 
     naturals, pull, (prediction, aux) = jax.vjp(forward, params, zeros, has_aux=True)
     loss, seeds = jax.value_and_grad(lambda n: loss_fn(with_naturals(prediction, n), targets))(naturals)
+    if aux_apart and spec.with_aux is not None:
+        aux = pair_of(spec.kind, spec.with_aux(params, *args))[1]
     heads = split_outputs(spec.kind, prediction)[1]
     gradient, rows = pull(seeds)
     curvature = SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
     return loss if spec.with_aux is None else (loss, aux), gradient, curvature
-
-
-def _pair(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
-    """A prediction and what comes with it.
-
-    Raises:
-      TypeError: there are not two.
-    """
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a pair (prediction, aux)."
-        )
-    return out
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
@@ -156,7 +154,7 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
     layers = tuple(layer for layer in found if layer.coupled)
     blocks = tuple(map(blocks_of(kronecker()), layers))
     leaves = named_leaves(vector)
-    dtype = jnp.result_type(jnp.float32, *leaves.values())
+    dtype = jnp.result_type(jnp.float32, *(leaves[layer.kernel] for layer in layers))
     whole = spec._replace(subsample=None)  # the part has been taken
     factors, _ = Curvature(params, tuple(args), None, whole).statistics(Plan(layers, blocks, None, dtype))
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}
@@ -209,9 +207,13 @@ def ggn(
     """The exact generalised Gauss-Newton matrix, `(1/N) sum_b J_b^T H_b J_b`, from all output columns.
 
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these likelihoods it is the Fisher
-    itself, without sampling noise, at the cost of one backward pass per output. A column of all examples is pulled back
-    at once, so where examples interact (batch norm in training mode, nodes of one graph) products between examples stay
-    in the statistics; `fisher` draws labels independently, and there they cancel.
+    itself, without sampling noise, at the cost of one backward pass per output.
+
+    A column of all terms is pulled back at once, each term with a random sign. Where a row of a layer sees one term this
+    changes nothing. Where it sees several (batch norm in training mode, centred scores, nodes of one graph, attention
+    between positions that each have a label), or a parameter has no layer (`uncovered="diagonal"`), products of different
+    terms cancel in expectation, as they do under `fisher`. The signs change with the step of the optimizer, with the key
+    too if one is given.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.
@@ -231,6 +233,8 @@ def empirical_fisher(
     per_example_loss: Callable[..., jax.Array], *, subsample: float | Callable | None = None
 ) -> Estimator:
     """Second moment of the training gradients, `(1/N) sum_b g_b g_b^T`, with the labels of the data.
+
+    Where examples interact, products of different ones cancel in expectation: each has a random sign, see `ggn`.
 
     Args:
       per_example_loss: `(params, *args) -> [N]` losses.
@@ -282,6 +286,6 @@ def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
 def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:
     @functools.wraps(predict)
     def prediction(*args: Any, **kwargs: Any) -> PyTree:
-        return _pair(kind, predict(*args, **kwargs))[0]
+        return pair_of(kind, predict(*args, **kwargs))[0]
 
     return prediction

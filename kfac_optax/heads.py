@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kfac_optax._types import PyTree
 from kfac_optax.likelihoods import is_likelihood
-from kfac_optax.seeds import Seeds, fisher_columns, sampled_scores
+from kfac_optax.seeds import Seeds, fisher_columns, sampled_scores, signed
 
 
 class Kind(NamedTuple):
@@ -30,11 +30,18 @@ class Kind(NamedTuple):
     seeds: Callable[..., Seeds]
 
 
+def _signed_columns(heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int) -> Seeds:
+    return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
+
+
+def _signed_losses(losses: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int) -> Seeds:
+    ones = Seeds(1, lambda k: [(jnp.ones_like(x),) for x in losses])
+    return signed(ones, [x.shape for x in losses], key)
+
+
 FISHER = Kind("fisher", True, False, True, sampled_scores)
-GGN = Kind("ggn", False, False, True, lambda heads, roots, key, samples: fisher_columns(heads, roots))
-EMPIRICAL = Kind(
-    "empirical_fisher", False, True, True, lambda heads, *_: Seeds(1, lambda k: [(jnp.ones_like(x),) for x in heads])
-)
+GGN = Kind("ggn", False, False, True, _signed_columns)
+EMPIRICAL = Kind("empirical_fisher", False, True, True, _signed_losses)
 FORWARD = Kind(
     "forward_only", False, False, False,
     lambda heads, *_: Seeds(1, lambda k: [tuple(map(jnp.zeros_like, h.natural)) for h in heads]),
@@ -53,6 +60,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             raise TypeError(
                 f"{kind.name}: per_example_loss returned {got}; expected an array [N], one loss per example."
             )
+        _check_real(kind, "per_example_loss returned", prediction)
         return [(prediction,)], [prediction]
     heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
     for head in heads or [prediction]:
@@ -62,7 +70,17 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
                 f"{kind.name}: predict returned {type(head).__name__}{shape}; expected a likelihood or a tree of them. "
                 "Wrap the output of the model: Categorical(logits), Bernoulli(logits) or Normal(mean, scale)."
             )
+        for x in head.natural:
+            _check_real(kind, f"predict returned {type(head).__name__} of", x)
     return [head.natural for head in heads], heads
+
+
+def _check_real(kind: Kind, what: str, x: Any) -> None:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{kind.name}: {what} {x.dtype}{list(x.shape)}; expected real numbers. Return real and imaginary part as two "
+            "real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
+        )
 
 
 def with_naturals(prediction: PyTree, naturals: Sequence[tuple[Any, ...]]) -> PyTree:

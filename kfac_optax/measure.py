@@ -16,12 +16,14 @@ from kfac_optax.capture.geometry import (
     ScaleShift,
     bias_rows,
     channel_sums,
+    over_output,
     reduced,
     rows_shape,
     thinning,
     to_rows,
 )  # fmt: skip
 from kfac_optax.capture.sites import Site
+from kfac_optax.linalg.rows import finite_padding
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a part at a time.
 PATCH_BYTES = 1 << 27
@@ -53,8 +55,10 @@ def site_measure(
         use = use._replace(rows=use.examples * layer.uses)
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
-        g_or_none = g if gradients else None
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
+        if per_row is not None:  # zero times what the padding holds need not be zero
+            g = finite_padding(g, over_output(geometry, per_row, g.ndim))
+        g_or_none = g if gradients else None
         statistic = rows = across = seen = None
         if late or block.rows:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))

@@ -19,6 +19,7 @@ class Plan(NamedTuple):
       coupling: measures across layers, or `None`.
       dtype: dtype of the statistics.
       axis_name: mapped axis over which the batch is split, or `None`.
+      count: number of the step: random signs change with it.
     """
 
     layers: tuple[Layer, ...]
@@ -26,6 +27,7 @@ class Plan(NamedTuple):
     coupling: Coupling | None
     dtype: Any
     axis_name: Any = None
+    count: Any = 0
 
 
 class Setting(NamedTuple):

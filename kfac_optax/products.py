@@ -35,11 +35,14 @@ def _linearize(
         return _Linear(jvp, lambda tangents: tangents, examples)
     roots = find_weights(kind, heads, axis_name).roots
 
+    def tangents_of(direction: PyTree) -> Any:
+        return [_read(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
+
     def hessian(tangents: Any) -> Any:
         products = [head.hessian_product(tangent) for head, tangent in zip(heads, tangents, strict=True)]
         return [_weighted(p, root) for p, root in zip(products, roots, strict=True)]
 
-    return _Linear(jvp, hessian, examples)
+    return _Linear(tangents_of, hessian, examples)
 
 
 def vector_product(
@@ -116,4 +119,15 @@ def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...
     if root is None:
         return product
     weight = jnp.square(jnp.asarray(root))
-    return tuple((x * weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))).astype(x.dtype) for x in product)
+    return tuple((x * _beside(weight, x)).astype(x.dtype) for x in _read(product, root))
+
+
+def _read(values: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
+    """Values of the terms that count, zeros in place of padding, whatever that holds."""
+    if root is None:
+        return values
+    return tuple(jnp.where(_beside(jnp.asarray(root), x) != 0, x, jnp.zeros((), x.dtype)) for x in values)
+
+
+def _beside(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))

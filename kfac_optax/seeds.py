@@ -1,6 +1,7 @@
 """Output cotangents whose pullbacks have the curvature as second moment: `E_k[seed_k seed_k^T] = H`.
 
-Every estimator is a mean over `count` pullbacks, so block statistics, which are means too, need no special case.
+Every estimator is a mean over `count` pullbacks, so block statistics, which are means too, need no special case. Labels
+drawn from the model are independent between terms; columns get a random sign for every term to the same effect.
 """
 
 import math
@@ -58,20 +59,40 @@ def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> Seeds:
     return Seeds(total, make)
 
 
-def signed(seeds: Seeds, key: jax.Array | None) -> Seeds:
-    """The same cotangents with a random sign for every example; without a key always the same signs."""
-    key = jax.random.key(0) if key is None else key
+def signed(seeds: Seeds, shapes: Sequence[tuple[int, ...]], key: jax.Array) -> Seeds:
+    """The same cotangents with an independent random sign for every term, so that terms do not mix.
+
+    A column of all terms is pulled back at once, `sum_b s_b J_b^T c_b` with `E[s_b s_c] = 0` for `b != c`: in its second
+    moment the products of different terms cancel in expectation, also where one parameter (or, in a model whose examples
+    interact, one row) sees several terms. A row that sees one term is only multiplied by +-1, which changes no product.
+
+    Args:
+      seeds: cotangents.
+      shapes: of the terms of each head, its leading axes.
+      key: PRNG key, another one for every statistic.
+
+    Reference: Hutchinson (1990), on random signs; Bekas, Kokiopoulou & Saad (2007), on the diagonal.
+    """
 
     def make(k: Any) -> Naturals:
-        naturals = seeds.make(k)
-        examples = naturals[0][0].shape[:1]
-        signs = jax.random.rademacher(jax.random.fold_in(key, k), examples, jnp.float32)
-        return [
-            tuple((x * signs.reshape(*examples, *(1,) * (x.ndim - len(examples)))).astype(x.dtype) for x in natural)
-            for natural in naturals
-        ]
+        keys = jax.random.split(jax.random.fold_in(key, k), len(shapes))
+        triples = zip(seeds.make(k), shapes, keys, strict=True)
+        return [_signed_head(natural, shape, key) for natural, shape, key in triples]
 
     return Seeds(seeds.count, make)
+
+
+def _signed_head(natural: tuple[jax.Array, ...], shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, ...]:
+    signs = _signs(key, shape)
+    return tuple(x * signs.reshape(*shape, *(1,) * (x.ndim - len(shape))).astype(x.dtype) for x in natural)
+
+
+def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Independent signs. Those of an example are its own: padding behind it, or behind the batch, changes none."""
+    if len(shape) < 2:
+        return jax.random.rademacher(key, shape, jnp.float32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+    return jax.vmap(lambda key: _signs(key, shape[1:]))(keys)
 
 
 def _scale(seed: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...]:

@@ -14,9 +14,10 @@ from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.rows import stack_first, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.heads import Kind
+from kfac_optax.linalg.rows import finite_padding
 from kfac_optax.measure import row_weights, site_measure
 from kfac_optax.plan import Plan, Setting, set_up
-from kfac_optax.seeds import Seeds, mean_over, signed
+from kfac_optax.seeds import Seeds, mean_over
 
 
 class Pulled(NamedTuple):
@@ -66,7 +67,7 @@ def apply_to_rows(site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array
 
 def collect(
     plan: Plan, traced: Traced, linearize: Linearize, kind: Kind, seeds: Callable[[Any], Seeds], examples: int,
-    weights: jax.Array | None, key: jax.Array | None,
+    weights: jax.Array | None,
 ) -> tuple[list[PyTree], PyTree]:  # fmt: skip
     """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or `None`).
 
@@ -80,7 +81,6 @@ def collect(
       seeds: output cotangents, given the heads.
       examples: N.
       weights: example or term weights with mean one, or `None`.
-      key: for random signs, where single parameters are measured.
     """
     setting = set_up(plan, traced, examples, weights, kind.name)
     measures = [
@@ -101,9 +101,6 @@ def collect(
     with jax.named_scope("kfac/measure"):
         pull, heads = linearize(measures, weights, [layer.kernel for layer in single])
         cotangents = seeds(heads)
-        # One gradient of all examples squared estimates the sum of squares where the terms are independent with mean
-        # zero: as they are for labels drawn from the model, and for anything else once every example has a random sign.
-        independent = cotangents if kind.labels else signed(cotangents, key)
 
         def one(k: Any) -> tuple[tuple[list[PyTree], PyTree], dict[int, PyTree]]:
             pulled = pull(cotangents.make(k))
@@ -114,10 +111,11 @@ def collect(
                     blocks[i], columns[i] = blocks[i]
             if not single:
                 return (blocks, across), columns
-            leaves = pulled.leaves if independent is cotangents else pull(independent.make(k)).leaves
+            # One gradient of all examples squared estimates the sum of squares, since the terms are independent with mean
+            # zero: by labels drawn from the model, or by random signs.
             for i, layer in enumerate(plan.layers):
                 if layer.kind == "diagonal":
-                    blocks[i] = jnp.square(leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1) / examples
+                    blocks[i] = jnp.square(pulled.leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1) / examples
             return (blocks, across), columns
 
         (blocks, across), columns = mean_over(one, cotangents.count)
@@ -186,6 +184,8 @@ def _late(plan: Plan, setting: Setting, layer: Layer, block: Block, kept: list) 
         return []
     weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
+    if weights is not None and g is not None:
+        g = finite_padding(g, weights[..., None])
     use = setting.use(plan, layer)._replace(weights=weights)
     return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
 

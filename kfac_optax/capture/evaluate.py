@@ -15,7 +15,7 @@ from jax.extend import core as jex
 
 from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
-from kfac_optax.capture.sites import Site, call_body, count_taps, scan_body
+from kfac_optax.capture.sites import Site, call_body, count_taps_of, scan_body
 from kfac_optax.capture.tap import tap_p
 
 
@@ -115,11 +115,6 @@ def _evaluate(run, jaxpr, consts, inputs, indices, zeros, depth) -> list[Any]:
         env.update(zip(eqn.outvars, outs, strict=True))
     flush()
     return [read(v) for v in jaxpr.outvars]
-
-
-def count_taps_of(eqn: Any) -> int:
-    """Taps in one equation."""
-    return 1 if eqn.primitive is tap_p else sum(map(count_taps, jex.jaxprs_in_params(eqn.params)))
 
 
 def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:

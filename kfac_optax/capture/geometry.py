@@ -248,6 +248,19 @@ def _sum_positions(g: jax.Array) -> jax.Array:
     return g.sum(tuple(range(2, g.ndim - 1)))[:, :, None]
 
 
+def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
+    """Weights of rows `[N, *positions]` laid out so that they broadcast with a layer's output of that rank."""
+    match geometry:
+        case ScaleShift():
+            return jnp.expand_dims(weights, [rank + axis for axis in geometry.axes])
+        case Contraction():
+            order = [*range(rank - len(geometry.s)), *(rank + axis for axis in geometry.s)]
+            weights = weights.reshape(*weights.shape, *(1,) * (rank - weights.ndim))
+            return weights.transpose([order.index(axis) for axis in range(rank)])
+        case _:
+            return weights[..., None]
+
+
 def channel_sums(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype) -> tuple:
     """Sums of all entries of every input row (its bias coordinate included) and gradient row, `[groups, N, *positions]`."""
     if isinstance(geometry, Conv):

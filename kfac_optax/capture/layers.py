@@ -2,17 +2,21 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
 from kfac_optax._tree import named_leaves
-from kfac_optax._types import NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
+from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
-from kfac_optax.capture.sites import Analysis, Site, analyse
+from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, count_taps, is_rule
 from kfac_optax.capture.tap import tapping
 
 
@@ -36,43 +40,76 @@ class Traced(NamedTuple):
     layers: Layers
 
 
-def trace(function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str) -> Traced:
-    """Traces `function(params, *args)` with all front ends on and finds its layers.
+def trace(
+    function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str,
+    check: Callable[[PyTree], Any] = lambda out_shape: None,
+) -> Traced:  # fmt: skip
+    """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees its abstract result.
 
     Raises:
       ValueError: no tapped layer was found, or one runs where it has no meaning.
     """
     with tapping(), linen.intercepting(), nnx.intercepting():
         jaxpr, out_shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
+    check(out_shape)
     leaves = named_leaves(params)
     names = tuple(leaves)
     if len(names) != len(jax.tree.leaves(params)):
         raise ValueError(f"{where}: two parameters have the same path once normalised: {sorted(names)}.")
+    bypassed = _tapped(analyse(jaxpr.jaxpr, len(names)))
+    # What the prediction does not depend on would be measured as zero, and a layer may be there for a derivative only.
+    jaxpr = _live(jaxpr)
     analysis = analyse(jaxpr.jaxpr, len(names))
-    if not analysis.sites:
+    bypassed -= _tapped(analysis)
+    if not (analysis.sites or bypassed or any(map(is_rule, itertools.chain(*analysis.consumers.values())))):
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with parameters "
             f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: {', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
             "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, `tap_conv`, `tap_embedding`, "
             "`tap_scale_shift`."
         )
-    owner, layers = _group(analysis, names, leaves)
+    owner, layers = _group(analysis, names, leaves, bypassed)
     if not layers.layers:
         reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
         raise ValueError(
-            f"{where}: no layer left, the kernel of every tapped layer is something else than a parameter as stored "
-            f"([inputs, outputs] or its transpose). {reasons}."
+            f"{where}: no layer left that can be measured. Expected at least one tapped layer whose output reaches the "
+            f"prediction and whose kernel is a parameter as stored ([inputs, outputs] or its transpose). {reasons}."
         )
     return Traced(names, jaxpr, out_shape, analysis.sites, owner, layers)
 
 
-def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) -> tuple[tuple[int, ...], Layers]:
+def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
+    """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
+    outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
+    return jex.ClosedJaxpr(jaxpr, closed.consts)
+
+
+def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
+    """Whether that part of the function's result depends on every tap that was found."""
+    leaves, treedef = jax.tree.flatten(traced.out_shape)
+    wanted = set(jax.tree.leaves(part(treedef.unflatten(range(len(leaves))))))
+    pruned = _live(traced.jaxpr, [i in wanted for i in range(len(leaves))])
+    return count_taps(pruned.jaxpr) == len(traced.sites)
+
+
+def _tapped(analysis: Analysis) -> set[int]:
+    return {origin.leaf for site in analysis.sites for origin in site.params if origin is not None}
+
+
+def _group(
+    analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any], bypassed: set[int]
+) -> tuple[tuple[int, ...], Layers]:
     """Sites that share a kernel form one layer; everything else about them has to agree."""
     groups: dict[int, list[int]] = {}
     problems: dict[int, str] = {}
+    tapped = _tapped(analysis)
     for i, site in enumerate(analysis.sites):
         if isinstance(site.geometry, Unsupported):
             problems |= {o.leaf: f"not supported: {site.geometry.reason}" for o in site.params if o is not None}
+            continue
+        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (site.a, site.s)):
+            problems |= {o.leaf: COMPLEX_LAYER for o in site.params if o is not None}
             continue
         kernel = site.params[0]
         if kernel is None:
@@ -83,6 +120,8 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
     for leaf, members in groups.items():
         if not _alike([analysis.sites[i] for i in members]):
             problems.setdefault(leaf, "layers of different kinds share it")
+    used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
+    problems |= {i: COMPLEX for i in used if jnp.issubdtype(leaves[names[i]].dtype, jnp.complexfloating)}
     groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
     biases = _own_biases(groups, analysis.sites, problems)
     owner = [-1] * len(analysis.sites)
@@ -98,7 +137,7 @@ def _group(analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any]) 
         )
     layers = _distinct(layers)
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
-    tapped = {o.leaf for site in analysis.sites for o in site.params if o is not None}
+    problems = _bypasses(bypassed, analysis) | problems
     uncovered = tuple(
         Uncovered(name, tuple(leaves[name].shape), _reason(i, problems, tapped, analysis.consumers.get(i, [])))
         for i, name in enumerate(names)
@@ -190,9 +229,25 @@ def _own_biases(groups: Mapping[int, Sequence[int]], sites: Sequence[Site], prob
 
 
 def _other_uses(name: str, consumers: Sequence[str], taps: int) -> str:
-    """A dense layer consumes each of its parameters once; anything more is a use that the statistics do not see."""
-    extra = list(consumers[taps:])
-    return f"{name.rpartition('/')[2]} also used by {', '.join(sorted(set(extra)))}: not measured" if extra else ""
+    """A layer consumes each of its parameters once for every tap; anything more the statistics do not see.
+
+    So it is of a derivative of the layer in its input, a product with the same kernel.
+    """
+    used = [x for x in consumers if x != STOPPED]
+    leaf, own, extra = name.rpartition("/")[2], [x for x in used[:taps] if is_rule(x)], used[taps:]
+    if own:
+        return f"{leaf} used through {_listed(own)}: its own derivative rule, not measured"
+    return f"{leaf} also used by {_listed(extra)}: not measured" if extra else ""
+
+
+def _bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
+    """Reasons of parameters whose layers have no part in the prediction, but which are used otherwise."""
+    used = {i: [x for x in analysis.consumers.get(i, []) if x != STOPPED] for i in leaves}
+    return {
+        i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
+        for i, consumers in used.items()
+        if consumers
+    }
 
 
 def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]) -> str:
@@ -202,4 +257,13 @@ def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers
         return "the kernel of its layer is not a parameter as stored"
     if not consumers:
         return NOT_USED
-    return f"used by {', '.join(sorted(set(consumers)))} outside any supported layer"
+    used = [x for x in consumers if x != STOPPED]
+    if not used:
+        return f"only used behind {STOPPED}"
+    if all(map(is_rule, used)):
+        return f"inside {_listed(used)}: its own derivative rule"
+    return f"used by {_listed(used)} outside any supported layer"
+
+
+def _listed(consumers: Sequence[str]) -> str:
+    return ", ".join(sorted(set(consumers)))

@@ -11,13 +11,19 @@ from kfac_optax.capture.tap import tap_p
 # One output per input, values (not shapes) kept or merely rounded: a parameter stays the same parameter.
 _TRANSPARENT = frozenset(
     ["convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "layout_constraint",
-     "mesh_cast", "reshard", "pvary", "pcast", "reduce_precision", "stop_gradient", "name"]
+     "mesh_cast", "reshard", "pvary", "pcast", "reduce_precision", "name"]
 )  # fmt: skip
+STOPPED = "stop_gradient"  # behind it a parameter is a constant: no use that a gradient or a statistic sees
 _RESHAPING = frozenset(["broadcast_in_dim", "reshape", "squeeze", "expand_dims"])
 # Calls that run their body once with the operands in order.
-_CALLS = frozenset(
-    ["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"]
-)
+_CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"])
+# Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they are never entered.
+_RULES = {
+    "custom_jvp_call": "custom_jvp",
+    "custom_vjp_call": "custom_vjp",
+    "custom_vjp_call_jaxpr": "custom_vjp",
+    "custom_linear_solve": "custom_linear_solve",
+}
 
 
 class Origin(NamedTuple):
@@ -84,11 +90,33 @@ def bodies(eqn: Any) -> list[Any]:
 
 def count_taps(jaxpr: Any) -> int:
     """Number of taps in a jaxpr, bodies included."""
-    return sum((e.primitive is tap_p) + sum(map(count_taps, bodies(e))) for e in jaxpr.eqns)
+    return sum(map(count_taps_of, jaxpr.eqns))
+
+
+def count_taps_of(eqn: Any) -> int:
+    """Taps in one equation; those inside a call with its own derivative rule are none."""
+    if eqn.primitive is tap_p:
+        return 1
+    return 0 if eqn.primitive.name in _RULES else sum(map(count_taps, bodies(eqn)))
+
+
+def own_rule(eqn: Any) -> str | None:
+    """Which derivative rule of its own an equation has, by the name of what it was made from; else `None`."""
+    word = _RULES.get(eqn.primitive.name)
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+    if word is None or inner is None:
+        return word
+    name = getattr(getattr(inner, "jaxpr", inner).debug_info, "func_name", "")
+    return f"{word} `{name}`" if name else word
+
+
+def is_rule(consumer: str) -> bool:
+    """Whether a consumer, as named in an `Analysis`, is a call with its own derivative rule."""
+    return consumer.partition(" ")[0] in _RULES.values()
 
 
 def call_body(eqn: Any) -> Any | None:
-    """The closed body of an equation that runs it once (`jit`, `remat`, custom derivatives), else `None`."""
+    """The closed body of an equation that runs it once (`jit`, `remat`), else `None`."""
     if eqn.primitive.name not in _CALLS:
         return None
     inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
@@ -122,7 +150,7 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     sites: list[Site] = []
     consumers: dict[int, list[str]] = {}
     origins = [Origin(i) if i < leaves else None for i in range(len(jaxpr.invars))]
-    _walk(jaxpr, origins, (), sites, consumers)
+    _note(_walk(jaxpr, origins, (), sites, consumers), "the prediction itself", consumers)
     return Analysis(tuple(sites), consumers)
 
 
@@ -143,6 +171,10 @@ def _walk(
             outputs = _walk(body.jaxpr, inputs, scans, sites, consumers)
         elif eqn.primitive.name == "scan":
             outputs = _walk_scan(eqn, inputs, scans, sites, consumers)
+        elif (rule := own_rule(eqn)) is not None:
+            _note(inputs, rule, consumers)
+        elif eqn.primitive.name == STOPPED:
+            _note(inputs, STOPPED, consumers)
         elif eqn.primitive.name in _TRANSPARENT:
             outputs = inputs[: len(eqn.outvars)]
         elif eqn.primitive.name in _RESHAPING:
@@ -164,8 +196,10 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
     kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
     carry = [o if keep else None for o, keep in zip(inputs[constants:first], kept, strict=True)]
     slices = [_sliced(o, v.aval.ndim) for o, v in zip(inputs[first:], eqn.invars[first:], strict=True)]
+    _note([o for o, keep in zip(inputs[constants:first], kept, strict=True) if not keep], "scan", consumers)
     start = len(sites)
-    _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
+    outs = _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
+    _note([o for o, keep in zip(outs[:carried], kept, strict=True) if not keep], "scan", consumers)
     depth = len(scans)
     for i in range(start, len(sites)):  # now it is known for each layer whether this scan goes over its parameters
         leaf = sites[i].params[0]
@@ -173,7 +207,9 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
         marked = list(sites[i].scans)
         marked[depth] = (length, rides)
         sites[i] = sites[i]._replace(scans=tuple(marked))
-    return [*carry, *[None] * (len(eqn.outvars) - carried)]
+    # stacked steps of a parameter (residuals of an inner derivative, say) are no longer it as stored
+    stacked = [None if o is None else o._replace(whole=False) for o in outs[carried:]]
+    return [*carry, *stacked]
 
 
 def _add_site(eqn, inputs, scans, sites) -> None:

@@ -19,6 +19,8 @@ tap_p.def_impl(lambda s, *_, **__: s)
 tap_p.def_abstract_eval(lambda s, *_, **__: s)
 mlir.register_lowering(tap_p, lambda _, s, *__, **___: [s])
 ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (tap_p.bind(*primals, **params), tangents[0])
+# the identity in the output; what else it carries is only looked at
+ad.primitive_transposes[tap_p] = lambda cotangent, _, *rest, **__: [cotangent, *[None] * len(rest)]
 
 
 def _batch(args, dims, *, stacked, **params):

@@ -17,6 +17,7 @@ from kfac_optax._types import Coupling, Fine, Layer, Numeric, PyTree, System, Ve
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, psd_eigh
 from kfac_optax.linalg.gram import replicated
+from kfac_optax.linalg.rows import finite_padding
 
 COARSE = ("factored", "exact")
 COARSE_DAMPING = ("identity", "galerkin")
@@ -100,6 +101,8 @@ def coarse_correction(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix needs. "
                 "Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
+        if weights is not None:
+            alpha, gamma = finite_padding(alpha, weights), finite_padding(gamma, weights)
         if coarse == "exact":  # gamma carries the root of the weight, which is what one row of u u^T needs
             return jnp.sum(alpha * gamma, tuple(range(2, alpha.ndim)))
         return _Sums(alpha if weights is None else alpha * jnp.sqrt(weights).astype(alpha.dtype), gamma)

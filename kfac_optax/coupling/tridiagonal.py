@@ -14,7 +14,7 @@ from kfac_optax.blocks.kronecker import Factors, InverseHeld
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker import sandwich, trace_ratio
-from kfac_optax.linalg.rows import keep_rows
+from kfac_optax.linalg.rows import finite_padding, keep_rows
 from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve
 
 _WHERE = "tridiagonal"
@@ -137,7 +137,8 @@ def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
     if weights is None:
         return _Rows(a, g)
     weights = weights.reshape(1, -1)
-    return _Rows(keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype), g)
+    a = keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype)
+    return _Rows(a, finite_padding(g, weights[..., None]))
 
 
 def _link(

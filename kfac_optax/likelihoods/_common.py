@@ -41,6 +41,16 @@ def check_weights(name: str, *, weights: Any, batch_shape: tuple[int, ...], advi
         )
 
 
+def check_real(name: str, **arrays: Any) -> None:
+    """Raises TypeError for complex arrays: the Fisher is that of real numbers, and would come out with wrong signs."""
+    for field, x in arrays.items():
+        if has_shape(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the head real and imaginary part "
+                "as two real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
+            )
+
+
 def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError instead of letting [n] targets broadcast against [n, 1] outputs."""
     if jnp.shape(targets) != shape:

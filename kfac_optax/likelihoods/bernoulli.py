@@ -32,6 +32,7 @@ class Bernoulli:
 
     Raises:
         ValueError: `weights` has another shape than the batch, or `batch_ndim` does not fit.
+        TypeError: complex numbers.
 
     Reference: Martens (2020), "New Insights and Perspectives on the Natural Gradient Method".
 
@@ -46,6 +47,7 @@ class Bernoulli:
     event_ndim: int | None = None
 
     def __post_init__(self) -> None:
+        _common.check_real("Bernoulli", logits=self.logits)
         batch_ndim, event_ndim = _common.split_axes(
             "Bernoulli",
             array=self.logits,

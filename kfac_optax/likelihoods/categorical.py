@@ -23,6 +23,7 @@ class Categorical:
 
     Raises:
         ValueError: `weights` has another shape than the batch.
+        TypeError: complex numbers.
 
     Reference: Martens (2020), "New Insights and Perspectives on the Natural Gradient Method".
 
@@ -35,6 +36,7 @@ class Categorical:
     weights: jax.Array | None = None
 
     def __post_init__(self) -> None:
+        _common.check_real("Categorical", logits=self.logits)
         if _common.has_shape(self.logits):
             _common.check_weights(
                 "Categorical",

@@ -48,6 +48,7 @@ class Normal:
     Raises:
         ValueError: `weights` has another shape than the batch, `scale` does not broadcast to the
             mean or is a number that is not positive and finite, or `batch_ndim` does not fit.
+        TypeError: complex numbers.
 
     Reference: Martens (2020), "New Insights and Perspectives on the Natural Gradient Method".
 
@@ -63,6 +64,7 @@ class Normal:
     event_ndim: int | None = None
 
     def __post_init__(self) -> None:
+        _common.check_real("Normal", mean=self.mean, scale=self.scale)
         batch_ndim, event_ndim = _common.split_axes(
             "Normal", array=self.mean, batch_ndim=self.batch_ndim, event_ndim=self.event_ndim
         )

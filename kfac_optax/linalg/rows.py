@@ -16,6 +16,18 @@ def keep_rows(x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None)
     return x if weights is None else jnp.where(weights[..., None] != 0, x, jnp.zeros((), x.dtype))
 
 
+def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` with zeros in place of what is not finite where the weight is zero; the two broadcast.
+
+    For what carries its weight already: a cotangent of zero that met a NaN on its way back is a NaN. Finite numbers stay,
+    since a row without a label of its own can still matter for that of another.
+
+    >>> print(finite_padding(jnp.array([jnp.nan, 3.0, jnp.nan]), jnp.array([0.0, 0.0, 1.0])))
+    [ 0.  3. nan]
+    """
+    return jnp.where((weights == 0) & ~jnp.isfinite(x), jnp.zeros((), x.dtype), x)
+
+
 def weighted_gram(
     x: Float[Array, "*rows d"],
     weights: Float[Array, "*rows"] | None = None,

@@ -66,7 +66,7 @@ def scale_by_curvature(
         matrices are divided into `n` parts of about equal cost, and part `j` is refreshed when `count % inverse_every ==
         j * inverse_every // n`, the coupling with part 0. In step 0 all are. `None` or 1: all in one step.
       uncovered: parameters without a block: `"pass"` their gradient on unchanged, precondition with the diagonal of the
-        Fisher (`"diagonal"`, one more gradient when statistics are taken, unless labels are drawn), or `"raise"`.
+        Fisher (`"diagonal"`, right on average over statistics, see `ggn` for the random signs), or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for every channel,
         `"diagonal"`, or `"pass"`.
       factored_gradient: precondition the gradient of dense layers as the product of rows that it is, wherever the block
@@ -139,7 +139,7 @@ def scale_by_curvature(
         step = Step(
             mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
         )
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name)
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, state.kfac_count)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             weight = resolve(decay, state.kfac_count)

@@ -105,13 +105,19 @@ def lax_scan(p, x):
 
 
 @jax.custom_jvp
-def opaque(p, x):
-    return MLP().apply({"params": p}, x)
+def own_tanh(x):
+    return jnp.tanh(x)
 
 
-@opaque.defjvp
-def _opaque_jvp(primals, tangents):
-    return jax.jvp(MLP().apply, ({"params": primals[0]}, primals[1]), ({"params": tangents[0]}, tangents[1]))
+own_tanh.defjvp(lambda x, dx: (jnp.tanh(*x), (1 - jnp.tanh(*x) ** 2) * dx[0]))
+
+
+def own_activation(p, x):
+    """An activation with a derivative rule of its own, as many of `jax.nn` are: its layers are outside the rule."""
+    for i, layer in enumerate(p.values()):
+        s = ko.tap_dense(x @ layer["kernel"] + layer["bias"], x, layer["kernel"], layer["bias"])
+        x = own_tanh(s) if i < 2 else s
+    return x
 
 
 def stack_two(params):
@@ -129,7 +135,7 @@ def variants():
     yield "nn.remat", linen(MLP(first=nn.remat(nn.Dense))), params
     yield "jax.checkpoint", jax.checkpoint(linen(MLP())), params
     yield "vmap over examples", lambda p, x: jax.vmap(lambda e: MLP().apply({"params": p}, e))(x), params
-    yield "custom_jvp", opaque, params
+    yield "custom_jvp activation", own_activation, params
     yield "nn.scan over layers", linen(Scanned()), {"body": {"dense": body}, "layer2": last}
     yield "nn.scan of nn.remat", linen(Scanned(remat=True)), {"body": {"dense": body}, "layer2": last}
     yield "lax.scan over layers", lax_scan, two

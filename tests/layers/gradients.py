@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_optax as ko
+from kfac_optax import heads
 from kfac_optax._tree import make_buckets, named_leaves, scatter
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.plan import Plan
+from kfac_optax.seeds import Seeds
 
 
 def _weights(a, g, use):
@@ -38,7 +40,10 @@ WEIGHTS, SCALES = block(_weights, "weights"), block(_scales, "scales")
 
 def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS):
     """Gradient of the mean of `losses(params, *args) [N]`, measured by the taps, by leaf; and the layers."""
-    estimator = ko.empirical_fisher(losses)
+    spec = ko.empirical_fisher(losses).spec
+    # a gradient is a sum of rows as they are, while their products do not ask for the random signs
+    as_they_are = lambda losses, *_: Seeds(1, lambda k: [(jnp.ones_like(x),) for x in losses])
+    estimator = ko.Estimator(spec._replace(kind=heads.EMPIRICAL._replace(seeds=as_they_are)))
     layers = estimator.layers(params, *args)
     blocks = tuple(SCALES if x.kind == "scale_shift" else weights for x in layers)
     plan = Plan(layers.layers, blocks, None, dtype)
