@@ -166,3 +166,10 @@ def test_narrow_updates_stay_finite(dtype):
     ):
         clipped, _ = tx.update(many, tx.init(many))
         assert np.isfinite(np.asarray(clipped, np.float32)).all() and float(jnp.max(clipped)) <= 1.01
+
+
+def test_a_rate_that_is_no_number_leaves_the_step_out():
+    form, slope = jnp.eye(2), -jnp.ones(2)
+    for given in ({"learning_rate": jnp.nan}, {"momentum": jnp.inf}):
+        solution = ko.control.quadratic_model.solve_model(form, slope, **given)
+        assert not solution.finite and float(solution.rate) == float(solution.momentum) == 0
