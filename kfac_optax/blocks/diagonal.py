@@ -12,7 +12,7 @@ from kfac_optax.linalg.factorize import damped_quotient
 def diagonal() -> Block:
     """Diagonal block `F ~ diag(S)` for parameters `V [1, n]` that belong to no layer with inputs and outputs.
 
-    `solve` is `V / (S + damping)`, zero where that is below rounding of the largest entry. The statistic `S [1, n]`,
+    `solve` is `V / (S + damping)`, zero where that is below `eps^2` of the largest entry. The statistic `S [1, n]`,
     for example the mean square of per-example gradients, is handed in ready-made.
 
     Returns:
@@ -39,7 +39,7 @@ def diagonal() -> Block:
         return jnp.maximum(statistic, 0)
 
     def solve(held: Array, v: Array, damping: Array) -> Array:
-        return damped_quotient(v, held, damping)
+        return damped_quotient(v, held, damping, exact=True)
 
     def multiply(statistic: Array, v: Array) -> Array:
         return statistic * v

@@ -74,8 +74,8 @@ def unitwise(full: bool = True) -> Block:
 
     def solve(held: Eigen | Array, v: Array, damping: Array) -> Array:
         if not isinstance(held, Eigen):
-            return damped_quotient(v, held.T, damping)
-        rotated = damped_quotient(jnp.sum(held.vectors * v.T[:, :, None], 1), held.values, damping)
+            return damped_quotient(v, held.T, damping, exact=True)
+        rotated = damped_quotient(jnp.sum(held.vectors * v.T[:, :, None], 1), held.values, damping, exact=True)
         return jnp.sum(held.vectors * rotated[:, None, :], 2).T
 
     def multiply(statistic: Array, v: Array) -> Array:

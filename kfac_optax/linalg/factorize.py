@@ -19,7 +19,7 @@ class Eigen(NamedTuple):
 _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
 
 
-def damped_quotient(v: Array, values: Array, damping: Array) -> Array:
+def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
     """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the largest eigenvalue.
 
     The pseudo-inverse of what is singular to working precision: `values + damping <= 4 eps max(values)` says nothing about
@@ -29,13 +29,15 @@ def damped_quotient(v: Array, values: Array, damping: Array) -> Array:
       v: right-hand side in the eigenbasis.
       values: eigenvalues, not negative, of a shape that fits.
       damping: added to them, not negative.
+      exact: the values are no sums with rounding of the largest in them (diagonals): only below `eps^2` nothing is known.
 
     >>> print(damped_quotient(jnp.ones(3), jnp.array([2.0, 1e-9, 0.0]), jnp.float32(0.0)))
     [0.5 0.  0. ]
     """
     total = values + damping
     largest = jnp.max(values, initial=0)
-    known = total > _ROUNDING * jnp.finfo(values.dtype).eps * largest
+    eps = jnp.finfo(values.dtype).eps
+    known = total > (eps * eps if exact else _ROUNDING * eps) * largest
     return jnp.where(known, v / jnp.where(known, total, 1), 0)
 
 
