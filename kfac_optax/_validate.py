@@ -1,9 +1,10 @@
 """User-facing checks and messages. Each says where, what was got, what was expected, what to do."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import Numeric, ScalarOrSchedule
@@ -44,6 +45,97 @@ def check_number(
         wanted.append(f"<= {at_most:g}")
     if wanted:
         raise ValueError(f"{where}: {name}={value!r}; expected {name} {' and '.join(wanted)}.")
+
+
+class Legal(NamedTuple):
+    """What a hyperparameter may be, and what is used before it has been that; all are finite."""
+
+    default: float
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+# An int32 step count is divided by periods.
+_PERIOD = {"at_least": 1, "at_most": 2**30}
+
+LEGAL = {
+    "damping": Legal(1e-3, at_least=0),
+    "decay": Legal(0.95, at_least=0, at_most=1),
+    "curvature_every": Legal(10, **_PERIOD),
+    "inverse_every": Legal(100, **_PERIOD),
+    "learning_rate": Legal(1.0, at_least=0),  # no default: a large rate makes clips cautious
+    "kl_clip": Legal(1e-3, above=0),
+    "radius": Legal(1e-3, above=0),
+    "max_rms": Legal(1.0, above=0),
+    "weight_decay": Legal(0.0, at_least=0),
+}
+
+
+class Checked(NamedTuple):
+    """What is remembered of a hyperparameter whose value is known only in an update."""
+
+    last_good: jax.Array  # shape=(), dtype=float32
+    ignored_values: jax.Array  # shape=(), dtype=int32: how many made no sense, and were not used
+
+
+def check_legal(where: str, name: str, value: ScalarOrSchedule | None) -> None:
+    """Checks a hyperparameter against `LEGAL` where it is a plain number; `checked` does so for all others."""
+    legal = LEGAL[name]
+    check_number(where, name, value, above=legal.above, at_least=legal.at_least, at_most=legal.at_most)
+
+
+def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
+    """The part of a state that `checked` needs, by name behind `given_`; nothing is counted yet.
+
+    >>> print(start_checked(damping=0.5)["given_damping"].last_good, start_checked(damping=-1.0)["given_damping"].last_good)
+    0.5 0.001
+    """
+    memory: dict[str, Checked] = {}
+    for name, value in values.items():
+        good = jnp.full((), LEGAL[name].default, jnp.float32)
+        if value is not None:
+            now = jnp.asarray(resolve(value, jnp.zeros((), jnp.int32)), jnp.float32)
+            good = jnp.where(_is_legal(name, now), now, good)
+        # a new array: that of the caller is not given away with the state
+        memory[f"given_{name}"] = Checked(jnp.array(good), jnp.zeros((), jnp.int32))
+    return memory
+
+
+def checked(
+    memory: dict[str, Checked], name: str, value: ScalarOrSchedule, count: jax.Array
+) -> tuple[Numeric, dict[str, Checked]]:
+    """The value of a hyperparameter at a step, or the last good one where it is out of range or not a number.
+
+    Plain numbers were checked when the transformation was made, and stay as they are.
+
+    >>> memory = start_checked(damping=0.5)
+    >>> value, memory = checked(memory, "damping", jnp.float32(jnp.nan), jnp.int32(0))
+    >>> print(value, memory["given_damping"].ignored_values)
+    0.5 1
+    """
+    key = f"given_{name}"
+    before = memory[key]
+    if _concrete(value):
+        return value, memory  # type: ignore[return-value]
+    value = jnp.asarray(resolve(value, count))
+    good = _is_legal(name, value)
+    used = jnp.where(good, value, before.last_good.astype(value.dtype))
+    last = jnp.where(good, value.astype(jnp.float32), before.last_good)
+    after = Checked(last, before.ignored_values + (~good).astype(jnp.int32))
+    return used, memory | {key: after}
+
+
+def _is_legal(name: str, value: jax.Array) -> jax.Array:
+    legal = LEGAL[name]
+    good = jnp.isfinite(value)
+    if legal.above is not None:
+        good = good & (value > legal.above)
+    if legal.at_least is not None:
+        good = good & (value >= legal.at_least)
+    if legal.at_most is not None:
+        good = good & (value <= legal.at_most)
+    return good
 
 
 def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> None:

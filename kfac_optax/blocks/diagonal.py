@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
+from kfac_optax.linalg.factorize import damped_quotient
 
 
 def diagonal() -> Block:
     """Diagonal block `F ~ diag(S)` for parameters `V [1, n]` that belong to no layer with inputs and outputs.
 
-    `solve` is `V / (S + damping)`. The statistic `S [1, n]`, for example the mean square of per-example gradients, is
-    handed in ready-made.
+    `solve` is `V / (S + damping)`, zero where that is below `eps^2` of the largest entry. The statistic `S [1, n]`,
+    for example the mean square of per-example gradients, is handed in ready-made.
 
     Returns:
       A `Block` whose `measure` raises: rows of inputs and output gradients do not determine `S`.
@@ -38,7 +39,7 @@ def diagonal() -> Block:
         return jnp.maximum(statistic, 0)
 
     def solve(held: Array, v: Array, damping: Array) -> Array:
-        return v / (held + damping)
+        return damped_quotient(v, held, damping, exact=True)
 
     def multiply(statistic: Array, v: Array) -> Array:
         return statistic * v

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
-from kfac_optax.linalg.factorize import Eigen, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.rows import index_counts, weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
@@ -113,7 +113,8 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     def solve(held: TokenEigenHeld | TokenInverseHeld, v: Array, damping: Array) -> Array:
         if isinstance(held, TokenEigenHeld):
             vectors, values = held.outputs
-            scaled = jnp.matmul(v, vectors, precision=precision) / (held.counts[:, None] * values + damping)
+            rotated = jnp.matmul(v, vectors, precision=precision)
+            scaled = damped_quotient(rotated, held.counts[:, None] * values, damping)
             return jnp.matmul(scaled, vectors.T, precision=precision)
         return held.rows[:, None] * jnp.matmul(v, held.outputs, precision=precision)
 

@@ -11,8 +11,9 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.linalg.kronecker import eigen_solve, sandwich, trace_ratio
+from kfac_optax.linalg.kronecker import eigen_solve, sandwich
 from kfac_optax.linalg.rows import weighted_gram
+from kfac_optax.linalg.tikhonov import tikhonov_shifts
 
 INVERSES = ("eigh", "cholesky")
 SHARING = ("expand", "reduce")
@@ -54,9 +55,11 @@ def kronecker(
     over positions and its output gradients added up before (KFAC-reduce), for models that pool positions before the
     loss. Solves, with `V [p, q]`:
 
-    - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis.
+    - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis; the pseudo-inverse where the
+      damping leaves it singular to working precision, see `eigen_solve`.
     - `"cholesky"`: factored Tikhonov, `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
-      `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh.
+      `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh. Neither shift is smaller than
+      rounding of the factor's mean eigenvalue.
 
     Args:
       inverse: `"eigh"` or `"cholesky"`.
@@ -104,9 +107,10 @@ def kronecker(
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
             return EigenHeld(inputs, psd_eigh(after(factors.outputs, inputs.values)))
-        pi, root = trace_ratio(*factors), jnp.sqrt(damping)
-        inverse_inputs = psd_inverse(factors.inputs, pi * root)
-        return InverseHeld(inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), root / pi))
+        mean_a, mean_g = (jnp.trace(x) / len(x) for x in factors)
+        shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
+        inverse_inputs = psd_inverse(factors.inputs, shift)
+        return InverseHeld(inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift))
 
     def solve(held: EigenHeld | InverseHeld, v: Array, damping: Array) -> Array:
         if isinstance(held, EigenHeld):

@@ -11,7 +11,7 @@ from kfac_optax._types import Average, Block, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank_side import LowRankHeld, Side, solve_side
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.factorize import after, at_least_rounding
 from kfac_optax.linalg.gram import gram, homogeneous, replicated
 from kfac_optax.linalg.kronecker import sandwich
 from kfac_optax.linalg.low_rank import (
@@ -154,7 +154,9 @@ def low_rank(
             mean_a, mean_g = (_trace(x) / len(x) for x in factors)
             return tikhonov_shifts(mean_a, mean_g, damping)
         top_a, top_g = (low.values[0] for low in lows)
-        return damping * jnp.where(top_a > 0, top_a, 1), damping * jnp.where(top_g > 0, top_g, 1)
+        scales = (jnp.where(top > 0, top, 1) for top in (top_a, top_g))
+        shift, output_shift = (at_least_rounding(damping * scale, scale) for scale in scales)
+        return shift, output_shift
 
     def side(low: LowRank, trace: Array, shift: Array) -> Side:
         used = jnp.full((), low.values.shape[0], jnp.int32)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
-from kfac_optax.linalg.factorize import Eigen
+from kfac_optax.linalg.factorize import Eigen, damped_quotient
 from kfac_optax.linalg.rows import keep_rows
 from kfac_optax.linalg.two_by_two import small_psd_eigh
 
@@ -74,8 +74,8 @@ def unitwise(full: bool = True) -> Block:
 
     def solve(held: Eigen | Array, v: Array, damping: Array) -> Array:
         if not isinstance(held, Eigen):
-            return v / (held.T + damping)
-        rotated = jnp.sum(held.vectors * v.T[:, :, None], 1) / (held.values + damping)
+            return damped_quotient(v, held.T, damping, exact=True)
+        rotated = damped_quotient(jnp.sum(held.vectors * v.T[:, :, None], 1), held.values, damping, exact=True)
         return jnp.sum(held.vectors * rotated[:, None, :], 2).T
 
     def multiply(statistic: Array, v: Array) -> Array:

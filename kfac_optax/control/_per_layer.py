@@ -1,7 +1,7 @@
 """What step rules need of layers: inner products, one scale for all of them, or a function of each."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,82 @@ from kfac_optax._tree import gather, make_buckets, named_leaves, present, replac
 from kfac_optax._types import Layers, PyTree
 
 
-def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> jax.Array:
+class Scaled(NamedTuple):
+    """Numbers `values * 2^exponent`, which may lie outside of the range of their dtype."""
+
+    values: jax.Array
+    exponent: jax.Array  # shape=(), dtype=int32
+
+
+def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """`e` with the largest entry in `[2^(e-1), 2^e)`; zero where nothing is, or an entry is not finite.
+
+    >>> print(exponent_of({"a": jnp.array([1.0, -3.0])}))
+    2
+    """
+    if not leaves:
+        return jnp.zeros((), jnp.int32)
+    wide = _wide(leaves)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(wide) for x in leaves.values()]))
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jnp.frexp(jnp.where(usable, largest, 0.5))[1].astype(jnp.int32)
+
+
+def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`x 2^exponent`, exact but for under- and overflow of the result.
+
+    In two halves, as the power alone may overflow.
+    """
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(x, half), exponent - half)
+
+
+def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
     """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
 
-    >>> print(inner_products({"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": -jnp.ones(1)}, None))
+    The entries of both sides are divided by a power of two first, so that no product overflows.
+
+    >>> products = inner_products({"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": -jnp.ones(1)}, None)
+    >>> print(products.values * 2.0**products.exponent)
     [ 2. -1.]
     """
     u, v = named_leaves(left), named_leaves(right)
-    dtype = _wide(v)
+    dtype = jnp.promote_types(_wide(u), _wide(v))
+    of_u, of_v = exponent_of(u), exponent_of(v)
+    u, v = ({n: times_power(x.astype(dtype), -e) for n, x in side.items()} for side, e in ((u, of_u), (v, of_v)))
     if layers is None:
         parts = [jnp.sum(u[n].astype(dtype) * v[n].astype(dtype))[None] for n in v]
     else:
         buckets = make_buckets(present(layers, v))
         parts = [jnp.sum(gather(b, u, dtype) * gather(b, v, dtype), axis=(1, 2)) for b in buckets]
-    return jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype)
+    return Scaled(jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype), of_u + of_v)
+
+
+def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: Any) -> jax.Array:
+    """`min(1, sqrt(bound / (rate^2 values 2^exponent)))`; one where the divisor is not a positive finite number.
+
+    >>> print(inverse_root_of(jnp.float32(25.0), jnp.int32(0), 1.0, 1.0))
+    0.2
+    """
+    half = exponent // 2
+    square = jnp.square(jnp.asarray(rate, values.dtype)) * times_power(values, exponent - 2 * half)
+    usable = jnp.isfinite(square) & (square > 0)
+    scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / jnp.where(usable, square, 1))
+    return jnp.where(usable, jnp.minimum(times_power(scale, -half), 1), 1)
+
+
+def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
+    """Frobenius norms of matrices `[copies, p, q]`, or root mean squares, without overflow of the squares.
+
+    >>> print(norms(jnp.full((1, 2, 2), 1e30)))
+    [2.e+30]
+    """
+    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True, initial=0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+    squares = jnp.square(times_power(x, -exponent))
+    root = jnp.sqrt((jnp.mean if mean else jnp.sum)(squares, axis=(1, 2)))
+    return times_power(root, exponent[:, 0, 0])
 
 
 def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
@@ -66,7 +128,16 @@ def map_layers(function: Callable[..., tuple[jax.Array, Any]], *trees: PyTree, l
         matrix, report = function(*(x[name].astype(dtype).reshape(1, 1, -1) for x in leaves))
         new[name] = matrix.reshape(leaves[0][name].shape)
         reports.append(report)
+    new = {name: _within(x, leaves[0][name].dtype) for name, x in new.items()}
     return replace_leaves(trees[0], new), jnp.concatenate(reports)
+
+
+def _within(x: jax.Array, dtype: Any) -> jax.Array:
+    """Finite entries within the range of a narrower dtype: at its end instead of infinite."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x
+    end = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x).astype(dtype)
 
 
 def like_parameters(params: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:

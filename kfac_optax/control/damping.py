@@ -12,6 +12,9 @@ from kfac_optax._types import Numeric, PyTree
 from kfac_optax._validate import NO_CURVATURE, check_number
 from kfac_optax.control.quadratic_model import QuadraticState
 
+_SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
+_FLAT = 1e-2  # curvature below this share of the damping has no say in a step
+
 
 class DampingState(NamedTuple):
     """State of `adapt_damping`; numbers are float32, or wider where the parameters are."""
@@ -48,6 +51,11 @@ def adapt_damping(
     batch of the step. With `omega = decay^every`: `rho > upper` gives `lambda <- omega lambda`, `rho < lower` or a ratio
     that is not finite `lambda <- lambda / omega`. The optimizer gets `lambda` as `model_damping` and
     `gamma^2 = lambda + weight_decay` as `damping`; both levels of two-level K-FAC use the latter.
+
+    The ratio is also measured, whatever the period, of a step that the model has little reason for: one whose predicted
+    decrease exceeds `|value|`, or whose curvature is next to all damping (saturated outputs), or whose prediction is not
+    finite. The first of these is rejected below `lower` already: it promised more than there is to gain. An ordinary step
+    costs no evaluation of the objective for it.
 
     A step whose ratio is measured and lies below `reject_below` (the objective rose), or is not finite, is rejected: the
     update is zero and everything the optimizer holds stays as it was, momentum included, apart from the curvature itself.
@@ -136,10 +144,14 @@ def adapt_damping(
             change = _model_change(rule, known, step, curvature, grad, state.model_damping)
             return _mean(value_fn(optax.apply_updates(params, step)), axis_name), change
 
-        due = state.damping_count % every == every - 1 if adapt is None else bool(adapt)
+        scheduled = state.damping_count % every == every - 1 if adapt is None else bool(adapt)
+        promised = _promise(rule, known, step, grad, _mean(value, axis_name))
+        # all devices have to measure together
+        due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
         new_value, change = _if_due(due, measure)
         ratio = (new_value - _mean(value, axis_name)) / change
-        step, after, rejected = _reject(rule, step, after, state.optimizer, (ratio, failed, due), new_value)
+        lowest = _lowest_ratio(rule, promised)
+        step, after, rejected = _reject(step, after, state.optimizer, (ratio, failed, due, lowest), new_value)
         return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -254,25 +266,48 @@ def _model_change(
     return inner(grad, step).astype(lam.dtype) + (form + shift * inner(step, step).astype(lam.dtype)) / 2
 
 
+class _Promise(NamedTuple):
+    """What is doubtful about a step, before the objective is asked."""
+
+    too_much: jax.Array  # bool: a decrease beyond the objective itself, or one that is not finite
+    flat: jax.Array  # bool: the step is as long as the damping lets it be, curvature has no say
+
+
+def _promise(rule: _Rule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array) -> _Promise:
+    """Costs an inner product; without `quadratic_step` there is no model before the ratio is measured."""
+    if known is None:
+        return _Promise(jnp.bool_(False), jnp.bool_(False))
+    slope = _mean(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
+    moves = known.damped_change != 0
+    limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
+    # negated, so that NaN counts
+    too_much = moves & ~(-known.model_change <= limit)
+    curvature, damping = known.model_change - slope, known.damped_change - known.model_change
+    return _Promise(too_much, moves & ~(curvature > _FLAT * damping))
+
+
+def _lowest_ratio(rule: _Rule, promised: _Promise) -> jax.Array:
+    """Ratios below this one reject the step."""
+    usual = -jnp.inf if rule.reject_below is None else rule.reject_below
+    return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)
+
+
 def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any:
-    if isinstance(due, bool) and due:
+    if due is True:
         return measure()
     shapes = jax.eval_shape(measure)
 
     def nothing() -> Any:
         return tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes)
 
-    return nothing() if isinstance(due, bool) else jax.lax.cond(due, measure, nothing)
+    return jax.lax.cond(due, measure, nothing)
 
 
-def _reject(rule: _Rule, step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value: jax.Array):
+def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value: jax.Array):
     """Takes the step back where its ratio says so; curvature that was measured stays."""
-    ratio, failed, due = found
-    if isinstance(due, bool) and not due:
-        return step, after, jnp.bool_(False)
-    bad = ~jnp.isfinite(new_value)
-    if rule.reject_below is not None:
-        bad = bad | ~(ratio >= jnp.asarray(rule.reject_below, ratio.dtype))
+    ratio, failed, due, lowest = found
+    low = (lowest > -jnp.inf) & ~(ratio >= lowest.astype(ratio.dtype))
+    bad = low | ~jnp.isfinite(new_value)
     rejected = jnp.asarray(due) & bad & ~failed  # a step without a model is zero already
 
     def is_curvature(node: Any) -> bool:
@@ -299,7 +334,7 @@ def _next_state(rule: _Rule, state: Any, after: PyTree, gamma: jax.Array, ratio,
         optax.safe_increment(state.damping_count),
         damping,
         gamma if rule.search_every is not None else damping + jnp.asarray(rule.weight_decay, lam.dtype),
-        jnp.where(due & ~failed, ratio, state.reduction_ratio),
+        jnp.where(due & ~failed & jnp.isfinite(ratio), ratio, state.reduction_ratio),
         state.rejected_steps + rejected.astype(jnp.int32),
         state.damping_at_bound + at_bound.astype(jnp.int32),
     )

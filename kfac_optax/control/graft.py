@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Layers, PyTree
-from kfac_optax.control._per_layer import map_layers
+from kfac_optax.control._per_layer import map_layers, norms
 
 
 class GraftState(NamedTuple):
@@ -55,7 +55,8 @@ def graft_norm(
         lengths, graft = length_of.update(updates, state.graft, params, **extra)
 
         def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-            norm, wanted = (jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2))) for x in (s, q))
+            norm, wanted = (norms(x) for x in (s, q))
+            wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)  # of many large entries; NaN stays
             ratio = wanted / jnp.where(norm > 0, norm, 1)
             return s * ratio[:, None, None], ratio
 

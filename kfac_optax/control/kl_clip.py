@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_number, resolve
-from kfac_optax.control._per_layer import inner_products, scale_layers
+from kfac_optax._validate import Checked, check_legal, checked, start_checked
+from kfac_optax.control._per_layer import inner_products, inverse_root_of, scale_layers
 
 
 class KLClipState(NamedTuple):
@@ -17,6 +17,7 @@ class KLClipState(NamedTuple):
     preconditioner: PyTree
     kl_count: Any  # shape=(), dtype=int32
     kl_scale: jax.Array  # shape=(), dtype=float32
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 def clip_by_kl(
@@ -30,7 +31,7 @@ def clip_by_kl(
 
     `nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))` with `V_i` the raw gradient of layer i and `U_i` what
     the preconditioner made of it; `U = P V` with `P ~ (F + damping)^{-1}` makes `<U, V>` the squared Fisher norm of `U`.
-    `nu = 1` where the sum vanishes or is not finite.
+    `nu = 1` where the sum vanishes or an entry is not finite; products are formed so that the sum itself cannot overflow.
 
     Args:
       preconditioner: any transformation; extra arguments are handed on.
@@ -53,23 +54,25 @@ def clip_by_kl(
     Reference: Tselepidis, Kohler & Orvieto (2020), equation (10); Ba, Grosse & Martens (2017).
     """
     if kl_clip is not None:
-        check_number("clip_by_kl", "learning_rate", learning_rate, at_least=0)
-        check_number("clip_by_kl", "kl_clip", kl_clip, above=0)
+        check_legal("clip_by_kl", "learning_rate", learning_rate)
+        check_legal("clip_by_kl", "kl_clip", kl_clip)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> KLClipState:
-        return KLClipState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
+        given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
+        return KLClipState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32), given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
         count = optax.safe_increment(state.kl_count)
         if kl_clip is None or learning_rate is None:
-            return preconditioned, KLClipState(inner, count, state.kl_scale)
-        rate, bound = resolve(learning_rate, state.kl_count), resolve(kl_clip, state.kl_count)
+            return preconditioned, KLClipState(inner, count, state.kl_scale, state.given)
+        rate, given = checked(state.given, "learning_rate", learning_rate, state.kl_count)
+        bound, given = checked(given, "kl_clip", kl_clip, state.kl_count)
         with jax.named_scope("kfac/kl_clip"):
             scale = kl_scale(preconditioned, updates, rate, bound, layers)
             clipped = scale_layers(preconditioned, scale, layers)
-        return clipped, KLClipState(inner, count, scale.astype(jnp.float32))
+        return clipped, KLClipState(inner, count, scale.astype(jnp.float32), given)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -82,8 +85,5 @@ def kl_scale(
     >>> print(kl_scale(jnp.array([3.0, 4.0]), jnp.array([3.0, 4.0]), 1.0, 1.0))
     0.2
     """
-    total = jnp.sum(jnp.abs(inner_products(preconditioned, gradients, layers)))
-    square = jnp.square(jnp.asarray(learning_rate, total.dtype)) * total
-    usable = jnp.isfinite(square) & (square > 0)
-    scale = jnp.sqrt(jnp.asarray(kl_clip, total.dtype) / jnp.where(usable, square, 1))
-    return jnp.where(usable, jnp.minimum(scale, 1), 1)
+    products = inner_products(preconditioned, gradients, layers)
+    return inverse_root_of(jnp.sum(jnp.abs(products.values)), products.exponent, learning_rate, kl_clip)

@@ -76,6 +76,7 @@ def solve_model(
     else:
         weight = jnp.asarray(momentum, form.dtype)
         rate = -(slope[0] + cross * weight) / safe_first if learning_rate is None else learning_rate
+    finite = finite & jnp.isfinite(rate) & jnp.isfinite(weight)  # what is given may be anything
     usable = finite & convex
     rate, weight = (jnp.where(usable, jnp.asarray(x, form.dtype), 0) for x in (rate, weight))
     return ModelSolution(rate, weight, finite, convex)

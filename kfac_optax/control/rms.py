@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_number, resolve
-from kfac_optax.control._per_layer import map_layers
+from kfac_optax._validate import Checked, check_legal, checked, start_checked
+from kfac_optax.control._per_layer import map_layers, norms
 
 
 class RMSClipState(NamedTuple):
@@ -17,6 +17,7 @@ class RMSClipState(NamedTuple):
     preconditioner: PyTree
     rms_count: Any  # shape=(), dtype=int32
     rms_scale: jax.Array  # shape=(), dtype=float32
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 def clip_by_rms(
@@ -48,18 +49,19 @@ def clip_by_rms(
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022): the rule of its
     experiments.
     """
-    check_number("clip_by_rms", "max_rms", max_rms, above=0)
+    check_legal("clip_by_rms", "max_rms", max_rms)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> RMSClipState:
-        return RMSClipState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
+        count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+        return RMSClipState(preconditioner.init(params), count, scale, start_checked(max_rms=max_rms))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
-        bound = resolve(max_rms, state.rms_count)
+        bound, given = checked(state.given, "max_rms", max_rms, state.rms_count)
 
         def clip(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=(1, 2)))
+            rms = norms(u, mean=True)
             usable = jnp.isfinite(rms) & (rms > 0)
             scale = jnp.where(usable, jnp.minimum(jnp.asarray(bound, u.dtype) / jnp.where(usable, rms, 1), 1), 1)
             return u * scale[:, None, None], scale
@@ -67,6 +69,6 @@ def clip_by_rms(
         with jax.named_scope("kfac/clip_by_rms"):
             clipped, scales = map_layers(clip, preconditioned, layers=layers)
         smallest = jnp.min(scales, initial=1.0).astype(jnp.float32)
-        return clipped, RMSClipState(inner, optax.safe_increment(state.rms_count), smallest)
+        return clipped, RMSClipState(inner, optax.safe_increment(state.rms_count), smallest, given)
 
     return optax.GradientTransformationExtraArgs(init, update)

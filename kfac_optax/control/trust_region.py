@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._tree import wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_choice, check_number, resolve
+from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
 from kfac_optax.control._per_layer import (
     covered_leaves,
+    exponent_of,
     inner_products,
+    inverse_root_of,
     like_parameters,
     require_curvature,
     scale_layers,
+    times_power,
 )
 
 METRICS = ("damped", "exact")
@@ -27,6 +31,7 @@ class TrustRegionState(NamedTuple):
     preconditioner: PyTree
     trust_count: Any  # shape=(), dtype=int32
     trust_scale: jax.Array  # shape=(), dtype=float32
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 def clip_by_trust_region(
@@ -78,45 +83,54 @@ def clip_by_trust_region(
     Kronecker-factored approximation (2017), section 3.2.
     """
     where = "clip_by_trust_region"
-    check_number(where, "learning_rate", learning_rate, at_least=0)
-    check_number(where, "radius", radius, above=0)
+    check_legal(where, "learning_rate", learning_rate)
+    check_legal(where, "radius", radius)
     if not callable(metric):
         check_choice(where, "metric", metric, METRICS)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> TrustRegionState:
-        return TrustRegionState(preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32))
+        given = start_checked(learning_rate=learning_rate, radius=radius)
+        count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+        return TrustRegionState(preconditioner.init(params), count, scale, given)
 
-    def product(state: PyTree, updates: PyTree, gradients: PyTree, extra: dict[str, Any]) -> jax.Array:
+    def product(state: PyTree, updates: PyTree, gradients: PyTree, extra: dict[str, Any]) -> tuple[Any, jax.Array]:
+        """The product and a power of two that multiplies it."""
         if callable(metric):
-            return metric(state, updates)
+            return metric(state, updates), jnp.zeros((), jnp.int32)
         if metric == "damped":
-            return jnp.sum(inner_products(updates, gradients, layers))
+            products = inner_products(updates, gradients, layers)
+            return jnp.sum(products.values), products.exponent
         curvature = require_curvature(where, 'metric="exact"', extra.get("curvature"))
-        direction = like_parameters(curvature.params, covered_leaves(updates, layers))
-        return curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)[0, 0]
+        mine = covered_leaves(updates, layers)
+        exponent = exponent_of(mine)
+        # products with a direction of ordinary length cannot overflow
+        shorter = {n: times_power(x.astype(wide_dtype(x)), -exponent).astype(x.dtype) for n, x in mine.items()}
+        direction = like_parameters(curvature.params, shorter)
+        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)[0, 0]
+        return form, 2 * exponent
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
-        rate, bound = resolve(learning_rate, state.trust_count), resolve(radius, state.trust_count)
+        rate, given = checked(state.given, "learning_rate", learning_rate, state.trust_count)
+        bound, given = checked(given, "radius", radius, state.trust_count)
         with jax.named_scope("kfac/trust_region"):
-            scale = trust_scale(product(inner, preconditioned, updates, extra), rate, bound)
+            form, exponent = product(inner, preconditioned, updates, extra)
+            scale = trust_scale(form, rate, bound, exponent=exponent)
             clipped = scale_layers(preconditioned, scale, layers)
         count = optax.safe_increment(state.trust_count)
-        return clipped, TrustRegionState(inner, count, scale.astype(jnp.float32))
+        return clipped, TrustRegionState(inner, count, scale.astype(jnp.float32), given)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def trust_scale(product: Any, learning_rate: Any, radius: Any) -> jax.Array:
-    """The factor `nu = min(1, sqrt(2 radius / (learning_rate^2 product)))`.
+def trust_scale(product: Any, learning_rate: Any, radius: Any, *, exponent: Any = 0) -> jax.Array:
+    """The factor `nu = min(1, sqrt(2 radius / (learning_rate^2 product 2^exponent)))`.
 
     >>> print(trust_scale(25.0, 1.0, 0.5))
     0.2
     """
     product = jnp.asarray(product)
     product = product.astype(jnp.result_type(jnp.float32, product))
-    square = jnp.square(jnp.asarray(learning_rate, product.dtype)) * product
-    usable = jnp.isfinite(square) & (square > 0)
-    scale = jnp.sqrt(2 * jnp.asarray(radius, product.dtype) / jnp.where(usable, square, 1))
-    return jnp.where(usable, jnp.minimum(scale, 1), 1)
+    bound = 2 * jnp.asarray(radius, product.dtype)
+    return inverse_root_of(product, jnp.asarray(exponent, jnp.int32), learning_rate, bound)

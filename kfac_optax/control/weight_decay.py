@@ -10,7 +10,7 @@ import optax
 
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_choice, check_number, resolve
+from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
 from kfac_optax.control._per_layer import like_parameters, require_curvature
 
 MODES = ("loss", "decoupled", "fisher")
@@ -22,6 +22,7 @@ class WeightDecayState(NamedTuple):
 
     preconditioner: PyTree
     decay_count: Any  # shape=(), dtype=int32
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 def add_weight_decay(
@@ -78,17 +79,19 @@ def add_weight_decay(
     Reference: Zhang, Wang, Xu & Grosse, Three Mechanisms of Weight Decay Regularization (2019), section 3 and lemma 2.
     """
     where = "add_weight_decay"
-    check_number(where, "weight_decay", weight_decay, at_least=0)
+    check_legal(where, "weight_decay", weight_decay)
     check_choice(where, "mode", mode, MODES)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> WeightDecayState:
-        return WeightDecayState(preconditioner.init(params), jnp.zeros((), jnp.int32))
+        given = start_checked(weight_decay=weight_decay)
+        return WeightDecayState(preconditioner.init(params), jnp.zeros((), jnp.int32), given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         if params is None:
             raise ValueError(f"{where}.update got no `params`; expected tx.update(grads, opt_state, params, ...).")
-        weight, decayed = resolve(weight_decay, state.decay_count), _masked(params, mask)
+        weight, given = checked(state.given, "weight_decay", weight_decay, state.decay_count)
+        decayed = _masked(params, mask)
         if mode == "fisher":
             curvature = require_curvature(where, 'mode="fisher"', extra.get("curvature"))
             vector = like_parameters(curvature.params, named_leaves(decayed))
@@ -100,7 +103,7 @@ def add_weight_decay(
         new, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
         if mode == "decoupled":
             new = _plus(new, weight, decayed)
-        return new, WeightDecayState(inner, optax.safe_increment(state.decay_count))
+        return new, WeightDecayState(inner, optax.safe_increment(state.decay_count), given)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Coupling, Fine, Layer, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.linalg.factorize import Eigen, psd_eigh
+from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.linalg.rows import finite_padding
 
@@ -155,6 +155,8 @@ def coarse_solve(
 ) -> Float[Array, " L"]:
     """`(F_c + damping I)^{-1} r`, or `(F_c + damping diag(n))^{-1} r` with Galerkin damping.
 
+    What is singular to working precision gets no correction (the pseudo-inverse), see `damped_quotient`.
+
     Args:
       held: from `coarse_factorize`.
       restricted: `r = Z V`.
@@ -168,7 +170,8 @@ def coarse_solve(
     [1. 2.]
     """
     scale = jnp.sqrt(sizes) if galerkin else jnp.ones_like(sizes)
-    rotated = jnp.matmul(held.vectors.T, restricted / scale, precision=precision) / (held.values + damping)
+    rotated = jnp.matmul(held.vectors.T, restricted / scale, precision=precision)
+    rotated = damped_quotient(rotated, held.values, damping)
     return jnp.matmul(held.vectors, rotated, precision=precision) / scale
 
 

@@ -16,6 +16,40 @@ class Eigen(NamedTuple):
     values: Float[Array, " n"]
 
 
+_ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
+
+
+def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+    """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the largest eigenvalue.
+
+    The pseudo-inverse of what is singular to working precision: `values + damping <= 4 eps max(values)` says nothing about
+    its direction, and dividing by it would only blow rounding up. Larger dampings are exact.
+
+    Args:
+      v: right-hand side in the eigenbasis.
+      values: eigenvalues, not negative, of a shape that fits.
+      damping: added to them, not negative.
+      exact: the values are no sums with rounding of the largest in them (diagonals): only below `eps^2` nothing is known.
+
+    >>> print(damped_quotient(jnp.ones(3), jnp.array([2.0, 1e-9, 0.0]), jnp.float32(0.0)))
+    [0.5 0.  0. ]
+    """
+    total = values + damping
+    largest = jnp.max(values, initial=0)
+    eps = jnp.finfo(values.dtype).eps
+    known = total > (eps * eps if exact else _ROUNDING * eps) * largest
+    return jnp.where(known, v / jnp.where(known, total, 1), 0)
+
+
+def at_least_rounding(shift: Array, scale: Array) -> Array:
+    """A divisor no smaller than rounding of the eigenvalues, whose size `scale` is: what is singular stays invertible.
+
+    >>> print(at_least_rounding(jnp.float32(0.5), jnp.float32(1.0)))
+    0.5
+    """
+    return jnp.maximum(shift, _ROUNDING * jnp.finfo(shift.dtype).eps * scale)
+
+
 def after(tree: PyTree, previous: PyTree) -> PyTree:
     """`tree` unchanged, but computed only once `previous` is: keeps factorisations one after another.
 
@@ -49,10 +83,13 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
 def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
     """`(M + shift I)^{-1}` by Cholesky; NaN where the shifted matrix is not positive definite.
 
+    The shift is at least rounding of the trace, `2 eps tr M`, so that a singular `M` has a finite inverse.
+
     >>> print(psd_inverse(jnp.diag(jnp.array([3.0, 15.0])), jnp.float32(1.0)))
     [[0.25   0.    ]
      [0.     0.0625]]
     """
+    shift = jnp.maximum(shift, 2 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix))
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     lower = jnp.linalg.cholesky(symmetrize(matrix) + shift * identity, symmetrize_input=False)
     half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax.linalg.factorize import Eigen
+from kfac_optax.linalg.factorize import Eigen, damped_quotient
 
 _PI_RANGE = (1e-6, 1e6)
 
@@ -27,7 +27,9 @@ def eigen_solve(
 ) -> Float[Array, "p q"]:
     """Exact damping, `(A (x) G + damping I)^{-1}`: `U_A [(U_A^T V U_G) / (s_A s_G^T + damping)] U_G^T`.
 
-    Martens & Grosse (2015), section 6.3 discusses damping; the eigenbasis form is the exact solve.
+    Directions whose divisor is below rounding of the largest eigenvalue, `4 eps max(s_A s_G^T)`, get no update (the
+    pseudo-inverse), so that a singular product has a finite answer without damping. Martens & Grosse (2015), section 6.3
+    discusses damping; the eigenbasis form is the exact solve.
 
     >>> from kfac_optax.linalg.factorize import psd_eigh
     >>> eye = psd_eigh(jnp.eye(2))
@@ -36,7 +38,7 @@ def eigen_solve(
      [0.5 0.5]]
     """
     rotated = sandwich(a.vectors.T, v, g.vectors, precision=precision)
-    scaled = rotated / (a.values[:, None] * g.values + damping)
+    scaled = damped_quotient(rotated, a.values[:, None] * g.values, damping)
     return sandwich(a.vectors, scaled, g.vectors.T, precision=precision)
 
 

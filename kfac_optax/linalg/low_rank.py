@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kfac_optax.linalg.factorize import damped_quotient
+
 
 class LowRank(NamedTuple):
     """`vectors @ diag(values) @ vectors.T` with orthonormal columns, the largest of the non-negative values first.
@@ -73,7 +75,7 @@ def low_rank_solve(
     Args:
       low: the decomposition.
       v: right-hand sides.
-      shift: damping, positive.
+      shift: damping; where an eigenvalue and it are below rounding of the largest one, the pseudo-inverse is meant.
       rest: what eigenvalues that were left out are taken for: 0, or the smallest one kept (spectrum continuation).
       precision: matmul precision.
 
@@ -86,9 +88,12 @@ def low_rank_solve(
     """
     coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
     if low.values.shape[0] == v.shape[0]:  # nothing is left out
-        return jnp.matmul(low.vectors, coordinates / (low.values + shift)[:, None], precision=precision)
-    outside = 1 / (rest + shift)
-    inside = 1 / (low.values + shift) - outside
+        scaled = damped_quotient(coordinates, low.values[:, None], shift)
+        return jnp.matmul(low.vectors, scaled, precision=precision)
+    values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    inverses = damped_quotient(jnp.ones_like(values), values, shift)
+    outside = inverses[-1]
+    inside = inverses[:-1] - outside
     return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
 
 

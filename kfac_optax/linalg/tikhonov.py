@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax.linalg.factorize import at_least_rounding
 from kfac_optax.linalg.kronecker import trace_ratio
 
 
@@ -10,6 +11,8 @@ def tikhonov_shifts(
     mean_a: Float[Array, ""], mean_g: Float[Array, ""], damping: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(pi sqrt(damping), sqrt(damping) / pi)` with `pi = sqrt(mean_a / mean_g)`, one where either vanishes.
+
+    Neither is smaller than rounding of its factor's mean eigenvalue, so that singular factors have a finite inverse.
 
     For factors that are not held as square matrices; the means are those of the eigenvalues, `tr A / p` and `tr G / q`.
 
@@ -20,4 +23,4 @@ def tikhonov_shifts(
     section 6.3.
     """
     pi, root = trace_ratio(jnp.reshape(mean_a, (1, 1)), jnp.reshape(mean_g, (1, 1))), jnp.sqrt(damping)
-    return pi * root, root / pi
+    return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax.linalg.factorize import psd_eigh, symmetrize
+from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
 from kfac_optax.linalg.kronecker import sandwich
 
 _LARGEST = 1 - 1e-6  # keeps the difference positive definite where rounding would make it singular
@@ -28,6 +28,8 @@ def inverse_root(
 ) -> Float[Array, "n n"]:
     """`W` with `W^T (M + shift I) W = I`: an inverse square root of a PSD matrix, up to a rotation from the right.
 
+    Eigenvalues below rounding of the largest one are raised to that, so that a singular `M` has a finite answer.
+
     Args:
       matrix: `M`.
       shift: added to the eigenvalues.
@@ -41,7 +43,7 @@ def inverse_root(
     eigen = psd_eigh(matrix)
     values = eigen.values + shift
     if not singular:
-        return eigen.vectors / jnp.sqrt(values)
+        return eigen.vectors / jnp.sqrt(at_least_rounding(values, values[-1]))
     kept = values > values[-1] * (values.size * jnp.finfo(values.dtype).eps)
     return jnp.where(kept, eigen.vectors / jnp.sqrt(jnp.where(kept, values, 1)), 0)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import make_buckets, named_leaves, present, replace_leaves
+from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, replace_leaves
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_number, resolve
+from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.plan import Plan
 from kfac_optax.transforms.precondition import precondition
@@ -40,7 +40,9 @@ def scale_by_curvature(
 
     Statistics are averaged as `S <- e S + (1 - e) S_new`, `e = min(1 - 1/k, decay)` with `k` counting accepted
     statistics from 1. Where both are due, statistics come first, then inverses, then the step is preconditioned. A
-    statistic that is not finite is dropped; a factorisation that fails keeps the last good one; both are counted.
+    statistic that is not finite is dropped; a factorisation that fails keeps the last good one; an update that is not finite
+    becomes zero, as a whole; where a schedule or an injected hyperparameter gives a value that makes no sense, the last good
+    one is used. All are counted, and `problems` names them.
 
     `update(grads, state, params, *, curvature, measure=None, refresh=None, damping=None)`:
 
@@ -113,7 +115,13 @@ def scale_by_curvature(
             return jnp.zeros((), dtype)  # a new array each time: a buffer that occurs twice cannot be donated
 
         state = CurvatureState(
-            zero(), zero(), zero(), zero(), zero(), zero(jnp.float32), zero(jnp.float32), zero(), zero(), zero()
+            zero(), zero(), zero(), zero(), zero(), zero(jnp.float32), zero(jnp.float32), zero(), zero(), zero(),
+            zero(), {},
+        )  # fmt: skip
+        state = state._replace(
+            given=start_checked(
+                damping=damping, decay=decay, curvature_every=curvature_every, inverse_every=inverse_every
+            )
         )
         state = state._replace(inverse_age=jnp.ones((), jnp.int32))  # nothing refreshed yet: older than the first step
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
@@ -121,7 +129,8 @@ def scale_by_curvature(
         leaves = named_leaves(params)
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
-        start = jnp.asarray(resolve(damping, state.kfac_count), dtype)
+        first, _ = checked(state.given, "damping", damping, state.kfac_count)
+        start = jnp.asarray(first, dtype)
         # one compiled call instead of an eager one per array
         factors, held, coarse = jax.jit(lambda damping: initial(mine, block_of, coupling, damping))(start)
         return state._replace(damping=jnp.array(start, jnp.float32), factors=factors, held=held, coarse=coarse)
@@ -136,33 +145,38 @@ def scale_by_curvature(
         leaves = named_leaves(updates)
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
-        step = Step(
-            mine, make_buckets(mine, block_of), coupling, jnp.asarray(resolve(damping, state.kfac_count), dtype)
-        )
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, state.kfac_count)
+        count = state.kfac_count
+        damping, given = checked(state.given, "damping", damping, count)
+        step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
-            weight = resolve(decay, state.kfac_count)
-            due = (
-                True
-                if measure or refresh is not None
-                else due_at(state.kfac_count, resolve(curvature_every, state.kfac_count))
-            )
+            weight, given = checked(given, "decay", decay, count)
+            due: Any = True
+            if not measure and refresh is None:
+                period, given = checked(given, "curvature_every", curvature_every, count)
+                due = due_at(count, period)
             state = take_statistics(step, state, due, lambda: curvature.statistics(plan), weight)
         if refresh is None:
-            parts_now: Any = parts_due(state, resolve(inverse_every, state.kfac_count), parts)
+            period, given = checked(given, "inverse_every", inverse_every, count)
+            parts_now: Any = parts_due(state, period, parts)
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
         rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
         new, share = precondition(step, state, leaves, dtype, curvature, axis_name, rows)
+        updates = _joined(updates, new, separate)
+        finite = all_finite(updates)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), updates)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),
             inverse_age=optax.safe_increment(state.inverse_age),
             damping=step.damping.astype(jnp.float32),
-            coarse_share=share.astype(jnp.float32),
+            coarse_share=jnp.where(jnp.isfinite(share), share.astype(jnp.float32), state.coarse_share),
+            non_finite_updates=state.non_finite_updates + (~finite).astype(jnp.int32),
+            given=given,
         )
-        return _joined(updates, new, separate), state
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -177,10 +191,10 @@ def _joined(updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool) 
 
 
 def _check(where, damping, decay, curvature_every, inverse_every) -> None:
-    check_number(where, "damping", damping, at_least=0)
-    check_number(where, "decay", decay, at_least=0, at_most=1)
-    check_number(where, "curvature_every", curvature_every, at_least=1)
-    check_number(where, "inverse_every", inverse_every, at_least=1)
+    check_legal(where, "damping", damping)
+    check_legal(where, "decay", decay)
+    check_legal(where, "curvature_every", curvature_every)
+    check_legal(where, "inverse_every", inverse_every)
 
 
 def _gradient_rows(where: str, curvature: Any, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:

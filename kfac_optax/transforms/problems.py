@@ -1,6 +1,9 @@
 """What went wrong in a run, in sentences."""
 
+import jax
+
 from kfac_optax._types import PyTree
+from kfac_optax._validate import Checked
 from kfac_optax.control.damping import DampingState
 from kfac_optax.control.quadratic_model import QuadraticState
 from kfac_optax.transforms.state import CurvatureState, find_states
@@ -9,6 +12,10 @@ _PROBLEMS: dict[type, dict[str, str]] = {
     CurvatureState: {
         "skipped_statistics": "{} statistics were not finite and dropped: look for NaN or Inf in the batches or the model.",
         "failed_inverses": "{} factorisations failed and the last good inverses were kept: raise the damping.",
+        "non_finite_updates": (
+            "{} updates were not finite and became zero: look for NaN or Inf in gradients or parameters, and whether the loss "
+            "is scaled by far too much."
+        ),
     },
     QuadraticState: {
         "non_finite_models": (
@@ -37,7 +44,7 @@ def problems(opt_state: PyTree) -> list[str]:
     """What went wrong so far, in sentences: what happened, how often, and what to do. Empty where nothing did.
 
     Looks at the whole state: statistics dropped, factorisations that failed, quadratic models without a minimum, steps
-    rejected, a damping on its bound. Reads values, so it belongs outside of `jit`.
+    rejected, a damping on its bound, hyperparameters that made no sense. Reads values, so it belongs outside of `jit`.
 
     Args:
       opt_state: any Optax state.
@@ -50,10 +57,25 @@ def problems(opt_state: PyTree) -> list[str]:
     >>> print(problems(state)[0][:56])
     1 statistics were not finite and dropped: look for NaN o
     """
-    return [
+    found = [
         text.format(int(getattr(state, field)))
         for kind, texts in _PROBLEMS.items()
         for state in find_states(opt_state, kind)
         for field, text in texts.items()
         if int(getattr(state, field))
     ]
+    return found + _ignored(opt_state)
+
+
+def _ignored(opt_state: PyTree) -> list[str]:
+    """Hyperparameters whose values made no sense."""
+    sentences: list[str] = []
+    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=lambda x: isinstance(x, Checked))
+    for path, found in leaves:
+        if isinstance(found, Checked) and int(found.ignored_values):
+            name = str(path[-1].key).removeprefix("given_")
+            sentences.append(
+                f"{int(found.ignored_values)} values of {name} made no sense (out of range, or not finite) and the last good "
+                f"one was used: look at its schedule, or what is injected."
+            )
+    return sentences

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
+from kfac_optax._validate import Checked
 
 
 class CoarseState(NamedTuple):
@@ -30,6 +31,8 @@ class CurvatureState(NamedTuple):
     factors: PyTree  # statistics of the block, by bucket
     held: PyTree  # factorised inverses, by bucket
     coarse: Any  # CoarseState, or () without a coupling
+    non_finite_updates: Any  # shape=(), dtype=int32: steps whose update was not finite, and became zero
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 class Step(NamedTuple):

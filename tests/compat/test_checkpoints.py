@@ -45,9 +45,10 @@ def test_orbax_names_are_stable(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         raw = checkpointer.restore(tmp_path / "state")
-    assert set(raw) == {"preconditioner", "kl_count", "kl_scale"}
+    assert set(raw) == {"preconditioner", "kl_count", "kl_scale", "given"}
     assert set(raw["preconditioner"]) == {
         "kfac_count", "curvature_count", "skipped_statistics", "failed_inverses", "inverse_age", "damping",
+        "non_finite_updates", "given",
         "coarse_share", "factors", "held", "coarse",
     }  # fmt: skip
     assert set(raw["preconditioner"]["coarse"]) == {"coarse_factors", "coarse_held", "coarse_sizes", "coarse_index"}

@@ -228,7 +228,7 @@ def test_coverage_table_adds_up_to_the_bytes_of_the_state(inverse, coarse):
     held = tree_bytes((state.factors, state.held, state.coarse))
     assert sum(table.state_bytes) + table.coupling_bytes == held
     assert f"{held:,}" in str(table)
-    assert tree_bytes(state) - held == 7 * 4  # the scalar counters
+    assert tree_bytes(state) - held == 16 * 4  # counters, and two scalars for each of four hyperparameters
 
 
 class Twins(nn.Module):
