@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
-from kfac_optax.capture.layers import Traced, trace
+from kfac_optax.capture.layers import Traced, trace, with_examples
 from kfac_optax.gradient_rows import rows_of_layers
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.plan import Plan
@@ -169,8 +169,9 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
     traced = trace(spec.function, params, args, spec.kind.name)
-    split_outputs(spec.kind, traced.out_shape)
-    return traced
+    _, heads = split_outputs(spec.kind, traced.out_shape)
+    signs = spec.kind.gradients and not spec.kind.labels
+    return with_examples(traced, count_examples(spec.kind, heads), signs)
 
 
 def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:

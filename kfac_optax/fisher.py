@@ -153,7 +153,7 @@ def _pair(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
     found = trace_model(spec, params, args).layers.layers
-    layers = tuple(layer for layer in found if layer.coupled)
+    layers = tuple(layer for layer in found if layer.between_units)
     blocks = tuple(map(blocks_of(kronecker()), layers))
     leaves = named_leaves(vector)
     dtype = jnp.result_type(jnp.float32, *leaves.values())
@@ -211,7 +211,9 @@ def ggn(
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these likelihoods it is the Fisher
     itself, without sampling noise, at the cost of one backward pass per output. A column of all examples is pulled back
     at once, so where examples interact (batch norm in training mode, nodes of one graph) products between examples stay
-    in the statistics; `fisher` draws labels independently, and there they cancel.
+    in the statistics; `fisher` draws labels independently, and there they cancel. A layer whose rows all examples share (a
+    table of positions) gets one random sign per example instead, without bias but with the noise of a draw: pass a new
+    `key` to `at` in every step. The coverage table names such layers.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.

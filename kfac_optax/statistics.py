@@ -11,7 +11,7 @@ from kfac_optax._types import Block, Coupling, Layer, PyTree
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent, evaluate, from_cotangent, make_zeros
 from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.layers import Traced
-from kfac_optax.capture.rows import stack_first, steps_in_a_row
+from kfac_optax.capture.rows import stack_first, steps_in_a_row, without_examples
 from kfac_optax.capture.sites import Site
 from kfac_optax.heads import Kind
 from kfac_optax.measure import row_weights, site_measure
@@ -104,17 +104,22 @@ def collect(
         # One gradient of all examples squared estimates the sum of squares where the terms are independent with mean
         # zero: as they are for labels drawn from the model, and for anything else once every example has a random sign.
         independent = cotangents if kind.labels else signed(cotangents, key)
+        together = [without_examples(site, examples) for site in traced.sites]
+        apart = independent is not cotangents and kind.gradients
+        twice = apart and any(x and m is not None for x, m in zip(together, measures, strict=True))
 
         def one(k: Any) -> tuple[tuple[list[PyTree], PyTree], dict[int, PyTree]]:
             pulled = pull(cotangents.make(k))
-            blocks, across = _per_layer(plan, setting, pulled.sites)
+            other = pull(independent.make(k)) if twice or (single and apart) else pulled
+            pairs = zip(together, pulled.sites, other.sites, strict=True)
+            blocks, across = _per_layer(plan, setting, [theirs if shared else mine for shared, mine, theirs in pairs])
             columns = {}
             for i, block in enumerate(plan.blocks):
                 if block.absorb is not None:
                     blocks[i], columns[i] = blocks[i]
             if not single:
                 return (blocks, across), columns
-            leaves = pulled.leaves if independent is cotangents else pull(independent.make(k)).leaves
+            leaves = other.leaves
             for i, layer in enumerate(plan.layers):
                 if layer.kind == "diagonal":
                     blocks[i] = jnp.square(leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1) / examples
