@@ -21,6 +21,7 @@ from kfac_optax.capture.geometry import (
     thinning,
     to_rows,
 )  # fmt: skip
+from kfac_optax.capture.rows import without_examples
 from kfac_optax.capture.sites import Site
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a part at a time.
@@ -52,7 +53,11 @@ def site_measure(
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
+    shared = without_examples(site, use.examples)
+
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
+        if shared and weights is not None and not late:  # rows of all examples weigh what those do on average
+            weights = jnp.broadcast_to(weights.mean(), shape)
         g_or_none = g if gradients else None
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         statistic = rows = across = seen = None

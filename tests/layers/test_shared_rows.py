@@ -124,3 +124,16 @@ def test_a_batch_without_weight_is_left_out(shared):
     assert int(before.curvature_count) == int(after.curvature_count) == 1 and int(after.skipped_statistics) == 0
     jax.tree.map(np.testing.assert_array_equal, after.factors, before.factors)
     jax.tree.map(np.testing.assert_array_equal, after.coarse.coarse_factors, before.coarse.coarse_factors)
+
+
+@pytest.mark.parametrize("examples", [2, 5])  # as many examples as shared rows, and not
+def test_weights_of_examples_reach_shared_rows_through_the_gradients(x64, examples):
+    constant, x = oracles.normal(0, (2, 3)), oracles.normal(2, (examples, 2))
+    weights = jnp.arange(1.0, examples + 1)
+    predict = lambda w, x, weights: ko.Normal(x * dense(constant, w).sum(0), weights=weights)
+    estimator, params = ko.ggn(predict), oracles.normal(1, (3, 2))
+    plan = oracles.plan(estimator.layers(params, x, weights))
+    measure = lambda weights: estimator.at(params, x, weights).statistics(plan)[0][0]
+    np.testing.assert_allclose(measure(weights).inputs, measure(jnp.ones(examples)).inputs, rtol=1e-12)
+    nothing = measure(jnp.zeros(examples))
+    assert not nothing.inputs.any() and not nothing.outputs.any()
