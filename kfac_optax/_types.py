@@ -20,6 +20,7 @@ COMPLEX = (  # reason of a parameter that no block and no diagonal is for
     "ascent); make its real and imaginary part real parameters to have them measured"
 )
 COMPLEX_LAYER = "its layer computes with complex numbers: not measured"  # reason of a real parameter
+NO_EXAMPLES = "no row per example: not in the coupling"
 
 
 class Layout(NamedTuple):
@@ -31,6 +32,20 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]  # as stored
     split: tuple[int, ...]
     order: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncovered:
+    """A parameter that no curvature block owns, or not all uses of which are measured, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def gets(self) -> str:
+        """What becomes of its gradient where no block owns it."""
+        return "no gradient" if self.reason == NOT_USED else "gradient passed on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +66,9 @@ class Layer:
       uses: how often the layer runs in one evaluation (tied layers, steps of a scan over time).
       rows: rows of input over all uses in the traced batch.
       notes: what the statistics leave out, for the coverage table.
+      per_example: whether axis 0 of its rows is the examples, in all uses. A table of positions has rows that all
+        examples share: a block can measure it, a coupling cannot.
+      partly: its parameters with uses that the statistics do not see.
     """
 
     path: str
@@ -66,6 +84,8 @@ class Layer:
     uses: int = 1
     rows: int = 0
     notes: tuple[str, ...] = ()
+    per_example: bool = True
+    partly: tuple[Uncovered, ...] = ()
 
     @property
     def copies(self) -> int:
@@ -74,22 +94,18 @@ class Layer:
 
     @property
     def coupled(self) -> bool:
-        """Whether a coupling sees the layer: it has weights between units, not only scales or shifts of them."""
+        """Whether a coupling sees the layer: it has rows of examples, and weights between units."""
+        return self.between_units and self.per_example
+
+    @property
+    def between_units(self) -> bool:
+        """Whether it has weights between units, not only scales or shifts of them."""
         return self.kind not in ("scale_shift", "diagonal")
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape `[p, q]` of the canonical gradient matrix; `p` counts the bias row."""
         return self.inputs + (self.bias is not None), self.outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class Uncovered:
-    """A parameter that no curvature block owns, and why."""
-
-    path: str
-    shape: tuple[int, ...]
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +139,7 @@ class Layers:
                 _shape(*x.stack, *((x.groups,) if x.groups > 1 else ()), x.inputs, x.outputs),
                 "yes" if x.bias is not None else "no",
                 str(x.uses),
-                "; ".join((block, *x.notes)),
+                "; ".join((block, *x.notes, *self._outside(x))),
                 f"{n:,}",
             )
             for x, block, n in zip(self.layers, blocks, sizes, strict=True)
@@ -133,9 +149,12 @@ class Layers:
         rows.append(("total", "", "", "", "", "", f"{sum(sizes) + self.coupling_bytes:,}"))
         text = _columns(header, rows)
         if self.uncovered:
-            left = [(u.path, _shape(*u.shape), u.reason) for u in self.uncovered]
-            text += "\n\n" + _columns(("not covered", "shape", "reason"), left)
+            left = [(u.path, _shape(*u.shape), u.gets, u.reason) for u in self.uncovered]
+            text += "\n\n" + _columns(("not covered", "shape", "gets", "reason"), left)
         return text
+
+    def _outside(self, layer: Layer) -> tuple[str, ...]:
+        return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
 
 
 class Use(NamedTuple):

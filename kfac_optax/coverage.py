@@ -98,12 +98,8 @@ def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unit
         )
     check_choice(where, "uncovered", uncovered, UNCOVERED)
     check_choice(where, "normalization", normalization, NORMALIZATION)
-    if uncovered == "raise" and layers.uncovered:
-        listed = "\n".join(f"  {u.path} {u.shape}: {u.reason}" for u in layers.uncovered)
-        raise ValueError(
-            f"{where}: uncovered='raise' and no block covers\n{listed}\nUse uncovered='pass' to pass their gradient on, or "
-            "'diagonal'."
-        )
+    if uncovered == "raise":
+        _refuse(where, layers)
     kept, left = list(layers.layers), list(layers.uncovered)
     if normalization == "pass":
         left += [
@@ -119,6 +115,35 @@ def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unit
         kept += [_single(u) for u in left if u.reason not in passed]
         left = [u for u in left if u.reason in passed]
     return dataclasses.replace(layers, layers=tuple(kept), uncovered=tuple(left), blocks=(), state_bytes=())
+
+
+def _refuse(where: str, layers: Layers) -> None:
+    """Raises where a parameter has no block, or one that does not see all of its uses."""
+    partly = [u for layer in layers for u in layer.partly]
+    found = []
+    for what, those in (("no block covers", layers.uncovered), ("a block covers only a part of the uses of", partly)):
+        if those:
+            found.append("\n".join([what, *(f"  {u.path} {u.shape}: {u.reason}" for u in those)]))
+    if found:
+        raise ValueError(
+            f"{where}: uncovered='raise' and {chr(10).join(found)}\nUse uncovered='pass' to pass the gradient of what no "
+            "block covers on, or 'diagonal'."
+        )
+
+
+def check_coupled(layers: Layers, where: str) -> None:
+    """Raises where a coupling has no layer to see.
+
+    Raises:
+      ValueError: no layer with weights between units has rows of examples.
+    """
+    if not any(layer.coupled for layer in layers):
+        names = ", ".join(x.path or "(root)" for x in layers if x.between_units) or "none with weights between units"
+        raise ValueError(
+            f"{where}: no layer is left for the coupling, which needs sums per example. Axis 0 of a layer's input has to be "
+            f"the examples: reshape to [examples, positions, features] instead of [examples * positions, features], or "
+            f"use `kfac` without a coupling. Layers without rows of examples: {names}."
+        )
 
 
 def _single(parameter: Uncovered) -> Layer:
@@ -179,6 +204,7 @@ def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
 
 
 def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype: jnp.dtype) -> int:
+    check_coupled(layers, "coverage")
     coupling.check(layers.layers, tuple(map(block_of, layers)))
     coupled = [layer for layer in layers if layer.coupled]
     rows = [layer for layer in coupled for _ in range(layer.copies)]

@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
-from kfac_optax.capture.layers import Traced, serve_all, trace
+from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
 from kfac_optax.gradient_rows import rows_of_layers
 from kfac_optax.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.plan import Plan
@@ -168,7 +168,8 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
-    return trace(spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out))
+    traced = trace(spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out))
+    return _with_examples(spec.kind, traced, traced.out_shape)
 
 
 def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
@@ -184,8 +185,14 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
 
     traced = trace(spec.with_aux, params, args, spec.kind.name, check)
     if serve_all(traced, lambda out: out[0]):
-        return traced, False
+        return _with_examples(spec.kind, traced, traced.out_shape[0]), False
     return trace_model(spec, params, args), True
+
+
+def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
+    """The traced model with what the number of examples says about its layers."""
+    _, heads = split_outputs(kind, prediction)
+    return with_examples(traced, count_examples(kind, heads), kind.gradients and not kind.labels)
 
 
 def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:

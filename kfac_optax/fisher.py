@@ -151,7 +151,7 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
     found = trace_model(spec, params, args).layers.layers
-    layers = tuple(layer for layer in found if layer.coupled)
+    layers = tuple(layer for layer in found if layer.between_units)
     blocks = tuple(map(blocks_of(kronecker()), layers))
     leaves = named_leaves(vector)
     dtype = jnp.result_type(jnp.float32, *(leaves[layer.kernel] for layer in layers))
@@ -211,9 +211,10 @@ def ggn(
 
     A column of all terms is pulled back at once, each term with a random sign. Where a row of a layer sees one term this
     changes nothing. Where it sees several (batch norm in training mode, centred scores, nodes of one graph, attention
-    between positions that each have a label), or a parameter has no layer (`uncovered="diagonal"`), products of different
-    terms cancel in expectation, as they do under `fisher`. The signs change with the step of the optimizer, with the key
-    too if one is given.
+    between positions that each have a label, a table of positions that all examples share), or a parameter has no layer
+    (`uncovered="diagonal"`), products of different terms cancel in expectation, as they do under `fisher`. The signs
+    change with the step of the optimizer, with the key too if one is given. The coverage table names layers whose rows all
+    examples share.
 
     Args:
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods.

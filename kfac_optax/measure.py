@@ -22,6 +22,7 @@ from kfac_optax.capture.geometry import (
     thinning,
     to_rows,
 )  # fmt: skip
+from kfac_optax.capture.rows import without_examples
 from kfac_optax.capture.sites import Site
 from kfac_optax.linalg.rows import finite_padding
 
@@ -54,7 +55,11 @@ def site_measure(
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
+    shared = without_examples(site, use.examples)
+
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
+        if shared and weights is not None and not late:  # rows of all examples weigh what those do on average
+            weights = jnp.broadcast_to(weights.mean(), shape)
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         if per_row is not None:  # zero times what the padding holds need not be zero
             g = finite_padding(g, over_output(geometry, per_row, g.ndim))

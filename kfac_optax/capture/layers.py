@@ -16,8 +16,11 @@ from kfac_optax._tree import named_leaves
 from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
+from kfac_optax.capture.rows import without_examples
 from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, count_taps, is_rule
 from kfac_optax.capture.tap import tapping
+
+RANDOM_SIGNS = "rows shared by the examples: measured with random signs"
 
 
 class Traced(NamedTuple):
@@ -97,6 +100,34 @@ def _tapped(analysis: Analysis) -> set[int]:
     return {origin.leaf for site in analysis.sites for origin in site.params if origin is not None}
 
 
+def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
+    """The same model, its layers told whether their rows are those of `examples` examples.
+
+    Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the model: a table of as
+    many positions as there are examples does not. Positions that are themselves passed as an argument, as many as
+    there are examples, cannot be told apart from a batch.
+
+    Args:
+      traced: the model.
+      examples: N.
+      signs: the estimator tells the examples apart by random signs where they share rows, which the table then says.
+    """
+    layers = []
+    for index, layer in enumerate(traced.layers.layers):
+        mine = [site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index]
+        drawn = signs and any(without_examples(site, examples) for site in mine)
+        notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
+        layers.append(dataclasses.replace(layer, per_example=_per_example(mine, examples), notes=notes))
+    return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
+
+
+def _per_example(sites: Sequence[Site], examples: int) -> bool:
+    # an unrolled recurrent layer starts from a state that is the same for every batch
+    tables = [site for site in sites if isinstance(site.geometry, Lookup)]
+    flows = any(site.varies for site in sites) and all(site.varies for site in tables)
+    return flows and all(site.row_shape[:1] == (examples,) for site in sites)
+
+
 def _group(
     analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any], bypassed: set[int]
 ) -> tuple[tuple[int, ...], Layers]:
@@ -131,9 +162,10 @@ def _group(
             owner[i] = index
         bias = biases.get(leaf)
         covered = [leaf] if bias is None else [leaf, bias]
-        notes = [n for n in (_other_uses(names[x], analysis.consumers.get(x, []), len(members)) for x in covered) if n]
+        others = ((names[x], _other_uses(names[x], analysis.consumers.get(x, []), len(members))) for x in covered)
+        partly = [Uncovered(name, tuple(leaves[name].shape), note) for name, note in others if note]
         layers.append(
-            _layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], notes)
+            _layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], partly)
         )
     layers = _distinct(layers)
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
@@ -146,7 +178,7 @@ def _group(
     return tuple(owner), Layers(tuple(layers), uncovered)
 
 
-def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence[str]) -> Layer:
+def _layer(sites: Sequence[Site], kernel: str, bias: str | None, partly: Sequence[Uncovered]) -> Layer:
     # a look-up comes before a head that shares its table
     first = min(sites, key=lambda site: not isinstance(site.geometry, Lookup))
     kinds = {site.geometry.kind for site in sites}
@@ -158,7 +190,7 @@ def _layer(sites: Sequence[Site], kernel: str, bias: str | None, notes: Sequence
         kind="tied_embedding" if len(kinds) > 1 else first.geometry.kind,
         kernel=kernel, bias=bias, inputs=inputs, outputs=outputs, layout=_layout(first), stack=first.stack, groups=groups,
         channels=first.geometry.plain_channels(first.kernel) if isinstance(first.geometry, Conv) else 0,
-        uses=sum(uses), rows=rows, notes=tuple(notes),
+        uses=sum(uses), rows=rows, notes=tuple(u.reason for u in partly), partly=tuple(partly),
     )  # fmt: skip
 
 

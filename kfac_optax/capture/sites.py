@@ -49,6 +49,7 @@ class Site(NamedTuple):
       a, s: abstract input and output, behind `stacked` leading axes.
       stacked: leading axes of stacked parameters (from `vmap` over parameters).
       scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned over).
+      varies: whether input or output depend on the arguments of the model, not on constants and parameters only.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site(NamedTuple):
     s: Any
     stacked: int
     scans: tuple[tuple[int, bool], ...]
+    varies: bool = True
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -151,7 +153,39 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     consumers: dict[int, list[str]] = {}
     origins = [Origin(i) if i < leaves else None for i in range(len(jaxpr.invars))]
     _note(_walk(jaxpr, origins, (), sites, consumers), "the prediction itself", consumers)
+    flags: list[bool] = []
+    dependence(jaxpr, [i >= leaves for i in range(len(jaxpr.invars))], flags)
+    sites = [site._replace(varies=varies) for site, varies in zip(sites, flags, strict=True)]
     return Analysis(tuple(sites), consumers)
+
+
+def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
+    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    for eqn in jaxpr.eqns:
+        marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
+        outputs = [any(marks)] * len(eqn.outvars)
+        if eqn.primitive is tap_p:
+            taps.append(marks[0] or marks[1])  # a shift has no input
+        elif (body := call_body(eqn)) is not None:
+            outputs = dependence(body.jaxpr, marks, taps)
+        elif eqn.primitive.name == "scan":
+            outputs = _dependence_of_scan(eqn, marks, taps)
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [not isinstance(v, jex.Literal) and known.get(v, False) for v in jaxpr.outvars]
+
+
+def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[bool]:
+    closed, constants, carried = scan_body(eqn)
+    first = constants + carried
+    while True:  # what one step writes into the carry, the next one reads
+        inside: list[bool] = []
+        outputs = dependence(closed.jaxpr, marks, inside)
+        carry = [old or new for old, new in zip(marks[constants:first], outputs[:carried], strict=True)]
+        if carry == marks[constants:first]:
+            taps.extend(inside)
+            return [*carry, *outputs[carried:]]
+        marks = [*marks[:constants], *carry, *marks[first:]]
 
 
 def _walk(

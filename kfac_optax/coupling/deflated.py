@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kfac_optax._types import Coupling, Fine, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice

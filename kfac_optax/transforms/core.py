@@ -9,7 +9,7 @@ import optax
 from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, replace_leaves
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
-from kfac_optax.coverage import BlockOf, blocks_of, cover
+from kfac_optax.coverage import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.plan import Plan
 from kfac_optax.transforms.precondition import precondition
 from kfac_optax.transforms.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
@@ -103,6 +103,7 @@ def scale_by_curvature(
     blocks = tuple(map(block_of, layers))
     if coupling is not None:
         coupling.check(layers.layers, blocks)
+        check_coupled(layers, where)
     if factored_gradient and all(b.solve_rows is None for b in blocks):
         names = ", ".join(sorted({b.name for b in blocks}))
         raise ValueError(

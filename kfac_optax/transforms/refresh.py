@@ -112,7 +112,9 @@ def take_statistics(
 def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any) -> CurvatureState:
     """Averages in new statistics, unless they are not finite; blocks that take rows in do so."""
     per_layer, across = measured
-    finite = all_finite(measured)
+    good = all_finite(measured)
+    # weights that are all zero give zeros everywhere: no example, nothing learnt about the curvature
+    finite = good & _any_nonzero(measured)
     count = state.curvature_count + finite.astype(jnp.int32)
     k = jnp.maximum(count, 1).astype(jnp.float32)
     weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
@@ -131,9 +133,13 @@ def accumulate(step: Step, state: CurvatureState, measured: tuple[list, PyTree],
     coarse = state.coarse
     if isinstance(coarse, CoarseState):
         coarse = coarse._replace(coarse_factors=jax.tree.map(average, coarse.coarse_factors, across))
-    skipped = state.skipped_statistics + (~finite).astype(jnp.int32)
+    skipped = state.skipped_statistics + (~good).astype(jnp.int32)
     state = state._replace(factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse)
     return _absorb(step, state, columns, Average(weight, count), finite) if columns else state
+
+
+def _any_nonzero(tree: PyTree) -> jax.Array:
+    return jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(tree)]).any()
 
 
 def _absorb(step: Step, state: CurvatureState, columns: dict, average: Average, finite: jax.Array) -> CurvatureState:

@@ -217,8 +217,8 @@ def test_coarse_level_refuses_rows_that_are_not_per_example():
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
     x = jnp.ones((N, 4, 2))
     for predict in (shared("vmap over positions"), lambda p, x: ko.Normal(flattened(p, x).reshape(N, 4, 3).sum(1))):
-        with pytest.raises(ValueError, match="axis 0 of every layer's input has to be the examples"):
-            statistics(ko.ggn(predict), params, x, coupling=ko.coarse_correction())
+        with pytest.raises(ValueError, match="Axis 0 of a layer's input has to be the examples"):
+            ko.kfac_two_level(ko.ggn(predict).layers(params, x), learning_rate=0.1)
 
 
 def flattened(p, x):

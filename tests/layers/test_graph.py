@@ -100,5 +100,5 @@ def test_factors_of_a_graph_with_few_labels(x64):
 
 def test_two_levels_need_one_row_per_example():
     params, adjacency, x = problem()
-    with pytest.raises(ValueError, match="axis 0 of every layer's input has to be the examples"):
+    with pytest.raises(ValueError, match="Axis 0 of a layer's input has to be the examples"):
         updated(lambda p, x: ko.Categorical(gcn(p, adjacency, x, jnp.arange(2))), ko.kfac_two_level, params, x)
