@@ -1,6 +1,6 @@
 """Natural-gradient preconditioners for JAX as pure Optax transformations."""
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, Use
+from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
@@ -9,6 +9,8 @@ from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
+from kfac_optax.control.balance import balance_parts
+from kfac_optax.control.bound import bound_step
 from kfac_optax.control.cold_start import cold_start
 from kfac_optax.control.damping import adapt_damping
 from kfac_optax.control.graft import graft_norm
@@ -39,6 +41,7 @@ __all__ = [
     "Block",
     "Categorical",
     "Coupling",
+    "Directions",
     "Estimator",
     "HostSchedule",
     "Layer",
@@ -51,7 +54,9 @@ __all__ = [
     "b_kfac_c",
     "b_r_c",
     "b_r_kfac",
+    "balance_parts",
     "blocks_of",
+    "bound_step",
     "clip_by_kl",
     "clip_by_rms",
     "clip_by_trust_region",

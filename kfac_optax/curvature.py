@@ -157,6 +157,8 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
             "step is decided by a quadratic model, a trust region in the exact metric, or a deflated coupling."
         )
     if subsample is not None:
+        if callable(spec.subsample) and not callable(subsample):
+            args = part_of_batch(spec, args)  # only the user knows where examples are: of what is left
         spec = spec._replace(subsample=subsample)
     return spec, part_of_batch(spec, args)
 
@@ -212,7 +214,7 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     """The arguments restricted to the examples that `subsample` keeps.
 
     A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced), in every array whose
-    axis 0 has the length of the first array's.
+    axis 0 has the length of the first array's. A whole number above one keeps so many, or all where there are fewer.
     """
     if spec.subsample is None:
         return args
@@ -222,7 +224,9 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     if not arrays:
         return args
     size = arrays[0].shape[0]
-    keep = max(1, round(size * spec.subsample))
+    keep = spec.subsample if isinstance(spec.subsample, int) else max(1, round(size * spec.subsample))
+    if keep >= size:
+        return args
     index = np.arange(keep) * size // keep
 
     def take(x: Any) -> Any:

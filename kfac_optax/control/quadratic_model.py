@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from kfac_optax._tree import inner, wide_dtype
-from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._types import Directions, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_number, resolve
 
 
@@ -20,6 +20,7 @@ class QuadraticState(NamedTuple):
     quadratic_count: Any  # shape=(), dtype=int32
     step_rate: jax.Array  # shape=()
     step_momentum: jax.Array  # shape=()
+    coarse_rate: jax.Array  # shape=(): weight of the coarse part, 0 where the parts are not apart
     model_change: jax.Array  # shape=(): M(delta) - M(0) without the damping
     damped_change: jax.Array  # shape=(): the same with it, as minimised
     non_finite_models: jax.Array  # shape=(), dtype=int32: steps left out because the model was not finite
@@ -27,59 +28,91 @@ class QuadraticState(NamedTuple):
 
 
 class ModelSolution(NamedTuple):
-    """Weights of the two directions, and whether the model has a minimum along the first."""
+    """Weights of the directions, and whether the model has a minimum along the first."""
 
-    rate: Float[Array, ""]
-    momentum: Float[Array, ""]
+    rate: Float[Array, ""]  # of the first
+    momentum: Float[Array, ""]  # of the last
     finite: jax.Array  # bool
     convex: jax.Array  # bool
+    weights: Float[Array, " k"]  # of all
 
 
 def solve_model(
-    form: Float[Array, "2 2"], slope: Float[Array, " 2"], *, learning_rate: Any = None, momentum: Any = None
+    form: Float[Array, "k k"], slope: Float[Array, " k"], *, learning_rate: Any = None, momentum: Any = None
 ) -> ModelSolution:
-    """Minimises `slope^T w + w^T form w / 2` over both entries of `w`, or over those that are not given.
+    """Minimises `slope^T w + w^T form w / 2` over all entries of `w`, or over those that are not given.
 
-    A direction without curvature (no previous step) gets the weight zero, and so does the second where both are parallel
+    A direction without curvature (no previous step) gets the weight zero, and so does one that depends on those before it
     to working precision. Where nothing is finite, or the first direction has no positive curvature although the model
-    falls along it, both weights are zero.
+    falls along it, all weights are zero.
 
     Args:
-      form: `K`, curvature along the two directions.
+      form: `K`, curvature along the directions: what the preconditioner made, part by part, and last the previous step.
       slope: `b`, gradient along them.
       learning_rate: fixes the first weight.
-      momentum: fixes the second.
+      momentum: fixes the last.
 
     >>> solution = solve_model(jnp.array([[2.0, 0.0], [0.0, 4.0]]), jnp.array([-2.0, -2.0]))
     >>> print(solution.rate, solution.momentum)
     1.0 0.5
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
-    section 7.
+    section 7, for two directions.
     """
     finite = jnp.all(jnp.isfinite(form)) & jnp.all(jnp.isfinite(slope))
-    first, cross, second = form[0, 0], form[0, 1], form[1, 1]
+    first = form[0, 0]
     convex = (first > 0) | ((first == 0) & (slope[0] == 0))
+    given = [learning_rate, *[None] * (len(slope) - 2), momentum]
+    weights = _minimise(form, slope, given)
+    finite = finite & jnp.all(jnp.isfinite(weights))  # what is given may be anything
+    weights = jnp.where(finite & convex, weights, 0)
+    return ModelSolution(weights[0], weights[-1], finite, convex, weights)
+
+
+def _minimise(form: jax.Array, slope: jax.Array, given: Sequence[Any]) -> jax.Array:
+    """Weights of the minimum, by eliminating one direction after another; `None` in `given` is solved for.
+
+    No factorisation of LAPACK's: a step has a few directions, and such calls must not run beside those of the inverses.
+    """
+    zero = jnp.zeros((), form.dtype)
+    fixed = jnp.stack([zero if x is None else jnp.asarray(x, form.dtype) for x in given])
+    free = [i for i, x in enumerate(given) if x is None]
+    slope = slope + jnp.sum(form * fixed, axis=1)
     limit = 64 * jnp.finfo(form.dtype).eps
-    safe_first = jnp.where(first > 0, first, 1)
-    independent = (second > 0) & (jnp.square(cross) < (1 - limit) * first * second)
-    safe_second = jnp.where(independent, second, 1)
-    if learning_rate is None and momentum is None:
-        cross, slope_second = jnp.where(independent, cross, 0), jnp.where(independent, slope[1], 0)
-        rest = safe_second - cross * cross / safe_first  # Schur complement, positive
-        weight = -(slope_second - cross * slope[0] / safe_first) / rest
-        rate = -(slope[0] + cross * weight) / safe_first
-    elif momentum is None:
-        rate = jnp.asarray(learning_rate, form.dtype)
-        usable = second > 0
-        weight = jnp.where(usable, -(slope[1] + cross * rate) / jnp.where(usable, second, 1), 0)
-    else:
-        weight = jnp.asarray(momentum, form.dtype)
-        rate = -(slope[0] + cross * weight) / safe_first if learning_rate is None else learning_rate
-    finite = finite & jnp.isfinite(rate) & jnp.isfinite(weight)  # what is given may be anything
-    usable = finite & convex
-    rate, weight = (jnp.where(usable, jnp.asarray(x, form.dtype), 0) for x in (rate, weight))
-    return ModelSolution(rate, weight, finite, convex)
+    rows = {i: form[i] for i in free}
+    right = {i: -slope[i] for i in free}
+    usable: dict[int, jax.Array] = {}
+    for n, i in enumerate(free):
+        pivot = rows[i][i]  # what is left of the curvature, a Schur complement
+        usable[i] = pivot > limit * form[i, i]
+        for j in free[n + 1 :]:
+            factor = jnp.where(usable[i], rows[j][i] / jnp.where(usable[i], pivot, 1), 0)
+            rows[j] = rows[j] - factor * rows[i]
+            right[j] = right[j] - factor * right[i]
+    weights = list(fixed)
+    for n, i in reversed(list(enumerate(free))):
+        rest = right[i] - sum((rows[i][j] * weights[j] for j in free[n + 1 :]), zero)
+        weights[i] = jnp.where(usable[i], rest / jnp.where(usable[i], rows[i][i], 1), 0)
+    return jnp.stack(weights)
+
+
+def agreed_mix(form: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Shares of the parts of an update, one for the first: the second enters as far as the model agrees with it.
+
+    `(1, w)` with `w = min(1, max(0, w_2 / w_1))`, `w_1` and `w_2` the weights that minimise `slope^T w + w^T form w / 2`.
+    Along `(1, w)` the model falls at least as far as along the first alone: `-(slope^T d)^2 / (2 d^T form d)` has its only
+    minimum over `d = (1, w)` at `w_2 / w_1`.
+
+    >>> print(agreed_mix(jnp.array([[2.0, 0.0], [0.0, 8.0]]), jnp.array([-2.0, -2.0])))
+    [1.   0.25]
+    """
+    one = jnp.ones((1,), form.dtype)
+    if len(slope) == 1:
+        return one
+    fine, coarse = _minimise(form, slope, [None, None])
+    usable = (fine > 0) & jnp.isfinite(fine) & jnp.isfinite(coarse)
+    share = jnp.where(usable, jnp.clip(coarse / jnp.where(usable, fine, 1), 0, 1), 0)
+    return jnp.append(one, share)
 
 
 def quadratic_step(
@@ -92,6 +125,10 @@ def quadratic_step(
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Takes the step `delta = rate * (-U) + momentum * delta_0` that minimises an exact quadratic model of the objective.
+
+    Where the transformation in front leaves the parts of `U` apart (`separate=True` of `scale_by_curvature`: the fine level
+    and the coarse correction), each has a weight of its own, and the model then falls at least as far as for the fine part
+    alone: `delta = -rate U_fine - coarse_rate U_coarse + momentum delta_0`, a `3 x 3` solve and one more product.
 
     `M(delta) = h + grad^T delta + delta^T (F + (damping + weight_decay) I) delta / 2`, with `U` what the preconditioner in
     front made of the gradient, `delta_0` the last step and `F` the exact Fisher or GGN on (part of) the batch: two
@@ -141,7 +178,7 @@ def quadratic_step(
     own_damping = damping
 
     def init(params: PyTree) -> QuadraticState:
-        dtypes = (jnp.int32, *(wide_dtype(params),) * 4, jnp.int32, jnp.int32)
+        dtypes = (jnp.int32, *(wide_dtype(params),) * 5, jnp.int32, jnp.int32)
         return QuadraticState(jax.tree.map(jnp.zeros_like, params), *(jnp.zeros((), dtype) for dtype in dtypes))
 
     def update(
@@ -157,16 +194,16 @@ def quadratic_step(
         lam = resolve(own_damping if damping is None else damping, count)
         fixed = {"learning_rate": learning_rate, "momentum": momentum}
         with jax.named_scope("kfac/quadratic_model"):
-            directions = (jax.tree.map(jnp.negative, updates), state.previous_update)
+            directions = (*negative_parts(updates), state.previous_update)
             form = curvature.quadratic_form(directions, subsample=subsample, axis_name=axis_name)
             slope = _slopes(directions, params, grad, value_fn, axis_name).astype(form.dtype)
-            squares = _inner_products(directions).astype(form.dtype)
+            squares = inner_products_of(directions).astype(form.dtype)
             form = form + jnp.asarray(resolve(weight_decay, count), form.dtype) * squares
             damped = form + jnp.asarray(lam, form.dtype) * squares
             solution = solve_model(
                 damped, slope, **{k: None if x is None else resolve(x, count) for k, x in fixed.items()}
             )
-            step = _combine(directions, solution.rate, solution.momentum)
+            step = combine(directions, solution.weights)
         return step, _next_state(state, step, solution, form, damped, slope)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -195,23 +232,39 @@ def _slopes(directions: Sequence[PyTree], params: PyTree, grad: PyTree, value_fn
     return slopes if axis_name is None else jax.lax.pmean(slopes, axis_name)
 
 
-def _inner_products(directions: Sequence[PyTree]) -> jax.Array:
-    first, second = directions
-    cross = inner(first, second)
-    return jnp.stack([jnp.stack([inner(first, first), cross]), jnp.stack([cross, inner(second, second)])])
+def negative_parts(updates: PyTree) -> tuple[PyTree, ...]:
+    """The directions in which a preconditioner would go: one for the fine level, one for all that is added to it."""
+    parts = updates.parts if isinstance(updates, Directions) else (updates,)
+    if len(parts) > 2:
+        parts = (parts[0], jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts[1:]))
+    return tuple(jax.tree.map(jnp.negative, part) for part in parts)
 
 
-def _combine(directions: Sequence[PyTree], rate: jax.Array, momentum: jax.Array) -> PyTree:
-    # where a weight is zero its direction may hold anything, NaN included
-    def entry(u: jax.Array, v: jax.Array) -> jax.Array:
-        a, m = rate.astype(u.dtype), momentum.astype(u.dtype)
-        return jnp.where(a == 0, 0, a * u) + jnp.where(m == 0, 0, m * v.astype(u.dtype))
+def inner_products_of(directions: Sequence[PyTree]) -> jax.Array:
+    """`<d_i, d_j>` of all pairs, `[k, k]`."""
+    k = len(directions)
+    known = {(i, j): inner(directions[i], directions[j]) for i in range(k) for j in range(i, k)}
+    rows = [jnp.stack([known[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)]
+    return jnp.stack(rows)
+
+
+def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
+    """`sum_i weights_i d_i`; where a weight is zero its direction may hold anything, NaN included."""
+
+    def entry(*xs: jax.Array) -> jax.Array:
+        dtype = xs[0].dtype
+        terms = []
+        for x, weight in zip(xs, weights, strict=True):
+            w = weight.astype(dtype)
+            terms.append(jnp.where(w == 0, 0, w * x.astype(dtype)))
+        return sum(terms[1:], terms[0])
 
     return jax.tree.map(entry, *directions)
 
 
 def _next_state(state, step, solution: ModelSolution, form, damped, slope) -> QuadraticState:
-    weights = jnp.stack([solution.rate, solution.momentum])
+    weights = solution.weights
+    coarse = weights[1] if len(weights) > 2 else jnp.zeros((), form.dtype)
     usable = solution.finite & solution.convex
 
     def change(matrix: jax.Array) -> jax.Array:
@@ -224,6 +277,7 @@ def _next_state(state, step, solution: ModelSolution, form, damped, slope) -> Qu
         optax.safe_increment(state.quadratic_count),
         solution.rate.astype(state.step_rate.dtype),
         solution.momentum.astype(state.step_momentum.dtype),
+        coarse.astype(state.coarse_rate.dtype),
         change(form),
         change(damped),
         state.non_finite_models + (~solution.finite).astype(jnp.int32),

@@ -91,6 +91,17 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     return build
 
 
+def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
+    """A preset whose whole step, momentum included, is bounded in the exact metric."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        options = {**curved.options, "kl_clip": 1e-3, "bound": "exact", "momentum": config.momentum, **words}
+        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
+
+    return build
+
+
 def _adaptive(preset: Callable[..., Any]) -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         del rate
@@ -120,6 +131,11 @@ OPTIMIZERS = {
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer("two-level, Galerkin", True, _two_level("factored", "galerkin")),
+    # The bound of these is the default one in every experiment: it is not tuned.
+    "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
+    "two_level_bounded": Optimizer(
+        "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
+    ),
     "kfac_adaptive": Optimizer("K-FAC, adaptive", True, _adaptive(ko.kfac_adaptive), adaptive=True),
     "two_level_adaptive": Optimizer("two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True),
     "rs_kfac": Optimizer("RS-KFAC", True, _preset(ko.rs_kfac), low_rank=True),

@@ -20,6 +20,8 @@ STYLES = {
     "adam": ("#009E73", "--"),
     "kfac": ("#0072B2", "-."),
     "two_level": ("#D55E00", "-"),
+    "kfac_bounded": ("#000000", "-."),
+    "two_level_bounded": ("#999999", "-"),
     "kfac_adaptive": ("#0072B2", (0, (6, 2))),
     "two_level_adaptive": ("#D55E00", (0, (6, 2))),
     "two_level_exact": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),

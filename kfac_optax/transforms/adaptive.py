@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
+from kfac_optax._validate import check_choice
 from kfac_optax.control.damping import adapt_damping
 from kfac_optax.control.quadratic_model import quadratic_step
 from kfac_optax.coupling.coarse import coarse_correction
@@ -111,6 +112,7 @@ def kfac_two_level_adaptive(
     resample: str = "nearest",
     fine_weight: Numeric = 1.0,
     coarse_weight: Numeric = 1.0,
+    balance: str = "sum",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Two-level K-FAC with learning rate, momentum and damping adapted; a whole optimizer that needs no tuning.
@@ -124,6 +126,8 @@ def kfac_two_level_adaptive(
       resample: how maps of unequal size are compared, `"nearest"` or `"area"`.
       fine_weight: weight of the block-diagonal level.
       coarse_weight: weight of the correction.
+      balance: `"sum"` (the paper) adds both levels as they are; `"model"` gives fine part, coarse part and previous step each
+        the weight that minimises the exact quadratic model, for one more product in every step.
       **options: further arguments of `kfac_adaptive`, and of `kfac`.
 
     Returns:
@@ -153,4 +157,6 @@ def kfac_two_level_adaptive(
         coarse, damping=coarse_damping, resample=resample, fine_weight=fine_weight, coarse_weight=coarse_weight,
         precision=options.get("precision", "highest"),
     )  # fmt: skip
-    return kfac_adaptive(layers, coupling=coupling, **options)
+    check_choice("kfac_two_level_adaptive", "balance", balance, ("model", "sum"))
+    apart = "apart" if balance == "model" else "sum"
+    return kfac_adaptive(layers, coupling=coupling, balance=apart, **options)

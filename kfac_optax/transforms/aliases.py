@@ -7,11 +7,16 @@ import optax
 from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.control.balance import balance_parts
+from kfac_optax.control.bound import bound_step
 from kfac_optax.control.kl_clip import clip_by_kl
 from kfac_optax.coupling.coarse import coarse_correction
 from kfac_optax.coupling.deflated import MODES, deflated
 from kfac_optax.coverage import BlockOf, blocks_of, cover
 from kfac_optax.transforms.core import scale_by_curvature
+
+BOUNDS = ("exact", "damped")
+BALANCES = ("model", "sum", "apart")
 
 
 def kfac(
@@ -20,6 +25,8 @@ def kfac(
     learning_rate: ScalarOrSchedule | None = None,
     damping: ScalarOrSchedule = 1e-3,
     kl_clip: ScalarOrSchedule | None = 1e-3,
+    bound: str = "damped",
+    momentum: float = 0.9,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
@@ -37,8 +44,9 @@ def kfac(
     block: Block | BlockOf | None = None,
     factored_gradient: bool = False,
     coupling: Coupling | None = None,
+    balance: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then KL-clip.
+    """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then a bound on the step.
 
     Chain it with the optimizer that takes the step, `optax.chain(kfac(layers, learning_rate=lr), optax.sgd(lr, 0.9))`,
     and pass `curvature=fisher.at(params, *args, key=key)` to every update.
@@ -48,7 +56,11 @@ def kfac(
       learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May be left out only
         together with `kl_clip=None`, where what follows decides on the length of the step (`quadratic_step`).
       damping: Tikhonov damping.
-      kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
+      kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned gradient as it is.
+      bound: `"damped"` is KL-clip as in the papers, which scales the update down to `<U, V> <= kl_clip / learning_rate^2`
+        (see `clip_by_kl`). `"exact"` makes the step, momentum included, as long as an exact quadratic model wants it and
+        bounds it in the metric of the Fisher itself (see `bound_step`): the level of the rate has no influence then.
+      momentum: of the transformation that follows; `bound="exact"` counts it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
       inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
@@ -70,6 +82,8 @@ def kfac(
       factored_gradient: precondition gradients of dense layers from their rows, see `scale_by_curvature`.
       coupling: what layers tell each other: `coarse_correction()`, `deflated()`, or `tridiagonal()` for chains of dense layers
         with `inverse="cholesky"`.
+      balance: what a coupling adds is added as it is (`"sum"`), as far as an exact quadratic model agrees (`"model"`, see
+        `balance_parts`), or stays apart for a step rule that follows (`"apart"`, for `quadratic_step`).
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -92,6 +106,8 @@ def kfac(
             "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. Pass learning_rate=, the "
             "rate of the optimizer that follows, or kl_clip=None where what follows decides on the length of the step."
         )
+    check_choice("kfac", "bound", bound, BOUNDS)
+    check_choice("kfac", "balance", balance, BALANCES)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
@@ -100,9 +116,17 @@ def kfac(
     )  # fmt: skip
     preconditioner = scale_by_curvature(
         layers, block=block_of, coupling=coupling, damping=damping, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, stagger=stagger, factored_gradient=factored_gradient, axis_name=axis_name,
-        factor_dtype=factor_dtype,
+        inverse_every=inverse_every, stagger=stagger, factored_gradient=factored_gradient,
+        separate=coupling is not None and balance != "sum", axis_name=axis_name, factor_dtype=factor_dtype,
     )  # fmt: skip
+    if bound == "exact" and kl_clip is not None and balance != "apart":
+        assert learning_rate is not None
+        return bound_step(
+            preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, momentum=momentum, damping=damping,
+            axis_name=axis_name,
+        )  # fmt: skip
+    if coupling is not None and balance == "model":
+        preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
 
@@ -112,6 +136,8 @@ def kfac_two_level(
     learning_rate: ScalarOrSchedule | None = None,
     damping: ScalarOrSchedule = 1e-3,
     kl_clip: ScalarOrSchedule | None = 1e-3,
+    bound: str = "damped",
+    momentum: float = 0.9,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = 100,
@@ -135,8 +161,9 @@ def kfac_two_level(
     coarse_weight: Numeric = 1.0,
     correction: str = "additive",
     coarse_operator: str = "batch",
+    balance: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
-    """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then KL-clip.
+    """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the step.
 
     `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping I)^{-1} Z V`, with `Z` summing
     all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix. This is the additive correction; the others, see `deflated`,
@@ -147,7 +174,11 @@ def kfac_two_level(
       learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May be left out only
         together with `kl_clip=None`, where what follows decides on the length of the step (`quadratic_step`).
       damping: Tikhonov damping of both levels.
-      kl_clip: bound on the squared Fisher norm of a step; `None` switches clipping off.
+      kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned gradient as it is.
+      bound: `"damped"` is KL-clip as in the papers, which scales the update down to `<U, V> <= kl_clip / learning_rate^2`
+        (see `clip_by_kl`). `"exact"` makes the step, momentum included, as long as an exact quadratic model wants it and
+        bounds it in the metric of the Fisher itself (see `bound_step`): the level of the rate has no influence then.
+      momentum: of the transformation that follows; `bound="exact"` counts it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
       inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
@@ -174,6 +205,8 @@ def kfac_two_level(
       coarse_weight: weight of the correction.
       correction: `"additive"` (the paper), `"a-def1"`, `"a-def2"` or `"bnn"`.
       coarse_operator: of the last three, `"batch"` (exact, one forward-mode pass per layer and step) or `"averaged"`.
+      balance: `"sum"` (the paper) adds the correction as it is; `"model"` as far as an exact quadratic model of the batch
+        agrees with it, so that the model falls no less than without; `"apart"` leaves it to `quadratic_step`.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -199,9 +232,9 @@ def kfac_two_level(
     if correction != "additive":
         coupling = deflated(correction, coarse_operator=coarse_operator, **common)
     return kfac(
-        layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, decay=decay, curvature_every=curvature_every,
-        inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered, normalization=normalization,
-        sharing=sharing, positions=positions, convolution=convolution, recurrence=recurrence, axis_name=axis_name,
-        factor_dtype=factor_dtype, precision=precision, block=block, factored_gradient=factored_gradient,
-        coupling=coupling,
+        layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, bound=bound, momentum=momentum, decay=decay,
+        curvature_every=curvature_every, inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered,
+        normalization=normalization, sharing=sharing, positions=positions, convolution=convolution, recurrence=recurrence,
+        axis_name=axis_name, factor_dtype=factor_dtype, precision=precision, block=block, factored_gradient=factored_gradient,
+        coupling=coupling, balance=balance,
     )  # fmt: skip

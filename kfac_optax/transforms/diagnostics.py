@@ -8,6 +8,8 @@ import numpy as np
 
 from kfac_optax._types import PyTree
 from kfac_optax.blocks.low_rank_side import LowRankHeld, quality
+from kfac_optax.control.balance import BalanceState
+from kfac_optax.control.bound import BoundState
 from kfac_optax.control.damping import DampingState
 from kfac_optax.control.kl_clip import KLClipState
 from kfac_optax.control.quadratic_model import QuadraticState
@@ -29,7 +31,8 @@ class CoarseFisher(NamedTuple):
 def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Scalars that say how a K-FAC transformation is doing; works under `jit`.
 
-    `kl_scale` and `trust_scale` (nu of KL-clip and of a trust region, if they are used), `damping`, `coarse_share` (norm of
+    `kl_scale` and `trust_scale` (nu of KL-clip and of a trust region, if they are used), `step_rate`, `coarse_rate` and
+    `bound_scale` of `bound_step`, `coarse_weight` of `balance_parts`, `damping`, `coarse_share` (norm of
     what the coupling changed over norm of the update), `inverse_age` (steps since the inverses were made; with `stagger`, the
     part made last), `statistics` (accepted), `skipped_statistics`, `failed_inverses`, the numbers of `quadratic_step`
     (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping` (`model_damping`, `reduction_ratio`,
@@ -97,8 +100,10 @@ def _low_rank(held: dict[str, PyTree]) -> dict[str, jax.Array]:
 _NUMBERS: dict[type, tuple[str, ...]] = {
     KLClipState: ("kl_scale",),
     TrustRegionState: ("trust_scale",),
+    BoundState: ("step_rate", "coarse_rate", "bound_scale"),
+    BalanceState: ("coarse_weight",),
     QuadraticState: (
-        "step_rate", "step_momentum", "model_change", "damped_change", "non_finite_models", "negative_curvatures",
+        "step_rate", "step_momentum", "coarse_rate", "model_change", "damped_change", "non_finite_models", "negative_curvatures",
     ),
     DampingState: (
         "model_damping", "preconditioner_damping", "reduction_ratio", "rejected_steps", "damping_at_bound",
