@@ -105,7 +105,7 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
 
     Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the model: a table of as
     many positions as there are examples does not. Positions that are themselves passed as an argument, as many as
-    there are examples, cannot be told apart from a batch.
+    there are examples, cannot be told apart from a batch; nor can constants in a model that closes over its batch.
 
     Args:
       traced: the model.

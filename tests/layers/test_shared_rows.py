@@ -137,3 +137,17 @@ def test_weights_of_examples_reach_shared_rows_through_the_gradients(x64, exampl
     np.testing.assert_allclose(measure(weights).inputs, measure(jnp.ones(examples)).inputs, rtol=1e-12)
     nothing = measure(jnp.zeros(examples))
     assert not nothing.inputs.any() and not nothing.outputs.any()
+
+
+@pytest.mark.parametrize("key", [(), (jax.random.key(0),)])
+def test_a_model_that_closes_over_its_batch_has_rows_of_examples(x64, key):
+    x, params = oracles.normal(0, (3, 4)), oracles.normal(1, (4, 2))
+    weights = jnp.array([2.0, 0.0, 1.0])
+    closed = ko.ggn(lambda w, *_: ko.Normal(dense(x, w), weights=weights))
+    given = ko.ggn(lambda w, x, weights: ko.Normal(dense(x, w), weights=weights))
+    layers = closed.layers(params, *key)
+    assert layers.layers[0].coupled and "random signs" not in str(ko.coverage(layers))
+    plan = oracles.plan(layers, coupling=ko.coarse_correction())
+    got = closed.at(params, *key).statistics(plan)
+    want = given.at(params, x, weights).statistics(plan)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
