@@ -115,9 +115,10 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     layers = []
     for index, layer in enumerate(traced.layers.layers):
         mine = [site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index]
-        drawn = signs and any(without_examples(site, examples) for site in mine)
+        own = _per_example(mine, examples)
+        drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
-        layers.append(dataclasses.replace(layer, per_example=_per_example(mine, examples), notes=notes))
+        layers.append(dataclasses.replace(layer, per_example=own, notes=notes))
     return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
 
 
