@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._types import Block, Bucket, Layer, PyTree
+from kfac_optax._types import NOT_USED, Block, Bucket, Layer, Layers, PyTree
 
 
 def path_name(path: tuple) -> str:
@@ -154,3 +154,21 @@ def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[L
     """
     found = (layer for layer in layers if layer.kernel in leaves)
     return tuple(x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None) for x in found)
+
+
+def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
+    """The leaves of the layers by name; without `layers` all of them."""
+    leaves = named_leaves(tree)
+    if layers is None:
+        return leaves
+    mine = present(layers, leaves)
+    names = {layer.kernel for layer in mine} | {layer.bias for layer in mine if layer.bias is not None}
+    return {name: x for name, x in leaves.items() if name in names}
+
+
+def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:
+    """The leaves without a block that get the size of the others (`uncovered="graft"`): those that the model uses."""
+    if not layers.graft:
+        return {}
+    left = covered_leaves(tree, layers).keys() | {u.path for u in layers.uncovered if u.reason == NOT_USED}
+    return {name: x for name, x in named_leaves(tree).items() if name not in left}

@@ -16,8 +16,8 @@ Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
 COMPLEX = (  # reason of a parameter that no block and no diagonal is for
-    "complex parameter: not measured, its gradient is handed on as it is (of jax.grad the conjugate of the direction of "
-    "ascent); make its real and imaginary part real parameters to have them measured"
+    "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the direction of ascent); "
+    "make its real and imaginary part real parameters to have them measured"
 )
 COMPLEX_LAYER = "its layer computes with complex numbers: not measured"  # reason of a real parameter
 NO_EXAMPLES = "no row per example: not in the coupling"
@@ -41,11 +41,6 @@ class Uncovered:
     path: str
     shape: tuple[int, ...]
     reason: str
-
-    @property
-    def gets(self) -> str:
-        """What becomes of its gradient where no block owns it."""
-        return "no gradient" if self.reason == NOT_USED else "gradient passed on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +107,8 @@ class Layer:
 class Layers:
     """Coverage of a model: its layers in order of execution and the parameters left over.
 
-    Made by `fisher.layers(params, ...)`; `print(layers)` shows the coverage table.
+    Made by `fisher.layers(params, ...)`; `print(layers)` shows the coverage table. With `graft` the gradients of the
+    parameters left over get the size of the updates that blocks make.
     """
 
     layers: tuple[Layer, ...]
@@ -121,6 +117,7 @@ class Layers:
     state_bytes: tuple[int, ...] = ()
     coupling: str = ""
     coupling_bytes: int = 0
+    graft: bool = False
 
     def __iter__(self):
         return iter(self.layers)
@@ -149,9 +146,15 @@ class Layers:
         rows.append(("total", "", "", "", "", "", f"{sum(sizes) + self.coupling_bytes:,}"))
         text = _columns(header, rows)
         if self.uncovered:
-            left = [(u.path, _shape(*u.shape), u.gets, u.reason) for u in self.uncovered]
+            left = [(u.path, _shape(*u.shape), self._gets(u), u.reason) for u in self.uncovered]
             text += "\n\n" + _columns(("not covered", "shape", "gets", "reason"), left)
         return text
+
+    def _gets(self, parameter: Uncovered) -> str:
+        """What becomes of the gradient of a parameter that no block owns."""
+        if parameter.reason == NOT_USED:
+            return "no gradient"
+        return "gradient with the size of the preconditioned updates" if self.graft else "gradient passed on"
 
     def _outside(self, layer: Layer) -> tuple[str, ...]:
         return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()

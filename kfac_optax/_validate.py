@@ -69,6 +69,7 @@ LEGAL = {
     "radius": Legal(1e-3, above=0),
     "max_rms": Legal(1.0, above=0),
     "weight_decay": Legal(0.0, at_least=0),
+    "steps": Legal(0.0, at_least=0),
 }
 
 

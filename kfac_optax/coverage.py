@@ -19,7 +19,7 @@ from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 
 NORMALIZATION = ("unitwise", "diagonal", "pass")
-UNCOVERED = ("pass", "diagonal", "raise")
+UNCOVERED = ("pass", "diagonal", "graft", "raise")
 CONVOLUTION = ("kfc", "sua")
 RECURRENCE = ("independent", *OPTIONS)
 BlockOf = Callable[[Layer], Block]
@@ -83,8 +83,8 @@ def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unit
 
     Args:
       layers: from `fisher.layers(...)`.
-      uncovered: what becomes of parameters without a layer: `"pass"` leaves them out, `"diagonal"` makes each a layer of
-        its own, `"raise"` is an error.
+      uncovered: what becomes of parameters without a layer: `"pass"` and `"graft"` leave them out, the latter marked to get the
+        size of the others' updates; `"diagonal"` makes each a layer of its own, `"raise"` is an error.
       normalization: `"pass"` leaves out scale and shift of normalisation layers.
       where: for errors.
 
@@ -114,7 +114,14 @@ def cover(layers: Layers, *, uncovered: str = "pass", normalization: str = "unit
         passed = (NOT_USED, COMPLEX, "normalization='pass'")
         kept += [_single(u) for u in left if u.reason not in passed]
         left = [u for u in left if u.reason in passed]
-    return dataclasses.replace(layers, layers=tuple(kept), uncovered=tuple(left), blocks=(), state_bytes=())
+    return dataclasses.replace(
+        layers,
+        layers=tuple(kept),
+        uncovered=tuple(left),
+        blocks=(),
+        state_bytes=(),
+        graft=layers.graft or uncovered == "graft",
+    )
 
 
 def _refuse(where: str, layers: Layers) -> None:
@@ -127,7 +134,7 @@ def _refuse(where: str, layers: Layers) -> None:
     if found:
         raise ValueError(
             f"{where}: uncovered='raise' and {chr(10).join(found)}\nUse uncovered='pass' to pass the gradient of what no "
-            "block covers on, or 'diagonal'."
+            "block covers on, 'graft' to give it the size of the preconditioned updates, or 'diagonal'."
         )
 
 

@@ -55,7 +55,8 @@ def site_measure(
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
-    shared = without_examples(site, use.examples)
+    # a use that starts from a constant has rows of examples where the others of its layer have
+    shared = not layer.per_example and without_examples(site, use.examples)
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
         if shared and weights is not None and not late:  # rows of all examples weigh what those do on average

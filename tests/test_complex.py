@@ -144,3 +144,33 @@ def test_input_products_leave_complex_parameters_at_zero():
     product = estimator.vector_product(params, jax.tree.map(jnp.ones_like, params), x)
     assert (product["w"] == 0).all() and (np.asarray(product["head"]) != 0).any()
     assert [v.dtype for v in jax.tree.leaves(product)] == [v.dtype for v in jax.tree.leaves(params)]
+
+
+def test_graft_and_step_rules_take_the_size_of_a_complex_gradient_from_its_absolute_values():
+    params, x = problem()
+    estimator = ko.ggn(lambda p, x: ko.Normal(rbm(p, x)))
+    layers = estimator.layers(params, x)
+    rms = lambda v: np.sqrt(np.mean(np.abs(v) ** 2))
+    run = lambda tx: tx.update(params, tx.init(params), params, curvature=estimator.at(params, x), refresh=True)
+    updates, _ = run(ko.kfac(layers, learning_rate=0.1, damping=0.1, uncovered="graft"))
+    for name in "wb":
+        np.testing.assert_allclose(rms(updates[name]), rms(updates["head"]), rtol=1e-10)
+        np.testing.assert_allclose(np.angle(updates[name]), np.angle(params[name]), rtol=1e-10)
+
+    tx = ko.kfac(layers, kl_clip=None, damping=0.1)
+    plain, _ = run(tx)
+    total = sum(float(np.sum(np.real(u * np.conj(params[n])))) for n, u in plain.items())
+    clipped, _ = run(ko.clip_by_trust_region(tx, learning_rate=1.0, radius=1e-3 * total / 2))
+    for name in params:
+        np.testing.assert_allclose(clipped[name], plain[name] * np.sqrt(1e-3), rtol=1e-10)
+    bounded, _ = run(ko.clip_by_rms(tx, max_rms=0.01))
+    grafted, _ = run(ko.graft_norm(tx))
+    for name in params:
+        np.testing.assert_allclose(rms(bounded[name]), 0.01, rtol=1e-10)
+        np.testing.assert_allclose(rms(grafted[name]), rms(params[name]), rtol=1e-10)
+    scaled, state = run(
+        ko.clip_by_trust_region(tx, learning_rate=1.0, radius=1e-9, metric=ko.factor_metric(layers), layers=layers)
+    )
+    np.testing.assert_allclose(scaled["head"], plain["head"] * state.trust_scale, rtol=1e-5)
+    np.testing.assert_array_equal(scaled["w"], plain["w"])
+    assert 0 < state.trust_scale < 1

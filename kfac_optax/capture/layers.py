@@ -105,7 +105,7 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
 
     Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the model: a table of as
     many positions as there are examples does not. Positions that are themselves passed as an argument, as many as
-    there are examples, cannot be told apart from a batch.
+    there are examples, cannot be told apart from a batch; nor can constants in a model that closes over its batch.
 
     Args:
       traced: the model.
@@ -115,9 +115,10 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     layers = []
     for index, layer in enumerate(traced.layers.layers):
         mine = [site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index]
-        drawn = signs and any(without_examples(site, examples) for site in mine)
+        own = _per_example(mine, examples)
+        drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
-        layers.append(dataclasses.replace(layer, per_example=_per_example(mine, examples), notes=notes))
+        layers.append(dataclasses.replace(layer, per_example=own, notes=notes))
     return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax.capture.geometry import Geometry, rows_shape
@@ -49,7 +51,8 @@ class Site(NamedTuple):
       a, s: abstract input and output, behind `stacked` leading axes.
       stacked: leading axes of stacked parameters (from `vmap` over parameters).
       scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned over).
-      varies: whether input or output depend on the arguments of the model, not on constants and parameters only.
+      varies: whether input or output depend on arrays among the arguments of the model, not on constants and parameters
+        only; true where it has none.
     """
 
     name: str
@@ -153,10 +156,16 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     consumers: dict[int, list[str]] = {}
     origins = [Origin(i) if i < leaves else None for i in range(len(jaxpr.invars))]
     _note(_walk(jaxpr, origins, (), sites, consumers), "the prediction itself", consumers)
+    data = [i >= leaves and _may_hold_examples(v.aval) for i, v in enumerate(jaxpr.invars)]
     flags: list[bool] = []
-    dependence(jaxpr, [i >= leaves for i in range(len(jaxpr.invars))], flags)
-    sites = [site._replace(varies=varies) for site, varies in zip(sites, flags, strict=True)]
+    dependence(jaxpr, data, flags)
+    # a model that closes over its batch shows no difference between data and constants
+    sites = [site._replace(varies=varies or not any(data)) for site, varies in zip(sites, flags, strict=True)]
     return Analysis(tuple(sites), consumers)
+
+
+def _may_hold_examples(aval: Any) -> bool:
+    return aval.ndim > 0 and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
 
 
 def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import gather, make_buckets, named_leaves, present, replace_leaves, scatter
+from kfac_optax._tree import (
+    covered_leaves,
+    gather,
+    grafted_leaves,
+    make_buckets,
+    named_leaves,
+    present,
+    replace_leaves,
+    scatter,
+)
 from kfac_optax._types import Layers, PyTree
 
 
@@ -36,6 +45,8 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
 
     In two halves, as the power alone may overflow.
     """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(times_power(x.real, exponent), times_power(x.imag, exponent))
     half = exponent // 2
     return jnp.ldexp(jnp.ldexp(x, half), exponent - half)
 
@@ -43,18 +54,19 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
 def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
     """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
 
-    The entries of both sides are divided by a power of two first, so that no product overflows.
+    The entries of both sides are divided by a power of two first, so that no product overflows. Of complex leaves it is
+    the real part of the product with the conjugate.
 
     >>> products = inner_products({"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": -jnp.ones(1)}, None)
     >>> print(products.values * 2.0**products.exponent)
     [ 2. -1.]
     """
-    u, v = named_leaves(left), named_leaves(right)
+    u, v = covered_leaves(left, layers), covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
     of_u, of_v = exponent_of(u), exponent_of(v)
-    u, v = ({n: times_power(x.astype(dtype), -e) for n, x in side.items()} for side, e in ((u, of_u), (v, of_v)))
+    u, v = ({n: times_power(_widened(x, dtype), -e) for n, x in side.items()} for side, e in ((u, of_u), (v, of_v)))
     if layers is None:
-        parts = [jnp.sum(u[n].astype(dtype) * v[n].astype(dtype))[None] for n in v]
+        parts = [jnp.sum(jnp.real(u[n] * jnp.conj(v[n])))[None].astype(dtype) for n in v]
     else:
         buckets = make_buckets(present(layers, v))
         parts = [jnp.sum(gather(b, u, dtype) * gather(b, v, dtype), axis=(1, 2)) for b in buckets]
@@ -80,27 +92,34 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     >>> print(norms(jnp.full((1, 2, 2), 1e30)))
     [2.e+30]
     """
-    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True, initial=0)
+    sizes = jnp.abs(x)
+    largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
     usable = jnp.isfinite(largest) & (largest > 0)
     exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
-    squares = jnp.square(times_power(x, -exponent))
+    squares = jnp.square(times_power(sizes, -exponent))
     root = jnp.sqrt((jnp.mean if mean else jnp.sum)(squares, axis=(1, 2)))
     return times_power(root, exponent[:, 0, 0])
 
 
-def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
-    """The leaves of the layers by name; without `layers` all of them."""
-    leaves = named_leaves(tree)
-    if layers is None:
-        return leaves
-    mine = present(layers, leaves)
-    names = {layer.kernel for layer in mine} | {layer.bias for layer in mine if layer.bias is not None}
-    return {name: x for name, x in leaves.items() if name in names}
+def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """Root of the mean square over the entries of all leaves together, without overflow of the squares.
+
+    >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
+    3e+30
+    """
+    sizes = {n: jnp.abs(x).astype(_wide(leaves)) for n, x in leaves.items()}
+    exponent = exponent_of(sizes)
+    squares = sum(jnp.sum(jnp.square(times_power(x, -exponent))) for x in sizes.values())
+    entries = sum(x.size for x in sizes.values())
+    return times_power(jnp.sqrt(jnp.asarray(squares, _wide(leaves)) / max(entries, 1)), exponent)
 
 
 def scale_layers(tree: PyTree, scale: jax.Array, layers: Layers | None) -> PyTree:
-    """`tree` with the leaves of the layers multiplied by one number."""
-    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in covered_leaves(tree, layers).items()})
+    """`tree` with the leaves of the layers multiplied by one number, and those that have been given their size."""
+    mine = covered_leaves(tree, layers)
+    if layers is not None:
+        mine |= grafted_leaves(tree, layers)
+    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in mine.items()})
 
 
 def map_layers(function: Callable[..., tuple[jax.Array, Any]], *trees: PyTree, layers: Layers | None) -> tuple:
@@ -125,15 +144,19 @@ def map_layers(function: Callable[..., tuple[jax.Array, Any]], *trees: PyTree, l
         new |= scatter(bucket, matrices, leaves[0])
         reports.append(report)
     for name in [n for n in leaves[0] if n not in new]:
-        matrix, report = function(*(x[name].astype(dtype).reshape(1, 1, -1) for x in leaves))
+        matrix, report = function(*(_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves))
         new[name] = matrix.reshape(leaves[0][name].shape)
         reports.append(report)
-    new = {name: _within(x, leaves[0][name].dtype) for name, x in new.items()}
+    new = {name: within(x, leaves[0][name].dtype) for name, x in new.items()}
     return replace_leaves(trees[0], new), jnp.concatenate(reports)
 
 
-def _within(x: jax.Array, dtype: Any) -> jax.Array:
-    """Finite entries within the range of a narrower dtype: at its end instead of infinite."""
+def within(x: jax.Array, dtype: Any) -> jax.Array:
+    """Finite entries within the range of a narrower dtype: at its end instead of infinite.
+
+    >>> print(float(within(jnp.float32(-1e6), jnp.float16)))
+    -65504.0
+    """
     if not jnp.issubdtype(dtype, jnp.floating):
         return x
     end = jnp.finfo(dtype).max.astype(x.dtype)
@@ -157,4 +180,9 @@ def require_curvature(where: str, why: str, curvature: Any) -> Any:
 
 
 def _wide(leaves: Mapping[str, jax.Array]) -> Any:
-    return jnp.result_type(jnp.float32, *leaves.values())
+    """A real dtype: of complex leaves that of their parts."""
+    return jnp.result_type(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in leaves.values()))
+
+
+def _widened(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(jnp.promote_types(dtype, x.dtype))

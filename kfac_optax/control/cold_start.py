@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._types import Numeric, PyTree
-from kfac_optax._validate import check_number
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import Checked, check_legal, checked, start_checked
 
 
 class ColdStartState(NamedTuple):
@@ -16,12 +16,13 @@ class ColdStartState(NamedTuple):
     preconditioner: PyTree
     cold: PyTree
     cold_count: Any  # shape=(), dtype=int32
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 def cold_start(
     preconditioner: optax.GradientTransformation,
     *,
-    steps: Numeric,
+    steps: ScalarOrSchedule,
     initial: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The output of `initial` during the first steps, that of the preconditioner from then on.
@@ -51,17 +52,20 @@ def cold_start(
     Reference: Wu, Mansimov, Liao, Grosse & Ba, Scalable trust-region method for deep reinforcement learning using
     Kronecker-factored approximation (2017); the authors' implementation starts with plain steps.
     """
-    check_number("cold_start", "steps", steps, at_least=0)
+    check_legal("cold_start", "steps", steps)
     warm = optax.with_extra_args_support(preconditioner)
     cold = optax.with_extra_args_support(optax.identity() if initial is None else initial)
 
     def init(params: PyTree) -> ColdStartState:
-        return ColdStartState(warm.init(params), cold.init(params), jnp.zeros((), jnp.int32))
+        given = start_checked(steps=steps)
+        return ColdStartState(warm.init(params), cold.init(params), jnp.zeros((), jnp.int32), given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         later, warm_state = warm.update(updates, state.preconditioner, params, **extra)
         first, cold_state = cold.update(updates, state.cold, params, **extra)
-        chosen = jax.tree.map(lambda a, b: jnp.where(state.cold_count < steps, a, b).astype(b.dtype), first, later)
-        return chosen, ColdStartState(warm_state, cold_state, optax.safe_increment(state.cold_count))
+        last, given = checked(state.given, "steps", steps, state.cold_count)
+        cold_now = state.cold_count < last
+        chosen = jax.tree.map(lambda a, b: jnp.where(cold_now, a, b).astype(b.dtype), first, later)
+        return chosen, ColdStartState(warm_state, cold_state, optax.safe_increment(state.cold_count), given)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -38,7 +38,8 @@ def clip_by_kl(
       learning_rate: the rate that the following transformations apply; only used in the formula, `None` only where
         clipping is off.
       kl_clip: the bound; `None` switches clipping off (the state keeps its form).
-      layers: only these layers are summed and scaled; default: every leaf is a layer.
+      layers: only these layers are summed and scaled, with what was given their size (`uncovered="graft"` of the table);
+        default: every leaf is a layer.
 
     Returns:
       A transformation; its state shows the last `nu` as `kl_scale`.

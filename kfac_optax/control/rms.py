@@ -63,7 +63,7 @@ def clip_by_rms(
         def clip(u: jax.Array) -> tuple[jax.Array, jax.Array]:
             rms = norms(u, mean=True)
             usable = jnp.isfinite(rms) & (rms > 0)
-            scale = jnp.where(usable, jnp.minimum(jnp.asarray(bound, u.dtype) / jnp.where(usable, rms, 1), 1), 1)
+            scale = jnp.where(usable, jnp.minimum(jnp.asarray(bound, rms.dtype) / jnp.where(usable, rms, 1), 1), 1)
             return u * scale[:, None, None], scale
 
         with jax.named_scope("kfac/clip_by_rms"):

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import wide_dtype
+from kfac_optax._tree import covered_leaves, wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
 from kfac_optax.control._per_layer import (
-    covered_leaves,
     exponent_of,
     inner_products,
     inverse_root_of,
@@ -64,7 +63,8 @@ def clip_by_trust_region(
       learning_rate: the rate that the following transformations apply; only used in the formula.
       radius: the bound on half the squared Fisher norm of a step.
       metric: `"damped"`, `"exact"` or a function.
-      layers: only these layers are measured (in the first two metrics) and scaled; default: the whole update.
+      layers: only these layers are measured (in the first two metrics) and scaled, with what was given their size
+        (`uncovered="graft"` of the table); default: the whole update.
       subsample: part of the batch for `"exact"`, as in `fisher`.
       axis_name: mapped axis over which the batch is split, for `"exact"`.
 

@@ -66,7 +66,8 @@ def kfac(
       inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
-      uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
+      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size of the others' updates, and
+        clipped with them), `"diagonal"` (diagonal of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
         or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).
@@ -184,7 +185,8 @@ def kfac_two_level(
       inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine level.
-      uncovered: parameters without a block: `"pass"`, `"diagonal"` (diagonal of the Fisher) or `"raise"`.
+      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size of the others' updates, and
+        clipped with them), `"diagonal"` (diagonal of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every channel), `"diagonal"`
         or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per example).

@@ -15,6 +15,7 @@ from kfac_optax.transforms.precondition import precondition
 from kfac_optax.transforms.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
 from kfac_optax.transforms.stagger import check_parts, chosen
 from kfac_optax.transforms.state import CurvatureState, Step
+from kfac_optax.transforms.uncovered import graft_uncovered
 
 _MISSING: Any = object()
 
@@ -67,15 +68,18 @@ def scale_by_curvature(
       stagger: `n > 1` spreads a refresh evenly over its period, so that no step takes much longer than the others: the
         matrices are divided into `n` parts of about equal cost, and part `j` is refreshed when `count % inverse_every ==
         j * inverse_every // n`, the coupling with part 0. In step 0 all are. `None` or 1: all in one step.
-      uncovered: parameters without a block: `"pass"` their gradient on unchanged, precondition with the diagonal of the
-        Fisher (`"diagonal"`, right on average over statistics, see `ggn` for the random signs), or `"raise"`.
+      uncovered: parameters without a block: `"pass"` their gradient on unchanged; `"graft"`: pass it on with the size of
+        the others' updates, so that the root mean square of its entries is that of the preconditioned updates of all
+        parameters with a block; precondition with the diagonal of the Fisher (`"diagonal"`, right on average over
+        statistics, see `ggn` for the random signs); or `"raise"`. What the model does not use passes on unchanged.
       normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for every channel,
-        `"diagonal"`, or `"pass"`.
+        `"diagonal"`, or `"pass"`: treated as parameters without a block (never by the diagonal).
       factored_gradient: precondition the gradient of dense layers as the product of rows that it is, wherever the block
         knows how (`solve_rows`) and saves work by it. Needs `curvature` from `fisher.value_and_grad` in every step, of the
         very gradient that is passed: nothing may be added to it before, so weight decay has to follow (decoupled).
       separate: hand on the parts of the update one by one, as `Directions`, to a step rule that weighs them: the
-        block-diagonal level, then what the coupling adds. Without a coupling there is one part.
+        block-diagonal level, then what the coupling adds. Without a coupling there is one part. Parameters without a
+        block are in the first part, grafted to the size of that.
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split; statistics are averaged over
         it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters' dtypes.
@@ -147,26 +151,25 @@ def scale_by_curvature(
         mine = _own_layers(where, layers, leaves)
         dtype = _dtype(leaves, mine, factor_dtype)
         count = state.kfac_count
+        # all of them in every step: what is remembered does not depend on who decides about the schedule
         damping, given = checked(state.given, "damping", damping, count)
+        weight, given = checked(given, "decay", decay, count)
+        measured_every, given = checked(given, "curvature_every", curvature_every, count)
+        inverted_every, given = checked(given, "inverse_every", inverse_every, count)
         step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
         plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
-            weight, given = checked(given, "decay", decay, count)
-            due: Any = True
-            if not measure and refresh is None:
-                period, given = checked(given, "curvature_every", curvature_every, count)
-                due = due_at(count, period)
+            due = True if measure or refresh is not None else due_at(count, measured_every)
             state = take_statistics(step, state, due, lambda: curvature.statistics(plan), weight)
         if refresh is None:
-            period, given = checked(given, "inverse_every", inverse_every, count)
-            parts_now: Any = parts_due(state, period, parts)
+            parts_now: Any = parts_due(state, inverted_every, parts)
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
         rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
         new, share = precondition(step, state, leaves, dtype, curvature, axis_name, rows)
-        updates = _joined(updates, new, separate)
+        updates = _joined(updates, new, separate, layers)
         finite = all_finite(updates)
         updates = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), updates)
         state = state._replace(
@@ -182,13 +185,14 @@ def scale_by_curvature(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _joined(updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool) -> PyTree:
+def _joined(updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool, layers: Layers) -> PyTree:
     """The parts as trees like the gradient, one by one or added up."""
     if not separate:
         total = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
-        return replace_leaves(updates, total)
+        return graft_uncovered(replace_leaves(updates, total), layers)
+    first = graft_uncovered(replace_leaves(updates, parts[0]), layers)
     zeros = jax.tree.map(jnp.zeros_like, updates)
-    return Directions((replace_leaves(updates, parts[0]), *(replace_leaves(zeros, part) for part in parts[1:])))
+    return Directions((first, *(replace_leaves(zeros, part) for part in parts[1:])))
 
 
 def _check(where, damping, decay, curvature_every, inverse_every) -> None:

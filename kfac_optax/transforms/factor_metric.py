@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import gather, make_buckets, named_leaves, present
+from kfac_optax._tree import covered_leaves, gather, make_buckets, named_leaves, present
 from kfac_optax._types import Block, Layers, PyTree
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.coverage import BlockOf, blocks_of, cover
@@ -61,7 +61,7 @@ def factor_metric(
                 f"{', '.join(sorted(bucket.name for bucket in buckets))}. Pass the layers, block, normalization and uncovered "
                 "that the preconditioner was made with."
             )
-        dtype: Any = jnp.result_type(jnp.float32, *leaves.values())
+        dtype: Any = jnp.result_type(jnp.float32, *covered_leaves(updates, layers).values())
         total = jnp.zeros((), dtype)
         for bucket in buckets:
             u = gather(bucket, leaves, dtype)

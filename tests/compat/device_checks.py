@@ -197,6 +197,28 @@ def couplings():
     explicit_axes(COUPLED)
 
 
+def shard_map_without_weight():
+    """A batch of which no device has an example that counts is left out; one that a single device has is not."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    x, _, weights = _data()
+    case, params = CASES[0], h.plain_params()
+    tx = case.tx(x, weights, axis_name="data")
+    specs = (P(), P(), P("data"), P("data"))
+    # measured only: what is held plays no part
+    step = _step(tx, case.estimator, refresh=False)
+    step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True))
+    _, first = step(params, jax.jit(tx.init)(params), x, weights)
+    _, none = step(params, first, x, jnp.zeros_like(weights))
+    _, one = step(params, none, x, jnp.zeros_like(weights).at[-1].set(1.0))
+    states = [jax.device_get(state.preconditioner) for state in (first, none, one)]
+    assert [int(state.curvature_count) for state in states] == [1, 1, 2]
+    assert [int(state.skipped_statistics) for state in states] == [0, 0, 0]
+    measured = [jax.tree.leaves((state.factors, state.coarse.coarse_factors)) for state in states]
+    for before, after, later in zip(*measured, strict=True):
+        np.testing.assert_array_equal(after, before)
+        assert np.isfinite(later).all() and (later != before).any()
+
+
 def shard_map_schedule():
     """The traced schedule and a real gradient, three steps; the branches agree about what varies."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -422,6 +444,7 @@ CHECKS = {
         explicit_axes_sampled_labels,
         shard_map,
         shard_map_schedule,
+        shard_map_without_weight,
         shard_map_sampled_labels,
         every_layer_auto_axes,
         every_layer_shard_map,

@@ -200,3 +200,13 @@ def test_bad_settings_are_refused():
         ko.clip_by_rms(optax.identity(), max_rms=0)
     with pytest.raises(ValueError, match="cold_start: steps=-1; expected steps >= 0"):
         ko.cold_start(optax.identity(), steps=-1)
+
+
+def test_a_number_of_cold_steps_that_is_none_leaves_the_last_good_one():
+    params = {"w": jnp.full((2, 2), 3.0)}
+    tx = ko.cold_start(optax.scale_by_sign(), steps=lambda count: jnp.where(count == 1, jnp.nan, 3.0))
+    state = tx.init(params)
+    for wanted in (3.0, 3.0, 3.0, 1.0):
+        updates, state = jax.jit(tx.update)(params, state)
+        np.testing.assert_array_equal(updates["w"], wanted)
+    assert "1 values of steps" in ko.problems(state)[0]

@@ -61,7 +61,24 @@ def test_an_unrolled_recurrence_from_a_constant_state_is_per_example():
         return ko.Normal(h)
 
     (layer,) = ko.ggn(predict).layers(jnp.eye(3), jnp.ones((3, 2, 3)))
-    assert layer.per_example and layer.uses == 2
+    assert layer.per_example and layer.uses == 2 and not layer.notes
+
+
+def test_padding_of_an_unrolled_recurrence_counts_as_dropped(x64):
+    def predict(p, x, weights):
+        h = jnp.ones((x.shape[0], 3))
+        for t in range(2):
+            h = jnp.tanh(ko.tap_dense(h @ p["w"] + p["b"], h, p["w"], p["b"]) + x[:, t])
+        return ko.Normal(h, weights=weights)
+
+    params = {"w": oracles.normal(0, (3, 3)), "b": oracles.normal(1, (3,))}
+    x = oracles.normal(2, (3, 2, 3))
+    padded, weights = jnp.concatenate([x, jnp.full((2, 2, 3), jnp.nan)]), jnp.array([1.0, 1, 1, 0, 0])
+    estimator = ko.ggn(predict)
+    plan = oracles.plan(estimator.layers(params, x, weights[:3]))
+    want = estimator.at(params, x, weights[:3]).statistics(plan)
+    got = estimator.at(params, padded, weights).statistics(plan)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), got, want)
 
 
 @pytest.mark.parametrize("examples", [3, 16, 64])
@@ -137,3 +154,17 @@ def test_weights_of_examples_reach_shared_rows_through_the_gradients(x64, exampl
     np.testing.assert_allclose(measure(weights).inputs, measure(jnp.ones(examples)).inputs, rtol=1e-12)
     nothing = measure(jnp.zeros(examples))
     assert not nothing.inputs.any() and not nothing.outputs.any()
+
+
+@pytest.mark.parametrize("key", [(), (jax.random.key(0),)])
+def test_a_model_that_closes_over_its_batch_has_rows_of_examples(x64, key):
+    x, params = oracles.normal(0, (3, 4)), oracles.normal(1, (4, 2))
+    weights = jnp.array([2.0, 0.0, 1.0])
+    closed = ko.ggn(lambda w, *_: ko.Normal(dense(x, w), weights=weights))
+    given = ko.ggn(lambda w, x, weights: ko.Normal(dense(x, w), weights=weights))
+    layers = closed.layers(params, *key)
+    assert layers.layers[0].coupled and "random signs" not in str(ko.coverage(layers))
+    plan = oracles.plan(layers, coupling=ko.coarse_correction())
+    got = closed.at(params, *key).statistics(plan)
+    want = given.at(params, x, weights).statistics(plan)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)

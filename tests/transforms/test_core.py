@@ -330,7 +330,7 @@ WRONG = [
     (dict(damping="small"), TypeError, "expected a number, a jax.Array or a schedule"),
     (dict(damping=float("nan")), ValueError, "damping=nan"),
     (dict(inverse="lu"), ValueError, "inverse='lu'; expected one of 'eigh', 'cholesky'"),
-    (dict(uncovered="skip"), ValueError, "uncovered='skip'; expected one of 'pass', 'diagonal', 'raise'"),
+    (dict(uncovered="skip"), ValueError, "uncovered='skip'; expected one of 'pass', 'diagonal', 'graft', 'raise'"),
     (dict(coarse="fine"), ValueError, "coarse='fine'; expected one of 'factored', 'exact'"),
     (dict(coarse_damping="none"), ValueError, "coarse_damping='none'"),
     (dict(coarse_weight=-1.0), ValueError, "coarse_weight=-1.0"),

@@ -92,6 +92,7 @@ def test_injected_and_extra_values_are_checked_too():
         (lambda x: ko.clip_by_rms(optax.identity(), max_rms=x), "max_rms"),
         (lambda x: ko.clip_by_trust_region(optax.identity(), learning_rate=1.0, radius=x), "radius"),
         (lambda x: ko.add_weight_decay(optax.identity(), x, mode="decoupled"), "weight_decay"),
+        (lambda x: ko.cold_start(optax.scale(2.0), steps=x), "steps"),
     ],
 )
 def test_of_every_step_rule(make, name):
