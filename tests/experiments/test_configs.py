@@ -51,6 +51,7 @@ SMALL = [
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "two_level_adaptive", {"widths": (6, 3)}),
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
+    ("deep_tanh", "kfac", {"widths": (4, 4)}),
 ]
 
 
