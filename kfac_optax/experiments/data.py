@@ -1,6 +1,7 @@
 """Data sets by name: every one is drawn or split anew for each seed."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,11 +38,15 @@ def planted_linear(key: jax.Array, *, train: int, test: int, features: int, targ
     return Dataset(x[:train], y[:train], x[train:], y[train:])
 
 
-def digits(key: jax.Array, *, train: int, test: int, reconstruct: bool = False) -> Dataset:
-    """The 1797 handwritten digits of scikit-learn, pixels `[N, 64]` in [0, 1], labels `[N]`.
+def digits(
+    key: jax.Array, *, train: int, test: int, reconstruct: bool = False, shape: Sequence[int] = (64,)
+) -> Dataset:
+    """The 1797 handwritten digits of scikit-learn, pixels `[N, *shape]` in [0, 1], labels `[N]`.
 
     With `reconstruct` the pixels are the targets too.
     """
+    if math.prod(shape) != 64:
+        raise ValueError(f"config.data.shape: got {tuple(shape)}, expected one of 64 pixels, for example (8, 8, 1)")
     from sklearn.datasets import load_digits  # slow to import and needed by this data set alone
 
     images, labels = load_digits(return_X_y=True)
@@ -50,7 +55,7 @@ def digits(key: jax.Array, *, train: int, test: int, reconstruct: bool = False) 
             f"config.data: got train={train} and test={test}, expected at most {len(labels)} examples together"
         )
     order = jax.random.permutation(key, len(labels))[: train + test]
-    x = jnp.asarray(images, jnp.float32)[order] / 16
+    x = jnp.asarray(images, jnp.float32)[order].reshape(-1, *shape) / 16
     y = x if reconstruct else jnp.asarray(labels, jnp.int32)[order]
     return Dataset(x[:train], y[:train], x[train:], y[train:])
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from kfac_optax.experiments import data
 from kfac_optax.experiments.nets_conv import VGG16, ResNet, SmallCNN
 from kfac_optax.experiments.nets_dense import MLP, Autoencoder, LinearMLP
+from kfac_optax.experiments.nets_rows import RMSTransformer, RowLSTM
 from kfac_optax.experiments.nets_text import CharTransformer
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -20,6 +21,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG16,
     "resnet": ResNet,
     "char_transformer": CharTransformer,
+    "rms_transformer": RMSTransformer,
+    "lstm": RowLSTM,
 }
 
 

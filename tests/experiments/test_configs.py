@@ -51,6 +51,11 @@ SMALL = [
     ("fashion_mnist_autoencoder:digits", "kfac", {"widths": (6, 3)}),
     ("fashion_mnist_autoencoder:digits", "two_level_adaptive", {"widths": (6, 3)}),
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
+    ("deep_tanh", "kfac", {"widths": (4, 4)}),
+    ("uncovered:deep_linear", "adam", {"depth": 2, "width": 4}),
+    ("uncovered:resnet", "adam", {}),
+    ("uncovered:rms_transformer", "kfac", {"depth": 1, "width": 8, "heads": 2}),
+    ("uncovered:lstm", "kfac", {"width": 4}),
 ]
 
 

@@ -47,6 +47,17 @@ def test_digits_are_split_without_overlap():
     np.testing.assert_array_equal(np.sort(everything.sum(1)), np.sort(np.asarray(whole.train_x).sum(1)))
 
 
+def test_digits_take_any_shape_of_their_pixels():
+    config = ml_collections.ConfigDict({"name": "digits", "train": 20, "test": 5})
+    flat = data.load(config, jax.random.key(0))
+    config.shape = (8, 8, 1)
+    images = data.load(config, jax.random.key(0))
+    np.testing.assert_array_equal(images.train_x, flat.train_x.reshape(20, 8, 8, 1))
+    config.shape = (8, 7)
+    with pytest.raises(ValueError, match="config.data.shape: got"):
+        data.load(config, jax.random.key(0))
+
+
 def test_too_many_digits_are_refused():
     config = ml_collections.ConfigDict({"name": "digits", "train": 1797, "test": 1})
     with pytest.raises(ValueError, match="config.data: got train=1797 and test=1, expected at most 1797"):
