@@ -51,20 +51,22 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def plan(config: ml_collections.ConfigDict) -> list[Job]:
     """The runs of a sweep, those at the rates of the configuration first.
 
-    With `config.tune_seeds` an optimizer that is tuned has only that many seeds here; `further` adds the others.
+    The rate of the configuration has all seeds. With `config.tune_seeds` the other rates have only
+    that many here; `further` adds the others where one of these rates is the best.
     """
     names = dict.fromkeys(config.optimizers)
     rates = {name: _rates(config, name) for name in names}
     pairs = [(name, rates[name][0]) for name in names] + [(name, rate) for name in names for rate in rates[name][1:]]
-    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name))]
+    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name, rate))]
 
 
 def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
     """The remaining seeds of every optimizer, at the rate that was best with the first ones."""
+    best = {name: results.best_rate(runs, name) for name in results.names(runs)}
     return [
-        Job(name, results.best_rate(runs, name), seed)
-        for name in results.names(runs)
-        for seed in range(_first_seeds(config, name), config.seeds)
+        Job(name, rate, seed)
+        for name, rate in best.items()
+        for seed in range(_first_seeds(config, name, rate), config.seeds)
     ]
 
 
@@ -72,9 +74,9 @@ def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
     return settings.rates(config, name, tuned=optimizers.OPTIMIZERS[name].tuned)
 
 
-def _first_seeds(config: ml_collections.ConfigDict, name: str) -> int:
-    tuned = len(_rates(config, name)) > 1
-    return (config.get("tune_seeds") if tuned else 0) or config.seeds
+def _first_seeds(config: ml_collections.ConfigDict, name: str, rate: float) -> int:
+    given = rate == _rates(config, name)[0]
+    return config.seeds if given else config.get("tune_seeds") or config.seeds
 
 
 def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
