@@ -42,6 +42,8 @@ def report(
         plots.tuned_score(out / f"tuned_{score}.png", runs, title=title)
         files += ["tuned_loss.png", f"tuned_{score}.png"]
         console.print(tables.tuned(runs, targets=config.targets))
+        if len({rate for _, rate in runs}) > 2:
+            console.print(tables.every_rate(runs))
     if config.get("report_every") or config.get("budget_seconds"):
         console.print(tables.race(runs, targets=config.targets))
     console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)
