@@ -43,6 +43,8 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "report_every": 0,  # steps between rows of metrics.csv; 0: one row an epoch
             "evaluate_every": 0,  # rows between evaluations, whose values the rows between repeat; 0: once an epoch
             "budget_seconds": 0.0,  # a run ends with the row in which its training has taken so long; 0: never
+            # Batch statistics of an evaluation: taken anew from training batches, or the running averages.
+            "evaluate_with": "fresh",
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
             "tune_seeds": 2,  # seeds that another rate is tried with, then the best gets the others; 0: all

@@ -28,12 +28,16 @@ from kfac_optax.experiments.results import (
 _SCORES = {"accuracy": "", "error": " Error: mean squared, per pixel."}
 
 
+_STATISTICS = {
+    "fresh": "Test: batch statistics, if any, of training batches under the final weights.",
+    "running": "Test: batch statistics, if any, as running averages of training.",
+}
 _RISES = (
     " Rises: epochs whose train loss was more than half above that of the epoch before, mean of a run (most in a run)."
 )
 
 
-def fixed_rate(runs: Runs, *, workers: int) -> Table:
+def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Table:
     """Final losses and scores of all optimizers, each at one learning rate."""
     rates = _rates(runs)
     kind = score(runs)
@@ -45,7 +49,8 @@ def fixed_rate(runs: Runs, *, workers: int) -> Table:
         "Every optimizer at " + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
         ("final train loss", "worst seed", *rising, f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
-        f"evaluation left out, {_together(workers)}. Worst seed: largest final train loss.{note}" + _SCORES[kind],
+        f"evaluation left out, {_together(workers)}. Worst seed: largest final train loss.{note} {_STATISTICS[evaluate_with]}"
+        + _SCORES[kind],
     )
     for (name, rate), group in runs.items():
         table.add_row(
