@@ -36,12 +36,14 @@ def report(
     plots.scores(out / f"{score}.png", base, title=title)
     plots.over_seconds(out / "seconds.png", base, title=title)
     files = ["summary.csv", "loss.png", f"{score}.png", "seconds.png"]
-    console.print(tables.fixed_rate(base, workers=config.workers))
+    console.print(tables.fixed_rate(base, workers=config.workers, evaluate_with=config.get("evaluate_with", "fresh")))
     if config.tune:
         plots.tuned_loss(out / "tuned_loss.png", runs, title=title)
         plots.tuned_score(out / f"tuned_{score}.png", runs, title=title)
         files += ["tuned_loss.png", f"tuned_{score}.png"]
         console.print(tables.tuned(runs, targets=config.targets))
+        if len({rate for _, rate in runs}) > 2:
+            console.print(tables.every_rate(runs))
     if config.get("report_every") or config.get("budget_seconds"):
         console.print(tables.race(runs, targets=config.targets))
     console.print(f"{out}: {', '.join(files)}, runs/", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Figures of a comparison: means over the seeds with 95 % bands."""
+"""Figures of a comparison: a thin line for every seed, a thick one for their mean."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kfac_optax.experiments import clock
 from kfac_optax.experiments.optimizers import OPTIMIZERS
-from kfac_optax.experiments.results import Run, Runs, best_runs, interval, score
+from kfac_optax.experiments.results import Run, Runs, best_runs, score
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; the dashes
 # tell the optimizers apart without any colour.
@@ -36,7 +36,7 @@ def loss(path: Path, runs: Runs, *, title: str) -> None:
     axes = figure.subplots()
     _losses(axes, runs)
     axes.set_xlabel("epoch")
-    axes.set_title(f"{title}\n{_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
+    axes.set_title(f"{title}\n{_rate_words(runs)}, {_line_words(runs)}", fontsize=11)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -51,7 +51,7 @@ def scores(path: Path, runs: Runs, *, title: str) -> None:
     _score_limits(panels, runs, ("train", "test"))
     panels[1].set_ylabel("")
     legend_below(figure, panels[0])
-    figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
+    figure.suptitle(f"{title}, {_rate_words(runs)}, {_line_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
@@ -66,7 +66,7 @@ def over_seconds(path: Path, runs: Runs, *, title: str) -> None:
         axes.set_xlabel(_SECONDS)
     right.set_ylabel(f"test {right.get_ylabel()}")
     legend_below(figure, left)
-    figure.suptitle(f"{title}, {_rate_words(runs)}, {_band_words(runs)}", fontsize=11)
+    figure.suptitle(f"{title}, {_rate_words(runs)}, {_line_words(runs)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
@@ -99,7 +99,7 @@ def _epochs_and_seconds(runs: Runs, title: str) -> tuple[Figure, tuple[Axes, Axe
     left, right = figure.subplots(1, 2, sharey=True)
     left.set_xlabel("epoch")
     right.set_xlabel(_SECONDS)
-    figure.suptitle(f"{title}, best learning rate of each, {_band_words(runs)}", fontsize=11)
+    figure.suptitle(f"{title}, best learning rate of each, {_line_words(runs)}", fontsize=11)
     return figure, (left, right)
 
 
@@ -122,13 +122,12 @@ def _score_limits(panels: Iterable[Axes], runs: Runs, parts: Sequence[str]) -> N
     for axes in panels:
         if score(runs) == "accuracy":
             low = 100 * min(_range(runs, column)[0] for column in columns)
-            axes.set_ylim(low - 1, 101)  # no band beyond 100 %
+            axes.set_ylim(low - 1, 101)
         else:
             _logarithmic(axes, runs, columns)
 
 
 def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
-    # By the runs themselves: the band of few seeds may reach below zero, which has no logarithm.
     lows, highs = zip(*(_range(runs, column) for column in columns), strict=True)
     narrow = max(highs) < 10 * min(lows)
     axes.set_yscale("log")
@@ -179,11 +178,10 @@ def _curve(
         axes.plot([], [], color=color, linestyle=dashes, label=label)
         return
     x, values = (clock.curves if in_seconds else clock.by_epoch)(kept, column)
-    mean, half = np.transpose([interval(row) for row in factor * values.T])
-    (line,) = axes.plot(x, mean, color=color, linestyle=dashes, linewidth=1.8, label=label)
+    values = factor * values
+    (line,) = axes.plot(x, values.mean(0), color=color, linestyle=dashes, linewidth=2.2, label=label, zorder=3)
     if len(kept) > 1:
-        band = np.maximum(mean - half, 1e-12), mean + half
-        axes.fill_between(x, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.plot(x, values.T, color=line.get_color(), alpha=0.35, linewidth=0.6, zorder=2)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
@@ -194,7 +192,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _band_words(runs: Runs) -> str:
+def _line_words(runs: Runs) -> str:
     counts = sorted({len(group) for group in runs.values()})
     words = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    return "1 run" if words == "1" else f"mean and 95 % band of {words} runs"
+    return "1 run" if words == "1" else f"every run thin, mean of {words} thick"

@@ -151,6 +151,28 @@ def finals(runs: Sequence[Run], column: str) -> list[float]:
     return [float(run.history[column][-1]) for run in runs if not run.diverged]
 
 
+def worst(runs: Sequence[Run]) -> float:
+    """The largest final training loss; infinite where a run diverged."""
+    losses = [math.inf if run.diverged else float(run.history["train_loss"][-1]) for run in runs]
+    return max(losses)
+
+
+def rises(run: Run) -> int:
+    """In how many epochs the training loss rose by more than half over that of the epoch before.
+
+    An end in a loss that is not finite counts as a rise.
+    """
+    loss = run.history["train_loss"]
+    calm = loss[1:] <= 1.5 * loss[:-1]  # False for NaN
+    return int(np.sum(~calm))
+
+
+def has_one_row_per_epoch(run: Run) -> bool:
+    """Whether the rows of a run are whole epochs."""
+    epoch = run.history["epoch"]
+    return bool(np.array_equal(epoch, np.arange(1, len(epoch) + 1)))
+
+
 def ms_per_step(runs: Sequence[Run]) -> list[float]:
     """Mean milliseconds of a training step in each run."""
     return [float(1e3 * run.history["seconds"].sum() / steps_of(run)[-1]) for run in runs]

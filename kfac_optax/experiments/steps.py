@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from kfac_optax.experiments import data, inputs, likelihoods, models, optimizers
+from kfac_optax.experiments import batch_statistics, data, inputs, likelihoods, models, optimizers
 
 
 class State(NamedTuple):
@@ -170,6 +170,14 @@ def _step(
     updates, opt_state = method.transform(rate).update(grad, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
+
+
+def statistics_after(problem: Problem, params: Any, model_state: Any, x: jax.Array, old: Any) -> Any:
+    """Running averages after a training pass over examples `x`, where they were `old` before."""
+    x, _ = inputs.evaluation(problem.inputs, x, x)
+    name = batch_statistics.COLLECTION
+    _, new = models.apply(problem.model, params, {**model_state, name: old}, x, train=True)
+    return new[name]
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kfac_optax.experiments import data, optimizers, results, settings, workers
+from kfac_optax.experiments import data, estimate, optimizers, results, settings, workers
 from kfac_optax.experiments.results import Job, Run
 
 _SILENCE = 60.0  # seconds after which a log gets a line although no run has ended
@@ -42,29 +42,27 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in ("report_every", "evaluate_every", "budget_seconds", "tune_seeds"):
         if (config.get(name) or 0) < 0:
             raise ValueError(f"config.{name}: got {config[name]}, expected a positive number, or 0 for none")
-    if (config.get("tune_seeds") or 0) > config.seeds:
-        raise ValueError(
-            f"config.tune_seeds: got {config.tune_seeds}, expected at most the {config.seeds} of config.seeds"
-        )
 
 
 def plan(config: ml_collections.ConfigDict) -> list[Job]:
     """The runs of a sweep, those at the rates of the configuration first.
 
-    With `config.tune_seeds` an optimizer that is tuned has only that many seeds here; `further` adds the others.
+    The rate of the configuration has all seeds. With `config.tune_seeds` the other rates have only
+    that many here; `further` adds the others where one of these rates is the best.
     """
     names = dict.fromkeys(config.optimizers)
     rates = {name: _rates(config, name) for name in names}
     pairs = [(name, rates[name][0]) for name in names] + [(name, rate) for name in names for rate in rates[name][1:]]
-    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name))]
+    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name, rate))]
 
 
 def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
     """The remaining seeds of every optimizer, at the rate that was best with the first ones."""
+    best = {name: results.best_rate(runs, name) for name in results.names(runs)}
     return [
-        Job(name, results.best_rate(runs, name), seed)
-        for name in results.names(runs)
-        for seed in range(_first_seeds(config, name), config.seeds)
+        Job(name, rate, seed)
+        for name, rate in best.items()
+        for seed in range(_first_seeds(config, name, rate), config.seeds)
     ]
 
 
@@ -72,9 +70,10 @@ def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
     return settings.rates(config, name, tuned=optimizers.OPTIMIZERS[name].tuned)
 
 
-def _first_seeds(config: ml_collections.ConfigDict, name: str) -> int:
-    tuned = len(_rates(config, name)) > 1
-    return (config.get("tune_seeds") if tuned else 0) or config.seeds
+def _first_seeds(config: ml_collections.ConfigDict, name: str, rate: float) -> int:
+    given = rate == _rates(config, name)[0]
+    # With fewer seeds than that, every rate has all of them: `--config.seeds=1` needs no second flag.
+    return config.seeds if given else min(config.get("tune_seeds") or config.seeds, config.seeds)
 
 
 def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
@@ -119,6 +118,10 @@ def _stored(config: ml_collections.ConfigDict, out: Path, job: Job) -> Run | Non
     return results.load(out / "runs" / job.name, results.run_settings(config, job))
 
 
+def _count(number: int, noun: str = "run") -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console) -> None:
     progress = Progress(
         TextColumn("{task.description}"),
@@ -134,13 +137,23 @@ def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], co
     bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
     done = []
     finished, said = 0.0, time.monotonic()
+    pace, total = estimate.Pace(), len(jobs) * config.epochs
+    kinds = len({job.optimizer for job in jobs})
+
+    def left() -> str:
+        seconds = estimate.left(pace, epochs=total - finished, optimizers=kinds, workers=config.workers)
+        return "" if seconds is None else f"about {estimate.words(seconds)}"
 
     def receive(event: workers.Event) -> None:
-        nonlocal finished, said
+        nonlocal finished, said, pace
+        first = not left()
         progress.update(bar, advance=event.epochs, description="training")
         finished += event.epochs
+        pace = estimate.observe(pace, epochs=event.epochs, seconds=event.seconds, preparation=event.preparation)
+        if first and left():
+            console.print(f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}", highlight=False)
         if not console.is_terminal and time.monotonic() - said >= _SILENCE:
-            console.print(f"{finished:.1f} of {len(jobs) * config.epochs} epochs", highlight=False)
+            console.print(f"{finished:.1f} of {total} epochs, {left()} left", highlight=False)
             said = time.monotonic()
         if event.job is not None:
             done.append(event.job)

@@ -16,30 +16,48 @@ from kfac_optax.experiments.results import (
     best_runs,
     cost_of,
     finals,
+    has_one_row_per_epoch,
     interval,
     ms_per_step,
     names,
+    rises,
     score,
+    worst,
 )
 
 _SCORES = {"accuracy": "", "error": " Error: mean squared, per pixel."}
 
 
-def fixed_rate(runs: Runs, *, workers: int) -> Table:
+_STATISTICS = {
+    "fresh": "Test: batch statistics, if any, of training batches under the final weights.",
+    "running": "Test: batch statistics, if any, as running averages of training.",
+}
+_RISES = (
+    " Rises: epochs whose train loss was more than half above that of the epoch before, mean of a run (most in a run)."
+)
+
+
+def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Table:
     """Final losses and scores of all optimizers, each at one learning rate."""
     rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
+    by_epoch = all(has_one_row_per_epoch(run) for group in runs.values() for run in group)
+    rising = ("rises",) if by_epoch else ()
+    note = _RISES if by_epoch else ""
     table = blank(
         "Every optimizer at " + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
-        ("final train loss", f"train {heading}", f"test {heading}", "ms/step"),
+        ("final train loss", "worst seed", *rising, f"train {heading}", f"test {heading}", "ms/step"),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
-        f"evaluation left out, {_together(workers)}." + _SCORES[kind],
+        f"evaluation left out, {_together(workers)}. Worst seed: largest final train loss.{note} {_STATISTICS[evaluate_with]}"
+        + _SCORES[kind],
     )
     for (name, rate), group in runs.items():
         table.add_row(
             OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
             _loss(group),
+            _worst(group),
+            *((_rises(group),) if by_epoch else ()),
             mean_and_interval([factor * value for value in finals(group, f"train_{kind}")], digits),
             mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits),
             mean_and_interval(ms_per_step(group), ".2f"),
@@ -66,6 +84,28 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         test = mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits)
         table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _loss(group), test, *cells)
     return table
+
+
+def every_rate(runs: Runs) -> Table:
+    """Mean final training loss and worst seed of every optimizer at every rate."""
+    rates = sorted({rate for _, rate in runs}, reverse=True)
+    table = blank(
+        "Every optimizer at every learning rate: final train loss, worst seed below",
+        [f"{rate:g}" for rate in rates],
+        "Mean over as many seeds as stand beside it, those that diverged left out; - where a rate was not tried.",
+    )
+    for name in names(runs):
+        groups = [runs.get((name, rate)) for rate in rates]
+        table.add_row(OPTIMIZERS[name].label, *(_mean_and_worst(group) for group in groups))
+    return table
+
+
+def _mean_and_worst(group: Sequence[Run] | None) -> str:
+    if group is None:
+        return "-"
+    kept = finals(group, "train_loss")
+    mean = f"{np.mean(kept):.4f}" if kept else "diverged"
+    return f"{mean} ({len(group)})\n{_worst(group)}"
 
 
 def race(runs: Runs, *, targets: Sequence[float]) -> Table:
@@ -140,6 +180,16 @@ def _loss(group: Sequence[Run]) -> str:
         return "diverged"
     note = f" ({diverged} of {len(group)} diverged)" if diverged else ""
     return mean_and_interval(finals(group, "train_loss"), ".4f") + note
+
+
+def _worst(group: Sequence[Run]) -> str:
+    loss = worst(group)
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def _rises(group: Sequence[Run]) -> str:
+    counts = [rises(run) for run in group]
+    return f"{np.mean(counts):.1f} ({max(counts)})"
 
 
 def mean_and_interval(values: Sequence[float], digits: str) -> str:

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from kfac_optax.experiments import data, settings, steps
+from kfac_optax.experiments import batch_statistics, data, settings, steps
 from kfac_optax.experiments.checkpoints import Position, Store
 from kfac_optax.experiments.steps import State
 
@@ -102,6 +102,10 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     jax.block_until_ready(train(*arguments, 0, 1))
 
     evaluate = _evaluation(problem, min(config.get("evaluation_batch") or tests, tests))
+    choice = config.get("evaluate_with", "fresh")
+    batch_statistics.check(choice)
+    if choice == "fresh" and batch_statistics.COLLECTION in state.model_state:
+        evaluate = _with_fresh_statistics(problem, evaluate)
     per_call = min(config.get("steps_per_call") or problem.steps, problem.steps)
     metrics = ErrorMetrics if problem.likelihood.error else Metrics
     return Trainer(init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds)
@@ -153,6 +157,26 @@ def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
         return total / examples
 
     return evaluate
+
+
+_STATISTICS_BATCHES = 4  # the first ones of the training set, the same in every evaluation
+
+
+def _with_fresh_statistics(problem: steps.Problem, evaluate: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """An evaluation whose batch statistics are those of training batches under the weights at hand."""
+    after = jax.jit(functools.partial(steps.statistics_after, problem))
+    name, size = batch_statistics.COLLECTION, problem.batch_size
+
+    def fresh(params: Any, model_state: Any, dataset: data.Dataset) -> np.ndarray:
+        count = min(_STATISTICS_BATCHES, problem.steps)
+        batches = [dataset.train_x[i * size : (i + 1) * size] for i in range(count)]
+        runs = [functools.partial(after, params, model_state, x) for x in batches]
+        old = model_state[name]
+        m = batch_statistics.momentum(runs[0], old)
+        found = batch_statistics.mean_over(runs, old, m)
+        return evaluate(params, {**model_state, name: found}, dataset)
+
+    return fresh
 
 
 def start(config: ml_collections.ConfigDict, *, seed: int) -> tuple[data.Dataset, jax.Array]:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -18,11 +19,21 @@ from kfac_optax.experiments.results import Job
 
 
 class Event(NamedTuple):
-    """News of a run: epochs, or what part of one, that need no more waiting for; its outcome when it is over."""
+    """News of a run.
+
+    Attributes:
+        epochs: that need no more waiting for, or what part of one.
+        job: the run, when it is over.
+        outcome: of it, in words.
+        seconds: that the epochs took, 0 where they were not trained.
+        preparation: seconds of compiling, with the first event of an optimizer.
+    """
 
     epochs: float
     job: Job | None = None
     outcome: str = ""
+    seconds: float = 0.0
+    preparation: float = 0.0
 
 
 Receive = Callable[[Event], None]
@@ -91,6 +102,7 @@ def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job
 
 def _train_optimizer(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive) -> None:
     config = settings.of(config, jobs[0].optimizer)
+    began = time.monotonic()
     trainer = train.prepare(config, jobs[0].optimizer)
     details = {
         "steps_per_epoch": trainer.steps,
@@ -101,8 +113,15 @@ def _train_optimizer(config: ml_collections.ConfigDict, out: Path, jobs: Sequenc
             "workers": config.workers,
         },
     }
+    preparation = time.monotonic() - began
+
+    def send_first(event: Event) -> None:
+        nonlocal preparation
+        send(event._replace(preparation=preparation))
+        preparation = 0.0
+
     for job in jobs:
-        _train_job(config, out, job, trainer, details, send)
+        _train_job(config, out, job, trainer, details, send_first)
 
 
 def _train_job(
@@ -120,12 +139,14 @@ def _train_job(
     every: Any = config.get("checkpoint_every", 0)
     seconds: Any = config.get("checkpoint_seconds", 60)
     store = Store(directory / "checkpoint.npz", identity, epochs=every, seconds=seconds)
-    finished = 0.0
+    finished, said = 0.0, time.monotonic()
 
     def progress(epochs: float) -> None:
-        nonlocal finished
+        nonlocal finished, said
         finished += epochs
-        send(Event(epochs))
+        now = time.monotonic()
+        send(Event(epochs, seconds=now - said))
+        said = now
 
     metrics = train.run(trainer, config, rate=job.rate, seed=job.seed, store=store, progress=progress)
     run = results.record(directory, identity, metrics, details)

@@ -157,6 +157,15 @@ def test_the_autoencoder_needs_no_files_for_its_digits():
         read_config("fashion_mnist_autoencoder", "mnist")
 
 
+def test_the_paper_leaves_norm_layers_of_the_deep_linear_net_alone():
+    default, paper = read_config("deep_linear"), read_config("deep_linear", "paper")
+    assert (default.name, paper.name) == ("deep_linear", "deep_linear_paper")
+    assert "normalization" not in default.kfac and paper.kfac.normalization == "pass"
+    assert default.seeds == paper.seeds == 10 and default.data.to_dict() == paper.data.to_dict()
+    with pytest.raises(ValueError, match="got 'papers', expected 'default' or 'paper'"):
+        read_config("deep_linear", "papers")
+
+
 @pytest.mark.parametrize("flag", ["--config.data_dir", "--config.data.data_dir"])
 def test_the_directory_of_the_files_is_a_flag(flag, monkeypatch):
     arguments = ["program", f"--config={CONFIGS / 'fashion_mnist_cnn.py'}", f"{flag}=/some/where"]

@@ -196,21 +196,33 @@ def recorded(monkeypatch):
     return made
 
 
+def first_of(rate: str) -> list[str]:
+    return [f"sgd-lr{rate}-seed{seed}" for seed in range(2)]
+
+
 def test_only_the_best_rate_gets_the_remaining_seeds(deep_linear, recorded, tmp_path, monkeypatch):
     own_rate(monkeypatch)
-    deep_linear.update(optimizers=("sgd", "own"), seeds=4, tune_seeds=2, grid=(1e-1, 1e-2), learning_rate=1e-2)
+    deep_linear.update(optimizers=("sgd", "own"), seeds=4, tune_seeds=2, grid=(1e-1, 1e-2), learning_rate=1e-1)
     runs = sweep.sweep(deep_linear, tmp_path, Console(quiet=True))
-    first = [f"sgd-lr{rate}-seed{seed}" for rate in ("0.01", "0.1") for seed in range(2)]
-    own = [f"own-lr0.01-seed{seed}" for seed in range(4)]
+    given = [f"{name}-lr0.1-seed{seed}" for name in ("sgd", "own") for seed in range(4)]
+    other = [f"sgd-lr0.01-seed{seed}" for seed in range(2)]
     later = [f"sgd-lr0.01-seed{seed}" for seed in (2, 3)]
-    assert set(recorded[:8]) == {*first, *own} and recorded[8:] == later
-    assert {key: len(group) for key, group in runs.items()} == {("sgd", 0.01): 4, ("own", 0.01): 4, ("sgd", 0.1): 2}
+    assert recorded == given + other + later
+    assert {key: len(group) for key, group in runs.items()} == {("sgd", 0.1): 4, ("own", 0.1): 4, ("sgd", 0.01): 4}
     assert results.best_rate(runs, "sgd") == 0.01  # by the seeds that both rates have
 
     recorded.clear()
     (tmp_path / "runs" / "sgd-lr0.01-seed3" / "run.json").unlink()  # as an interrupt leaves it
     sweep.sweep(deep_linear, tmp_path, Console(quiet=True))
     assert recorded == ["sgd-lr0.01-seed3"]
+
+    recorded.clear()  # the given rate is the best: it has all its seeds already
+    deep_linear.learning_rate = 1e-2
+    again = sweep.sweep(deep_linear, tmp_path / "given", Console(quiet=True))
+    assert recorded == [*(f"{name}-lr0.01-seed{i}" for name in ("sgd", "own") for i in range(4)), *first_of("0.1")]
+    assert {key: len(group) for key, group in again.items()} == {("sgd", 0.01): 4, ("own", 0.01): 4, ("sgd", 0.1): 2}
+
+    deep_linear.learning_rate = 1e-1
     console = Console(width=150)
     deep_linear.report_every = 1
     with console.capture() as capture:
@@ -218,6 +230,11 @@ def test_only_the_best_rate_gets_the_remaining_seeds(deep_linear, recorded, tmp_
     text = capture.get()
     assert "best learning rate of 0.1, 0.01" in text and "by training seconds" in text
     assert len(re.findall(r"own rate +own ", text)) == 2  # the column of the rate
+
+
+def test_more_seeds_to_tune_with_than_there_are_mean_all(deep_linear):
+    deep_linear.update(optimizers=("sgd",), seeds=1, tune_seeds=2)
+    assert sweep.plan(deep_linear) == [Job("sgd", 1e-3, 0), Job("sgd", 1e-1, 0)]
 
 
 def test_an_optimizer_may_have_a_grid_of_its_own(deep_linear, monkeypatch):
@@ -237,7 +254,7 @@ def test_an_optimizer_may_have_a_grid_of_its_own(deep_linear, monkeypatch):
         ({"report_every": -1}, "config.report_every: got -1, expected a positive number, or 0 for none"),
         ({"evaluate_every": -1}, "config.evaluate_every: got -1"),
         ({"budget_seconds": -1.0}, "config.budget_seconds: got -1.0"),
-        ({"tune_seeds": 3}, "config.tune_seeds: got 3, expected at most the 2 of config.seeds"),
+        ({"tune_seeds": -1}, "config.tune_seeds: got -1"),
     ],
 )
 def test_bad_settings_of_a_race_are_refused(deep_linear, change, message):

@@ -1,9 +1,11 @@
 import csv
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from kfac_optax.experiments import plots, results, tables, train
@@ -133,6 +135,39 @@ def test_tables_tell_divergence_and_what_was_not_reached(runs):
     assert "- (0/2)" in text
     text = rendered(tables.fixed_rate({("sgd", RATE): [make_run(math.nan)]}, workers=2))
     assert "diverged" in text
+
+
+def test_the_table_tells_the_worst_seed_and_how_often_the_loss_rose():
+    calm, rough = make_run(1.0, 0.5, 0.7), make_run(1.0, 1.6, 0.1, 0.2)
+    assert [results.rises(run) for run in (calm, rough, make_run(1.0, math.nan))] == [0, 2, 1]
+    assert results.worst([calm, rough]) == 0.7
+    lines = rendered(tables.fixed_rate({("sgd", RATE): [calm, rough]}, workers=1)).splitlines()
+    row = next(line for line in lines if "SGD" in line)
+    assert " 0.7000 " in row and " 1.0 (2) " in row
+    lost = rendered(tables.fixed_rate({("sgd", RATE): [calm, make_run(1.0, math.nan)]}, workers=1))
+    assert re.search(r"1 of 2 diverged\) +diverged +0.5 \(1\)", lost)
+    parts = calm._replace(history=calm.history | {"epoch": np.array([0.5, 1.0, 1.5])})
+    assert "rises" not in rendered(tables.fixed_rate({("sgd", RATE): [parts]}, workers=1)).lower()
+
+
+def test_every_rate_that_was_tried_is_in_a_table(runs):
+    runs["adam", 1e-2] = [make_run(1.0, math.nan)]
+    text = rendered(tables.every_rate(runs))
+    rows = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    assert ["optimizer", "0.1", "0.01", "0.001"] in rows
+    assert ["SGD", "0.0100 (2)", "-", "0.2250 (2)"] in rows
+    assert ["two-level K-FAC", "0.0150 (2)", "-", "0.0500 (2)"] in rows
+    assert ["Adam", "-", "diverged (1)", "-"] in rows
+    assert ["diverged", "0.3000"] in rows and ["0.0200", "diverged"] in rows
+
+
+def test_every_seed_is_a_thin_line_and_their_mean_a_thick_one(runs):
+    axes = Figure().subplots()
+    plots._curve(axes, runs["sgd", RATE], "train_loss", "sgd")
+    drawn = {(line.get_linewidth() > 1, tuple(line.get_ydata())) for line in axes.get_lines()}
+    seeds = {(False, tuple(run.history["train_loss"])) for run in runs["sgd", RATE]}
+    mean = np.mean([run.history["train_loss"] for run in runs["sgd", RATE]], axis=0)
+    assert drawn == {(True, tuple(mean)), *seeds}
 
 
 def test_figures_are_drawn_with_and_without_divergence(tmp_path, runs):

@@ -49,6 +49,26 @@ def test_a_sweep_leaves_all_files_and_is_not_repeated(deep_linear, tmp_path, mon
     assert [job.name for job in trained] == ["sgd-lr0.1-seed1"]
 
 
+def test_a_log_says_how_long_all_runs_and_the_rest_of_them_take(deep_linear, tmp_path, monkeypatch):
+    deep_linear.update(optimizers=("sgd", "adam"), seeds=2, tune=False, epochs=10, workers=2)
+    monkeypatch.setattr(sweep, "_SILENCE", 0.0)
+
+    def told(config, out, jobs, receive):
+        receive(workers.Event(1.0, seconds=2.0, preparation=30.0))
+        receive(workers.Event(19.0, seconds=38.0))
+
+    monkeypatch.setattr(workers, "train_all", told)
+    console = Console(width=120, force_terminal=False)
+    with console.capture() as capture:
+        sweep._train(deep_linear, tmp_path, sweep.plan(deep_linear), console)
+    # 39 epochs of 2 s and one more compilation of 30 s, on two workers; then 20 epochs
+    assert capture.get().splitlines() == [
+        "4 runs, about 55 s on 2 workers",
+        "1.0 of 40 epochs, about 55 s left",
+        "20.0 of 40 epochs, about 36 s left",
+    ]
+
+
 def test_other_settings_are_trained_anew(deep_linear, tmp_path):
     deep_linear.update(tune=False, seeds=1, optimizers=("sgd",))
     deep_linear.model.depth = 0
