@@ -22,6 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "kfac",
                 "two_level",
                 "two_level_exact",
+                "kfac_bounded",
+                "two_level_bounded",
                 "kfac_adaptive",
                 "two_level_adaptive",
             ),

@@ -35,10 +35,18 @@ def get_config() -> ml_collections.ConfigDict:
                 "kfac",
                 "two_level",
                 "two_level_exact",
+                "kfac_bounded",
+                "two_level_bounded",
                 "kfac_adaptive",
                 "two_level_adaptive",
             ),
-            "untuned": ("kfac", "two_level", "two_level_exact"),  # these run at the problem's own rate only
+            "untuned": (
+                "kfac",
+                "two_level",
+                "two_level_exact",
+                "kfac_bounded",
+                "two_level_bounded",
+            ),  # these run at the problem's own rate only
             "seeds": 3,
             "tune_seeds": 1,  # seeds that a rate is tried with, then the best gets the others; 0: all
             "grid": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3),  # for the others
@@ -54,7 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
         config.experiments[name] = experiment
     # The autoencoder gives each preset a rate of its own; the exact coarse matrix gets that of the factored one.
     own = config.experiments.fashion_mnist_autoencoder.per_optimizer
-    own.two_level_exact = ml_collections.ConfigDict(own.two_level.to_dict())
+    for name in ("two_level_exact", "kfac_bounded", "two_level_bounded"):
+        own[name] = ml_collections.ConfigDict(own.two_level.to_dict())
     return config
 
 
