@@ -1,5 +1,7 @@
 """Classifiers of sequences of rows, with parameters that belong to no layer of Flax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -32,7 +34,8 @@ class RMSTransformer(nn.Module):
         x = nn.Dense(self.width)(x)
         for _ in range(self.depth):
             y = RMSNorm()(x)
-            x += nn.MultiHeadDotProductAttention(num_heads=self.heads, deterministic=True)(y)
+            attended: Any = nn.MultiHeadDotProductAttention(num_heads=self.heads, deterministic=True)(y)
+            x += attended
             x += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(RMSNorm()(x))))
         return nn.Dense(self.outputs)(RMSNorm()(x).mean(1))
 
@@ -48,5 +51,5 @@ class RowLSTM(nn.Module):
         """Maps rows `[N, T, features]` to logits `[N, outputs]`."""
         del train  # nothing in this model behaves differently in evaluation
         x += self.param("offset", nn.initializers.zeros, x.shape[-1:])
-        x = nn.RNN(nn.LSTMCell(self.width))(x)[:, -1]
-        return nn.Dense(self.outputs)(x * self.param("scale", nn.initializers.ones, (self.width,)))
+        hidden: Any = nn.RNN(nn.LSTMCell(self.width))(x)
+        return nn.Dense(self.outputs)(hidden[:, -1] * self.param("scale", nn.initializers.ones, (self.width,)))

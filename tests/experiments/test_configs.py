@@ -196,3 +196,13 @@ def test_a_context_longer_than_the_positions_is_refused():
     model.max_context = 4
     with pytest.raises(ValueError, match="config.data.context: got 5, expected at most config.model.max_context=4"):
         models.init(models.build(model, outputs=0), jax.random.key(0), np.zeros((1, 5), np.int32))
+
+
+@pytest.mark.parametrize(("name", "count"), [("rms_transformer", 5), ("lstm", 2)])
+def test_models_of_rows_have_bare_parameters(name, count):
+    model = models.build(read_config("uncovered", name).model, outputs=10)
+    params, _ = jax.eval_shape(lambda key: models.init(model, key, np.zeros((1, 8, 8), np.float32)), jax.random.key(0))
+    bare = [path for path, _ in jax.tree.leaves_with_path(params) if path[-1].key in ("scale", "offset")]
+    assert len(bare) == count
+    with pytest.raises(ValueError, match="got 'gru', expected one of"):
+        read_config("uncovered", "gru")
