@@ -57,7 +57,7 @@ def identity(
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
     settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
     settings["data"].pop("data_dir", None)
-    settings.setdefault("evaluate_with", "fresh")
+    settings["evaluate_with"] = settings.get("evaluate_with") or "fresh"
     for name in _OFF_AT_ZERO:
         if not settings.get(name):
             settings.pop(name, None)

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kfac_optax.experiments import data, estimate, optimizers, results, settings, workers
+from kfac_optax.experiments import batch_statistics, data, estimate, optimizers, results, settings, workers
 from kfac_optax.experiments.results import Job, Run
 
 _SILENCE = 60.0  # seconds after which a log gets a line although no run has ended
@@ -29,6 +29,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} training examples"
         )
+    batch_statistics.check(config.get("evaluate_with") or "fresh")
     if not config.optimizers:
         raise ValueError("config.optimizers: got none, expected at least one")
     for name in config.optimizers:

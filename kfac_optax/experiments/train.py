@@ -102,7 +102,7 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     jax.block_until_ready(train(*arguments, 0, 1))
 
     evaluate = _evaluation(problem, min(config.get("evaluation_batch") or tests, tests))
-    choice = config.get("evaluate_with", "fresh")
+    choice = config.get("evaluate_with") or "fresh"
     batch_statistics.check(choice)
     if choice == "fresh" and batch_statistics.COLLECTION in state.model_state:
         evaluate = _with_fresh_statistics(problem, evaluate)

@@ -254,6 +254,7 @@ def test_an_optimizer_may_have_a_grid_of_its_own(deep_linear, monkeypatch):
         ({"report_every": -1}, "config.report_every: got -1, expected a positive number, or 0 for none"),
         ({"evaluate_every": -1}, "config.evaluate_every: got -1"),
         ({"budget_seconds": -1.0}, "config.budget_seconds: got -1.0"),
+        ({"evaluate_with": "now"}, "config.evaluate_with: got 'now', expected one of"),
         ({"tune_seeds": -1}, "config.tune_seeds: got -1"),
     ],
 )
