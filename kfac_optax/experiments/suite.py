@@ -24,6 +24,7 @@ FINE = {
     "two_level": "kfac",
     "two_level_exact": "kfac",
     "two_level_galerkin": "kfac",
+    "two_level_bounded": "kfac_bounded",
     "two_level_adaptive": "kfac_adaptive",
 }
 
