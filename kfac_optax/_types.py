@@ -259,7 +259,8 @@ class System(NamedTuple):
       matrices: `vector -> [[p, q], ...]`, the rows one by one.
       replace: `(vector, matrices) -> vector`, the same with other rows.
       product: `vector -> F vector`, exact on this step's batch; an error where the step has no curvature.
-      coarse: `() -> Z F Z^T` of the same batch, `[L, L]`.
+      coarse: `(prolong, m) -> Z F Z^T` of the same batch, `[m, m]`, for any `prolong: [m] -> vector` that is `Z^T`.
+      held: `row -> held` of its block.
       damping: of this step.
       sizes: `[L]`, number of parameters of each row.
     """
@@ -271,7 +272,8 @@ class System(NamedTuple):
     matrices: Callable[[Vector], list[jax.Array]]
     replace: Callable[[Vector, Sequence[jax.Array]], Vector]
     product: Callable[[Vector], Vector]
-    coarse: Callable[[], jax.Array]
+    coarse: Callable[[Callable[[jax.Array], Vector], int], jax.Array]
+    held: Callable[[int], PyTree]
     damping: jax.Array
     sizes: jax.Array
 

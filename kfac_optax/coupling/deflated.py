@@ -4,14 +4,15 @@ Written for one right-hand side `g`, with `fine` a block-diagonal preconditioner
 `F_lambda v`, and `coarse` the correction `Q v = Z^T E^{-1} Z v`. Vectors are trees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._types import Coupling, Fine, Numeric, PyTree, System, Vector
+from kfac_optax._types import Block, Coupling, Fine, Layer, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice
-from kfac_optax.coupling.coarse import coarse_correction, coarse_factorize, coarse_matrix, coarse_solve
+from kfac_optax.coupling.coarse import coarse_correction, coarse_factorize, coarse_matrix
+from kfac_optax.coupling.spaces import SPACES, check_eigenvectors, factorize_space, make_space, solve_space
 from kfac_optax.linalg.factorize import after
 
 Operator = Callable[[PyTree], PyTree]
@@ -58,6 +59,7 @@ def deflated(
     mode: str = "a-def2",
     *,
     coarse_operator: str = "batch",
+    space: str = "sums",
     coarse: str = "factored",
     resample: str = "nearest",
     fine_weight: Numeric = 1.0,
@@ -70,16 +72,38 @@ def deflated(
     - `"a-def2"`: `x0 + Q (g - F_lambda x0)` with `x0 = M^{-1} g`, fine level first;
     - `"bnn"`: `Q g + P^T M^{-1} P g`, symmetric, two products instead of one.
 
-    `M` is the block-diagonal level, `Z` sums all entries of a layer as in `coarse_correction`, and `F_lambda` is the exact
+    `M` is the block-diagonal level, `Z [m, n]` holds the vectors that the coarse level combines, and `F_lambda` is the exact
     curvature of this step's batch (not of running averages) plus `lambda I`, on all parameters with a block. What no block
     covers passes through and is left out of `F_lambda`. The damping of the coarse level is therefore always the Galerkin one,
-    `lambda n_i`. `E` comes from
+    `lambda Z Z^T`: `lambda n_i` for sums. `E` comes from
 
     - `"batch"`: the same batch, `E = Z F_lambda Z^T`, so that the coarse residual `Z (F_lambda x - g)` of the last two
       vanishes and `"a-def2"` is never a worse quadratic model than block-diagonal K-FAC. Every step costs one forward-mode
-      pass for every layer, besides the products (a forward and a backward pass each).
+      pass for every vector of `Z`, besides the products (a forward and a backward pass each).
     - `"averaged"`: the running coarse Fisher. Products only, and these identities hold only as far as the running average is
       the batch's.
+
+    With `"batch"`, `space` says what `Z` is made of. `z_i` are the vectors of row i of `L`, zero outside
+    of it:
+
+    - `"sums"`: `z_i = 1`, all entries of a layer, as in `coarse_correction`; `m = L`.
+    - `"updates"`: `z_i = [M^{-1} g]_i`. With `"a-def2"` every layer gets its own step size from the exact
+      model, `x_i = (1 + b_i) [M^{-1} g]_i`; `m = L`.
+    - `"residual"`: `z_i = [M^{-1} (g - F_lambda M^{-1} g)]_i`, what a second step of the block-diagonal
+      level would add; `m = L`. One product more, but for `"a-def2"`, which takes it anyway.
+    - `"krylov"`: both `1` and `[M^{-1} g]_i`; `m = 2 L`. With `"a-def2"` never a worse model than
+      `"sums"` or `"updates"`.
+    - `"spectral"`: `z_i = u_A (x) u_G`, eigenvectors of the factors `A_i`, `G_i` of the block with the
+      largest eigenvalues, as of the last refresh; `m = L`. The blocks have to hold them:
+      `kronecker("eigh")`, `embedding("eigh")`. Which eigenpair the paper means is not certain from its
+      text. The largest is a choice made here: where the curvature of the layer by itself is most.
+
+    All but sums are made orthonormal within their row. That leaves `Q` as it is, and `E` becomes
+    `Z F Z^T + lambda I` also where two vectors share a row, whose Gram matrix is not diagonal.
+    Dropped are vectors of zeros, vectors that are within `sqrt(eps)` of what the one before them spans,
+    and eigenvalues of `E` of at most `eps` times the largest (`eps` of the dtype). For `"updates"`,
+    `"residual"` and `"krylov"` `Z` depends on `g`: all of the above holds for every `g`, but `x` is not
+    linear in `g`.
 
     The curvature has to be passed in every step; statistics are still taken every `curvature_every` steps (with
     `refresh=` given as a Python bool, in every step). It has to be an estimator of the loss's curvature: not `forward_only`.
@@ -87,6 +111,7 @@ def deflated(
     Args:
       mode: `"a-def1"`, `"a-def2"` or `"bnn"`.
       coarse_operator: `"batch"` or `"averaged"`.
+      space: `"sums"`, `"updates"`, `"residual"`, `"krylov"` or `"spectral"`; the last four with `"batch"` only.
       coarse: running coarse Fisher, `"factored"` or `"exact"`, see `coarse_correction`. With `"batch"` it is measured
         only for `coarse_fisher`.
       resample: as for `coarse_correction`.
@@ -98,7 +123,9 @@ def deflated(
       A `Coupling`.
 
     Raises:
-      ValueError: unknown word, negative weight; from the update, without curvature.
+      ValueError: unknown word, negative weight, another space than sums without `"batch"`; from
+        whatever uses it, `"spectral"` where a block holds no eigenvectors; from the update, without
+        curvature.
 
     >>> import kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -110,11 +137,17 @@ def deflated(
 
     Reference: Tang, Nabben, Vuik & Erlangga, Comparison of Two-Level Preconditioners Derived from Deflation, Domain
     Decomposition and Multigrid Methods (2009); Koroko et al., Analysis and Comparison of Two-Level KFAC Methods for
-    Training Deep Neural Networks (2023), for the coarse residual.
+    Training Deep Neural Networks (2023), for the coarse residual and the spaces.
     """
     where = "deflated"
     check_choice(where, "mode", mode, MODES)
     check_choice(where, "coarse_operator", coarse_operator, COARSE_OPERATOR)
+    check_choice(where, "space", space, SPACES)
+    if space != "sums" and coarse_operator != "batch":
+        raise ValueError(
+            f"{where}: space={space!r} with coarse_operator={coarse_operator!r}, which is measured for "
+            "sums of layers only; expected coarse_operator='batch', or space='sums'."
+        )
     level = coarse_correction(
         coarse, damping="galerkin", resample=resample, fine_weight=fine_weight, coarse_weight=coarse_weight,
         precision=precision,
@@ -126,26 +159,43 @@ def deflated(
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=True)
 
     def apply(held: PyTree, system: System) -> list[Vector]:
-        def fine(v: Vector) -> Vector:
+        gradient = system.gradient
+        system = system._replace(fine=_known(system.fine, gradient, system.fine(gradient)))
+
+        def weighted(v: Vector) -> Vector:
             return [jnp.asarray(fine_weight, x.dtype) * x for x in system.fine(v)]
 
         def product(v: Vector) -> Vector:
             return [fx + system.damping * x for fx, x in zip(system.product(v), v, strict=True)]
 
-        alone = fine(system.gradient)
+        alone = weighted(gradient)
+        fine, damped = _known(weighted, gradient, alone), product
+        if space == "residual":  # the space takes this product, and so may the correction
+            damped = _known(product, alone, product(alone))
+        chosen = make_space(space, system, lambda: _subtract(gradient, damped(alone)))
         if coarse_operator == "batch":  # one factorisation after another: those of the blocks come first
-            held = coarse_factorize(after(system.coarse(), alone), system.sizes, galerkin=True)
+            form = system.coarse(chosen.prolong, len(chosen.squares))
+            held = factorize_space(chosen, after(form, alone))
 
         def correct(v: Vector) -> Vector:
-            solved = coarse_solve(
-                held, system.restrict(v), system.damping, system.sizes, galerkin=True, precision=precision
-            )
-            return system.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
+            solved = solve_space(held, chosen, chosen.restrict(v), system.damping, precision=precision)
+            return chosen.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
 
-        update = MODES[mode](system.gradient, fine, product, correct)
+        update = MODES[mode](gradient, fine, damped, correct)
         return [alone, _subtract(update, alone)]
 
-    return level._replace(name=f"{mode} ({coarse_operator}, {coarse})", factorize=factorize, apply=apply)
+    def check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
+        level.check(layers, blocks)
+        if space == "spectral":
+            check_eigenvectors(layers, blocks)
+
+    words = (coarse_operator, coarse) if space == "sums" else (coarse_operator, coarse, space)
+    return level._replace(name=f"{mode} ({', '.join(words)})", factorize=factorize, apply=apply, check=check)
+
+
+def _known(function: Operator, argument: PyTree, value: PyTree) -> Operator:
+    """`function`, with its value at this very argument, compared as an object, already computed."""
+    return lambda v: value if v is argument else function(v)
 
 
 def _add(x: PyTree, y: PyTree) -> PyTree:

@@ -35,7 +35,7 @@ def precondition(
         if step.coupling is None:
             parts = [fine(gradient)]
         else:
-            system = _system(step, state.coarse.coarse_sizes, gradient, fine, leaves, curvature, axis_name)
+            system = _system(step, state, gradient, fine, leaves, curvature, axis_name)
             parts = step.coupling.apply(state.coarse.coarse_held, system)
         share = _share(parts)
     return [_named(step, part, leaves) for part in parts], share
@@ -81,12 +81,14 @@ def _stacked(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
     return jnp.concatenate([jnp.pad(x.astype(dtype), ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in rows])
 
 
-def _system(step, sizes, gradient, fine, leaves, curvature, axis_name) -> System:
+def _system(step, state, gradient, fine, leaves, curvature, axis_name) -> System:
+    sizes = state.coarse.coarse_sizes
     between = _Between(step, [v.shape for v in gradient])
     batch = _Batch(step, leaves, curvature, axis_name)
     return System(
         gradient, fine, between.restrict, between.prolong, between.matrices, between.replace, batch.product,
-        lambda: batch.coarse(between.prolong, sizes), step.damping, sizes,
+        lambda prolong, count: batch.coarse(prolong, count, sizes.dtype),
+        step.fine(state.factors, state.held, sizes).held, step.damping, sizes,
     )  # fmt: skip
 
 
@@ -138,12 +140,12 @@ class _Batch(NamedTuple):
         products = named_leaves(self._given().vector_product(self._as_tree(vector), axis_name=self.axis_name))
         return [gather(bucket, products, v.dtype) for bucket, v in zip(self.step.buckets, vector, strict=True)]
 
-    def coarse(self, prolong: Callable[[jax.Array], Vector], sizes: jax.Array) -> jax.Array:
+    def coarse(self, prolong: Callable[[jax.Array], Vector], count: int, dtype: Any) -> jax.Array:
         def direction(row: jax.Array) -> PyTree:
-            return self._as_tree(prolong((jnp.arange(len(sizes)) == row).astype(sizes.dtype)))
+            return self._as_tree(prolong((jnp.arange(count) == row).astype(dtype)))
 
-        form = self._given().quadratic_form(direction, count=len(sizes), axis_name=self.axis_name)
-        return form.astype(sizes.dtype)
+        form = self._given().quadratic_form(direction, count=count, axis_name=self.axis_name)
+        return form.astype(dtype)
 
     def _as_tree(self, vector: Vector) -> PyTree:
         """Like the parameters, zeros where no block is."""
