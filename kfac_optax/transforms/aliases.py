@@ -162,6 +162,7 @@ def kfac_two_level(
     coarse_weight: Numeric = 1.0,
     correction: str = "additive",
     coarse_operator: str = "batch",
+    coarse_space: str = "sums",
     balance: str = "sum",
 ) -> optax.GradientTransformationExtraArgs:
     """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the step.
@@ -207,6 +208,8 @@ def kfac_two_level(
       coarse_weight: weight of the correction.
       correction: `"additive"` (the paper), `"a-def1"`, `"a-def2"` or `"bnn"`.
       coarse_operator: of the last three, `"batch"` (exact, one forward-mode pass per layer and step) or `"averaged"`.
+      coarse_space: of the last three, `"sums"` of each layer (the paper), or `"updates"`, `"residual"`, `"krylov"` or
+        `"spectral"`, see `deflated`.
       balance: `"sum"` (the paper) adds the correction as it is; `"model"` as far as an exact quadratic model of the batch
         agrees with it, so that the model falls no less than without; `"apart"` leaves it to `quadratic_step`.
 
@@ -232,7 +235,12 @@ def kfac_two_level(
     )
     coupling = coarse_correction(damping=coarse_damping, **common)
     if correction != "additive":
-        coupling = deflated(correction, coarse_operator=coarse_operator, **common)
+        coupling = deflated(correction, coarse_operator=coarse_operator, space=coarse_space, **common)
+    elif coarse_space != "sums":
+        raise ValueError(
+            f"kfac_two_level: got coarse_space={coarse_space!r} with correction='additive', which sums each layer; expected "
+            f"coarse_space='sums', or correction= one of {', '.join(map(repr, MODES))}."
+        )
     return kfac(
         layers, learning_rate=learning_rate, damping=damping, kl_clip=kl_clip, bound=bound, momentum=momentum, decay=decay,
         curvature_every=curvature_every, inverse_every=inverse_every, stagger=stagger, inverse=inverse, uncovered=uncovered,

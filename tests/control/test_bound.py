@@ -263,6 +263,11 @@ def test_three_directions_of_the_adaptive_preset_are_never_a_worse_model_than_tw
     assert changes["model"] < 0
 
 
+def test_a_space_that_the_additive_correction_has_not_is_refused():
+    with pytest.raises(ValueError, match="coarse_space='krylov' with correction='additive'"):
+        ko.kfac_two_level(problem()[3], learning_rate=0.1, coarse_space="krylov")
+
+
 @pytest.mark.parametrize(("word", "value"), [("bound", "exakt"), ("balance", "both")])
 def test_unknown_words_are_named(word, value):
     with pytest.raises(ValueError, match=f"{word}='{value}'; expected one of"):
