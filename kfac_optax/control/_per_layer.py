@@ -48,7 +48,8 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jax.lax.complex(times_power(x.real, exponent), times_power(x.imag, exponent))
     half = exponent // 2
-    return jnp.ldexp(jnp.ldexp(x, half), exponent - half)
+    one = jnp.ones((), jnp.finfo(x.dtype).dtype)
+    return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
 
 
 def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
@@ -63,13 +64,16 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
     """
     u, v = covered_leaves(left, layers), covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
+    if layers is not None:
+        # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep net and scales each
+        buckets = make_buckets(present(layers, v))
+        u, v = ({b.name: gather(b, side, dtype) for b in buckets} for side in (u, v))
     of_u, of_v = exponent_of(u), exponent_of(v)
     u, v = ({n: times_power(_widened(x, dtype), -e) for n, x in side.items()} for side, e in ((u, of_u), (v, of_v)))
     if layers is None:
         parts = [jnp.sum(jnp.real(u[n] * jnp.conj(v[n])))[None].astype(dtype) for n in v]
     else:
-        buckets = make_buckets(present(layers, v))
-        parts = [jnp.sum(gather(b, u, dtype) * gather(b, v, dtype), axis=(1, 2)) for b in buckets]
+        parts = [jnp.sum(u[n] * v[n], axis=(1, 2)) for n in v]
     return Scaled(jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype), of_u + of_v)
 
 

@@ -168,10 +168,12 @@ def scale_by_curvature(
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
         rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
-        new, share = precondition(step, state, leaves, dtype, curvature, axis_name, rows)
+        covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
+        finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
+        new, share, finite = precondition(step, state, leaves, dtype, curvature, axis_name, rows, finite)
+        # what no block covers is left out as well where any part of the update is not finite
+        updates = replace_leaves(updates, {n: jnp.where(finite, x, 0) for n, x in leaves.items() if n not in covered})
         updates = _joined(updates, new, separate, layers)
-        finite = all_finite(updates)
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), updates)
         state = state._replace(
             kfac_count=optax.safe_increment(state.kfac_count),
             inverse_age=optax.safe_increment(state.inverse_age),

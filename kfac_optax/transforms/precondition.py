@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._tree import gather, named_leaves, replace_leaves, scatter
+from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.transforms.state import CurvatureState, Step, block_of_bucket
 
@@ -16,9 +16,12 @@ Rows = dict[Layer, tuple[jax.Array, jax.Array]]
 
 def precondition(
     step: Step, state: CurvatureState, leaves: dict[str, jax.Array], dtype: Any, curvature: Any, axis_name: Any,
-    rows: Rows | None,
-) -> tuple[list[dict[str, jax.Array]], jax.Array]:  # fmt: skip
-    """The parts of the update, leaves by name, and the share that the coupling has in it. `rows`: see `_from_rows`."""
+    rows: Rows | None, finite: jax.Array,
+) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:  # fmt: skip
+    """The parts of the update, leaves by name, the share that the coupling has in it, and whether all of it is finite.
+
+    An update that is not finite, or `finite` that is false, gives zeros. `rows`: see `_from_rows`.
+    """
 
     def fine(vector: Vector) -> Vector:
         # of what couplings solve for, only the gradient itself is a product of rows
@@ -38,7 +41,10 @@ def precondition(
             system = _system(step, state, gradient, fine, leaves, curvature, axis_name)
             parts = step.coupling.apply(state.coarse.coarse_held, system)
         share = _share(parts)
-    return [_named(step, part, leaves) for part in parts], share
+        # here and not leaf by leaf: few arrays depend on all of them, which XLA compiles far sooner
+        finite = finite & all_finite(parts)
+        parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
+    return [_named(step, part, leaves) for part in parts], share, finite
 
 
 def _share(parts: list[Vector]) -> jax.Array:
