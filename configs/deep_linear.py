@@ -26,7 +26,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "likelihood": "bernoulli",
             "optimizers": ("sgd", "adam", "kfac", "two_level", "two_level_exact"),
             "seeds": 10,
-            "epochs": 12,
+            "epochs": 10,
             "batch_size": 512,
             "learning_rate": 1e-3,
             "momentum": 0.9,
