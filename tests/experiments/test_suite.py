@@ -32,7 +32,9 @@ def test_a_suite_reports_and_is_not_repeated(tmp_path):
     assert "left out, they need the files of Fashion-MNIST: fashion_mnist_cnn" in first
     assert "two-level K-FAC against K-FAC" in first
     assert "of 1 problems, worse on" in first
-    assert "6 runs, 6 done earlier" in again
+    # the two presets at their own rate, SGD at its own with both seeds and at another with one
+    assert "7 runs, 0 done earlier" in first
+    assert "7 runs, 7 done earlier" in again
     assert len((tmp_path / "suite.csv").read_text().splitlines()) == 4
     assert (tmp_path / "suite.png").exists()
 
