@@ -70,11 +70,9 @@ def balance_parts(
         start = jnp.ones((), wide_dtype(params))
         return BalanceState(preconditioner.init(params), jnp.zeros((), jnp.int32), start, given)
 
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, *, curvature: Any = None, damping: Any = None,
-        **extra: Any,
-    ):  # fmt: skip
-        extra = extra | {"curvature": curvature} | ({} if damping is None else {"damping": damping})
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # handed on as they came: the preconditioner tells a forgotten curvature from none
+        curvature, damping = extra.get("curvature"), extra.get("damping")
         new, after = preconditioner.update(updates, state.preconditioner, params, **extra)
         lam, given = checked(state.given, "damping", own_damping if damping is None else damping, state.balance_count)
         weight = state.coarse_weight

@@ -117,11 +117,9 @@ def bound_step(
             number(0), number(0), number(1), number(0), number(0), number(0), given,
         )  # fmt: skip
 
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, *, curvature: Any = None, damping: Any = None,
-        **extra: Any,
-    ):  # fmt: skip
-        extra = extra | {"curvature": curvature} | ({} if damping is None else {"damping": damping})
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # handed on as they came: the preconditioner tells a forgotten curvature from none
+        curvature, damping = extra.get("curvature"), extra.get("damping")
         preconditioned, after = preconditioner.update(updates, state.preconditioner, params, **extra)
         if not jax.tree.leaves(updates):
             return preconditioned, state._replace(preconditioner=after)

@@ -263,6 +263,15 @@ def test_three_directions_of_the_adaptive_preset_are_never_a_worse_model_than_tw
     assert changes["model"] < 0
 
 
+@pytest.mark.parametrize("words", [{"bound": "exact"}, {"balance": "model"}])
+def test_a_forgotten_curvature_is_an_error(words):
+    with jax.enable_x64(True):
+        _, params, _, layers = problem()
+        tx = ko.kfac_two_level(layers, learning_rate=0.1, **words)
+        with pytest.raises(ValueError, match="got no `curvature`"):
+            tx.update(params, tx.init(params), params)
+
+
 def test_a_space_that_the_additive_correction_has_not_is_refused():
     with pytest.raises(ValueError, match="coarse_space='krylov' with correction='additive'"):
         ko.kfac_two_level(problem()[3], learning_rate=0.1, coarse_space="krylov")
