@@ -1,7 +1,9 @@
-"""Where the time of an adaptive step goes, on the deep autoencoder at batch 1000: `python -m benchmarks.adaptive`.
+"""Where the time of an adaptive step goes, on the deep autoencoder at batch 1000:
+`python -m benchmarks.adaptive`.
 
-Prints every kind of step of `kfac_adaptive` and the parts it is made of, timed in turns within one run, as ratios to a step
-of SGD with momentum; then what a step costs on average under several schedules.
+Prints every kind of step of `kfac_adaptive` and the parts it is made of, timed in turns within one
+run, as ratios to a step of SGD with momentum; then what a step costs on average under several
+schedules.
 """
 
 import argparse
@@ -25,7 +27,11 @@ KINDS = {
     "with statistics and inverses": (True, True, False),
     "with a new damping": (False, False, True),
 }
-SCHEDULES = {"statistics every 5, inverses every 20": (5, 20), "every 2, every 10": (2, 10), "every 1, every 5": (1, 5)}
+SCHEDULES = {
+    "statistics every 5, inverses every 20": (5, 20),
+    "every 2, every 10": (2, 10),
+    "every 1, every 5": (1, 5),
+}
 ADAPT_EVERY = 5
 
 
@@ -44,7 +50,9 @@ def _pieces() -> tuple[dict[str, Any], Callable[..., Any]]:
     return {"params": params, "x": x, "layers": layers, "fisher": fisher}, loss
 
 
-def _step(known: dict[str, Any], loss: Callable[..., Any], kind: tuple[bool, bool, bool] | None) -> Callable[[], None]:
+def _step(
+    known: dict[str, Any], loss: Callable[..., Any], kind: tuple[bool, bool, bool] | None
+) -> Callable[[], None]:
     """One step a call, each from where the last one ended; `kind=None`: SGD."""
     params, x, fisher = known["params"], known["x"], known["fisher"]
     if kind is None:
@@ -58,7 +66,11 @@ def _step(known: dict[str, Any], loss: Callable[..., Any], kind: tuple[bool, boo
         extra: dict[str, Any] = {}
         if kind is not None:
             extra = dict(zip(("measure", "refresh", "adapt"), kind, strict=True))
-            extra |= {"curvature": fisher.at(params, x, key=key), "value": value, "value_fn": lambda p: loss(p, x)}
+            extra |= {
+                "curvature": fisher.at(params, x, key=key),
+                "value": value,
+                "value_fn": lambda p: loss(p, x),
+            }
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
@@ -82,7 +94,9 @@ def _parts(known: dict[str, Any], loss: Callable[..., Any]) -> dict[str, Callabl
         return kfac.update(params, state, params, curvature=None, refresh=False)[0]
 
     def products(params: Any, x: jax.Array, *directions: Any) -> Any:
-        return fisher.at(params, x, key=jax.random.key(0)).quadratic_form(directions, subsample=MODEL_PART)
+        return fisher.at(params, x, key=jax.random.key(0)).quadratic_form(
+            directions, subsample=MODEL_PART
+        )
 
     calls = {
         "loss and gradient": (jax.value_and_grad(loss), params, x),
@@ -108,7 +122,10 @@ def report(rounds: int) -> None:
     print("| step or part | seconds | / SGD |\n| --- | --- | --- |")
     for name, spent in times.items():
         found = ratio(spent, times["SGD"])
-        print(f"| {name} | {statistics.median(spent):.3f} | {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) |")
+        print(
+            f"| {name} | {statistics.median(spent):.3f} | {found.median:.2f} ({found.low:.2f} to "
+            f"{found.high:.2f}) |"
+        )
     plain, measured, inverted, adapted = (times[name] for name in KINDS)
     for name, (every, inverse) in SCHEDULES.items():
         amortised = [

@@ -11,7 +11,9 @@ def report(benchmark):
 
     def add(name, value, aim=""):
         shown = (
-            f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})" if hasattr(value, "median") else f"{value:.2f}"
+            f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
+            if hasattr(value, "median")
+            else f"{value:.2f}"
         )
         _rows.append((name, shown, aim))
         benchmark.extra_info[name] = {"value": shown, "aim": aim}

@@ -49,7 +49,9 @@ def problem() -> Problem:
     variables = model.init(jax.random.key(1), x)
 
     def predict(params, batch_stats, x):
-        out, _ = model.apply({"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+        out, _ = model.apply(
+            {"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"]
+        )
         return ko.Bernoulli(out)
 
     fisher = ko.fisher(predict)
@@ -71,7 +73,8 @@ def transformation(name: str) -> optax.GradientTransformation:
 
 
 def bare_matmuls(layers: ko.Layers) -> optax.GradientTransformation:
-    """What a plain K-FAC step cannot do without: stack the gradients, four products and a division, unstack."""
+    """What a plain K-FAC step cannot do without: stack the gradients, four products and a division,
+    unstack."""
 
     def update(grads, state, params=None):
         kernels = [grads[layer.path]["kernel"] for layer in layers if layer.shape == (WIDTH, WIDTH)]
@@ -86,12 +89,15 @@ def bare_matmuls(layers: ko.Layers) -> optax.GradientTransformation:
 
 
 def make_step(name: str, *, measure: bool | None = None, refresh: bool | None = None) -> Step:
-    """`measure=None`: the traced schedule; otherwise a static step that does (or does not) measure and refresh."""
+    """`measure=None`: the traced schedule; otherwise a static step that does (or does not) measure
+    and refresh."""
     p, tx = problem(), transformation(name)
     curved = name not in ("sgd", "matmuls")
 
     def loss(params, batch_stats):
-        out, updated = DeepLinear().apply({"params": params, "batch_stats": batch_stats}, p.x, mutable=["batch_stats"])
+        out, updated = DeepLinear().apply(
+            {"params": params, "batch_stats": batch_stats}, p.x, mutable=["batch_stats"]
+        )
         return ko.Bernoulli(out).mean_nll(p.y), updated["batch_stats"]
 
     @jax.jit

@@ -1,7 +1,9 @@
-"""Networks of real size as compiled training steps: `python -m benchmarks.networks resnet20 autoencoder ...`.
+"""Networks of real size as compiled training steps:
+`python -m benchmarks.networks resnet20 autoencoder ...`.
 
-Prints, for each network, one step of SGD and of two-level K-FAC (plain, with statistics, with inverses as well) timed in
-turns, the ratio to SGD of a step amortised at the periods 10/100 and 200/2000, compile times and temporary memory.
+Prints, for each network, one step of SGD and of two-level K-FAC (plain, with statistics, with
+inverses as well) timed in turns, the ratio to SGD of a step amortised at the periods 10/100 and
+200/2000, compile times and temporary memory.
 """
 
 import argparse
@@ -37,7 +39,9 @@ class Network(NamedTuple):
     options: dict[str, Any]  # of kfac_two_level
 
 
-def _network(model: Any, x: jax.Array, y: jax.Array, likelihood: Callable[..., Any], **options: Any) -> Network:
+def _network(
+    model: Any, x: jax.Array, y: jax.Array, likelihood: Callable[..., Any], **options: Any
+) -> Network:
     variables = dict(jax.jit(functools.partial(model.init, train=True))(jax.random.key(1), x))
     mutable = [name for name in variables if name != "params"]
 
@@ -52,7 +56,9 @@ def resnet(depth: int, batch: int = 128) -> Network:
     """ResNet of the two-level paper, with its factored damping and norm layers left alone."""
     x = jax.random.normal(jax.random.key(0), (batch, 32, 32, 3))
     model = ResNet(depth=depth, outputs=10)
-    return _network(model, x, jnp.arange(batch) % 10, ko.Categorical, inverse="cholesky", normalization="pass")
+    return _network(
+        model, x, jnp.arange(batch) % 10, ko.Categorical, inverse="cholesky", normalization="pass"
+    )
 
 
 def autoencoder(batch: int = 1000) -> Network:
@@ -87,7 +93,9 @@ class Step(NamedTuple):
     bytes: int
 
 
-def make_step(network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False) -> Step:
+def make_step(
+    network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False
+) -> Step:
     """`measure=None`: the traced schedule at the long periods; else a static step."""
     rate = 1e-2
     params = network.variables["params"]
@@ -98,7 +106,11 @@ def make_step(network: Network, *, measure: bool | None = None, refresh: bool | 
         layers = fisher.layers(params, state, network.x)
         every, inverse = PERIODS[-1]
         preconditioner = ko.kfac_two_level(
-            layers, learning_rate=rate, curvature_every=every, inverse_every=inverse, **network.options
+            layers,
+            learning_rate=rate,
+            curvature_every=every,
+            inverse_every=inverse,
+            **network.options,
         )
         optimizer = optax.chain(preconditioner, optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -156,19 +168,29 @@ def report(name: str, rounds: int) -> None:
     for label, step in steps.items():
         share = ratio(times[label], times["SGD"])
         print(
-            f"| {label} | {statistics.median(times[label]):.3f} | {share.median:.2f} | {step.trace_s:.1f} | {step.compile_s:.1f} "
+            f"| {label} | {statistics.median(times[label]):.3f} | {share.median:.2f} | "
+            f"{step.trace_s:.1f} | {step.compile_s:.1f} "
             f"| {step.compile_s / base.compile_s:.1f} | {step.bytes / 1e6:.0f} |"
         )
     print(
-        f"| traced schedule | | | {traced.trace_s:.1f} | {traced.compile_s:.1f} | {traced.compile_s / base.compile_s:.1f} "
+        f"| traced schedule | | | {traced.trace_s:.1f} | {traced.compile_s:.1f} | "
+        f"{traced.compile_s / base.compile_s:.1f} "
         f"| {traced.bytes / 1e6:.0f} |"
     )
     for every, inverse in PERIODS:
-        weights = {"inverses": 1 / inverse, "statistics": 1 / every - 1 / inverse, "plain": 1 - 1 / every}
-        amortised = [sum(w * times[label][i] for label, w in weights.items()) for i in range(rounds)]
+        weights = {
+            "inverses": 1 / inverse,
+            "statistics": 1 / every - 1 / inverse,
+            "plain": 1 - 1 / every,
+        }
+        amortised = [
+            sum(w * times[label][i] for label, w in weights.items()) for i in range(rounds)
+        ]
         found = ratio(amortised, times["SGD"])
         print(
-            f"amortised {every}/{inverse}: {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) x SGD", flush=True
+            f"amortised {every}/{inverse}: {found.median:.2f} ({found.low:.2f} to "
+            f"{found.high:.2f}) x SGD",
+            flush=True,
         )
 
 

@@ -1,4 +1,5 @@
-"""Ratios of running times within one run: the two sides take turns, so that a drifting machine hits both."""
+"""Ratios of running times within one run: the two sides take turns, so that a drifting machine hits
+both."""
 
 import statistics
 import time

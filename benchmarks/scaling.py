@@ -1,9 +1,11 @@
-"""How the cost of a factor's inverse grows with the width of a layer: `python -m benchmarks.scaling`.
+"""How the cost of a factor's inverse grows with the width of a layer:
+`python -m benchmarks.scaling`.
 
-For each width `d`, with rank and batch fixed: a refresh (eigendecomposition, Cholesky inverse, random sketch, online update) and
-an application (dense inverse or low rank, to a `d x d` gradient or to the rows of a batch). Prints seconds, the exponent
-that a line through the last points of each curve has on log axes, where curves cross, and the ratio of eigendecomposition to
-online update; writes the figure.
+For each width `d`, with rank and batch fixed: a refresh (eigendecomposition, Cholesky inverse,
+random sketch, online update) and an application (dense inverse or low rank, to a `d x d` gradient
+or to the rows of a batch). Prints seconds, the exponent that a line through the last points of each
+curve has on log axes, where curves cross, and the ratio of eigendecomposition to online update;
+writes the figure.
 """
 
 import argparse
@@ -20,13 +22,14 @@ from tqdm import tqdm
 
 from benchmarks.ratios import seconds
 from kfac_optax.linalg.factorize import psd_eigh, psd_inverse
-from kfac_optax.linalg.low_rank import low_rank_solve, zero
 from kfac_optax.linalg.online import brand_update
 from kfac_optax.linalg.randomized import randomized_eigh
+from kfac_optax.linalg.truncated_eigen import low_rank_solve, zero
 
 REFRESH = ("eigendecomposition", "Cholesky inverse", "random sketch", "online update")
 APPLY = ("dense inverse", "dense inverse, from rows", "low rank", "low rank, from rows")
-FITTED = 3  # points of a curve that its exponent is fitted to, the widest: at small widths fixed costs rule
+# points of a curve that its exponent is fitted to, the widest: at small widths fixed costs rule
+FITTED = 3
 ENOUGH = 5.0  # seconds of repetitions
 
 
@@ -48,9 +51,13 @@ def calls(width: int, rank: int, rows: int) -> dict[str, Callable[[], None]]:
         "eigendecomposition": made(psd_eigh, factor),
         "Cholesky inverse": made(psd_inverse, factor, shift),
         "random sketch": made(lambda x, key: randomized_eigh(x, key, rank=rank), factor, key),
-        "online update": made(lambda low, y: brand_update(low, y, 0.95, rank=rank, keep=rank), low, new),
+        "online update": made(
+            lambda low, y: brand_update(low, y, 0.95, rank=rank, keep=rank), low, new
+        ),
         "dense inverse": made(lambda x, v: jnp.matmul(x, v, precision="highest"), factor, gradient),
-        "dense inverse, from rows": made(lambda x, y: jnp.matmul(x, y, precision="highest"), factor, new),
+        "dense inverse, from rows": made(
+            lambda x, y: jnp.matmul(x, y, precision="highest"), factor, new
+        ),
         "low rank": made(low_rank_solve, low, gradient, shift),
         "low rank, from rows": made(low_rank_solve, low, new, shift),
     }
@@ -70,14 +77,17 @@ def exponent(widths: list[int], times: list[float]) -> float:
 
 
 def crossover(widths: list[int], slow: list[float], fast: list[float]) -> float:
-    """Width from which on `fast` takes less time than `slow`, between two that were measured; NaN if never."""
+    """Width from which on `fast` takes less time than `slow`, between two that were measured; NaN
+    if never."""
     gap = np.log(slow) - np.log(fast)
     for i in range(len(gap) - 1, -1, -1):
         if gap[i] <= 0:
             if i + 1 == len(gap):
                 return math.nan
             share = -gap[i] / (gap[i + 1] - gap[i])
-            return float(np.exp(np.log(widths[i]) + share * (np.log(widths[i + 1]) - np.log(widths[i]))))
+            return float(
+                np.exp(np.log(widths[i]) + share * (np.log(widths[i + 1]) - np.log(widths[i])))
+            )
     return float(widths[0])
 
 
@@ -87,7 +97,10 @@ def report(widths: list[int], times: dict[str, dict[int, float]]) -> None:
     print("| --- |" + " --- |" * (len(widths) + 1))
     for name, of_width in times.items():
         cells = [f"{of_width[d]:.2g}" if d in of_width else "" for d in widths]
-        print(f"| {name} | {' | '.join(cells)} | {exponent(list(of_width), list(of_width.values())):.2f} |")
+        print(
+            f"| {name} | {' | '.join(cells)} | "
+            f"{exponent(list(of_width), list(of_width.values())):.2f} |"
+        )
     print()
     for slow, fast in (
         *((x, "online update") for x in REFRESH[:3]),
@@ -99,7 +112,8 @@ def report(widths: list[int], times: dict[str, dict[int, float]]) -> None:
         print(f"{fast} takes less than {slow} from width {found:.0f} on")
     last = max(times[REFRESH[0]])
     print(
-        f"at width {last}: eigendecomposition / online update = {times[REFRESH[0]][last] / times[REFRESH[3]][last]:.0f}"
+        f"at width {last}: eigendecomposition / online update = "
+        f"{times[REFRESH[0]][last] / times[REFRESH[3]][last]:.0f}"
     )
 
 
@@ -114,10 +128,14 @@ def draw(times: dict[str, dict[int, float]], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for ax, names, title in zip(axes, (REFRESH, APPLY), ("refresh of one factor", "application"), strict=True):
+    for ax, names, title in zip(
+        axes, (REFRESH, APPLY), ("refresh of one factor", "application"), strict=True
+    ):
         for name in names:
             widths, spent = list(times[name]), list(times[name].values())
-            ax.loglog(widths, spent, "o-", label=f"{name}: width$^{{{exponent(widths, spent):.1f}}}$")
+            ax.loglog(
+                widths, spent, "o-", label=f"{name}: width$^{{{exponent(widths, spent):.1f}}}$"
+            )
         ax.set(title=title, xlabel="width")
         ax.set_xticks(widths_of(times), labels=widths_of(times), minor=False)
         ax.minorticks_off()

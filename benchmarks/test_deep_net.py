@@ -1,4 +1,5 @@
-"""Cost of K-FAC and two-level K-FAC on the 64-layer net: `pytest benchmarks --benchmark-enable -p no:xdist`."""
+"""Cost of K-FAC and two-level K-FAC on the 64-layer net:
+`pytest benchmarks --benchmark-enable -p no:xdist`."""
 
 import functools
 
@@ -46,7 +47,11 @@ def test_two_level_over_one_level(benchmark, report):
 def test_amortised_over_sgd(benchmark, report, name):
     sides = {"plain": (False, False), "measure": (True, False), "refresh": (True, True)}
     times = timed(sgd=step("sgd"), **{k: step(name, *flags) for k, flags in sides.items()})
-    report(f"{name} / SGD, static schedule 10/100", ratio(amortised(times, *sides), times["sgd"]), "1.35")
+    report(
+        f"{name} / SGD, static schedule 10/100",
+        ratio(amortised(times, *sides), times["sgd"]),
+        "1.35",
+    )
     times = timed(100, sgd=step("sgd"), traced=step(name))
     report(f"{name} / SGD, traced schedule 10/100", ratio(times["traced"], times["sgd"]), "")
     benchmark.pedantic(run, (step(name), STEPS), rounds=5)
@@ -54,16 +59,29 @@ def test_amortised_over_sgd(benchmark, report, name):
 
 def test_plain_step_over_its_matmuls(benchmark, report):
     times = timed(
-        sgd=step("sgd"), matmuls=step("matmuls"), kfac=step("kfac", False, False), two=step("two_level", False, False)
+        sgd=step("sgd"),
+        matmuls=step("matmuls"),
+        kfac=step("kfac", False, False),
+        two=step("two_level", False, False),
     )
-    report("plain K-FAC step / SGD step with bare matmuls", ratio(times["kfac"], times["matmuls"]), "1.05")
-    report("plain two-level step / SGD step with bare matmuls", ratio(times["two"], times["matmuls"]), "")
+    report(
+        "plain K-FAC step / SGD step with bare matmuls",
+        ratio(times["kfac"], times["matmuls"]),
+        "1.05",
+    )
+    report(
+        "plain two-level step / SGD step with bare matmuls",
+        ratio(times["two"], times["matmuls"]),
+        "",
+    )
     report("SGD step with bare matmuls / SGD step", ratio(times["matmuls"], times["sgd"]), "")
     benchmark.pedantic(run, (step("kfac", False, False), STEPS), rounds=5)
 
 
 def test_compile_time_over_sgd(benchmark, report):
-    first = {name: make_step(name).compile_s for name in ("sgd", "kfac", "two_level")}  # warm up the tracing itself
+    first = {
+        name: make_step(name).compile_s for name in ("sgd", "kfac", "two_level")
+    }  # warm up the tracing itself
     again = {name: min(make_step(name).compile_s for _ in range(2)) for name in first}
     report("compile two-level (traced) / compile SGD", again["two_level"] / again["sgd"], "4")
     report("compile one-level (traced) / compile SGD", again["kfac"] / again["sgd"], "")

@@ -1,6 +1,7 @@
 """Actor-critic on cart-pole: ACKTR (a trust region over K-FAC) against A2C with Adam and RMSProp.
 
-Wu, Mansimov, Liao, Grosse and Ba (2017) is the method; damping, averages and the cold start are those of its authors' code.
+Wu, Mansimov, Liao, Grosse and Ba (2017) is the method; damping, averages and the cold start are
+those of its authors' code.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """A small GPT that predicts the next character of Python's help texts.
 
-The texts of `pydoc` come with Python; `--config.data.file=FILE` takes another one. The reported loss is in nats per
-character.
+The texts of `pydoc` come with Python; `--config.data.file=FILE` takes another one. The reported
+loss is in nats per character.
 """
 
 import ml_collections
@@ -14,7 +14,13 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "name": "char_transformer",
             "title": "Python's help texts, small character transformer",
-            "data": {"name": "characters", "train": 6_000, "test": 600, "context": context, "file": ""},
+            "data": {
+                "name": "characters",
+                "train": 6_000,
+                "test": 600,
+                "context": context,
+                "file": "",
+            },
             "model": {
                 "name": "char_transformer",
                 "depth": 2,

@@ -1,7 +1,8 @@
 """Deep linear MLP with planted targets: Figure 1 (left) and Figure 2 of the two-level paper.
 
 Tselepidis, Kohler and Orvieto (2020), Appendix B.1. The paper runs 100 epochs and 5 seeds:
-`--config.epochs=100 --config.seeds=5`. `--config=configs/deep_linear.py:paper` leaves the norm layers alone, as the paper does.
+`--config.epochs=100 --config.seeds=5`. `--config=configs/deep_linear.py:paper` leaves the norm
+layers alone, as the paper does.
 """
 
 import ml_collections
@@ -43,7 +44,8 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "report_every": 0,  # steps between rows of metrics.csv; 0: one row an epoch
             "evaluate_every": 0,  # rows between evaluations, whose values the rows between repeat; 0: once an epoch
             "budget_seconds": 0.0,  # a run ends with the row in which its training has taken so long; 0: never
-            # Batch statistics of an evaluation: taken anew from training batches, or the running averages.
+            # Batch statistics of an evaluation: taken anew from training batches, or the running
+            # averages.
             "evaluate_with": "fresh",
             # Second table: every optimizer at its best rate of this grid.
             "tune": True,
@@ -55,6 +57,9 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
         }
     )
     if variant == "paper":
-        config.name, config.title = "deep_linear_paper", "64-layer linear MLP, planted targets, norm layers left alone"
+        config.name, config.title = (
+            "deep_linear_paper",
+            "64-layer linear MLP, planted targets, norm layers left alone",
+        )
         config.kfac = config.kfac.to_dict() | {"normalization": "pass"}
     return config

@@ -1,7 +1,9 @@
-"""Handwritten digits of scikit-learn, classified by a tanh network of 20 layers without normalisation.
+"""Handwritten digits of scikit-learn, classified by a tanh network of 20 layers without
+normalisation.
 
-Every hidden layer has 32 units, so the network is a chain of small layers that depend on each other: what a coarse
-correction between layers is made for, without batch norm, which hides the scale of a layer.
+Every hidden layer has 32 units, so the network is a chain of small layers that depend on each
+other: what a coarse correction between layers is made for, without batch norm, which hides the
+  scale of a layer.
 """
 
 import ml_collections

@@ -1,8 +1,11 @@
-"""Deep autoencoder of Fashion-MNIST: 784-1000-500-250-30 and back, tanh, a linear code, Bernoulli pixels.
+"""Deep autoencoder of Fashion-MNIST: 784-1000-500-250-30 and back, tanh, a linear code, Bernoulli
+pixels.
 
-The architecture of Hinton and Salakhutdinov (2006) on which Martens and Grosse (2015) tried K-FAC. Needs the files of
+The architecture of Hinton and Salakhutdinov (2006) on which Martens and Grosse (2015) tried K-FAC.
+Needs the files of
 Fashion-MNIST, `--config.data_dir=DIR` (Debian package dataset-fashion-mnist). Without files:
-`--config=configs/fashion_mnist_autoencoder.py:digits` trains a small one on the digits of scikit-learn.
+`--config=configs/fashion_mnist_autoencoder.py:digits` trains a small one on the digits of
+scikit-learn.
 """
 
 import ml_collections
@@ -11,7 +14,9 @@ import ml_collections
 def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
     """Returns the settings of the experiment; `variant` is `fashion_mnist` or `digits`."""
     if variant not in ("fashion_mnist", "digits"):
-        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected 'fashion_mnist' or 'digits'")
+        raise ValueError(
+            f"--config=...:{variant}: got {variant!r}, expected 'fashion_mnist' or 'digits'"
+        )
     data_dir = ml_collections.FieldReference("")
     config = ml_collections.ConfigDict(
         {
@@ -27,7 +32,14 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             },
             "model": {"name": "autoencoder", "widths": (1000, 500, 250, 30)},
             "likelihood": "pixels",
-            "optimizers": ("sgd", "adam", "kfac", "two_level", "kfac_adaptive", "two_level_adaptive"),
+            "optimizers": (
+                "sgd",
+                "adam",
+                "kfac",
+                "two_level",
+                "kfac_adaptive",
+                "two_level_adaptive",
+            ),
             "seeds": 3,
             "epochs": 100,
             "batch_size": 1000,
@@ -44,7 +56,8 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             },
             # On top for inverses of low rank: add rs_kfac, b_kfac, ... to the optimizers.
             "low_rank": {"rank": 128},
-            # Options of kfac_adaptive and two_level_adaptive, which tune themselves: exact products on 125 images.
+            # Options of kfac_adaptive and two_level_adaptive, which tune themselves: exact products
+            # on 125 images.
             "adaptive": {"model_subsample": 0.125},
             "per_optimizer": {
                 "sgd": {"learning_rate": 3e-3, "grid": (1e-2, 3e-3, 1e-3)},
@@ -74,10 +87,17 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
         }
     )
     if variant == "digits":
-        config.name, config.title = "digits_autoencoder", "handwritten digits, 64-128-64-16 tanh autoencoder"
-        config.data = ml_collections.ConfigDict({"name": "digits", "train": 1_500, "test": 297, "reconstruct": True})
+        config.name, config.title = (
+            "digits_autoencoder",
+            "handwritten digits, 64-128-64-16 tanh autoencoder",
+        )
+        config.data = ml_collections.ConfigDict(
+            {"name": "digits", "train": 1_500, "test": 297, "reconstruct": True}
+        )
         config.model.widths = (128, 64, 16)
-        config.update(epochs=1000, batch_size=128, subsample=0.0, budget_seconds=4.0, evaluation_batch=0)
+        config.update(
+            epochs=1000, batch_size=128, subsample=0.0, budget_seconds=4.0, evaluation_batch=0
+        )
         config.adaptive = ml_collections.ConfigDict()
         config.per_optimizer.adam.grid = (1e-2, 6e-3, 3e-3, 1e-3)
         config.targets = (22.0, 20.0, 18.0, 16.0)

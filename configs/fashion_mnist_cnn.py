@@ -1,7 +1,8 @@
-"""Fashion-MNIST, a fifth of it, classified by a small convolutional network: small enough for two CPU cores.
+"""Fashion-MNIST, a fifth of it, classified by a small convolutional network: small enough for two
+CPU cores.
 
-Needs the files of Fashion-MNIST, `--config.data_dir=DIR` (the Debian package dataset-fashion-mnist puts them into
-/usr/share/datasets/fashion-mnist). `--config.data.train=60_000` takes all of it.
+Needs the files of Fashion-MNIST, `--config.data_dir=DIR` (the Debian package dataset-fashion-mnist
+puts them into /usr/share/datasets/fashion-mnist). `--config.data.train=60_000` takes all of it.
 """
 
 import ml_collections
@@ -15,11 +16,29 @@ def get_config() -> ml_collections.ConfigDict:
             "name": "fashion_mnist_cnn",
             "title": "Fashion-MNIST (12 000 images), small CNN",
             "data_dir": data_dir,
-            "data": {"name": "fashion_mnist", "data_dir": data_dir, "train": 12_000, "test": 10_000},
+            "data": {
+                "name": "fashion_mnist",
+                "data_dir": data_dir,
+                "train": 12_000,
+                "test": 10_000,
+            },
             "inputs": {"mean": (0.2860,), "std": (0.3530,)},  # of the training pixels
-            "model": {"name": "small_cnn", "channels": (8, 16, 32), "hidden": (32,), "kernel": 3, "outputs": 10},
+            "model": {
+                "name": "small_cnn",
+                "channels": (8, 16, 32),
+                "hidden": (32,),
+                "kernel": 3,
+                "outputs": 10,
+            },
             "likelihood": "categorical",
-            "optimizers": ("sgd", "adam", "kfac", "two_level", "two_level_exact", "two_level_galerkin"),
+            "optimizers": (
+                "sgd",
+                "adam",
+                "kfac",
+                "two_level",
+                "two_level_exact",
+                "two_level_galerkin",
+            ),
             "seeds": 3,
             "epochs": 5,
             "batch_size": 128,

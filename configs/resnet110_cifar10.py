@@ -1,8 +1,8 @@
 """ResNet110 on CIFAR-10: Figure 1 (right) and Figure 3 of the two-level paper.
 
-Tselepidis, Kohler and Orvieto (2020), Appendix B.1. SGD and Adam take batches of 64, K-FAC of 128; Adam's rate is a
-tenth of the others'. Needs the CIFAR-10 files, `--config.data_dir=DIR`, and a GPU for all its 100 epochs;
-`--config.model.depth=20 --config.epochs=10` is a small version of it.
+Tselepidis, Kohler and Orvieto (2020), Appendix B.1. SGD and Adam take batches of 64, K-FAC of 128;
+Adam's rate is a tenth of the others'. Needs the CIFAR-10 files, `--config.data_dir=DIR`, and a GPU
+for all its 100 epochs; `--config.model.depth=20 --config.epochs=10` is a small version of it.
 """
 
 import ml_collections
@@ -24,7 +24,13 @@ def get_config() -> ml_collections.ConfigDict:
                 "crop": 4,
                 "flip": True,
             },
-            "model": {"name": "resnet", "depth": 110, "width": 16, "outputs": 10, "bn_momentum": 0.9},
+            "model": {
+                "name": "resnet",
+                "depth": 110,
+                "width": 16,
+                "outputs": 10,
+                "bn_momentum": 0.9,
+            },
             "likelihood": "categorical",
             "optimizers": ("sgd", "adam", "kfac", "two_level"),
             "seeds": 1,

@@ -1,7 +1,8 @@
 """Five problems in one table: `python -m kfac_optax.experiments.suite --config=configs/suite.py`.
 
-Two of them need the files of Fashion-MNIST, `--config.data_dir=DIR` (Debian package dataset-fashion-mnist); they are
-left out without. Every entry of a problem is a flag, for example `--config.experiments.deep_linear.epochs=5`.
+Two of them need the files of Fashion-MNIST, `--config.data_dir=DIR` (Debian package
+dataset-fashion-mnist); they are left out without. Every entry of a problem is a flag, for example
+`--config.experiments.deep_linear.epochs=5`.
 """
 
 import importlib.util
@@ -14,11 +15,19 @@ import ml_collections
 _CHANGES: dict[str, dict[str, Any]] = {
     "deep_linear": {"epochs": 10, "targets": (0.2,)},
     "deep_tanh": {"targets": (0.5,)},
-    "fashion_mnist_autoencoder": {"epochs": 2, "batch_size": 500, "budget_seconds": 0.0, "targets": (300.0,)},
+    "fashion_mnist_autoencoder": {
+        "epochs": 2,
+        "batch_size": 500,
+        "budget_seconds": 0.0,
+        "targets": (300.0,),
+    },
     "fashion_mnist_cnn": {"epochs": 3, "targets": (0.5,)},
     "char_transformer": {"epochs": 3, "targets": (2.5,)},
 }
-_DATA = {"fashion_mnist_autoencoder": {"train": 20_000, "test": 2_000}, "char_transformer": {"train": 2_000}}
+_DATA = {
+    "fashion_mnist_autoencoder": {"train": 20_000, "test": 2_000},
+    "char_transformer": {"train": 2_000},
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -60,7 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
         experiment.update(changes)
         experiment.data.update(_DATA.get(name, {}))
         config.experiments[name] = experiment
-    # The autoencoder gives each preset a rate of its own; the exact coarse matrix gets that of the factored one.
+    # The autoencoder gives each preset a rate of its own; the exact coarse matrix gets that of the
+    # factored one.
     own = config.experiments.fashion_mnist_autoencoder.per_optimizer
     for name in ("two_level_exact", "kfac_bounded", "two_level_bounded"):
         own[name] = ml_collections.ConfigDict(own.two_level.to_dict())

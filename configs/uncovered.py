@@ -1,6 +1,8 @@
-"""What becomes of parameters without a block: `--config=configs/uncovered.py:NAME --config.kfac.uncovered=diagonal`.
+"""What becomes of parameters without a block:
+`--config=configs/uncovered.py:NAME --config.kfac.uncovered=diagonal`.
 
-NAME is one of deep_linear and resnet (batch norm that gets no block), rms_transformer and lstm (bare parameters).
+NAME is one of deep_linear and resnet (batch norm that gets no block), rms_transformer and lstm
+(bare parameters).
 """
 
 import ml_collections
@@ -12,13 +14,21 @@ _MODELS = {
     "lstm": {"name": "lstm", "width": 32},
 }
 _SHAPES = {"resnet": (8, 8, 1), "rms_transformer": (8, 8), "lstm": (8, 8)}
-_PLANTED = {"name": "planted_linear", "train": 5_000, "test": 1_000, "features": 10, "target_dim": 1}
+_PLANTED = {
+    "name": "planted_linear",
+    "train": 5_000,
+    "test": 1_000,
+    "features": 10,
+    "target_dim": 1,
+}
 
 
 def get_config(variant: str = "rms_transformer") -> ml_collections.ConfigDict:
     """Returns the settings of the experiment; `variant` is a key of the models."""
     if variant not in _MODELS:
-        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected one of {sorted(_MODELS)}")
+        raise ValueError(
+            f"--config=...:{variant}: got {variant!r}, expected one of {sorted(_MODELS)}"
+        )
     linear = variant == "deep_linear"
     digits = {"name": "digits", "train": 1_500, "test": 297, "shape": _SHAPES.get(variant, (64,))}
     config = ml_collections.ConfigDict(

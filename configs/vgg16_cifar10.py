@@ -1,11 +1,13 @@
-"""VGG16 with batch norm on CIFAR-10, the network of the papers on online and randomized decompositions.
+"""VGG16 with batch norm on CIFAR-10, the network of the papers on online and randomized
+decompositions.
 
-Puiu (2022), "Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates" and "Randomized K-FACs", whose point
-is the cost of wide layers. Their network is VGG16 with a change before its fully connected layers; here the last
-pooling is left out, so that the first of these has 2048 inputs. Batch, weight decay, rate, damping and periods are of
-the size they use; the stages of the schedules are a simple choice of ours. Needs the CIFAR-10 files,
-`--config.data_dir=DIR`, and a GPU. Small enough for two CPU cores: `--config=configs/vgg16_cifar10.py:fashion_mnist`, a quarter
-of the channels on images of Fashion-MNIST (Debian package dataset-fashion-mnist), at equal seconds.
+Puiu (2022), "Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates" and "Randomized
+K-FACs", whose point is the cost of wide layers. Their network is VGG16 with a change before its
+fully connected layers; here the last pooling is left out, so that the first of these has 2048
+inputs. Batch, weight decay, rate, damping and periods are of the size they use; the stages of the
+schedules are a simple choice of ours. Needs the CIFAR-10 files, `--config.data_dir=DIR`, and a GPU.
+Small enough for two CPU cores: `--config=configs/vgg16_cifar10.py:fashion_mnist`, a quarter of the
+channels on images of Fashion-MNIST (Debian package dataset-fashion-mnist), at equal seconds.
 """
 
 import ml_collections
@@ -14,7 +16,9 @@ import ml_collections
 def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
     """Returns the settings of the experiment; `variant` is `cifar10` or `fashion_mnist`."""
     if variant not in ("cifar10", "fashion_mnist"):
-        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected 'cifar10' or 'fashion_mnist'")
+        raise ValueError(
+            f"--config=...:{variant}: got {variant!r}, expected 'cifar10' or 'fashion_mnist'"
+        )
     data_dir = ml_collections.FieldReference("")
     config = ml_collections.ConfigDict(
         {
@@ -39,7 +43,16 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
                 "bn_momentum": 0.9,
             },
             "likelihood": "categorical",
-            "optimizers": ("sgd", "kfac", "two_level", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c"),
+            "optimizers": (
+                "sgd",
+                "kfac",
+                "two_level",
+                "rs_kfac",
+                "b_kfac",
+                "b_r_kfac",
+                "b_kfac_c",
+                "b_r_c",
+            ),
             "seeds": 1,
             "epochs": 50,
             "batch_size": 256,
@@ -56,7 +69,8 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
                 "inverse": "eigh",
                 "normalization": "pass",  # norm layers are left alone, as in the papers
             },
-            # What comes on top for inverses of low rank; of the size the papers use. Online are the fully connected layers.
+            # What comes on top for inverses of low rank; of the size the papers use. Online are the
+            # fully connected layers.
             "low_rank": {"rank": 220, "correct_every": 5, "correct_share": 0.2},
             "tune": False,
             "grid": (0.3, 0.1, 0.03),
@@ -71,16 +85,39 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
         }
     )
     if variant == "fashion_mnist":
-        config.name, config.title = "vgg16_fashion_mnist", "narrow VGG16 with batch norm on Fashion-MNIST"
+        config.name, config.title = (
+            "vgg16_fashion_mnist",
+            "narrow VGG16 with batch norm on Fashion-MNIST",
+        )
         config.data.update(name="fashion_mnist", train=12_000, test=2_000)
         config.inputs = ml_collections.ConfigDict({"mean": (0.286,), "std": (0.353,)})
-        config.model.update(width=16, pooled=3, hidden=(1024, 1024))  # 3x3 places of 128 channels before these
-        config.optimizers = ("sgd", "adam", "kfac", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c")
-        config.per_optimizer = ml_collections.ConfigDict({"adam": {"learning_rate": 1e-3, "grid": (3e-3, 1e-3)}})
+        config.model.update(
+            width=16, pooled=3, hidden=(1024, 1024)
+        )  # 3x3 places of 128 channels before these
+        config.optimizers = (
+            "sgd",
+            "adam",
+            "kfac",
+            "rs_kfac",
+            "b_kfac",
+            "b_r_kfac",
+            "b_kfac_c",
+            "b_r_c",
+        )
+        config.per_optimizer = ml_collections.ConfigDict(
+            {"adam": {"learning_rate": 1e-3, "grid": (3e-3, 1e-3)}}
+        )
         config.update(seeds=3, epochs=1000, batch_size=128, learning_rate=0.03, checkpoint_every=0)
         del config.schedule
-        config.update(tune=True, tune_seeds=0, grid=(0.1, 0.03), targets=(1.0, 0.5), steps_per_call=5)
+        config.update(
+            tune=True, tune_seeds=0, grid=(0.1, 0.03), targets=(1.0, 0.5), steps_per_call=5
+        )
         config.update({"report_every": 5, "evaluate_every": 0, "budget_seconds": 30.0})
-        config.kfac = {**config.kfac.to_dict(), "damping": 0.1, "inverse": "cholesky", "factored_gradient": True}
+        config.kfac = {
+            **config.kfac.to_dict(),
+            "damping": 0.1,
+            "inverse": "cholesky",
+            "factored_gradient": True,
+        }
         config.low_rank.rank = 128
     return config

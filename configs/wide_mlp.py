@@ -1,4 +1,5 @@
-"""Handwritten digits of scikit-learn and a wide tanh network: where the inverses of K-FAC are the cost.
+"""Handwritten digits of scikit-learn and a wide tanh network: where the inverses of K-FAC are the
+cost.
 
 Compares dense K-FAC with inverses of low rank, sketched and followed online, at equal seconds.
 """
@@ -39,7 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
                 "inverse": "cholesky",
                 "factored_gradient": True,  # of dense K-FAC too: gradients are preconditioned from their rows
             },
-            # What comes on top for inverses of low rank. Defaults: corrections of a fifth at every fifth statistic.
+            # What comes on top for inverses of low rank. Defaults: corrections of a fifth at every
+            # fifth statistic.
             "low_rank": {"rank": 128},
             # Rows within an epoch, and an end by the clock: for comparisons at equal seconds.
             "report_every": 5,  # steps between rows of metrics.csv; 0: one row an epoch

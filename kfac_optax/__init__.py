@@ -9,30 +9,38 @@ from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
-from kfac_optax.control.balance import balance_parts
-from kfac_optax.control.bound import bound_step
-from kfac_optax.control.cold_start import cold_start
-from kfac_optax.control.damping import adapt_damping
-from kfac_optax.control.graft import graft_norm
-from kfac_optax.control.kl_clip import clip_by_kl, kl_scale
-from kfac_optax.control.quadratic_model import quadratic_step, solve_model
-from kfac_optax.control.rms import clip_by_rms
-from kfac_optax.control.trust_region import clip_by_trust_region, trust_scale
-from kfac_optax.control.weight_decay import add_weight_decay
-from kfac_optax.coupling.coarse import coarse_correction
-from kfac_optax.coupling.deflated import deflated
-from kfac_optax.coupling.tridiagonal import tridiagonal
-from kfac_optax.coverage import blocks_of, coverage
-from kfac_optax.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
+from kfac_optax.couplings.coarse import coarse_correction
+from kfac_optax.couplings.deflated import deflated
+from kfac_optax.couplings.tridiagonal import tridiagonal
+from kfac_optax.engine.choice import blocks_of
+from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.factor_metric import factor_metric
+from kfac_optax.engine.schedule import HostSchedule, refresh_period
+from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
+from kfac_optax.inspection.coverage import coverage
+from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
-from kfac_optax.transforms.adaptive import kfac_adaptive, kfac_two_level_adaptive
-from kfac_optax.transforms.aliases import kfac, kfac_two_level
-from kfac_optax.transforms.core import scale_by_curvature
-from kfac_optax.transforms.diagnostics import coarse_fisher, diagnostics
-from kfac_optax.transforms.factor_metric import factor_metric
-from kfac_optax.transforms.low_rank import b_kfac, b_kfac_c, b_r_c, b_r_kfac, low_rank_blocks, rs_kfac
-from kfac_optax.transforms.problems import problems
-from kfac_optax.transforms.schedule import HostSchedule, refresh_period
+from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
+from kfac_optax.methods.kfac.low_rank_presets import (
+    b_kfac,
+    b_kfac_c,
+    b_r_c,
+    b_r_kfac,
+    low_rank_blocks,
+    rs_kfac,
+)
+from kfac_optax.step_rules.balance import balance_parts
+from kfac_optax.step_rules.bound import bound_step
+from kfac_optax.step_rules.cold_start import cold_start
+from kfac_optax.step_rules.damping import adapt_damping
+from kfac_optax.step_rules.graft import graft_norm
+from kfac_optax.step_rules.kl_clip import clip_by_kl, kl_scale
+from kfac_optax.step_rules.quadratic_model import quadratic_step, solve_model
+from kfac_optax.step_rules.rms import clip_by_rms
+from kfac_optax.step_rules.trust_region import clip_by_trust_region, trust_scale
+from kfac_optax.step_rules.weight_decay import add_weight_decay
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,6 @@
-"""Parameter trees to canonical matrices and back: the only place that knows paths and kernel layout."""
+"""Parameter trees to canonical matrices and back: the only place that knows paths and kernel
+layout.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,15 +14,21 @@ from kfac_optax._types import NOT_USED, Block, Bucket, Layer, Layers, PyTree
 
 
 def path_name(path: tuple) -> str:
-    """Normalised name of a tree path: keys joined by `/`, without the `.value` that variable boxes add.
+    """Normalised name of a tree path: keys joined by `/`, without the `.value` that variable boxes
+    add.
 
     >>> tree = {"Dense_0": {"kernel": 1.0}}
     >>> [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['Dense_0/kernel']
     """
     keys = list(path)
-    # NNX states show `.value` in `init` but not in `update`, and partitioned linen parameters are boxed too.
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name in ("value", "raw_value"):
+    # NNX states show `.value` in `init` but not in `update`, and partitioned linen parameters are
+    # boxed too.
+    if (
+        keys
+        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+        and keys[-1].name in ("value", "raw_value")
+    ):
         keys.pop()
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
@@ -31,13 +39,19 @@ def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
 
 
 def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
-    """`tree` with the leaves named in `new` exchanged, each cast to the dtype of the leaf it replaces."""
+    """`tree` with the leaves named in `new` exchanged, each cast to the dtype of the leaf it
+    replaces.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [new[n].astype(leaf.dtype) if (n := path_name(path)) in new else leaf for path, leaf in paths]
+    leaves = [
+        new[n].astype(leaf.dtype) if (n := path_name(path)) in new else leaf for path, leaf in paths
+    ]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def make_buckets(layers: Iterable[Layer], block_of: Callable[[Layer], Block] | None = None) -> tuple[Bucket, ...]:
+def make_buckets(
+    layers: Iterable[Layer], block_of: Callable[[Layer], Block] | None = None
+) -> tuple[Bucket, ...]:
     """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
@@ -56,13 +70,19 @@ def make_buckets(layers: Iterable[Layer], block_of: Callable[[Layer], Block] | N
 
 
 def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-    """Canonical matrices of a bucket, `[copies, p, q]`: kernels, with the bias as last row of the input side."""
+    """Canonical matrices of a bucket, `[copies, p, q]`: kernels, with the bias as last row of the
+    input side.
+    """
     _, q = bucket.shape
     kernels = [_matrices(leaves[x.kernel].astype(dtype), x) for x in bucket.layers]
     matrices = jnp.concatenate(kernels)
     if bucket.layers[0].bias is None:
         return matrices
-    biases = [leaves[x.bias].astype(dtype).reshape(x.copies, 1, q) for x in bucket.layers if x.bias is not None]
+    biases = [
+        leaves[x.bias].astype(dtype).reshape(x.copies, 1, q)
+        for x in bucket.layers
+        if x.bias is not None
+    ]
     return jnp.concatenate([matrices, jnp.concatenate(biases)], axis=1)
 
 
@@ -80,7 +100,9 @@ def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
     return kernel.reshape(*layer.stack, *layout.shape)
 
 
-def scatter(bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def scatter(
+    bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name, in the shapes found in `leaves`."""
     out, start = {}, 0
     for x in bucket.layers:
@@ -100,21 +122,26 @@ def tree_bytes(tree: PyTree) -> int:
 def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     """Zeros of the type of an abstract array, with more axes in front.
 
-    Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a `shard_map`: a probe's
-    cotangent must have the type of its argument, and a scan's carry that of its start.
+    Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a
+    `shard_map`: a probe's cotangent must have the type of its argument, and a scan's carry that of
+      its start.
     """
     shape: tuple[int, ...] = (*leading, *aval.shape)
     sharding: Any = getattr(aval, "sharding", None)
     spec = getattr(sharding, "spec", ())
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
-        return jnp.zeros(shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
+        return jnp.zeros(
+            shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec)
+        )
     zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def wide_dtype(tree: PyTree) -> Any:
-    """The widest of float32 and the dtypes of a tree: for sums, statistics and the numbers in a state."""
+    """The widest of float32 and the dtypes of a tree: for sums, statistics and the numbers in a
+    state.
+    """
     return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
 
 
@@ -142,18 +169,25 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where `condition` (`[]` or `[n]`, matched to leading axes) holds, else `old`."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        )
 
     return jax.tree.map(pick, new, old)
 
 
 def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[Layer, ...]:
-    """The layers whose weight is among the leaves; a bias that is not (masked, say) leaves its layer.
+    """The layers whose weight is among the leaves; a bias that is not (masked, say) leaves its
+    layer.
 
-    Under `optax.masked` and `optax.partition` a transformation sees only its own part of the parameters.
+    Under `optax.masked` and `optax.partition` a transformation sees only its own part of the
+    parameters.
     """
     found = (layer for layer in layers if layer.kernel in leaves)
-    return tuple(x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None) for x in found)
+    return tuple(
+        x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None)
+        for x in found
+    )
 
 
 def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
@@ -162,13 +196,19 @@ def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
     if layers is None:
         return leaves
     mine = present(layers, leaves)
-    names = {layer.kernel for layer in mine} | {layer.bias for layer in mine if layer.bias is not None}
+    names = {layer.kernel for layer in mine} | {
+        layer.bias for layer in mine if layer.bias is not None
+    }
     return {name: x for name, x in leaves.items() if name in names}
 
 
 def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:
-    """The leaves without a block that get the size of the others (`uncovered="graft"`): those that the model uses."""
+    """The leaves without a block that get the size of the others (`uncovered="graft"`): those that
+    the model uses.
+    """
     if not layers.graft:
         return {}
-    left = covered_leaves(tree, layers).keys() | {u.path for u in layers.uncovered if u.reason == NOT_USED}
+    left = covered_leaves(tree, layers).keys() | {
+        u.path for u in layers.uncovered if u.reason == NOT_USED
+    }
     return {name: x for name, x in named_leaves(tree).items() if name not in left}

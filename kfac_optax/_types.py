@@ -1,6 +1,7 @@
 """Data passed between the parts of the package; no logic.
 
-Words: a *site* is one tapped call seen by tracing, a *layer* the parameters that one curvature block owns
+Words: a *site* is one tapped call seen by tracing, a *layer* the parameters that one curvature
+  block owns
 (kernel and bias), a *bucket* the layers of equal shape that one batched call serves.
 """
 
@@ -16,17 +17,21 @@ Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
 COMPLEX = (  # reason of a parameter that no block and no diagonal is for
-    "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the direction of ascent); "
+    "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the "
+    "direction of ascent); "
     "make its real and imaginary part real parameters to have them measured"
 )
-COMPLEX_LAYER = "its layer computes with complex numbers: not measured"  # reason of a real parameter
+COMPLEX_LAYER = (
+    "its layer computes with complex numbers: not measured"  # reason of a real parameter
+)
 NO_EXAMPLES = "no row per example: not in the coupling"
 
 
 class Layout(NamedTuple):
     """How a stored weight becomes matrices `[groups, inputs, outputs]`.
 
-    The leaf (behind the axes of its stack) is reshaped to `split`, transposed to `order`, and reshaped again.
+    The leaf (behind the axes of its stack) is reshaped to `split`, transposed to `order`, and
+    reshaped again.
     """
 
     shape: tuple[int, ...]  # as stored
@@ -49,20 +54,22 @@ class Layer:
 
     Attributes:
       path: normalised path of the module in the parameter tree, for example `"Dense_0"`.
-      kind: what the layer computes: `"dense"`, `"einsum"`, `"conv"`, `"embedding"`, `"tied_embedding"`,
-        `"scale_shift"`, or `"diagonal"` for a parameter on its own.
+      kind: what the layer computes: `"dense"`, `"einsum"`, `"conv"`, `"embedding"`,
+        `"tied_embedding"`, `"scale_shift"`, or `"diagonal"` for a parameter on its own.
       kernel: path of the weight leaf (of the scale, or of the shift where there is no scale).
       bias: path of the bias leaf, or `None`.
       inputs, outputs: sizes of the weight as a matrix, of one group.
       layout: how the stored weight becomes matrices.
       stack: leading axes of a stacked layer (`nn.scan` over layers), `()` otherwise.
-      groups: independent matrices of one layer (groups of a convolution, batched axes of an einsum).
-      channels: input channels of a plain convolution (no groups, not transposed), 0 for everything else.
+      groups: independent matrices of one layer (groups of a convolution, batched axes of an
+        einsum).
+      channels: input channels of a plain convolution (no groups, not transposed), 0 for everything
+        else.
       uses: how often the layer runs in one evaluation (tied layers, steps of a scan over time).
       rows: rows of input over all uses in the traced batch.
       notes: what the statistics leave out, for the coverage table.
-      per_example: whether axis 0 of its rows is the examples, in all uses. A table of positions has rows that all
-        examples share: a block can measure it, a coupling cannot.
+      per_example: whether axis 0 of its rows is the examples, in all uses. A table of positions has
+        rows that all examples share: a block can measure it, a coupling cannot.
       partly: its parameters with uses that the statistics do not see.
     """
 
@@ -107,7 +114,8 @@ class Layer:
 class Layers:
     """Coverage of a model: its layers in order of execution and the parameters left over.
 
-    Made by `fisher.layers(params, ...)`; `print(layers)` shows the coverage table. With `graft` the gradients of the
+    Made by `fisher.layers(params, ...)`; `print(layers)` shows the coverage table, with blocks and
+    bytes where `coverage` has added them. With `graft` the gradients of the
     parameters left over get the size of the updates that blocks make.
     """
 
@@ -126,35 +134,44 @@ class Layers:
         return len(self.layers)
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "kernel", "bias", "uses", "block", "state bytes")
-        sizes = self.state_bytes or (0,) * len(self.layers)
-        blocks = self.blocks or ("",) * len(self.layers)
-        rows = [
-            (
-                x.path or "(root)",
-                x.kind,
-                _shape(*x.stack, *((x.groups,) if x.groups > 1 else ()), x.inputs, x.outputs),
-                "yes" if x.bias is not None else "no",
-                str(x.uses),
-                "; ".join((block, *x.notes, *self._outside(x))),
-                f"{n:,}",
-            )
-            for x, block, n in zip(self.layers, blocks, sizes, strict=True)
-        ]
-        if self.coupling:
-            rows.append(("(all layers)", "coupling", "", "", "", self.coupling, f"{self.coupling_bytes:,}"))
-        rows.append(("total", "", "", "", "", "", f"{sum(sizes) + self.coupling_bytes:,}"))
+        header = ("layer", "kind", "kernel", "bias", "uses")
+        rows = [self._geometry(layer) for layer in self.layers]
+        notes = [(*x.notes, *self._outside(x)) for x in self.layers]
+        if self.blocks:
+            header += ("block", "state bytes")
+            triples = zip(self.blocks, notes, self.state_bytes, strict=True)
+            made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
+            rows = [row + more for row, more in zip(rows, made, strict=True)]
+            if self.coupling:
+                bytes_across = f"{self.coupling_bytes:,}"
+                rows.append(("(all layers)", "coupling", "", "", "", self.coupling, bytes_across))
+            total = f"{sum(self.state_bytes) + self.coupling_bytes:,}"
+            rows.append(("total", "", "", "", "", "", total))
+        elif any(notes):
+            header += ("notes",)
+            rows = [(*row, "; ".join(said)) for row, said in zip(rows, notes, strict=True)]
         text = _columns(header, rows)
         if self.uncovered:
             left = [(u.path, _shape(*u.shape), self._gets(u), u.reason) for u in self.uncovered]
             text += "\n\n" + _columns(("not covered", "shape", "gets", "reason"), left)
         return text
 
+    def _geometry(self, layer: Layer) -> tuple[str, ...]:
+        """What the layer is, whatever block it gets."""
+        groups = (layer.groups,) if layer.groups > 1 else ()
+        shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
+        bias = "no" if layer.bias is None else "yes"
+        return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
+
     def _gets(self, parameter: Uncovered) -> str:
         """What becomes of the gradient of a parameter that no block owns."""
         if parameter.reason == NOT_USED:
             return "no gradient"
-        return "gradient with the size of the preconditioned updates" if self.graft else "gradient passed on"
+        return (
+            "gradient with the size of the preconditioned updates"
+            if self.graft
+            else "gradient passed on"
+        )
 
     def _outside(self, layer: Layer) -> tuple[str, ...]:
         return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
@@ -168,33 +185,38 @@ class Use(NamedTuple):
     examples: int  # N of the batch
     rows: int  # rows of input summed over all uses of the layer
     dtype: Any  # dtype of the statistics, float32 or wider
-    weights: jax.Array | None = None  # [*rows of this use], mean one; already inside g, still missing in a
+    weights: jax.Array | None = (
+        None  # [*rows of this use], mean one; already inside g, still missing in a
+    )
     inputs: int = 0  # p without the bias row; the vocabulary of an embedding
 
 
 class Block(NamedTuple):
-    """A per-layer curvature approximation as five pure functions (one layer each; buckets are mapped over).
+    """A per-layer curvature approximation as five pure functions (one layer each; buckets are
+    mapped over).
 
     Attributes:
       name: word for the coverage table.
       init: `(p, q, dtype) -> statistic`, the value that stands for "nothing measured yet".
-      measure: `(a, g, use) -> statistic`, contribution of one use; `g` is `None` where only inputs are measured.
-      factorize: `(statistic, damping) -> held`.
-      solve: `(held, V, damping) -> V preconditioned`, `V` of shape `[p, q]`.
+      measure: `(a, g, use) -> statistic`, contribution of one use; `g` is `None` where only inputs
+        are measured.
+      factorize: `(statistic, damping) -> inverse`.
+      solve: `(inverse, V, damping) -> V preconditioned`, `V` of shape `[p, q]`.
       multiply: `(statistic, V) -> F V`, undamped.
-      rows: `measure` sees all uses of the layer at once, `a [N, T, p]` and `g [N, T, q]` with steps in time or
-        positions on axis 1, instead of being added up over uses.
-      sharing: what becomes of positions that share a weight: `"expand"` makes each a row, `"reduce"` averages the
-        inputs and adds up the output gradients of an example first.
-      positions: at most about this many positions of an example are measured, evenly spaced; `None` for all.
+      rows: `measure` sees all uses of the layer at once, `a [N, T, p]` and `g [N, T, q]` with steps
+        in time or positions on axis 1, instead of being added up over uses.
+      sharing: what becomes of positions that share a weight: `"expand"` makes each a row,
+        `"reduce"` averages the inputs and adds up the output gradients of an example first.
+      positions: at most about this many positions of an example are measured, evenly spaced; `None`
+        for all.
       raw: `measure` sees the input map of a convolution itself, not its patches.
-      refresh: `(held, statistic, damping, count) -> held`, in place of `factorize` once something is held; `count` numbers the
-        statistics, for random draws.
-      absorb: `(held, columns, statistic, damping, average) -> held`, takes new rows into what is held at every statistic. Such
-        a block measures `(statistic, columns)`; `columns` come with an axis of pullbacks in front, and those of all devices
-        together. `average` is an `Average`.
-      solve_rows: `(held, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and `g [R, q]`; or `None` where that
-        would cost more than `solve`.
+      refresh: `(inverse, statistic, damping, count) -> inverse`, in place of `factorize` later on;
+        `count` numbers the statistics, for random draws.
+      absorb: `(inverse, columns, statistic, damping, average) -> inverse`, takes new rows in at
+        every statistic. Such a block measures `(statistic, columns)`; `columns` come with an axis
+        of pullbacks in front, and those of all devices together. `average` is an `Average`.
+      solve_rows: `(inverse, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and
+        `g [R, q]`; or `None` where that would cost more than `solve`.
     """
 
     name: str
@@ -213,37 +235,43 @@ class Block(NamedTuple):
 
 
 class Average(NamedTuple):
-    """How a new statistic is averaged in: `S <- weight S + (1 - weight) S_new`, as number `count` of those accepted."""
+    """How a new statistic is averaged in: `S <- weight S + (1 - weight) S_new`, as number `count`
+    of those accepted.
+    """
 
     weight: jax.Array
     count: jax.Array
 
 
-Vector = list[jax.Array]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
+Vector = list[
+    jax.Array
+]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
 
 
 class Directions(NamedTuple):
     """An update that has not been added up yet, for step rules that weigh its parts.
 
     Attributes:
-      parts: trees like the gradient whose sum is the update; what no block covers is in the first, zero in the others.
+      parts: trees like the gradient whose sum is the update; what no block covers is in the first,
+        zero in the others.
     """
 
     parts: tuple[PyTree, ...]
 
 
 class Fine(NamedTuple):
-    """The block-diagonal level at a refresh, for couplings that build on it. Rows are the matrices that couplings see.
+    """The block-diagonal level at a refresh, for couplings that build on it. Rows are the matrices
+    that couplings see.
 
     Attributes:
       factors: `row -> statistic` of its block.
-      held: `row -> held` of its block.
+      inverses: `row -> inverse` of its block.
       damping: of this refresh.
       sizes: `[L]`, number of parameters of each row.
     """
 
     factors: Callable[[int], PyTree]
-    held: Callable[[int], PyTree]
+    inverses: Callable[[int], PyTree]
     damping: jax.Array
     sizes: jax.Array
 
@@ -255,12 +283,15 @@ class System(NamedTuple):
       gradient: the right-hand side, a `Vector`.
       fine: `vector -> vector`, block-diagonal preconditioner.
       restrict: `vector -> [L]`, `Z`: the sum of all entries of every row.
-      prolong: `[L] -> vector`, `Z^T`: the same number on all entries of a row, zeros in layers that couplings do not see.
+      prolong: `[L] -> vector`, `Z^T`: the same number on all entries of a row, zeros in layers that
+        couplings do not see.
       matrices: `vector -> [[p, q], ...]`, the rows one by one.
       replace: `(vector, matrices) -> vector`, the same with other rows.
-      product: `vector -> F vector`, exact on this step's batch; an error where the step has no curvature.
-      coarse: `(prolong, m) -> Z F Z^T` of the same batch, `[m, m]`, for any `prolong: [m] -> vector` that is `Z^T`.
-      held: `row -> held` of its block.
+      product: `vector -> F vector`, exact on this step's batch; an error where the step has no
+        curvature.
+      coarse: `(prolong, m) -> Z F Z^T` of the same batch, `[m, m]`, for any
+        `prolong: [m] -> vector` that is `Z^T`.
+      inverses: `row -> inverse` of its block.
       damping: of this step.
       sizes: `[L]`, number of parameters of each row.
     """
@@ -273,7 +304,7 @@ class System(NamedTuple):
     replace: Callable[[Vector, Sequence[jax.Array]], Vector]
     product: Callable[[Vector], Vector]
     coarse: Callable[[Callable[[jax.Array], Vector], int], jax.Array]
-    held: Callable[[int], PyTree]
+    inverses: Callable[[int], PyTree]
     damping: jax.Array
     sizes: jax.Array
 
@@ -286,15 +317,18 @@ class Coupling(NamedTuple):
     Attributes:
       name: word for the coverage table.
       init: `(layers, dtype) -> statistic`, for the layers that have rows.
-      measure: `(a, g, weights) -> tree` for one use of one layer. What it sees has the rows of the layer in front.
+      measure: `(a, g, weights) -> tree` for one use of one layer. What it sees has the rows of the
+        layer in front.
       reduce: `(measured, examples) -> statistic`, from the values of all layers in order.
-      factorize: `(statistic, Fine) -> held`.
-      apply: `(held, System) -> [vector, ...]`, the parts whose sum is the update: the block-diagonal level first, then what
-        the coupling adds to it.
+      factorize: `(statistic, Fine) -> inverse`.
+      apply: `(inverse, System) -> [vector, ...]`, the parts whose sum is the update: the
+        block-diagonal level first, then what the coupling adds to it.
       check: `(layers, blocks)`, raises where the coupling does not fit.
-      sees: `"sums"`, the channel sums `alpha = sum(a)` and `gamma = sum(g)`, `[copies, N, *positions]` both; or `"rows"`,
-        `a [copies, N, p]` with the bias coordinate and `g [copies, N, q]`, which demands one row per example.
-      late: measure all uses of a layer at once, when every layer is known, instead of adding up what each gives.
+      sees: `"sums"`, the channel sums `alpha = sum(a)` and `gamma = sum(g)`,
+        `[copies, N, *positions]` both; or `"rows"`, `a [copies, N, p]` with the bias coordinate and
+        `g [copies, N, q]`, which demands one row per example.
+      late: measure all uses of a layer at once, when every layer is known, instead of adding up
+        what each gives.
     """
 
     name: str
@@ -309,7 +343,9 @@ class Coupling(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Layers of one kind and shape that share a block, stacked on a leading axis of length `copies`."""
+    """Layers of one kind and shape that share a block, stacked on a leading axis of length
+    `copies`.
+    """
 
     name: str
     layers: tuple[Layer, ...]
@@ -328,5 +364,8 @@ def _shape(*sizes: int) -> str:
 def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = [header, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

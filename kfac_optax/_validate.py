@@ -11,10 +11,11 @@ from kfac_optax._types import Numeric, ScalarOrSchedule
 
 NO_CURVATURE = """{where}.update got no `curvature`. Pass the lazy curvature of this batch,
 
-    updates, opt_state = tx.update(grads, opt_state, params, curvature=fisher.at(params, batch["x"], key=key))
+    updates, opt_state = tx.update(grads, opt_state, params, curvature=fisher.at(params, batch["x"],
+    key=key))
 
-or `curvature=None` to take no statistics in this step. Wrappers that cannot forward extra arguments (such as
-`TrainState.apply_gradients`) need the short recipe in the README."""
+or `curvature=None` to take no statistics in this step. Wrappers that cannot forward extra arguments
+(such as `TrainState.apply_gradients`) need the short recipe in the README."""
 
 
 def _concrete(value: Any) -> bool:
@@ -30,11 +31,16 @@ def check_number(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> None:
-    """Checks a hyperparameter that is a plain number; traced values and schedules are taken as they are."""
+    """Checks a hyperparameter that is a plain number; traced values and schedules are taken as they
+    are.
+    """
     if callable(value) or isinstance(value, jax.Array):
         return
     if not _concrete(value):
-        raise TypeError(f"{where}: {name} is {value!r}; expected a number, a jax.Array or a schedule (step -> number).")
+        raise TypeError(
+            f"{where}: {name} is {value!r}; expected a number, a jax.Array or a schedule (step -> "
+            "number)."
+        )
     wanted = []
     number = float(value)  # type: ignore[arg-type]
     if above is not None and not number > above:
@@ -81,9 +87,13 @@ class Checked(NamedTuple):
 
 
 def check_legal(where: str, name: str, value: ScalarOrSchedule | None) -> None:
-    """Checks a hyperparameter against `LEGAL` where it is a plain number; `checked` does so for all others."""
+    """Checks a hyperparameter against `LEGAL` where it is a plain number; `checked` does so for all
+    others.
+    """
     legal = LEGAL[name]
-    check_number(where, name, value, above=legal.above, at_least=legal.at_least, at_most=legal.at_most)
+    check_number(
+        where, name, value, above=legal.above, at_least=legal.at_least, at_most=legal.at_most
+    )
 
 
 def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
@@ -106,7 +116,8 @@ def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
 def checked(
     memory: dict[str, Checked], name: str, value: ScalarOrSchedule, count: jax.Array
 ) -> tuple[Numeric, dict[str, Checked]]:
-    """The value of a hyperparameter at a step, or the last good one where it is out of range or not a number.
+    """The value of a hyperparameter at a step, or the last good one where it is out of range or not
+    a number.
 
     Plain numbers were checked when the transformation was made, and stay as they are.
 
@@ -143,7 +154,9 @@ def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> N
     """Checks a word against the legal ones."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{where}: {name}={value!r}; expected one of {', '.join(map(repr, choices))}.")
+        raise ValueError(
+            f"{where}: {name}={value!r}; expected one of {', '.join(map(repr, choices))}."
+        )
 
 
 def resolve(value: ScalarOrSchedule, count: jax.Array) -> Numeric:

@@ -1,4 +1,5 @@
-"""What the compatibility tests share: tiny problems, a way to run them, type trees and a compilation counter."""
+"""What the compatibility tests share: tiny problems, a way to run them, type trees and a
+compilation counter."""
 
 import functools
 import logging
@@ -29,7 +30,9 @@ class Problem(NamedTuple):
     estimator: ko.Estimator
     layers: ko.Layers
 
-    def loss(self, params: Any, x: jax.Array | None = None, y: jax.Array | None = None) -> jax.Array:
+    def loss(
+        self, params: Any, x: jax.Array | None = None, y: jax.Array | None = None
+    ) -> jax.Array:
         return self.predict(params, self.x if x is None else x).mean_nll(self.y if y is None else y)
 
     def grad(self, params: Any) -> Any:
@@ -93,23 +96,37 @@ def linen_problem() -> Problem:
     model = MLP()
     x, y = data()
     params = jax.jit(model.init)(jax.random.key(1), x)["params"]
-    return make_problem(lambda params, x: ko.Categorical(model.apply({"params": params}, x)), params, x, y)
+    return make_problem(
+        lambda params, x: ko.Categorical(model.apply({"params": params}, x)), params, x, y
+    )
 
 
 def make_tx(preset: str, problem: Problem, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """A preset with short periods, so that a few steps see every branch."""
-    settings = {"learning_rate": 0.1, "damping": 0.05, "curvature_every": 2, "inverse_every": 3} | kwargs
+    settings = {
+        "learning_rate": 0.1,
+        "damping": 0.05,
+        "curvature_every": 2,
+        "inverse_every": 3,
+    } | kwargs
     return PRESETS[preset](problem.layers, **settings)
 
 
-def make_step(tx: optax.GradientTransformation, problem: Problem) -> Callable[..., tuple[Any, Any, Any]]:
-    """`(params, state, **extra) -> (params, state, updates)`, a descent step along `-0.1 * updates`, not jitted."""
+def make_step(
+    tx: optax.GradientTransformation, problem: Problem
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """`(params, state, **extra) -> (params, state, updates)`, a descent step along
+    `-0.1 * updates`, not jitted."""
     tx = optax.with_extra_args_support(tx)
 
     def step(params: Any, state: Any, **extra: Any):
         extra = {"curvature": problem.at(params)} | extra
         updates, state = tx.update(problem.grad(params), state, params, **extra)
-        return jax.tree.map(lambda p, u: p - (0.1 * u).astype(p.dtype), params, updates), state, updates
+        return (
+            jax.tree.map(lambda p, u: p - (0.1 * u).astype(p.dtype), params, updates),
+            state,
+            updates,
+        )
 
     return step
 
@@ -138,13 +155,15 @@ def plain_grads() -> Any:
 
 @functools.cache
 def initial_state(preset: str) -> Any:
-    """State of a preset with the default settings on the plain problem, shared by the tests of one process."""
+    """State of a preset with the default settings on the plain problem, shared by the tests of one
+    process."""
     return jax.jit(make_tx(preset, plain_problem()).init)(plain_problem().params)
 
 
 @functools.cache
 def reference_run(preset: str, steps: int = 6) -> tuple[Any, Any, Any]:
-    """`run` of a preset with the default settings on the plain problem, shared by the tests of one process."""
+    """`run` of a preset with the default settings on the plain problem, shared by the tests of one
+    process."""
     return run(make_tx(preset, plain_problem()), plain_problem(), steps)
 
 
@@ -154,15 +173,22 @@ def types(tree: Any) -> Any:
 
 
 def assert_same_types(a: Any, b: Any) -> None:
-    """Fails unless two trees agree in structure and in all that `lax.cond` or `lax.scan` compares."""
+    """Fails unless two trees agree in structure and in all that `lax.cond` or `lax.scan`
+    compares."""
     a, b = types(a), types(b)
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x == y, f"{jax.tree_util.keystr(path)}: {x} (weak: {x.weak_type}), then {y} (weak: {y.weak_type})"
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        assert x == y, (
+            f"{jax.tree_util.keystr(path)}: {x} (weak: {x.weak_type}), then {y} (weak: "
+            f"{y.weak_type})"
+        )
 
 
 def comparable(tree: Any) -> Any:
-    """`tree` with eigendecompositions multiplied out: eigenvectors are free in sign, and in more where values repeat."""
+    """`tree` with eigendecompositions multiplied out: eigenvectors are free in sign, and in more
+    where values repeat."""
 
     def matrix(node: Any) -> Any:
         if not isinstance(node, Eigen):
@@ -172,7 +198,9 @@ def comparable(tree: Any) -> Any:
     return jax.tree.map(matrix, tree, is_leaf=lambda node: isinstance(node, Eigen))
 
 
-def assert_close(a: Any, b: Any, *, rtol: float = 1e-3, atol: float = 1e-5, structure: bool = True) -> None:
+def assert_close(
+    a: Any, b: Any, *, rtol: float = 1e-3, atol: float = 1e-5, structure: bool = True
+) -> None:
     """Fails unless two trees agree up to float32 rounding of differently compiled programs.
 
     With `structure=False` only the leaves have to agree, in order.

@@ -1,8 +1,9 @@
 """Dense references: everything the library never forms, formed here from first principles.
 
-The model is a plain stack `s_i = a_{i-1} W_i (+ b_i)`, `a_i = tanh(s_i)`, evaluated one example at a time; rows come from
-derivatives with respect to additive shifts of the pre-activations, not from probes. Canonical matrices are `[p, q]` and
-raveled row by row, so a Kronecker block is `kron(A, G)`.
+The model is a plain stack `s_i = a_{i-1} W_i (+ b_i)`, `a_i = tanh(s_i)`, evaluated one example at
+a time; rows come from derivatives with respect to additive shifts of the pre-activations, not from
+probes. Canonical matrices are `[p, q]` and raveled row by row, so a Kronecker block is
+`kron(A, G)`.
 """
 
 import itertools
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_optax as ko
-from kfac_optax.coverage import blocks_of
-from kfac_optax.plan import Plan
+from kfac_optax.engine.choice import blocks_of
+from kfac_optax.estimators.plan import Plan
 
 
 def plan(layers, coupling=None, dtype=jnp.float64, block=None):
-    """What to measure: every layer with the block it gets by default, or with `block` where that fits."""
+    """What to measure: every layer with the block it gets by default, or with `block` where that
+    fits."""
     block_of = blocks_of(ko.kronecker() if block is None else block)
     return Plan(tuple(layers), tuple(map(block_of, layers)), coupling, dtype)
 
@@ -38,7 +40,8 @@ def normal(seed, shape):
 
 
 def forward(params, x, shifts=None, activation=jnp.tanh, tapped=True):
-    """Works on a batch `[N, d]` and on one example `[d]`; `shifts[i]` is added to pre-activation i."""
+    """Works on a batch `[N, d]` and on one example `[d]`; `shifts[i]` is added to pre-activation
+    i."""
     inputs = []
     for i, layer in enumerate(params.values()):
         inputs.append(x)
@@ -51,7 +54,8 @@ def forward(params, x, shifts=None, activation=jnp.tanh, tapped=True):
 
 
 def per_example(params, x, seeds, activation=jnp.tanh):
-    """Rows of every layer: `a_i [N, p]` with the trailing one, `g_i [C, N, q]` for output seeds `[C, N, out]`."""
+    """Rows of every layer: `a_i [N, p]` with the trailing one, `g_i [C, N, q]` for output seeds
+    `[C, N, out]`."""
     bias = "bias" in next(iter(params.values()))
 
     def one(example, seed):
@@ -90,7 +94,10 @@ def kronecker_fisher(a, g):
 
 def exact_fisher(a, g):
     """`(1/N) sum_b sum_c vec(D) vec(D)^T` with `D` the gradients of all layers together."""
-    rows = [np.einsum("np,cnq->cnpq", ai, gi).reshape(g[0].shape[0], len(ai), -1) for ai, gi in zip(a, g)]
+    rows = [
+        np.einsum("np,cnq->cnpq", ai, gi).reshape(g[0].shape[0], len(ai), -1)
+        for ai, gi in zip(a, g)
+    ]
     stacked = np.concatenate(rows, -1)
     return np.einsum("cni,cnj->ij", stacked, stacked) / len(a[0])
 
@@ -124,7 +131,9 @@ def factored_tikhonov(a, g, damping):
         big_a, big_g = ai.T @ ai / len(ai), np.einsum("cni,cnj->ij", gi, gi) / len(ai)
         pi = np.sqrt((np.trace(big_a) / len(big_a)) / (np.trace(big_g) / len(big_g)))
         root = np.sqrt(damping)
-        blocks.append(np.kron(big_a + pi * root * np.eye(len(big_a)), big_g + root / pi * np.eye(len(big_g))))
+        blocks.append(
+            np.kron(big_a + pi * root * np.eye(len(big_a)), big_g + root / pi * np.eye(len(big_g)))
+        )
     sizes = [len(b) for b in blocks]
     out, start = np.zeros((sum(sizes), sum(sizes))), 0
     for n, block in zip(sizes, blocks):
@@ -144,7 +153,8 @@ def flatten(tree):
 
 
 def two_level(fine, coarse_fisher, z, gradient, damping, coarse_damping=None):
-    """`fine^{-1} V + Z^T (F_c + damping)^{-1} Z V`; `coarse_damping` a diagonal, default `damping I`."""
+    """`fine^{-1} V + Z^T (F_c + damping)^{-1} Z V`; `coarse_damping` a diagonal, default
+    `damping I`."""
     diagonal = damping * np.ones(len(z)) if coarse_damping is None else coarse_damping
     correction = z.T @ np.linalg.solve(coarse_fisher + np.diag(diagonal), z @ gradient)
     return np.linalg.solve(fine, gradient) + correction
@@ -161,7 +171,7 @@ def clip(update, gradient, sizes, learning_rate, kl_clip):
 def softmax_columns(logits):
     """Columns of `S = diag(sqrt y) - y sqrt(y)^T`, `[C, N, C]`."""
     y = np.asarray(jax.nn.softmax(logits))
-    s = np.einsum("nc,cd->ncd", np.sqrt(y), np.eye(y.shape[1])) - np.einsum("nd,nc->ndc", y, np.sqrt(y)).transpose(
-        0, 2, 1
-    )
+    s = np.einsum("nc,cd->ncd", np.sqrt(y), np.eye(y.shape[1])) - np.einsum(
+        "nd,nc->ndc", y, np.sqrt(y)
+    ).transpose(0, 2, 1)
     return s.transpose(1, 0, 2)

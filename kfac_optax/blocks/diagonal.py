@@ -10,17 +10,19 @@ from kfac_optax.linalg.factorize import damped_quotient
 
 
 def diagonal() -> Block:
-    """Diagonal block `F ~ diag(S)` for parameters `V [1, n]` that belong to no layer with inputs and outputs.
+    """Diagonal block `F ~ diag(S)` for parameters `V [1, n]` that belong to no layer with inputs
+    and outputs.
 
-    `solve` is `V / (S + damping)`, zero where that is below `eps^2` of the largest entry. The statistic `S [1, n]`,
-    for example the mean square of per-example gradients, is handed in ready-made.
+    `solve` is `V / (S + damping)`, zero where that is below `eps^2` of the largest entry. The
+    statistic `S [1, n]`, for example the mean square of per-example gradients, is handed in
+    ready-made.
 
     Returns:
       A `Block` whose `measure` raises: rows of inputs and output gradients do not determine `S`.
 
     >>> block = diagonal()
-    >>> held = block.factorize(jnp.array([[1.0, 3.0]]), jnp.float32(1.0))
-    >>> print(block.solve(held, jnp.ones((1, 2)), jnp.float32(1.0)))
+    >>> inverse = block.factorize(jnp.array([[1.0, 3.0]]), jnp.float32(1.0))
+    >>> print(block.solve(inverse, jnp.ones((1, 2)), jnp.float32(1.0)))
     [[0.5  0.25]]
 
     Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020).
@@ -31,15 +33,17 @@ def diagonal() -> Block:
 
     def measure(a: Array, g: Array | None, use: Use) -> NoReturn:
         raise ValueError(
-            "diagonal: measure got rows of a layer; expected its statistic [1, n] ready-made. Let the estimator measure "
-            "the parameters (mean square of per-example gradients), or use the block of the layer's kind."
+            "diagonal: measure got rows of a layer; expected its statistic [1, n] ready-made. Let "
+            "the estimator measure "
+            "the parameters (mean square of per-example gradients), or use the block of the "
+            "layer's kind."
         )
 
     def factorize(statistic: Array, damping: Array) -> Array:
         return jnp.maximum(statistic, 0)
 
-    def solve(held: Array, v: Array, damping: Array) -> Array:
-        return damped_quotient(v, held, damping, exact=True)
+    def solve(inverse: Array, v: Array, damping: Array) -> Array:
+        return damped_quotient(v, inverse, damping, exact=True)
 
     def multiply(statistic: Array, v: Array) -> Array:
         return statistic * v

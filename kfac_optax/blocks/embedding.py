@@ -11,9 +11,9 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram
-from kfac_optax.linalg.rows import index_counts, weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
+from kfac_optax.linalg.weighted_rows import index_counts, weighted_gram
 
 INVERSES = ("eigh", "cholesky")
 
@@ -25,14 +25,14 @@ class TokenFactors(NamedTuple):
     outputs: Float[Array, "q q"]
 
 
-class TokenEigenHeld(NamedTuple):
+class TokenEigenInverse(NamedTuple):
     """Counts and the eigendecomposition of `G`; the damping enters in every solve, exactly."""
 
     counts: Float[Array, " p"]
     outputs: Eigen
 
 
-class TokenInverseHeld(NamedTuple):
+class TokenDenseInverse(NamedTuple):
     """`1 / (counts + pi sqrt(damping))` and `(G + sqrt(damping)/pi I)^{-1}`."""
 
     rows: Float[Array, " p"]
@@ -42,9 +42,10 @@ class TokenInverseHeld(NamedTuple):
 class TiedFactors(NamedTuple):
     """The two terms of a table that is both embedding and softmax head.
 
-    `diag(lookup_counts) (x) (lookup_outputs / lookup_share)` and `diag(head_counts) (x) (head_inputs / head_share)`. A
-    share is the part of the layer's rows that are of this sort; dividing by it turns a mean over all rows into one
-    over the rows that were counted.
+    `diag(lookup_counts) (x) (lookup_outputs / lookup_share)` and
+    `diag(head_counts) (x) (head_inputs / head_share)`. A share is the part of the layer's rows that
+    are of this sort; dividing by it turns a mean over all rows into one over the rows that were
+    counted.
     """
 
     lookup_counts: Float[Array, " p"]
@@ -55,7 +56,7 @@ class TiedFactors(NamedTuple):
     head_share: Float[Array, ""]
 
 
-class TiedHeld(NamedTuple):
+class TiedInverse(NamedTuple):
     """Damped diagonals of both terms, and the pencil of their damped dense factors."""
 
     lookup: Float[Array, " p"]
@@ -64,17 +65,20 @@ class TiedHeld(NamedTuple):
 
 
 def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """Kronecker block `F ~ diag(counts) (x) G` of an embedding table `[p, q]`: K-FAC with one-hot inputs.
+    """Kronecker block `F ~ diag(counts) (x) G` of an embedding table `[p, q]`: K-FAC with one-hot
+    inputs.
 
-    `counts [p] = (1/N) sum_rows w e_token`, `G = (1/rows) sum_rows g g^T`, the factors that a dense layer would have on
+    `counts [p] = (1/N) sum_rows w e_token`, `G = (1/rows) sum_rows g g^T`, the factors that a dense
+    layer would have on
     one-hot inputs, without the `[p, p]` matrix. Solves, with `V [p, q]`:
 
     - `"eigh"`: exact damping, `[(V U) / (counts s^T + damping)] U^T` with `G = U diag(s) U^T`.
-    - `"cholesky"`: factored Tikhonov, `(counts + pi sqrt(damping))^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
+    - `"cholesky"`: factored Tikhonov,
+      `(counts + pi sqrt(damping))^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
       `pi = sqrt(mean(counts) / (tr G / q))`; the damping is the one of the last refresh.
 
-    `measure` takes the tokens `[*rows]` as `a` and the vocabulary as `use.inputs`. Tokens beyond the vocabulary are not
-    counted.
+    `measure` takes the tokens `[*rows]` as `a` and the vocabulary as `use.inputs`. Tokens beyond
+    the vocabulary are not counted.
 
     Args:
       inverse: `"eigh"` or `"cholesky"`.
@@ -91,7 +95,8 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     >>> print(block.measure(jnp.array([0, 2, 2, 2]), jnp.ones((4, 1)), use).counts)
     [0.25 0.   0.75]
 
-    Reference: Eschenhagen et al., Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures
+    Reference: Eschenhagen et al., Kronecker-Factored Approximate Curvature for Modern Neural
+      Network Architectures
     (2023), section 3, for weight sharing ("expand").
     """
     check_choice("embedding", "inverse", inverse, INVERSES)
@@ -103,20 +108,22 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
         _check_lookup("embedding", a, use)
         return TokenFactors(_counts(a, use), _output_moment(a, g, use, precision))
 
-    def factorize(factors: TokenFactors, damping: Array) -> TokenEigenHeld | TokenInverseHeld:
+    def factorize(factors: TokenFactors, damping: Array) -> TokenEigenInverse | TokenDenseInverse:
         counts, outputs = factors
         if inverse == "eigh":
-            return TokenEigenHeld(counts, psd_eigh(outputs))
-        shift, output_shift = tikhonov_shifts(counts.mean(), jnp.trace(outputs) / len(outputs), damping)
-        return TokenInverseHeld(1 / (counts + shift), psd_inverse(outputs, output_shift))
+            return TokenEigenInverse(counts, psd_eigh(outputs))
+        shift, output_shift = tikhonov_shifts(
+            counts.mean(), jnp.trace(outputs) / len(outputs), damping
+        )
+        return TokenDenseInverse(1 / (counts + shift), psd_inverse(outputs, output_shift))
 
-    def solve(held: TokenEigenHeld | TokenInverseHeld, v: Array, damping: Array) -> Array:
-        if isinstance(held, TokenEigenHeld):
-            vectors, values = held.outputs
+    def solve(inverse: TokenEigenInverse | TokenDenseInverse, v: Array, damping: Array) -> Array:
+        if isinstance(inverse, TokenEigenInverse):
+            vectors, values = inverse.outputs
             rotated = jnp.matmul(v, vectors, precision=precision)
-            scaled = damped_quotient(rotated, held.counts[:, None] * values, damping)
+            scaled = damped_quotient(rotated, inverse.counts[:, None] * values, damping)
             return jnp.matmul(scaled, vectors.T, precision=precision)
-        return held.rows[:, None] * jnp.matmul(v, held.outputs, precision=precision)
+        return inverse.rows[:, None] * jnp.matmul(v, inverse.outputs, precision=precision)
 
     def multiply(factors: TokenFactors, v: Array) -> Array:
         return factors.counts[:, None] * jnp.matmul(v, factors.outputs, precision=precision)
@@ -125,21 +132,25 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
 
 
 def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """Sum of two Kronecker products for a table `E [p, q]` that looks tokens up and is also the softmax head.
+    """Sum of two Kronecker products for a table `E [p, q]` that looks tokens up and is also the
+    softmax head.
 
     `F ~ diag(D1) (x) G1 + diag(D2) (x) H2`, curvature between the two sorts of use left out:
 
-    - look-ups (`measure` gets integer `a [*rows]`, `g [*rows, q]`): `D1 = (1/N) sum w e_token`, `G1 = mean g g^T`;
-    - head, `logits = h E^T` (`a = h [*rows, q]`, `g [*rows, p]`): `D2 = (1/N) sum diag(g g^T)`, `H2 = mean w h h^T`, the
-      dense block with the scale of the sum over rows on the output side, whose off-diagonal is dropped.
+    - look-ups (`measure` gets integer `a [*rows]`, `g [*rows, q]`): `D1 = (1/N) sum w e_token`,
+      `G1 = mean g g^T`;
+    - head, `logits = h E^T` (`a = h [*rows, q]`, `g [*rows, p]`): `D2 = (1/N) sum diag(g g^T)`,
+      `H2 = mean w h h^T`, the dense block with the scale of the sum over rows on the output side,
+      whose off-diagonal is dropped.
 
-    Means are over the rows of one sort only, in however many uses and next to however many rows of the other sort: the
-    statistic holds means over all rows of the layer and each sort's share of them, all linear in the data.
+    Means are over the rows of one sort only, in however many uses and next to however many rows of
+    the other sort: the statistic holds means over all rows of the layer and each sort's share of
+    them, all linear in the data.
 
-    Each term is damped as `(D + pi r) (x) (G + r/pi I)`, `r = sqrt(damping / 2)`, and the sum of the two products is
-    inverted exactly: `K^T (G1 + ..) K = I`, `K^T (H2 + ..) K = diag(s)`, `V -> [(V K) / (d1 + d2 s^T)] K^T`. No closed form
-    exists for two products plus `damping I`, so both values of `inverse` mean this solve, and the damping is the one of
-    the last refresh.
+    Each term is damped as `(D + pi r) (x) (G + r/pi I)`, `r = sqrt(damping / 2)`, and the sum of
+    the two products is inverted exactly: `K^T (G1 + ..) K = I`, `K^T (H2 + ..) K = diag(s)`,
+    `V -> [(V K) / (d1 + d2 s^T)] K^T`. No closed form exists for two products plus `damping I`, so
+    both values of `inverse` mean this solve, and the damping is the one of the last refresh.
 
     Args:
       inverse: `"eigh"` or `"cholesky"`, as for `embedding`; no difference here.
@@ -152,18 +163,21 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
       ValueError: unknown `inverse`; `use.bias` is set; head rows that do not fit the table.
 
     >>> block = tied_embedding()
-    >>> held = block.factorize(block.init(3, 2, jnp.float32), jnp.float32(0.0))
-    >>> print(block.solve(held, jnp.ones((3, 2)), jnp.float32(0.0)).round(4)[0])
+    >>> inverse = block.factorize(block.init(3, 2, jnp.float32), jnp.float32(0.0))
+    >>> print(block.solve(inverse, jnp.ones((3, 2)), jnp.float32(0.0)).round(4)[0])
     [1. 1.]
 
-    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
     appendix B for the inverse of a sum of two Kronecker products.
     """
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
     def init(p: int, q: int, dtype: jnp.dtype) -> TiedFactors:
         one, eye, halves = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.full(p, 0.5, dtype)
-        return TiedFactors(halves, eye, one, halves, eye, one)  # the two terms add up to the identity
+        return TiedFactors(
+            halves, eye, one, halves, eye, one
+        )  # the two terms add up to the identity
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
         lookup = jnp.issubdtype(a.dtype, jnp.integer)
@@ -171,7 +185,11 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         rows = math.prod(a.shape if lookup else a.shape[:-1])
         q = use.outputs
         share = jnp.asarray(rows / use.rows, use.dtype)
-        empty = jnp.zeros(use.inputs, use.dtype), jnp.zeros((q, q), use.dtype), jnp.zeros((), use.dtype)
+        empty = (
+            jnp.zeros(use.inputs, use.dtype),
+            jnp.zeros((q, q), use.dtype),
+            jnp.zeros((), use.dtype),
+        )
         if lookup:
             return TiedFactors(_counts(a, use), _output_moment(a, g, use, precision), share, *empty)
         inputs = weighted_gram(a.astype(use.dtype), use.weights, precision=precision) / use.rows
@@ -181,20 +199,24 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
             counts = jnp.sum(jnp.square(g.astype(use.dtype)), range(g.ndim - 1)) / use.examples
         return TiedFactors(*empty, counts, inputs, share)
 
-    def factorize(factors: TiedFactors, damping: Array) -> TiedHeld:
+    def factorize(factors: TiedFactors, damping: Array) -> TiedInverse:
         lookup, outputs, head, inputs = _terms(factors)
         half = damping / 2
         size = len(outputs)
-        lookup_shift, outputs_shift = tikhonov_shifts(lookup.mean(), jnp.trace(outputs) / size, half)
+        lookup_shift, outputs_shift = tikhonov_shifts(
+            lookup.mean(), jnp.trace(outputs) / size, half
+        )
         head_shift, inputs_shift = tikhonov_shifts(head.mean(), jnp.trace(inputs) / size, half)
         damped = inputs + inputs_shift * jnp.eye(size, dtype=inputs.dtype)
         dense = pencil(outputs, damped, outputs_shift, precision=precision)
-        return TiedHeld(lookup + lookup_shift, head + head_shift, dense)
+        return TiedInverse(lookup + lookup_shift, head + head_shift, dense)
 
-    def solve(held: TiedHeld, v: Array, damping: Array) -> Array:
-        vectors, values = held.dense
-        total = held.lookup[:, None] + held.head[:, None] * jnp.maximum(values, 0)
-        return jnp.matmul(jnp.matmul(v, vectors, precision=precision) / total, vectors.T, precision=precision)
+    def solve(inverse: TiedInverse, v: Array, damping: Array) -> Array:
+        vectors, values = inverse.dense
+        total = inverse.lookup[:, None] + inverse.head[:, None] * jnp.maximum(values, 0)
+        return jnp.matmul(
+            jnp.matmul(v, vectors, precision=precision) / total, vectors.T, precision=precision
+        )
 
     def multiply(factors: TiedFactors, v: Array) -> Array:
         lookup, outputs, head, inputs = _terms(factors)
@@ -208,7 +230,9 @@ def _counts(tokens: Array, use: Use) -> Array:
     return index_counts(tokens, use.inputs, use.weights, use.dtype) / use.examples
 
 
-def _output_moment(tokens: Array, g: Array | None, use: Use, precision: jax.lax.PrecisionLike) -> Array:
+def _output_moment(
+    tokens: Array, g: Array | None, use: Use, precision: jax.lax.PrecisionLike
+) -> Array:
     if g is None:  # forward only: G := I, shared out over the uses, which are added up
         return math.prod(tokens.shape) / use.rows * jnp.eye(use.outputs, dtype=use.dtype)
     g = g.astype(use.dtype)
@@ -232,7 +256,8 @@ def _terms(factors: TiedFactors) -> tuple[Array, Array, Array, Array]:
 def _check_lookup(where: str, a: Array, use: Use) -> None:
     if not jnp.issubdtype(a.dtype, jnp.integer):
         raise ValueError(
-            f"{where}: measure got inputs of dtype {a.dtype}; expected integer tokens. Use kronecker() for a dense layer."
+            f"{where}: measure got inputs of dtype {a.dtype}; expected integer tokens. Use "
+            "kronecker() for a dense layer."
         )
     _check_bias(where, use)
 
@@ -242,12 +267,17 @@ def _check_head(a: Array, g: Array | None, use: Use) -> None:
     got = a.shape[-1], use.inputs if g is None else g.shape[-1]
     if got != (use.outputs, use.inputs):
         raise ValueError(
-            f"tied_embedding: measure got head inputs of size {got[0]} and logits of size {got[1]}; expected "
-            f"{use.outputs} and {use.inputs} for a table {use.inputs}x{use.outputs}. Pass h [*rows, {use.outputs}] and "
+            f"tied_embedding: measure got head inputs of size {got[0]} and logits of size "
+            f"{got[1]}; expected "
+            f"{use.outputs} and {use.inputs} for a table {use.inputs}x{use.outputs}. Pass h "
+            f"[*rows, {use.outputs}] and "
             f"the gradient of h @ table.T."
         )
 
 
 def _check_bias(where: str, use: Use) -> None:
     if use.bias:
-        raise ValueError(f"{where}: the layer has a bias; expected a table only. Leave the bias to a block of its own.")
+        raise ValueError(
+            f"{where}: the layer has a bias; expected a table only. Leave the bias to a block of "
+            "its own."
+        )

@@ -1,4 +1,6 @@
-"""K-FAC's Kronecker block for layers with a weight matrix, `F ~ A (x) G`. Martens & Grosse (2015), sections 3 and 6."""
+"""K-FAC's Kronecker block for layers with a weight matrix, `F ~ A (x) G`. Martens & Grosse (2015),
+sections 3 and 6.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,9 +13,9 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.linalg.kronecker import eigen_solve, sandwich
-from kfac_optax.linalg.rows import weighted_gram
+from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 INVERSES = ("eigh", "cholesky")
 SHARING = ("expand", "reduce")
@@ -26,14 +28,14 @@ class Factors(NamedTuple):
     outputs: Float[Array, "q q"]
 
 
-class EigenHeld(NamedTuple):
+class EigenInverse(NamedTuple):
     """Eigendecompositions of both factors; the damping enters in every solve, exactly."""
 
     inputs: Eigen
     outputs: Eigen
 
 
-class InverseHeld(NamedTuple):
+class DenseInverse(NamedTuple):
     """`(A + pi sqrt(damping) I)^{-1}` and `(G + sqrt(damping)/pi I)^{-1}`."""
 
     inputs: Float[Array, "p p"]
@@ -47,25 +49,28 @@ def kronecker(
     positions: int | None = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Block:
-    """Kronecker block `F ~ A (x) G` of a layer with a weight matrix: dense, convolution, attention projection.
+    """Kronecker block `F ~ A (x) G` of a layer with a weight matrix: dense, convolution, attention
+    projection.
 
-    `A = (1/N) sum_rows a a^T` over all uses of the layer, `G = (1/rows) sum_rows g g^T`; for a layer that runs once
-    per example both are means over examples, for a weight-shared one positions are summed in `A` and averaged in `G`
-    (KFC for convolutions, whose rows are patches; KFAC-expand). With `sharing="reduce"` an example's inputs are averaged
-    over positions and its output gradients added up before (KFAC-reduce), for models that pool positions before the
+    `A = (1/N) sum_rows a a^T` over all uses of the layer, `G = (1/rows) sum_rows g g^T`; for a
+    layer that runs once per example both are means over examples, for a weight-shared one positions
+    are summed in `A` and averaged in `G` (KFC for convolutions, whose rows are patches;
+    KFAC-expand). With `sharing="reduce"` an example's inputs are averaged over positions and its
+    output gradients added up before (KFAC-reduce), for models that pool positions before the
     loss. Solves, with `V [p, q]`:
 
-    - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis; the pseudo-inverse where the
-      damping leaves it singular to working precision, see `eigen_solve`.
-    - `"cholesky"`: factored Tikhonov, `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
-      `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh. Neither shift is smaller than
-      rounding of the factor's mean eigenvalue.
+    - `"eigh"`: exact damping `(A (x) G + damping I)^{-1} V` in the Kronecker eigenbasis; the
+      pseudo-inverse where the damping leaves it singular to working precision, see `eigen_solve`.
+    - `"cholesky"`: factored Tikhonov,
+      `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
+      `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh. Neither
+      shift is smaller than rounding of the factor's mean eigenvalue.
 
     Args:
       inverse: `"eigh"` or `"cholesky"`.
       sharing: `"expand"` or `"reduce"`.
-      positions: at most about this many positions of an example are measured, evenly spaced, each counting for those left
-        out; `None` measures all. With `"reduce"` it has no effect.
+      positions: at most about this many positions of an example are measured, evenly spaced, each
+        counting for those left out; `None` measures all. With `"reduce"` it has no effect.
       precision: matmul precision of factor products and solves; lower it only for speed.
 
     Returns:
@@ -75,15 +80,16 @@ def kronecker(
       ValueError: unknown `inverse` or `sharing`, `positions < 1`.
 
     >>> block = kronecker("cholesky")
-    >>> held = block.factorize(Factors(jnp.eye(2), jnp.eye(2)), jnp.float32(1.0))
-    >>> print(block.solve(held, jnp.ones((2, 2)), jnp.float32(1.0)).round(4))
+    >>> inverse = block.factorize(Factors(jnp.eye(2), jnp.eye(2)), jnp.float32(1.0))
+    >>> print(block.solve(inverse, jnp.ones((2, 2)), jnp.float32(1.0)).round(4))
     [[0.25 0.25]
      [0.25 0.25]]
 
-    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
-    section 6.3 for factored Tikhonov damping; Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for
-    Convolution Layers (2016); Eschenhagen et al., Kronecker-Factored Approximate Curvature for Modern Neural Network
-    Architectures (2023) for expand and reduce.
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
+    section 6.3 for factored Tikhonov damping; Grosse & Martens, A Kronecker-factored Approximate
+    Fisher Matrix for Convolution Layers (2016); Eschenhagen et al., Kronecker-Factored Approximate
+    Curvature for Modern Neural Network Architectures (2023) for expand and reduce.
     """
     check_choice("kronecker", "inverse", inverse, INVERSES)
     check_choice("kronecker", "sharing", sharing, SHARING)
@@ -103,32 +109,43 @@ def kronecker(
         g = g.astype(use.dtype)
         return Factors(inputs, gram(g, g, precision=precision) / use.rows)
 
-    def factorize(factors: Factors, damping: Array) -> EigenHeld | InverseHeld:
+    def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
-            return EigenHeld(inputs, psd_eigh(after(factors.outputs, inputs.values)))
+            return EigenInverse(inputs, psd_eigh(after(factors.outputs, inputs.values)))
         mean_a, mean_g = (jnp.trace(x) / len(x) for x in factors)
         shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
-        return InverseHeld(inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift))
+        return DenseInverse(
+            inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift)
+        )
 
-    def solve(held: EigenHeld | InverseHeld, v: Array, damping: Array) -> Array:
-        if isinstance(held, EigenHeld):
-            return eigen_solve(held.inputs, held.outputs, v, damping, precision=precision)
-        return sandwich(held.inputs, v, held.outputs, precision=precision)
+    def solve(inverse: EigenInverse | DenseInverse, v: Array, damping: Array) -> Array:
+        if isinstance(inverse, EigenInverse):
+            return eigen_solve(inverse.inputs, inverse.outputs, v, damping, precision=precision)
+        return sandwich(inverse.inputs, v, inverse.outputs, precision=precision)
 
-    def solve_rows(held: InverseHeld, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(inverse: DenseInverse, a: Array, g: Array, damping: Array) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
         if n * (p * p + q * q + p * q) > p * q * (p + q):  # more than `solve` takes
             return None
-        thin_a = jnp.matmul(a, held.inputs, precision=precision)
-        return jnp.matmul(thin_a.T, jnp.matmul(g, held.outputs, precision=precision), precision=precision)
+        thin_a = jnp.matmul(a, inverse.inputs, precision=precision)
+        return jnp.matmul(
+            thin_a.T, jnp.matmul(g, inverse.outputs, precision=precision), precision=precision
+        )
 
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
     name = f"kronecker ({inverse})" if sharing == "expand" else f"kronecker ({inverse}, {sharing})"
     return Block(
-        name, init, measure, factorize, solve, multiply, sharing=sharing, positions=positions,
+        name,
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        sharing=sharing,
+        positions=positions,
         solve_rows=solve_rows if inverse == "cholesky" else None,
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""Kronecker blocks whose factors are held as a few eigenpairs: from random sketches, or followed online."""
+"""Kronecker blocks whose factors are held as a few eigenpairs: from random sketches, or followed
+online.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -10,27 +12,29 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Average, Block, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import Factors, kronecker
-from kfac_optax.blocks.low_rank_side import LowRankHeld, Side, solve_side
+from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
 from kfac_optax.linalg.factorize import after, at_least_rounding
 from kfac_optax.linalg.gram import gram, homogeneous, replicated
-from kfac_optax.linalg.kronecker import sandwich
-from kfac_optax.linalg.low_rank import (
+from kfac_optax.linalg.kronecker_products import sandwich
+from kfac_optax.linalg.online import brand_update, correct_directions
+from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
+from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.truncated_eigen import (
     LowRank,
     mean_left_out,
     of_diagonal,
     rank_for,
 )
-from kfac_optax.linalg.online import brand_update, correct_directions
-from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
-from kfac_optax.linalg.rows import keep_rows
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.weighted_rows import keep_rows
 
 REST = ("mean", "smallest", "zero")
 DAMPING = ("tikhonov", "relative")
 
 
 class Columns(NamedTuple):
-    """Rows of one measurement, scaled so that their sum of products is the factor; `None` for a factor that sketches."""
+    """Rows of one measurement, scaled so that their sum of products is the factor; `None` for a
+    factor that sketches.
+    """
 
     inputs: Float[Array, "k n p"] | None
     outputs: Float[Array, "k n q"] | None
@@ -67,31 +71,40 @@ def low_rank(
     seed: int = 0,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Block:
-    """Kronecker block `F ~ A (x) G` that holds `rank` eigenpairs `(U, D)` of each factor, and solves with them.
+    """Kronecker block `F ~ A (x) G` that holds `rank` eigenpairs `(U, D)` of each factor, and
+    solves with them.
 
-    For each factor `X` of dimension `d`, with damping `s` and the eigenvalues that are not held taken for `c`,
+    For each factor `X` of dimension `d`, with damping `s` and the eigenvalues that are not held
+    taken for `c`,
 
-        X^-1 M ~ U [(D + s)^-1 - (c + s)^-1] U^T M + M / (c + s)        in O(d rank) for every column of M.
+        X^-1 M ~ U [(D + s)^-1 - (c + s)^-1] U^T M + M / (c + s)        in O(d rank) for every
+        column of M.
 
-    A factor that sketches keeps its dense average and decomposes it at random at every refresh, in `O(d^2 rank)`. One that is
-    followed online takes the `n` rows of every statistic into `(U, D)` at once, in `O(d (rank + n)^2)`: its average is never
-    formed, unless it is to overwrite `(U, D)` with a sketch at every refresh, or to correct some of the directions now and
-    then. A factor with `d <= rank` is decomposed as a whole.
+    A factor that sketches keeps its dense average and decomposes it at random at every refresh, in
+    `O(d^2 rank)`. One that is followed online takes the `n` rows of every statistic into `(U, D)`
+    at once, in `O(d (rank + n)^2)`: its average is never formed, unless it is to overwrite `(U, D)`
+    with a sketch at every refresh, or to correct some of the directions now and then. A factor with
+    `d <= rank` is decomposed as a whole.
 
     Args:
       rank: eigenpairs of each factor.
-      online: whether the inputs' and the outputs' factor are followed online; for layers without positions, or with few.
+      online: whether the inputs' and the outputs' factor are followed online; for layers without
+        positions, or with few.
       overwrite: sketch such a factor anew at every refresh; keeps its dense average.
-      correct_every: statistics between corrections of it; `None` for none. Keeps its dense average too.
-      correct_share: of a correction: share of the `rank` directions, drawn at random, one more is added.
+      correct_every: statistics between corrections of it; `None` for none. Keeps its dense average
+        too.
+      correct_share: of a correction: share of the `rank` directions, drawn at random, one more is
+        added.
       oversampling: of sketches, see `randomized_eigh`.
       power_iterations: of sketches, see `randomized_eigh`.
       variant: of sketches, `"svd"` or `"symmetric"`, see `randomized_eigh`.
-      rest: eigenvalues that are not held are taken for their `"mean"`, known from the trace, for the `"smallest"` held, as the
-        reference of online updates does (spectrum continuation), or for `"zero"`, as that of sketches does.
-      damping_rule: `"tikhonov"`, `s = pi^{+-1} sqrt(damping)` as in `kronecker("cholesky")`; or the references' `"relative"`,
-        `s = damping max(D)`.
-      target_error: use only as many pairs as hold `1 - target_error` of the factor's trace; `None` for all.
+      rest: eigenvalues that are not held are taken for their `"mean"`, known from the trace, for
+        the `"smallest"` held, as the reference of online updates does (spectrum continuation), or
+        for `"zero"`, as that of sketches does.
+      damping_rule: `"tikhonov"`, `s = pi^{+-1} sqrt(damping)` as in `kronecker("cholesky")`; or the
+        references' `"relative"`, `s = damping max(D)`.
+      target_error: use only as many pairs as hold `1 - target_error` of the factor's trace; `None`
+        for all.
       sharing: as in `kronecker`; of blocks without online factor.
       positions: as in `kronecker`; of blocks without online factor.
       seed: of sketches and corrections.
@@ -104,28 +117,43 @@ def low_rank(
       ValueError: `rank < 1`, another number out of range, an unknown word.
 
     >>> block = low_rank(1)
-    >>> held = block.factorize(Factors(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(1)), jnp.float32(0.0))
-    >>> print(block.solve(held, jnp.ones((2, 1)), jnp.float32(0.0)).ravel().round(3))
+    >>> inverse = block.factorize(Factors(jnp.diag(jnp.array([3.0, 1.0])), jnp.eye(1)), jnp.float32(0.0))
+    >>> print(block.solve(inverse, jnp.ones((2, 1)), jnp.float32(0.0)).ravel().round(3))
     [0.333 1.   ]
 
-    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022); Puiu, Brand New
+    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
+      (2022); Puiu, Brand New
     K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
     _check(
-        rank, oversampling, power_iterations, correct_every, correct_share, target_error, variant, rest, damping_rule
+        rank,
+        oversampling,
+        power_iterations,
+        correct_every,
+        correct_share,
+        target_error,
+        variant,
+        rest,
+        damping_rule,
     )
     plain = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
     rules = tuple(_Rule(on, overwrite or not on, on and correct_every is not None) for on in online)
 
     def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
-        starts = (jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype) for d, rule in zip((p, q), rules))
+        starts = (
+            jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype)
+            for d, rule in zip((p, q), rules)
+        )
         return Factors(*starts)
 
     def measure(a: Array, g: Array | None, use: Use) -> Any:
         if not any(online):
             return plain.measure(a, g, use)
         rows = _scaled_rows(a, g, use)
-        factors = [gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0) for y, r in zip(rows, rules)]
+        factors = [
+            gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0)
+            for y, r in zip(rows, rules)
+        ]
         return Factors(*factors), Columns(*(y if r.online else None for y, r in zip(rows, rules)))
 
     def draws(count: Array) -> Array:
@@ -133,13 +161,22 @@ def low_rank(
 
     def sketch(matrix: Array, key: Array) -> LowRank:
         return randomized_eigh(
-            matrix, key, rank=rank, oversampling=oversampling, power_iterations=power_iterations, variant=variant,
+            matrix,
+            key,
+            rank=rank,
+            oversampling=oversampling,
+            power_iterations=power_iterations,
+            variant=variant,
             precision=precision,
-        )  # fmt: skip
+        )
 
-    def follow(low: LowRank, columns: Array, matrix: Array, average: Average, key: Array) -> LowRank:
-        held = low.values.shape[0]
-        new = brand_update(low, columns.T, average.weight, rank=held, keep=held, precision=precision)
+    def follow(
+        low: LowRank, columns: Array, matrix: Array, average: Average, key: Array
+    ) -> LowRank:
+        kept = low.values.shape[0]
+        new = brand_update(
+            low, columns.T, average.weight, rank=kept, keep=kept, precision=precision
+        )
         if correct_every is None:
             return new
 
@@ -163,62 +200,104 @@ def low_rank(
         if target_error is not None:
             used = rank_for(low, trace, target_error)
         smallest = low.values[used - 1]
-        others = {"mean": mean_left_out(low, trace, used), "smallest": smallest, "zero": jnp.zeros_like(smallest)}
+        others = {
+            "mean": mean_left_out(low, trace, used),
+            "smallest": smallest,
+            "zero": jnp.zeros_like(smallest),
+        }
         return Side(low, trace, used, others[rest], shift)
 
-    def refresh(old: LowRankHeld | None, factors: Factors, damping: Array, count: Array) -> LowRankHeld:
+    def refresh(
+        old: LowRankInverse | None, factors: Factors, damping: Array, count: Array
+    ) -> LowRankInverse:
         keys, lows = draws(count), []
         for i, (factor, rule) in enumerate(zip(factors, rules)):
             if rule.sketches:
                 lows.append(sketch(after(factor, lows), keys[i]))
             elif old is not None:
                 lows.append(old[i].low)
-            else:  # no rows yet: the diagonal is all there is, that of the identity before any statistic
+            # no rows yet: the diagonal is all there is, that of the identity before any statistic
+            else:
                 lows.append(of_diagonal(jnp.diag(factor) if factor.ndim == 2 else factor, rank))
         traces = map(_trace, factors)
-        return LowRankHeld(*map(side, lows, traces, shifts(factors, lows, damping)))
+        return LowRankInverse(*map(side, lows, traces, shifts(factors, lows, damping)))
 
-    def factorize(factors: Factors, damping: Array) -> LowRankHeld:
+    def factorize(factors: Factors, damping: Array) -> LowRankInverse:
         return refresh(None, factors, damping, jnp.zeros((), jnp.int32))
 
-    def absorb(held: LowRankHeld, columns: Columns, factors: Factors, damping: Array, average: Average) -> LowRankHeld:
+    def absorb(
+        inverse: LowRankInverse,
+        columns: Columns,
+        factors: Factors,
+        damping: Array,
+        average: Average,
+    ) -> LowRankInverse:
         keys, lows = draws(average.count), []
-        for i, (old, rows, factor) in enumerate(zip(held, _of_all_pullbacks(columns), factors)):
+        for i, (old, rows, factor) in enumerate(zip(inverse, _of_all_pullbacks(columns), factors)):
             low = old.low
-            lows.append(low if rows is None else follow(low, after(rows, lows), factor, average, keys[i]))
+            lows.append(
+                low if rows is None else follow(low, after(rows, lows), factor, average, keys[i])
+            )
         new = []
-        for rule, old, low, factor, shift in zip(rules, held, lows, factors, shifts(factors, lows, damping)):
-            new.append(side(low, _trace(factor), shift) if rule.online else old._replace(shift=shift))
-        return LowRankHeld(*new)
+        for rule, old, low, factor, shift in zip(
+            rules, inverse, lows, factors, shifts(factors, lows, damping)
+        ):
+            new.append(
+                side(low, _trace(factor), shift) if rule.online else old._replace(shift=shift)
+            )
+        return LowRankInverse(*new)
 
-    def solve(held: LowRankHeld, v: Array, damping: Array) -> Array:
-        left = solve_side(held.inputs, v, precision=precision)
-        return solve_side(held.outputs, left.T, precision=precision).T
+    def solve(inverse: LowRankInverse, v: Array, damping: Array) -> Array:
+        left = solve_side(inverse.inputs, v, precision=precision)
+        return solve_side(inverse.outputs, left.T, precision=precision).T
 
-    def solve_rows(held: LowRankHeld, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
         p, q, n = a.shape[1], g.shape[1], len(a)
-        of_a, of_g = (side.low.values.shape[0] for side in held)
-        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (of_a + of_g):  # more than `solve` takes
+        of_a, of_g = (side.low.values.shape[0] for side in inverse)
+        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (
+            of_a + of_g
+        ):  # more than `solve` takes
             return None
-        thin_a, thin_g = (solve_side(side, x.T, precision=precision) for side, x in zip(held, (a, g)))
+        thin_a, thin_g = (
+            solve_side(side, x.T, precision=precision) for side, x in zip(inverse, (a, g))
+        )
         return jnp.matmul(thin_a, thin_g.T, precision=precision)
 
     def multiply(factors: Factors, v: Array) -> Array:
         if factors.inputs.ndim < 2 or factors.outputs.ndim < 2:
             raise ValueError(
-                "low_rank: a factor that is only followed online has no average to multiply with. Ask the exact curvature "
+                "low_rank: a factor that is only followed online has no average to multiply with. "
+                "Ask the exact curvature "
                 "instead (a trust region in the exact metric), or keep the average: overwrite=True."
             )
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
     return Block(
-        f"low rank ({rank})", init, measure, factorize, solve, multiply, rows=any(online), sharing=sharing, positions=positions,
-        refresh=refresh, absorb=absorb if any(online) else None, solve_rows=solve_rows,
-    )  # fmt: skip
+        f"low rank ({rank})",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        rows=any(online),
+        sharing=sharing,
+        positions=positions,
+        refresh=refresh,
+        absorb=absorb if any(online) else None,
+        solve_rows=solve_rows,
+    )
 
 
 def _check(
-    rank, oversampling, power_iterations, correct_every, correct_share, target_error, variant, rest, damping_rule
+    rank,
+    oversampling,
+    power_iterations,
+    correct_every,
+    correct_share,
+    target_error,
+    variant,
+    rest,
+    damping_rule,
 ):
     where = "low_rank"
     check_number(where, "rank", rank, at_least=1)
@@ -243,7 +322,8 @@ def _scaled_rows(a: Array, g: Array | None, use: Use) -> list[Array]:
     """Rows `[n, p]` and `[n, q]` whose sums of products are the factors."""
     if g is None:
         raise ValueError(
-            "low_rank: online updates need output gradients, but this estimator measures inputs only. Use fisher, ggn or "
+            "low_rank: online updates need output gradients, but this estimator measures inputs "
+            "only. Use fisher, ggn or "
             "empirical_fisher, or sketches (rs_kfac)."
         )
     a, g = a.astype(use.dtype), g.astype(use.dtype)

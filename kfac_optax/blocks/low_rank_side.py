@@ -1,4 +1,6 @@
-"""A Kronecker factor as its leading eigenpairs and what the others are taken for: solves with it, and how good it is."""
+"""A Kronecker factor as its leading eigenpairs and what the others are taken for: solves with it,
+and how good it is.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.low_rank import LowRank, beyond, captured_energy, low_rank_solve
+from kfac_optax.linalg.truncated_eigen import LowRank, beyond, captured_energy, low_rank_solve
 
 
 class Side(NamedTuple):
@@ -19,7 +21,7 @@ class Side(NamedTuple):
     shift: Float[Array, ""]  # damping
 
 
-class LowRankHeld(NamedTuple):
+class LowRankInverse(NamedTuple):
     """Both factors of a layer."""
 
     inputs: Side
@@ -32,7 +34,8 @@ def solve_side(
     """The damped inverse of a factor times `V`, see `low_rank_solve`.
 
     >>> low = LowRank(jnp.eye(2, 1), jnp.array([3.0]))
-    >>> print(solve_side(Side(low, jnp.float32(4.0), jnp.int32(1), jnp.float32(1.0), jnp.float32(1.0)), jnp.ones((2, 1))).ravel())
+    >>> side = Side(low, jnp.float32(4.0), jnp.int32(1), jnp.float32(1.0), jnp.float32(1.0))
+    >>> print(solve_side(side, jnp.ones((2, 1))).ravel())
     [0.25 0.5 ]
     """
     kept = beyond(side.low, side.used, side.rest)
@@ -50,10 +53,11 @@ class Quality(NamedTuple):
 def quality(side: Side) -> Quality:
     """Captured energy, estimated error of the inverse, and pairs in use of one factor.
 
-    Eigenvalues that are left out are thought between zero and `t`, the smallest in use or what is left of the trace (those of a
-    factor followed online may be larger). With `c` what they are taken for and `s` the damping, the solve is off by the factor
-    `(x + s) / (c + s)` for one that is `x`; the error is how far from one that can be, `max(t - c, c) / (c + s)`. Zero where
-    nothing is left out.
+    Eigenvalues that are left out are thought between zero and `t`, the smallest in use or what is
+    left of the trace (those of a factor followed online may be larger). With `c` what they are
+    taken for and `s` the damping, the solve is off by the factor `(x + s) / (c + s)` for one that
+    is `x`; the error is how far from one that can be, `max(t - c, c) / (c + s)`. Zero where nothing
+    is left out.
 
     >>> low = LowRank(jnp.eye(2, 1), jnp.array([3.0]))
     >>> print(quality(Side(low, jnp.float32(4.0), jnp.int32(1), jnp.float32(0.0), jnp.float32(0.5))))

@@ -10,29 +10,35 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.linalg.kronecker import sandwich
-from kfac_optax.linalg.rows import keep_rows
+from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, inverse_root, two_term_solve
+from kfac_optax.linalg.weighted_rows import keep_rows
 
 OPTIONS = ("option1", "option2")
-_LARGEST = 1 - 1e-6  # of a correlation between neighbouring steps: one would leave directions without variance
+_LARGEST = (
+    1 - 1e-6
+)  # of a correlation between neighbouring steps: one would leave directions without variance
 _NEAR_ONE = 0.1  # where (1 - x) T is smaller, the closed form of eta cancels and its series is used
 _DOUBLINGS = 30  # terms of a geometric series summed are 2^30
 
 
 class TemporalFactors(NamedTuple):
-    """Second moments of inputs and output gradients at equal times and one step apart, and how long sequences are."""
+    """Second moments of inputs and output gradients at equal times and one step apart, and how long
+    sequences are.
+    """
 
     inputs: Float[Array, "p p"]  # A0 = E[a_t a_t^T]
     outputs: Float[Array, "q q"]  # G0 = E[g_t g_t^T]
     inputs_lag: Float[Array, "p p"]  # A1 = E[a_{t+1} a_t^T]
     outputs_lag: Float[Array, "q q"]  # G1 = E[g_{t+1} g_t^T]
     steps: Float[Array, ""]  # (1/N) sum_t w_t
-    ends: Float[Array, ""]  # (1/N) sum_t (sqrt(w_{t+1}) - sqrt(w_t))^2 / 2: stretches of steps, one for whole sequences
+    ends: Float[
+        Array, ""
+    ]  # (1/N) sum_t (sqrt(w_{t+1}) - sqrt(w_t))^2 / 2: stretches of steps, one for whole sequences
 
 
-class SymmetricHeld(NamedTuple):
+class SymmetricInverse(NamedTuple):
     """Option 1: bases `L` of both sides and `1 / eta` of the products of their correlations."""
 
     inputs: Float[Array, "p p"]
@@ -40,7 +46,7 @@ class SymmetricHeld(NamedTuple):
     scale: Float[Array, "p q"]
 
 
-class GeneralHeld(NamedTuple):
+class GeneralInverse(NamedTuple):
     """Option 2: `P = C1^T C0^{-1}` and pencil `(K, m)` of both sides, and `T`."""
 
     inputs: Float[Array, "p p"]
@@ -51,36 +57,45 @@ class GeneralHeld(NamedTuple):
 
 
 def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """Block of a layer used at steps `1..T`, `F = sum_{s,t} cov(w_s, w_t)` for `w_t = vec(a_t g_t^T)`.
+    """Block of a layer used at steps `1..T`, `F = sum_{s,t} cov(w_s, w_t)` for
+    `w_t = vec(a_t g_t^T)`.
 
-    `w_t` follows a stationary linear Gaussian chain, `w_{t+1} = Psi w_t + noise`, so that `cov(w_{t+d}, w_t) = Psi^d V0`
-    with `V0 = A0 (x) G0`, `V1 = A1 (x) G1`, `Psi = V1 V0^{-1}`. Statistics: `A0 = E[a_t a_t^T]`, `G0 = E[g_t g_t^T]`,
-    `A1 = E[a_{t+1} a_t^T]`, `G1 = E[g_{t+1} g_t^T]`, all divided by `N T`, the last two as well, since sequences continued by
-    zeros have covariances that belong together. Solves, for `C` either of `A` and `G` and `Psi_C = C0^{-1/2} C1 C0^{-1/2}`:
+    `w_t` follows a stationary linear Gaussian chain, `w_{t+1} = Psi w_t + noise`, so that
+    `cov(w_{t+d}, w_t) = Psi^d V0` with `V0 = A0 (x) G0`, `V1 = A1 (x) G1`, `Psi = V1 V0^{-1}`.
+    Statistics: `A0 = E[a_t a_t^T]`, `G0 = E[g_t g_t^T]`, `A1 = E[a_{t+1} a_t^T]`,
+      `G1 = E[g_{t+1} g_t^T]`, all divided by `N T`, the last two as well, since sequences continued
+      by
+    zeros have covariances that belong together. Solves, for `C` either of `A` and `G` and
+    `Psi_C = C0^{-1/2} C1 C0^{-1/2}`:
 
-    - `"option1"`, time reversible: with `(C1 + C1^T) / 2` for `C1`, `Psi_C = U_C diag(x_C) U_C^T`, `L_C = C0^{-1/2} U_C`,
-      `V -> L_A [(L_A^T V L_G) / eta(x_A x_G^T)] L_G^T`, `eta(x) = sum_{|d|<T} (T - |d|) x^|d|`.
-    - `"option2"`, long sequences, `F = T (I - Psi)^{-1} (V0 - Psi V0 Psi^T) (I - Psi^T)^{-1}`: with `P_C = C1^T C0^{-1}`,
-      `Psi_C^T Psi_C = E_C diag(m_C) E_C^T`, `K_C = C0^{-1/2} E_C`: `Z = V - P_A V P_G^T`,
-      `Z <- K_A [(K_A^T Z K_G) / (1 - m_A m_G^T)] K_G^T`, `V -> (Z - P_A^T Z P_G) / T`.
+    - `"option1"`, time reversible: with `(C1 + C1^T) / 2` for `C1`, `Psi_C = U_C diag(x_C) U_C^T`,
+      `L_C = C0^{-1/2} U_C`, `V -> L_A [(L_A^T V L_G) / eta(x_A x_G^T)] L_G^T`,
+      `eta(x) = sum_{|d|<T} (T - |d|) x^|d|`.
+    - `"option2"`, long sequences, `F = T (I - Psi)^{-1} (V0 - Psi V0 Psi^T) (I - Psi^T)^{-1}`: with
+      `P_C = C1^T C0^{-1}`, `Psi_C^T Psi_C = E_C diag(m_C) E_C^T`, `K_C = C0^{-1/2} E_C`:
+      `Z = V - P_A V P_G^T`, `Z <- K_A [(K_A^T Z K_G) / (1 - m_A m_G^T)] K_G^T`,
+      `V -> (Z - P_A^T Z P_G) / T`.
 
-    `C0` is damped by `pi^{+-1} sqrt(damping / T)` before anything else, with `pi = sqrt((tr A0 / p) / (tr G0 / q))`, for `F`
-    holds `T` products; `C1` is not. For `T = 1` both are K-FAC with factored Tikhonov damping. The damping is the one
-    of the last refresh.
+    `C0` is damped by `pi^{+-1} sqrt(damping / T)` before anything else, with
+    `pi = sqrt((tr A0 / p) / (tr G0 / q))`, for `F` holds `T` products; `C1` is not. For `T = 1`
+    both are K-FAC with factored Tikhonov damping. The damping is the one of the last refresh.
 
-    Sequences of unequal length come as weights `[N, T]` that are zero behind the end; steps of weight zero are dropped,
-    and no pair crosses one. Two scalars are kept, `steps`, the mean over examples of the summed weights (the scale
-    `T` of equal-time terms), and `ends`, the weighted number of ends of sequences, so that `steps / ends` is the mean
-    length of those that are not empty. `eta` is interpolated between the whole lengths next to it: exact where lengths
-    differ by at most one step, otherwise an approximation of its mean over lengths that only matters for `x` near one.
+    Sequences of unequal length come as weights `[N, T]` that are zero behind the end; steps of
+    weight zero are dropped, and no pair crosses one. Two scalars are kept, `steps`, the mean over
+    examples of the summed weights (the scale `T` of equal-time terms), and `ends`, the weighted
+    number of ends of sequences, so that `steps / ends` is the mean length of those that are not
+    empty. `eta` is interpolated between the whole lengths next to it: exact where lengths differ by
+    at most one step, otherwise an approximation of its mean over lengths that only matters for `x`
+    near one.
 
     Args:
       option: `"option1"` or `"option2"`.
       precision: matmul precision of factor products and solves.
 
     Returns:
-      A `Block` that measures all steps at once, `a [N, T, p]` without bias column and `g [N, T, q]`. Without `g` (forward
-      only) `G0 = I`, `G1 = 0`: steps independent. `multiply` factorizes the undamped statistics each time.
+      A `Block` that measures all steps at once, `a [N, T, p]` without bias column and
+      `g [N, T, q]`. Without `g` (forward only) `G0 = I`, `G1 = 0`: steps independent. `multiply`
+      factorizes the undamped statistics each time.
 
     Raises:
       ValueError: unknown `option`; `a` has no axis of steps.
@@ -91,7 +106,8 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     >>> print(factors.inputs, factors.inputs_lag, factors.steps / factors.ends)
     [[1.]] [[0.75]] 4.0
 
-    Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent Neural Networks (2018).
+    Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent
+      Neural Networks (2018).
     """
     check_choice("recurrent", "option", option, OPTIONS)
 
@@ -102,17 +118,25 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     def measure(a: Array, g: Array | None, use: Use) -> TemporalFactors:
         if a.ndim != 3:
             raise ValueError(
-                f"recurrent: measure got inputs of shape {a.shape}; expected [N, T, features]. Use kronecker() for a "
+                f"recurrent: measure got inputs of shape {a.shape}; expected [N, T, features]. Use "
+                "kronecker() for a "
                 "layer without time steps."
             )
         count = use.examples * a.shape[1]
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
-        weights = jnp.ones(a.shape[:2], use.dtype) if use.weights is None else use.weights.astype(use.dtype)
+        weights = (
+            jnp.ones(a.shape[:2], use.dtype)
+            if use.weights is None
+            else use.weights.astype(use.dtype)
+        )
         root = jnp.sqrt(weights)
         a = keep_rows(a, use.weights) * root[..., None]
         jumps = jnp.diff(jnp.pad(root, ((0, 0), (1, 1))), axis=1)
-        steps, ends = jnp.sum(weights) / use.examples, jnp.sum(jnp.square(jumps)) / (2 * use.examples)
+        steps, ends = (
+            jnp.sum(weights) / use.examples,
+            jnp.sum(jnp.square(jumps)) / (2 * use.examples),
+        )
         inputs, inputs_lag = _moments(a, count, precision)
         if g is None:
             eye = jnp.eye(use.outputs, dtype=use.dtype)
@@ -120,7 +144,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         outputs, outputs_lag = _moments(g.astype(use.dtype), count, precision)
         return TemporalFactors(inputs, outputs, inputs_lag, outputs_lag, steps, ends)
 
-    def factorize(factors: TemporalFactors, damping: Array) -> SymmetricHeld | GeneralHeld:
+    def factorize(factors: TemporalFactors, damping: Array) -> SymmetricInverse | GeneralInverse:
         steps, length = _lengths(factors)
         mean_a = jnp.trace(factors.inputs) / len(factors.inputs)
         mean_g = jnp.trace(factors.outputs) / len(factors.outputs)
@@ -130,20 +154,22 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         if option == "option1":
             left, x = _symmetric(root, after(factors.inputs_lag, output_root))
             right, y = _symmetric(output_root, after(factors.outputs_lag, left))
-            return SymmetricHeld(left, right, 1 / (steps / length * eta(x[:, None] * y, length)))
+            return SymmetricInverse(left, right, 1 / (steps / length * eta(x[:, None] * y, length)))
         left = _squared(root, after(factors.inputs_lag, output_root))
         right = _squared(output_root, after(factors.outputs_lag, left.vectors))
         transfer = _product(factors.inputs_lag.T, root, root.T)
         output_transfer = _product(factors.outputs_lag.T, output_root, output_root.T)
-        return GeneralHeld(transfer, output_transfer, left, right, steps)
+        return GeneralInverse(transfer, output_transfer, left, right, steps)
 
-    def solve(held: SymmetricHeld | GeneralHeld, v: Array, damping: Array) -> Array:
-        if isinstance(held, SymmetricHeld):
-            rotated = _product(held.inputs.T, v, held.outputs)
-            return _product(held.inputs, held.scale * rotated, held.outputs.T)
-        z = v - _product(held.inputs, v, held.outputs.T)
-        z = two_term_solve(held.inputs_pencil, held.outputs_pencil, z, minus=True, precision=precision)
-        return (z - _product(held.inputs.T, z, held.outputs)) / held.steps
+    def solve(inverse: SymmetricInverse | GeneralInverse, v: Array, damping: Array) -> Array:
+        if isinstance(inverse, SymmetricInverse):
+            rotated = _product(inverse.inputs.T, v, inverse.outputs)
+            return _product(inverse.inputs, inverse.scale * rotated, inverse.outputs.T)
+        z = v - _product(inverse.inputs, v, inverse.outputs.T)
+        z = two_term_solve(
+            inverse.inputs_pencil, inverse.outputs_pencil, z, minus=True, precision=precision
+        )
+        return (z - _product(inverse.inputs.T, z, inverse.outputs)) / inverse.steps
 
     def multiply(factors: TemporalFactors, v: Array) -> Array:
         steps, length = _lengths(factors)
@@ -187,7 +213,10 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         def double(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             left, right, total = carry
             total = total + _product(left, total, right.T)
-            square = jnp.matmul(left, left, precision=precision), jnp.matmul(right, right, precision=precision)
+            square = (
+                jnp.matmul(left, left, precision=precision),
+                jnp.matmul(right, right, precision=precision),
+            )
             return *square, total
 
         return jax.lax.fori_loop(0, _DOUBLINGS, double, (left, right, v))[2]
@@ -198,12 +227,14 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
 def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Array, "*shape"]:
     """`sum_{|d|<T} (T - |d|) x^|d|` for `-1 < x <= 1`, linear in `T` between whole numbers.
 
-    Closed form `(T (1 - x^2) - 2 x (1 - x^T)) / (1 - x)^2`, and its series in `1 - x` where that cancels; `T^2` at one.
+    Closed form `(T (1 - x^2) - 2 x (1 - x^T)) / (1 - x)^2`, and its series in `1 - x` where that
+    cancels; `T^2` at one.
 
     >>> print(eta(jnp.array([0.0, 0.5, 1.0]), 2.0), eta(jnp.array(0.5), 2.5))
     [2. 3. 4.] 4.25
 
-    Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent Neural Networks (2018).
+    Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent
+      Neural Networks (2018).
     """
     lower = jnp.floor(length)
     part = length - lower
@@ -215,7 +246,9 @@ def _eta(x: Array, t: Array) -> Array:
     near = gap * t < _NEAR_ONE
     safe = jnp.where(near, 1, gap)
     power = jnp.exp(t * jnp.log(jnp.abs(x)))
-    one_minus_power = jnp.where((x < 0) & (t % 2 == 1), 1 + power, -jnp.expm1(t * jnp.log(jnp.abs(x))))
+    one_minus_power = jnp.where(
+        (x < 0) & (t % 2 == 1), 1 + power, -jnp.expm1(t * jnp.log(jnp.abs(x)))
+    )
     closed = (t * gap * (1 + x) - 2 * x * one_minus_power) / (safe * safe)
     # (T - sum_{k<T} x^k) / gap = C(T,2) - C(T,3) gap + C(T,4) gap^2 - ...
     series, term = jnp.zeros_like(gap), t * (t - 1) / 2 * jnp.ones_like(gap)
@@ -226,7 +259,9 @@ def _eta(x: Array, t: Array) -> Array:
 
 
 def _shrunk(psi: Array, squares: Array) -> Array:
-    """`psi` with singular values below one, as those of sequences are up to rounding; else its powers would explode."""
+    """`psi` with singular values below one, as those of sequences are up to rounding; else its
+    powers would explode.
+    """
     return psi * jnp.minimum(1, _LARGEST / jnp.sqrt(jnp.maximum(squares[-1], _LARGEST**2)))
 
 
@@ -237,7 +272,9 @@ def _moments(x: Array, count: int, precision: jax.lax.PrecisionLike) -> tuple[Ar
 
 
 def _lengths(factors: TemporalFactors) -> tuple[Array, Array]:
-    """Scale `T` of the equal-time terms and mean length of a sequence; one where nothing was measured."""
+    """Scale `T` of the equal-time terms and mean length of a sequence; one where nothing was
+    measured.
+    """
     steps = jnp.where(factors.steps > 0, factors.steps, 1)
     ends = jnp.where((factors.ends > 0) & (factors.steps > 0), factors.ends, steps)
     return steps, jnp.maximum(steps / ends, 1)

@@ -1,4 +1,6 @@
-"""Cheap Kronecker block for convolutions: activations at different positions taken as uncorrelated (SUA)."""
+"""Cheap Kronecker block for convolutions: activations at different positions taken as uncorrelated
+(SUA).
+"""
 
 import math
 from typing import NamedTuple
@@ -11,9 +13,9 @@ from kfac_optax._types import Block, Use
 from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
 from kfac_optax.linalg.gram import gram
-from kfac_optax.linalg.rows import weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import inverse_root
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 
 class ChannelFactors(NamedTuple):
@@ -26,8 +28,10 @@ class ChannelFactors(NamedTuple):
     outputs: Float[Array, "q q"]  # Gamma
 
 
-class ChannelHeld(NamedTuple):
-    """Parts of the damped inverse; `s = shift / T` is what the damping adds to the covariance of one position."""
+class ChannelInverse(NamedTuple):
+    """Parts of the damped inverse; `s = shift / T` is what the damping adds to the covariance of
+    one position.
+    """
 
     channels: Float[Array, "C C"]  # (Sigma + s I)^{-1}
     direction: Float[Array, " C"]  # (Sigma + s I)^{-1} mu
@@ -37,24 +41,32 @@ class ChannelHeld(NamedTuple):
     outputs: Float[Array, "q q"]  # damped inverse of Gamma
 
 
-def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """Kronecker block `F ~ Omega (x) Gamma` of a convolution from moments of its input's channels alone.
+def sua(
+    channels: int, *, bias: bool | None = None, precision: jax.lax.PrecisionLike = "highest"
+) -> Block:
+    """Kronecker block `F ~ Omega (x) Gamma` of a convolution from moments of its input's channels
+    alone.
 
-    With `k` kernel offsets, `V [k C (+ 1), q]` (rows: offsets, in each the channels, then the bias), channel mean `mu`,
-    covariance `Sigma [C, C]` over input positions and `T` output positions per example,
+    With `k` kernel offsets, `V [k C (+ 1), q]` (rows: offsets, in each the channels, then the
+    bias), channel mean `mu`, covariance `Sigma [C, C]` over input positions and `T` output
+    positions per example,
 
-        Omega = T (blockdiag(I_k (x) Sigma, 0) + m m^T),   m = [1_k (x) mu; 1],   Gamma = (1/rows) sum_rows g g^T.
+        Omega = T (blockdiag(I_k (x) Sigma, 0) + m m^T),   m = [1_k (x) mu; 1],   Gamma = (1/rows)
+        sum_rows g g^T.
 
-    No patches are formed and nothing larger than `[C, C]` and `[q, q]` is factorized. Damping is factored Tikhonov,
-    `(Omega + pi sqrt(damping) I)^{-1} V (Gamma + sqrt(damping)/pi I)^{-1}` with `pi` from the traces of `Omega` and `Gamma`, the
-    first inverse by Sherman-Morrison; the damping is the one of the last refresh. Zeros of the padding are not counted.
+    No patches are formed and nothing larger than `[C, C]` and `[q, q]` is factorized. Damping is
+    factored Tikhonov, `(Omega + pi sqrt(damping) I)^{-1} V (Gamma + sqrt(damping)/pi I)^{-1}` with
+    `pi` from the traces of `Omega` and `Gamma`, the first inverse by Sherman-Morrison; the damping
+    is the one of the last refresh. Zeros of the padding are not counted.
 
-    `measure` takes the input map `a [N, *spatial, C]` and `g [N, *out_spatial, q]`. Weights count per example (their mean
-    over positions). Without `g` (forward only) `Gamma = I`, and `T` is read from `use.rows`, which has to count this use only.
+    `measure` takes the input map `a [N, *spatial, C]` and `g [N, *out_spatial, q]`. Weights count
+    per example (their mean over positions). Without `g` (forward only) `Gamma = I`, and `T` is read
+    from `use.rows`, which has to count this use only.
 
     Args:
       channels: `C`.
-      bias: whether `V` has a bias row; `None` tells from its size, which one channel does not allow.
+      bias: whether `V` has a bias row; `None` tells from its size, which one channel does not
+        allow.
       precision: matmul precision of factor products and solves.
 
     Returns:
@@ -69,7 +81,8 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
     >>> print(block.multiply(factors, jnp.ones((3 * 2 + 1, 1))).ravel())
     [28. 28. 28. 28. 28. 28. 28.]
 
-    Reference: Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution Layers (2016),
+    Reference: Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution
+      Layers (2016),
     for spatially uncorrelated activations.
     """
     check_number("sua", "channels", channels, at_least=1)
@@ -88,13 +101,17 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
         _layout(p, channels, bias)  # for its check
         one = jnp.ones((), dtype)
         zeros = jnp.zeros(channels, dtype)
-        return ChannelFactors(jnp.eye(channels, dtype=dtype), zeros, one, one, jnp.eye(q, dtype=dtype))
+        return ChannelFactors(
+            jnp.eye(channels, dtype=dtype), zeros, one, one, jnp.eye(q, dtype=dtype)
+        )
 
     def measure(a: Array, g: Array | None, use: Use) -> ChannelFactors:
         if a.shape[-1] != channels or a.ndim < 2:
             raise ValueError(
-                f"sua: measure got inputs of shape {a.shape}; expected [N, *spatial, {channels}]. Pass the input map of the "
-                f"convolution, not its patches, and its number of channels: sua(channels={a.shape[-1]})."
+                f"sua: measure got inputs of shape {a.shape}; expected [N, *spatial, {channels}]. "
+                "Pass the input map of the "
+                "convolution, not its patches, and its number of channels: "
+                f"sua(channels={a.shape[-1]})."
             )
         a, weights = a.astype(use.dtype), None
         if use.weights is not None:
@@ -107,12 +124,19 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
             outputs, rows = gram(g, g, precision=precision) / use.rows, math.prod(g.shape[:-1])
         # a column of ones turns the second moments into all that is wanted
         a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], -1)
-        moments = rows / use.examples / math.prod(a.shape[:-1]) * weighted_gram(a, weights, precision=precision)
+        moments = (
+            rows
+            / use.examples
+            / math.prod(a.shape[:-1])
+            * weighted_gram(a, weights, precision=precision)
+        )
         moment, mean, total = moments[:-1, :-1], moments[:-1, -1], moments[-1, -1]
-        level = (use.inputs // channels * jnp.trace(moment) + int(use.bias) * total) / (use.inputs + use.bias)
+        level = (use.inputs // channels * jnp.trace(moment) + int(use.bias) * total) / (
+            use.inputs + use.bias
+        )
         return ChannelFactors(moment, mean, total, level, outputs)
 
-    def factorize(factors: ChannelFactors, damping: Array) -> ChannelHeld:
+    def factorize(factors: ChannelFactors, damping: Array) -> ChannelInverse:
         steps, mean, covariance = _covariance(factors)
         gamma = factors.outputs
         shift, output_shift = tikhonov_shifts(factors.level, jnp.trace(gamma) / len(gamma), damping)
@@ -121,36 +145,45 @@ def sua(channels: int, *, bias: bool | None = None, precision: jax.lax.Precision
         inverse = jnp.matmul(root, root.T, precision=precision)
         direction = jnp.matmul(inverse, mean, precision=precision)
         outputs = psd_inverse(after(gamma, root), output_shift)
-        return ChannelHeld(inverse, direction, jnp.vdot(mean, direction), shift, steps, outputs)
+        return ChannelInverse(inverse, direction, jnp.vdot(mean, direction), shift, steps, outputs)
 
-    def solve(held: ChannelHeld, v: Array, damping: Array) -> Array:
+    def solve(inverse: ChannelInverse, v: Array, damping: Array) -> Array:
         features, row = split(v)
-        # (D + m m^T)^{-1} with D = blockdiag(I (x) (Sigma + s I), s); the bias is eliminated by hand, because 1 / s would
-        # cancel against itself
-        inner = jnp.einsum("cd,kdq->kcq", held.channels, features, precision=precision)
-        along = jnp.einsum("c,kcq->q", held.direction, features, precision=precision)
-        spread = 1 + features.shape[0] * held.spread
+        # (D + m m^T)^{-1} with D = blockdiag(I (x) (Sigma + s I), s); the bias is eliminated by
+        # hand, because 1 / s would cancel against itself
+        inner = jnp.einsum("cd,kdq->kcq", inverse.channels, features, precision=precision)
+        along = jnp.einsum("c,kcq->q", inverse.direction, features, precision=precision)
+        spread = 1 + features.shape[0] * inverse.spread
         if row is None:
             common = along / spread
         else:
-            below = held.shift * spread + 1
-            common, row = (held.shift * along + row) / below, (spread * row - along) / below
-        inner = inner - held.direction[:, None] * common
-        return jnp.matmul(join(inner, row) / held.steps, held.outputs, precision=precision)
+            below = inverse.shift * spread + 1
+            common, row = (inverse.shift * along + row) / below, (spread * row - along) / below
+        inner = inner - inverse.direction[:, None] * common
+        return jnp.matmul(join(inner, row) / inverse.steps, inverse.outputs, precision=precision)
 
     def multiply(factors: ChannelFactors, v: Array) -> Array:
         steps, mean, covariance = _covariance(factors)
         features, row = split(v)
         common = jnp.einsum("c,kcq->q", mean, features, precision=precision)
         common = common if row is None else common + row
-        inner = jnp.einsum("cd,kdq->kcq", covariance, features, precision=precision) + mean[:, None] * common
-        return jnp.matmul(steps * join(inner, None if row is None else common), factors.outputs, precision=precision)
+        inner = (
+            jnp.einsum("cd,kdq->kcq", covariance, features, precision=precision)
+            + mean[:, None] * common
+        )
+        return jnp.matmul(
+            steps * join(inner, None if row is None else common),
+            factors.outputs,
+            precision=precision,
+        )
 
     return Block("kronecker (sua)", init, measure, factorize, solve, multiply, raw=True)
 
 
 def _covariance(factors: ChannelFactors) -> tuple[Array, Array, Array]:
-    """`T`, `mu` and `Sigma`; `T` is next to nothing where nothing was measured, as it multiplies the bias entry."""
+    """`T`, `mu` and `Sigma`; `T` is next to nothing where nothing was measured, as it multiplies
+    the bias entry.
+    """
     steps = jnp.where(factors.steps > 0, factors.steps, jnp.finfo(factors.steps.dtype).eps)
     mean = factors.mean / steps
     return steps, mean, symmetrize(factors.moment / steps - jnp.outer(mean, mean))
@@ -161,12 +194,14 @@ def _layout(p: int, channels: int, bias: bool | None) -> tuple[int, bool]:
     extra = p % channels == 1 if bias is None else bias
     if bias is None and channels == 1:
         raise ValueError(
-            f"sua: a layer with one channel and {p} rows may or may not have a bias; expected `bias` to be given. Use "
+            f"sua: a layer with one channel and {p} rows may or may not have a bias; expected "
+            "`bias` to be given. Use "
             "sua(channels=1, bias=True) or bias=False."
         )
     if (p - extra) % channels or p - extra < channels:
         raise ValueError(
-            f"sua: the layer has {p} rows{', one of them the bias' if extra else ''}; expected a multiple of channels="
+            f"sua: the layer has {p} rows{', one of them the bias' if extra else ''}; expected a "
+            "multiple of channels="
             f"{channels} besides the bias. Pass the number of input channels of this layer."
         )
     return (p - extra) // channels, extra

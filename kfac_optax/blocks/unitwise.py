@@ -5,21 +5,23 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Use
 from kfac_optax.linalg.factorize import Eigen, damped_quotient
-from kfac_optax.linalg.rows import keep_rows
 from kfac_optax.linalg.two_by_two import small_psd_eigh
+from kfac_optax.linalg.weighted_rows import keep_rows
 
 
 def unitwise(full: bool = True) -> Block:
     """Exact Fisher block of every channel of `y = x scale + shift`, `x` the normalised input.
 
-    `V [p, C]` with rows (scale, shift), or one row only: `p = 1 + use.bias`, and a layer with only a shift passes ones
-    as `a`. With `d_b = (sum_pos g x, sum_pos g) [p]` of channel `c` in example `b`, positions summed inside the example,
-    the statistic is `F_c = (1/N) sum_b d_b d_b^T`, `[C, p, p]`, and the solve `(F_c + damping I)^{-1} V_c` in closed form,
-    positive definite even where `F_c` has rank one and the damping is tiny.
+    `V [p, C]` with rows (scale, shift), or one row only: `p = 1 + use.bias`, and a layer with only
+    a shift passes ones as `a`. With `d_b = (sum_pos g x, sum_pos g) [p]` of channel `c` in example
+    `b`, positions summed inside the example, the statistic is `F_c = (1/N) sum_b d_b d_b^T`,
+    `[C, p, p]`, and the solve `(F_c + damping I)^{-1} V_c` in closed form, positive definite even
+    where `F_c` has rank one and the damping is tiny.
 
-    `a` and `g` are `[N, *positions, C]`, or `[C]` for a single example. Gradients between uses of the same layer are
-    left out. Weights are in `g` already; examples whose weights are all zero are dropped, and where `g` is zero `a` is
-    not read. A single position of weight zero still counts if `g` is not zero there: it moves the loss of others.
+    `a` and `g` are `[N, *positions, C]`, or `[C]` for a single example. Gradients between uses of
+    the same layer are left out. Weights are in `g` already; examples whose weights are all zero are
+    dropped, and where `g` is zero `a` is not read. A single position of weight zero still counts if
+    `g` is not zero there: it moves the loss of others.
 
     Without `g` (forward only) every position counts as an independent unit gradient,
     `F_c = (1/N) sum_b sum_pos w (x, 1) (x, 1)^T`.
@@ -36,22 +38,33 @@ def unitwise(full: bool = True) -> Block:
     [[[2.  1. ]
       [1.  2.5]]]
 
-    Reference: Osawa et al., Large-Scale Distributed Second-Order Optimization Using Kronecker-Factored Approximate
-    Curvature for Deep Convolutional Neural Networks (2019), for unit-wise Fisher blocks of batch normalisation.
+    Reference: Osawa et al., Large-Scale Distributed Second-Order Optimization Using
+      Kronecker-Factored Approximate
+    Curvature for Deep Convolutional Neural Networks (2019), for unit-wise Fisher blocks of batch
+    normalisation.
     """
 
     def init(p: int, q: int, dtype: jnp.dtype) -> Array:
         if p > 2:
             raise ValueError(
-                f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). Use it for "
+                f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). "
+                "Use it for "
                 "normalisation layers only."
             )
-        return jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p)) if full else jnp.ones((q, p), dtype)
+        return (
+            jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p))
+            if full
+            else jnp.ones((q, p), dtype)
+        )
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a, weights = a.astype(use.dtype), use.weights
         if a.ndim == 1:
-            a, g, weights = a[None], None if g is None else g[None], None if weights is None else weights[None]
+            a, g, weights = (
+                a[None],
+                None if g is None else g[None],
+                None if weights is None else weights[None],
+            )
         positions = tuple(range(1, a.ndim - 1))
         if g is None:
             a, one = keep_rows(a, weights), jnp.ones_like(a) if use.bias else None
@@ -61,7 +74,9 @@ def unitwise(full: bool = True) -> Block:
             return _moments(columns, lambda x, y: jnp.sum(scale * x * y, axes) / use.examples)
         g = _drop_examples(g.astype(use.dtype), weights)
         products = g * jnp.where(g == 0, jnp.zeros((), a.dtype), a)
-        columns = [products.sum(positions), g.sum(positions)] if use.bias else [products.sum(positions)]
+        columns = (
+            [products.sum(positions), g.sum(positions)] if use.bias else [products.sum(positions)]
+        )
         return _moments(columns, lambda x, y: jnp.sum(x * y, 0) / use.examples)
 
     def _moments(columns, product) -> Array:
@@ -72,22 +87,28 @@ def unitwise(full: bool = True) -> Block:
     def factorize(statistic: Array, damping: Array) -> Eigen | Array:
         return small_psd_eigh(statistic) if full else jnp.maximum(statistic, 0)
 
-    def solve(held: Eigen | Array, v: Array, damping: Array) -> Array:
-        if not isinstance(held, Eigen):
-            return damped_quotient(v, held.T, damping, exact=True)
-        rotated = damped_quotient(jnp.sum(held.vectors * v.T[:, :, None], 1), held.values, damping, exact=True)
-        return jnp.sum(held.vectors * rotated[:, None, :], 2).T
+    def solve(inverse: Eigen | Array, v: Array, damping: Array) -> Array:
+        if not isinstance(inverse, Eigen):
+            return damped_quotient(v, inverse.T, damping, exact=True)
+        rotated = damped_quotient(
+            jnp.sum(inverse.vectors * v.T[:, :, None], 1), inverse.values, damping, exact=True
+        )
+        return jnp.sum(inverse.vectors * rotated[:, None, :], 2).T
 
     def multiply(statistic: Array, v: Array) -> Array:
         return jnp.sum(statistic * v.T[:, None, :], 2).T if full else statistic.T * v
 
-    return Block("unit-wise" if full else "unit-wise (diagonal)", init, measure, factorize, solve, multiply)
+    return Block(
+        "unit-wise" if full else "unit-wise (diagonal)", init, measure, factorize, solve, multiply
+    )
 
 
 def _drop_examples(
     g: Float[Array, "N *positions C"], weights: Float[Array, "N *positions"] | None
 ) -> Float[Array, "N *positions C"]:
-    """`g` without the examples of weight zero; a position of weight zero in another example can still matter there."""
+    """`g` without the examples of weight zero; a position of weight zero in another example can
+    still matter there.
+    """
     if weights is None:
         return g
     kept = jnp.any(weights != 0, tuple(range(1, weights.ndim)), keepdims=True)

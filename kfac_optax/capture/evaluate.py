@@ -1,7 +1,9 @@
-"""Evaluates a traced function again with a probe at every tap; a probe's cotangent is the layer's statistic.
+"""Evaluates a traced function again with a probe at every tap; a probe's cotangent is the layer's
+statistic.
 
-Tap-free runs of equations are handed back to JAX as whole jaxprs. Only what contains a tap is entered: calls are
-inlined, `remat` is re-wrapped, a `scan` is rebuilt so that probes ride along with the layers it scans over (the
+Tap-free runs of equations are handed back to JAX as whole jaxprs. Only what contains a tap is
+entered: calls are inlined, `remat` is re-wrapped, a `scan` is rebuilt so that probes ride along
+  with the layers it scans over (the
 statistics come out stacked) and stay constant over time (the statistics are added up).
 """
 
@@ -20,7 +22,9 @@ from kfac_optax.capture.tap import tap_p
 
 
 class Zeros(NamedTuple):
-    """Arguments of a probe: `summed` is added up over steps in which the layer is reused, `rows` is kept apart."""
+    """Arguments of a probe: `summed` is added up over steps in which the layer is reused, `rows` is
+    kept apart.
+    """
 
     summed: PyTree
     rows: PyTree
@@ -48,7 +52,9 @@ _probe.defvjp(_probe_forward, _probe_backward)
 
 
 def as_cotangent(x: jax.Array) -> jax.Array:
-    """Rows that a probe hands back: tokens as floats, since a cotangent cannot be an integer (exact below 2^24)."""
+    """Rows that a probe hands back: tokens as floats, since a cotangent cannot be an integer (exact
+    below 2^24).
+    """
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
@@ -59,7 +65,9 @@ def from_cotangent(site: Site, rows: tuple[jax.Array, Any]) -> tuple[jax.Array, 
 
 
 def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
-    """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in front."""
+    """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in
+    front.
+    """
     for _ in range(site.stacked):
         measure = jax.vmap(measure, in_axes=(0, 0, None))
     shapes = jax.eval_shape(measure, site.a, site.s, extra)
@@ -70,10 +78,16 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
 
 
 def evaluate(
-    closed: Any, inputs: Sequence[Any], sites: Sequence[Site], measures: Sequence[Measure | None], extra: PyTree,
+    closed: Any,
+    inputs: Sequence[Any],
+    sites: Sequence[Site],
+    measures: Sequence[Measure | None],
+    extra: PyTree,
     zeros: Sequence[Zeros | None],
-) -> list[Any]:  # fmt: skip
-    """Flat outputs of a closed jaxpr, with a probe where a site has a measure (`None`: the tap is dropped)."""
+) -> list[Any]:
+    """Flat outputs of a closed jaxpr, with a probe where a site has a measure (`None`: the tap is
+    dropped).
+    """
     run = _Run(tuple(sites), tuple(measures), extra)
     return _evaluate(run, closed.jaxpr, closed.consts, inputs, range(len(sites)), zeros, 0)
 
@@ -85,7 +99,9 @@ class _Run(NamedTuple):
 
 
 def _evaluate(run, jaxpr, consts, inputs, indices, zeros, depth) -> list[Any]:
-    """`indices` are the sites inside this jaxpr, `zeros` their probes' arguments, `depth` the enclosing scans."""
+    """`indices` are the sites inside this jaxpr, `zeros` their probes' arguments, `depth` the
+    enclosing scans.
+    """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     queue = iter(zip(indices, zeros, strict=True))
     pending: list[Any] = []
@@ -139,7 +155,9 @@ def _call(run, eqn, values, inside, zeros, depth) -> list[Any]:
         return _evaluate(run, body.jaxpr, body.consts, values, inside, zeros, depth)
 
     if "prevent_cse" in eqn.params:  # remat: recompute in the backward pass as the user asked
-        call = jax.checkpoint(call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+        call = jax.checkpoint(
+            call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+        )
     return call(values, zeros)
 
 
@@ -177,9 +195,19 @@ def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
 def _run_plain(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
     """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
     made = {v for e in eqns for v in e.outvars}
-    used = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made))
+    used = list(
+        dict.fromkeys(
+            v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made
+        )
+    )
     outs = [v for e in eqns for v in e.outvars if not isinstance(v, jex.DropVar)]
     part = jaxpr.replace(
-        constvars=[], invars=used, outvars=outs, eqns=list(eqns), debug_info=jaxpr.debug_info.with_unknown_names()
+        constvars=[],
+        invars=used,
+        outvars=outs,
+        eqns=list(eqns),
+        debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    env.update(zip(outs, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))(*[env[v] for v in used]), strict=True))
+    env.update(
+        zip(outs, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))(*[env[v] for v in used]), strict=True)
+    )

@@ -1,7 +1,9 @@
-"""What each kind of layer computes, and how its input and output gradient become rows of a dense layer.
+"""What each kind of layer computes, and how its input and output gradient become rows of a dense
+layer.
 
-Every layer is brought to `s = a_rows @ matrix` with rows `[groups, N, *positions, p]`. Axes in front of those that a
-geometry knows (added by `vmap` over examples, say) are rows too, so all axes are counted from the end.
+Every layer is brought to `s = a_rows @ matrix` with rows `[groups, N, *positions, p]`. Axes in
+front of those that a geometry knows (added by `vmap` over examples, say) are rows too, so all axes
+are counted from the end.
 """
 
 import dataclasses
@@ -25,10 +27,12 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """A product of `a` and `kernel` over several axes, with axes of the kernel that batch it (`groups`).
+    """A product of `a` and `kernel` over several axes, with axes of the kernel that batch it
+    (`groups`).
 
     Attributes:
-      a, s, kernel: axes of each array, counted from the end, in the order rows, groups, inputs (or groups, outputs).
+      a, s, kernel: axes of each array, counted from the end, in the order rows, groups, inputs (or
+        groups, outputs).
       rows, groups, inputs, outputs: number of axes of each sort.
     """
 
@@ -46,7 +50,8 @@ class Contraction:
 class Conv:
     """A convolution of channels-last maps, `a [N, *spatial, C]`, `kernel [*window, C / groups, q]`.
 
-    `flipped`: the kernel is stored for the transposed convolution, `[*window, q, C]` and reversed in space.
+    `flipped`: the kernel is stored for the transposed convolution, `[*window, q, C]` and reversed
+      in space.
     """
 
     window: patches.Window
@@ -55,7 +60,9 @@ class Conv:
     kind = "conv"
 
     def plain_channels(self, kernel: Sequence[int]) -> int:
-        """Input channels, where every output position sees a window of the input as it is; else 0."""
+        """Input channels, where every output position sees a window of the input as it is; else
+        0.
+        """
         plain = self.groups == 1 and not self.flipped and set(self.window.input_dilation) == {1}
         return kernel[-2] if plain else 0
 
@@ -70,7 +77,9 @@ class Lookup:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleShift:
-    """`s = a * scale + shift` after a normalisation; `axes` (from the end) are those of scale and shift."""
+    """`s = a * scale + shift` after a normalisation; `axes` (from the end) are those of scale and
+    shift.
+    """
 
     axes: tuple[int, ...] = (-1,)
     kind = "scale_shift"
@@ -88,7 +97,8 @@ Geometry = Dense | Contraction | Conv | Lookup | ScaleShift | Unsupported
 
 
 def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int] = ()) -> Layout:
-    """Layout of the stored weight, given the shape the layer sees and how that was transposed from the stored one.
+    """Layout of the stored weight, given the shape the layer sees and how that was transposed from
+    the stored one.
 
     Args:
       geometry: of the layer.
@@ -112,7 +122,8 @@ def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int]
             order = list(range(rank))
     if not permutation or isinstance(geometry, ScaleShift):
         return Layout(tuple(kernel), tuple(n for part in parts for n in part), tuple(order))
-    # parts in the order in which they are stored, and where each part of the used weight is found there
+    # parts in the order in which they are stored, and where each part of the used weight is found
+    # there
     source = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
     starts = [sum(len(p) for p in parts[:i]) for i in range(rank)]
     stored: list[int] = []
@@ -136,7 +147,9 @@ def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, i
                 math.prod(sizes[inner:]),
             )
         case Conv():
-            inputs, outputs = (kernel[-1], kernel[-2]) if geometry.flipped else (kernel[-2], kernel[-1])
+            inputs, outputs = (
+                (kernel[-1], kernel[-2]) if geometry.flipped else (kernel[-2], kernel[-1])
+            )
             return geometry.groups, math.prod(kernel[:-2]) * inputs, outputs // geometry.groups
         case ScaleShift():
             return 1, 1, math.prod(kernel)
@@ -158,11 +171,13 @@ def rows_shape(geometry: Geometry, a: Sequence[int], s: Sequence[int]) -> tuple[
             return tuple(s[:-1])
 
 
-def to_rows(geometry: Geometry, a: jax.Array, g: jax.Array | None, step: Sequence[int] | None = None) -> tuple:
+def to_rows(
+    geometry: Geometry, a: jax.Array, g: jax.Array | None, step: Sequence[int] | None = None
+) -> tuple:
     """Input rows `[groups, N, *positions, p]` and output gradients `[groups, N, *positions, q]`.
 
-    Tokens of a look-up stay `[1, N, *positions]`, no gradient stays `None`. Rows are taken at every `step`-th position
-    along each axis.
+    Tokens of a look-up stay `[1, N, *positions]`, no gradient stays `None`. Rows are taken at every
+    `step`-th position along each axis.
     """
     if isinstance(geometry, Conv):
         window = geometry.window
@@ -179,7 +194,9 @@ def to_rows(geometry: Geometry, a: jax.Array, g: jax.Array | None, step: Sequenc
 
 
 def thinning(positions: Sequence[int], keep: int | None) -> tuple[int, ...] | None:
-    """Steps along each axis of positions that leave about `keep` of them, `None` where nothing is to be left out."""
+    """Steps along each axis of positions that leave about `keep` of them, `None` where nothing is
+    to be left out.
+    """
     total = math.prod(positions)
     if keep is None or total <= keep:
         return None
@@ -191,14 +208,18 @@ def _every(x: jax.Array, first: int, step: Sequence[int]) -> jax.Array:
     return x[(slice(None),) * (first + 1) + tuple(slice(None, None, k) for k in step)]
 
 
-def _plain_rows(geometry: Geometry, a: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def _plain_rows(
+    geometry: Geometry, a: jax.Array, g: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     match geometry:
         case Contraction():
             n = geometry.rows
             a = _grouped(a, geometry.a, n, geometry.groups)
             return a, None if g is None else _grouped(g, geometry.s, n, geometry.groups)
         case ScaleShift():
-            return _channels_last(a, geometry.axes)[None], None if g is None else _channels_last(g, geometry.axes)[None]
+            return _channels_last(a, geometry.axes)[None], None if g is None else _channels_last(
+                g, geometry.axes
+            )[None]
         case _:
             return a[None], None if g is None else g[None]
 
@@ -224,10 +245,14 @@ def _split_last(g: jax.Array, groups: int) -> jax.Array:
     return jnp.moveaxis(g.reshape(*g.shape[:-1], groups, -1), -2, 0)
 
 
-def reduced(geometry: Geometry, a: jax.Array, g: jax.Array | None, weights: jax.Array | None) -> tuple:
-    """Inputs averaged and output gradients added over the positions of each example, `[groups, N, 1, p or q]`.
+def reduced(
+    geometry: Geometry, a: jax.Array, g: jax.Array | None, weights: jax.Array | None
+) -> tuple:
+    """Inputs averaged and output gradients added over the positions of each example,
+    `[groups, N, 1, p or q]`.
 
-    With weights `[N, *positions]` the average is a weighted one. The third value is the weight of each example.
+    With weights `[N, *positions]` the average is a weighted one. The third value is the weight of
+    each example.
     """
     if isinstance(geometry, Conv) and weights is None:  # the mean of patches needs no unfolding
         mean = patches.mean_patch(a, geometry.window, geometry.groups, reverse=geometry.flipped)
@@ -239,7 +264,9 @@ def reduced(geometry: Geometry, a: jax.Array, g: jax.Array | None, weights: jax.
     if weights is None:
         return a.mean(axes)[:, :, None], total, None
     per_example = weights.reshape(len(weights), -1).sum(1)
-    share = weights / jnp.where(per_example > 0, per_example, 1).reshape(-1, *(1,) * (weights.ndim - 1))
+    share = weights / jnp.where(per_example > 0, per_example, 1).reshape(
+        -1, *(1,) * (weights.ndim - 1)
+    )
     mean = jnp.where(share[..., None] > 0, a * share[..., None], 0).sum(axes)
     return mean[:, :, None], total, (per_example / math.prod(weights.shape[1:]))[:, None]
 
@@ -249,7 +276,9 @@ def _sum_positions(g: jax.Array) -> jax.Array:
 
 
 def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
-    """Weights of rows `[N, *positions]` laid out so that they broadcast with a layer's output of that rank."""
+    """Weights of rows `[N, *positions]` laid out so that they broadcast with a layer's output of
+    that rank.
+    """
     match geometry:
         case ScaleShift():
             return jnp.expand_dims(weights, [rank + axis for axis in geometry.axes])
@@ -261,8 +290,12 @@ def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
             return weights[..., None]
 
 
-def channel_sums(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype) -> tuple:
-    """Sums of all entries of every input row (its bias coordinate included) and gradient row, `[groups, N, *positions]`."""
+def channel_sums(
+    geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype
+) -> tuple:
+    """Sums of all entries of every input row (its bias coordinate included) and gradient row,
+    `[groups, N, *positions]`.
+    """
     if isinstance(geometry, Conv):
         alpha = patches.window_sums(a.astype(dtype), geometry.window, geometry.groups)
         return alpha + bias, jnp.sum(_split_last(g, geometry.groups), -1, dtype=dtype)
@@ -273,8 +306,12 @@ def channel_sums(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dty
     return alpha + bias, jnp.sum(gradients, -1, dtype=dtype)
 
 
-def bias_rows(geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype) -> tuple:
-    """As `channel_sums`, the rows themselves: `[groups, N, *positions, p]` and `[groups, N, *positions, q]`."""
+def bias_rows(
+    geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype
+) -> tuple:
+    """As `channel_sums`, the rows themselves: `[groups, N, *positions, p]` and
+    `[groups, N, *positions, q]`.
+    """
     rows, gradients = to_rows(geometry, a, g)
     rows = rows.astype(dtype)
     return homogeneous(rows) if bias else rows, gradients.astype(dtype)

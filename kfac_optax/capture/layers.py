@@ -13,10 +13,19 @@ from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
 from kfac_optax._tree import named_leaves
-from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Layout, PyTree, Uncovered
+from kfac_optax._types import (
+    COMPLEX,
+    COMPLEX_LAYER,
+    NOT_USED,
+    Layer,
+    Layers,
+    Layout,
+    PyTree,
+    Uncovered,
+)
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported, layout, matrix_shape
-from kfac_optax.capture.rows import without_examples
+from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import STOPPED, Analysis, Site, analyse, count_taps, is_rule
 from kfac_optax.capture.tap import tapping
 
@@ -44,10 +53,14 @@ class Traced(NamedTuple):
 
 
 def trace(
-    function: Callable[..., PyTree], params: PyTree, args: Sequence[PyTree], where: str,
+    function: Callable[..., PyTree],
+    params: PyTree,
+    args: Sequence[PyTree],
+    where: str,
     check: Callable[[PyTree], Any] = lambda out_shape: None,
-) -> Traced:  # fmt: skip
-    """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees its abstract result.
+) -> Traced:
+    """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees
+    its abstract result.
 
     Raises:
       ValueError: no tapped layer was found, or one runs where it has no meaning.
@@ -58,31 +71,45 @@ def trace(
     leaves = named_leaves(params)
     names = tuple(leaves)
     if len(names) != len(jax.tree.leaves(params)):
-        raise ValueError(f"{where}: two parameters have the same path once normalised: {sorted(names)}.")
+        raise ValueError(
+            f"{where}: two parameters have the same path once normalised: {sorted(names)}."
+        )
     bypassed = _tapped(analyse(jaxpr.jaxpr, len(names)))
-    # What the prediction does not depend on would be measured as zero, and a layer may be there for a derivative only.
+    # What the prediction does not depend on would be measured as zero, and a layer may be there for
+    # a derivative only.
     jaxpr = _live(jaxpr)
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= _tapped(analysis)
-    if not (analysis.sites or bypassed or any(map(is_rule, itertools.chain(*analysis.consumers.values())))):
+    if not (
+        analysis.sites
+        or bypassed
+        or any(map(is_rule, itertools.chain(*analysis.consumers.values())))
+    ):
         raise ValueError(
-            f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with parameters "
-            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: {', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
-            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, `tap_conv`, `tap_embedding`, "
+            f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with "
+            "parameters "
+            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: "
+            f"{', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
+            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, "
+            "bias)`, `tap_conv`, `tap_embedding`, "
             "`tap_scale_shift`."
         )
     owner, layers = _group(analysis, names, leaves, bypassed)
     if not layers.layers:
         reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
         raise ValueError(
-            f"{where}: no layer left that can be measured. Expected at least one tapped layer whose output reaches the "
-            f"prediction and whose kernel is a parameter as stored ([inputs, outputs] or its transpose). {reasons}."
+            f"{where}: no layer left that can be measured. Expected at least one tapped layer "
+            "whose output reaches the "
+            "prediction and whose kernel is a parameter as stored ([inputs, outputs] or its "
+            f"transpose). {reasons}."
         )
     return Traced(names, jaxpr, out_shape, analysis.sites, owner, layers)
 
 
 def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
-    """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
+    """The same closed jaxpr without equations on which none of these outputs (default all)
+    depends.
+    """
     outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
@@ -103,18 +130,23 @@ def _tapped(analysis: Analysis) -> set[int]:
 def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     """The same model, its layers told whether their rows are those of `examples` examples.
 
-    Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the model: a table of as
-    many positions as there are examples does not. Positions that are themselves passed as an argument, as many as
-    there are examples, cannot be told apart from a batch; nor can constants in a model that closes over its batch.
+    Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the
+    model: a table of as many positions as there are examples does not. Positions that are
+      themselves passed as an argument, as many as
+    there are examples, cannot be told apart from a batch; nor can constants in a model that closes
+    over its batch.
 
     Args:
       traced: the model.
       examples: N.
-      signs: the estimator tells the examples apart by random signs where they share rows, which the table then says.
+      signs: the estimator tells the examples apart by random signs where they share rows, which the
+        table then says.
     """
     layers = []
     for index, layer in enumerate(traced.layers.layers):
-        mine = [site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index]
+        mine = [
+            site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index
+        ]
         own = _per_example(mine, examples)
         drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
@@ -138,7 +170,11 @@ def _group(
     tapped = _tapped(analysis)
     for i, site in enumerate(analysis.sites):
         if isinstance(site.geometry, Unsupported):
-            problems |= {o.leaf: f"not supported: {site.geometry.reason}" for o in site.params if o is not None}
+            problems |= {
+                o.leaf: f"not supported: {site.geometry.reason}"
+                for o in site.params
+                if o is not None
+            }
             continue
         if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (site.a, site.s)):
             problems |= {o.leaf: COMPLEX_LAYER for o in site.params if o is not None}
@@ -153,7 +189,9 @@ def _group(
         if not _alike([analysis.sites[i] for i in members]):
             problems.setdefault(leaf, "layers of different kinds share it")
     used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
-    problems |= {i: COMPLEX for i in used if jnp.issubdtype(leaves[names[i]].dtype, jnp.complexfloating)}
+    problems |= {
+        i: COMPLEX for i in used if jnp.issubdtype(leaves[names[i]].dtype, jnp.complexfloating)
+    }
     groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
     biases = _own_biases(groups, analysis.sites, problems)
     owner = [-1] * len(analysis.sites)
@@ -163,23 +201,37 @@ def _group(
             owner[i] = index
         bias = biases.get(leaf)
         covered = [leaf] if bias is None else [leaf, bias]
-        others = ((names[x], _other_uses(names[x], analysis.consumers.get(x, []), len(members))) for x in covered)
+        others = (
+            (names[x], _other_uses(names[x], analysis.consumers.get(x, []), len(members)))
+            for x in covered
+        )
         partly = [Uncovered(name, tuple(leaves[name].shape), note) for name, note in others if note]
         layers.append(
-            _layer([analysis.sites[i] for i in members], names[leaf], None if bias is None else names[bias], partly)
+            _layer(
+                [analysis.sites[i] for i in members],
+                names[leaf],
+                None if bias is None else names[bias],
+                partly,
+            )
         )
     layers = _distinct(layers)
     taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
     problems = _bypasses(bypassed, analysis) | problems
     uncovered = tuple(
-        Uncovered(name, tuple(leaves[name].shape), _reason(i, problems, tapped, analysis.consumers.get(i, [])))
+        Uncovered(
+            name,
+            tuple(leaves[name].shape),
+            _reason(i, problems, tapped, analysis.consumers.get(i, [])),
+        )
         for i, name in enumerate(names)
         if name not in taken
     )
     return tuple(owner), Layers(tuple(layers), uncovered)
 
 
-def _layer(sites: Sequence[Site], kernel: str, bias: str | None, partly: Sequence[Uncovered]) -> Layer:
+def _layer(
+    sites: Sequence[Site], kernel: str, bias: str | None, partly: Sequence[Uncovered]
+) -> Layer:
     # a look-up comes before a head that shares its table
     first = min(sites, key=lambda site: not isinstance(site.geometry, Lookup))
     kinds = {site.geometry.kind for site in sites}
@@ -189,10 +241,21 @@ def _layer(sites: Sequence[Site], kernel: str, bias: str | None, partly: Sequenc
     return Layer(
         path=kernel.rpartition("/")[0] or kernel,
         kind="tied_embedding" if len(kinds) > 1 else first.geometry.kind,
-        kernel=kernel, bias=bias, inputs=inputs, outputs=outputs, layout=_layout(first), stack=first.stack, groups=groups,
-        channels=first.geometry.plain_channels(first.kernel) if isinstance(first.geometry, Conv) else 0,
-        uses=sum(uses), rows=rows, notes=tuple(u.reason for u in partly), partly=tuple(partly),
-    )  # fmt: skip
+        kernel=kernel,
+        bias=bias,
+        inputs=inputs,
+        outputs=outputs,
+        layout=_layout(first),
+        stack=first.stack,
+        groups=groups,
+        channels=first.geometry.plain_channels(first.kernel)
+        if isinstance(first.geometry, Conv)
+        else 0,
+        uses=sum(uses),
+        rows=rows,
+        notes=tuple(u.reason for u in partly),
+        partly=tuple(partly),
+    )
 
 
 def _layout(site: Site) -> Layout:
@@ -202,11 +265,15 @@ def _layout(site: Site) -> Layout:
 
 
 def _alike(sites: Sequence[Site]) -> bool:
-    """Whether uses of one kernel see the same matrix in it: of one kind, or an embedding that is also the head."""
+    """Whether uses of one kernel see the same matrix in it: of one kind, or an embedding that is
+    also the head.
+    """
     kinds = {site.geometry.kind for site in sites}
     if kinds == {"embedding", "dense"}:
         heads = [site for site in sites if isinstance(site.geometry, Dense)]
-        return all(site.params[0] is not None and site.params[0].permutation == (-1, -2) for site in heads)
+        return all(
+            site.params[0] is not None and site.params[0].permutation == (-1, -2) for site in heads
+        )
     first = sites[0]
     return all(
         site.geometry.kind == first.geometry.kind
@@ -217,9 +284,14 @@ def _alike(sites: Sequence[Site]) -> bool:
 
 
 def _distinct(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers of one module with several kernels are told apart by the kernel; paths name rows in the state."""
+    """Layers of one module with several kernels are told apart by the kernel; paths name rows in
+    the state.
+    """
     count = collections.Counter(layer.path for layer in layers)
-    return [layer if count[layer.path] == 1 else dataclasses.replace(layer, path=layer.kernel) for layer in layers]
+    return [
+        layer if count[layer.path] == 1 else dataclasses.replace(layer, path=layer.kernel)
+        for layer in layers
+    ]
 
 
 def _misfit(site: Site, leaf: Any) -> str | None:
@@ -238,8 +310,12 @@ def _misfit(site: Site, leaf: Any) -> str | None:
     return None
 
 
-def _own_biases(groups: Mapping[int, Sequence[int]], sites: Sequence[Site], problems: dict[int, str]) -> dict[int, int]:
-    """The bias of each kernel, where all uses of the kernel agree on it and no other kernel uses it."""
+def _own_biases(
+    groups: Mapping[int, Sequence[int]], sites: Sequence[Site], problems: dict[int, str]
+) -> dict[int, int]:
+    """The bias of each kernel, where all uses of the kernel agree on it and no other kernel uses
+    it.
+    """
     wanted: dict[int, set[int | None]] = {}
     for kernel, members in groups.items():
         for i in members:
@@ -262,7 +338,8 @@ def _own_biases(groups: Mapping[int, Sequence[int]], sites: Sequence[Site], prob
 
 
 def _other_uses(name: str, consumers: Sequence[str], taps: int) -> str:
-    """A layer consumes each of its parameters once for every tap; anything more the statistics do not see.
+    """A layer consumes each of its parameters once for every tap; anything more the statistics do
+    not see.
 
     So it is of a derivative of the layer in its input, a product with the same kernel.
     """
@@ -274,7 +351,9 @@ def _other_uses(name: str, consumers: Sequence[str], taps: int) -> str:
 
 
 def _bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
-    """Reasons of parameters whose layers have no part in the prediction, but which are used otherwise."""
+    """Reasons of parameters whose layers have no part in the prediction, but which are used
+    otherwise.
+    """
     used = {i: [x for x in analysis.consumers.get(i, []) if x != STOPPED] for i in leaves}
     return {
         i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
@@ -283,7 +362,9 @@ def _bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
     }
 
 
-def _reason(index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]) -> str:
+def _reason(
+    index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]
+) -> str:
     if index in problems:
         return problems[index]
     if index in tapped:

@@ -14,15 +14,27 @@ from kfac_optax.capture.geometry import Dense
 from kfac_optax.capture.tap import place
 
 SUPPORTED = (
-    "flax.linen.Dense", "DenseGeneral", "Einsum", "Conv", "ConvTranspose", "Embed", "BatchNorm", "LayerNorm", "RMSNorm",
-    "GroupNorm", "InstanceNorm", "OptimizedLSTMCell",
-)  # fmt: skip
+    "flax.linen.Dense",
+    "DenseGeneral",
+    "Einsum",
+    "Conv",
+    "ConvTranspose",
+    "Embed",
+    "BatchNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "OptimizedLSTMCell",
+)
 
 
 def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
     def handle(module, next_fun, params, inputs, *args, **kwargs):
         a, geometry = describe(module, inputs, *args, **kwargs)
-        return _tap(module, next_fun(inputs, *args, **kwargs), a, geometry, params, "kernel", "bias")
+        return _tap(
+            module, next_fun(inputs, *args, **kwargs), a, geometry, params, "kernel", "bias"
+        )
 
     return handle
 
@@ -33,14 +45,17 @@ def _embed(module, next_fun, params, inputs):
 
 
 def _attend(module, next_fun, params, query):
-    return place(next_fun(query), query, params["embedding"].T, geometry=Dense(), name=_name(module))
+    return place(
+        next_fun(query), query, params["embedding"].T, geometry=Dense(), name=_name(module)
+    )
 
 
 def _norm(module, next_fun, params, x, *args, **kwargs):
     out = next_fun(x, *args, **kwargs)
     if "scale" not in params:
         return _tap(module, out, jnp.ones_like(out), modules.norm(module, x), params, "bias")
-    # the same normalisation once more without its parameters; compiled, both share mean and variance
+    # the same normalisation once more without its parameters; compiled, both share mean and
+    # variance
     bare = {"use_scale": False} | ({"use_bias": False} if hasattr(module, "use_bias") else {})
     statistics = {k: v for k, v in module.variables.items() if k == "batch_stats"}
     plain = module.clone(parent=None, name=None, **bare)
@@ -49,15 +64,27 @@ def _norm(module, next_fun, params, x, *args, **kwargs):
 
 
 def _lstm(module, next_fun, params, carry, inputs):
-    """Its gates are one product of concatenated weights; the plain cell with the same parameters has a layer for each."""
-    fields = ("features", "gate_fn", "activation_fn", "kernel_init", "recurrent_kernel_init", "bias_init", "dtype")
+    """Its gates are one product of concatenated weights; the plain cell with the same parameters
+    has a layer for each.
+    """
+    fields = (
+        "features",
+        "gate_fn",
+        "activation_fn",
+        "kernel_init",
+        "recurrent_kernel_init",
+        "bias_init",
+        "dtype",
+    )
     fields += ("param_dtype", "carry_init")
     cell = nn.LSTMCell(**{name: getattr(module, name) for name in fields}, parent=None)
     return cell.apply({"params": params}, carry, inputs)
 
 
 def _tap(module, out, a, geometry, params, *names):
-    return place(out, a, *(params[n] for n in names if n in params), geometry=geometry, name=_name(module))
+    return place(
+        out, a, *(params[n] for n in names if n in params), geometry=geometry, name=_name(module)
+    )
 
 
 def _name(module: nn.Module) -> str:
@@ -80,13 +107,17 @@ _HANDLERS: dict[Callable, tuple[str, Callable[..., Any]]] = {
 
 
 def _intercept(next_fun, args, kwargs, context):
-    # Compared by function, not by class: a subclass with its own __call__ is tapped where it calls that of its base.
+    # Compared by function, not by class: a subclass with its own __call__ is tapped where it calls
+    # that of its base.
     method: Any = getattr(context.orig_method, "func", None)
     if method not in _HANDLERS:
         return next_fun(*args, **kwargs)
     needed, handle = _HANDLERS[method]
     params = meta.unbox(context.module.variables.get("params", {}))
-    if not params or needed not in ("", *params):  # without parameters, or while the module is being initialised
+    if not params or needed not in (
+        "",
+        *params,
+    ):  # without parameters, or while the module is being initialised
         return next_fun(*args, **kwargs)
     return handle(context.module, next_fun, params, *args, **kwargs)
 

@@ -1,4 +1,6 @@
-"""Taps for models that are neither linen nor NNX: put around a layer's output, they say what computed it."""
+"""Taps for models that are neither linen nor NNX: put around a layer's output, they say what
+computed it.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,11 +47,14 @@ def tap_dense(
     label = f"tap_dense{f' {name!r}' if name else ''}"
     if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1] or s.shape[-1:] != kernel.shape[1:]:
         raise ValueError(
-            f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, q], a [*batch, p] and "
+            f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, "
+            "q], a [*batch, p] and "
             "kernel [p, q]. Pass the kernel so that s = a @ kernel (+ bias)."
         )
     if s.shape[:-1] != a.shape[:-1]:
-        raise ValueError(f"{label}: leading axes of s {s.shape} and a {a.shape} differ; expected the same rows.")
+        raise ValueError(
+            f"{label}: leading axes of s {s.shape} and a {a.shape} differ; expected the same rows."
+        )
     _check_bias(label, bias, s)
     if not active():
         return s
@@ -71,13 +76,15 @@ def tap_conv(
 ) -> Float[Array, "*batch q"]:
     """Marks `s` as the convolution of `a` with `kernel`, plus `bias`; channels come last.
 
-    The geometry is that of `jax.lax.conv_general_dilated` with `("NHWC", "HWIO", "NHWC")` and its likes in one and three
-    dimensions. An identity: returns `s`. Outside an estimator it does nothing at all.
+    The geometry is that of `jax.lax.conv_general_dilated` with `("NHWC", "HWIO", "NHWC")` and its
+    likes in one and three dimensions. An identity: returns `s`. Outside an estimator it does
+    nothing at all.
 
     Args:
       s: output `[N, *out, q]`. Use the returned value in place of it.
       a: input `[N, *spatial, C]`.
-      kernel: the weight **parameter**, `[*window, C / groups, q]` (transposed, where it is stored otherwise).
+      kernel: the weight **parameter**, `[*window, C / groups, q]` (transposed, where it is stored
+        otherwise).
       bias: the bias parameter `[q]`, if the layer has one.
       strides: one number, or one per spatial axis.
       input_dilation: as `strides`.
@@ -100,9 +107,15 @@ def tap_conv(
     """
     label = f"tap_conv{f' {name!r}' if name else ''}"
     n = kernel.ndim - 2
-    if n < 1 or a.ndim < n + 1 or a.shape[-1] != kernel.shape[-2] * groups or s.shape[-1] != kernel.shape[-1]:
+    if (
+        n < 1
+        or a.ndim < n + 1
+        or a.shape[-1] != kernel.shape[-2] * groups
+        or s.shape[-1] != kernel.shape[-1]
+    ):
         raise ValueError(
-            f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}, groups={groups}; expected s [N, *out, q], "
+            f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}, groups={groups}; "
+            "expected s [N, *out, q], "
             "a [N, *spatial, C] and kernel [*window, C / groups, q]."
         )
     per_axis = [_per_axis(label, x, n) for x in (strides, input_dilation, kernel_dilation)]
@@ -113,7 +126,8 @@ def tap_conv(
     expected = (*a.shape[: -1 - n], *window.outputs(a.shape))
     if s.shape[:-1] != expected:
         raise ValueError(
-            f"{label}: s is {s.shape}, but this geometry makes {(*expected, kernel.shape[-1])} of a {a.shape}; "
+            f"{label}: s is {s.shape}, but this geometry makes {(*expected, kernel.shape[-1])} of "
+            f"a {a.shape}; "
             "check strides, padding and dilation."
         )
     _check_bias(label, bias, s)
@@ -156,7 +170,8 @@ def tap_scale_shift(
     operands = [x for x in (scale, shift) if x is not None]
     if not operands or s.shape != a.shape or any(x.shape != s.shape[-1:] for x in operands):
         raise ValueError(
-            f"{label}: got s {s.shape}, a {a.shape}, parameters {[x.shape for x in operands]}; expected s and a of one shape "
+            f"{label}: got s {s.shape}, a {a.shape}, parameters {[x.shape for x in operands]}; "
+            "expected s and a of one shape "
             "[*batch, C] and a scale, a shift or both of shape [C]."
         )
     if not active():
@@ -174,8 +189,8 @@ def tap_embedding(
 ) -> Float[Array, "*batch q"]:
     """Marks `s = table[tokens]` as an embedding.
 
-    An identity: returns `s`. Outside an estimator it does nothing at all. A table that is also the head,
-    `logits = h @ table.T`, gets `tap_dense(logits, h, table.T)` there.
+    An identity: returns `s`. Outside an estimator it does nothing at all. A table that is also the
+    head, `logits = h @ table.T`, gets `tap_dense(logits, h, table.T)` there.
 
     Args:
       s: output `[*batch, q]`. Use the returned value in place of it.
@@ -195,9 +210,14 @@ def tap_embedding(
     (4, 3)
     """
     label = f"tap_embedding{f' {name!r}' if name else ''}"
-    if table.ndim != 2 or s.shape != (*tokens.shape, *table.shape[1:]) or tokens.dtype.kind not in "iu":
+    if (
+        table.ndim != 2
+        or s.shape != (*tokens.shape, *table.shape[1:])
+        or tokens.dtype.kind not in "iu"
+    ):
         raise ValueError(
-            f"{label}: got s {s.shape}, tokens {tokens.dtype}{list(tokens.shape)}, table {table.shape}; expected "
+            f"{label}: got s {s.shape}, tokens {tokens.dtype}{list(tokens.shape)}, table "
+            f"{table.shape}; expected "
             "s [*batch, q], integer tokens [*batch] and a table [vocabulary, q]."
         )
     if not active():
@@ -211,11 +231,15 @@ def _given(bias: Array | None) -> tuple[Array, ...]:
 
 def _check_bias(label: str, bias: Array | None, s: Array) -> None:
     if bias is not None and bias.shape != s.shape[-1:]:
-        raise ValueError(f"{label}: got bias {bias.shape}; expected {s.shape[-1:]}, one value per output.")
+        raise ValueError(
+            f"{label}: got bias {bias.shape}; expected {s.shape[-1:]}, one value per output."
+        )
 
 
 def _per_axis(label: str, x: Any, axes: int) -> tuple[int, ...]:
     out = tuple(x) if isinstance(x, Sequence) else (x,) * axes
     if len(out) != axes:
-        raise ValueError(f"{label}: got {x!r} for {axes} spatial axes; expected one number, or one per axis.")
+        raise ValueError(
+            f"{label}: got {x!r} for {axes} spatial axes; expected one number, or one per axis."
+        )
     return out

@@ -1,4 +1,6 @@
-"""Geometry of Flax modules, read from attributes that linen and NNX share: `(input of the dense view, geometry)`."""
+"""Geometry of Flax modules, read from attributes that linen and NNX share:
+`(input of the dense view, geometry)`.
+"""
 
 import functools
 import math
@@ -9,7 +11,15 @@ import flax.linen.linear as linen_linear
 import jax
 import jax.numpy as jnp
 
-from kfac_optax.capture.geometry import Contraction, Conv, Dense, Geometry, Lookup, ScaleShift, Unsupported
+from kfac_optax.capture.geometry import (
+    Contraction,
+    Conv,
+    Dense,
+    Geometry,
+    Lookup,
+    ScaleShift,
+    Unsupported,
+)
 from kfac_optax.capture.patches import Window
 
 Described = tuple[jax.Array, Geometry]
@@ -37,10 +47,20 @@ def dense_general(module: Any, inputs: jax.Array) -> Described:
     s = len(batch) + len(rows) + outputs
     return inputs, Contraction(
         a=tuple(axis - n for axis in (*rows, *batch, *axes)),
-        s=tuple(axis - s for axis in (*range(len(batch), len(batch) + len(rows)), *range(len(batch)), *range(s - outputs, s))),
+        s=tuple(
+            axis - s
+            for axis in (
+                *range(len(batch), len(batch) + len(rows)),
+                *range(len(batch)),
+                *range(s - outputs, s),
+            )
+        ),
         kernel=tuple(range(-kernel, 0)),
-        rows=len(rows), groups=len(batch), inputs=len(axes), outputs=outputs,
-    )  # fmt: skip
+        rows=len(rows),
+        groups=len(batch),
+        inputs=len(axes),
+        outputs=outputs,
+    )
 
 
 def einsum(module: Any, inputs: jax.Array, einsum_str: str | None = None) -> Described:
@@ -64,7 +84,9 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
         return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
     if any(len(set(labels)) != len(labels) for labels in (left, right, result)):
         return Unsupported(f"einsum {equation!r} takes a diagonal")
-    if any(c not in right and c not in result for c in left) or any(c not in left and c not in result for c in right):
+    if any(c not in right and c not in result for c in left) or any(
+        c not in left and c not in result for c in right
+    ):
         return Unsupported(f"einsum {equation!r} sums over an axis of one operand alone")
     rows = [c for c in left if c not in right]
     groups = [c for c in result if c in left and c in right]
@@ -83,8 +105,11 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
         a=axes(left, rows + groups + inputs),
         s=axes(result, rows + groups + outputs),
         kernel=axes(right, groups + inputs + outputs),
-        rows=len(rows), groups=len(groups), inputs=len(inputs), outputs=len(outputs),
-    )  # fmt: skip
+        rows=len(rows),
+        groups=len(groups),
+        inputs=len(inputs),
+        outputs=len(outputs),
+    )
 
 
 def conv(module: Any, inputs: jax.Array) -> Described:
@@ -92,7 +117,9 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     if getattr(module, "shared_weights", True) is False:
         return inputs, Unsupported("its weights are not shared over positions")
     custom = getattr(module, "conv_general_dilated", None)
-    if custom not in (None, jax.lax.conv_general_dilated) or getattr(module, "conv_general_dilated_cls", None):
+    if custom not in (None, jax.lax.conv_general_dilated) or getattr(
+        module, "conv_general_dilated_cls", None
+    ):
         return inputs, Unsupported("a convolution by a function of the user")
     if module.mask is not None:
         return inputs, Unsupported("its weights are masked")
@@ -114,7 +141,11 @@ def conv(module: Any, inputs: jax.Array) -> Described:
 
 
 def resolve_padding(
-    spatial: Sequence[int], reach: Sequence[int], strides: Sequence[int], dilation: Sequence[int], padding: Any
+    spatial: Sequence[int],
+    reach: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    padding: Any,
 ) -> tuple[tuple[int, int], ...]:
     """Padding as pairs; `reach` is the size of the dilated window."""
     if isinstance(padding, str):
@@ -130,27 +161,42 @@ def conv_transpose(module: Any, inputs: jax.Array) -> Described:
     if module.padding == "CIRCULAR":
         return inputs, Unsupported("a transposed convolution with circular padding")
     size = _tuple(module.kernel_size)
-    strides, spread = _per_axis(module.strides, len(size)), _per_axis(module.kernel_dilation, len(size))
+    strides, spread = (
+        _per_axis(module.strides, len(size)),
+        _per_axis(module.kernel_dilation, len(size)),
+    )
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     return inputs, transposed(size, strides, padding, spread, flipped=module.transpose_kernel)
 
 
 def transposed(
-    size: Sequence[int], strides: Sequence[int], padding: Any, spread: Sequence[int], *, flipped: bool = False
+    size: Sequence[int],
+    strides: Sequence[int],
+    padding: Any,
+    spread: Sequence[int],
+    *,
+    flipped: bool = False,
 ) -> Conv:
     """Geometry of `jax.lax.conv_transpose`, whose padding JAX itself resolves."""
     n = len(size)
     call = functools.partial(
-        jax.lax.conv_transpose, strides=strides, padding=padding, rhs_dilation=spread, transpose_kernel=flipped
+        jax.lax.conv_transpose,
+        strides=strides,
+        padding=padding,
+        rhs_dilation=spread,
+        transpose_kernel=flipped,
     )
     example = jax.ShapeDtypeStruct((1, *(math.prod(size) + 1,) * n, 1), jnp.float32)
     made = jax.make_jaxpr(call)(example, jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32))
     (eqn,) = [e for e in made.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
     p = eqn.params
     window = Window(
-        tuple(size), tuple(p["window_strides"]), tuple(map(tuple, p["padding"])), tuple(p["lhs_dilation"]),
+        tuple(size),
+        tuple(p["window_strides"]),
+        tuple(map(tuple, p["padding"])),
+        tuple(p["lhs_dilation"]),
         tuple(p["rhs_dilation"]),
-    )  # fmt: skip
+    )
     return Conv(window, 1, flipped)
 
 

@@ -14,9 +14,18 @@ from kfac_optax.capture.geometry import Dense
 from kfac_optax.capture.tap import active, place
 
 SUPPORTED = (
-    "flax.nnx.Linear", "LinearGeneral", "Einsum", "Conv", "ConvTranspose", "Embed", "BatchNorm", "LayerNorm", "RMSNorm",
-    "GroupNorm", "InstanceNorm",
-)  # fmt: skip
+    "flax.nnx.Linear",
+    "LinearGeneral",
+    "Einsum",
+    "Conv",
+    "ConvTranspose",
+    "Embed",
+    "BatchNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "GroupNorm",
+    "InstanceNorm",
+)
 _lock = threading.RLock()
 
 
@@ -24,7 +33,9 @@ def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
     def handle(self, original, inputs, *args, out_sharding=None, **kwargs):
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
         a, geometry = describe(self, inputs, *args, **kwargs)
-        return _tap(self, original(self, inputs, *args, **sharding, **kwargs), a, geometry, "kernel", "bias")
+        return _tap(
+            self, original(self, inputs, *args, **sharding, **kwargs), a, geometry, "kernel", "bias"
+        )
 
     return handle
 
@@ -46,7 +57,8 @@ def _norm(self, original, x, *args, **kwargs):
             return original(self, x, *args, **kwargs)
         out = original(self, x, *args, **kwargs)
         return _tap(self, out, jnp.ones_like(out), geometry, "bias")
-    # the same normalisation once more without its parameters; compiled, both share mean and variance
+    # the same normalisation once more without its parameters; compiled, both share mean and
+    # variance
     with _without_parameters(self):
         a = original(self, x, *args, **kwargs)
     return _tap(self, original(self, x, *args, **kwargs), a, geometry, "scale", "bias")
@@ -58,7 +70,9 @@ def _without_parameters(module: Any) -> Iterator[None]:
     fields = vars(module)
     kept = {name: fields[name] for name in ("scale", "bias") if name in fields}
     running = {
-        name: fields[name].get_raw_value() for name in ("mean", "var") if isinstance(fields.get(name), nnx.Variable)
+        name: fields[name].get_raw_value()
+        for name in ("mean", "var")
+        if isinstance(fields.get(name), nnx.Variable)
     }
     try:
         for name in kept:
@@ -85,7 +99,10 @@ _HANDLERS: dict[tuple[type, str], Callable[..., Any]] = {
     (nnx.ConvTranspose, "__call__"): _linear(modules.conv_transpose),
     (nnx.Embed, "__call__"): _embed,
     (nnx.Embed, "attend"): _attend,
-} | {(cls, "__call__"): _norm for cls in (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)}
+} | {
+    (cls, "__call__"): _norm
+    for cls in (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+}
 
 
 def _wrapped(original: Callable, handle: Callable[..., Any]) -> Callable:
@@ -100,7 +117,9 @@ def _wrapped(original: Callable, handle: Callable[..., Any]) -> Callable:
 
 @contextlib.contextmanager
 def intercepting() -> Iterator[None]:
-    """Context in which every supported NNX layer is tapped. NNX has no interceptors, hence the exchange."""
+    """Context in which every supported NNX layer is tapped. NNX has no interceptors, hence the
+    exchange.
+    """
     with _lock:
         originals = {key: getattr(*key) for key in _HANDLERS}
         for (cls, name), handle in _HANDLERS.items():

@@ -1,4 +1,6 @@
-"""Convolutions as dense layers: the patches that each output position sees, from slices, without a convolution."""
+"""Convolutions as dense layers: the patches that each output position sees, from slices, without a
+convolution.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 class Window(NamedTuple):
     """Geometry of a convolution; one entry per spatial axis.
 
-    `padding` is applied to the input after `input_dilation` has put zeros between its values; it may be negative.
+    `padding` is applied to the input after `input_dilation` has put zeros between its values; it
+    may be negative.
     """
 
     size: tuple[int, ...]
@@ -35,16 +38,21 @@ class Window(NamedTuple):
 
 def _padded(a: jax.Array, window: Window) -> jax.Array:
     front = a.ndim - len(window.size) - 1
-    spatial = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.input_dilation, strict=True)]
+    spatial = [
+        (low, high, d - 1)
+        for (low, high), d in zip(window.padding, window.input_dilation, strict=True)
+    ]
     return jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0)] * front + spatial + [(0, 0, 0)])
 
 
 def _windows(
     a: jax.Array, window: Window, join: Callable[[list[jax.Array], int], jax.Array], reverse: bool
 ) -> jax.Array:
-    """Joins the views of each axis's offsets, `[..., *spatial, groups, C] -> [..., *out, groups, ...]`.
+    """Joins the views of each axis's offsets,
+    `[..., *spatial, groups, C] -> [..., *out, groups, ...]`.
 
-    Axis by axis, since XLA compiles two short concatenations several times faster than one of all offsets.
+    Axis by axis, since XLA compiles two short concatenations several times faster than one of all
+    offsets.
     """
     n = len(window.size)
     out = window.outputs(a.shape[:-1])
@@ -60,29 +68,45 @@ def _windows(
     return a
 
 
-def _over_windows(a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False) -> jax.Array:
-    """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
+def _over_windows(
+    a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False
+) -> jax.Array:
+    """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives
+    them.
+    """
     padded = _padded(a, window)
-    bare = window._replace(padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size))
+    bare = window._replace(
+        padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size)
+    )
     made = _windows(padded.reshape(*padded.shape[:-1], groups, -1), bare, join, reverse)
     return made.squeeze(-2)[None] if groups == 1 else jnp.moveaxis(made, -2, 0)
 
 
 def unfold(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
-    """Patches `[groups, ..., *out, offsets * C / groups]` of a map `[..., *spatial, C]`, channels varying fastest."""
+    """Patches `[groups, ..., *out, offsets * C / groups]` of a map `[..., *spatial, C]`, channels
+    varying fastest.
+    """
     return _over_windows(a, window, groups, lambda parts, axis: jnp.concatenate(parts, -1), reverse)
 
 
-def mean_patch(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
-    """The mean of all patches of an example, `[groups, ..., offsets * C / groups]`: no patch is formed."""
+def mean_patch(
+    a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False
+) -> jax.Array:
+    """The mean of all patches of an example, `[groups, ..., offsets * C / groups]`: no patch is
+    formed.
+    """
 
     def join(parts: list[jax.Array], axis: int) -> jax.Array:
         return jnp.concatenate([x.mean(axis, keepdims=True) for x in parts], -1)
 
-    return _over_windows(a, window, groups, join, reverse).squeeze(tuple(range(-1 - len(window.size), -1)))
+    return _over_windows(a, window, groups, join, reverse).squeeze(
+        tuple(range(-1 - len(window.size), -1))
+    )
 
 
 def window_sums(a: jax.Array, window: Window, groups: int = 1) -> jax.Array:
     """The sum of all entries of every patch, `[groups, ..., *out]`: no patch is formed."""
     per_group = a.reshape(*a.shape[:-1], groups, -1).sum(-1)
-    return _over_windows(per_group, window, groups, lambda parts, axis: sum(parts[1:], parts[0]))[..., 0]
+    return _over_windows(per_group, window, groups, lambda parts, axis: sum(parts[1:], parts[0]))[
+        ..., 0
+    ]

@@ -1,4 +1,6 @@
-"""Static analysis of a traced function: where the taps are and, by data flow, whose parameters they see."""
+"""Static analysis of a traced function: where the taps are and, by data flow, whose parameters they
+see.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,16 +12,31 @@ from jax.extend import core as jex
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
 
-# One output per input, values (not shapes) kept or merely rounded: a parameter stays the same parameter.
+# One output per input, values (not shapes) kept or merely rounded: a parameter stays the same
+# parameter.
 _TRANSPARENT = frozenset(
-    ["convert_element_type", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "layout_constraint",
-     "mesh_cast", "reshard", "pvary", "pcast", "reduce_precision", "name"]
-)  # fmt: skip
-STOPPED = "stop_gradient"  # behind it a parameter is a constant: no use that a gradient or a statistic sees
+    [
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "optimization_barrier",
+        "sharding_constraint",
+        "layout_constraint",
+        "mesh_cast",
+        "reshard",
+        "pvary",
+        "pcast",
+        "reduce_precision",
+        "name",
+    ]
+)
+# behind it a parameter is a constant: no use that a gradient or a statistic sees
+STOPPED = "stop_gradient"
 _RESHAPING = frozenset(["broadcast_in_dim", "reshape", "squeeze", "expand_dims"])
 # Calls that run their body once with the operands in order.
 _CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"])
-# Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they are never entered.
+# Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they
+# are never entered.
 _RULES = {
     "custom_jvp_call": "custom_jvp",
     "custom_vjp_call": "custom_vjp",
@@ -31,8 +48,9 @@ _RULES = {
 class Origin(NamedTuple):
     """Which parameter leaf a value is: `depth` leading axes already taken by scans.
 
-    `permutation` says which stored axes (from the end) its trailing axes are; `()` if none has moved. Once reshaped or
-    broadcast the value is no longer `whole`: not a layer's parameter, but still worth naming its consumer.
+    `permutation` says which stored axes (from the end) its trailing axes are; `()` if none has
+    moved. Once reshaped or broadcast the value is no longer `whole`: not a layer's parameter, but
+    still worth naming its consumer.
     """
 
     leaf: int
@@ -50,9 +68,10 @@ class Site(NamedTuple):
       kernel: shape of the first of them, as the layer uses it.
       a, s: abstract input and output, behind `stacked` leading axes.
       stacked: leading axes of stacked parameters (from `vmap` over parameters).
-      scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned over).
-      varies: whether input or output depend on arrays among the arguments of the model, not on constants and parameters
-        only; true where it has none.
+      scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned
+        over).
+      varies: whether input or output depend on arrays among the arguments of the model, not on
+        constants and parameters only; true where it has none.
     """
 
     name: str
@@ -106,7 +125,9 @@ def count_taps_of(eqn: Any) -> int:
 
 
 def own_rule(eqn: Any) -> str | None:
-    """Which derivative rule of its own an equation has, by the name of what it was made from; else `None`."""
+    """Which derivative rule of its own an equation has, by the name of what it was made from; else
+    `None`.
+    """
     word = _RULES.get(eqn.primitive.name)
     inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
     if word is None or inner is None:
@@ -129,7 +150,9 @@ def call_body(eqn: Any) -> Any | None:
 
 
 class ScanBody(NamedTuple):
-    """A scan's closed body and how its operands divide: `constants`, then `carried`, then scanned over."""
+    """A scan's closed body and how its operands divide: `constants`, then `carried`, then scanned
+    over.
+    """
 
     body: Any
     constants: int
@@ -150,7 +173,8 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     """Finds all sites of a jaxpr whose first `leaves` inputs are the parameter leaves.
 
     Raises:
-      ValueError: a tapped layer runs inside `cond`, `while_loop` or another primitive where it has no meaning.
+      ValueError: a tapped layer runs inside `cond`, `while_loop` or another primitive where it has
+        no meaning.
     """
     sites: list[Site] = []
     consumers: dict[int, list[str]] = {}
@@ -160,7 +184,10 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     flags: list[bool] = []
     dependence(jaxpr, data, flags)
     # a model that closes over its batch shows no difference between data and constants
-    sites = [site._replace(varies=varies or not any(data)) for site, varies in zip(sites, flags, strict=True)]
+    sites = [
+        site._replace(varies=varies or not any(data))
+        for site, varies in zip(sites, flags, strict=True)
+    ]
     return Analysis(tuple(sites), consumers)
 
 
@@ -169,7 +196,9 @@ def _may_hold_examples(aval: Any) -> bool:
 
 
 def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
-    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
+    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in
+    order.
+    """
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for eqn in jaxpr.eqns:
         marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
@@ -190,7 +219,9 @@ def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[b
     while True:  # what one step writes into the carry, the next one reads
         inside: list[bool] = []
         outputs = dependence(closed.jaxpr, marks, inside)
-        carry = [old or new for old, new in zip(marks[constants:first], outputs[:carried], strict=True)]
+        carry = [
+            old or new for old, new in zip(marks[constants:first], outputs[:carried], strict=True)
+        ]
         if carry == marks[constants:first]:
             taps.extend(inside)
             return [*carry, *outputs[carried:]]
@@ -198,7 +229,11 @@ def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[b
 
 
 def _walk(
-    jaxpr: Any, origins: Sequence[Origin | None], scans: tuple, sites: list[Site], consumers: dict[int, list[str]]
+    jaxpr: Any,
+    origins: Sequence[Origin | None],
+    scans: tuple,
+    sites: list[Site],
+    consumers: dict[int, list[str]],
 ) -> list[Origin | None]:
     known: dict[Any, Origin | None] = dict(zip(jaxpr.invars, origins, strict=True))
 
@@ -223,7 +258,9 @@ def _walk(
         elif eqn.primitive.name in _RESHAPING:
             outputs = [None if inputs[0] is None else inputs[0]._replace(whole=False)]
         elif eqn.primitive.name == "transpose":
-            outputs = [None if inputs[0] is None else _transposed(inputs[0], eqn.params["permutation"])]
+            outputs = [
+                None if inputs[0] is None else _transposed(inputs[0], eqn.params["permutation"])
+            ]
         else:
             _refuse_taps(eqn, eqn.primitive.name)
             _note(inputs, eqn.primitive.name, consumers)
@@ -238,19 +275,28 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
     # a carry that every step hands on untouched is a constant of the scan
     kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
     carry = [o if keep else None for o, keep in zip(inputs[constants:first], kept, strict=True)]
-    slices = [_sliced(o, v.aval.ndim) for o, v in zip(inputs[first:], eqn.invars[first:], strict=True)]
-    _note([o for o, keep in zip(inputs[constants:first], kept, strict=True) if not keep], "scan", consumers)
+    slices = [
+        _sliced(o, v.aval.ndim) for o, v in zip(inputs[first:], eqn.invars[first:], strict=True)
+    ]
+    _note(
+        [o for o, keep in zip(inputs[constants:first], kept, strict=True) if not keep],
+        "scan",
+        consumers,
+    )
     start = len(sites)
     outs = _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
     _note([o for o, keep in zip(outs[:carried], kept, strict=True) if not keep], "scan", consumers)
     depth = len(scans)
-    for i in range(start, len(sites)):  # now it is known for each layer whether this scan goes over its parameters
+    for i in range(
+        start, len(sites)
+    ):  # now it is known for each layer whether this scan goes over its parameters
         leaf = sites[i].params[0]
         rides = leaf is not None and any(o is not None and o.leaf == leaf.leaf for o in slices)
         marked = list(sites[i].scans)
         marked[depth] = (length, rides)
         sites[i] = sites[i]._replace(scans=tuple(marked))
-    # stacked steps of a parameter (residuals of an inner derivative, say) are no longer it as stored
+    # stacked steps of a parameter (residuals of an inner derivative, say) are no longer it as
+    # stored
     stacked = [None if o is None else o._replace(whole=False) for o in outs[carried:]]
     return [*carry, *stacked]
 
@@ -268,9 +314,12 @@ def _refuse_taps(eqn, where: str) -> None:
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
                 raise ValueError(
-                    f"layer {inner.params['name'] or inner.params['geometry'].kind!r} runs inside `{where}`, where "
-                    "its curvature has no meaning (how often it runs is not known when tracing). Expected layers at "
-                    "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of "
+                    f"layer {inner.params['name'] or inner.params['geometry'].kind!r} runs inside "
+                    f"`{where}`, where "
+                    "its curvature has no meaning (how often it runs is not known when tracing). "
+                    "Expected layers at "
+                    "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for "
+                    "a fixed number of "
                     "steps, or move the layer out of the branch."
                 )
             _refuse_taps(inner, where)
@@ -292,7 +341,11 @@ def _transposed(origin: Origin, permutation: Sequence[int]) -> Origin:
 
 
 def _sliced(origin: Origin | None, rank: int) -> Origin | None:
-    """Inside a scan over it a value has lost its first axis; if that was no longer the first one stored, it is lost."""
+    """Inside a scan over it a value has lost its first axis; if that was no longer the first one
+    stored, it is lost.
+    """
     if origin is None:
         return None
-    return origin._replace(depth=origin.depth + 1, whole=origin.whole and len(origin.permutation) < rank)
+    return origin._replace(
+        depth=origin.depth + 1, whole=origin.whole and len(origin.permutation) < rank
+    )

@@ -1,4 +1,6 @@
-"""The tap: an identity on a layer's output that carries the layer's input and parameters through tracing."""
+"""The tap: an identity on a layer's output that carries the layer's input and parameters through
+tracing.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,25 +12,34 @@ from jaxtyping import Array
 
 from kfac_optax.capture.geometry import Geometry
 
-# A context that JAX's caches know: a function jitted before, without taps, is traced anew inside the estimator,
-# and a trace with taps never leaks into the user's own steps.
+# A context that JAX's caches know: a function jitted before, without taps, is traced anew inside
+# the estimator, and a trace with taps never leaks into the user's own steps.
 _tapping = jax.make_user_context(False)
 
 tap_p = jex.Primitive("kfac_tap")
 tap_p.def_impl(lambda s, *_, **__: s)
 tap_p.def_abstract_eval(lambda s, *_, **__: s)
 mlir.register_lowering(tap_p, lambda _, s, *__, **___: [s])
-ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (tap_p.bind(*primals, **params), tangents[0])
+ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
+    tap_p.bind(*primals, **params),
+    tangents[0],
+)
 # the identity in the output; what else it carries is only looked at
 ad.primitive_transposes[tap_p] = lambda cotangent, _, *rest, **__: [cotangent, *[None] * len(rest)]
 
 
 def _batch(args, dims, *, stacked, **params):
-    """Batched rows are rows; batched parameters are a stack of layers and move to the front together with them."""
+    """Batched rows are rows; batched parameters are a stack of layers and move to the front
+    together with them.
+    """
     (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
 
     def front(x, d):
-        return jax.numpy.broadcast_to(x, (size, *x.shape)) if d is None else jax.numpy.moveaxis(x, d, 0)
+        return (
+            jax.numpy.broadcast_to(x, (size, *x.shape))
+            if d is None
+            else jax.numpy.moveaxis(x, d, 0)
+        )
 
     if any(d is not None for d in dims[2:]):
         return tap_p.bind(*map(front, args, dims), stacked=stacked + 1, **params), 0
@@ -36,7 +47,9 @@ def _batch(args, dims, *, stacked, **params):
         s, a = (front(x, d) for x, d in zip(args[:2], dims[:2], strict=True))
         return tap_p.bind(s, a, *args[2:], stacked=0, **params), 0
     # rows batched inside a stack of layers: the new axis goes behind the stack
-    s, a = (jax.numpy.moveaxis(front(x, d), 0, stacked) for x, d in zip(args[:2], dims[:2], strict=True))
+    s, a = (
+        jax.numpy.moveaxis(front(x, d), 0, stacked) for x, d in zip(args[:2], dims[:2], strict=True)
+    )
     return tap_p.bind(s, a, *args[2:], stacked=stacked, **params), stacked
 
 
@@ -56,5 +69,7 @@ def tapping() -> Iterator[None]:
 
 
 def place(s: Array, a: Array, *params: Array, geometry: Geometry, name: str) -> Array:
-    """Binds the tap; front ends call this once they know that `s` is the output of a supported layer."""
+    """Binds the tap; front ends call this once they know that `s` is the output of a supported
+    layer.
+    """
     return tap_p.bind(s, a, *params, geometry=geometry, name=name, stacked=0)

@@ -1,4 +1,6 @@
-"""Advantage actor-critic on cart-pole: rollouts, loss and the whole training of a run as one scan."""
+"""Advantage actor-critic on cart-pole: rollouts, loss and the whole training of a run as one
+scan.
+"""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +26,9 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, Any]:
-        """Two likelihoods, whose joint Fisher the curvature measures: `[N]` policies and `[N]` values."""
+        """Two likelihoods, whose joint Fisher the curvature measures: `[N]` policies and `[N]`
+        values.
+        """
         trunk = self._trunk("trunk", x) if self.shared else None
         hidden = [self._trunk(name, x) if trunk is None else trunk for name in ("actor", "critic")]
         head = functools.partial(nn.Dense, kernel_init=nn.initializers.orthogonal(0.01))
@@ -34,14 +38,19 @@ class ActorCritic(nn.Module):
 
     def _trunk(self, name: str, x: jax.Array) -> jax.Array:
         for i, width in enumerate(self.widths):
-            x = nn.tanh(nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5), name=f"{name}_{i}")(x))
+            x = nn.tanh(
+                nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5), name=f"{name}_{i}")(
+                    x
+                )
+            )
         return x
 
 
 class Method(NamedTuple):
     """An optimizer: its label, whether updates need `curvature=`, and how it is built.
 
-    `build(config, layers, schedule)` makes the transformation; the layers are those that the library found.
+    `build(config, layers, schedule)` makes the transformation; the layers are those that the
+    library found.
     """
 
     label: str
@@ -51,16 +60,22 @@ class Method(NamedTuple):
 
 def _acktr(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -> Any:
     options = config.acktr.to_dict()
-    radius, metric, steps, factor = (options.pop(name) for name in ("radius", "metric", "cold_steps", "cold_scale"))
+    radius, metric, steps, factor = (
+        options.pop(name) for name in ("radius", "metric", "cold_steps", "cold_scale")
+    )
     natural = ko.kfac(layers, learning_rate=1.0, kl_clip=None, **options)
     warmed = ko.cold_start(natural, steps=steps, initial=optax.scale(factor))
-    clipped = ko.clip_by_trust_region(warmed, learning_rate=schedule, radius=radius, metric=metric, layers=layers)
+    clipped = ko.clip_by_trust_region(
+        warmed, learning_rate=schedule, radius=radius, metric=metric, layers=layers
+    )
     return optax.chain(clipped, optax.sgd(schedule))
 
 
 def _adam(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -> Any:
     del layers
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5)
+    )
 
 
 def _rmsprop(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -> Any:
@@ -94,7 +109,9 @@ class Log(NamedTuple):
     entropy: jax.Array
 
 
-def train(config: ml_collections.ConfigDict, method: Method, rate: jax.Array, key: jax.Array) -> Log:
+def train(
+    config: ml_collections.ConfigDict, method: Method, rate: jax.Array, key: jax.Array
+) -> Log:
     """A whole run, compiled as one scan over updates; learning rate and key may be traced.
 
     Args:
@@ -138,7 +155,9 @@ def updates_of(config: ml_collections.ConfigDict) -> int:
     return config.steps // (config.environments * config.rollout)
 
 
-def rollout(config: Any, predict: Any, params: Any, envs: Any, returns: jax.Array, key: jax.Array) -> tuple:
+def rollout(
+    config: Any, predict: Any, params: Any, envs: Any, returns: jax.Array, key: jax.Array
+) -> tuple:
     """`config.rollout` steps of all environments with actions drawn from the policy."""
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, Batch]:
@@ -151,19 +170,27 @@ def rollout(config: Any, predict: Any, params: Any, envs: Any, returns: jax.Arra
         returns = returns + outcome.reward
         done = outcome.terminated | outcome.truncated
         finished, returns = jnp.where(done, returns, 0), jnp.where(done, 0, returns)
-        return (new, returns), Batch(envs.observation, action, heads["value"].mean, outcome, finished)
+        return (new, returns), Batch(
+            envs.observation, action, heads["value"].mean, outcome, finished
+        )
 
-    (envs, returns), batch = jax.lax.scan(step, (envs, returns), jax.random.split(key, config.rollout))
+    (envs, returns), batch = jax.lax.scan(
+        step, (envs, returns), jax.random.split(key, config.rollout)
+    )
     return envs, returns, batch
 
 
-def advantages(batch: Batch, following: jax.Array, *, discount: float, trace: float, scale: float) -> jax.Array:
+def advantages(
+    batch: Batch, following: jax.Array, *, discount: float, trace: float, scale: float
+) -> jax.Array:
     """Generalised advantage estimates, `[T, n]`.
 
-    `A_t = d_t + discount trace (1 - done_t) A_{t+1}`, `d_t = scale r_t + discount v(x'_t) - v(x_t)`, with the value after a
-    step zero where the episode terminated, but not where its time was up.
+    `A_t = d_t + discount trace (1 - done_t) A_{t+1}`,
+    `d_t = scale r_t + discount v(x'_t) - v(x_t)`, with the value after a step zero where the
+    episode terminated, but not where its time was up.
 
-    Reference: Schulman et al., High-dimensional continuous control using generalized advantage estimation (2016).
+    Reference: Schulman et al., High-dimensional continuous control using generalized advantage
+      estimation (2016).
     """
     terminated, truncated = batch.outcome.terminated, batch.outcome.truncated
     after = jnp.where(terminated, 0, following)
@@ -178,14 +205,18 @@ def advantages(batch: Batch, following: jax.Array, *, discount: float, trace: fl
     return jax.lax.scan(back, jnp.zeros_like(deltas[0]), (deltas, goes_on), reverse=True)[1]
 
 
-def gradient(config: Any, predict: Any, params: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
+def gradient(
+    config: Any, predict: Any, params: Any, batch: Batch
+) -> tuple[jax.Array, Any, jax.Array]:
     """Observations of the batch in one row, gradient of the loss, entropy of the policy.
 
-    The loss is that of the policy gradient, plus `value_loss` times the squared error of the values, minus `entropy` times
-    the entropy.
+    The loss is that of the policy gradient, plus `value_loss` times the squared error of the
+    values, minus `entropy` times the entropy.
     """
     following = predict(params, batch.outcome.observation)["value"].mean
-    advantage = advantages(batch, following, discount=config.discount, trace=config.trace, scale=config.reward_scale)
+    advantage = advantages(
+        batch, following, discount=config.discount, trace=config.trace, scale=config.reward_scale
+    )
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     x, action, weight = flat(batch.observation), flat(batch.action), flat(advantage)
     target = weight + flat(batch.value)

@@ -1,4 +1,5 @@
-"""Command line: trains actor-critics with every optimizer over seeds and rates, then prints a table and draws a figure.
+"""Command line: trains actor-critics with every optimizer over seeds and rates, then prints a table
+and draws a figure.
 
 python -m kfac_optax.experiments.actor_critic --config=configs/cartpole_acktr.py
 """
@@ -22,7 +23,11 @@ from rich.table import Table
 from kfac_optax.experiments import a2c, command_line, data, plots, tables
 from kfac_optax.experiments.results import interval, write_json
 
-_STYLES = {"acktr": plots.STYLES["kfac"], "adam": plots.STYLES["adam"], "rmsprop": plots.STYLES["sgd"]}
+_STYLES = {
+    "acktr": plots.STYLES["kfac"],
+    "adam": plots.STYLES["adam"],
+    "rmsprop": plots.STYLES["sgd"],
+}
 
 
 class Run(NamedTuple):
@@ -56,7 +61,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     per_point = config.environments * config.rollout * config.points
     if config.steps % per_point:
         raise ValueError(
-            f"config.steps: got {config.steps}, expected a multiple of environments * rollout * points = {per_point}"
+            f"config.steps: got {config.steps}, expected a multiple of environments * rollout * "
+            f"points = {per_point}"
         )
 
 
@@ -84,7 +90,10 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
             progress.update(bar, advance=1, description=a2c.METHODS[name].label)
             if not console.is_terminal and run.seed == config.seeds - 1:
                 mean = tables.mean_and_interval([r.returns[-1] for r in runs[name, rate]], ".0f")
-                console.print(f"{a2c.METHODS[name].label}, rate {rate:g}: return {mean} in the end", highlight=False)
+                console.print(
+                    f"{a2c.METHODS[name].label}, rate {rate:g}: return {mean} in the end",
+                    highlight=False,
+                )
     return runs
 
 
@@ -93,23 +102,34 @@ def _train(config: ml_collections.ConfigDict) -> Iterator[tuple[str, float, Run]
         if not rates:  # left out
             continue
         train = jax.jit(functools.partial(a2c.train, config, a2c.METHODS[name]))
-        train = train.lower(jnp.float32(1), jax.random.key(0)).compile()  # one program for all rates and seeds
+        train = train.lower(
+            jnp.float32(1), jax.random.key(0)
+        ).compile()  # one program for all rates and seeds
         for rate in rates:
             for seed in range(config.seeds):
                 arguments = jnp.float32(rate), jax.random.key(config.first_seed + seed)
                 began = time.perf_counter()
                 log = jax.block_until_ready(train(*arguments))
                 seconds = time.perf_counter() - began
-                total, episodes = (np.asarray(x, float).reshape(config.points, -1).sum(1) for x in log[:2])
-                returns = np.divide(total, episodes, out=np.full_like(total, np.nan), where=episodes > 0)
+                total, episodes = (
+                    np.asarray(x, float).reshape(config.points, -1).sum(1) for x in log[:2]
+                )
+                returns = np.divide(
+                    total, episodes, out=np.full_like(total, np.nan), where=episodes > 0
+                )
                 yield name, rate, Run(seed, returns, episodes, seconds)
 
 
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the highest return, averaged over the whole run and the seeds."""
-    score = {key: np.mean([np.nanmean(run.returns) for run in group]) for key, group in runs.items()}
+    score = {
+        key: np.mean([np.nanmean(run.returns) for run in group]) for key, group in runs.items()
+    }
     names = dict.fromkeys(name for name, _ in runs)
-    return {name: max((rate for n, rate in runs if n == name), key=lambda r, n=name: score[n, r]) for name in names}
+    return {
+        name: max((rate for n, rate in runs if n == name), key=lambda r, n=name: score[n, r])
+        for name in names
+    }
 
 
 def env_steps(config: ml_collections.ConfigDict) -> np.ndarray:
@@ -126,7 +146,10 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
     settings = {k: v for k, v in config.to_dict().items() if k != "out"}
     device = jax.devices()[0].device_kind
     known = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
-    write_json(out / "summary.json", {"settings": settings, "device": device, "jax": jax.__version__, "summary": known})
+    write_json(
+        out / "summary.json",
+        {"settings": settings, "device": device, "jax": jax.__version__, "summary": known},
+    )
     draw(out / "returns.png", config, runs)
     console.print(table(config, runs))
     console.print(f"{out}: curves.csv, summary.csv, summary.json, returns.png", soft_wrap=True)
@@ -139,8 +162,10 @@ def table(config: ml_collections.ConfigDict, runs: Runs) -> Table:
     made = tables.blank(
         f"{config.title}: return of an episode",
         ("rate", *headings, "s/run"),
-        f"Mean ± 95 % interval (Student t) over {config.seeds} seeds of the episodes that ended in the last "
-        f"{config.steps // config.points:,} steps, at most 500. Best rate: highest mean return over the whole run. *: an edge "
+        f"Mean ± 95 % interval (Student t) over {config.seeds} seeds of the episodes that ended in "
+        "the last "
+        f"{config.steps // config.points:,} steps, at most 500. Best rate: highest mean return "
+        "over the whole run. *: an edge "
         "of the grid. s/run: without compilation, one run at a time.",
     )
     for name, rate in best_rates(runs).items():
@@ -170,13 +195,25 @@ def draw(path: Path, config: ml_collections.ConfigDict, runs: Runs) -> None:
             label = f"{a2c.METHODS[name].label}, rate {rate:g}"
             axes.plot(x, mean, color=color, linestyle=dashes, linewidth=1.8, label=label)
             if len(group) > 1:
-                axes.fill_between(x, mean - half, np.minimum(mean + half, 500), color=color, alpha=0.15, linewidth=0)
-    for axes, label in ((left, "environment steps"), (right, "training time (s), compilation left out")):
+                axes.fill_between(
+                    x,
+                    mean - half,
+                    np.minimum(mean + half, 500),
+                    color=color,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+    for axes, label in (
+        (left, "environment steps"),
+        (right, "training time (s), compilation left out"),
+    ):
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     left.set(ylabel="return of an episode", ylim=(0, 510))
     plots.legend_below(figure, left)
-    figure.suptitle(f"{config.title}, best rate of each, mean and 95 % band of {config.seeds} runs", fontsize=11)
+    figure.suptitle(
+        f"{config.title}, best rate of each, mean and 95 % band of {config.seeds} runs", fontsize=11
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -186,19 +223,38 @@ def _curves(config: ml_collections.ConfigDict, runs: Runs) -> list[dict[str, Any
         for run in group:
             for i, steps in enumerate(env_steps(config)):
                 seconds = run.seconds * steps / config.steps
-                row = {"optimizer": name, "learning_rate": rate, "seed": run.seed, "env_steps": int(steps)}
-                rows.append(row | {"seconds": seconds, "return": run.returns[i], "episodes": int(run.episodes[i])})
+                row = {
+                    "optimizer": name,
+                    "learning_rate": rate,
+                    "seed": run.seed,
+                    "env_steps": int(steps),
+                }
+                rows.append(
+                    row
+                    | {
+                        "seconds": seconds,
+                        "return": run.returns[i],
+                        "episodes": int(run.episodes[i]),
+                    }
+                )
     return rows
 
 
 def _summary(config: ml_collections.ConfigDict, runs: Runs) -> list[dict[str, Any]]:
     best, rows = best_rates(runs), []
     for (name, rate), group in runs.items():
-        row = {"optimizer": name, "learning_rate": rate, "best": best[name] == rate, "seeds": len(group)}
+        row = {
+            "optimizer": name,
+            "learning_rate": rate,
+            "best": best[name] == rate,
+            "seeds": len(group),
+        }
         for i in _shown(config):
             column = f"return_{env_steps(config)[i]}"
             row[column], row[f"{column}_ci95"] = interval([run.returns[i] for run in group])
-        row["return_mean"], row["return_mean_ci95"] = interval([float(np.nanmean(run.returns)) for run in group])
+        row["return_mean"], row["return_mean_ci95"] = interval(
+            [float(np.nanmean(run.returns)) for run in group]
+        )
         row["seconds"], row["seconds_ci95"] = interval([run.seconds for run in group])
         rows.append(row)
     return rows
@@ -208,7 +264,9 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(
+            {k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 if __name__ == "__main__":

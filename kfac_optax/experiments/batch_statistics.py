@@ -1,4 +1,6 @@
-"""Batch statistics for the weights as they are, in place of running averages over weights that have moved."""
+"""Batch statistics for the weights as they are, in place of running averages over weights that have
+moved.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 COLLECTION = "batch_stats"
 CHOICES = ("fresh", "running")
 
-_Run = Callable[[Any], Any]  # running averages before a training pass over a batch to those after it
+_Run = Callable[
+    [Any], Any
+]  # running averages before a training pass over a batch to those after it
 
 
 def check(choice: str) -> None:
@@ -21,7 +25,8 @@ def check(choice: str) -> None:
 def momentum(run: _Run, like: Any) -> Any:
     """The factor `m` of `new = m old + (1 - m) b`, of every entry: `(new(c) - new(0)) / c`.
 
-    `c = 1 + |new(0)|` keeps the difference free of cancellation, however large the statistic `b` is.
+    `c = 1 + |new(0)|` keeps the difference free of cancellation, however large the statistic `b`
+    is.
 
     Args:
         run: running averages to those after a training pass over some batch.

@@ -1,8 +1,9 @@
 """Cart and pole in pure JAX: push a cart left or right so that the pole on it stays up.
 
-The equations of motion, constants and limits are those of Barto, Sutton & Anderson, Neuronlike adaptive elements that can
-solve difficult learning control problems (1983), without friction, in the form that is usual today: a push of 10 N either
-way, Euler steps of 0.02 s, a reward of 1 a step, the end at 2.4 m, 12 degrees or 500 steps.
+The equations of motion, constants and limits are those of Barto, Sutton & Anderson, Neuronlike
+adaptive elements that can solve difficult learning control problems (1983), without friction, in
+the form that is usual today: a push of 10 N either way, Euler steps of 0.02 s, a reward of 1 a
+step, the end at 2.4 m, 12 degrees or 500 steps.
 """
 
 import math
@@ -72,4 +73,6 @@ def step(key: jax.Array, state: State, action: jax.Array) -> tuple[State, Outcom
     outcome = Outcome(observation, jnp.ones(()), terminated, truncated)
     new = reset(key)
     done = terminated | truncated
-    return State(jnp.where(done, new.observation, observation), jnp.where(done, new.steps, steps)), outcome
+    return State(
+        jnp.where(done, new.observation, observation), jnp.where(done, new.steps, steps)
+    ), outcome

@@ -53,8 +53,14 @@ class Store:
 
     def write(self, position: Position, state: Any) -> None:
         """Writes a checkpoint in one move: a reader finds this one or the one before it."""
-        arrays: dict[str, Any] = {f"leaf_{i}": _to_numpy(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        header = {"settings": self._settings, "jax": jax.__version__, "position": position._asdict()}
+        arrays: dict[str, Any] = {
+            f"leaf_{i}": _to_numpy(leaf) for i, leaf in enumerate(jax.tree.leaves(state))
+        }
+        header = {
+            "settings": self._settings,
+            "jax": jax.__version__,
+            "position": position._asdict(),
+        }
         draft = self.path.with_suffix(".tmp")
         with open(draft, "wb") as file:
             np.savez(file, header=np.array(json.dumps(header)), **arrays)
@@ -99,7 +105,9 @@ class Store:
                 raise ValueError(f"it has {len(arrays.files) - 1} arrays, expected {len(leaves)}")
             found = [_from_numpy(arrays[f"leaf_{i}"], leaf) for i, leaf in enumerate(leaves)]
         position = header["position"]
-        return Position(position["rows"], position["step"], position["seconds"]), structure.unflatten(found)
+        return Position(
+            position["rows"], position["step"], position["seconds"]
+        ), structure.unflatten(found)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -117,4 +125,6 @@ def _from_numpy(array: np.ndarray, leaf: jax.Array) -> jax.Array:
     if array.shape != like.shape or array.dtype != like.dtype:
         raise ValueError(f"it has {array.dtype}{array.shape}, expected {like.dtype}{like.shape}")
     found = jnp.array(array)  # a copy: the first call takes its memory over
-    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else found
+    return (
+        jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else found
+    )

@@ -40,7 +40,11 @@ def read_cifar10(directory: Path, *, per_file: int = 10_000) -> Images:
 
 def _folder(directory: Path) -> tuple[Path, str]:
     """Where the batches are, and how their names end: `.bin` or nothing."""
-    for folder in (directory, directory / "cifar-10-batches-bin", directory / "cifar-10-batches-py"):
+    for folder in (
+        directory,
+        directory / "cifar-10-batches-bin",
+        directory / "cifar-10-batches-py",
+    ):
         for suffix in (".bin", ""):
             names = [name + suffix for name in (*_TRAIN, _TEST)]
             there = [(folder / name).is_file() for name in names]
@@ -49,12 +53,16 @@ def _folder(directory: Path) -> tuple[Path, str]:
             if any(there):
                 missing = folder / names[there.index(False)]
                 raise FileNotFoundError(
-                    f"config.data_dir: {missing} is missing beside the others, expected {', '.join(names)}"
+                    f"config.data_dir: {missing} is missing beside the others, expected "
+                    f"{', '.join(names)}"
                 )
     raise FileNotFoundError(
-        f"config.data_dir: no CIFAR-10 batches in {directory}, expected data_batch_1 to data_batch_5 and test_batch, "
-        "pickled or with the ending .bin, there or in cifar-10-batches-py or cifar-10-batches-bin. Unpack "
-        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html and pass "
+        f"config.data_dir: no CIFAR-10 batches in {directory}, expected data_batch_1 to "
+        "data_batch_5 and test_batch, "
+        "pickled or with the ending .bin, there or in cifar-10-batches-py or cifar-10-batches-bin. "
+        "Unpack "
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz of "
+        "https://www.cs.toronto.edu/~kriz/cifar.html and pass "
         "--config.data_dir=DIR."
     )
 
@@ -64,7 +72,8 @@ def _read_binary(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     record = 1 + _PIXELS
     if content.size != count * record:
         raise ValueError(
-            f"{path}: got {content.size} bytes, expected {count * record}: {count} records of a label and {_PIXELS} "
+            f"{path}: got {content.size} bytes, expected {count * record}: {count} records of a "
+            f"label and {_PIXELS} "
             "pixels. The file is damaged: unpack it again."
         )
     records = content.reshape(count, record)
@@ -77,14 +86,23 @@ def _read_pickle(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
             content = _Unpickler(file, encoding="bytes").load()
         entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
         pixels, labels = np.asarray(entries["data"]), np.asarray(entries["labels"])
-    except (EOFError, pickle.UnpicklingError, AttributeError, KeyError, ValueError, IndexError) as error:
+    except (
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        IndexError,
+    ) as error:
         raise ValueError(
-            f"{path}: got {type(error).__name__} ({error}), expected a pickled dictionary with 'data' and 'labels'. "
+            f"{path}: got {type(error).__name__} ({error}), expected a pickled dictionary with "
+            "'data' and 'labels'. "
             "The file is damaged or another one: unpack it again."
         ) from error
     if pixels.shape != (count, _PIXELS) or pixels.dtype != np.uint8 or labels.shape != (count,):
         raise ValueError(
-            f"{path}: got data {pixels.shape} of {pixels.dtype} and labels {labels.shape}, expected "
+            f"{path}: got data {pixels.shape} of {pixels.dtype} and labels {labels.shape}, "
+            "expected "
             f"({count}, {_PIXELS}) of uint8 and ({count},)"
         )
     return _images(path, pixels, labels)
@@ -92,7 +110,10 @@ def _read_pickle(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _images(path: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) and not 0 <= labels.min() <= labels.max() < _CLASSES:
-        raise ValueError(f"{path}: got labels from {labels.min()} to {labels.max()}, expected 0 to {_CLASSES - 1}")
+        raise ValueError(
+            f"{path}: got labels from {labels.min()} to {labels.max()}, expected 0 to "
+            f"{_CLASSES - 1}"
+        )
     images = pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), labels.astype(np.int32)
 

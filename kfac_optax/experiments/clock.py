@@ -15,28 +15,38 @@ def elapsed(run: Run) -> np.ndarray:
 
 
 def curves(runs: Sequence[Run], column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of several runs on one grid of seconds: grid `[n]` and values `[runs, n]`, interpolated linearly.
+    """A column of several runs on one grid of seconds: grid `[n]` and values `[runs, n]`,
+    interpolated linearly.
 
-    The grid covers the seconds that every run has rows for. Where there are none (runs of a single row, say) it is one
-    point with the last values, at the mean of their seconds.
+    The grid covers the seconds that every run has rows for. Where there are none (runs of a single
+    row, say) it is one point with the last values, at the mean of their seconds.
     """
     times = [elapsed(run) for run in runs]
     first, last = max(t[0] for t in times), min(t[-1] for t in times)
     if first >= last:
-        return np.array([np.mean([t[-1] for t in times])]), np.array([[run.history[column][-1]] for run in runs])
+        return np.array([np.mean([t[-1] for t in times])]), np.array(
+            [[run.history[column][-1]] for run in runs]
+        )
     grid = np.linspace(first, last, min(_POINTS, max(map(len, times))))
-    return grid, np.array([np.interp(grid, t, run.history[column]) for t, run in zip(times, runs, strict=True)])
+    return grid, np.array(
+        [np.interp(grid, t, run.history[column]) for t, run in zip(times, runs, strict=True)]
+    )
 
 
 def by_epoch(runs: Sequence[Run], column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column of several runs against the epoch, as far as the shortest run goes: epochs `[n]`, values `[runs, n]`."""
+    """A column of several runs against the epoch, as far as the shortest run goes: epochs `[n]`,
+    values `[runs, n]`.
+    """
     rows = min(len(run.history["epoch"]) for run in runs)
     return runs[0].history["epoch"][:rows], np.array([run.history[column][:rows] for run in runs])
 
 
 def common(runs: Runs) -> float:
     """The training seconds that every run which did not diverge has reached; 0 if there is none."""
-    return min((float(elapsed(run)[-1]) for group in runs.values() for run in group if not run.diverged), default=0.0)
+    return min(
+        (float(elapsed(run)[-1]) for group in runs.values() for run in group if not run.diverged),
+        default=0.0,
+    )
 
 
 def at(runs: Sequence[Run], column: str, *, seconds: float) -> list[float]:

@@ -1,4 +1,6 @@
-"""What the command lines of the experiments share: the flag `--config=FILE`, and a console that fits a log."""
+"""What the command lines of the experiments share: the flag `--config=FILE`, and a console that
+fits a log.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", loc
 
 
 def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) -> None:
-    """Calls `experiment(config, out, console)` with what `--config=FILE` and the flags that override its entries say."""
+    """Calls `experiment(config, out, console)` with what `--config=FILE` and the flags that
+    override its entries say.
+    """
 
     def main(argv: Sequence[str]) -> None:
         del argv
@@ -20,7 +24,9 @@ def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) 
         config = _CONFIG.value
         console = Console()
         if not console.is_terminal:
-            console = Console(width=150)  # a log has no width of its own, and 80 would break the cells
+            console = Console(
+                width=150
+            )  # a log has no width of its own, and 80 would break the cells
         experiment(config, Path(config.out or f"results/{config.name}"), console)
 
     flags.mark_flag_as_required("config")

@@ -36,7 +36,11 @@ def report(
     plots.scores(out / f"{score}.png", base, title=title)
     plots.over_seconds(out / "seconds.png", base, title=title)
     files = ["summary.csv", "loss.png", f"{score}.png", "seconds.png"]
-    console.print(tables.fixed_rate(base, workers=config.workers, evaluate_with=config.get("evaluate_with") or "fresh"))
+    console.print(
+        tables.fixed_rate(
+            base, workers=config.workers, evaluate_with=config.get("evaluate_with") or "fresh"
+        )
+    )
     if config.tune:
         plots.tuned_loss(out / "tuned_loss.png", runs, title=title)
         plots.tuned_score(out / f"tuned_{score}.png", runs, title=title)

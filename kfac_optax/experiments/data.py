@@ -17,7 +17,9 @@ _T = TypeVar("_T")
 
 
 class Dataset(NamedTuple):
-    """Arrays with examples on the leading axis; images are kept as bytes, a quarter of their size as numbers."""
+    """Arrays with examples on the leading axis; images are kept as bytes, a quarter of their size
+    as numbers.
+    """
 
     train_x: jax.Array
     train_y: jax.Array
@@ -25,7 +27,9 @@ class Dataset(NamedTuple):
     test_y: jax.Array
 
 
-def planted_linear(key: jax.Array, *, train: int, test: int, features: int, target_dim: int) -> Dataset:
+def planted_linear(
+    key: jax.Array, *, train: int, test: int, features: int, target_dim: int
+) -> Dataset:
     """Gaussian inputs `[N, features]`, binary targets `[N, target_dim]` of a random linear net.
 
     The teacher is one linear layer without bias, initialised as the students are; a target is the
@@ -39,20 +43,29 @@ def planted_linear(key: jax.Array, *, train: int, test: int, features: int, targ
 
 
 def digits(
-    key: jax.Array, *, train: int, test: int, reconstruct: bool = False, shape: Sequence[int] = (64,)
+    key: jax.Array,
+    *,
+    train: int,
+    test: int,
+    reconstruct: bool = False,
+    shape: Sequence[int] = (64,),
 ) -> Dataset:
     """The 1797 handwritten digits of scikit-learn, pixels `[N, *shape]` in [0, 1], labels `[N]`.
 
     With `reconstruct` the pixels are the targets too.
     """
     if math.prod(shape) != 64:
-        raise ValueError(f"config.data.shape: got {tuple(shape)}, expected one of 64 pixels, for example (8, 8, 1)")
+        raise ValueError(
+            f"config.data.shape: got {tuple(shape)}, expected one of 64 pixels, for example (8, 8, "
+            "1)"
+        )
     from sklearn.datasets import load_digits  # slow to import and needed by this data set alone
 
     images, labels = load_digits(return_X_y=True)
     if train + test > len(labels):
         raise ValueError(
-            f"config.data: got train={train} and test={test}, expected at most {len(labels)} examples together"
+            f"config.data: got train={train} and test={test}, expected at most {len(labels)} "
+            "examples together"
         )
     order = jax.random.permutation(key, len(labels))[: train + test]
     x = jnp.asarray(images, jnp.float32)[order].reshape(-1, *shape) / 16
@@ -60,8 +73,11 @@ def digits(
     return Dataset(x[:train], y[:train], x[train:], y[train:])
 
 
-def fashion_mnist(key: jax.Array, *, data_dir: str, train: int, test: int, reconstruct: bool = False) -> Dataset:
-    """Fashion-MNIST, MNIST or what else has their files: images `[N, 28, 28, 1]` of uint8, labels `[N]`.
+def fashion_mnist(
+    key: jax.Array, *, data_dir: str, train: int, test: int, reconstruct: bool = False
+) -> Dataset:
+    """Fashion-MNIST, MNIST or what else has their files: images `[N, 28, 28, 1]` of uint8, labels
+    `[N]`.
 
     With `reconstruct` the images are rows `[N, 784]`, and the targets too.
     """
@@ -72,7 +88,9 @@ def fashion_mnist(key: jax.Array, *, data_dir: str, train: int, test: int, recon
     return Dataset(train_x, train_x, test_x, test_x)
 
 
-def cifar10(key: jax.Array, *, data_dir: str, train: int, test: int, per_file: int = 10_000) -> Dataset:
+def cifar10(
+    key: jax.Array, *, data_dir: str, train: int, test: int, per_file: int = 10_000
+) -> Dataset:
     """CIFAR-10: images `[N, 32, 32, 3]` of uint8, labels `[N]`."""
     return _part(key, cifar_files.read_cifar10(Path(data_dir), per_file=per_file), train, test)
 
@@ -85,7 +103,10 @@ def _part(key: jax.Array, images: idx_files.Images, train: int, test: int) -> Da
         ("test", jax.random.fold_in(key, 1), test, images.test_x, images.test_y),
     ):
         if count > len(x):
-            raise ValueError(f"config.data.{name}: got {count}, expected at most the {len(x)} images in the files")
+            raise ValueError(
+                f"config.data.{name}: got {count}, expected at most the {len(x)} images in the "
+                "files"
+            )
         if count < len(x):
             order = np.asarray(jax.random.permutation(part_key, len(x)))[:count]
             x, y = x[order], y[order]
@@ -94,16 +115,19 @@ def _part(key: jax.Array, images: idx_files.Images, train: int, test: int) -> Da
 
 
 def characters(key: jax.Array, *, train: int, test: int, context: int, file: str = "") -> Dataset:
-    """Windows `[N, context]` of a text, by default Python's help; the target is the next character at each place.
+    """Windows `[N, context]` of a text, by default Python's help; the target is the next character
+    at each place.
 
-    The test windows are those at the end of the text; where the training windows begin depends on the key.
+    The test windows are those at the end of the text; where the training windows begin depends on
+    the key.
     """
     tokens = text.read(file)
     held_out = test * context + 1
     room = len(tokens) - held_out - (train * context + 1)
     if room < 0:
         raise ValueError(
-            f"config.data: got train={train} and test={test} windows of {context}, expected at most "
+            f"config.data: got train={train} and test={test} windows of {context}, expected at "
+            "most "
             f"{(len(tokens) - 2) // context} together in a text of {len(tokens)} characters"
         )
     shift = int(jax.random.randint(key, (), 0, min(room, context - 1) + 1))

@@ -20,7 +20,9 @@ class Pace(NamedTuple):
 
 
 def observe(pace: Pace, *, epochs: float, seconds: float, preparation: float) -> Pace:
-    """The pace with one more event; one without seconds of its own (a run that ended early) tells nothing."""
+    """The pace with one more event; one without seconds of its own (a run that ended early) tells
+    nothing.
+    """
     if seconds > 0:
         pace = pace._replace(epochs=pace.epochs + epochs, seconds=pace.seconds + seconds)
     if preparation > 0:
@@ -31,7 +33,8 @@ def observe(pace: Pace, *, epochs: float, seconds: float, preparation: float) ->
 def left(pace: Pace, *, epochs: float, optimizers: int, workers: int) -> float | None:
     """Seconds until so many more epochs are trained, None before any was.
 
-    `(epochs * s + unprepared * c) / processes`, with the mean seconds `s` of an epoch and `c` of compiling.
+    `(epochs * s + unprepared * c) / processes`, with the mean seconds `s` of an epoch and `c` of
+    compiling.
 
     Args:
         pace: what was seen.

@@ -9,7 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 _UNSIGNED_BYTE = 0x08
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 class Images(NamedTuple):
@@ -43,25 +48,35 @@ def read_images(directory: Path, *, height: int = 28, width: int = 28, classes: 
         images_path, labels_path = find(directory, images_name), find(directory, labels_name)
         images, labels = read(images_path, ndim=3), read(labels_path, ndim=1)
         if images.shape[1:] != (height, width):
-            raise ValueError(f"{images_path}: got images of shape {images.shape[1:]}, expected {(height, width)}")
+            raise ValueError(
+                f"{images_path}: got images of shape {images.shape[1:]}, expected {(height, width)}"
+            )
         if len(images) != len(labels):
             raise ValueError(
-                f"{labels_path}: got {len(labels)} labels, expected {len(images)} as in {images_path.name}"
+                f"{labels_path}: got {len(labels)} labels, expected {len(images)} as in "
+                f"{images_path.name}"
             )
         if len(labels) and labels.max() >= classes:
-            raise ValueError(f"{labels_path}: got label {labels.max()}, expected labels below {classes}")
+            raise ValueError(
+                f"{labels_path}: got label {labels.max()}, expected labels below {classes}"
+            )
         parts += [images[..., None], labels.astype(np.int32)]
     return Images(*parts)
 
 
 def find(directory: Path, name: str) -> Path:
     """The file `name` or `name.gz`, or its variant with a dot before `idx`."""
-    candidates = [directory / f"{stem}{end}" for stem in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
+    candidates = [
+        directory / f"{stem}{end}"
+        for stem in (name, name.replace("-idx", ".idx"))
+        for end in ("", ".gz")
+    ]
     for path in candidates:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"config.data_dir: {directory / name} is missing, expected it there, plain or as {name}.gz. Fashion-MNIST is "
+        f"config.data_dir: {directory / name} is missing, expected it there, plain or as "
+        f"{name}.gz. Fashion-MNIST is "
         "in the Debian package dataset-fashion-mnist (/usr/share/datasets/fashion-mnist) and at "
         "https://github.com/zalandoresearch/fashion-mnist; pass --config.data_dir=DIR."
     )
@@ -78,14 +93,17 @@ def read(path: Path, *, ndim: int) -> np.ndarray:
     expected = bytes([0, 0, _UNSIGNED_BYTE, ndim])
     if len(content) < start or content[:4] != expected:
         raise ValueError(
-            f"{path}: got the first bytes {content[:4].hex(' ') or 'nothing'}, expected {expected.hex(' ')} (an idx file "
-            f"of unsigned bytes with {ndim} axes) and a header of {start} bytes. Is the download complete?"
+            f"{path}: got the first bytes {content[:4].hex(' ') or 'nothing'}, expected "
+            f"{expected.hex(' ')} (an idx file "
+            f"of unsigned bytes with {ndim} axes) and a header of {start} bytes. Is the download "
+            "complete?"
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=ndim, offset=4))
     size = int(np.prod(shape, dtype=np.int64))
     if len(content) - start != size:
         raise ValueError(
-            f"{path}: got {len(content) - start} bytes of data, expected {size} for the shape {shape} in its header. "
+            f"{path}: got {len(content) - start} bytes of data, expected {size} for the shape "
+            f"{shape} in its header. "
             "The file is damaged: fetch it again."
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
@@ -98,4 +116,6 @@ def _bytes(path: Path) -> bytes:
         with gzip.open(path) as file:
             return file.read()
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: got a damaged gzip file ({error}), expected a whole one: fetch it again") from error
+        raise ValueError(
+            f"{path}: got a damaged gzip file ({error}), expected a whole one: fetch it again"
+        ) from error

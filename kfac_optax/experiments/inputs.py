@@ -66,13 +66,19 @@ def augment(key: jax.Array, x: jax.Array, *, crop: int = 0, flip: bool = False) 
     return x
 
 
-def training(options: Mapping[str, Any], key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def training(
+    options: Mapping[str, Any], key: jax.Array, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """A mini-batch as the model is trained on it: changed at random, then normalised."""
     if is_random(options):
         x = augment(key, x, crop=options.get("crop", 0), flip=options.get("flip", False))
     return evaluation(options, x, y)
 
 
-def evaluation(options: Mapping[str, Any], x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A mini-batch as the model is evaluated on it; targets that are images become numbers in [0, 1]."""
+def evaluation(
+    options: Mapping[str, Any], x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A mini-batch as the model is evaluated on it; targets that are images become numbers in [0,
+    1].
+    """
     return normalise(x, mean=options.get("mean", ()), std=options.get("std", ())), pixels(y)

@@ -16,7 +16,8 @@ class Likelihood(NamedTuple):
 
     Attributes:
         distribution: logits to the library's likelihood, for the Fisher.
-        nll: logits and targets to the negative log-likelihood of each term, `[*terms]`; training minimises its mean.
+        nll: logits and targets to the negative log-likelihood of each term, `[*terms]`; training
+          minimises its mean.
         score: logits and targets to the accuracy or error of each term, `[*terms]`.
         outputs: targets to the number of logits that a model of them needs.
         targets: targets to the number of them that reported losses are a mean over, within a term.
@@ -49,10 +50,12 @@ LIKELIHOODS = {
         nll=_bernoulli_nll,
         score=lambda logits, y: jnp.mean((logits > 0) == (y > 0.5), axis=-1),
         outputs=lambda y: y.shape[-1],
-        # So that losses compare across target dimensions; training uses the sum, which the Fisher belongs to.
+        # So that losses compare across target dimensions; training uses the sum, which the Fisher
+        # belongs to.
         targets=lambda y: math.prod(y.shape[1:]),
     ),
-    # Pixels between 0 and 1 as probabilities; the loss is reported as it is trained, summed over the pixels.
+    # Pixels between 0 and 1 as probabilities; the loss is reported as it is trained, summed over
+    # the pixels.
     "pixels": Likelihood(
         distribution=_bernoulli,
         nll=_bernoulli_nll,

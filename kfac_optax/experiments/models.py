@@ -49,7 +49,9 @@ def init(model: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
     return variables.pop("params"), variables
 
 
-def apply(model: nn.Module, params: Any, model_state: Any, x: jax.Array, *, train: bool) -> tuple[Any, Any]:
+def apply(
+    model: nn.Module, params: Any, model_state: Any, x: jax.Array, *, train: bool
+) -> tuple[Any, Any]:
     """Logits, and the variables besides the parameters as the call leaves them."""
     variables = {"params": params, **model_state}
     if train and model_state:

@@ -23,7 +23,9 @@ class SmallCNN(nn.Module):
         """Maps images `[N, H, W, C]` to logits `[N, outputs]`."""
         del train  # nothing in this model behaves differently in evaluation
         for channels in self.channels:
-            x = nn.relu(nn.Conv(channels, (self.kernel, self.kernel), strides=2, kernel_init=_he)(x))
+            x = nn.relu(
+                nn.Conv(channels, (self.kernel, self.kernel), strides=2, kernel_init=_he)(x)
+            )
         x = x.reshape(len(x), -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
@@ -33,9 +35,9 @@ class SmallCNN(nn.Module):
 class VGG16(nn.Module):
     """VGG16 with batch normalization: 13 convolutions in five groups, then fully connected layers.
 
-    `pooled` groups, the first ones, end in 2x2 max pooling: with 5 a 32x32 image ends as one place of 512 channels,
-    with 4 as 2x2 places and the first fully connected layer has 2048 inputs. `width` scales the channels, `groups` are
-    the numbers of convolutions.
+    `pooled` groups, the first ones, end in 2x2 max pooling: with 5 a 32x32 image ends as one place
+    of 512 channels, with 4 as 2x2 places and the first fully connected layer has 2048 inputs.
+    `width` scales the channels, `groups` are the numbers of convolutions.
     """
 
     outputs: int
@@ -48,10 +50,14 @@ class VGG16(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[N, H, W, C]` to logits `[N, outputs]`."""
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum
+        )
         for group, layers in enumerate(self.groups):
             for _ in range(layers):
-                x = nn.Conv(min(2**group, 8) * self.width, (3, 3), use_bias=False, kernel_init=_he)(x)
+                x = nn.Conv(min(2**group, 8) * self.width, (3, 3), use_bias=False, kernel_init=_he)(
+                    x
+                )
                 x = nn.relu(norm()(x))
             if group < self.pooled:
                 x = nn.max_pool(x, (2, 2), (2, 2))
@@ -62,10 +68,11 @@ class VGG16(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual network of the CIFAR family: depth `6n + 2`, three stages of `n` blocks of two 3x3 convolutions.
+    """Residual network of the CIFAR family: depth `6n + 2`, three stages of `n` blocks of two 3x3
+    convolutions.
 
-    The stages have `width`, `2 width` and `4 width` channels. Where the shape changes, the shortcut takes every other
-    pixel and adds channels of zeros: it has no parameters.
+    The stages have `width`, `2 width` and `4 width` channels. Where the shape changes, the shortcut
+    takes every other pixel and adds channels of zeros: it has no parameters.
     """
 
     depth: int
@@ -77,8 +84,12 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[N, H, W, C]` to logits `[N, outputs]`."""
         if self.depth < 8 or self.depth % 6 != 2:
-            raise ValueError(f"config.model.depth: got {self.depth}, expected 6 n + 2, for example 20 or 110")
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum)
+            raise ValueError(
+                f"config.model.depth: got {self.depth}, expected 6 n + 2, for example 20 or 110"
+            )
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum
+        )
         x = nn.relu(norm()(_conv(self.width)(x)))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):

@@ -41,7 +41,9 @@ class MLP(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder of `widths` whose last layer, the code, is linear; the decoder mirrors it. The other layers are tanh."""
+    """Encoder of `widths` whose last layer, the code, is linear; the decoder mirrors it. The other
+    layers are tanh.
+    """
 
     widths: tuple[int, ...]
     outputs: int

@@ -34,14 +34,18 @@ class RMSTransformer(nn.Module):
         x = nn.Dense(self.width)(x)
         for _ in range(self.depth):
             y = RMSNorm()(x)
-            attended: Any = nn.MultiHeadDotProductAttention(num_heads=self.heads, deterministic=True)(y)
+            attended: Any = nn.MultiHeadDotProductAttention(
+                num_heads=self.heads, deterministic=True
+            )(y)
             x += attended
             x += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(RMSNorm()(x))))
         return nn.Dense(self.outputs)(RMSNorm()(x).mean(1))
 
 
 class RowLSTM(nn.Module):
-    """LSTM over the rows: a bare offset is added to its inputs, a bare scale multiplies its last output."""
+    """LSTM over the rows: a bare offset is added to its inputs, a bare scale multiplies its last
+    output.
+    """
 
     outputs: int
     width: int = 32
@@ -52,4 +56,6 @@ class RowLSTM(nn.Module):
         del train  # nothing in this model behaves differently in evaluation
         x += self.param("offset", nn.initializers.zeros, x.shape[-1:])
         hidden: Any = nn.RNN(nn.LSTMCell(self.width))(x)
-        return nn.Dense(self.outputs)(hidden[:, -1] * self.param("scale", nn.initializers.ones, (self.width,)))
+        return nn.Dense(self.outputs)(
+            hidden[:, -1] * self.param("scale", nn.initializers.ones, (self.width,))
+        )

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 
 class CharTransformer(nn.Module):
-    """Decoder-only transformer: causal attention, layer norm before each part, learned positions, untied head.
+    """Decoder-only transformer: causal attention, layer norm before each part, learned positions,
+    untied head.
 
     `outputs` is the size of the vocabulary, of the embedding and of the head alike.
     """
@@ -27,14 +28,17 @@ class CharTransformer(nn.Module):
         length = x.shape[1]
         if length > self.max_context:
             raise ValueError(
-                f"config.data.context: got {length}, expected at most config.model.max_context={self.max_context}"
+                f"config.data.context: got {length}, expected at most "
+                f"config.model.max_context={self.max_context}"
             )
         mask = nn.make_causal_mask(x)
         normal = nn.initializers.normal(0.02)
         # Every example looks its positions up: a curvature estimate needs the derivatives of each.
         positions = jnp.broadcast_to(jnp.arange(length), x.shape)
         x = nn.Embed(self.outputs, self.width, embedding_init=normal, name="tokens")(x)
-        x += nn.Embed(self.max_context, self.width, embedding_init=normal, name="positions")(positions)
+        x += nn.Embed(self.max_context, self.width, embedding_init=normal, name="positions")(
+            positions
+        )
         for _ in range(self.depth):
             y = nn.LayerNorm()(x)
             x += self._attend(y, mask)
@@ -43,4 +47,6 @@ class CharTransformer(nn.Module):
         return nn.Dense(self.outputs)(nn.LayerNorm()(x))
 
     def _attend(self, x: jax.Array, mask: jax.Array) -> Any:
-        return nn.MultiHeadDotProductAttention(num_heads=self.heads, deterministic=True)(x, mask=mask)
+        return nn.MultiHeadDotProductAttention(num_heads=self.heads, deterministic=True)(
+            x, mask=mask
+        )

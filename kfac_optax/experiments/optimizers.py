@@ -23,7 +23,8 @@ class Curved(NamedTuple):
 
     Attributes:
         layers: those that the library found in the model.
-        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where that is meant, or from
+        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
+          that is meant, or from
             `config.adaptive`; with their schedules.
     """
 
@@ -38,9 +39,11 @@ class Optimizer(NamedTuple):
         label: name in tables and figures.
         curvature: whether updates need `curvature=`.
         build: config, layers and options if `curvature`, learning rate to the transformation.
-        adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no grid is tried, and its
+        adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
+          grid is tried, and its
             options are those of `config.adaptive`.
-        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top of `config.kfac`.
+        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
+          of `config.kfac`.
     """
 
     label: str
@@ -71,7 +74,9 @@ def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
 def _preset(preset: Callable[..., Any]) -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        return preconditioned(preset(curved.layers, learning_rate=rate, **curved.options), config, rate)
+        return preconditioned(
+            preset(curved.layers, learning_rate=rate, **curved.options), config, rate
+        )
 
     return build
 
@@ -84,7 +89,11 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
         tx = ko.kfac_two_level(
-            curved.layers, learning_rate=rate, coarse=coarse, coarse_damping=coarse_damping, **curved.options
+            curved.layers,
+            learning_rate=rate,
+            coarse=coarse,
+            coarse_damping=coarse_damping,
+            **curved.options,
         )
         return preconditioned(tx, config, rate)
 
@@ -96,7 +105,13 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        options = {**curved.options, "kl_clip": 1e-3, "bound": "exact", "momentum": config.momentum, **words}
+        options = {
+            **curved.options,
+            "kl_clip": 1e-3,
+            "bound": "exact",
+            "momentum": config.momentum,
+            **words,
+        }
         return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
 
     return build
@@ -130,25 +145,38 @@ OPTIMIZERS = {
     "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
-    "two_level_galerkin": Optimizer("two-level, Galerkin", True, _two_level("factored", "galerkin")),
+    "two_level_galerkin": Optimizer(
+        "two-level, Galerkin", True, _two_level("factored", "galerkin")
+    ),
     # The bound of these is the default one in every experiment: it is not tuned.
     "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
     "two_level_bounded": Optimizer(
         "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
     ),
     "kfac_adaptive": Optimizer("K-FAC, adaptive", True, _adaptive(ko.kfac_adaptive), adaptive=True),
-    "two_level_adaptive": Optimizer("two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True),
+    "two_level_adaptive": Optimizer(
+        "two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True
+    ),
     "rs_kfac": Optimizer("RS-KFAC", True, _preset(ko.rs_kfac), low_rank=True),
     "b_kfac": Optimizer("B-KFAC", True, _preset(ko.b_kfac), low_rank=True),
     "b_r_kfac": Optimizer("B-R-KFAC", True, _preset(ko.b_r_kfac), low_rank=True),
     "b_kfac_c": Optimizer("B-KFAC-C", True, _preset(ko.b_kfac_c), low_rank=True),
     "b_r_c": Optimizer("B-R-C", True, _preset(ko.b_r_c), low_rank=True),
-    "b_kfac_two_level": Optimizer("B-KFAC, two-level", True, _preset(_online_two_level), low_rank=True),
+    "b_kfac_two_level": Optimizer(
+        "B-KFAC, two-level", True, _preset(_online_two_level), low_rank=True
+    ),
 }
 # What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
 _STRUCTURE = (
-    "uncovered", "normalization", "sharing", "positions", "convolution", "recurrence", "factor_dtype", "precision",
-)  # fmt: skip
+    "uncovered",
+    "normalization",
+    "sharing",
+    "positions",
+    "convolution",
+    "recurrence",
+    "factor_dtype",
+    "precision",
+)
 
 
 class Method(NamedTuple):
@@ -156,13 +184,16 @@ class Method(NamedTuple):
 
     Attributes:
         transform: learning rate to the Optax transformation.
-        extra: `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due)` to the extra
-            arguments of its update: loss and gradient of the mini-batch, and the loss as a function of the parameters;
-            with `measure=` and `refresh=` (and whatever else `due` names) what is due is decided when the step is compiled.
+        extra:
+          `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due)` to the extra
+            arguments of its update: loss and gradient of the mini-batch, and the loss as a function
+            of the parameters; with `measure=` and `refresh=` (and whatever else `due` names) what
+            is due is decided when the step is compiled.
         due: step to what is due in it, as these keyword arguments; None where nothing ever is.
-        value_and_grad: `(params, model_state, x, *, targets, key)` to `((loss, (logits, model_state)), gradient, curvature)`,
-            of an optimizer that preconditions gradients from their rows; the extra arguments of its update are then this
-            curvature and what is due.
+        value_and_grad: `(params, model_state, x, *, targets, key)` to
+          `((loss, (logits, model_state)), gradient, curvature)`,
+            of an optimizer that preconditions gradients from their rows; the extra arguments of its
+            update are then this curvature and what is due.
     """
 
     transform: Callable[[Rate], Any]
@@ -200,12 +231,15 @@ def make(
     factor = schedules.rate_factor(config.get("schedule"), steps=steps)
 
     def scheduled(rate: Rate) -> Rate:
-        # Without a schedule the rate stays a number: the optimizers then keep no count of their own.
+        # Without a schedule the rate stays a number: the optimizers then keep no count of their
+        # own.
         return rate if factor is None else lambda step: rate * factor(step)
 
     if not optimizer.curvature:
         return Method(
-            lambda rate: optax.with_extra_args_support(optimizer.build(config, None, scheduled(rate))),
+            lambda rate: optax.with_extra_args_support(
+                optimizer.build(config, None, scheduled(rate))
+            ),
             lambda *_, **__: {},
         )
 
@@ -220,9 +254,14 @@ def make(
     extra = _extra_of_adaptive(config, fisher) if optimizer.adaptive else _extra(fisher)
     in_one_pass = None
     if curved.options.get("factored_gradient"):
-        in_one_pass = fisher.value_and_grad(lambda prediction, targets: prediction.mean_nll(targets))
+        in_one_pass = fisher.value_and_grad(
+            lambda prediction, targets: prediction.mean_nll(targets)
+        )
     return Method(
-        lambda rate: optimizer.build(config, curved, scheduled(rate)), extra, _due(optimizer, curved), in_one_pass
+        lambda rate: optimizer.build(config, curved, scheduled(rate)),
+        extra,
+        _due(optimizer, curved),
+        in_one_pass,
     )
 
 
@@ -240,9 +279,18 @@ def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int
 
 def _extra(fisher: Any) -> Callable[..., dict[str, Any]]:
     def extra(
-        params: Any, model_state: Any, x: jax.Array, key: jax.Array, *,
-        value: Any = None, value_fn: Any = None, grad: Any = None, measure: Any = None, refresh: Any = None, **due: Any,
-    ):  # fmt: skip
+        params: Any,
+        model_state: Any,
+        x: jax.Array,
+        key: jax.Array,
+        *,
+        value: Any = None,
+        value_fn: Any = None,
+        grad: Any = None,
+        measure: Any = None,
+        refresh: Any = None,
+        **due: Any,
+    ):
         del value, value_fn, grad
         curvature = fisher.at(params, model_state, x, key=key) if measure in (None, True) else None
         return {"curvature": curvature, "refresh": refresh, **due}
@@ -250,13 +298,23 @@ def _extra(fisher: Any) -> Callable[..., dict[str, Any]]:
     return extra
 
 
-def _extra_of_adaptive(config: ml_collections.ConfigDict, fisher: Any) -> Callable[..., dict[str, Any]]:
+def _extra_of_adaptive(
+    config: ml_collections.ConfigDict, fisher: Any
+) -> Callable[..., dict[str, Any]]:
     def objective(value: Any, params: Any) -> Any:
         return value + config.weight_decay / 2 * optax.tree.norm(params, squared=True)
 
     def extra(
-        params: Any, model_state: Any, x: jax.Array, key: jax.Array, *, value: Any, value_fn: Any, grad: Any, **due: Any
-    ):  # fmt: skip
+        params: Any,
+        model_state: Any,
+        x: jax.Array,
+        key: jax.Array,
+        *,
+        value: Any,
+        value_fn: Any,
+        grad: Any,
+        **due: Any,
+    ):
         del grad  # the transformation gets it with the weight decay
         return {
             "curvature": fisher.at(params, model_state, x, key=key),
@@ -274,5 +332,9 @@ def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:
         defaults = inspect.signature(ko.kfac_adaptive).parameters
         names = ("curvature_every", "inverse_every", "adapt_every")
         options = {name: defaults[name].default for name in names} | options
-    periods = {k: options[k] for k in ("curvature_every", "inverse_every", "stagger", "adapt_every") if k in options}
+    periods = {
+        k: options[k]
+        for k in ("curvature_every", "inverse_every", "stagger", "adapt_every")
+        if k in options
+    }
     return ko.HostSchedule(**periods)

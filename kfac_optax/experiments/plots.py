@@ -31,7 +31,9 @@ _SECONDS = "training time (s), compilation and evaluation left out"
 
 
 def loss(path: Path, runs: Runs, *, title: str) -> None:
-    """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1, left)."""
+    """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1,
+    left).
+    """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     _losses(axes, runs)
@@ -42,7 +44,9 @@ def loss(path: Path, runs: Runs, *, title: str) -> None:
 
 
 def scores(path: Path, runs: Runs, *, title: str) -> None:
-    """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and 3)."""
+    """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and
+    3).
+    """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, part in zip(panels, ("train", "test"), strict=True):
@@ -82,7 +86,9 @@ def tuned_loss(path: Path, runs: Runs, *, title: str) -> None:
 
 
 def tuned_score(path: Path, runs: Runs, *, title: str) -> None:
-    """Test accuracy, or error, of every optimizer at its best rate, against epochs and against seconds."""
+    """Test accuracy, or error, of every optimizer at its best rate, against epochs and against
+    seconds.
+    """
     best = best_runs(runs)
     figure, (left, right) = _epochs_and_seconds(best, title)
     _scores(left, best, "test", with_rate=True)
@@ -109,10 +115,19 @@ def _losses(axes: Axes, runs: Runs, *, in_seconds: bool = False, with_rate: bool
     _logarithmic(axes, runs, ("train_loss",))
 
 
-def _scores(axes: Axes, runs: Runs, part: str, *, in_seconds: bool = False, with_rate: bool = False) -> None:
+def _scores(
+    axes: Axes, runs: Runs, part: str, *, in_seconds: bool = False, with_rate: bool = False
+) -> None:
     percent = score(runs) == "accuracy"
     factor = 100.0 if percent else 1.0
-    _curves(axes, runs, f"{part}_{score(runs)}", in_seconds=in_seconds, with_rate=with_rate, factor=factor)
+    _curves(
+        axes,
+        runs,
+        f"{part}_{score(runs)}",
+        in_seconds=in_seconds,
+        with_rate=with_rate,
+        factor=factor,
+    )
     axes.set_ylabel("accuracy (%)" if percent else "mean squared error")
     axes.grid(alpha=0.3)
 
@@ -131,14 +146,18 @@ def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
     lows, highs = zip(*(_range(runs, column) for column in columns), strict=True)
     narrow = max(highs) < 10 * min(lows)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7) if narrow else (1, 2, 5)))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7) if narrow else (1, 2, 5))
+    )
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(min(lows) / 1.15, max(highs) * 1.15)
     axes.grid(alpha=0.3)
 
 
-def _curves(axes: Axes, runs: Runs, column: str, *, in_seconds: bool, with_rate: bool, factor: float = 1.0) -> None:
+def _curves(
+    axes: Axes, runs: Runs, column: str, *, in_seconds: bool, with_rate: bool, factor: float = 1.0
+) -> None:
     with_rate = with_rate or _rates_differ(runs)
     for (name, rate), group in runs.items():
         note = f", rate {rate:g}" if with_rate and OPTIMIZERS[name].tuned else ""
@@ -179,13 +198,17 @@ def _curve(
         return
     x, values = (clock.curves if in_seconds else clock.by_epoch)(kept, column)
     values = factor * values
-    (line,) = axes.plot(x, values.mean(0), color=color, linestyle=dashes, linewidth=2.2, label=label, zorder=3)
+    (line,) = axes.plot(
+        x, values.mean(0), color=color, linestyle=dashes, linewidth=2.2, label=label, zorder=3
+    )
     if len(kept) > 1:
         axes.plot(x, values.T, color=line.get_color(), alpha=0.35, linewidth=0.6, zorder=2)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Puts the legend of some axes under all of the figure, in one row or, where that would be too long, in two."""
+    """Puts the legend of some axes under all of the figure, in one row or, where that would be too
+    long, in two.
+    """
     handles, labels = axes.get_legend_handles_labels()
     long = sum(len(label) + 8 for label in labels) > 10 * figure.get_figwidth()
     columns = math.ceil(len(labels) / 2) if long else len(labels)

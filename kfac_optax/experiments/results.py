@@ -43,7 +43,11 @@ def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
     """All that decides the outcome of a run, as JSON gives it back."""
     kind = optimizers.OPTIMIZERS[job.optimizer]
     common = settings.identity(
-        config, job.optimizer, curvature=kind.curvature, adaptive=kind.adaptive, low_rank=kind.low_rank
+        config,
+        job.optimizer,
+        curvature=kind.curvature,
+        adaptive=kind.adaptive,
+        low_rank=kind.low_rank,
     )
     return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 
@@ -133,7 +137,9 @@ def outcome(run: Run) -> str:
 
 def base_runs(config: ml_collections.ConfigDict, runs: Runs) -> Runs:
     """The runs of every optimizer at the rate that the configuration gives it."""
-    return {key: group for key, group in runs.items() if key[1] == settings.base_rate(config, key[0])}
+    return {
+        key: group for key, group in runs.items() if key[1] == settings.base_rate(config, key[0])
+    }
 
 
 def best_runs(runs: Runs) -> Runs:

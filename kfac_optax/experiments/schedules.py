@@ -11,7 +11,9 @@ import kfac_optax as ko
 Schedule = Callable[[Any], Any]
 
 
-def piecewise(*, epochs: Sequence[int], values: Sequence[float], steps: int, where: str = "piecewise") -> Schedule:
+def piecewise(
+    *, epochs: Sequence[int], values: Sequence[float], steps: int, where: str = "piecewise"
+) -> Schedule:
     """`values[i]` until `epochs[i]` epochs are over, the last value from then on.
 
     Args:
@@ -31,9 +33,13 @@ def piecewise(*, epochs: Sequence[int], values: Sequence[float], steps: int, whe
     1.0 0.5
     """
     if len(values) != len(epochs) + 1:
-        raise ValueError(f"{where}: got {len(values)} values, expected {len(epochs) + 1}, one more than epochs")
+        raise ValueError(
+            f"{where}: got {len(values)} values, expected {len(epochs) + 1}, one more than epochs"
+        )
     if any(later <= earlier for earlier, later in zip((0, *epochs), epochs, strict=False)):
-        raise ValueError(f"{where}: got epochs {tuple(epochs)}, expected increasing positive numbers")
+        raise ValueError(
+            f"{where}: got epochs {tuple(epochs)}, expected increasing positive numbers"
+        )
     starts = [epoch * steps for epoch in epochs]
 
     def schedule(step: Any) -> Any:
@@ -49,17 +55,25 @@ def rate_factor(section: Mapping[str, Any] | None, *, steps: int) -> Schedule | 
     """What `config.schedule` multiplies the learning rate with, or None where it never changes."""
     if not section:
         return None
-    return piecewise(epochs=section["epochs"], values=section["factors"], steps=steps, where="config.schedule")
+    return piecewise(
+        epochs=section["epochs"], values=section["factors"], steps=steps, where="config.schedule"
+    )
 
 
 def resolve(options: Mapping[str, Any], *, steps: int, where: str) -> dict[str, Any]:
-    """Replaces schedules among the options, `{"epochs": ..., "values": ...}` or the arguments of `refresh_period`."""
+    """Replaces schedules among the options, `{"epochs": ..., "values": ...}` or the arguments of
+    `refresh_period`.
+    """
 
     def one(name: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         if "warmup_steps" in value:
-            return ko.refresh_period(value["regular"], warmup_steps=value["warmup_steps"], first=value.get("first", 1))
-        return piecewise(epochs=value["epochs"], values=value["values"], steps=steps, where=f"{where}.{name}")
+            return ko.refresh_period(
+                value["regular"], warmup_steps=value["warmup_steps"], first=value.get("first", 1)
+            )
+        return piecewise(
+            epochs=value["epochs"], values=value["values"], steps=steps, where=f"{where}.{name}"
+        )
 
     return {name: one(name, value) for name, value in options.items()}

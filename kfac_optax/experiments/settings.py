@@ -5,16 +5,25 @@ from typing import Any
 
 import ml_collections
 
-# Entries that decide which runs there are, how they are shown, kept or where files lie, not what happens in one.
+# Entries that decide which runs there are, how they are shown, kept or where files lie, not what
+# happens in one.
 _OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
 _OF_THE_SWEEP |= {"tune", "tune_seeds", "grid", "targets", "workers", "out"}
-_OF_THE_SWEEP |= {"data_dir", "steps_per_call", "checkpoint_every", "checkpoint_seconds", "evaluation_batch"}
-# Entries that change nothing where they are 0 or False, so that runs made before there were any stay valid.
+_OF_THE_SWEEP |= {
+    "data_dir",
+    "steps_per_call",
+    "checkpoint_every",
+    "checkpoint_seconds",
+    "evaluation_batch",
+}
+# Entries that change nothing where they are 0 or False, so that runs made before there were any
+# stay valid.
 _OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds", "python_loop", "subsample")
 
 
 def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:
-    """The experiment as one optimizer sees it: `config.per_optimizer.<name>` replaces entries of the same name.
+    """The experiment as one optimizer sees it: `config.per_optimizer.<name>` replaces entries of
+    the same name.
 
     Returns:
         A copy without the section `per_optimizer`; `config` itself where it has none.
@@ -29,7 +38,10 @@ def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.Conf
     del own.per_optimizer
     for name, value in changes.items():
         if name not in own:
-            raise ValueError(f"config.per_optimizer.{optimizer}: got {name!r}, expected one of {sorted(own.keys())}")
+            raise ValueError(
+                f"config.per_optimizer.{optimizer}: got {name!r}, expected one of "
+                f"{sorted(own.keys())}"
+            )
         own[name] = value
     return own
 
@@ -40,7 +52,9 @@ def base_rate(config: ml_collections.ConfigDict, optimizer: str) -> float:
 
 
 def rates(config: ml_collections.ConfigDict, optimizer: str, *, tuned: bool) -> list[float]:
-    """The learning rates that an optimizer is tried with, its own first; only that one where it is not tuned."""
+    """The learning rates that an optimizer is tried with, its own first; only that one where it is
+    not tuned.
+    """
     own = of(config, optimizer)
     grid = own.grid if config.tune and tuned else ()
     return list(dict.fromkeys((own.learning_rate, *grid)))
@@ -54,7 +68,9 @@ def identity(
     adaptive: bool = False,
     low_rank: bool = False,
 ) -> dict[str, Any]:
-    """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it back."""
+    """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it
+    back.
+    """
     settings = {k: v for k, v in of(config, optimizer).to_dict().items() if k not in _OF_THE_SWEEP}
     settings["data"].pop("data_dir", None)
     settings["evaluate_with"] = settings.get("evaluate_with") or "fresh"

@@ -1,4 +1,6 @@
-"""What is compiled: initial state, shuffling, training steps and the evaluation of one optimizer's runs."""
+"""What is compiled: initial state, shuffling, training steps and the evaluation of one optimizer's
+runs.
+"""
 
 from typing import Any, NamedTuple
 
@@ -56,12 +58,14 @@ def problem(config: ml_collections.ConfigDict, name: str, dataset: data.Dataset)
         What the other functions here need.
 
     Raises:
-        ValueError: a name is unknown, a batch is larger than the training set, or a label too large for the model.
+        ValueError: a name is unknown, a batch is larger than the training set, or a label too large
+          for the model.
     """
     examples = len(dataset.train_x)
     if config.batch_size > examples:
         raise ValueError(
-            f"config.batch_size: got {config.batch_size}, expected at most the {examples} training examples"
+            f"config.batch_size: got {config.batch_size}, expected at most the {examples} training "
+            "examples"
         )
     likelihood = data.select(likelihoods.LIKELIHOODS, config.likelihood, "config.likelihood")
     options = config.inputs.to_dict() if "inputs" in config else {}
@@ -70,10 +74,13 @@ def problem(config: ml_collections.ConfigDict, name: str, dataset: data.Dataset)
     model = models.build(config.model, outputs=needed)
     if model.outputs < needed:
         raise ValueError(
-            f"config.model.outputs: got {model.outputs}, expected at least the {needed} that the data need"
+            f"config.model.outputs: got {model.outputs}, expected at least the {needed} that the "
+            "data need"
         )
     steps = examples // config.batch_size
-    x, _ = inputs.evaluation(options, dataset.train_x[: config.batch_size], dataset.train_y[: config.batch_size])
+    x, _ = inputs.evaluation(
+        options, dataset.train_x[: config.batch_size], dataset.train_y[: config.batch_size]
+    )
     method = optimizers.make(config, name, model=model, likelihood=likelihood, x=x, steps=steps)
     return Problem(model, likelihood, method, options, config.batch_size, steps)
 
@@ -101,7 +108,9 @@ def no_reports(problem: Problem) -> jax.Array:
 
 
 def mean_report(reports: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
-    """Mean loss and score `[2]` of the mini-batches from `begin` up to `end`; the others may hold anything."""
+    """Mean loss and score `[2]` of the mini-batches from `begin` up to `end`; the others may hold
+    anything.
+    """
     index = jnp.arange(len(reports))[:, None]
     return jnp.where((begin <= index) & (index < end), reports, 0).sum(0) / (end - begin)
 
@@ -140,7 +149,9 @@ def train_many(
     begin: jax.Array,
     end: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Trains on the mini-batches from `begin` up to `end`: one compilation serves any part of an epoch."""
+    """Trains on the mini-batches from `begin` up to `end`: one compilation serves any part of an
+    epoch.
+    """
 
     def step(i: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
         return train_one(problem, rate, *carry, dataset, epoch, i)
@@ -149,7 +160,13 @@ def train_many(
 
 
 def _step(
-    problem: Problem, rate: jax.Array, state: State, x: jax.Array, y: jax.Array, key: jax.Array, due: dict[str, Any]
+    problem: Problem,
+    rate: jax.Array,
+    state: State,
+    x: jax.Array,
+    y: jax.Array,
+    key: jax.Array,
+    due: dict[str, Any],
 ) -> tuple[State, jax.Array]:
     def loss_fn(params: Any) -> tuple[jax.Array, Any]:
         logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
@@ -157,11 +174,19 @@ def _step(
 
     method = problem.method
     if method.value_and_grad is None:
-        (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
         extra = method.extra(
-            state.params, state.model_state, x, key,
-            value=value, value_fn=lambda params: loss_fn(params)[0], grad=grad, **due,
-        )  # fmt: skip
+            state.params,
+            state.model_state,
+            x,
+            key,
+            value=value,
+            value_fn=lambda params: loss_fn(params)[0],
+            grad=grad,
+            **due,
+        )
     else:
         (_, (logits, model_state)), grad, curvature = method.value_and_grad(
             state.params, state.model_state, x, targets=y, key=key
@@ -172,7 +197,9 @@ def _step(
     return State(params, model_state, opt_state, state.key), _report(problem, logits, y)
 
 
-def statistics_after(problem: Problem, params: Any, model_state: Any, x: jax.Array, old: Any) -> Any:
+def statistics_after(
+    problem: Problem, params: Any, model_state: Any, x: jax.Array, old: Any
+) -> Any:
     """Running averages after a training pass over examples `x`, where they were `old` before."""
     x, _ = inputs.evaluation(problem.inputs, x, x)
     name = batch_statistics.COLLECTION
@@ -181,7 +208,12 @@ def statistics_after(problem: Problem, params: Any, model_state: Any, x: jax.Arr
 
 
 def evaluate(
-    problem: Problem, params: Any, model_state: Any, dataset: data.Dataset, begin: jax.Array, size: int
+    problem: Problem,
+    params: Any,
+    model_state: Any,
+    dataset: data.Dataset,
+    begin: jax.Array,
+    size: int,
 ) -> jax.Array:
     """Mean loss and score `[2]` of the `size` test examples that begin at `begin`."""
     x, y = dataset.test_x, dataset.test_y

@@ -2,7 +2,8 @@
 
     python -m kfac_optax.experiments.suite --config=configs/suite.py
 
-Run it again to continue: finished runs with the same settings, in `results/suite/<problem>/runs`, are kept.
+Run it again to continue: finished runs with the same settings, in `results/suite/<problem>/runs`,
+are kept.
 """
 
 import csv
@@ -16,7 +17,16 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from kfac_optax.experiments import clock, command_line, data, idx_files, plots, results, sweep, tables
+from kfac_optax.experiments import (
+    clock,
+    command_line,
+    data,
+    idx_files,
+    plots,
+    results,
+    sweep,
+    tables,
+)
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 
 # The optimizer that each two-level one adds a coarse correction to.
@@ -52,7 +62,10 @@ def experiment_of(config: ml_collections.ConfigDict, problem: str) -> ml_collect
         ValueError: the problem is unknown.
     """
     own = data.select(config.experiments.to_dict(), problem, "config.problems")
-    own.update({name: config[name] for name in ("optimizers", "seeds", "tune_seeds", "grid", "workers")}, tune=True)
+    own.update(
+        {name: config[name] for name in ("optimizers", "seeds", "tune_seeds", "grid", "workers")},
+        tune=True,
+    )
     if "data_dir" in own:
         own["data_dir"] = own["data"]["data_dir"] = config.data_dir
     changes = {name: dict(values) for name, values in own.get("per_optimizer", {}).items()}
@@ -68,12 +81,15 @@ def suite(config: ml_collections.ConfigDict, out: Path, console: Console) -> Non
     missing = [name for name, one in chosen.items() if "data_dir" in one and not one.data_dir]
     if missing:
         console.print(
-            f"left out, they need the files of Fashion-MNIST: {', '.join(missing)}. Pass --config.data_dir=DIR with "
+            f"left out, they need the files of Fashion-MNIST: {', '.join(missing)}. Pass "
+            "--config.data_dir=DIR with "
             "them (Debian package dataset-fashion-mnist)."
         )
     chosen = {name: one for name, one in chosen.items() if name not in missing}
     if not chosen:
-        raise ValueError(f"config.problems: got {config.problems}, expected at least one that can be trained")
+        raise ValueError(
+            f"config.problems: got {config.problems}, expected at least one that can be trained"
+        )
     for one in chosen.values():  # before anything is trained
         sweep.validate(one)
         if "data_dir" in one:
@@ -105,7 +121,9 @@ def report(
 
 
 def pair(best: results.Runs, two_level: str) -> Pair | None:
-    """Compares final losses seed by seed; a run that diverged ends above all others. None where either is missing."""
+    """Compares final losses seed by seed; a run that diverged ends above all others. None where
+    either is missing.
+    """
     groups = {name: group for (name, _), group in best.items()}
     if two_level not in groups or FINE[two_level] not in groups:
         return None
@@ -125,8 +143,16 @@ def _finals(group: Sequence[results.Run]) -> list[float]:
 
 
 def _losses(best: Mapping[str, results.Runs]) -> Table:
-    table = tables.blank("Mean final training loss (worst seed)", tuple(best), "Each at its best learning rate.")
-    _rows(table, {name: {key[0]: _loss(group) for key, group in found.items()} for name, found in best.items()})
+    table = tables.blank(
+        "Mean final training loss (worst seed)", tuple(best), "Each at its best learning rate."
+    )
+    _rows(
+        table,
+        {
+            name: {key[0]: _loss(group) for key, group in found.items()}
+            for name, found in best.items()
+        },
+    )
     return table
 
 
@@ -134,7 +160,11 @@ def _loss(group: Sequence[results.Run]) -> str:
     kept = results.finals(group, "train_loss")
     if not kept:
         return "diverged"
-    note = f"{max(kept):.4g}" if len(kept) == len(group) else f"{len(group) - len(kept)} of {len(group)} diverged"
+    note = (
+        f"{max(kept):.4g}"
+        if len(kept) == len(group)
+        else f"{len(group) - len(kept)} of {len(group)} diverged"
+    )
     return f"{sum(kept) / len(kept):.4g} ({note})"
 
 
@@ -164,18 +194,23 @@ def _rows(table: Table, cells: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def _print_pairs(two_level: str, best: Mapping[str, results.Runs], console: Console) -> None:
-    pairs = {name: one for name, found in best.items() if (one := pair(found, two_level)) is not None}
+    pairs = {
+        name: one for name, found in best.items() if (one := pair(found, two_level)) is not None
+    }
     if not pairs:
         return
     label, other = OPTIMIZERS[two_level].label, OPTIMIZERS[FINE[two_level]].label
     console.print(f"{label} against {other}, final training loss", highlight=False)
     for name, one in pairs.items():
-        words = f"  {name}: below on {one.below} of {one.seeds} seeds, ratio of means {one.ratio:.3g}"
+        words = (
+            f"  {name}: below on {one.below} of {one.seeds} seeds, ratio of means {one.ratio:.3g}"
+        )
         console.print(words, highlight=False)
     better = sum(one.below == one.seeds for one in pairs.values())
     worse = sum(one.above == one.seeds for one in pairs.values())
     console.print(
-        f"  better on {better} of {len(pairs)} problems, worse on {worse} (better, worse: on every seed)",
+        f"  better on {better} of {len(pairs)} problems, worse on {worse} (better, worse: on every "
+        "seed)",
         highlight=False,
     )
 
@@ -186,12 +221,24 @@ def _write_csv(path: Path, best: Mapping[str, results.Runs], targets: Mapping[st
         for (name, rate), group in found.items():
             epochs, seconds = results.cost_of(group, targets[problem])
             kept = results.finals(group, "train_loss")
-            row = {"problem": problem, "optimizer": name, "learning_rate": rate, "seeds": len(group)}
+            row = {
+                "problem": problem,
+                "optimizer": name,
+                "learning_rate": rate,
+                "seeds": len(group),
+            }
             row |= {"diverged": len(group) - len(kept), "train_loss": results.interval(kept)[0]}
-            row |= {"worst_seed": max(kept, default=math.nan), "target": targets[problem], "reached": len(epochs)}
+            row |= {
+                "worst_seed": max(kept, default=math.nan),
+                "target": targets[problem],
+                "reached": len(epochs),
+            }
             row |= {"epochs": results.interval(epochs)[0], "seconds": results.interval(seconds)[0]}
             one = pair(found, name) if name in FINE else None
-            row |= {"seeds_below": one.below if one else "", "ratio_of_means": one.ratio if one else ""}
+            row |= {
+                "seeds_below": one.below if one else "",
+                "ratio_of_means": one.ratio if one else "",
+            }
             rows.append(row)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -14,7 +14,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kfac_optax.experiments import batch_statistics, data, estimate, optimizers, results, settings, workers
+from kfac_optax.experiments import (
+    batch_statistics,
+    data,
+    estimate,
+    optimizers,
+    results,
+    settings,
+    workers,
+)
 from kfac_optax.experiments.results import Job, Run
 
 _SILENCE = 60.0  # seconds after which a log gets a line although no run has ended
@@ -27,7 +35,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.{name}: got {config[name]}, expected a positive number")
     if config.batch_size > config.data.train:
         raise ValueError(
-            f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} training examples"
+            f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} "
+            "training examples"
         )
     batch_statistics.check(config.get("evaluate_with") or "fresh")
     if not config.optimizers:
@@ -37,12 +46,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in config.get("per_optimizer") or ():
         data.select(optimizers.OPTIMIZERS, name, "config.per_optimizer")
         settings.of(config, name)
-    for rate in (*config.grid, *(rate for name in config.optimizers for rate in _rates(config, name))):
+    for rate in (
+        *config.grid,
+        *(rate for name in config.optimizers for rate in _rates(config, name)),
+    ):
         if not rate > 0:
             raise ValueError(f"config.grid: got {rate}, expected positive learning rates")
     for name in ("report_every", "evaluate_every", "budget_seconds", "tune_seeds"):
         if (config.get(name) or 0) < 0:
-            raise ValueError(f"config.{name}: got {config[name]}, expected a positive number, or 0 for none")
+            raise ValueError(
+                f"config.{name}: got {config[name]}, expected a positive number, or 0 for none"
+            )
 
 
 def plan(config: ml_collections.ConfigDict) -> list[Job]:
@@ -53,8 +67,14 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
     """
     names = dict.fromkeys(config.optimizers)
     rates = {name: _rates(config, name) for name in names}
-    pairs = [(name, rates[name][0]) for name in names] + [(name, rate) for name in names for rate in rates[name][1:]]
-    return [Job(name, rate, seed) for name, rate in pairs for seed in range(_first_seeds(config, name, rate))]
+    pairs = [(name, rates[name][0]) for name in names] + [
+        (name, rate) for name in names for rate in rates[name][1:]
+    ]
+    return [
+        Job(name, rate, seed)
+        for name, rate in pairs
+        for seed in range(_first_seeds(config, name, rate))
+    ]
 
 
 def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
@@ -73,7 +93,8 @@ def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
 
 def _first_seeds(config: ml_collections.ConfigDict, name: str, rate: float) -> int:
     given = rate == _rates(config, name)[0]
-    # With fewer seeds than that, every rate has all of them: `--config.seeds=1` needs no second flag.
+    # With fewer seeds than that, every rate has all of them: `--config.seeds=1` needs no second
+    # flag.
     return config.seeds if given else min(config.get("tune_seeds") or config.seeds, config.seeds)
 
 
@@ -110,7 +131,9 @@ def _make(
     runs: dict[tuple[str, float], list[Run]] = {}
     for job in jobs:
         finished = _stored(config, out, job)
-        assert finished is not None, f"{job.name} is not on disk although its training came to an end"
+        assert finished is not None, (
+            f"{job.name} is not on disk although its training came to an end"
+        )
         runs.setdefault((job.optimizer, job.rate), []).append(finished)
     return runs
 
@@ -123,7 +146,9 @@ def _count(number: int, noun: str = "run") -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console) -> None:
+def _train(
+    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console
+) -> None:
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -142,7 +167,9 @@ def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], co
     kinds = len({job.optimizer for job in jobs})
 
     def left() -> str:
-        seconds = estimate.left(pace, epochs=total - finished, optimizers=kinds, workers=config.workers)
+        seconds = estimate.left(
+            pace, epochs=total - finished, optimizers=kinds, workers=config.workers
+        )
         return "" if seconds is None else f"about {estimate.words(seconds)}"
 
     def receive(event: workers.Event) -> None:
@@ -150,9 +177,14 @@ def _train(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], co
         first = not left()
         progress.update(bar, advance=event.epochs, description="training")
         finished += event.epochs
-        pace = estimate.observe(pace, epochs=event.epochs, seconds=event.seconds, preparation=event.preparation)
+        pace = estimate.observe(
+            pace, epochs=event.epochs, seconds=event.seconds, preparation=event.preparation
+        )
         if first and left():
-            console.print(f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}", highlight=False)
+            console.print(
+                f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}",
+                highlight=False,
+            )
         if not console.is_terminal and time.monotonic() - said >= _SILENCE:
             console.print(f"{finished:.1f} of {total} epochs, {left()} left", highlight=False)
             said = time.monotonic()

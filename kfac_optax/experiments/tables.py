@@ -32,9 +32,7 @@ _STATISTICS = {
     "fresh": "Test: batch statistics, if any, of training batches under the final weights.",
     "running": "Test: batch statistics, if any, as running averages of training.",
 }
-_RISES = (
-    " Rises: epochs whose train loss was more than half above that of the epoch before, mean of a run (most in a run)."
-)
+_RISES = " Rises: epochs whose train loss was more than half above that of the epoch before, mean of a run (most in a run)."
 
 
 def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Table:
@@ -46,15 +44,24 @@ def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Tab
     rising = ("rises",) if by_epoch else ()
     note = _RISES if by_epoch else ""
     table = blank(
-        "Every optimizer at " + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
-        ("final train loss", "worst seed", *rising, f"train {heading}", f"test {heading}", "ms/step"),
+        "Every optimizer at "
+        + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
+        (
+            "final train loss",
+            "worst seed",
+            *rising,
+            f"train {heading}",
+            f"test {heading}",
+            "ms/step",
+        ),
         f"Mean ± 95 % interval (Student t) over {_seeds(runs)}. ms/step: compilation and "
-        f"evaluation left out, {_together(workers)}. Worst seed: largest final train loss.{note} {_STATISTICS[evaluate_with]}"
-        + _SCORES[kind],
+        f"evaluation left out, {_together(workers)}. Worst seed: largest final train loss.{note} "
+        f"{_STATISTICS[evaluate_with]}" + _SCORES[kind],
     )
     for (name, rate), group in runs.items():
         table.add_row(
-            OPTIMIZERS[name].label + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
+            OPTIMIZERS[name].label
+            + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
             _loss(group),
             _worst(group),
             *((_rises(group),) if by_epoch else ()),
@@ -71,8 +78,14 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     kind = score(runs)
     heading, factor, digits = _columns(kind)
     table = blank(
-        "Every optimizer at " + (f"its best learning rate of {_listed(rates)}" if rates else "the rate it finds"),
-        ("rate", "final train loss", f"test {heading}", *(f"to loss {target:g}" for target in targets)),
+        "Every optimizer at "
+        + (f"its best learning rate of {_listed(rates)}" if rates else "the rate it finds"),
+        (
+            "rate",
+            "final train loss",
+            f"test {heading}",
+            *(f"to loss {target:g}" for target in targets),
+        ),
         "Best: lowest mean final train loss. Epochs and training seconds to a train loss: mean "
         "over the seeds that reached it, and how many did; - when at most half did. *: an edge of "
         "the grid, a better rate may lie beyond.",
@@ -81,7 +94,9 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         rate = best_rate(runs, name)
         group = runs[name, rate]
         cells = [_reached(group, target) for target in targets]
-        test = mean_and_interval([factor * value for value in finals(group, f"test_{kind}")], digits)
+        test = mean_and_interval(
+            [factor * value for value in finals(group, f"test_{kind}")], digits
+        )
         table.add_row(OPTIMIZERS[name].label, _rate(runs, name), _loss(group), test, *cells)
     return table
 
@@ -92,7 +107,8 @@ def every_rate(runs: Runs) -> Table:
     table = blank(
         "Every optimizer at every learning rate: final train loss, worst seed below",
         [f"{rate:g}" for rate in rates],
-        "Mean over as many seeds as stand beside it, those that diverged left out; - where a rate was not tried.",
+        "Mean over as many seeds as stand beside it, those that diverged left out; - where a rate "
+        "was not tried.",
     )
     for name in names(runs):
         groups = [runs.get((name, rate)) for rate in rates]
@@ -109,20 +125,33 @@ def _mean_and_worst(group: Sequence[Run] | None) -> str:
 
 
 def race(runs: Runs, *, targets: Sequence[float]) -> Table:
-    """What every optimizer at its best rate reaches in the same training seconds, and when it reaches fixed losses."""
+    """What every optimizer at its best rate reaches in the same training seconds, and when it
+    reaches fixed losses.
+    """
     best = best_runs(runs)
     seconds = clock.common(best)
     table = blank(
         "Every optimizer at its best learning rate, by training seconds",
-        ("rate", "ms/step", f"train loss at {seconds:.3g} s", *(f"to loss {target:g}" for target in targets)),
-        f"Mean ± 95 % interval (Student t) over {_seeds(best)}; compilation and evaluation left out. Seconds and steps to a "
-        "train loss: over the seeds that reached it, and how many did; - when at most half did. *: an edge of the grid.",
+        (
+            "rate",
+            "ms/step",
+            f"train loss at {seconds:.3g} s",
+            *(f"to loss {target:g}" for target in targets),
+        ),
+        f"Mean ± 95 % interval (Student t) over {_seeds(best)}; compilation and evaluation left "
+        "out. Seconds and steps to a "
+        "train loss: over the seeds that reached it, and how many did; - when at most half did. *: "
+        "an edge of the grid.",
     )
     for (name, _), group in best.items():
         cells = [_raced(group, target) for target in targets]
         loss = mean_and_interval(clock.at(group, "train_loss", seconds=seconds), ".4f")
         table.add_row(
-            OPTIMIZERS[name].label, _rate(runs, name), mean_and_interval(ms_per_step(group), ".2f"), loss, *cells
+            OPTIMIZERS[name].label,
+            _rate(runs, name),
+            mean_and_interval(ms_per_step(group), ".2f"),
+            loss,
+            *cells,
         )
     return table
 

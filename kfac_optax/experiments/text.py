@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Printable ASCII and the line break; anything else becomes UNKNOWN, so that the vocabulary does not depend on the text.
+# Printable ASCII and the line break; anything else becomes UNKNOWN, so that the vocabulary does not
+# depend on the text.
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 UNKNOWN = len(CHARACTERS)
 VOCABULARY = len(CHARACTERS) + 1
@@ -27,7 +28,8 @@ def read(path: str) -> np.ndarray:
     if path:
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"config.data.file: {path} is missing, expected a UTF-8 text, or '' for Python's help"
+                f"config.data.file: {path} is missing, expected a UTF-8 text, or '' for Python's "
+                "help"
             )
         return encode(Path(path).read_text(encoding="utf-8", errors="replace"))
     from pydoc_data import topics  # half a megabyte, needed by this data set alone
@@ -36,7 +38,9 @@ def read(path: str) -> np.ndarray:
 
 
 def windows(tokens: np.ndarray, *, count: int, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` windows side by side: tokens `[count, context]`, and those that follow each of them."""
+    """The first `count` windows side by side: tokens `[count, context]`, and those that follow each
+    of them.
+    """
     return (
         tokens[: count * context].reshape(count, context),
         tokens[1 : count * context + 1].reshape(count, context),

@@ -1,4 +1,6 @@
-"""Training loop: an epoch is one or more calls of a function that is compiled once per optimizer."""
+"""Training loop: an epoch is one or more calls of a function that is compiled once per
+optimizer.
+"""
 
 import functools
 import math
@@ -21,8 +23,9 @@ class Metrics(NamedTuple):
     """One row of `metrics.csv`.
 
     A loss is a mean over examples and over the targets of an example. The training columns are
-    means over the mini-batches since the row before, and `seconds` is the time spent on these. `epoch`
-    counts the epochs trained so far, in parts of one where `config.report_every` asks for rows within it.
+    means over the mini-batches since the row before, and `seconds` is the time spent on these.
+    `epoch` counts the epochs trained so far, in parts of one where `config.report_every` asks for
+    rows within it.
     """
 
     epoch: float
@@ -50,7 +53,8 @@ class Trainer(NamedTuple):
     Attributes:
         init: (rate, key, dataset) to the first state.
         shuffle: key to the mini-batches of an epoch.
-        train: (rate, state, reports, dataset, epoch, begin, end) to state and reports after the mini-batches from
+        train: (rate, state, reports, dataset, epoch, begin, end) to state and reports after the
+          mini-batches from
             `begin` up to `end`; takes the memory of the first of both over.
         evaluate: (params, model_state, dataset) to test loss and score.
         metrics: the kind of a row.
@@ -80,7 +84,8 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
         The functions that `run` needs.
 
     Raises:
-        ValueError: a name is unknown, a batch is larger than the training set, or a label too large for the model.
+        ValueError: a name is unknown, a batch is larger than the training set, or a label too large
+          for the model.
     """
     config = settings.of(config, name)
     dataset, key = start(config, seed=0)
@@ -111,7 +116,9 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     return Trainer(init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds)
 
 
-def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Callable[..., tuple[State, jax.Array]]:
+def _in_compiled_loop(
+    problem: steps.Problem, arguments: tuple[Any, ...]
+) -> Callable[..., tuple[State, jax.Array]]:
     # State and reports in place: the state of a preconditioner can be far larger than the model.
     train = jax.jit(functools.partial(steps.train_many, problem), donate_argnums=(1, 2))
     return train.lower(*arguments, 0, 0).compile()
@@ -120,8 +127,8 @@ def _in_compiled_loop(problem: steps.Problem, arguments: tuple[Any, ...]) -> Cal
 def _in_python(
     problem: steps.Problem, arguments: tuple[Any, ...], *, count: int
 ) -> Callable[..., tuple[State, jax.Array]]:
-    # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU (jax-ml/jax#12868): one
-    # step a call, and what is due is decided here.
+    # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU
+    # (jax-ml/jax#12868): one step a call, and what is due is decided here.
     schedule = problem.method.due
 
     def due(step: int) -> dict[str, Any]:
@@ -134,10 +141,14 @@ def _in_python(
     kinds = {tuple(due(step).items()) for step in range(1 if schedule is None else count)}
     made = {kind: compiled(**dict(kind)) for kind in kinds}
 
-    def train(rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int) -> Any:
+    def train(
+        rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int
+    ) -> Any:
         first = 0 if schedule is None else int(optax.tree.get(state.opt_state, "kfac_count"))
         for i in range(begin, end):
-            state, reports = made[tuple(due(first + i - begin).items())](rate, state, reports, dataset, epoch, i)
+            state, reports = made[tuple(due(first + i - begin).items())](
+                rate, state, reports, dataset, epoch, i
+            )
         return state, reports
 
     return train
@@ -152,8 +163,12 @@ def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
             return np.asarray(report(params, model_state, dataset, 0, size=size))
         total = np.zeros(2)
         for begin in range(0, examples, size):
-            count = min(size, examples - begin)  # a last batch of another size is compiled once more
-            total += count * np.asarray(report(params, model_state, dataset, begin, size=count), float)
+            count = min(
+                size, examples - begin
+            )  # a last batch of another size is compiled once more
+            total += count * np.asarray(
+                report(params, model_state, dataset, begin, size=count), float
+            )
         return total / examples
 
     return evaluate
@@ -162,8 +177,12 @@ def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
 _STATISTICS_BATCHES = 4  # the first ones of the training set, the same in every evaluation
 
 
-def _with_fresh_statistics(problem: steps.Problem, evaluate: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """An evaluation whose batch statistics are those of training batches under the weights at hand."""
+def _with_fresh_statistics(
+    problem: steps.Problem, evaluate: Callable[..., np.ndarray]
+) -> Callable[..., np.ndarray]:
+    """An evaluation whose batch statistics are those of training batches under the weights at
+    hand.
+    """
     after = jax.jit(functools.partial(steps.statistics_after, problem))
     name, size = batch_statistics.COLLECTION, problem.batch_size
 
@@ -194,18 +213,22 @@ def run(
     store: Store | None = None,
     progress: Callable[[float], None] = lambda epochs: None,
 ) -> Iterator[Metrics | ErrorMetrics]:
-    """Trains and yields one row after another; stops at a non-finite loss, or when the budget of seconds is spent.
+    """Trains and yields one row after another; stops at a non-finite loss, or when the budget of
+    seconds is spent.
 
     Args:
         trainer: from `prepare`.
         config: the experiment.
         rate: the learning rate.
         seed: of data, weights and everything else random.
-        store: where the state is kept; a run found there goes on, its earlier rows are yielded again.
-        progress: told after every call of compiled code how many epochs, or what part of one, it took off.
+        store: where the state is kept; a run found there goes on, its earlier rows are yielded
+          again.
+        progress: told after every call of compiled code how many epochs, or what part of one, it
+          took off.
 
     Yields:
-        One row for every epoch; with `config.report_every=k` one after every `k` steps of it as well.
+        One row for every epoch; with `config.report_every=k` one after every `k` steps of it as
+        well.
     """
     dataset, key = start(config, seed=seed)
     rate_array = jnp.float32(rate)
@@ -218,11 +241,15 @@ def run(
     jax.block_until_ready((state, dataset))
     step, seconds = done.step, done.seconds
     while epochs < config.epochs:
-        drawn = trainer.shuffle(state.key)  # again for the rest of an epoch: the key stays until its end
+        drawn = trainer.shuffle(
+            state.key
+        )  # again for the rest of an epoch: the key stays until its end
         while step < trainer.steps:
             end = _call_end(trainer, config, step)
             began = time.perf_counter()
-            state, reports = jax.block_until_ready(trainer.train(rate_array, state, reports, dataset, drawn, step, end))
+            state, reports = jax.block_until_ready(
+                trainer.train(rate_array, state, reports, dataset, drawn, step, end)
+            )
             seconds += time.perf_counter() - began
             progress((end - step) / trainer.steps)
             step = end
@@ -231,7 +258,9 @@ def run(
                 continue
             loss, score = map(float, _mean(reports, reported, step))
             state = state._replace(key=drawn.next_key) if step == trainer.steps else state
-            row = trainer.metrics(epochs + step / trainer.steps, loss, score, math.nan, math.nan, seconds)
+            row = trainer.metrics(
+                epochs + step / trainer.steps, loss, score, math.nan, math.nan, seconds
+            )
             over = _over(config, rows, row)
             rows.append(_evaluated(trainer, config, rows, row, state, dataset, over))
             reported, seconds = step % trainer.steps, 0.0
@@ -246,7 +275,9 @@ def run(
 _mean = jax.jit(steps.mean_report)
 
 
-def _begin(trainer: Trainer, state: State, store: Store | None) -> tuple[Position, State, jax.Array]:
+def _begin(
+    trainer: Trainer, state: State, store: Store | None
+) -> tuple[Position, State, jax.Array]:
     """Where a run begins: at its first state, or at what the store has of it."""
     reports = jnp.zeros((trainer.steps, 2))
     found = None if store is None else store.read((state, reports))
@@ -274,7 +305,10 @@ def _reports(trainer: Trainer, config: ml_collections.ConfigDict, step: int) -> 
 
 def _over(config: ml_collections.ConfigDict, rows: Sequence[Any], row: Any) -> bool:
     """Whether a run ends with this row."""
-    spent, budget = sum(one.seconds for one in (*rows, row)), config.get("budget_seconds") or math.inf
+    spent, budget = (
+        sum(one.seconds for one in (*rows, row)),
+        config.get("budget_seconds") or math.inf,
+    )
     return not math.isfinite(row.train_loss) or row.epoch >= config.epochs or spent >= budget
 
 
@@ -287,7 +321,9 @@ def _evaluated(
     dataset: data.Dataset,
     over: bool,
 ) -> Any:
-    """The row with its test columns: those of the row before where it is not its turn to evaluate."""
+    """The row with its test columns: those of the row before where it is not its turn to
+    evaluate.
+    """
     every = config.get("evaluate_every") or math.inf
     if over or row.epoch == round(row.epoch) or len(rows) % every == 0:
         test = map(float, trainer.evaluate(state.params, state.model_state, dataset))

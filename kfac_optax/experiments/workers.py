@@ -39,7 +39,9 @@ class Event(NamedTuple):
 Receive = Callable[[Event], None]
 
 
-def train_all(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], receive: Receive) -> None:
+def train_all(
+    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], receive: Receive
+) -> None:
     """Trains all `jobs`; every optimizer is compiled once, in the process that has all its runs.
 
     Args:
@@ -59,7 +61,9 @@ def train_all(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job],
         _in_processes(config, out, list(groups.values()), receive)
 
 
-def _in_processes(config: ml_collections.ConfigDict, out: Path, groups: Sequence[list[Job]], receive: Receive) -> None:
+def _in_processes(
+    config: ml_collections.ConfigDict, out: Path, groups: Sequence[list[Job]], receive: Receive
+) -> None:
     # Not threads: in jaxlib 0.10.2 two batched LAPACK calls (eigh, Cholesky) that run at the same
     # time can each hold a thread of XLA's pool while they wait for a free one, for ever.
     context = multiprocessing.get_context("spawn")
@@ -100,7 +104,9 @@ def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job
     _train_optimizer(config, out, jobs, _process["events"].put)
 
 
-def _train_optimizer(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive) -> None:
+def _train_optimizer(
+    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive
+) -> None:
     config = settings.of(config, jobs[0].optimizer)
     began = time.monotonic()
     trainer = train.prepare(config, jobs[0].optimizer)
@@ -148,8 +154,12 @@ def _train_job(
         send(Event(epochs, seconds=now - said))
         said = now
 
-    metrics = train.run(trainer, config, rate=job.rate, seed=job.seed, store=store, progress=progress)
+    metrics = train.run(
+        trainer, config, rate=job.rate, seed=job.seed, store=store, progress=progress
+    )
     run = results.record(directory, identity, metrics, details)
     store.remove()
     outcome = results.outcome(run)
-    send(Event(config.epochs - finished, job, outcome))  # what a diverged run leaves out, or a rounding error
+    send(
+        Event(config.epochs - finished, job, outcome)
+    )  # what a diverged run leaves out, or a rounding error

@@ -42,12 +42,16 @@ def check_weights(name: str, *, weights: Any, batch_shape: tuple[int, ...], advi
 
 
 def check_real(name: str, **arrays: Any) -> None:
-    """Raises TypeError for complex arrays: the Fisher is that of real numbers, and would come out with wrong signs."""
+    """Raises TypeError for complex arrays: the Fisher is that of real numbers, and would come out
+    with wrong signs.
+    """
     for field, x in arrays.items():
         if has_shape(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
-                f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the head real and imaginary part "
-                "as two real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
+                f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the "
+                "head real and imaginary part "
+                "as two real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a "
+                "complex output z."
             )
 
 
@@ -60,7 +64,9 @@ def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
         )
 
 
-def split_axes(name: str, *, array: Any, batch_ndim: int, event_ndim: int | None) -> tuple[int, int | None]:
+def split_axes(
+    name: str, *, array: Any, batch_ndim: int, event_ndim: int | None
+) -> tuple[int, int | None]:
     """Returns consistent (batch_ndim, event_ndim) of an array [*batch, *event].
 
     The number of event axes is what a likelihood remembers: `vmap` and `scan` add or remove

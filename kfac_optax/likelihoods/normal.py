@@ -17,7 +17,8 @@ from kfac_optax.likelihoods import _common
 class _KnownScale(float):
     """A number that is structure, not a leaf.
 
-    Were `jit` or `vmap` to turn it into an array, it would get the Fisher directions of a learned scale.
+    Were `jit` or `vmap` to turn it into an array, it would get the Fisher directions of a learned
+    scale.
     """
 
 
@@ -127,7 +128,8 @@ class Normal:
         # The scale is filled with 1: a zero would bring back the NaN that masking keeps out.
         fills = (0.0, 1.0)[: len(self.natural)]
         natural = tuple(
-            _common.mask_out(x, weights=self.weights, fill=fill) for x, fill in zip(self.natural, fills, strict=True)
+            _common.mask_out(x, weights=self.weights, fill=fill)
+            for x, fill in zip(self.natural, fills, strict=True)
         )
         targets = _common.mask_out(targets, weights=self.weights, fill=0.0)
         nll = self.with_natural(natural).nll(targets)
@@ -136,8 +138,8 @@ class Normal:
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws targets `[*batch, *event]` from the model, float32 or wider.
 
-        Rounded to bfloat16, their distance to the mean would not have the right variance. A sample is
-        a label, so it is constant under differentiation: through `m + s * noise` the gradient of
+        Rounded to bfloat16, their distance to the mean would not have the right variance. A sample
+        is a label, so it is constant under differentiation: through `m + s * noise` the gradient of
         `nll(sample)` in the mean would vanish.
         """
         mean = _common.widen(self.mean)
@@ -156,7 +158,9 @@ class Normal:
         """
         hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
         return tuple(
-            jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(x.dtype)
+            jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(
+                x.dtype
+            )
             for x, hit, root in zip(self.natural, hits, self._roots(), strict=True)
         )
 

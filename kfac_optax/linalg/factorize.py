@@ -20,16 +20,19 @@ _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenv
 
 
 def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
-    """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the largest eigenvalue.
+    """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the
+    largest eigenvalue.
 
-    The pseudo-inverse of what is singular to working precision: `values + damping <= 4 eps max(values)` says nothing about
-    its direction, and dividing by it would only blow rounding up. Larger dampings are exact.
+    The pseudo-inverse of what is singular to working precision:
+    `values + damping <= 4 eps max(values)` says nothing about its direction, and dividing by it
+    would only blow rounding up. Larger dampings are exact.
 
     Args:
       v: right-hand side in the eigenbasis.
       values: eigenvalues, not negative, of a shape that fits.
       damping: added to them, not negative.
-      exact: the values are no sums with rounding of the largest in them (diagonals): only below `eps^2` nothing is known.
+      exact: the values are no sums with rounding of the largest in them (diagonals): only below
+        `eps^2` nothing is known.
 
     >>> print(damped_quotient(jnp.ones(3), jnp.array([2.0, 1e-9, 0.0]), jnp.float32(0.0)))
     [0.5 0.  0. ]
@@ -42,7 +45,8 @@ def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = Fa
 
 
 def at_least_rounding(shift: Array, scale: Array) -> Array:
-    """A divisor no smaller than rounding of the eigenvalues, whose size `scale` is: what is singular stays invertible.
+    """A divisor no smaller than rounding of the eigenvalues, whose size `scale` is: what is
+    singular stays invertible.
 
     >>> print(at_least_rounding(jnp.float32(0.5), jnp.float32(1.0)))
     0.5
@@ -51,12 +55,13 @@ def at_least_rounding(shift: Array, scale: Array) -> Array:
 
 
 def after(tree: PyTree, previous: PyTree) -> PyTree:
-    """`tree` unchanged, but computed only once `previous` is: keeps factorisations one after another.
+    """`tree` unchanged, but computed only once `previous` is: keeps factorisations one after
+    another.
 
-    On the CPU, JAX 0.10 spreads a batched LAPACK call over XLA's thread pool while a thread of the pool waits for it. Two
-    such calls at the same time can take all threads of a small machine for waiting, and the step never returns. An
-    optimisation barrier would be gone before scheduling, hence a dependency that holds at run time: nothing exceeds
-    infinity, NaN included.
+    On the CPU, JAX 0.10 spreads a batched LAPACK call over XLA's thread pool while a thread of the
+    pool waits for it. Two such calls at the same time can take all threads of a small machine for
+    waiting, and the step never returns. An optimisation barrier would be gone before scheduling,
+    hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
     marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
     if not marks:
@@ -83,7 +88,8 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
 def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
     """`(M + shift I)^{-1}` by Cholesky; NaN where the shifted matrix is not positive definite.
 
-    The shift is at least rounding of the trace, `2 eps tr M`, so that a singular `M` has a finite inverse.
+    The shift is at least rounding of the trace, `2 eps tr M`, so that a singular `M` has a finite
+    inverse.
 
     >>> print(psd_inverse(jnp.diag(jnp.array([3.0, 15.0])), jnp.float32(1.0)))
     [[0.25   0.    ]

@@ -6,7 +6,10 @@ from jaxtyping import Array, Float
 
 
 def gram(
-    x: Float[Array, "*rows p"], y: Float[Array, "*rows q"], *, precision: jax.lax.PrecisionLike = "highest"
+    x: Float[Array, "*rows p"],
+    y: Float[Array, "*rows q"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "p q"]:
     """`sum_rows x y^T` over all leading axes, without flattening them.
 
@@ -14,11 +17,15 @@ def gram(
     [[6. 6.]]
     """
     leading = tuple(range(x.ndim - 1))
-    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x))
+    return jax.lax.dot_general(
+        x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x)
+    )
 
 
 def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
-    """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's sharding."""
+    """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's
+    sharding.
+    """
     sharding = jax.typeof(x).sharding
     if all(part is None for part in sharding.spec):
         return None

@@ -1,4 +1,6 @@
-"""Online updates of truncated eigendecompositions: new columns under exponential averaging, at linear cost."""
+"""Online updates of truncated eigendecompositions: new columns under exponential averaging, at
+linear cost.
+"""
 
 from typing import Any
 
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import symmetrize
-from kfac_optax.linalg.low_rank import LowRank, largest, truncate
+from kfac_optax.linalg.truncated_eigen import LowRank, largest, truncate
 
 _ROUNDING = 4  # eigenvalues below so many units of rounding of the largest are noise
 
@@ -22,13 +24,15 @@ def brand_update(
     keep: int | None = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> LowRank:
-    """The eigendecomposition of `decay X_r + (1 - decay) Y Y^T`, where `X_r` keeps the `rank` largest pairs of `low`.
+    """The eigendecomposition of `decay X_r + (1 - decay) Y Y^T`, where `X_r` keeps the `rank`
+    largest pairs of `low`.
 
-    Exact but for that truncation, so it never exceeds the dense average. With `Z = [sqrt(decay D_r) U_r, sqrt(1 - decay) Y]`,
-    it is `Z Z^T`, and the small matrix `Z^T Z = V L V^T` gives its pairs `(Z V L^{-1/2}, L)`: products of `O(d (rank + n)^2)`,
-    nothing of size `d x d`. Brand's factorisation orthogonalises the new columns against the old ones; here a step of
-    Newton and Schulz makes the columns orthonormal to rounding, whatever those before it were. Eigenvalues below rounding of
-    the largest one are zero, and so are their columns.
+    Exact but for that truncation, so it never exceeds the dense average. With
+    `Z = [sqrt(decay D_r) U_r, sqrt(1 - decay) Y]`, it is `Z Z^T`, and the small matrix
+    `Z^T Z = V L V^T` gives its pairs `(Z V L^{-1/2}, L)`: products of `O(d (rank + n)^2)`, nothing
+    of size `d x d`. Brand's factorisation orthogonalises the new columns against the old ones; here
+    a step of Newton and Schulz makes the columns orthonormal to rounding, whatever those before it
+    were. Eigenvalues below rounding of the largest one are zero, and so are their columns.
 
     Args:
       low: the decomposition so far, `zero(d, rank)` at first.
@@ -41,7 +45,7 @@ def brand_update(
     Raises:
       ValueError: `rank < 1` or `keep < 1`.
 
-    >>> from kfac_optax.linalg.low_rank import to_dense, zero
+    >>> from kfac_optax.linalg.truncated_eigen import to_dense, zero
     >>> low = brand_update(zero(3, 2), jnp.array([[2.0], [0.0], [0.0]]), 0.5, rank=2)
     >>> [f"{value:.3f}" for value in low.values]
     ['2.000', '0.000', '0.000']
@@ -49,7 +53,8 @@ def brand_update(
     >>> print(jnp.allclose(to_dense(low), jnp.diag(jnp.array([1.0, 2.0, 0.0])), atol=1e-6))
     True
 
-    Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022); Brand, Fast
+    Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022);
+      Brand, Fast
     low-rank modifications of the thin singular value decomposition (2006).
     """
     check_number("brand_update", "rank", rank, at_least=1)
@@ -57,7 +62,10 @@ def brand_update(
         check_number("brand_update", "keep", keep, at_least=1)
     kept = truncate(low, rank)
     decay = jnp.asarray(decay, low.values.dtype)
-    old, new = kept.vectors * jnp.sqrt(decay * kept.values), columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay)
+    old, new = (
+        kept.vectors * jnp.sqrt(decay * kept.values),
+        columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay),
+    )
     z = jnp.concatenate([old, new], 1)
     pairs = min(*z.shape, z.shape[1] if keep is None else keep)
     values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(z.T, z, precision=precision)))
@@ -78,7 +86,8 @@ def correct_directions(
     count: int,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> LowRank:
-    """Brings `count` random columns up to date with a matrix: `U_c^T X U_c = W L W^T`, `U_c <- U_c W`, `D_c <- L`.
+    """Brings `count` random columns up to date with a matrix: `U_c^T X U_c = W L W^T`,
+    `U_c <- U_c W`, `D_c <- L`.
 
     With all columns `U^T X U` becomes diagonal. Costs `2 d^2 count`.
 

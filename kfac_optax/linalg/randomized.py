@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import after, psd_eigh, symmetrize
-from kfac_optax.linalg.low_rank import LowRank, largest
+from kfac_optax.linalg.truncated_eigen import LowRank, largest
 
 VARIANTS = ("svd", "symmetric")
 
@@ -19,10 +19,11 @@ def range_finder(
     power_iterations: int = 0,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "d size"]:
-    """Orthonormal columns that nearly span the leading eigenvectors: those of `X^(1 + power_iterations) Omega`.
+    """Orthonormal columns that nearly span the leading eigenvectors: those of
+    `X^(1 + power_iterations) Omega`.
 
-    `Omega` is `d x size` and normal. The columns are made orthonormal after every product: without that, in float32, all
-    would point to the first eigenvector after a few.
+    `Omega` is `d x size` and normal. The columns are made orthonormal after every product: without
+    that, in float32, all would point to the first eigenvector after a few.
 
     >>> basis = range_finder(jnp.diag(jnp.array([1.0, 0.0, 0.0])), jax.random.key(0), size=1)
     >>> print(jnp.abs(basis).ravel())
@@ -44,15 +45,17 @@ def randomized_eigh(
     variant: str = "svd",
     precision: jax.lax.PrecisionLike = "highest",
 ) -> LowRank:
-    """The `rank` leading eigenpairs of a PSD matrix from a random sketch, in `O(d^2 (rank + oversampling))`.
+    """The `rank` leading eigenpairs of a PSD matrix from a random sketch, in
+    `O(d^2 (rank + oversampling))`.
 
     With `Q` the orthonormal basis of the sketch:
 
-    - `"svd"`: singular values and right singular vectors `V` of `Q^T X`, so `X ~ V D V^T`. The right ones have seen `X` once
-      more than the basis.
+    - `"svd"`: singular values and right singular vectors `V` of `Q^T X`, so `X ~ V D V^T`. The
+      right ones have seen `X` once more than the basis.
     - `"symmetric"`: `eigh(Q^T X Q)`; a product less, and a little less accurate.
 
-    Where `rank + oversampling` is not below the dimension it is the whole eigendecomposition, cut off.
+    Where `rank + oversampling` is not below the dimension it is the whole eigendecomposition, cut
+    off.
 
     Args:
       matrix: symmetric PSD.
@@ -70,7 +73,8 @@ def randomized_eigh(
     >>> [f"{value:.3f}" for value in low.values]
     ['5.000', '3.000']
 
-    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra (2022); Halko, Martinsson &
+    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
+      (2022); Halko, Martinsson &
     Tropp, Finding Structure with Randomness (2011).
     """
     where = "randomized_eigh"
@@ -82,10 +86,14 @@ def randomized_eigh(
     if size >= matrix.shape[0]:
         eigen = psd_eigh(matrix)
         return largest(eigen.values, eigen.vectors, rank)
-    basis = range_finder(matrix, key, size=size, power_iterations=power_iterations, precision=precision)
+    basis = range_finder(
+        matrix, key, size=size, power_iterations=power_iterations, precision=precision
+    )
     image = jnp.matmul(matrix, basis, precision=precision)
     if variant == "symmetric":
-        values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(basis.T, image, precision=precision)))
+        values, rotation = jnp.linalg.eigh(
+            symmetrize(jnp.matmul(basis.T, image, precision=precision))
+        )
         return largest(values, jnp.matmul(basis, rotation, precision=precision), rank)
     orthonormal, triangle = jnp.linalg.qr(image)  # image = (Q^T X)^T, so its left singular vectors
     left, values, _ = jnp.linalg.svd(after(triangle, orthonormal))

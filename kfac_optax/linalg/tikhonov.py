@@ -4,23 +4,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax.linalg.factorize import at_least_rounding
-from kfac_optax.linalg.kronecker import trace_ratio
+from kfac_optax.linalg.kronecker_products import trace_ratio
 
 
 def tikhonov_shifts(
     mean_a: Float[Array, ""], mean_g: Float[Array, ""], damping: Float[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`(pi sqrt(damping), sqrt(damping) / pi)` with `pi = sqrt(mean_a / mean_g)`, one where either vanishes.
+    """`(pi sqrt(damping), sqrt(damping) / pi)` with `pi = sqrt(mean_a / mean_g)`, one where either
+    vanishes.
 
-    Neither is smaller than rounding of its factor's mean eigenvalue, so that singular factors have a finite inverse.
+    Neither is smaller than rounding of its factor's mean eigenvalue, so that singular factors have
+    a finite inverse.
 
-    For factors that are not held as square matrices; the means are those of the eigenvalues, `tr A / p` and `tr G / q`.
+    For factors that are not held as square matrices; the means are those of the eigenvalues,
+    `tr A / p` and `tr G / q`.
 
     >>> print(*tikhonov_shifts(jnp.float32(4.0), jnp.float32(1.0), jnp.float32(0.25)))
     1.0 0.25
 
-    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
     section 6.3.
     """
-    pi, root = trace_ratio(jnp.reshape(mean_a, (1, 1)), jnp.reshape(mean_g, (1, 1))), jnp.sqrt(damping)
+    pi, root = (
+        trace_ratio(jnp.reshape(mean_a, (1, 1)), jnp.reshape(mean_g, (1, 1))),
+        jnp.sqrt(damping),
+    )
     return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)

@@ -9,11 +9,13 @@ from kfac_optax.linalg.factorize import Eigen
 def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
     """Eigendecompositions of symmetric PSD matrices of size one or two, in closed form.
 
-    The larger eigenvalue comes from the Jacobi rotation, the smaller one as the determinant over the larger: its error
-    is then relative to the smaller diagonal entry, and a rank-one matrix stays rank one up to that.
+    The larger eigenvalue comes from the Jacobi rotation, the smaller one as the determinant over
+    the larger: its error is then relative to the smaller diagonal entry, and a rank-one matrix
+    stays rank one up to that.
 
     Returns:
-      `Eigen(vectors [*batch, p, p], values [*batch, p])`, the order of the values being that of the diagonal.
+      `Eigen(vectors [*batch, p, p], values [*batch, p])`, the order of the values being that of the
+      diagonal.
 
     Raises:
       ValueError: the matrices are larger.
@@ -26,7 +28,8 @@ def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
         return Eigen(jnp.ones_like(matrix), jnp.maximum(matrix[..., 0], 0))
     if size != 2:
         raise ValueError(
-            f"small_psd_eigh: matrices have {size} rows; expected 1 or 2. Use psd_eigh for larger matrices."
+            f"small_psd_eigh: matrices have {size} rows; expected 1 or 2. Use psd_eigh for larger "
+            "matrices."
         )
     a, b, c = matrix[..., 0, 0], (matrix[..., 0, 1] + matrix[..., 1, 0]) / 2, matrix[..., 1, 1]
     gap = c - a
@@ -40,5 +43,7 @@ def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
     smaller = jnp.minimum(a, c) * (jnp.maximum(a, c) / divisor) - b * (b / divisor)
     smaller, larger = jnp.maximum(smaller, 0), jnp.maximum(larger, 0)
     first_larger = gap < 0
-    values = jnp.stack([jnp.where(first_larger, larger, smaller), jnp.where(first_larger, smaller, larger)], -1)
+    values = jnp.stack(
+        [jnp.where(first_larger, larger, smaller), jnp.where(first_larger, smaller, larger)], -1
+    )
     return Eigen(vectors, values)

@@ -1,7 +1,7 @@
 """Exact inverse of the sum or difference of two Kronecker products, `A (x) B +- C (x) D`.
 
-Whatever diagonalises both matrices of one side at the same time turns the operator into a diagonal one. `V [p, q]`, with
-`A, C [p, p]` acting from the left and `B, D [q, q]` from the right.
+Whatever diagonalises both matrices of one side at the same time turns the operator into a diagonal
+one. `V [p, q]`, with `A, C [p, p]` acting from the left and `B, D [q, q]` from the right.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
-from kfac_optax.linalg.kronecker import sandwich
+from kfac_optax.linalg.kronecker_products import sandwich
 
 _LARGEST = 1 - 1e-6  # keeps the difference positive definite where rounding would make it singular
 
@@ -26,15 +26,17 @@ class Pencil(NamedTuple):
 def inverse_root(
     matrix: Float[Array, "n n"], shift: Float[Array, ""] | float = 0.0, *, singular: bool = False
 ) -> Float[Array, "n n"]:
-    """`W` with `W^T (M + shift I) W = I`: an inverse square root of a PSD matrix, up to a rotation from the right.
+    """`W` with `W^T (M + shift I) W = I`: an inverse square root of a PSD matrix, up to a rotation
+    from the right.
 
-    Eigenvalues below rounding of the largest one are raised to that, so that a singular `M` has a finite answer.
+    Eigenvalues below rounding of the largest one are raised to that, so that a singular `M` has a
+    finite answer.
 
     Args:
       matrix: `M`.
       shift: added to the eigenvalues.
-      singular: give directions in which `M + shift I` vanishes to working precision zero columns (the pseudo-inverse)
-        instead of infinite ones.
+      singular: give directions in which `M + shift I` vanishes to working precision zero columns
+        (the pseudo-inverse) instead of infinite ones.
 
     >>> print(inverse_root(3 * jnp.eye(2), 1.0))
     [[0.5 0. ]
@@ -57,8 +59,8 @@ def pencil(
 ) -> Pencil:
     """`K = W E` for `W = (M + shift I)^{-1/2}` and `W^T N W = E diag(s) E^T`.
 
-    Two eigendecompositions, the second of which needs the first; `n` need not be positive. `M + shift I` must be
-    positive definite.
+    Two eigendecompositions, the second of which needs the first; `n` need not be positive.
+    `M + shift I` must be positive definite.
 
     >>> print(pencil(4 * jnp.eye(2), jnp.diag(jnp.array([2.0, 8.0]))).values)
     [0.5 2. ]
@@ -82,7 +84,8 @@ def two_term_solve(
       left: `pencil(A, C)`.
       right: `pencil(B, D)`.
       v: right-hand side; `A V B + C V D` is the operator.
-      minus: `A (x) B - C (x) D`. Both `s` then have to lie in [0, 1] up to rounding, and are clipped to `1 - 1e-6`.
+      minus: `A (x) B - C (x) D`. Both `s` then have to lie in [0, 1] up to rounding, and are
+        clipped to `1 - 1e-6`.
       precision: matmul precision.
 
     >>> eye = jnp.eye(2)
@@ -90,7 +93,8 @@ def two_term_solve(
     [[0.25 0.  ]
      [0.   0.25]]
 
-    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature (2015),
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
     appendix B.
     """
     upper = _LARGEST if minus else None

@@ -36,7 +36,10 @@ def dense(apply, p=VOCABULARY, q=FEATURES):
 
 def tied_data(seed=0):
     tokens, g = data(seed)
-    h, d = oracles.normal(seed + 10, (N, R + 1, FEATURES)), oracles.normal(seed + 11, (N, R + 1, VOCABULARY))
+    h, d = (
+        oracles.normal(seed + 10, (N, R + 1, FEATURES)),
+        oracles.normal(seed + 11, (N, R + 1, VOCABULARY)),
+    )
     return tokens, g, h, d
 
 
@@ -57,8 +60,12 @@ def test_embedding_is_the_dense_block_on_one_hot_inputs(inverse, w, x64):
     np.testing.assert_allclose(factors.outputs, reference.outputs, atol=1e-12)
     v, lam = oracles.normal(1, (VOCABULARY, FEATURES)), jnp.asarray(0.3)
     got = block.solve(block.factorize(factors, lam), v, lam)
-    np.testing.assert_allclose(got, full.solve(full.factorize(reference, lam), v, lam), rtol=1e-10, atol=1e-10)
-    np.testing.assert_allclose(block.multiply(factors, v), full.multiply(reference, v), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(
+        got, full.solve(full.factorize(reference, lam), v, lam), rtol=1e-10, atol=1e-10
+    )
+    np.testing.assert_allclose(
+        block.multiply(factors, v), full.multiply(reference, v), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_embedding_forward_only(x64):
@@ -118,7 +125,9 @@ def test_tied_scale_holds_for_several_uses(x64):
     t2, g2 = t2[:, :1], g2[:, :1]
     rows = N * (R + 1 + 2 * (R + 1))
     block = tied_embedding()
-    parts = [block.measure(a, g, make_use(rows)) for a, g in ((t1, g1), (t2, g2), (h1, d1), (h2, d2))]
+    parts = [
+        block.measure(a, g, make_use(rows)) for a, g in ((t1, g1), (t2, g2), (h1, d1), (h2, d2))
+    ]
     factors = jax.tree.map(lambda *x: sum(x), *parts)
     joined = [jnp.concatenate(x, 1) for x in ((t1, t2), (g1, g2), (h1, h2), (d1, d2))]
     expected = sum(np.kron(a, b) for a, b in kfc_terms(*joined))
@@ -126,13 +135,21 @@ def test_tied_scale_holds_for_several_uses(x64):
 
 
 def test_tied_is_exact_for_gaussian_outputs(x64):
-    """Squared errors of looked-up rows and of the head's outputs, per position: both KFC terms are the Hessian."""
+    """Squared errors of looked-up rows and of the head's outputs, per position: both KFC terms are
+    the Hessian."""
     tokens, _, h, _ = tied_data()
     block, rows = tied_embedding(), N * (2 * R + 1)
-    lookups = [block.measure(tokens, jnp.broadcast_to(c, (N, R, FEATURES)), make_use(rows)) for c in np.eye(FEATURES)]
-    heads = [block.measure(h, jnp.broadcast_to(c, (N, R + 1, VOCABULARY)), make_use(rows)) for c in np.eye(VOCABULARY)]
+    lookups = [
+        block.measure(tokens, jnp.broadcast_to(c, (N, R, FEATURES)), make_use(rows))
+        for c in np.eye(FEATURES)
+    ]
+    heads = [
+        block.measure(h, jnp.broadcast_to(c, (N, R + 1, VOCABULARY)), make_use(rows))
+        for c in np.eye(VOCABULARY)
+    ]
     factors = jax.tree.map(lambda *x: sum(x), *lookups, *heads)
-    # what comes from inputs was measured once per column: counts of tokens, moments of h and both shares
+    # what comes from inputs was measured once per column: counts of tokens, moments of h and both
+    # shares
     factors = factors._replace(
         lookup_counts=factors.lookup_counts / FEATURES,
         lookup_share=factors.lookup_share / FEATURES,
@@ -158,12 +175,19 @@ def factored(a, g, damping):
 def test_tied_solve_inverts_the_sum_of_damped_terms(inverse, x64):
     tokens, g, h, d = tied_data()
     block, rows = tied_embedding(inverse), N * (2 * R + 1)
-    factors = jax.tree.map(jnp.add, block.measure(tokens, g, make_use(rows)), block.measure(h, d, make_use(rows)))
+    factors = jax.tree.map(
+        jnp.add, block.measure(tokens, g, make_use(rows)), block.measure(h, d, make_use(rows))
+    )
     lam = jnp.asarray(0.2)
-    expected = sum(factored(np.asarray(a), np.asarray(b), 0.1) for a, b in kfc_terms(tokens, g, h, d))
-    held = block.factorize(factors, lam)
+    expected = sum(
+        factored(np.asarray(a), np.asarray(b), 0.1) for a, b in kfc_terms(tokens, g, h, d)
+    )
+    inverse = block.factorize(factors, lam)
     np.testing.assert_allclose(
-        dense(lambda v: block.solve(held, v, lam)), np.linalg.inv(expected), rtol=1e-9, atol=1e-10
+        dense(lambda v: block.solve(inverse, v, lam)),
+        np.linalg.inv(expected),
+        rtol=1e-9,
+        atol=1e-10,
     )
 
 
@@ -175,9 +199,13 @@ def test_tied_with_one_sort_of_use_only(kind, x64):
     factors = block.measure(a, b, make_use(rows=b[..., 0].size))
     lam = jnp.asarray(0.2)
     term = kfc_terms(tokens, g, h, d)[kind == "head"]
-    expected = np.linalg.inv(factored(*map(np.asarray, term), 0.1) + 0.1 * np.eye(VOCABULARY * FEATURES))
-    held = block.factorize(factors, lam)
-    np.testing.assert_allclose(dense(lambda v: block.solve(held, v, lam)), expected, rtol=1e-9, atol=1e-10)
+    expected = np.linalg.inv(
+        factored(*map(np.asarray, term), 0.1) + 0.1 * np.eye(VOCABULARY * FEATURES)
+    )
+    inverse = block.factorize(factors, lam)
+    np.testing.assert_allclose(
+        dense(lambda v: block.solve(inverse, v, lam)), expected, rtol=1e-9, atol=1e-10
+    )
 
 
 def test_tied_forward_only(x64):

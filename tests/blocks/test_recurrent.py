@@ -37,7 +37,10 @@ def stationary(seed, n, symmetric, largest):
 
 
 def synthetic(seed, steps, symmetric=True, largest=0.9):
-    (a0, a1), (g0, g1) = stationary(seed, P, symmetric, largest), stationary(seed + 1, Q, symmetric, largest)
+    (a0, a1), (g0, g1) = (
+        stationary(seed, P, symmetric, largest),
+        stationary(seed + 1, Q, symmetric, largest),
+    )
     one = jnp.ones(())
     return TemporalFactors(*map(jnp.asarray, (a0, g0, a1, g1)), steps * one, one)
 
@@ -62,8 +65,8 @@ def chain(factors, lam, terms, weight):
 
 def solve_matrix(block, factors, lam):
     lam = jnp.asarray(lam)
-    held = jax.jit(block.factorize)(factors, lam)
-    return dense(lambda v: block.solve(held, v, lam))
+    inverse = jax.jit(block.factorize)(factors, lam)
+    return dense(lambda v: block.solve(inverse, v, lam))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
@@ -81,7 +84,9 @@ def test_option1_symmetrizes_lags(x64):
         outputs_lag=(factors.outputs_lag + factors.outputs_lag.T) / 2,
     )
     expected = np.linalg.inv(chain(sym, 0.1, 5, lambda d: 5 - d))
-    np.testing.assert_allclose(solve_matrix(recurrent(), factors, 0.1), expected, rtol=1e-10, atol=1e-11)
+    np.testing.assert_allclose(
+        solve_matrix(recurrent(), factors, 0.1), expected, rtol=1e-10, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -105,7 +110,9 @@ def test_without_correlation_steps_are_independent(option, which, x64):
     factors = factors._replace(**{which: jnp.zeros_like(getattr(factors, which))})
     a0, g0 = damped(factors, 0.3)
     np.testing.assert_allclose(
-        solve_matrix(recurrent(option), factors, 0.3), np.linalg.inv(6 * np.kron(a0, g0)), atol=1e-10
+        solve_matrix(recurrent(option), factors, 0.3),
+        np.linalg.inv(6 * np.kron(a0, g0)),
+        atol=1e-10,
     )
 
 
@@ -114,10 +121,16 @@ def test_without_correlation_steps_are_independent(option, which, x64):
 def test_one_step_is_kfac(option, bias, x64):
     a, g = oracles.normal(0, (N, 1, P - bias)), oracles.normal(1, (N, 1, Q))
     block, plain = recurrent(option), kronecker("cholesky")
-    factors, reference = block.measure(a, g, make_use(1, bias)), plain.measure(a, g, make_use(1, bias))
+    factors, reference = (
+        block.measure(a, g, make_use(1, bias)),
+        plain.measure(a, g, make_use(1, bias)),
+    )
     np.testing.assert_allclose(factors.inputs, reference.inputs, rtol=1e-12)
     np.testing.assert_allclose(
-        solve_matrix(block, factors, 0.2), solve_matrix(plain, reference, 0.2), rtol=1e-10, atol=1e-11
+        solve_matrix(block, factors, 0.2),
+        solve_matrix(plain, reference, 0.2),
+        rtol=1e-10,
+        atol=1e-11,
     )
     multiplied = dense(lambda v: block.multiply(factors, v))
     np.testing.assert_allclose(multiplied, np.kron(reference.inputs, reference.outputs), atol=1e-10)
@@ -130,7 +143,9 @@ def test_statistics_are_means_over_all_steps(bias, x64):
     rows = np.concatenate([a, np.ones((N, t, 1))], -1) if bias else np.asarray(a)
     factors = recurrent().measure(a, g, make_use(t, bias))
     for got, x in ((factors.inputs, rows), (factors.outputs, g)):
-        np.testing.assert_allclose(got, sum(np.outer(x[n, s], x[n, s]) for n in range(N) for s in range(t)) / (N * t))
+        np.testing.assert_allclose(
+            got, sum(np.outer(x[n, s], x[n, s]) for n in range(N) for s in range(t)) / (N * t)
+        )
     for got, x in ((factors.inputs_lag, rows), (factors.outputs_lag, g)):
         pairs = sum(np.outer(x[n, s + 1], x[n, s]) for n in range(N) for s in range(t - 1))
         np.testing.assert_allclose(got, pairs / (N * t))
@@ -142,7 +157,8 @@ def test_statistics_are_means_over_all_steps(bias, x64):
 
 
 def test_measured_correlations_are_below_one(x64):
-    """Dividing lags by N T makes the covariances those of sequences continued by zeros: `|x| <= cos(pi / (T + 1))`."""
+    """Dividing lags by N T makes the covariances those of sequences continued by zeros:
+    `|x| <= cos(pi / (T + 1))`."""
     t = 3
     a = jnp.broadcast_to(oracles.normal(0, (1, 1, P)), (1, t, P))  # the same input at every step
     factors = recurrent().measure(a, jnp.ones((1, t, Q)), make_use(t, n=1))
@@ -173,13 +189,16 @@ def test_multiply_with_singular_factors(option, x64):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_masked_tails_are_dropped(option, x64):
-    """Sequences cut by weights are sequences cut in fact, times the mean-one scale of the weights."""
+    """Sequences cut by weights are sequences cut in fact, times the mean-one scale of the
+    weights."""
     t, n = 6, 4
     a, g = oracles.normal(0, (N, t, P)), oracles.normal(1, (N, t, Q))
     weights = jnp.where(jnp.arange(t) < n, t / n, 0.0) * jnp.ones((N, 1))
     block = recurrent(option)
     masked = block.measure(
-        jnp.where(weights[..., None] > 0, a, jnp.nan), g * jnp.sqrt(weights)[..., None], make_use(t, weights=weights)
+        jnp.where(weights[..., None] > 0, a, jnp.nan),
+        g * jnp.sqrt(weights)[..., None],
+        make_use(t, weights=weights),
     )
     cut = block.measure(a[:, :n], g[:, :n], make_use(n))
     for name in ("inputs", "outputs", "inputs_lag", "outputs_lag"):
@@ -190,7 +209,8 @@ def test_masked_tails_are_dropped(option, x64):
 
 
 def test_ragged_lengths_next_to_each_other_are_exact(x64):
-    """Option 1 with lengths 3 and 4: the mean of eta over lengths, times the scale of the weights."""
+    """Option 1 with lengths 3 and 4: the mean of eta over lengths, times the scale of the
+    weights."""
     t, lengths = 6, np.array([3, 4, 4, 4])
     mask = (np.arange(t) < lengths[:, None]).astype(float)
     weights = jnp.asarray(mask / mask.mean())
@@ -199,7 +219,9 @@ def test_ragged_lengths_next_to_each_other_are_exact(x64):
     factors = synthetic(1, 1)._replace(steps=measured.steps, ends=measured.ends)
     scale = 1 / mask.mean()
     expected = chain(factors, 0.0, 4, lambda d: scale * np.maximum(lengths - d, 0).mean())
-    np.testing.assert_allclose(dense(lambda v: recurrent().multiply(factors, v)), expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(
+        dense(lambda v: recurrent().multiply(factors, v)), expected, rtol=1e-9, atol=1e-10
+    )
 
 
 def test_weights_per_example_and_empty_sequences(x64):
@@ -208,28 +230,35 @@ def test_weights_per_example_and_empty_sequences(x64):
     w = jnp.asarray([0.0, 1.0, 2.0, 1.0])
     weights = jnp.broadcast_to(w[:, None], (N, t))
     block = recurrent()
-    got = block.measure(a.at[0].set(jnp.nan), g * jnp.sqrt(w)[:, None, None], make_use(t, weights=weights))
+    got = block.measure(
+        a.at[0].set(jnp.nan), g * jnp.sqrt(w)[:, None, None], make_use(t, weights=weights)
+    )
     parts = [block.measure(a[n : n + 1], g[n : n + 1], make_use(t, n=1)) for n in range(N)]
     expected = jax.tree.map(lambda *x: sum(wi * xi for wi, xi in zip(w, x)) / N, *parts)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), got, expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12), got, expected
+    )
 
 
 def test_forward_only_has_independent_steps(x64):
     a = oracles.normal(0, (N, 4, P))
     factors = recurrent().measure(a, None, make_use(4))
     expected = np.kron(np.einsum("nti,ntj->ij", a, a) / N, np.eye(Q))
-    np.testing.assert_allclose(dense(lambda v: recurrent().multiply(factors, v)), expected, atol=1e-10)
+    np.testing.assert_allclose(
+        dense(lambda v: recurrent().multiply(factors, v)), expected, atol=1e-10
+    )
 
 
 def test_lags_beyond_one_are_clipped(x64):
-    """Lags that contradict the equal-time moments are clipped instead of turning the solve indefinite."""
+    """Lags that contradict the equal-time moments are clipped instead of turning the solve
+    indefinite."""
     eye, one = jnp.eye(2), jnp.ones(())
     for sign in (1, -1):
         factors = TemporalFactors(eye, eye, 1.5 * eye, sign * eye, 4 * one, one)
         for option in OPTIONS:
             block = recurrent(option)
-            held = block.factorize(factors, jnp.asarray(1e-9))
-            matrix = dense(lambda v, b=block, h=held: b.solve(h, v, None), 2, 2)
+            inverse = block.factorize(factors, jnp.asarray(1e-9))
+            matrix = dense(lambda v, b=block, h=inverse: b.solve(h, v, None), 2, 2)
             assert np.isfinite(matrix).all() and np.linalg.eigvalsh(matrix).min() > 0
             assert np.isfinite(block.multiply(factors, jnp.ones((2, 2)))).all()
 
@@ -268,4 +297,6 @@ def test_zero_lags_match_plain_factors_in_single_precision():
     lam, v = jnp.float32(0.5), jnp.ones((P, Q))
     plain = kronecker("cholesky")
     expected = plain.solve(plain.factorize(Factors(jnp.eye(P), jnp.eye(Q)), lam), v, lam)
-    np.testing.assert_allclose(block.solve(block.factorize(factors, lam), v, lam), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        block.solve(block.factorize(factors, lam), v, lam), expected, rtol=1e-6
+    )

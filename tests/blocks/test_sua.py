@@ -1,4 +1,5 @@
-"""The block of uncorrelated positions against dense matrices and, where it is exact, against the patch block."""
+"""The block of uncorrelated positions against dense matrices and, where it is exact, against the
+patch block."""
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,17 @@ def test_solve_is_the_dense_inverse(lam, bias, x64):
     factors = block.measure(x, g, make_use(offsets, N * 6, bias))
     big, gamma = omega(x, offsets, 6, bias), np.einsum("nhwi,nhwj->ij", g, g) / (N * 6)
     np.testing.assert_allclose(factors.level, np.trace(big) / p, rtol=1e-12)
-    np.testing.assert_allclose(dense(lambda v: block.multiply(factors, v), p), np.kron(big, gamma), atol=1e-10)
+    np.testing.assert_allclose(
+        dense(lambda v: block.multiply(factors, v), p), np.kron(big, gamma), atol=1e-10
+    )
     pi, root = np.sqrt((np.trace(big) / p) / (np.trace(gamma) / Q)), np.sqrt(lam)
-    damped = np.kron(np.linalg.inv(big + pi * root * np.eye(p)), np.linalg.inv(gamma + root / pi * np.eye(Q)))
-    held = jax.jit(block.factorize)(factors, jnp.asarray(lam))
-    np.testing.assert_allclose(dense(lambda v: block.solve(held, v, None), p), damped, rtol=1e-8, atol=1e-10)
+    damped = np.kron(
+        np.linalg.inv(big + pi * root * np.eye(p)), np.linalg.inv(gamma + root / pi * np.eye(Q))
+    )
+    inverse = jax.jit(block.factorize)(factors, jnp.asarray(lam))
+    np.testing.assert_allclose(
+        dense(lambda v: block.solve(inverse, v, None), p), damped, rtol=1e-8, atol=1e-10
+    )
 
 
 def test_tiny_damping_in_single_precision(x64):
@@ -56,9 +63,11 @@ def test_tiny_damping_in_single_precision(x64):
     for dtype in (jnp.float32, jnp.float64):
         block = sua(C)
         factors = block.measure(x, g, make_use(3, N * 6)._replace(dtype=dtype))
-        held = jax.jit(block.factorize)(factors, jnp.asarray(lam, dtype))
-        results.append(np.asarray(block.solve(held, v.astype(dtype), None)))
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-3, atol=1e-3 * np.abs(results[1]).max())
+        inverse = jax.jit(block.factorize)(factors, jnp.asarray(lam, dtype))
+        results.append(np.asarray(block.solve(inverse, v.astype(dtype), None)))
+    np.testing.assert_allclose(
+        results[0], results[1], rtol=1e-3, atol=1e-3 * np.abs(results[1]).max()
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -73,10 +82,10 @@ def test_one_offset_is_the_patch_block(weighted, bias, x64):
     reference = plain.measure(x, g, use)
     factors = block.measure(x.at[0].set(jnp.nan) if weighted else x, g, use)
     lam, p = jnp.asarray(0.2), C + bias
-    held, plain_held = jax.jit(block.factorize)(factors, lam), plain.factorize(reference, lam)
+    inverse, plain_inverse = jax.jit(block.factorize)(factors, lam), plain.factorize(reference, lam)
     for got, expected in (
         (lambda v: block.multiply(factors, v), lambda v: plain.multiply(reference, v)),
-        (lambda v: block.solve(held, v, lam), lambda v: plain.solve(plain_held, v, lam)),
+        (lambda v: block.solve(inverse, v, lam), lambda v: plain.solve(plain_inverse, v, lam)),
     ):
         np.testing.assert_allclose(dense(got, p), dense(expected, p), rtol=1e-9, atol=1e-10)
 
@@ -95,7 +104,10 @@ def test_weights_of_another_map_count_per_example(x64):
 def test_uses_add_up(x64):
     """Two uses of the same map are one use with all positions."""
     x, g = oracles.normal(0, (N, 6, C)), oracles.normal(1, (N, 4, Q))
-    parts = [sua(C).measure(x[:, i : i + 3], g[:, j : j + 2], make_use(2, N * 4)) for i, j in ((0, 0), (3, 2))]
+    parts = [
+        sua(C).measure(x[:, i : i + 3], g[:, j : j + 2], make_use(2, N * 4))
+        for i, j in ((0, 0), (3, 2))
+    ]
     whole = sua(C).measure(x, g, make_use(2, N * 4))
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a + b, c, rtol=1e-11), *parts, whole)
 
@@ -104,7 +116,9 @@ def test_forward_only(x64):
     x = oracles.normal(0, (N, 4, C))
     factors = sua(C).measure(x, None, make_use(2, N * 3))
     expected = np.kron(omega(x, 2, 3, True), np.eye(Q))
-    np.testing.assert_allclose(dense(lambda v: sua(C).multiply(factors, v), 2 * C + 1), expected, atol=1e-10)
+    np.testing.assert_allclose(
+        dense(lambda v: sua(C).multiply(factors, v), 2 * C + 1), expected, atol=1e-10
+    )
 
 
 def test_one_channel_needs_to_know_of_the_bias(x64):
@@ -114,8 +128,8 @@ def test_one_channel_needs_to_know_of_the_bias(x64):
     use = Use(True, Q, N, N * 2, jnp.float64, None, 3)
     block = sua(1, bias=True)
     factors = block.measure(x, g, use)
-    held = jax.jit(block.factorize)(factors, jnp.asarray(0.1))
-    matrix = dense(lambda v: block.solve(held, v, None), 4)
+    inverse = jax.jit(block.factorize)(factors, jnp.asarray(0.1))
+    matrix = dense(lambda v: block.solve(inverse, v, None), 4)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-11)
 
 

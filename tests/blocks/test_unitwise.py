@@ -22,7 +22,9 @@ def per_example(x, g):
     """`[N, 2, C]`: gradients of scale and shift of every example, by autodiff."""
 
     def one(x, g):
-        return jnp.stack(jax.grad(lambda s, b: jnp.vdot(x * s + b, g), (0, 1))(jnp.ones(C), jnp.zeros(C)))
+        return jnp.stack(
+            jax.grad(lambda s, b: jnp.vdot(x * s + b, g), (0, 1))(jnp.ones(C), jnp.zeros(C))
+        )
 
     return np.asarray(jax.vmap(one)(x, g))
 
@@ -35,7 +37,9 @@ def test_statistic_is_the_fisher_block_of_each_channel(positions, bias, x64):
     got = unitwise().measure(x, g, make_use(bias))
     np.testing.assert_allclose(got, np.einsum("nic,njc->cij", d, d) / N, rtol=1e-10, atol=1e-12)
     diagonals = unitwise(full=False).measure(x, g, make_use(bias))
-    np.testing.assert_allclose(diagonals, np.einsum("nic,nic->ci", d, d) / N, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        diagonals, np.einsum("nic,nic->ci", d, d) / N, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_only_a_shift(x64):
@@ -58,27 +62,33 @@ def test_solve_is_the_dense_solve_of_each_channel(lam, rank, x64):
     statistic, v = block.measure(x, g, make_use(examples=rank)), oracles.normal(2, (2, C))
     got = block.solve(block.factorize(statistic, None), v, jnp.asarray(lam))
     if rank > 1 or lam > 1e-6:
-        expected = [np.linalg.solve(f + lam * np.eye(2), w) for f, w in zip(np.asarray(statistic), np.asarray(v.T))]
+        expected = [
+            np.linalg.solve(f + lam * np.eye(2), w)
+            for f, w in zip(np.asarray(statistic), np.asarray(v.T))
+        ]
         np.testing.assert_allclose(got.T, expected, rtol=1e-10)
-    # along d, the only direction with curvature, the answer hardly depends on tiny damping; rounding of `d d^T` puts a
-    # part of it, eps in size, into the other direction, where it grows by 1 / lam
+    # along d, the only direction with curvature, the answer hardly depends on tiny damping;
+    # rounding of `d d^T` puts a part of it, eps in size, into the other direction, where it grows
+    # by 1 / lam
     if rank == 1:
         d = np.stack([x[0] * g[0], g[0]])
         along = block.solve(block.factorize(statistic, None), jnp.asarray(d), jnp.asarray(lam))
-        np.testing.assert_allclose(along, d / ((d * d).sum(0) + lam), rtol=max(1e-10, 10 * np.finfo(float).eps / lam))
+        np.testing.assert_allclose(
+            along, d / ((d * d).sum(0) + lam), rtol=max(1e-10, 10 * np.finfo(float).eps / lam)
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_rank_one_with_tiny_damping_stays_positive_and_bounded(dtype, x64):
     block, lam = unitwise(), 1e-7
     for seed in range(20):
-        d = np.random.default_rng(seed).normal(size=(C, 2)) * 10 ** np.random.default_rng(seed + 1).uniform(
-            -3, 3, (C, 2)
-        )
+        d = np.random.default_rng(seed).normal(size=(C, 2)) * 10 ** np.random.default_rng(
+            seed + 1
+        ).uniform(-3, 3, (C, 2))
         statistic = jnp.asarray(d[:, :, None] * d[:, None, :], dtype)
-        held = block.factorize(statistic, None)
+        inverse = block.factorize(statistic, None)
         v = jnp.asarray(np.random.default_rng(seed + 2).normal(size=(2, C)), dtype)
-        got = block.solve(held, v, jnp.asarray(lam, dtype))
+        got = block.solve(inverse, v, jnp.asarray(lam, dtype))
         assert (jnp.sum(got * v, 0) > 0).all()
         assert (jnp.linalg.norm(got, axis=0) <= 1.001 * jnp.linalg.norm(v, axis=0) / lam).all()
 
@@ -87,10 +97,14 @@ def test_multiply(x64):
     x, g, v = oracles.normal(0, (N, C)), oracles.normal(1, (N, C)), oracles.normal(2, (2, C))
     full, only = unitwise(), unitwise(full=False)
     f = np.asarray(full.measure(x, g, make_use()))
-    np.testing.assert_allclose(full.multiply(jnp.asarray(f), v), np.einsum("cij,jc->ic", f, v), rtol=1e-12)
+    np.testing.assert_allclose(
+        full.multiply(jnp.asarray(f), v), np.einsum("cij,jc->ic", f, v), rtol=1e-12
+    )
     s = only.measure(x, g, make_use())
     np.testing.assert_allclose(only.multiply(s, v), np.einsum("cii,ic->ic", f, v), rtol=1e-12)
-    np.testing.assert_allclose(only.solve(only.factorize(s, None), v, 0.5), v / (np.asarray(s).T + 0.5), rtol=1e-12)
+    np.testing.assert_allclose(
+        only.solve(only.factorize(s, None), v, 0.5), v / (np.asarray(s).T + 0.5), rtol=1e-12
+    )
 
 
 def test_weight_zero_drops_an_example_and_root_is_in_g(x64):
@@ -107,7 +121,8 @@ def test_weight_zero_drops_an_example_and_root_is_in_g(x64):
 
 
 def test_padded_positions_are_not_read_but_others_of_weight_zero_count(x64):
-    """Position 1 has no term of its own but moves the loss of others; position 2 has no gradient at all."""
+    """Position 1 has no term of its own but moves the loss of others; position 2 has no gradient at
+    all."""
     x, g = oracles.normal(0, (N, 3, C)), oracles.normal(1, (N, 3, C)).at[:, 2].set(0)
     weights = jnp.broadcast_to(jnp.asarray([3.0, 0.0, 0.0]), (N, 3))
     got = unitwise().measure(x.at[:, 2].set(jnp.nan), g, make_use(weights=weights))
@@ -135,6 +150,8 @@ def test_errors():
 
 def test_diagonal(x64):
     block, s, v = diagonal(), jnp.asarray([[0.0, 1.0, -1e-9]]), oracles.normal(0, (1, 3))
-    np.testing.assert_allclose(block.solve(block.factorize(s, None), v, 0.5), v / jnp.asarray([[0.5, 1.5, 0.5]]))
+    np.testing.assert_allclose(
+        block.solve(block.factorize(s, None), v, 0.5), v / jnp.asarray([[0.5, 1.5, 0.5]])
+    )
     np.testing.assert_allclose(block.multiply(s, v), s * v)
     assert block.init(1, 3, jnp.float32).shape == (1, 3)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import kfac_optax as ko
-from kfac_optax.coupling.coarse import coarse_matrix
+from kfac_optax.couplings.coarse import coarse_matrix
 from tests import oracles
 
 SIZES = (6, 6, 6, 3)
@@ -27,7 +27,8 @@ def statistics(estimator, params, *args, coupling=None, key=None, dtype=jnp.floa
 
 @functools.cache
 def reference():
-    """Parameters, inputs and `[(A, G)]` of the three layers for a Gaussian likelihood and all output columns."""
+    """Parameters, inputs and `[(A, G)]` of the three layers for a Gaussian likelihood and all
+    output columns."""
     params = jax.tree.map(lambda x: x.astype(jnp.float32), oracles.make_params(0, SIZES))
     x = oracles.normal(1, (N, SIZES[0])).astype(jnp.float32)
     seeds = jnp.broadcast_to(jnp.eye(3)[:, None], (3, N, 3))
@@ -101,7 +102,12 @@ def lax_scan(p, x):
         return jnp.tanh(s), None
 
     x, _ = jax.lax.scan(body, x, p["body"])
-    return ko.tap_dense(x @ p["layer2"]["kernel"] + p["layer2"]["bias"], x, p["layer2"]["kernel"], p["layer2"]["bias"])
+    return ko.tap_dense(
+        x @ p["layer2"]["kernel"] + p["layer2"]["bias"],
+        x,
+        p["layer2"]["kernel"],
+        p["layer2"]["bias"],
+    )
 
 
 @jax.custom_jvp
@@ -113,7 +119,8 @@ own_tanh.defjvp(lambda x, dx: (jnp.tanh(*x), (1 - jnp.tanh(*x) ** 2) * dx[0]))
 
 
 def own_activation(p, x):
-    """An activation with a derivative rule of its own, as many of `jax.nn` are: its layers are outside the rule."""
+    """An activation with a derivative rule of its own, as many of `jax.nn` are: its layers are
+    outside the rule."""
     for i, layer in enumerate(p.values()):
         s = ko.tap_dense(x @ layer["kernel"] + layer["bias"], x, layer["kernel"], layer["bias"])
         x = own_tanh(s) if i < 2 else s
@@ -134,25 +141,41 @@ def variants():
     yield "nn.jit", linen(MLP(first=nn.jit(nn.Dense))), params
     yield "nn.remat", linen(MLP(first=nn.remat(nn.Dense))), params
     yield "jax.checkpoint", jax.checkpoint(linen(MLP())), params
-    yield "vmap over examples", lambda p, x: jax.vmap(lambda e: MLP().apply({"params": p}, e))(x), params
+    yield (
+        "vmap over examples",
+        lambda p, x: jax.vmap(lambda e: MLP().apply({"params": p}, e))(x),
+        params,
+    )
     yield "custom_jvp activation", own_activation, params
     yield "nn.scan over layers", linen(Scanned()), {"body": {"dense": body}, "layer2": last}
-    yield "nn.scan of nn.remat", linen(Scanned(remat=True)), {"body": {"dense": body}, "layer2": last}
+    yield (
+        "nn.scan of nn.remat",
+        linen(Scanned(remat=True)),
+        {"body": {"dense": body}, "layer2": last},
+    )
     yield "lax.scan over layers", lax_scan, two
-    yield "transposed kernels", transposed, jax.tree.map(lambda v: v.T if v.ndim == 2 else v, params)
+    yield (
+        "transposed kernels",
+        transposed,
+        jax.tree.map(lambda v: v.T if v.ndim == 2 else v, params),
+    )
     for name, wrap in [("nnx", lambda f: f), ("nnx.jit", nnx.jit), ("nnx.remat", nnx.remat)]:
         predict, state = nnx_predict(params, wrap)
         yield name, predict, state
 
 
-@pytest.mark.parametrize(("name", "predict", "params"), list(variants()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "predict", "params"), list(variants()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_every_way_of_writing_it_gives_the_same_factors(name, predict, params):
     _, x, factors = reference()
     estimator = ko.ggn(lambda p, x: ko.Normal(predict(p, x)))
     layers, measured, _ = statistics(estimator, params, x)
     assert not layers.uncovered
     assert [layer.uses for layer in layers] == [1] * len(layers)
-    got = [(a, g) for m in measured for a, g in zip(m.inputs, m.outputs)]  # a stack counts layer by layer
+    got = [
+        (a, g) for m in measured for a, g in zip(m.inputs, m.outputs)
+    ]  # a stack counts layer by layer
     assert len(got) == len(factors)
     for (a, g), (expected_a, expected_g) in zip(got, factors):
         np.testing.assert_allclose(a, expected_a, rtol=2e-5, atol=1e-5)
@@ -172,7 +195,9 @@ def shared(how):
             out = sum(jnp.tanh(step(p, x[:, t])) for t in range(x.shape[1]))
         elif how == "scan over time":
             out, _ = jax.lax.scan(
-                lambda c, e: (c + jnp.tanh(step(p, e)), None), jnp.zeros((len(x), 3)), x.swapaxes(0, 1)
+                lambda c, e: (c + jnp.tanh(step(p, e)), None),
+                jnp.zeros((len(x), 3)),
+                x.swapaxes(0, 1),
             )
         elif how == "carried":  # the parameters travel in the carry, untouched
             carry = (jnp.zeros((len(x), 3)), p)
@@ -186,12 +211,18 @@ def shared(how):
     return predict
 
 
-@pytest.mark.parametrize("how", ["positions", "unrolled", "scan over time", "carried", "vmap over positions"])
+@pytest.mark.parametrize(
+    "how", ["positions", "unrolled", "scan over time", "carried", "vmap over positions"]
+)
 def test_weight_sharing_sums_inputs_and_averages_gradients(how):
     steps = 4
-    params = {"kernel": oracles.normal(0, (2, 3)).astype(jnp.float32), "bias": jnp.zeros(3, jnp.float32)}
+    params = {
+        "kernel": oracles.normal(0, (2, 3)).astype(jnp.float32),
+        "bias": jnp.zeros(3, jnp.float32),
+    }
     x = oracles.normal(1, (N, steps, 2)).astype(jnp.float32)
-    # an axis mapped over inside the model goes in front, where the coarse level expects the examples: see below
+    # an axis mapped over inside the model goes in front, where the coarse level expects the
+    # examples: see below
     for coarse in [None] if how == "vmap over positions" else ["factored", "exact"]:
         coupling = None if coarse is None else ko.coarse_correction(coarse)
         layers, (measured,), across = statistics(ko.ggn(shared(how)), params, x, coupling=coupling)
@@ -199,10 +230,16 @@ def test_weight_sharing_sums_inputs_and_averages_gradients(how):
         assert layer.uses == (1 if "positions" in how else steps)
         assert layer.rows == N * steps
         a = np.concatenate([np.asarray(x), np.ones((N, steps, 1), np.float32)], -1)
-        slope = 1 - np.tanh(x @ params["kernel"] + params["bias"]) ** 2  # every output column sees its own slope
+        slope = (
+            1 - np.tanh(x @ params["kernel"] + params["bias"]) ** 2
+        )  # every output column sees its own slope
         g = np.einsum("ntq,qc->cntq", slope, np.eye(3))
-        np.testing.assert_allclose(measured.inputs[0], np.einsum("nti,ntj->ij", a, a) / N, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(measured.outputs[0], np.einsum("cnti,cntj->ij", g, g) / (N * steps), rtol=1e-5)
+        np.testing.assert_allclose(
+            measured.inputs[0], np.einsum("nti,ntj->ij", a, a) / N, rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            measured.outputs[0], np.einsum("cnti,cntj->ij", g, g) / (N * steps), rtol=1e-5
+        )
         alpha, gamma = a.sum(-1), g.sum(-1)
         if coarse is None:
             continue
@@ -216,7 +253,10 @@ def test_weight_sharing_sums_inputs_and_averages_gradients(how):
 def test_coarse_level_refuses_rows_that_are_not_per_example():
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
     x = jnp.ones((N, 4, 2))
-    for predict in (shared("vmap over positions"), lambda p, x: ko.Normal(flattened(p, x).reshape(N, 4, 3).sum(1))):
+    for predict in (
+        shared("vmap over positions"),
+        lambda p, x: ko.Normal(flattened(p, x).reshape(N, 4, 3).sum(1)),
+    ):
         with pytest.raises(ValueError, match="Axis 0 of a layer's input has to be the examples"):
             ko.kfac_two_level(ko.ggn(predict).layers(params, x), learning_rate=0.1)
 
@@ -234,12 +274,17 @@ def test_rnn_over_time_and_several_models_in_one_predict():
 
     x = oracles.normal(0, (N, 5, 2)).astype(jnp.float32)
     models = {"rnn": Recurrent(), "mlp": nn.Dense(3)}
-    params = {"rnn": Recurrent().init(jax.random.key(0), x), "mlp": models["mlp"].init(jax.random.key(1), x[:, 0])}
+    params = {
+        "rnn": Recurrent().init(jax.random.key(0), x),
+        "mlp": models["mlp"].init(jax.random.key(1), x[:, 0]),
+    }
 
     def predict(p, x):
         return {k: ko.Normal(models[k].apply(p[k], x if k == "rnn" else x[:, 0])) for k in models}
 
-    layers, measured, across = statistics(ko.ggn(predict), params, x, coupling=ko.coarse_correction("factored"))
+    layers, measured, across = statistics(
+        ko.ggn(predict), params, x, coupling=ko.coarse_correction("factored")
+    )
     by_path = {layer.path: (layer, m) for layer, m in zip(layers, measured)}
     assert set(by_path) == {
         "mlp/params",
@@ -258,7 +303,9 @@ def test_rnn_over_time_and_several_models_in_one_predict():
     cell, total = params["rnn"]["params"]["SimpleCell_0"], np.zeros((4, 4))
     for t in range(5):
         total += hidden.T @ hidden / N
-        hidden = np.tanh(x[:, t] @ cell["i"]["kernel"] + cell["i"]["bias"] + hidden @ cell["h"]["kernel"])
+        hidden = np.tanh(
+            x[:, t] @ cell["i"]["kernel"] + cell["i"]["bias"] + hidden @ cell["h"]["kernel"]
+        )
     np.testing.assert_allclose(factors.inputs[0], total, rtol=1e-4, atol=1e-5)
 
 
@@ -282,7 +329,9 @@ def test_taps_do_nothing_outside_an_estimator():
     apply = jax.jit(MLP().apply)
     predict = lambda p, x: ko.Normal(apply({"params": p}, x))
     ko.ggn(predict).layers(params, x)
-    text = str(jax.make_jaxpr(apply)({"params": params}, x)) + str(jax.make_jaxpr(oracles.forward)(params, x))
+    text = str(jax.make_jaxpr(apply)({"params": params}, x)) + str(
+        jax.make_jaxpr(oracles.forward)(params, x)
+    )
     assert "kfac_tap" not in text
     assert nnx.Linear.__call__.__module__.startswith("flax")
 
@@ -333,7 +382,9 @@ def test_layer_under_a_branch_raises_and_is_named(where):
         if where == "cond":
             out = jax.lax.cond(x.sum() > 0, lambda: layer(x, w), lambda: x)
         elif where == "switch":
-            out = jax.lax.switch(0 * x.sum().astype(int), [lambda: x, lambda: jax.jit(layer)(x, w), lambda: x])
+            out = jax.lax.switch(
+                0 * x.sum().astype(int), [lambda: x, lambda: jax.jit(layer)(x, w), lambda: x]
+            )
         else:
             out = jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: layer(c, w), x)
         return ko.Normal(out)

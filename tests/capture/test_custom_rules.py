@@ -1,4 +1,5 @@
-"""Functions with a derivative rule of their own: rule and gradient stay exact, and what is inside is not measured."""
+"""Functions with a derivative rule of their own: rule and gradient stay exact, and what is inside
+is not measured."""
 
 import functools
 
@@ -42,7 +43,9 @@ def straight_through(w, x):
     return jnp.round(4 * dense(x, w)) / 4
 
 
-straight_through.defjvp(lambda at, d: (straight_through(*at), jax.jvp(lambda w, x: x @ w, at, d)[1]))
+straight_through.defjvp(
+    lambda at, d: (straight_through(*at), jax.jvp(lambda w, x: x @ w, at, d)[1])
+)
 
 
 @jax.custom_gradient
@@ -53,7 +56,8 @@ def half_gradient(w, x):
 
 @jax.custom_vjp
 def scaled(w):
-    """The identity, with a third of the gradient: the layer behind it sees the parameter as stored."""
+    """The identity, with a third of the gradient: the layer behind it sees the parameter as
+    stored."""
     return w
 
 
@@ -61,7 +65,9 @@ scaled.defvjp(lambda w: (w, None), lambda _, g: (g / 3,))
 
 
 def in_a_scan(w, x):
-    return jax.lax.scan(lambda c, _: (reversal(w, c @ w.T), None), tanh_layer(w, x), None, length=2)[0]
+    return jax.lax.scan(
+        lambda c, _: (reversal(w, c @ w.T), None), tanh_layer(w, x), None, length=2
+    )[0]
 
 
 def beside_a_layer_in_a_scan(w, x):
@@ -77,7 +83,12 @@ def solved(w, x):
     """`(w w^T + 9 I) y = x`: the layer runs inside the solver."""
     product = lambda y: y @ w @ w.T + 9 * y
     solve = lambda f, b: jax.scipy.sparse.linalg.cg(f, b, maxiter=50, tol=1e-14)[0]
-    return jax.lax.custom_linear_solve(lambda y: product(dense(y, jnp.eye(3))), x, solve, symmetric=True) @ w
+    return (
+        jax.lax.custom_linear_solve(
+            lambda y: product(dense(y, jnp.eye(3))), x, solve, symmetric=True
+        )
+        @ w
+    )
 
 
 def tapped_solve(w, x):
@@ -128,7 +139,9 @@ def test_the_rule_is_kept_and_what_is_inside_is_not_covered(name):
     want = jax.jit(jax.value_and_grad(lambda p: predict(p, x).mean_nll(y)))(params)
     estimator = ko.ggn(predict)
     layers = estimator.layers(params, x)
-    assert [layer.kernel for layer in layers] == (["a", "b"] if name.startswith("in scan") else ["b"])
+    assert [layer.kernel for layer in layers] == (
+        ["a", "b"] if name.startswith("in scan") else ["b"]
+    )
     if name.startswith("in scan"):
         assert "also used by custom_vjp `reversal`" in layers.layers[0].notes[0]
     else:
@@ -136,7 +149,9 @@ def test_the_rule_is_kept_and_what_is_inside_is_not_covered(name):
         assert left.path == "a" and ("custom" in left.reason)
 
     def step(p):
-        loss, grads, curvature = estimator.value_and_grad(lambda d, y: d.mean_nll(y))(p, x, targets=y)
+        loss, grads, curvature = estimator.value_and_grad(lambda d, y: d.mean_nll(y))(
+            p, x, targets=y
+        )
         return loss, grads, curvature.statistics(oracles.plan(layers))[0][-1]
 
     loss, grads, factors = jax.jit(step)(params)
@@ -159,7 +174,8 @@ def test_the_reason_names_the_rule():
 
 
 def test_diagonal_measures_through_the_rule():
-    """The derivative that counts is that of the rule: a third of the layer's, so a ninth of its second moment."""
+    """The derivative that counts is that of the rule: a third of the layer's, so a ninth of its
+    second moment."""
     params, x, _ = problem()
     x = x[:1]  # of one example no signs are needed
     predict = lambda p, x: ko.Normal(dense(tanh_layer(scaled(p["a"]), x), p["b"]))
@@ -173,10 +189,19 @@ def test_diagonal_measures_through_the_rule():
 
 def test_activations_of_jax_stay_transparent():
     params, x, _ = problem()
-    for activation in (jax.nn.relu, jax.nn.silu, jax.nn.softplus, jax.nn.softmax, jax.nn.logsumexp, jax.nn.gelu):
+    for activation in (
+        jax.nn.relu,
+        jax.nn.silu,
+        jax.nn.softplus,
+        jax.nn.softmax,
+        jax.nn.logsumexp,
+        jax.nn.gelu,
+    ):
         hidden = lambda p, x: activation(dense(x, p["a"])) + jnp.zeros((N, 4))
         for wrap in (lambda f: f, jax.checkpoint, jax.jit):
-            layers = ko.ggn(lambda p, x: ko.Normal(dense(wrap(hidden)(p, x), p["b"]))).layers(params, x)
+            layers = ko.ggn(lambda p, x: ko.Normal(dense(wrap(hidden)(p, x), p["b"]))).layers(
+                params, x
+            )
             assert not layers.uncovered and not any(layer.notes for layer in layers)
 
 
@@ -191,13 +216,18 @@ def test_what_is_behind_stop_gradient_is_no_use():
         for estimator in map(ko.ggn, (predict, alone))
     )
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    frozen = lambda p, x: ko.Normal(dense(jnp.tanh(dense(x, jax.lax.stop_gradient(p["a"]))), p["b"]))
+    frozen = lambda p, x: ko.Normal(
+        dense(jnp.tanh(dense(x, jax.lax.stop_gradient(p["a"]))), p["b"])
+    )
     layers = ko.ggn(frozen).layers(params, x)
-    assert [(u.path, u.reason) for u in layers.uncovered] == [("a", "only used behind stop_gradient")]
+    assert [(u.path, u.reason) for u in layers.uncovered] == [
+        ("a", "only used behind stop_gradient")
+    ]
 
 
 def test_a_product_with_its_own_rule_is_noted_at_its_tap():
-    """A quantised product, say: the tap sees its output, the rule decides what becomes of the gradient."""
+    """A quantised product, say: the tap sees its output, the rule decides what becomes of the
+    gradient."""
 
     @jax.custom_vjp
     def product(x, w):
@@ -207,5 +237,7 @@ def test_a_product_with_its_own_rule_is_noted_at_its_tap():
     params, x, _ = problem()
     predict = lambda p, x: ko.Normal(dense(ko.tap_dense(product(x, p["a"]), x, p["a"]), p["b"]))
     first, second = ko.ggn(predict).layers(params, x)
-    assert first.notes == ("a used through custom_vjp `product`: its own derivative rule, not measured",)
+    assert first.notes == (
+        "a used through custom_vjp `product`: its own derivative rule, not measured",
+    )
     assert second.notes == ()

@@ -1,4 +1,5 @@
-"""Models whose output is a derivative of the network in its inputs: what the taps do not see is named."""
+"""Models whose output is a derivative of the network in its inputs: what the taps do not see is
+named."""
 
 import flax.linen as nn
 import jax
@@ -45,14 +46,17 @@ OUTPUTS = {
 def problem(output, scanned=False):
     network, x = Network(scanned), oracles.normal(0, (N, 2)).astype(jnp.float32)
     params = network.init(jax.random.key(0), x)["params"]
-    values = lambda p, x: jax.vmap(lambda z: output(lambda z: network.apply({"params": p}, z), z))(x)
+    values = lambda p, x: jax.vmap(lambda z: output(lambda z: network.apply({"params": p}, z), z))(
+        x
+    )
     return values, ko.ggn(lambda p, x: ko.Normal(values(p, x)[:, None])), params, x
 
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["", "scan over layers"])
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_no_use_besides_the_tap_is_silent(name, scanned):
-    """Every parameter with a derivative of the output in it is covered without a note, noted, or left out by name."""
+    """Every parameter with a derivative of the output in it is covered without a note, noted, or
+    left out by name."""
     values, estimator, params, x = problem(OUTPUTS[name], scanned)
     layers = estimator.layers(params, x)
     noted = {layer.path: layer.notes for layer in layers}
@@ -61,7 +65,10 @@ def test_no_use_besides_the_tap_is_silent(name, scanned):
     assert noted["first"] == ("kernel also used by dot_general: not measured",)
     assert noted["middle"][0].startswith(f"{middle.rpartition('/')[2]} also used by ")
     reasons = {u.path: u.reason for u in layers.uncovered}
-    assert reasons["last/kernel"].startswith("only used by ") and "a derivative of it" in reasons["last/kernel"]
+    assert (
+        reasons["last/kernel"].startswith("only used by ")
+        and "a derivative of it" in reasons["last/kernel"]
+    )
     gradients = named_leaves(jax.grad(lambda p: jnp.sum(values(p, x) ** 2))(params))
     unused = [path for path, reason in reasons.items() if reason == "not used"]
     assert unused == ["last/bias"]
@@ -73,7 +80,9 @@ def test_the_bypassed_layer_raises_or_passes():
     """Of a Laplacian, the last kernel: its tap would measure G = 0."""
     values, estimator, params, x = problem(laplacian)
     layers, at = estimator.layers(params, x), estimator.at(params, x)
-    with pytest.raises(ValueError, match="last/kernel .*: only used by dot_general, not by the output of its layer"):
+    with pytest.raises(
+        ValueError, match="last/kernel .*: only used by dot_general, not by the output of its layer"
+    ):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")
     grads = jax.grad(lambda p: jnp.mean((values(p, x) - 1) ** 2) / 2)(params)
     tx = ko.kfac(layers, learning_rate=0.1, kl_clip=None)
@@ -88,7 +97,9 @@ def test_measured_alone_it_has_the_diagonal_of_its_block(x64):
     tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, uncovered="diagonal")
     _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p, curvature=estimator.at(p, x)))(params)
     want = jax.grad(lambda p: values(p, x)[0])(params)["last"]["kernel"] ** 2
-    np.testing.assert_allclose(state.preconditioner.factors["diagonal_1x3"].ravel(), want.ravel(), rtol=1e-10)
+    np.testing.assert_allclose(
+        state.preconditioner.factors["diagonal_1x3"].ravel(), want.ravel(), rtol=1e-10
+    )
 
 
 def test_value_and_derivative_together_note_every_kernel():
@@ -113,7 +124,8 @@ def test_a_layer_without_part_in_the_prediction_is_not_used():
 
 
 def test_a_parameter_that_is_handed_out_or_carried_is_used():
-    """As the scale of a head, or as the start of a loop: no equation of its own, and yet no parameter without use."""
+    """As the scale of a head, or as the start of a loop: no equation of its own, and yet no
+    parameter without use."""
 
     def predict(p, x):
         start, _ = jax.lax.scan(lambda c, _: (2 * c, None), p["start"], None, length=3)
@@ -126,17 +138,22 @@ def test_a_parameter_that_is_handed_out_or_carried_is_used():
     reasons = {u.path: u.reason for u in layers.uncovered}
     assert "the prediction itself" in reasons["scale"] and "scan" in reasons["start"]
     tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal")
-    _, state = tx.update(params, tx.init(params), params, curvature=estimator.at(params, jnp.ones((N, 2))))
+    _, state = tx.update(
+        params, tx.init(params), params, curvature=estimator.at(params, jnp.ones((N, 2)))
+    )
     assert "diagonal_1x3" in state.preconditioner.factors
 
 
 def test_what_is_returned_besides_predictions_measures_nothing(x64):
-    """Features of other data, handed out next to the prediction by the same layers: no rows of theirs."""
+    """Features of other data, handed out next to the prediction by the same layers: no rows of
+    theirs."""
     params = {"a": oracles.normal(0, (2, 3)), "b": oracles.normal(1, (3, 1))}
     x, other = oracles.normal(2, (N, 2)), oracles.normal(3, (N, 2))
     dense = lambda x, w: ko.tap_dense(x @ w, x, w)
     network = lambda p, x: dense(jnp.tanh(dense(x, p["a"])), p["b"])
-    estimator = ko.ggn(lambda p, x, other: (ko.Normal(network(p, x)), network(p, 9 * other)), has_aux=True)
+    estimator = ko.ggn(
+        lambda p, x, other: (ko.Normal(network(p, x)), network(p, 9 * other)), has_aux=True
+    )
     plan = oracles.plan(estimator.layers(params, x, other))
 
     @jax.jit

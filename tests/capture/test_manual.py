@@ -11,7 +11,9 @@ X, W = jnp.ones((2, 6, 3)), jnp.ones((3, 3, 4))
 
 
 def conv(x, kernel, strides=1):
-    return jax.lax.conv_general_dilated(x, kernel, (strides,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
 
 
 WRONG = [
@@ -19,10 +21,22 @@ WRONG = [
         lambda: ko.tap_conv(conv(X, W), X, W, strides=2),
         r"tap_conv: s is \(2, 6, 4\), but this geometry makes \(2, 3, 4\)",
     ),
-    (lambda: ko.tap_conv(conv(X, W), X, W[:, :1], name="c"), r"tap_conv 'c': got s .* kernel \(3, 1, 4\), groups=1"),
-    (lambda: ko.tap_conv(conv(X, W), X, W, jnp.ones(3)), r"tap_conv: got bias \(3,\); expected \(4,\)"),
-    (lambda: ko.tap_conv(conv(X, W), X, W, strides=(1, 1)), r"tap_conv: got \(1, 1\) for 1 spatial axes"),
-    (lambda: ko.tap_scale_shift(X, X, None), r"tap_scale_shift: got s .* parameters \[\]; expected .* a shift or both"),
+    (
+        lambda: ko.tap_conv(conv(X, W), X, W[:, :1], name="c"),
+        r"tap_conv 'c': got s .* kernel \(3, 1, 4\), groups=1",
+    ),
+    (
+        lambda: ko.tap_conv(conv(X, W), X, W, jnp.ones(3)),
+        r"tap_conv: got bias \(3,\); expected \(4,\)",
+    ),
+    (
+        lambda: ko.tap_conv(conv(X, W), X, W, strides=(1, 1)),
+        r"tap_conv: got \(1, 1\) for 1 spatial axes",
+    ),
+    (
+        lambda: ko.tap_scale_shift(X, X, None),
+        r"tap_scale_shift: got s .* parameters \[\]; expected .* a shift or both",
+    ),
     (lambda: ko.tap_scale_shift(X, X, jnp.ones(4)), r"parameters \[\(4,\)\]"),
     (lambda: ko.tap_embedding(X, jnp.ones((2, 6)), jnp.ones((5, 3))), r"tokens float32\[2, 6\]"),
     (

@@ -1,4 +1,5 @@
-"""Checks on eight CPU devices, run by `test_many_devices.py` in processes of their own: `python -m ... NAMES`."""
+"""Checks on eight CPU devices, run by `test_many_devices.py` in processes of their own:
+`python -m ... NAMES`."""
 
 import functools
 import sys
@@ -31,13 +32,15 @@ def _weighted(params, x, weights):
 
 
 def _per_example(params, x, weights):
-    """One example vectorised, as Equinox users write it; more columns than are pulled back at once, from constants."""
+    """One example vectorised, as Equinox users write it; more columns than are pulled back at once,
+    from constants."""
     mean = jax.vmap(lambda row: h.plain_predict(params, row).logits)(x)
     return ko.Normal(jnp.concatenate([mean, 2 * mean, 3 * mean], -1), 0.5, weights=weights)
 
 
 class Case(NamedTuple):
-    """A model, a preset and whether the step inverts (else it only measures, which compiles faster)."""
+    """A model, a preset and whether the step inverts (else it only measures, which compiles
+    faster)."""
 
     predict: Callable[..., Any]
     preset: str
@@ -50,7 +53,9 @@ class Case(NamedTuple):
 
     def tx(self, *batch, **settings):
         layers = self.estimator.layers(h.plain_params(), *batch)
-        return h.PRESETS[self.preset](layers, **{"learning_rate": 0.1, "damping": 0.05} | self.settings | settings)
+        return h.PRESETS[self.preset](
+            layers, **{"learning_rate": 0.1, "damping": 0.05} | self.settings | settings
+        )
 
     def step(self, tx):
         return _step(tx, self.estimator, refresh=self.refresh)
@@ -81,7 +86,9 @@ def _expected(index):
 def _step(tx, estimator, key=None, refresh=True):
     @jax.jit
     def step(params, state, *batch):  # any gradient will do, so the parameters serve
-        return tx.update(params, state, params, curvature=estimator.at(params, *batch, key=key), refresh=refresh)
+        return tx.update(
+            params, state, params, curvature=estimator.at(params, *batch, key=key), refresh=refresh
+        )
 
     return step
 
@@ -91,7 +98,8 @@ def _same(result, expected):
 
 
 def auto_axes():
-    """`jit` with a batch sharded over automatic axes: the numbers of one device, nothing asked of the user."""
+    """`jit` with a batch sharded over automatic axes: the numbers of one device, nothing asked of
+    the user."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     x, _, weights = _data()
@@ -102,7 +110,9 @@ def auto_axes():
     step, batch = case.step(tx), jax.device_put((x, weights), split)
     updates, after = step(params, state, *batch)
     _same((updates, after), case.expected())
-    shardings = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), after, state)
+    shardings = jax.tree.map(
+        lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), after, state
+    )
     assert all(jax.tree.leaves(shardings))
     step(params, after, *batch)
     assert step._cache_size() == 1
@@ -115,8 +125,12 @@ def auto_axes_sharded_parameters():
     case = CASES[1]
     tx = case.tx(x, weights)
     step = case.step(tx)
-    specs = jax.tree.map(lambda p: P(None, "model") if p.ndim == 2 else P("model"), h.plain_params())
-    params = jax.device_put(h.plain_params(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+    specs = jax.tree.map(
+        lambda p: P(None, "model") if p.ndim == 2 else P("model"), h.plain_params()
+    )
+    params = jax.device_put(
+        h.plain_params(), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    )
     assert not params["first"]["w"].sharding.is_fully_replicated
     batch = jax.device_put((x, weights), NamedSharding(mesh, P("data")))
     updates, state = step(params, jax.jit(tx.init)(params), *batch)
@@ -126,7 +140,8 @@ def auto_axes_sharded_parameters():
 
 
 def explicit_axes(cases=CASES):
-    """`jax.make_mesh` makes explicit axes now: same numbers, and the types of the state never change."""
+    """`jax.make_mesh` makes explicit axes now: same numbers, and the types of the state never
+    change."""
     mesh = jax.make_mesh((DEVICES,), ("data",))
     assert mesh.axis_types == (AxisType.Explicit,)
     x, _, weights = _data()
@@ -158,7 +173,9 @@ def explicit_axes_sampled_labels():
         return tx.update(grads, state, params, curvature=estimator.at(params, x, weights, key=key))
 
     key = jax.random.key(5)
-    expected = jax.device_get(step(h.plain_params(), jax.jit(tx.init)(h.plain_params()), x, y, weights, key))
+    expected = jax.device_get(
+        step(h.plain_params(), jax.jit(tx.init)(h.plain_params()), x, y, weights, key)
+    )
     with jax.set_mesh(mesh):
         params = jax.device_put(h.plain_params(), P())
         state = tx.init(params)
@@ -181,24 +198,29 @@ def explicit_axes_part_of_the_batch():
 
 
 def shard_map(cases=CASES):
-    """`axis_name=` inside `shard_map` that checks varying axes: exact also where devices have different weights."""
+    """`axis_name=` inside `shard_map` that checks varying axes: exact also where devices have
+    different weights."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, _, weights = _data()
     specs = (P(), P(), P("data"), P("data"))
     for case in cases:
         tx, params = case.tx(x, weights, axis_name="data"), h.plain_params()
-        step = jax.shard_map(case.step(tx), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+        step = jax.shard_map(
+            case.step(tx), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True
+        )
         _same(jax.jit(step)(params, jax.jit(tx.init)(params), x, weights), case.expected())
 
 
 def couplings():
-    """Exact products and cross factors of a split batch are those of the whole, on manual and on explicit axes."""
+    """Exact products and cross factors of a split batch are those of the whole, on manual and on
+    explicit axes."""
     shard_map(COUPLED)
     explicit_axes(COUPLED)
 
 
 def shard_map_without_weight():
-    """A batch of which no device has an example that counts is left out; one that a single device has is not."""
+    """A batch of which no device has an example that counts is left out; one that a single device
+    has is not."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, _, weights = _data()
     case, params = CASES[0], h.plain_params()
@@ -220,34 +242,45 @@ def shard_map_without_weight():
 
 
 def shard_map_schedule():
-    """The traced schedule and a real gradient, three steps; the branches agree about what varies."""
+    """The traced schedule and a real gradient, three steps; the branches agree about what
+    varies."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, y, _ = _data()
     problem = h.make_problem(h.plain_predict, h.plain_params(), x, y)
-    tx, single = h.make_tx("kfac_two_level", problem, axis_name="data"), h.make_tx("kfac_two_level", problem)
+    tx, single = (
+        h.make_tx("kfac_two_level", problem, axis_name="data"),
+        h.make_tx("kfac_two_level", problem),
+    )
 
     def train(params, x, y):
         state = tx.init(params)
         for _ in range(3):
             grads = jax.grad(lambda p: jax.lax.pmean(problem.loss(p, x, y), "data"))(params)
-            updates, state = tx.update(grads, state, params, curvature=problem.estimator.at(params, x))
+            updates, state = tx.update(
+                grads, state, params, curvature=problem.estimator.at(params, x)
+            )
             params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
         return params, state
 
-    sharded = jax.shard_map(train, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=True)
+    sharded = jax.shard_map(
+        train, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=True
+    )
     params, state, _ = h.run(single, problem, 3)
     _same(jax.jit(sharded)(problem.params, x, y), jax.device_get((params, state)))
 
 
 def shard_map_adaptive():
-    """Damping, rate and momentum adapted on a split batch are those of the whole; the loss of each device is its own."""
+    """Damping, rate and momentum adapted on a split batch are those of the whole; the loss of each
+    device is its own."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, y, _ = _data()
     estimator, params = ko.ggn(h.plain_predict), h.plain_params()
     layers = estimator.layers(params, x)
 
     def train(axis_name, params, x, y):
-        tx = ko.kfac_adaptive(layers, curvature_every=1, inverse_every=2, adapt_every=2, axis_name=axis_name)
+        tx = ko.kfac_adaptive(
+            layers, curvature_every=1, inverse_every=2, adapt_every=2, axis_name=axis_name
+        )
         state = tx.init(params)
 
         def loss(params):
@@ -264,22 +297,29 @@ def shard_map_adaptive():
         return params, state
 
     specs = (P(), P("data"), P("data"))
-    sharded = jax.shard_map(functools.partial(train, "data"), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+    sharded = jax.shard_map(
+        functools.partial(train, "data"), mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True
+    )
     expected = jax.device_get(jax.jit(functools.partial(train, None))(params, x, y))
     assert expected[1].reduction_ratio != 1
     _same(jax.jit(sharded)(params, x, y), expected)
 
 
 def online():
-    """Factors followed online, and gradients from rows: rows of all devices, under `shard_map` and on explicit axes."""
+    """Factors followed online, and gradients from rows: rows of all devices, under `shard_map` and
+    on explicit axes."""
     x = jax.random.normal(jax.random.key(3), (EXAMPLES, 40))
     y, params = jnp.sin(x[:, :30]), {"w": jax.random.normal(jax.random.key(4), (40, 30)) / 6}
-    estimator = ko.empirical_fisher(lambda p, x, y: _wide(p, x).nll(y))  # no draws, no sum over columns
+    estimator = ko.empirical_fisher(
+        lambda p, x, y: _wide(p, x).nll(y)
+    )  # no draws, no sum over columns
     shared = ko.ggn(_wide)
     layers = estimator.layers(params, x, y)
 
     def step(axis_name, factored, params, state, x, y, *, mean=False):
-        tx = ko.b_r_kfac(layers, rank=5, learning_rate=0.1, axis_name=axis_name, factored_gradient=factored)
+        tx = ko.b_r_kfac(
+            layers, rank=5, learning_rate=0.1, axis_name=axis_name, factored_gradient=factored
+        )
 
         def loss_fn(prediction, y):
             loss = prediction.mean_nll(y)
@@ -290,7 +330,9 @@ def online():
             grads = jax.lax.pmean(grads, axis_name)
         if not factored:  # statistics of the other would be thirty columns
             curvature = estimator.at(params, x, y)
-        return tx.update(grads, state, params, curvature=curvature, measure=not factored, refresh=False)
+        return tx.update(
+            grads, state, params, curvature=curvature, measure=not factored, refresh=False
+        )
 
     state = ko.b_r_kfac(layers, rank=5, learning_rate=0.1).init(params)
     single = functools.partial(step, None)
@@ -304,7 +346,9 @@ def online():
     def sharded(factored, mean):
         mapped = functools.partial(step, "data", factored, mean=mean)
         # with tracking, the gradient of a loss that every device has of its own is a sum
-        return jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=mean))
+        return jax.jit(
+            jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=mean)
+        )
 
     for mean in (False, True):
         _, after = sharded(False, mean)(params, state, x, y)
@@ -317,7 +361,10 @@ def online():
         (x, y), (params, state) = placed
         _, after = jax.jit(functools.partial(single, False))(params, state, x, y)
         h.assert_same_types(after, state)
-        _same(jax.jit(functools.partial(single, False))(params, after, x, y)[0], jax.device_get(expected))
+        _same(
+            jax.jit(functools.partial(single, False))(params, after, x, y)[0],
+            jax.device_get(expected),
+        )
 
 
 def _wide(params, x):
@@ -325,19 +372,27 @@ def _wide(params, x):
 
 
 def shard_map_sampled_labels():
-    """Every device draws labels of its own: the factor is the mean of the devices' with folded keys."""
+    """Every device draws labels of its own: the factor is the mean of the devices' with folded
+    keys."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    x = jnp.tile(jax.random.normal(jax.random.key(3), (1, 4)), (EXAMPLES, 1))  # all devices see the same
+    x = jnp.tile(
+        jax.random.normal(jax.random.key(3), (1, 4)), (EXAMPLES, 1)
+    )  # all devices see the same
     estimator, key, params = ko.fisher(h.plain_predict), jax.random.key(11), h.plain_params()
     layers = estimator.layers(params, x)
-    tx, single = ko.kfac(layers, learning_rate=0.1, axis_name="data"), ko.kfac(layers, learning_rate=0.1)
+    tx, single = (
+        ko.kfac(layers, learning_rate=0.1, axis_name="data"),
+        ko.kfac(layers, learning_rate=0.1),
+    )
     state = jax.jit(tx.init)(params)
 
     def outputs(state):
         return optax.tree.get(state, "factors")["dense_5x4_bias"].outputs
 
     step = _step(tx, estimator, key, refresh=False)
-    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=True)
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=True
+    )
     got = outputs(jax.jit(step)(params, state, x)[1])
 
     @jax.jit
@@ -364,12 +419,20 @@ def pmap():
 
 
 def _zoo(params, x, tokens):
-    """Every kind of block: convolution, embedding, scale and shift, dense, a parameter on its own."""
+    """Every kind of block: convolution, embedding, scale and shift, dense, a parameter on its
+    own."""
     conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NWC", "WIO", "NWC"))
     s = ko.tap_conv(conv(x, params["conv"], (2,), "SAME"), x, params["conv"], strides=2)
     a = s / jnp.sqrt(1 + jnp.mean(s**2, -1, keepdims=True))
-    s = ko.tap_scale_shift(a * params["scale"] + params["shift"], a, params["scale"], params["shift"])
-    s = jnp.tanh(s + ko.tap_embedding(params["table"].at[tokens].get(out_sharding=_like(s)), tokens, params["table"]))
+    s = ko.tap_scale_shift(
+        a * params["scale"] + params["shift"], a, params["scale"], params["shift"]
+    )
+    s = jnp.tanh(
+        s
+        + ko.tap_embedding(
+            params["table"].at[tokens].get(out_sharding=_like(s)), tokens, params["table"]
+        )
+    )
     s = s.sum(1) * params["gain"]
     return ko.Categorical(ko.tap_dense(s @ params["head"], s, params["head"]))
 
@@ -381,10 +444,24 @@ def _like(x):
 
 def _zoo_problem():
     keys = jax.random.split(jax.random.key(5), 8)
-    shapes = {"conv": (3, 2, 4), "scale": (4,), "shift": (4,), "table": (5, 4), "gain": (4,), "head": (4, 3)}
-    params = {name: jax.random.normal(key, shape) for (name, shape), key in zip(shapes.items(), keys)}
-    x, tokens = jax.random.normal(keys[6], (EXAMPLES, 6, 2)), jax.random.randint(keys[7], (EXAMPLES, 3), 0, 5)
-    estimator = ko.empirical_fisher(lambda p, x, tokens: _zoo(p, x, tokens).nll(jnp.arange(len(x)) % 3))
+    shapes = {
+        "conv": (3, 2, 4),
+        "scale": (4,),
+        "shift": (4,),
+        "table": (5, 4),
+        "gain": (4,),
+        "head": (4, 3),
+    }
+    params = {
+        name: jax.random.normal(key, shape) for (name, shape), key in zip(shapes.items(), keys)
+    }
+    x, tokens = (
+        jax.random.normal(keys[6], (EXAMPLES, 6, 2)),
+        jax.random.randint(keys[7], (EXAMPLES, 3), 0, 5),
+    )
+    estimator = ko.empirical_fisher(
+        lambda p, x, tokens: _zoo(p, x, tokens).nll(jnp.arange(len(x)) % 3)
+    )
     layers = estimator.layers(params, x, tokens)
     assert not [u for u in layers.uncovered if u.path != "gain"], layers
 
@@ -395,7 +472,8 @@ def _zoo_problem():
 
 
 def every_layer_auto_axes():
-    """A sharded batch through every kind of layer: the numbers of one device, the diagonal included."""
+    """A sharded batch through every kind of layer: the numbers of one device, the diagonal
+    included."""
     params, batch, estimator, make = _zoo_problem()
     tx = make(uncovered="diagonal")
     step = _step(tx, estimator)
@@ -408,7 +486,8 @@ def every_layer_auto_axes():
 
 
 def every_layer_shard_map():
-    """The same inside `shard_map`, without the diagonal, whose random signs differ from device to device."""
+    """The same inside `shard_map`, without the diagonal, whose random signs differ from device to
+    device."""
     params, batch, estimator, make = _zoo_problem()
     tx = make()
     expected = jax.device_get(_step(tx, estimator)(params, jax.jit(tx.init)(params), *batch))
@@ -416,11 +495,16 @@ def every_layer_shard_map():
     tx = make(axis_name="data")
     step = jax.shard_map(
         lambda p, s, *b: _step(tx, _zoo_local())(p, s, *b),
-        mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
-    )  # fmt: skip
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=P(),
+    )
     with jax.set_mesh(mesh):
         params = jax.device_put(params, P())
-        _same(jax.jit(step)(params, jax.jit(tx.init)(params), *jax.device_put(batch, P("data"))), expected)
+        _same(
+            jax.jit(step)(params, jax.jit(tx.init)(params), *jax.device_put(batch, P("data"))),
+            expected,
+        )
 
 
 def _zoo_local():

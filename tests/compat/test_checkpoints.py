@@ -1,4 +1,5 @@
-"""Checkpoints with Orbax, and the schedule decided on the host: training goes on exactly as without them."""
+"""Checkpoints with Orbax, and the schedule decided on the host: training goes on exactly as without
+them."""
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ def _exactly(a, b):
 
 @pytest.mark.parametrize("preset", h.PRESETS)
 def test_orbax_round_trip(preset, tmp_path):
-    """Saved and restored through `eval_shape(init)`, the state is bit for bit the same, and so is what follows."""
+    """Saved and restored through `eval_shape(init)`, the state is bit for bit the same, and so is
+    what follows."""
     problem = h.plain_problem()
     tx = h.make_tx(preset, problem)
     params, state, _ = h.reference_run(preset)  # after six steps
@@ -39,7 +41,8 @@ def test_orbax_round_trip(preset, tmp_path):
 
 
 def test_orbax_names_are_stable(tmp_path):
-    """Without a target Orbax gives the names on disk: our field names are a format, so changing one must be seen."""
+    """Without a target Orbax gives the names on disk: our field names are a format, so changing one
+    must be seen."""
     state = h.initial_state("kfac_two_level")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -47,18 +50,35 @@ def test_orbax_names_are_stable(tmp_path):
         raw = checkpointer.restore(tmp_path / "state")
     assert set(raw) == {"preconditioner", "kl_count", "kl_scale", "given"}
     assert set(raw["preconditioner"]) == {
-        "kfac_count", "curvature_count", "skipped_statistics", "failed_inverses", "inverse_age", "damping",
-        "non_finite_updates", "given",
-        "coarse_share", "factors", "held", "coarse",
-    }  # fmt: skip
-    assert set(raw["preconditioner"]["coarse"]) == {"coarse_factors", "coarse_held", "coarse_sizes", "coarse_index"}
+        "kfac_count",
+        "curvature_count",
+        "skipped_statistics",
+        "failed_inverses",
+        "inverse_age",
+        "damping",
+        "non_finite_updates",
+        "given",
+        "coarse_share",
+        "factors",
+        "inverses",
+        "coarse",
+    }
+    assert set(raw["preconditioner"]["coarse"]) == {
+        "coarse_factors",
+        "coarse_inverse",
+        "coarse_sizes",
+        "coarse_index",
+    }
     (factors,) = raw["preconditioner"]["factors"].values()
     assert set(factors) == {"inputs", "outputs"}
-    np.testing.assert_array_equal(factors["inputs"], optax.tree.get(state, "factors")["dense_5x4_bias"].inputs)
+    np.testing.assert_array_equal(
+        factors["inputs"], optax.tree.get(state, "factors")["dense_5x4_bias"].inputs
+    )
 
 
 def test_host_schedule_is_the_traced_schedule():
-    """25 steps of up to four compiled steps without branches against one compiled step with both branches."""
+    """25 steps of up to four compiled steps without branches against one compiled step with both
+    branches."""
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem, curvature_every=3, inverse_every=6)
     traced_step = h.make_step(tx, problem)
@@ -70,24 +90,33 @@ def test_host_schedule_is_the_traced_schedule():
         curvature = problem.at(params) if measure else None
         return traced_step(params, state, curvature=curvature, refresh=refresh)
 
-    static, traced = jax.jit(static_step, static_argnames=("measure", "refresh")), jax.jit(traced_step)
+    static, traced = (
+        jax.jit(static_step, static_argnames=("measure", "refresh")),
+        jax.jit(traced_step),
+    )
     mine = theirs = (problem.params, jax.jit(tx.init)(problem.params))
     for i in range(25):
         *mine, updates = static(*mine, **schedule(i))
         *theirs, expected = traced(*theirs)
         h.assert_close(updates, expected)
         for name in ("kfac_count", "curvature_count", "inverse_age"):
-            assert int(optax.tree.get(mine[1], name)) == int(optax.tree.get(theirs[1], name)), (i, name)
+            assert int(optax.tree.get(mine[1], name)) == int(optax.tree.get(theirs[1], name)), (
+                i,
+                name,
+            )
     h.assert_close(mine, theirs)
     assert int(optax.tree.get(mine[1], "curvature_count")) == 9
-    assert sorted(kinds) == [(False, False), (True, False), (True, True)], "one compilation of each kind of step"
+    assert sorted(kinds) == [(False, False), (True, False), (True, True)], (
+        "one compilation of each kind of step"
+    )
     hlo = static.lower(*mine, measure=False, refresh=False).as_text()
     assert "stablehlo.case" not in hlo
     assert "stablehlo.if" not in hlo
 
 
 def test_a_cholesky_checkpoint_does_not_pass_for_an_eigh_one(tmp_path):
-    """Another form of inverse is another state: restoring it as such fails instead of filling in nonsense."""
+    """Another form of inverse is another state: restoring it as such fails instead of filling in
+    nonsense."""
     problem = h.plain_problem()
     saved = jax.jit(h.make_tx("kfac", problem, inverse="cholesky").init)(problem.params)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -22,7 +22,8 @@ def _copy(tree):
 @both
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager init", "jitted init"])
 def test_no_two_leaves_share_a_buffer(preset, compiled):
-    """A buffer that occurs twice in donated arguments is a run-time error, so state leaves are all their own."""
+    """A buffer that occurs twice in donated arguments is a run-time error, so state leaves are all
+    their own."""
     problem = h.plain_problem()
     init = h.make_tx(preset, problem).init
     params = _copy(problem.params)
@@ -33,7 +34,8 @@ def test_no_two_leaves_share_a_buffer(preset, compiled):
 
 
 def test_a_damping_array_is_copied():
-    """A hyperparameter given as an array (as `inject_hyperparams` does) is not given away with the state."""
+    """A hyperparameter given as an array (as `inject_hyperparams` does) is not given away with the
+    state."""
     problem = h.plain_problem()
     damping = jax.numpy.float32(0.05)
     state = h.make_tx("kfac", problem, damping=damping).init(problem.params)
@@ -45,7 +47,8 @@ def test_a_damping_array_is_copied():
 
 
 def test_donated_training():
-    """From an eager `init`, parameters and state are given away in every step; the result is that of keeping them."""
+    """From an eager `init`, parameters and state are given away in every step; the result is that
+    of keeping them."""
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem)
     step = jax.jit(h.make_step(tx, problem), donate_argnums=(0, 1))
@@ -54,6 +57,7 @@ def test_donated_training():
         given = jax.tree_util.tree_leaves_with_path((params, state))
         params, state, _ = step(params, state)
         kept = {path[-1].name for path, leaf in given if not leaf.is_deleted()}
-        # a step does not read the last one's values of these, so the compiled program never takes them
+        # a step does not read the last one's values of these, so the compiled program never takes
+        # them
         assert kept <= {"damping", "coarse_share", "kl_scale"}
     h.assert_close((params, state), h.reference_run("kfac_two_level")[:2])

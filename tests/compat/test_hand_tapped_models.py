@@ -1,4 +1,5 @@
-"""Models tapped by hand: Equinox with per-example vmap, modules of closures; and boxed linen parameters."""
+"""Models tapped by hand: Equinox with per-example vmap, modules of closures; and boxed linen
+parameters."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -44,8 +45,9 @@ def test_equinox():
 
     problem = h.make_problem(predict, params, plain.x, plain.y)
     assert [(x.kernel, x.bias, x.layout.order == (1, 0)) for x in problem.layers] == [
-        ("layers/0/weight", "layers/0/bias", True), ("layers/1/weight", "layers/1/bias", True),
-    ]  # fmt: skip
+        ("layers/0/weight", "layers/0/bias", True),
+        ("layers/1/weight", "layers/1/bias", True),
+    ]
     final, state, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)
     expected_params, expected_state, expected = h.reference_run("kfac_two_level")
 
@@ -61,19 +63,23 @@ def test_equinox():
 
 
 def test_equinox_filter_jit_step():
-    """The usual Equinox loop: `filter_jit` and `apply_updates`, state from `filter(model, is_array)`."""
+    """The usual Equinox loop: `filter_jit` and `apply_updates`, state from
+    `filter(model, is_array)`."""
     plain = h.plain_problem()
     model = EquinoxMLP([Linear(v["w"].T, v["b"]) for v in plain.params.values()], jnp.tanh)
     estimator = ko.ggn(lambda model, x: ko.Categorical(jax.vmap(model)(x)))
     layers = estimator.layers(model, plain.x)
     tx = optax.chain(
-        ko.kfac(layers, learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3), optax.sgd(0.1)
+        ko.kfac(layers, learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3),
+        optax.sgd(0.1),
     )
     state = jax.jit(tx.init)(eqx.filter(model, eqx.is_array))
 
     @eqx.filter_jit
     def step(model, state):
-        grads = eqx.filter_grad(lambda m: ko.Categorical(jax.vmap(m)(plain.x)).mean_nll(plain.y))(model)
+        grads = eqx.filter_grad(lambda m: ko.Categorical(jax.vmap(m)(plain.x)).mean_nll(plain.y))(
+            model
+        )
         updates, state = tx.update(grads, state, model, curvature=estimator.at(model, plain.x))
         return eqx.apply_updates(model, updates), state
 
@@ -86,7 +92,8 @@ def test_equinox_filter_jit_step():
 
 
 def _transform(function):
-    """Haiku's shape in ten lines: `(init, apply)` over a flat dict of modules, `{"mlp/~/linear_0": {"w", "b"}}`."""
+    """Haiku's shape in ten lines: `(init, apply)` over a flat dict of modules,
+    `{"mlp/~/linear_0": {"w", "b"}}`."""
 
     def init(key, x):
         params = {}
@@ -94,7 +101,10 @@ def _transform(function):
         def linear(name, x, size):
             nonlocal key
             key, mine = jax.random.split(key)
-            params[name] = {"w": 0.5 * jax.random.normal(mine, (x.shape[-1], size)), "b": jnp.zeros(size)}
+            params[name] = {
+                "w": 0.5 * jax.random.normal(mine, (x.shape[-1], size)),
+                "b": jnp.zeros(size),
+            }
             return x @ params[name]["w"] + params[name]["b"]
 
         function(linear, x)
@@ -109,7 +119,9 @@ def _transform(function):
 def test_modules_of_closures():
     """Haiku-like parameters, with slashes in their names, through the whole of training."""
     init, apply = _transform(
-        lambda linear, x: linear("mlp/~/linear_1", jnp.tanh(linear("mlp/~/linear_0", x, 4)), h.CLASSES)
+        lambda linear, x: linear(
+            "mlp/~/linear_1", jnp.tanh(linear("mlp/~/linear_0", x, 4)), h.CLASSES
+        )
     )
     plain = h.plain_problem()
     params = init(jax.random.key(0), plain.x)
@@ -131,22 +143,36 @@ class _Partitioned(nn.Module):
 
 
 def test_partitioned_linen_parameters():
-    """Boxes of `nn.with_partitioning` change no path, no layer and no value, and come back around the updates."""
+    """Boxes of `nn.with_partitioning` change no path, no layer and no value, and come back around
+    the updates."""
     plain = h.plain_problem()
     model = _Partitioned()
     boxed = jax.jit(model.init)(jax.random.key(0), plain.x)["params"]
-    values = {f"Dense_{i}": {"kernel": v["w"], "bias": v["b"]} for i, v in enumerate(plain.params.values())}
+    values = {
+        f"Dense_{i}": {"kernel": v["w"], "bias": v["b"]}
+        for i, v in enumerate(plain.params.values())
+    }
     boxed = jax.tree.map(
-        lambda box, value: box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value,
-        boxed, values, is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
-    )  # fmt: skip
-    problem = h.make_problem(lambda p, x: ko.Categorical(model.apply({"params": p}, x)), boxed, plain.x, plain.y)
+        lambda box, value: (
+            box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
+        ),
+        boxed,
+        values,
+        is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
+    )
+    problem = h.make_problem(
+        lambda p, x: ko.Categorical(model.apply({"params": p}, x)), boxed, plain.x, plain.y
+    )
     assert [layer.kernel for layer in problem.layers] == ["Dense_0/kernel", "Dense_1/kernel"]
     _, _, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)
     assert isinstance(updates["Dense_0"]["kernel"], nn.Partitioned)
     _, _, expected = h.reference_run("kfac_two_level")
     unboxed = meta.unbox(updates)
     h.assert_close(
-        {k: {"w": u["kernel"], "b": u["bias"]} for k, u in zip(expected, unboxed.values(), strict=True)}, expected
+        {
+            k: {"w": u["kernel"], "b": u["bias"]}
+            for k, u in zip(expected, unboxed.values(), strict=True)
+        },
+        expected,
     )
     np.testing.assert_array_equal(updates["Dense_0"]["kernel"].names, (None, "model"))

@@ -1,4 +1,5 @@
-"""Data parallel on eight CPU devices; the checks are in `device_checks.py`, in processes of their own."""
+"""Data parallel on eight CPU devices; the checks are in `device_checks.py`, in processes of their
+own."""
 
 import os
 import pathlib
@@ -11,7 +12,12 @@ from tests.compat.device_checks import CHECKS
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(CHECKS)
-GROUPS = [NAMES[:5], NAMES[5:10], NAMES[10:12], NAMES[12:]]  # the checks of a group share a start of JAX
+GROUPS = [
+    NAMES[:5],
+    NAMES[5:10],
+    NAMES[10:12],
+    NAMES[12:],
+]  # the checks of a group share a start of JAX
 
 
 @pytest.mark.parametrize("names", GROUPS, ids="+".join)
@@ -25,6 +31,10 @@ def test_on_eight_devices(names):
         timeout=300,
         check=False,
     )
-    passed = [line.removeprefix("passed ") for line in done.stdout.splitlines() if line.startswith("passed ")]
+    passed = [
+        line.removeprefix("passed ")
+        for line in done.stdout.splitlines()
+        if line.startswith("passed ")
+    ]
     assert passed == names, done.stdout + done.stderr
     assert done.returncode == 0

@@ -28,7 +28,10 @@ def test_unknown_extra_arguments_are_ignored_and_nothing_recompiles(preset):
     assert compiled.names == []
     assert step._cache_size() == 1
     _, _, expected = h.reference_run(preset)
-    h.assert_close(jax.tree.map(lambda *us: jnp.stack(us), first, second), jax.tree.map(lambda u: u[:2], expected))
+    h.assert_close(
+        jax.tree.map(lambda *us: jnp.stack(us), first, second),
+        jax.tree.map(lambda u: u[:2], expected),
+    )
 
 
 def test_the_compilation_counter_counts():
@@ -42,25 +45,39 @@ def test_the_compilation_counter_counts():
 
 @both
 def test_map_params(preset):
-    """`optax.tree.map_params` finds no parameter in our state, and those of its neighbours in a chain."""
+    """`optax.tree.map_params` finds no parameter in our state, and those of its neighbours in a
+    chain."""
     problem = h.plain_problem()
     tx = optax.chain(h.make_tx(preset, problem), optax.sgd(0.1, momentum=0.9))
     state = jax.jit(tx.init)(problem.params)
     chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda p: p, state), state)
 
     specs = jax.tree.map(lambda p: f"spec {p.shape}", problem.params)
-    marked = optax.tree.map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "replicated")
+    marked = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "replicated"
+    )
     ours, sgd = marked
-    full = jax.tree.map(lambda mark, part: jax.tree.map(lambda _: mark, part), ours, state[0])  # ours is a prefix
+    full = jax.tree.map(
+        lambda mark, part: jax.tree.map(lambda _: mark, part), ours, state[0]
+    )  # ours is a prefix
     assert jax.tree.structure(full) == jax.tree.structure(state[0])
     assert set(jax.tree.leaves(full)) == {"replicated"}
     assert optax.tree.get(sgd, "trace") == specs
 
 
-# name -> (start, target, prediction from tapped layers); loss = sum (p - target)^2, all with known answer
+# name -> (start, target, prediction from tapped layers); loss = sum (p - target)^2, all with known
+# answer
 PARABOLAS = {
-    "vector": (jnp.zeros((1, 3)), jnp.array([[1.0, -2.0, 3.0]]), lambda w: h.dense(jnp.ones((1, 1)), w)),
-    "matrix": (jnp.zeros((2, 2)), jnp.array([[1.0, 2.0], [3.0, -4.0]]), lambda w: h.dense(jnp.eye(2), w)),
+    "vector": (
+        jnp.zeros((1, 3)),
+        jnp.array([[1.0, -2.0, 3.0]]),
+        lambda w: h.dense(jnp.ones((1, 1)), w),
+    ),
+    "matrix": (
+        jnp.zeros((2, 2)),
+        jnp.array([[1.0, 2.0], [3.0, -4.0]]),
+        lambda w: h.dense(jnp.eye(2), w),
+    ),
     "mixed tuple": (  # a bare vector is the bias of the bare matrix
         (jnp.zeros(2), jnp.zeros((3, 2))),
         (jnp.array([1.0, -1.0]), jnp.array([[1.0, 2.0], [0.5, -4.0], [0.0, 1.0]])),
@@ -74,16 +91,23 @@ def _descend(preset, name, steps):
     estimator = ko.ggn(lambda p: ko.Normal(outputs(p)))
     rate = 0.05
     settings = {"damping": 1e-2, "kl_clip": 1e-2, "curvature_every": 5, "inverse_every": 10}
-    tx = optax.chain(h.PRESETS[preset](estimator.layers(start), learning_rate=rate, **settings), optax.sgd(rate))
+    tx = optax.chain(
+        h.PRESETS[preset](estimator.layers(start), learning_rate=rate, **settings), optax.sgd(rate)
+    )
 
     def loss(p):
-        return sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True))
+        return sum(
+            jnp.sum((a - b) ** 2)
+            for a, b in zip(jax.tree.leaves(p), jax.tree.leaves(target), strict=True)
+        )
 
     @jax.jit
     def train(params):
         def body(carry, _):
             params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params), state, params, curvature=estimator.at(params))
+            updates, state = tx.update(
+                jax.grad(loss)(params), state, params, curvature=estimator.at(params)
+            )
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(body, (params, tx.init(params)), length=steps)[0][0]
@@ -124,7 +148,9 @@ def test_inject_hyperparams_changes_nothing(preset, number):
 
 def test_an_injected_value_takes_effect_without_recompiling():
     problem = h.plain_problem()
-    tx = optax.inject_hyperparams(ko.kfac)(problem.layers, learning_rate=0.1, damping=0.05, kl_clip=None)
+    tx = optax.inject_hyperparams(ko.kfac)(
+        problem.layers, learning_rate=0.1, damping=0.05, kl_clip=None
+    )
     step = jax.jit(lambda *args: h.make_step(tx, problem)(*args, refresh=True))
     state = jax.jit(tx.init)(problem.params)
     _, _, small = step(problem.params, state)
@@ -137,7 +163,8 @@ def test_an_injected_value_takes_effect_without_recompiling():
 
 
 def test_multi_steps():
-    """The first mini-steps give zero; the inner update runs in all of them, and the last one's curvature counts."""
+    """The first mini-steps give zero; the inner update runs in all of them, and the last one's
+    curvature counts."""
     problem, calls = h.plain_problem(), []
     inner = h.make_tx("kfac_two_level", problem, kl_clip=None)
 
@@ -145,7 +172,9 @@ def test_multi_steps():
         jax.debug.callback(lambda: calls.append(1))
         return inner.update(updates, state, params, **extra)
 
-    tx = optax.MultiSteps(optax.GradientTransformationExtraArgs(inner.init, counted), every_k_schedule=4)
+    tx = optax.MultiSteps(
+        optax.GradientTransformationExtraArgs(inner.init, counted), every_k_schedule=4
+    )
 
     @jax.jit
     def step(state, grads, params):
@@ -153,7 +182,9 @@ def test_multi_steps():
 
     @jax.jit
     def single(grads, params):
-        return inner.update(grads, inner.init(params), params, curvature=problem.at(params), refresh=True)
+        return inner.update(
+            grads, inner.init(params), params, curvature=problem.at(params), refresh=True
+        )
 
     state = jax.jit(tx.init)(problem.params)
     grads = h.plain_grads()
@@ -180,7 +211,8 @@ def _typed_problem(dtype):
 @both
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_state_is_stable_under_cond(preset, dtype):
-    """Structure, shapes, dtypes and weak types of the state never change, so it can be the result of a branch."""
+    """Structure, shapes, dtypes and weak types of the state never change, so it can be the result
+    of a branch."""
     with jax.enable_x64(dtype == "float64"):
         problem = _typed_problem(jnp.dtype(dtype))
         tx = h.make_tx(preset, problem)
@@ -218,7 +250,9 @@ def test_a_constant_schedule_is_the_constant():
     problem = h.plain_problem()
     settings = {"learning_rate": 0.1, "damping": 0.05, "kl_clip": 1e-3, "decay": 0.95}
     constants = settings | {"curvature_every": 2, "inverse_every": 3}
-    scheduled = h.make_tx("kfac_two_level", problem, **{name: lambda _, v=v: v for name, v in constants.items()})
+    scheduled = h.make_tx(
+        "kfac_two_level", problem, **{name: lambda _, v=v: v for name, v in constants.items()}
+    )
     _, state, updates = h.run(scheduled, problem, 6)
     _, plain_state, plain_updates = h.reference_run("kfac_two_level")
     h.assert_close((updates, state), (plain_updates, plain_state))
@@ -227,14 +261,20 @@ def test_a_constant_schedule_is_the_constant():
 def test_schedules_see_the_step_count():
     """Damping and KL-clip of the fifth step are those of count 4."""
     problem = h.plain_problem()
-    schedules = {"damping": lambda count: 0.01 * (1 + count), "kl_clip": lambda count: 1e-6 * (1 + count) ** 2}
+    schedules = {
+        "damping": lambda count: 0.01 * (1 + count),
+        "kl_clip": lambda count: 1e-6 * (1 + count) ** 2,
+    }
     tx = h.make_tx("kfac", problem, **schedules)
     step = jax.jit(lambda *args: h.make_step(tx, problem)(*args, curvature=None, refresh=False))
     state = jax.jit(tx.init)(problem.params)
     scales = []
     for _ in range(5):
         _, state, _ = step(problem.params, state)
-        scales.append(float(optax.tree.get(state, "kl_scale")) * np.sqrt(1 / (1 + optax.tree.get(state, "damping"))))
+        scales.append(
+            float(optax.tree.get(state, "kl_scale"))
+            * np.sqrt(1 / (1 + optax.tree.get(state, "damping")))
+        )
     np.testing.assert_allclose(optax.tree.get(state, "damping"), 0.05, rtol=1e-6)
     # same gradient and unit curvature: the squared Fisher norm of a step goes as 1 / (1 + damping)
     np.testing.assert_allclose(scales, scales[0] * np.arange(1, 6), rtol=1e-5)

@@ -1,4 +1,5 @@
-"""The state before it exists (`eval_shape`, abstract parameters) and by name (`optax.tree.get` and `set`)."""
+"""The state before it exists (`eval_shape`, abstract parameters) and by name (`optax.tree.get` and
+`set`)."""
 
 import chex
 import jax
@@ -28,7 +29,8 @@ def test_init_under_eval_shape(preset):
 
 @both
 def test_init_on_abstract_parameters(preset):
-    """Our state needs shapes only, so `init` itself takes `ShapeDtypeStruct`s and gives the state of real arrays."""
+    """Our state needs shapes only, so `init` itself takes `ShapeDtypeStruct`s and gives the state
+    of real arrays."""
     problem = h.plain_problem()
     state = h.make_tx(preset, problem).init(_abstract(problem.params))
     h.assert_same_types(state, h.initial_state(preset))
@@ -37,28 +39,45 @@ def test_init_on_abstract_parameters(preset):
 
 def test_layers_from_abstract_arrays_are_the_same():
     problem = h.linen_problem()
-    assert problem.estimator.layers(_abstract(problem.params), _abstract(problem.x)) == problem.layers
+    assert (
+        problem.estimator.layers(_abstract(problem.params), _abstract(problem.x)) == problem.layers
+    )
 
 
 def test_the_unit_state_holds_the_identity():
-    """Before any statistic the factors are the identity, and what is held is its inverse, so updates are finite."""
+    """Before any statistic the factors are the identity, and what is held is its inverse, so
+    updates are finite."""
     for preset in h.PRESETS:
         state = h.initial_state(preset)
         for factor in jax.tree.leaves(optax.tree.get(state, "factors")):
-            np.testing.assert_array_equal(factor, np.broadcast_to(np.eye(factor.shape[-1]), factor.shape))
-        for held in optax.tree.get(state, "held").values():
-            for values in (held.inputs.values, held.outputs.values):
+            np.testing.assert_array_equal(
+                factor, np.broadcast_to(np.eye(factor.shape[-1]), factor.shape)
+            )
+        for inverse in optax.tree.get(state, "inverses").values():
+            for values in (inverse.inputs.values, inverse.outputs.values):
                 np.testing.assert_allclose(values, 1, rtol=1e-6)
 
 
-NAMES = ("damping", "factors", "held", "coarse", "kfac_count", "kl_scale", "kl_count", "coarse_factors", "inverse_age")
+NAMES = (
+    "damping",
+    "factors",
+    "inverses",
+    "coarse",
+    "kfac_count",
+    "kl_scale",
+    "kl_count",
+    "coarse_factors",
+    "inverse_age",
+)
 
 
 def test_get_finds_unique_names():
     """In a chain with transformations that have states of their own, without ambiguity."""
     problem = h.plain_problem()
     sgd = optax.sgd(lambda _: 0.1, momentum=0.9)
-    tx = optax.chain(optax.scale_by_adam(), h.make_tx("kfac_two_level", problem), sgd, optax.ema(0.9))
+    tx = optax.chain(
+        optax.scale_by_adam(), h.make_tx("kfac_two_level", problem), sgd, optax.ema(0.9)
+    )
     state = jax.eval_shape(tx.init, problem.params)
     for name in NAMES:
         assert len(optax.tree.get_all_with_path(state, name)) == 1, name
@@ -70,7 +89,8 @@ def test_get_finds_unique_names():
 
 
 def test_set_replaces_what_the_next_step_uses():
-    """Scaled factors, refactorised by `refresh=True`, shrink the update; a count set back makes statistics due."""
+    """Scaled factors, refactorised by `refresh=True`, shrink the update; a count set back makes
+    statistics due."""
     problem, grads = h.plain_problem(), h.plain_grads()
     tx = h.make_tx("kfac", problem, kl_clip=None, damping=0.0)
     state = optax.chain(tx).init(problem.params)
@@ -87,7 +107,9 @@ def test_set_replaces_what_the_next_step_uses():
     assert int(optax.tree.get(after, "kfac_count")) == 8
     assert refreshed._cache_size() == 1
     refreshed(state)
-    assert refreshed._cache_size() == 1, "a state with replaced leaves has the types of the original"
+    assert refreshed._cache_size() == 1, (
+        "a state with replaced leaves has the types of the original"
+    )
 
 
 def test_missing_curvature_shows_the_line_to_write():
@@ -103,11 +125,14 @@ def test_curvature_of_a_wrong_type_is_an_error():
     tx = h.make_tx("kfac", problem)
     for wrong in (problem.estimator, problem.params, 1.0):
         with pytest.raises(TypeError, match=r"expected fisher\.at"):
-            jax.eval_shape(lambda p, w=wrong: tx.update(p, tx.init(p), p, curvature=w), problem.params)
+            jax.eval_shape(
+                lambda p, w=wrong: tx.update(p, tx.init(p), p, curvature=w), problem.params
+            )
 
 
 def test_a_model_of_taps_without_stored_parameters_is_an_error():
-    """A bare vector reshaped into a kernel is no parameter as stored: no layer is left, and the error says so."""
+    """A bare vector reshaped into a kernel is no parameter as stored: no layer is left, and the
+    error says so."""
     estimator = ko.ggn(lambda v: ko.Normal(h.dense(jnp.ones((1, 1)), v[None, :])))
     with pytest.raises(ValueError, match=r"no layer") as error:
         estimator.layers(jnp.ones(3))

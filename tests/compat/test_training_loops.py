@@ -1,4 +1,5 @@
-"""The loops people write: TrainState, nnx.Optimizer, scan, eager steps, vmap over seeds, curvature as an argument."""
+"""The loops people write: TrainState, nnx.Optimizer, scan, eager steps, vmap over seeds, curvature
+as an argument."""
 
 import functools
 
@@ -17,12 +18,15 @@ both = pytest.mark.parametrize("preset", h.PRESETS)
 
 
 class TrainState(train_state.TrainState):
-    """The recipe of the README: `apply_gradients` that hands extra arguments on to the optimizer."""
+    """The recipe of the README: `apply_gradients` that hands extra arguments on to the
+    optimizer."""
 
     def apply_gradients(self, *, grads, changes=None, **extra):
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra)
         params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **(changes or {}))
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **(changes or {})
+        )
 
 
 def test_train_state_recipe():
@@ -31,7 +35,9 @@ def test_train_state_recipe():
 
     @jax.jit
     def train_step(state):
-        return state.apply_gradients(grads=problem.grad(state.params), curvature=problem.at(state.params))
+        return state.apply_gradients(
+            grads=problem.grad(state.params), curvature=problem.at(state.params)
+        )
 
     create = functools.partial(TrainState.create, apply_fn=problem.predict, tx=tx)
     state = create(params=problem.params)
@@ -71,24 +77,33 @@ def _nnx_problem():
     """The plain problem as an NNX model; its parameters are an `nnx.State`."""
     plain = h.plain_problem()
     graph, params = nnx.split(NNXModel(plain.params), nnx.Param)
-    return h.make_problem(lambda params, x: ko.Categorical(nnx.merge(graph, params)(x)), params, plain.x, plain.y)
+    return h.make_problem(
+        lambda params, x: ko.Categorical(nnx.merge(graph, params)(x)), params, plain.x, plain.y
+    )
 
 
 def _as_plain(state):
     """Arrays of an NNX state in the tree of the plain problem."""
     pure = nnx.to_pure_dict(state)["layers"]
-    return {name: {"w": pure[i]["kernel"], "b": pure[i]["bias"]} for i, name in enumerate(("first", "last"))}
+    return {
+        name: {"w": pure[i]["kernel"], "b": pure[i]["bias"]}
+        for i, name in enumerate(("first", "last"))
+    }
 
 
 @both
 def test_nnx_optimizer(preset):
-    """In `nnx.jit`; paths of parameters differ between its `init` and `update`, which must not matter."""
+    """In `nnx.jit`; paths of parameters differ between its `init` and `update`, which must not
+    matter."""
     problem, plain = _nnx_problem(), h.plain_problem()
     assert [(layer.kernel, layer.bias) for layer in problem.layers] == [
-        ("layers/0/kernel", "layers/0/bias"), ("layers/1/kernel", "layers/1/bias"),
-    ]  # fmt: skip
+        ("layers/0/kernel", "layers/0/bias"),
+        ("layers/1/kernel", "layers/1/bias"),
+    ]
     model = NNXModel(plain.params)
-    optimizer = nnx.Optimizer(model, optax.chain(h.make_tx(preset, problem), optax.sgd(0.1)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, optax.chain(h.make_tx(preset, problem), optax.sgd(0.1)), wrt=nnx.Param
+    )
 
     @nnx.jit
     def train_step(model, optimizer, x, y):
@@ -101,13 +116,16 @@ def test_nnx_optimizer(preset):
     params, own, _ = h.reference_run(preset)
     h.assert_close(_as_plain(nnx.state(model, nnx.Param)), params)
     state = nnx.as_pure(optimizer.opt_state)[0]
-    h.assert_close(optax.tree.get(state, "factors"), optax.tree.get(own, "factors"), structure=False)
+    h.assert_close(
+        optax.tree.get(state, "factors"), optax.tree.get(own, "factors"), structure=False
+    )
     assert int(optax.tree.get(state, "kfac_count")) == 6
     assert losses[-1] < losses[0]
 
 
 def test_nnx_state_as_parameters():
-    """An `nnx.State` works like any other tree: updates have its structure and the values of the plain problem."""
+    """An `nnx.State` works like any other tree: updates have its structure and the values of the
+    plain problem."""
     problem = _nnx_problem()
     _, _, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)
     assert isinstance(updates, nnx.State)
@@ -130,8 +148,12 @@ def test_eager_is_jit():
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem)
     state = tx.init(problem.params)
-    updates, state = tx.update(h.plain_grads(), state, problem.params, curvature=problem.at(problem.params))
-    expected = jax.jit(lambda s, g: tx.update(g, s, problem.params, curvature=problem.at(problem.params)))
+    updates, state = tx.update(
+        h.plain_grads(), state, problem.params, curvature=problem.at(problem.params)
+    )
+    expected = jax.jit(
+        lambda s, g: tx.update(g, s, problem.params, curvature=problem.at(problem.params))
+    )
     h.assert_close((updates, state), expected(h.initial_state("kfac_two_level"), h.plain_grads()))
 
 
@@ -141,7 +163,8 @@ def _seeds(problem, n=3):
 
 @pytest.mark.parametrize("static", [False, True], ids=["unbatched count", "static refresh"])
 def test_vmap_over_seeds(static):
-    """An ensemble is a loop over its members; with the count kept unbatched the branches stay branches."""
+    """An ensemble is a loop over its members; with the count kept unbatched the branches stay
+    branches."""
     problem, n, preset = h.plain_problem(), 3, "kfac" if static else "kfac_two_level"
     tx = h.make_tx(preset, problem)
     step = h.make_step(tx, problem)
@@ -163,9 +186,13 @@ def test_vmap_over_seeds(static):
         *batched, updates = many(*batched)
         results = [one(*single) for single in singles]
         singles = [result[:2] for result in results]
-        h.assert_close(updates, jax.tree.map(lambda *us: jnp.stack(us), *(result[2] for result in results)))
+        h.assert_close(
+            updates, jax.tree.map(lambda *us: jnp.stack(us), *(result[2] for result in results))
+        )
     factors = [optax.tree.get(state, "factors") for _, state in singles]
-    h.assert_close(optax.tree.get(batched[1], "factors"), jax.tree.map(lambda *fs: jnp.stack(fs), *factors))
+    h.assert_close(
+        optax.tree.get(batched[1], "factors"), jax.tree.map(lambda *fs: jnp.stack(fs), *factors)
+    )
     assert not np.allclose(*(jax.tree.leaves(f)[0] for f in factors[:2]))
 
 
@@ -180,7 +207,8 @@ def test_a_batched_count_turns_branches_into_selects():
 
 
 def test_curvature_is_an_argument_of_a_compiled_step():
-    """It is a pytree: through `jit` as an argument it is what it is inside, and new ones compile nothing."""
+    """It is a pytree: through `jit` as an argument it is what it is inside, and new ones compile
+    nothing."""
     problem = h.plain_problem()
     estimator = ko.fisher(problem.predict)
     tx = h.make_tx("kfac_two_level", problem)
@@ -191,7 +219,13 @@ def test_curvature_is_an_argument_of_a_compiled_step():
 
     @jax.jit
     def inside(state, params, x, key):
-        return tx.update(h.plain_grads(), state, params, curvature=estimator.at(params, x, key=key), refresh=False)
+        return tx.update(
+            h.plain_grads(),
+            state,
+            params,
+            curvature=estimator.at(params, x, key=key),
+            refresh=False,
+        )
 
     for seed in range(3):
         x, key = problem.x + seed, jax.random.key(seed)
@@ -208,16 +242,23 @@ def test_curvature_survives_tree_operations():
     again = jax.tree.unflatten(structure, leaves)
     assert again.spec == curvature.spec
     assert again.args[0] is problem.x
-    assert structure == jax.tree.structure(problem.estimator.at(problem.params, problem.x, key=jax.random.key(2)))
+    assert structure == jax.tree.structure(
+        problem.estimator.at(problem.params, problem.x, key=jax.random.key(2))
+    )
     assert hash(structure) == hash(jax.tree.structure(again))
 
 
 def test_none_and_curvature_are_two_programs():
-    """`curvature=None` keeps the factors and still preconditions; the two kinds of step mix in one loop."""
+    """`curvature=None` keeps the factors and still preconditions; the two kinds of step mix in one
+    loop."""
     problem = h.plain_problem()
-    step = jax.jit(h.make_step(h.make_tx("kfac_two_level", problem), problem), static_argnames="curvature")
+    step = jax.jit(
+        h.make_step(h.make_tx("kfac_two_level", problem), problem), static_argnames="curvature"
+    )
     params, state, _ = step(problem.params, h.initial_state("kfac_two_level"))
     _, without, updates = step(params, state, curvature=None)
     assert int(optax.tree.get(without, "kfac_count")) == 2
     h.assert_equal(optax.tree.get(without, "factors"), optax.tree.get(state, "factors"))
-    h.assert_close(updates, jax.tree.map(lambda u: u[1], h.reference_run("kfac_two_level")[2]))  # nothing was due
+    h.assert_close(
+        updates, jax.tree.map(lambda u: u[1], h.reference_run("kfac_two_level")[2])
+    )  # nothing was due

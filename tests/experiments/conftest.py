@@ -21,7 +21,9 @@ def read_config(name: str, *variant: str) -> ml_collections.ConfigDict:
 
 def small_deep_linear() -> ml_collections.ConfigDict:
     config = read_config("deep_linear")
-    config.update(optimizers=("sgd", "adam"), seeds=2, epochs=2, batch_size=16, grid=(1e-1, 1e-3), workers=1)
+    config.update(
+        optimizers=("sgd", "adam"), seeds=2, epochs=2, batch_size=16, grid=(1e-1, 1e-3), workers=1
+    )
     config.data.update(train=70, test=20, features=3)
     config.model.update(depth=2, width=4)
     config.kfac.update(curvature_every=1, inverse_every=2)

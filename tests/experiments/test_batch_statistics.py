@@ -15,7 +15,9 @@ def test_momentum_and_statistics_come_out_of_the_update_rule():
     runs = [lambda old, b=b: m * old + (1 - m) * b for b in map(jnp.asarray, batches)]
     found = batch_statistics.momentum(runs[0], jnp.ones(2))
     np.testing.assert_allclose(found, m, rtol=1e-6)
-    np.testing.assert_allclose(batch_statistics.mean_over(runs, jnp.ones(2), found), [1.0, 1.5e6], rtol=1e-5)
+    np.testing.assert_allclose(
+        batch_statistics.mean_over(runs, jnp.ones(2), found), [1.0, 1.5e6], rtol=1e-5
+    )
 
 
 def test_an_evaluation_uses_the_statistics_of_its_weights(deep_linear):
@@ -29,7 +31,9 @@ def test_an_evaluation_uses_the_statistics_of_its_weights(deep_linear):
     problem = steps.problem(deep_linear, "sgd", dataset)
     model_state = {"batch_stats": {"BatchNorm_0": stats}}
     expected = steps.evaluate(problem, moved, model_state, dataset, 0, size=20)
-    np.testing.assert_allclose(trainer.evaluate(moved, state.model_state, dataset), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        trainer.evaluate(moved, state.model_state, dataset), expected, rtol=1e-5
+    )
 
     deep_linear.evaluate_with = "running"
     running = train.prepare(deep_linear, "sgd").evaluate(moved, state.model_state, dataset)

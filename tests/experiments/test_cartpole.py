@@ -15,19 +15,23 @@ import pytest
 from rich.console import Console
 
 import kfac_optax as ko
-from conftest import read_config
 from kfac_optax.experiments import a2c, actor_critic, cartpole
+from tests.experiments.conftest import read_config
 
 ROOT = Path(__file__).parents[2]
 
 
 def numpy_step(x, action):
-    """The cart-pole equations as in the paper's appendix, solved for both accelerations as a linear system."""
+    """The cart-pole equations as in the paper's appendix, solved for both accelerations as a linear
+    system."""
     _, velocity, angle, spin = x
     m, big_m, half, g = 0.1, 1.0, 0.5, 9.8
     force = 10.0 if action else -10.0
-    # (M + m) a + m l w' cos = F + m l w^2 sin and m l cos a + (4/3) m l^2 w' = m g l sin, l half the length
-    matrix = np.array([[big_m + m, m * half * np.cos(angle)], [m * half * np.cos(angle), 4 / 3 * m * half**2]])
+    # (M + m) a + m l w' cos = F + m l w^2 sin and m l cos a + (4/3) m l^2 w' = m g l sin, l half
+    # the length
+    matrix = np.array(
+        [[big_m + m, m * half * np.cos(angle)], [m * half * np.cos(angle), 4 / 3 * m * half**2]]
+    )
     right = np.array([force + m * half * spin**2 * np.sin(angle), m * g * half * np.sin(angle)])
     acceleration, turn = np.linalg.solve(matrix, right)
     return x + 0.02 * np.array([velocity, acceleration, spin, turn])
@@ -65,7 +69,9 @@ def test_episodes_end_at_the_limits_and_start_again(observation, steps, terminat
     after, outcome = step(jax.random.key(1), before, 1)
     assert (bool(outcome.terminated), bool(outcome.truncated)) == (terminated, truncated)
     assert float(outcome.reward) == 1
-    np.testing.assert_allclose(outcome.observation, numpy_step(np.array(observation), 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        outcome.observation, numpy_step(np.array(observation), 1), rtol=1e-5, atol=1e-6
+    )
     if terminated or truncated:
         assert int(after.steps) == 0
         assert 0 < np.abs(after.observation).max() <= 0.05
@@ -86,9 +92,13 @@ def test_advantages_are_discounted_sums_of_errors_within_an_episode():
     value, following = rng.normal(size=shape), rng.normal(size=shape)
     terminated, truncated = np.zeros(shape, bool), np.zeros(shape, bool)
     terminated[2, 0] = truncated[3, 1] = True
-    outcome = cartpole.Outcome(None, jnp.ones(shape), jnp.asarray(terminated), jnp.asarray(truncated))
+    outcome = cartpole.Outcome(
+        None, jnp.ones(shape), jnp.asarray(terminated), jnp.asarray(truncated)
+    )
     batch = a2c.Batch(None, None, jnp.asarray(value, jnp.float32), outcome, None)
-    got = a2c.advantages(batch, jnp.asarray(following, jnp.float32), discount=discount, trace=trace, scale=scale)
+    got = a2c.advantages(
+        batch, jnp.asarray(following, jnp.float32), discount=discount, trace=trace, scale=scale
+    )
     errors = scale + discount * following * ~terminated - value
     for t, env in np.ndindex(*shape):
         expected, weight = 0.0, 1.0
@@ -112,21 +122,26 @@ def test_joint_fisher_is_that_of_both_heads(x64):
         predict = lambda p, x: {name: model.apply({"params": p}, x)[name] for name in heads}
         return ko.ggn(predict).vector_product(params, v, x)
 
-    joint, policy, value = (product(heads) for heads in (("policy", "value"), ("policy",), ("value",)))
+    joint, policy, value = (
+        product(heads) for heads in (("policy", "value"), ("policy",), ("value",))
+    )
     for a, b, c in zip(*map(jax.tree.leaves, (joint, policy, value)), strict=True):
         np.testing.assert_allclose(a, b + c, rtol=1e-10, atol=1e-14)
 
 
 def small(**changes):
     config = read_config("cartpole_acktr")
-    config.update(seeds=2, steps=640, environments=4, rollout=8, points=4, shown=(0.5, 1.0), widths=(8,))
+    config.update(
+        seeds=2, steps=640, environments=4, rollout=8, points=4, shown=(0.5, 1.0), widths=(8,)
+    )
     config.grid = {"acktr": (1.0,), "rmsprop": (1e-2, 1e-3)}
     config.update(changes)
     return config
 
 
 def test_acktr_learns_to_keep_the_pole_up():
-    """Ten thousand steps of random actions keep it up for 22 steps; those of the second half of training do far better."""
+    """Ten thousand steps of random actions keep it up for 22 steps; those of the second half of
+    training do far better."""
     config = small(steps=16_000, environments=16, rollout=20, widths=(16,), shared=True)
     config.acktr.cold_steps = 2
     run = jax.jit(functools.partial(a2c.train, config, a2c.METHODS["acktr"]))
@@ -142,14 +157,36 @@ def test_acktr_learns_to_keep_the_pole_up():
 
 
 def test_the_command_leaves_its_files(tmp_path):
-    command = [sys.executable, "-m", "kfac_optax.experiments.actor_critic", "--config=configs/cartpole_acktr.py"]
-    command += [f"--config.out={tmp_path}", "--config.seeds=2", "--config.steps=640", "--config.environments=4"]
-    command += ["--config.rollout=8", "--config.points=4", "--config.widths=(4,)", "--config.grid.acktr=()"]
+    command = [
+        sys.executable,
+        "-m",
+        "kfac_optax.experiments.actor_critic",
+        "--config=configs/cartpole_acktr.py",
+    ]
+    command += [
+        f"--config.out={tmp_path}",
+        "--config.seeds=2",
+        "--config.steps=640",
+        "--config.environments=4",
+    ]
+    command += [
+        "--config.rollout=8",
+        "--config.points=4",
+        "--config.widths=(4,)",
+        "--config.grid.acktr=()",
+    ]
     command += ["--config.grid.adam=()", "--config.grid.rmsprop=(1e-2, 1e-3)"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert "A2C, RMSProp" in done.stdout and "640 steps" in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"curves.csv", "summary.csv", "summary.json", "returns.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "curves.csv",
+        "summary.csv",
+        "summary.json",
+        "returns.png",
+    }
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["optimizer"] for row in summary["summary"] if row["best"]] == ["rmsprop"]
@@ -158,7 +195,9 @@ def test_the_command_leaves_its_files(tmp_path):
 
 def fake_runs(rates):
     """Seed 1 is always 10 better; returns say which rate it was."""
-    make = lambda level: [actor_critic.Run(s, np.full(4, level + 10.0 * s), np.ones(4), 2.0) for s in range(2)]
+    make = lambda level: [
+        actor_critic.Run(s, np.full(4, level + 10.0 * s), np.ones(4), 2.0) for s in range(2)
+    ]
     return {key: make(level) for key, level in rates.items()}
 
 
@@ -172,17 +211,39 @@ def test_tables_compare_the_best_rates():
     rows = [line.split() for line in capture.get().splitlines()]
     half = f"{5 * math.sqrt(2) * 12.7062 / math.sqrt(2):.0f}"
     assert ["ACKTR", "1", "105", "±", half, "105", "±", half, "2.0", "±", "0.0"] in rows
-    assert ["A2C,", "RMSProp", "0.001*", "65", "±", half, "65", "±", half, "2.0", "±", "0.0"] in rows
+    assert [
+        "A2C,",
+        "RMSProp",
+        "0.001*",
+        "65",
+        "±",
+        half,
+        "65",
+        "±",
+        half,
+        "2.0",
+        "±",
+        "0.0",
+    ] in rows
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seeds": 0}, "config.seeds: got 0, expected a positive number"),
-        ({"steps": 650}, "config.steps: got 650, expected a multiple of environments . rollout . points = 128"),
+        (
+            {"steps": 650},
+            "config.steps: got 650, expected a multiple of environments . rollout . points = 128",
+        ),
         ({"grid": {"sgd": (1.0,)}}, "config.grid: got 'sgd', expected one of"),
-        ({"grid": {"adam": ()}}, "config.grid: got no rates, expected some for at least one optimizer"),
-        ({"grid": {"adam": (0.0,)}}, "config.grid.adam: got .0.0,., expected positive learning rates"),
+        (
+            {"grid": {"adam": ()}},
+            "config.grid: got no rates, expected some for at least one optimizer",
+        ),
+        (
+            {"grid": {"adam": (0.0,)}},
+            "config.grid.adam: got .0.0,., expected positive learning rates",
+        ),
     ],
 )
 def test_bad_settings_are_refused(change, message):

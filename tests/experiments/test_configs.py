@@ -1,4 +1,5 @@
-"""Every configuration trains at a reduced size, and a run of it that was interrupted ends in the same numbers."""
+"""Every configuration trains at a reduced size, and a run of it that was interrupted ends in the
+same numbers."""
 
 import itertools
 import pickle
@@ -11,10 +12,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from conftest import CONFIGS, read_config
 from kfac_optax.experiments import models, results, settings, train
 from kfac_optax.experiments.checkpoints import Store
 from kfac_optax.experiments.results import Job
+from tests.experiments.conftest import CONFIGS, read_config
 
 
 def reduced(name: str, directory, *variant: str):
@@ -44,7 +45,11 @@ def reduced(name: str, directory, *variant: str):
 SMALL = [
     ("resnet110_cifar10", "sgd", {"depth": 8}),
     ("vgg16_cifar10", "b_kfac", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
-    ("vgg16_cifar10:fashion_mnist", "rs_kfac", {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)}),
+    (
+        "vgg16_cifar10:fashion_mnist",
+        "rs_kfac",
+        {"width": 8, "groups": (1,), "pooled": 1, "hidden": (4,)},
+    ),
     ("wide_mlp", "b_kfac_two_level", {"widths": (40,)}),
     ("fashion_mnist_cnn", "adam", {"channels": (8,), "hidden": (4,)}),
     ("fashion_mnist_autoencoder", "sgd", {"widths": (6, 3)}),
@@ -60,13 +65,18 @@ SMALL = [
 
 
 @pytest.mark.parametrize(("name", "optimizer", "model"), SMALL)
-def test_a_reduced_configuration_trains_and_resumes_to_the_same_numbers(name, optimizer, model, tmp_path):
+def test_a_reduced_configuration_trains_and_resumes_to_the_same_numbers(
+    name, optimizer, model, tmp_path
+):
     config = reduced(*name.split(":")[:1], tmp_path, *name.split(":")[1:])
     config.model.update(model)
     if name == "char_transformer":
         config.data.context = 8
     if optimizer == "kfac":
-        config.kfac = {**config.kfac.to_dict(), "damping": read_config("vgg16_cifar10").kfac.damping.to_dict()}
+        config.kfac = {
+            **config.kfac.to_dict(),
+            "damping": read_config("vgg16_cifar10").kfac.damping.to_dict(),
+        }
     trainer = train.prepare(config, optimizer)
     assert (trainer.steps, trainer.steps_per_call) == (2, 1)
 
@@ -108,7 +118,10 @@ def test_the_other_models_have_the_number_of_parameters_of_their_layers():
     autoencoder = read_config("fashion_mnist_autoencoder").model
     widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     assert parameters(autoencoder, (1, 784), outputs=784) == dense(*widths)
-    vgg, channels = read_config("vgg16_cifar10").model, (3, *2 * [64], *2 * [128], *3 * [256], *6 * [512])
+    vgg, channels = (
+        read_config("vgg16_cifar10").model,
+        (3, *2 * [64], *2 * [128], *3 * [256], *6 * [512]),
+    )
     norms = 2 * sum(channels[1:])
     convolutions = sum(9 * a * b for a, b in itertools.pairwise(channels))
     assert parameters(vgg, (1, 32, 32, 3)) == convolutions + norms + dense(2048, 4096, 4096, 10)
@@ -118,7 +131,9 @@ def test_the_other_models_have_the_number_of_parameters_of_their_layers():
 
 def parameters(model, shape, outputs: int = 0) -> int:
     module = models.build(model, outputs=outputs)
-    params, _ = jax.eval_shape(lambda key: models.init(module, key, jax.numpy.zeros(shape)), jax.random.key(0))
+    params, _ = jax.eval_shape(
+        lambda key: models.init(module, key, jax.numpy.zeros(shape)), jax.random.key(0)
+    )
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -138,15 +153,27 @@ def test_a_character_is_predicted_from_those_before_it():
 
 def test_the_paper_gives_optimizers_their_own_batches_and_rates():
     config = read_config("resnet110_cifar10")
-    assert [settings.of(config, name).batch_size for name in config.optimizers] == [64, 64, 128, 128]
-    assert [settings.base_rate(config, name) for name in config.optimizers] == [1e-2, 1e-3, 1e-2, 1e-2]
+    assert [settings.of(config, name).batch_size for name in config.optimizers] == [
+        64,
+        64,
+        128,
+        128,
+    ]
+    assert [settings.base_rate(config, name) for name in config.optimizers] == [
+        1e-2,
+        1e-3,
+        1e-2,
+        1e-2,
+    ]
     before = results.run_settings(config, Job("kfac", 1e-2, 0))
     config.per_optimizer.sgd.batch_size = 32
     config.data_dir = "elsewhere"
     assert results.run_settings(config, Job("kfac", 1e-2, 0)) == before
     assert results.run_settings(config, Job("sgd", 1e-2, 0))["batch_size"] == 32
     config.per_optimizer = {"sgd": {"batchsize": 32}}
-    with pytest.raises(ValueError, match=r"config.per_optimizer.sgd: got 'batchsize', expected one of"):
+    with pytest.raises(
+        ValueError, match=r"config.per_optimizer.sgd: got 'batchsize', expected one of"
+    ):
         settings.of(config, "sgd")
 
 
@@ -180,7 +207,9 @@ def test_the_directory_of_the_files_is_a_flag(flag, monkeypatch):
 def test_labels_beyond_the_model_are_refused(tmp_path):
     config = reduced("fashion_mnist_cnn", tmp_path)
     config.model.outputs = 4
-    with pytest.raises(ValueError, match=re.escape("config.model.outputs: got 4, expected at least the")):
+    with pytest.raises(
+        ValueError, match=re.escape("config.model.outputs: got 4, expected at least the")
+    ):
         train.prepare(config, "sgd")
 
 
@@ -194,15 +223,21 @@ def test_depths_that_no_residual_network_has_are_refused():
 def test_a_context_longer_than_the_positions_is_refused():
     model = read_config("char_transformer").model
     model.max_context = 4
-    with pytest.raises(ValueError, match="config.data.context: got 5, expected at most config.model.max_context=4"):
+    with pytest.raises(
+        ValueError, match="config.data.context: got 5, expected at most config.model.max_context=4"
+    ):
         models.init(models.build(model, outputs=0), jax.random.key(0), np.zeros((1, 5), np.int32))
 
 
 @pytest.mark.parametrize(("name", "count"), [("rms_transformer", 5), ("lstm", 2)])
 def test_models_of_rows_have_bare_parameters(name, count):
     model = models.build(read_config("uncovered", name).model, outputs=10)
-    params, _ = jax.eval_shape(lambda key: models.init(model, key, np.zeros((1, 8, 8), np.float32)), jax.random.key(0))
-    bare = [path for path, _ in jax.tree.leaves_with_path(params) if path[-1].key in ("scale", "offset")]
+    params, _ = jax.eval_shape(
+        lambda key: models.init(model, key, np.zeros((1, 8, 8), np.float32)), jax.random.key(0)
+    )
+    bare = [
+        path for path, _ in jax.tree.leaves_with_path(params) if path[-1].key in ("scale", "offset")
+    ]
     assert len(bare) == count
     with pytest.raises(ValueError, match="got 'gru', expected one of"):
         read_config("uncovered", "gru")

@@ -43,8 +43,12 @@ def test_digits_are_split_without_overlap():
     assert float(dataset.train_x.min()) == 0.0
     assert float(dataset.train_x.max()) == 1.0
     everything = np.concatenate([dataset.train_x, dataset.test_x])
-    whole = data.load(ml_collections.ConfigDict({"name": "digits", "train": 1797, "test": 0}), jax.random.key(1))
-    np.testing.assert_array_equal(np.sort(everything.sum(1)), np.sort(np.asarray(whole.train_x).sum(1)))
+    whole = data.load(
+        ml_collections.ConfigDict({"name": "digits", "train": 1797, "test": 0}), jax.random.key(1)
+    )
+    np.testing.assert_array_equal(
+        np.sort(everything.sum(1)), np.sort(np.asarray(whole.train_x).sum(1))
+    )
 
 
 def test_digits_take_any_shape_of_their_pixels():
@@ -60,12 +64,15 @@ def test_digits_take_any_shape_of_their_pixels():
 
 def test_too_many_digits_are_refused():
     config = ml_collections.ConfigDict({"name": "digits", "train": 1797, "test": 1})
-    with pytest.raises(ValueError, match="config.data: got train=1797 and test=1, expected at most 1797"):
+    with pytest.raises(
+        ValueError, match="config.data: got train=1797 and test=1, expected at most 1797"
+    ):
         data.load(config, jax.random.key(0))
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"config.data.name: got 'cifar', expected one of \['characters', 'cifar10', 'digits'"
+        ValueError,
+        match=r"config.data.name: got 'cifar', expected one of \['characters', 'cifar10', 'digits'",
     ):
         planted(0, name="cifar")

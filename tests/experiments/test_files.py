@@ -26,7 +26,9 @@ def test_idx_files_are_read_plain_and_packed(tmp_path, packed):
 
 
 def test_missing_idx_files_are_named_with_where_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte is missing.*dataset-fashion-mnist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"train-images-idx3-ubyte is missing.*dataset-fashion-mnist"
+    ):
         load(name="fashion_mnist", data_dir=str(tmp_path), train=2, test=2)
     data_files.write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
@@ -45,7 +47,10 @@ def test_damaged_idx_files_are_refused(tmp_path):
         where.unlink()
 
     whole = data_files.idx(images)
-    refused(whole[:-1], rf"{path}: got {images.size - 1} bytes of data, expected {images.size} for the shape \(24, 28")
+    refused(
+        whole[:-1],
+        rf"{path}: got {images.size - 1} bytes of data, expected {images.size} for the shape \(24, 28",
+    )
     refused(whole + b"0", f"{path}: got {images.size + 1} bytes of data")
     refused(b"", f"{path}: got the first bytes nothing, expected 00 00 08 03")
     refused(data_files.idx(labels), "got the first bytes 00 00 08 01, expected 00 00 08 03")
@@ -55,13 +60,19 @@ def test_damaged_idx_files_are_refused(tmp_path):
     refused(gzip.compress(whole)[:-9], f"{packed}: got a damaged gzip file", packed)
     refused(b"not packed", f"{packed}: got a damaged gzip file", packed)
     path.write_bytes(whole)
-    refused(data_files.idx(labels + 10), "got label 1[0-9], expected labels below 10", tmp_path / data_files.NAMES[1])
+    refused(
+        data_files.idx(labels + 10),
+        "got label 1[0-9], expected labels below 10",
+        tmp_path / data_files.NAMES[1],
+    )
 
 
 @pytest.mark.parametrize("pickled", [True, False])
 @pytest.mark.parametrize("folder", ["", "own"])
 def test_cifar_batches_are_read_in_both_formats(tmp_path, pickled, folder):
-    directory = tmp_path / (("cifar-10-batches-py" if pickled else "cifar-10-batches-bin") if folder else "")
+    directory = tmp_path / (
+        ("cifar-10-batches-py" if pickled else "cifar-10-batches-bin") if folder else ""
+    )
     directory.mkdir(exist_ok=True)
     pixels, labels = data_files.write_cifar10(directory, pickled=pickled)
     images = cifar_files.read_cifar10(tmp_path, per_file=4)
@@ -76,7 +87,8 @@ def test_cifar_batches_are_read_in_both_formats(tmp_path, pickled, folder):
 
 def test_missing_cifar_batches_are_named_with_where_to_get_them(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no CIFAR-10 batches in .*https://www.cs.toronto.edu/~kriz/cifar.html"
+        FileNotFoundError,
+        match=r"no CIFAR-10 batches in .*https://www.cs.toronto.edu/~kriz/cifar.html",
     ):
         load(name="cifar10", data_dir=str(tmp_path), train=2, test=2)
     data_files.write_cifar10(tmp_path, pickled=False)
@@ -90,7 +102,9 @@ def test_damaged_cifar_batches_are_refused(tmp_path):
     path = tmp_path / "data_batch_2.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=f"{path}: got {len(whole) - 100} bytes, expected {len(whole)}: 4 records"):
+    with pytest.raises(
+        ValueError, match=f"{path}: got {len(whole) - 100} bytes, expected {len(whole)}: 4 records"
+    ):
         cifar_files.read_cifar10(tmp_path, per_file=4)
     path.write_bytes(bytes([10]) + whole[1:])
     with pytest.raises(ValueError, match=f"{path}: got labels from . to 10, expected 0 to 9"):
@@ -105,40 +119,60 @@ def test_damaged_cifar_pickles_are_refused(tmp_path):
         (whole[:-100], "expected a pickled dictionary with 'data' and 'labels'"),
         (b"", "EOFError"),
         (pickle.dumps({"data": np.zeros((4, 3072), np.uint8)}), "KeyError"),
-        (pickle.dumps({"data": np.zeros((4, 3071), np.uint8), "labels": [0] * 4}), r"got data \(4, 3071\) of uint8"),
-        (pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0] * 3}), r"labels \(3,\), expected"),
+        (
+            pickle.dumps({"data": np.zeros((4, 3071), np.uint8), "labels": [0] * 4}),
+            r"got data \(4, 3071\) of uint8",
+        ),
+        (
+            pickle.dumps({"data": np.zeros((4, 3072), np.uint8), "labels": [0] * 3}),
+            r"labels \(3,\), expected",
+        ),
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path}: got .*{message}" if "got" not in message else message):
+        with pytest.raises(
+            ValueError, match=f"{path}: got .*{message}" if "got" not in message else message
+        ):
             cifar_files.read_cifar10(tmp_path, per_file=4)
 
 
 def test_a_pickle_cannot_run_code(tmp_path):
     data_files.write_cifar10(tmp_path, pickled=True)
     (tmp_path / "data_batch_1").write_bytes(b"cos\ngetcwd\n(tR.")
-    with pytest.raises(ValueError, match=r"data_batch_1: got UnpicklingError \(it asks for os.getcwd"):
+    with pytest.raises(
+        ValueError, match=r"data_batch_1: got UnpicklingError \(it asks for os.getcwd"
+    ):
         cifar_files.read_cifar10(tmp_path, per_file=4)
 
 
 def test_a_seed_draws_its_part_of_the_files(tmp_path):
     arrays = data_files.write_idx(tmp_path)
-    config = ml_collections.ConfigDict({"name": "fashion_mnist", "data_dir": str(tmp_path), "train": 8, "test": 10})
+    config = ml_collections.ConfigDict(
+        {"name": "fashion_mnist", "data_dir": str(tmp_path), "train": 8, "test": 10}
+    )
     first, again, other = (data.load(config, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.train_x, again.train_x)
     assert not np.array_equal(first.train_x, other.train_x)
     assert first.train_x.shape == (8, 28, 28, 1) and first.train_x.dtype == np.uint8
-    np.testing.assert_array_equal(first.test_x[..., 0], arrays[2])  # all of them: in the order of the file
+    np.testing.assert_array_equal(
+        first.test_x[..., 0], arrays[2]
+    )  # all of them: in the order of the file
     for image, label in zip(first.train_x, first.train_y, strict=True):
         (place,) = np.flatnonzero((arrays[0] == np.asarray(image)[..., 0]).all((1, 2)))
         assert arrays[1][place] == label
-    with pytest.raises(ValueError, match=r"config.data.train: got 25, expected at most the 24 images"):
+    with pytest.raises(
+        ValueError, match=r"config.data.train: got 25, expected at most the 24 images"
+    ):
         load(name="fashion_mnist", data_dir=str(tmp_path), train=25, test=10)
 
 
 def test_images_to_be_reconstructed_are_their_own_targets(tmp_path):
     data_files.write_idx(tmp_path)
     dataset = load(name="fashion_mnist", data_dir=str(tmp_path), train=8, test=4, reconstruct=True)
-    assert dataset.train_x.shape == (8, 784) and dataset.train_y is dataset.train_x and dataset.test_y is dataset.test_x
+    assert (
+        dataset.train_x.shape == (8, 784)
+        and dataset.train_y is dataset.train_x
+        and dataset.test_y is dataset.test_x
+    )
     digits = load(name="digits", train=8, test=4, reconstruct=True)
     np.testing.assert_array_equal(digits.train_x, digits.train_y)
 
@@ -155,8 +189,15 @@ def test_a_text_of_ones_own_is_read(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("ab\n€" * 20, encoding="utf-8")
     dataset = load(name="characters", train=5, test=2, context=8, file=str(path))
-    assert set(np.unique(dataset.train_x)) == {0, text.CHARACTERS.index("a"), text.CHARACTERS.index("b"), text.UNKNOWN}
-    with pytest.raises(ValueError, match=r"got train=8 and test=2 windows of 8, expected at most 9 together"):
+    assert set(np.unique(dataset.train_x)) == {
+        0,
+        text.CHARACTERS.index("a"),
+        text.CHARACTERS.index("b"),
+        text.UNKNOWN,
+    }
+    with pytest.raises(
+        ValueError, match=r"got train=8 and test=2 windows of 8, expected at most 9 together"
+    ):
         load(name="characters", train=8, test=2, context=8, file=str(path))
     with pytest.raises(FileNotFoundError, match=r"config.data.file: .*none.txt is missing"):
         load(name="characters", train=5, test=2, context=8, file=str(tmp_path / "none.txt"))

@@ -23,7 +23,12 @@ def test_a_crop_is_a_translation_of_at_most_its_size():
     assert changed.shape == X.shape and changed.dtype == np.uint8
     seen = set()
     for image, source in zip(changed, padded, strict=True):
-        places = [(i, j) for i in range(5) for j in range(5) if (source[i : i + 8, j : j + 8] == image).all()]
+        places = [
+            (i, j)
+            for i in range(5)
+            for j in range(5)
+            if (source[i : i + 8, j : j + 8] == image).all()
+        ]
         assert len(places) == 1
         seen.update(places)
     assert len(seen) > 15  # of 25, drawn 64 times
@@ -31,13 +36,17 @@ def test_a_crop_is_a_translation_of_at_most_its_size():
 
 def test_a_flip_mirrors_about_half_of_the_images():
     changed = np.asarray(inputs.augment(jax.random.key(1), X, flip=True))
-    same, mirrored = ((changed == y).all((1, 2, 3)) for y in (np.asarray(X), np.asarray(X)[:, :, ::-1]))
+    same, mirrored = (
+        (changed == y).all((1, 2, 3)) for y in (np.asarray(X), np.asarray(X)[:, :, ::-1])
+    )
     assert (same ^ mirrored).all()
     assert 16 < mirrored.sum() < 48
 
 
 def test_augmentation_belongs_to_its_key():
-    first, again, other = (inputs.augment(jax.random.key(k), X, crop=2, flip=True) for k in (0, 0, 1))
+    first, again, other = (
+        inputs.augment(jax.random.key(k), X, crop=2, flip=True) for k in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 

@@ -36,7 +36,9 @@ def test_training_moves_the_running_averages_and_evaluation_uses_them():
     model = build("linear_mlp", depth=1, width=4)
     params, before = models.init(model, jax.random.key(1), X)
     trained, after = models.apply(model, params, before, X, train=True)
-    assert not np.allclose(after["batch_stats"]["BatchNorm_0"]["mean"], before["batch_stats"]["BatchNorm_0"]["mean"])
+    assert not np.allclose(
+        after["batch_stats"]["BatchNorm_0"]["mean"], before["batch_stats"]["BatchNorm_0"]["mean"]
+    )
     evaluated, kept = models.apply(model, params, after, X, train=False)
     assert kept is after
     assert not np.allclose(evaluated, trained)
@@ -54,15 +56,21 @@ def test_a_model_without_statistics_carries_none():
 @pytest.mark.parametrize(("name", "shape"), [("bernoulli", (6, 3)), ("categorical", (6,))])
 def test_nll_is_the_one_of_the_library(name, shape):
     likelihood = LIKELIHOODS[name]
-    y = jax.random.bernoulli(jax.random.key(3), 0.5, shape).astype(jnp.float32 if len(shape) == 2 else jnp.int32)
+    y = jax.random.bernoulli(jax.random.key(3), 0.5, shape).astype(
+        jnp.float32 if len(shape) == 2 else jnp.int32
+    )
     logits = jax.random.normal(jax.random.key(2), (6, 3))
-    np.testing.assert_allclose(likelihood.nll(logits, y), likelihood.distribution(logits).nll(y), rtol=1e-5)
+    np.testing.assert_allclose(
+        likelihood.nll(logits, y), likelihood.distribution(logits).nll(y), rtol=1e-5
+    )
 
 
 def test_correct_counts_each_target_by_its_sign():
     logits, y = jnp.array([[2.0, -1.0], [3.0, 4.0]]), jnp.array([[1.0, 1.0], [1.0, 1.0]])
     np.testing.assert_allclose(LIKELIHOODS["bernoulli"].score(logits, y), [0.5, 1.0])
-    np.testing.assert_allclose(LIKELIHOODS["categorical"].score(logits, jnp.array([0, 0])), [1.0, 0.0])
+    np.testing.assert_allclose(
+        LIKELIHOODS["categorical"].score(logits, jnp.array([0, 0])), [1.0, 0.0]
+    )
 
 
 def test_targets_decide_the_number_of_outputs():

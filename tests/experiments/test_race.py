@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 import kfac_optax as ko
-from conftest import read_config
 from kfac_optax.experiments import (
     clock,
     compare,
@@ -29,6 +28,7 @@ from kfac_optax.experiments import (
 )
 from kfac_optax.experiments.checkpoints import Store
 from kfac_optax.experiments.results import Job, Run
+from tests.experiments.conftest import read_config
 
 
 def rows_of(trainer, config, **options):
@@ -39,7 +39,9 @@ def rows_of(trainer, config, **options):
 def ticking(monkeypatch):
     """A clock on which every call of compiled code takes a second."""
     ticks = itertools.count()
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(
+        train, "time", types.SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    )
 
 
 def test_rows_within_an_epoch_are_means_since_the_row_before(deep_linear, trainers):
@@ -54,7 +56,9 @@ def test_rows_within_an_epoch_are_means_since_the_row_before(deep_linear, traine
     one = np.array([row[1:3] for row in single])  # loss and accuracy of every step
     np.testing.assert_allclose([row[1:3] for row in whole], one.reshape(2, 4, 2).mean(1), rtol=1e-5)
     windows = [slice(0, 3), slice(3, 4), slice(4, 7), slice(7, 8)]
-    np.testing.assert_allclose([row[1:3] for row in rows], [one[w].mean(0) for w in windows], rtol=1e-5)
+    np.testing.assert_allclose(
+        [row[1:3] for row in rows], [one[w].mean(0) for w in windows], rtol=1e-5
+    )
     # the test set is evaluated in the first row and at the end of epochs
     tested = [row[3:5] for row in rows]
     assert tested[1] == tested[2] == whole[0][3:5] and tested[3] == whole[1][3:5]
@@ -79,7 +83,9 @@ ENDS = [(1, 3.0, 3, 0.75), (2, 3.0, 2, 1), (0, 5.0, 2, 2), (1, 99.0, 8, 2)]
 
 
 @pytest.mark.parametrize(("every", "budget", "rows", "epoch"), ENDS)
-def test_a_run_ends_with_the_row_that_spends_the_budget(deep_linear, trainers, ticking, every, budget, rows, epoch):
+def test_a_run_ends_with_the_row_that_spends_the_budget(
+    deep_linear, trainers, ticking, every, budget, rows, epoch
+):
     deep_linear.update(report_every=every, budget_seconds=budget)
     got = rows_of(trainers("sgd")._replace(steps_per_call=1), deep_linear)
     assert (len(got), got[-1].epoch) == (rows, epoch)
@@ -118,7 +124,11 @@ def test_entries_that_are_off_leave_earlier_runs_valid(deep_linear):
 
 def make_run(seconds, loss) -> Run:
     n = len(loss)
-    columns = {"epoch": np.arange(1, n + 1) / 4, "train_loss": np.array(loss), "seconds": np.array(seconds)}
+    columns = {
+        "epoch": np.arange(1, n + 1) / 4,
+        "train_loss": np.array(loss),
+        "seconds": np.array(seconds),
+    }
     columns |= {name: np.linspace(0.5, 0.9, n) for name in ("train_accuracy", "test_accuracy")}
     return Run(not math.isfinite(loss[-1]), 20, {**columns, "test_loss": np.array(loss)})
 
@@ -126,7 +136,10 @@ def make_run(seconds, loss) -> Run:
 @pytest.fixture
 def unequal():
     """Runs of three, four and two rows; the second optimizer's only kept run has a single row."""
-    slow, fast = make_run([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]), make_run([0.5] * 4, [4.0, 3.0, 2.0, 1.0])
+    slow, fast = (
+        make_run([1.0, 1.0, 1.0], [3.0, 2.0, 1.0]),
+        make_run([0.5] * 4, [4.0, 3.0, 2.0, 1.0]),
+    )
     return {
         ("sgd", 0.1): [slow, fast, make_run([1.0, 1.0], [9.0, math.nan])],
         ("adam", 0.1): [make_run([2.5], [1.5])],
@@ -144,7 +157,9 @@ def test_curves_lie_on_a_common_grid_of_seconds(unequal):
     single = unequal["adam", 0.1]
     assert [part.tolist() for part in clock.curves(single, "train_loss")] == [[2.5], [[1.5]]]
     assert clock.common(unequal) == 2.0
-    np.testing.assert_allclose(clock.at(unequal["sgd", 0.1], "train_loss", seconds=1.75), [2.25, 1.5])
+    np.testing.assert_allclose(
+        clock.at(unequal["sgd", 0.1], "train_loss", seconds=1.75), [2.25, 1.5]
+    )
 
 
 def rendered(table) -> str:
@@ -158,7 +173,9 @@ def test_a_race_is_told_in_seconds_and_steps(unequal):
     unequal["adam", 0.01] = [make_run([1.0], [5.0])]
     text = rendered(tables.race(unequal, targets=(2.0, 0.5)))
     assert "train loss at 2 s" in text and "1 to 3 seeds" in text
-    line, steps_line = (row.split() for row in text.splitlines() if "SGD" in row or "steps (2/3)" in row)
+    line, steps_line = (
+        row.split() for row in text.splitlines() if "SGD" in row or "steps (2/3)" in row
+    )
     assert line[:2] == ["SGD", "0.1"]
     assert "1.75 ± 3.18 s" in text and "- (0/3)" in text  # 2.0 s and 1.5 s, after 10 and 15 steps
     assert steps_line[:3] == ["12", "±", "32"]
@@ -190,7 +207,9 @@ def recorded(monkeypatch):
             loss = job.rate * (1 if job.seed < 2 else 100)
             row = train.Metrics(1.0, loss, 0.5, loss, 0.5, 0.1)
             details = {"steps_per_epoch": 4}
-            results.record(out / "runs" / job.name, results.run_settings(config, job), [row], details)
+            results.record(
+                out / "runs" / job.name, results.run_settings(config, job), [row], details
+            )
 
     monkeypatch.setattr(workers, "train_all", record)
     return made
@@ -202,13 +221,19 @@ def first_of(rate: str) -> list[str]:
 
 def test_only_the_best_rate_gets_the_remaining_seeds(deep_linear, recorded, tmp_path, monkeypatch):
     own_rate(monkeypatch)
-    deep_linear.update(optimizers=("sgd", "own"), seeds=4, tune_seeds=2, grid=(1e-1, 1e-2), learning_rate=1e-1)
+    deep_linear.update(
+        optimizers=("sgd", "own"), seeds=4, tune_seeds=2, grid=(1e-1, 1e-2), learning_rate=1e-1
+    )
     runs = sweep.sweep(deep_linear, tmp_path, Console(quiet=True))
     given = [f"{name}-lr0.1-seed{seed}" for name in ("sgd", "own") for seed in range(4)]
     other = [f"sgd-lr0.01-seed{seed}" for seed in range(2)]
     later = [f"sgd-lr0.01-seed{seed}" for seed in (2, 3)]
     assert recorded == given + other + later
-    assert {key: len(group) for key, group in runs.items()} == {("sgd", 0.1): 4, ("own", 0.1): 4, ("sgd", 0.01): 4}
+    assert {key: len(group) for key, group in runs.items()} == {
+        ("sgd", 0.1): 4,
+        ("own", 0.1): 4,
+        ("sgd", 0.01): 4,
+    }
     assert results.best_rate(runs, "sgd") == 0.01  # by the seeds that both rates have
 
     recorded.clear()
@@ -219,8 +244,15 @@ def test_only_the_best_rate_gets_the_remaining_seeds(deep_linear, recorded, tmp_
     recorded.clear()  # the given rate is the best: it has all its seeds already
     deep_linear.learning_rate = 1e-2
     again = sweep.sweep(deep_linear, tmp_path / "given", Console(quiet=True))
-    assert recorded == [*(f"{name}-lr0.01-seed{i}" for name in ("sgd", "own") for i in range(4)), *first_of("0.1")]
-    assert {key: len(group) for key, group in again.items()} == {("sgd", 0.01): 4, ("own", 0.01): 4, ("sgd", 0.1): 2}
+    assert recorded == [
+        *(f"{name}-lr0.01-seed{i}" for name in ("sgd", "own") for i in range(4)),
+        *first_of("0.1"),
+    ]
+    assert {key: len(group) for key, group in again.items()} == {
+        ("sgd", 0.01): 4,
+        ("own", 0.01): 4,
+        ("sgd", 0.1): 2,
+    }
 
     deep_linear.learning_rate = 1e-1
     console = Console(width=150)
@@ -240,18 +272,28 @@ def test_more_seeds_to_tune_with_than_there_are_mean_all(deep_linear):
 def test_an_optimizer_may_have_a_grid_of_its_own(deep_linear, monkeypatch):
     own_rate(monkeypatch)
     with deep_linear.unlocked():
-        deep_linear.per_optimizer = {"adam": {"grid": (3e-4,), "learning_rate": 1e-2}, "own": {"learning_rate": 1.0}}
+        deep_linear.per_optimizer = {
+            "adam": {"grid": (3e-4,), "learning_rate": 1e-2},
+            "own": {"learning_rate": 1.0},
+        }
     deep_linear.update(optimizers=("sgd", "adam", "own"), seeds=1)
     assert {(job.optimizer, job.rate) for job in sweep.plan(deep_linear)} == {
-        ("sgd", 1e-3), ("sgd", 1e-1), ("adam", 1e-2), ("adam", 3e-4), ("own", 1.0),
-    }  # fmt: skip
+        ("sgd", 1e-3),
+        ("sgd", 1e-1),
+        ("adam", 1e-2),
+        ("adam", 3e-4),
+        ("own", 1.0),
+    }
     assert settings.rates(deep_linear, "adam", tuned=True) == [1e-2, 3e-4]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"report_every": -1}, "config.report_every: got -1, expected a positive number, or 0 for none"),
+        (
+            {"report_every": -1},
+            "config.report_every: got -1, expected a positive number, or 0 for none",
+        ),
         ({"evaluate_every": -1}, "config.evaluate_every: got -1"),
         ({"budget_seconds": -1.0}, "config.budget_seconds: got -1.0"),
         ({"evaluate_with": "now"}, "config.evaluate_with: got 'now', expected one of"),
@@ -269,9 +311,13 @@ def test_an_update_can_get_value_gradient_and_loss_function(deep_linear):
     dataset, key = train.start(deep_linear, seed=0)
     problem = steps.problem(deep_linear, "sgd", dataset)
 
-    def extra(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due):
+    def extra(
+        params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due
+    ):
         shifted = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grad)
-        return {"seen": {"value": value, "again": value_fn(params), "less": value_fn(shifted), **due}}
+        return {
+            "seen": {"value": value, "again": value_fn(params), "less": value_fn(shifted), **due}
+        }
 
     def update(grads, state, params=None, *, seen):
         return grads, seen
@@ -283,23 +329,49 @@ def test_an_update_can_get_value_gradient_and_loss_function(deep_linear):
     def step(key):
         state = steps.init(problem, 0.1, key, dataset)
         epoch = steps.shuffle(problem, state.key, len(dataset.train_x))
-        return steps.train_one(problem, 0.1, state, steps.no_reports(problem), dataset, epoch, 0, adapt=jnp.int32(7))
+        return steps.train_one(
+            problem, 0.1, state, steps.no_reports(problem), dataset, epoch, 0, adapt=jnp.int32(7)
+        )
 
     state, reports = step(key)
     seen = state.opt_state
-    assert float(seen["value"]) == pytest.approx(float(seen["again"])) == pytest.approx(float(reports[0, 0]))
+    assert (
+        float(seen["value"])
+        == pytest.approx(float(seen["again"]))
+        == pytest.approx(float(reports[0, 0]))
+    )
     assert float(seen["less"]) < float(seen["value"])
     assert int(seen["adapt"]) == 7
 
 
 def test_the_host_decides_warm_up_parts_and_further_flags(digits):
-    options = digits.kfac.to_dict() | {"stagger": 2, "inverse_every": {"regular": 4, "warmup_steps": 2}}
+    options = digits.kfac.to_dict() | {
+        "stagger": 2,
+        "inverse_every": {"regular": 4, "warmup_steps": 2},
+    }
     digits.kfac = options
     dataset, _ = train.start(digits, seed=0)
     method = steps.problem(digits, "kfac", dataset).method
-    assert [method.due(step)["refresh"] for step in range(7)] == [True, True, (1,), False, (0,), False, (1,)]
+    assert [method.due(step)["refresh"] for step in range(7)] == [
+        True,
+        True,
+        (1,),
+        False,
+        (0,),
+        False,
+        (1,),
+    ]
     got = method.extra(
-        None, None, None, None, value=1.0, value_fn=None, grad=None, measure=False, refresh=(1,), adapt=True
+        None,
+        None,
+        None,
+        None,
+        value=1.0,
+        value_fn=None,
+        grad=None,
+        measure=False,
+        refresh=(1,),
+        adapt=True,
     )
     assert got == {"curvature": None, "refresh": (1,), "adapt": True}
 
@@ -311,13 +383,18 @@ def test_the_python_loop_takes_the_step_that_is_due(digits, monkeypatch):
 
     def update(updates, state, params=None, *, kind):
         log = state["log"].at[state["kfac_count"]].set(kind)
-        return jax.tree.map(jnp.zeros_like, updates), {"kfac_count": state["kfac_count"] + 1, "log": log}
+        return jax.tree.map(jnp.zeros_like, updates), {
+            "kfac_count": state["kfac_count"] + 1,
+            "log": log,
+        }
 
     def extra(*_, measure, refresh, **__):
         return {"kind": kinds.index((measure, refresh))}
 
     init = lambda params: {"kfac_count": jnp.int32(0), "log": jnp.full(8, -1)}
-    method = optimizers.Method(lambda rate: optax.GradientTransformationExtraArgs(init, update), extra, due)
+    method = optimizers.Method(
+        lambda rate: optax.GradientTransformationExtraArgs(init, update), extra, due
+    )
     monkeypatch.setattr(optimizers, "make", lambda *_, **__: method)
     digits.epochs = 2
     with digits.unlocked():
@@ -371,7 +448,14 @@ def test_the_objective_of_an_adaptive_optimizer_contains_the_weight_decay(adapti
 
     # the curvature is lazy: nothing of this model is run
     extra = adaptive_problem[1].method.extra(
-        params, {}, x, jax.random.key(0), value=value_fn(params), value_fn=value_fn, grad=params, adapt=True
+        params,
+        {},
+        x,
+        jax.random.key(0),
+        value=value_fn(params),
+        value_fn=value_fn,
+        grad=params,
+        adapt=True,
     )
     assert extra["value"] == extra["value_fn"](params) == 3 + 0.5 / 2 * 5
     assert extra["adapt"] is True and extra["curvature"] is not None

@@ -16,7 +16,11 @@ RATE = 1e-3
 
 def make_run(*loss: float, seconds: float = 0.5) -> Run:
     n = len(loss)
-    columns = {"epoch": np.arange(1.0, n + 1), "train_loss": np.array(loss), "seconds": np.full(n, seconds)}
+    columns = {
+        "epoch": np.arange(1.0, n + 1),
+        "train_loss": np.array(loss),
+        "seconds": np.full(n, seconds),
+    }
     for name in ("train_accuracy", "test_accuracy"):
         columns[name] = np.linspace(0.5, 0.9, n)
     return Run(not math.isfinite(loss[-1]), 10, {**columns, "test_loss": np.array(loss)})
@@ -107,9 +111,14 @@ def test_summary_has_one_row_per_optimizer_and_rate(tmp_path, runs):
     with open(tmp_path / "summary.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["optimizer"], float(row["learning_rate"])) for row in rows] == [
-        ("sgd", 1e-1), ("sgd", RATE), ("two_level", 1e-1), ("two_level", RATE),
-    ]  # fmt: skip
-    np.testing.assert_allclose([float(row["train_loss"]) for row in rows], [0.01, 0.225, 0.015, 0.05])
+        ("sgd", 1e-1),
+        ("sgd", RATE),
+        ("two_level", 1e-1),
+        ("two_level", RATE),
+    ]
+    np.testing.assert_allclose(
+        [float(row["train_loss"]) for row in rows], [0.01, 0.225, 0.015, 0.05]
+    )
     assert [row["diverged"] for row in rows] == ["1", "0", "0", "1"]
     assert [row["reached_0.2"] for row in rows] == ["1", "1", "2", "1"]
 

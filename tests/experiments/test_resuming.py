@@ -30,8 +30,12 @@ def test_a_state_comes_back_with_its_types_and_position(tmp_path):
     found, state = store(tmp_path).read(like)
     assert found == position
     assert state["half"].dtype == jnp.bfloat16 and state["count"].dtype == jnp.int32
-    np.testing.assert_array_equal(jax.random.normal(state.pop("key")), jax.random.normal(STATE["key"]))
-    jax.tree.map(np.testing.assert_array_equal, state, {k: v for k, v in STATE.items() if k != "key"})
+    np.testing.assert_array_equal(
+        jax.random.normal(state.pop("key")), jax.random.normal(STATE["key"])
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, state, {k: v for k, v in STATE.items() if k != "key"}
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.npz"]
 
 
@@ -106,7 +110,9 @@ def test_a_killed_sweep_goes_on_where_it_was(deep_linear, trainers, tmp_path, mo
     final = json.loads((directory / "run.json").read_text())["final"]
     assert final["train_loss"] == whole[-1][1]
     expected = [[float(f"{value:.7g}") for value in row] for row in whole]
-    np.testing.assert_array_equal(np.transpose([run.history[name] for name in list(run.history)[:-1]]), expected)
+    np.testing.assert_array_equal(
+        np.transpose([run.history[name] for name in list(run.history)[:-1]]), expected
+    )
 
 
 def test_steps_follow_the_schedule_and_evaluation_goes_batch_by_batch(digits):
@@ -130,6 +136,8 @@ def test_steps_follow_the_schedule_and_evaluation_goes_batch_by_batch(digits):
     np.testing.assert_array_equal(kernels[3], kernels[1])
 
     likelihood = LIKELIHOODS["categorical"]
-    logits = models.build(digits.model, outputs=10).apply({"params": params[-1]}, dataset.test_x, train=False)
+    logits = models.build(digits.model, outputs=10).apply(
+        {"params": params[-1]}, dataset.test_x, train=False
+    )
     expected = [part(logits, dataset.test_y).mean() for part in (likelihood.nll, likelihood.score)]
     np.testing.assert_allclose(trainer.evaluate(params[-1], {}, dataset), expected, rtol=1e-5)

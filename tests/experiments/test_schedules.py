@@ -16,8 +16,12 @@ def test_the_rate_falls_at_the_given_epochs():
 
 def test_options_may_change_with_the_epoch():
     damping = {"epochs": (2,), "values": (0.1, 0.05)}
-    options = schedules.resolve({"damping": damping, "kl_clip": None}, steps=10, where="config.kfac")
-    np.testing.assert_array_equal([options["damping"](19), options["damping"](20)], np.float32([0.1, 0.05]))
+    options = schedules.resolve(
+        {"damping": damping, "kl_clip": None}, steps=10, where="config.kfac"
+    )
+    np.testing.assert_array_equal(
+        [options["damping"](19), options["damping"](20)], np.float32([0.1, 0.05])
+    )
     assert options["kl_clip"] is None
 
 
@@ -25,8 +29,14 @@ def test_options_may_change_with_the_epoch():
     ("section", "message"),
     [
         ({"epochs": (1, 2), "factors": (1.0, 0.1)}, "config.schedule: got 2 values, expected 3"),
-        ({"epochs": (2, 1), "factors": (1.0, 0.1, 0.01)}, r"config.schedule: got epochs \(2, 1\), expected increasing"),
-        ({"epochs": (0,), "factors": (1.0, 0.1)}, r"got epochs \(0,\), expected increasing positive"),
+        (
+            {"epochs": (2, 1), "factors": (1.0, 0.1, 0.01)},
+            r"config.schedule: got epochs \(2, 1\), expected increasing",
+        ),
+        (
+            {"epochs": (0,), "factors": (1.0, 0.1)},
+            r"got epochs \(0,\), expected increasing positive",
+        ),
     ],
 )
 def test_bad_schedules_are_refused(section, message):

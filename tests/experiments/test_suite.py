@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from conftest import read_config
 from kfac_optax.experiments import suite, sweep
 from kfac_optax.experiments.results import Run
+from tests.experiments.conftest import read_config
 
 
 def small():
     config = read_config("suite")
-    config.update(problems=("deep_tanh", "fashion_mnist_cnn"), optimizers=("sgd", "kfac", "two_level"))
+    config.update(
+        problems=("deep_tanh", "fashion_mnist_cnn"), optimizers=("sgd", "kfac", "two_level")
+    )
     config.update(seeds=2, grid=(1e-1,), workers=1)
     config.experiments.deep_tanh.update(epochs=1, batch_size=16)
     config.experiments.deep_tanh.data.update(train=32, test=8)

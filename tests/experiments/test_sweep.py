@@ -25,9 +25,18 @@ def test_a_sweep_leaves_all_files_and_is_not_repeated(deep_linear, tmp_path, mon
     assert set(runs) == {(name, rate) for name in ("sgd", "adam") for rate in (1e-1, 1e-3)}
     assert all(len(group) == 2 for group in runs.values())
     assert {path.name for path in tmp_path.iterdir()} == {
-        "runs", "summary.csv", "loss.png", "accuracy.png", "seconds.png", "tuned_loss.png", "tuned_accuracy.png",
-    }  # fmt: skip
-    assert {path.name for path in (tmp_path / "runs" / "adam-lr0.1-seed1").iterdir()} == {"metrics.csv", "run.json"}
+        "runs",
+        "summary.csv",
+        "loss.png",
+        "accuracy.png",
+        "seconds.png",
+        "tuned_loss.png",
+        "tuned_accuracy.png",
+    }
+    assert {path.name for path in (tmp_path / "runs" / "adam-lr0.1-seed1").iterdir()} == {
+        "metrics.csv",
+        "run.json",
+    }
     assert "[8/8]" in text
     assert "Every optimizer at its best learning rate of 0.1, 0.001" in text
 
@@ -41,7 +50,10 @@ def test_a_sweep_leaves_all_files_and_is_not_repeated(deep_linear, tmp_path, mon
     again, text = run(deep_linear, tmp_path)
     assert not trained
     assert "8 runs, 8 done earlier" in text
-    assert again["sgd", 1e-3][0].history["train_loss"][-1] == runs["sgd", 1e-3][0].history["train_loss"][-1]
+    assert (
+        again["sgd", 1e-3][0].history["train_loss"][-1]
+        == runs["sgd", 1e-3][0].history["train_loss"][-1]
+    )
 
     (tmp_path / "runs" / "sgd-lr0.1-seed1" / "run.json").unlink()  # as an interrupt leaves it
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +100,10 @@ def test_other_settings_are_trained_anew(deep_linear, tmp_path):
         ({"epochs": 0}, "config.epochs: got 0, expected a positive number"),
         ({"seeds": -1}, "config.seeds: got -1, expected a positive number"),
         ({"workers": 0}, "config.workers: got 0, expected a positive number"),
-        ({"batch_size": 71}, "config.batch_size: got 71, expected at most the 70 training examples"),
+        (
+            {"batch_size": 71},
+            "config.batch_size: got 71, expected at most the 70 training examples",
+        ),
         ({"grid": (1e-3, 0.0)}, "config.grid: got 0.0, expected positive learning rates"),
     ],
 )
@@ -100,9 +115,15 @@ def test_bad_settings_are_refused(deep_linear, tmp_path, change, message):
 
 def test_the_command_takes_overrides_and_several_processes(tmp_path):
     command = [sys.executable, "-m", "kfac_optax.experiments.compare", "--config=configs/digits.py"]
-    command += [f"--config.out={tmp_path}", "--config.optimizers=('sgd','adam')", "--config.epochs=1"]
+    command += [
+        f"--config.out={tmp_path}",
+        "--config.optimizers=('sgd','adam')",
+        "--config.epochs=1",
+    ]
     command += ["--config.seeds=2", "--config.tune=False", "--config.data.train=256"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
     assert "[4/4]" in done.stdout
     assert "train acc %" in done.stdout

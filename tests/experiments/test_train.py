@@ -5,7 +5,12 @@ import pytest
 
 from kfac_optax.experiments import optimizers, train
 
-ON_DEEP_LINEAR = ("sgd", "adam", "two_level", "two_level_exact")  # one-level K-FAC runs on the digits below
+ON_DEEP_LINEAR = (
+    "sgd",
+    "adam",
+    "two_level",
+    "two_level_exact",
+)  # one-level K-FAC runs on the digits below
 
 
 def losses(trainer, config, **run):
@@ -29,7 +34,8 @@ def test_a_model_without_batch_statistics_is_trained_too(digits):
 
 
 def test_gradients_from_their_rows_train_alike(deep_linear):
-    """With batch statistics, which come out of the same pass; in a compiled loop and step by step."""
+    """With batch statistics, which come out of the same pass; in a compiled loop and step by
+    step."""
     deep_linear.update(batch_size=4)
     deep_linear.data.update(train=8, test=4, features=12)
     deep_linear.model.update(depth=1, width=16)
@@ -93,7 +99,9 @@ def test_decay_follows_the_preconditioner_but_precedes_adam(deep_linear):
 
 def test_a_batch_larger_than_the_data_is_refused(deep_linear):
     deep_linear.batch_size = 71
-    with pytest.raises(ValueError, match="config.batch_size: got 71, expected at most the 70 training examples"):
+    with pytest.raises(
+        ValueError, match="config.batch_size: got 71, expected at most the 70 training examples"
+    ):
         train.prepare(deep_linear, "sgd")
 
 

@@ -1,6 +1,8 @@
-"""The gradient identity as a block: `(1/N) sum_rows a g^T` is the gradient of the mean loss, for every kind of layer.
+"""The gradient identity as a block: `(1/N) sum_rows a g^T` is the gradient of the mean loss, for
+every kind of layer.
 
-A layer whose rows, geometry, layout, order of axes, scale or uses were wrong would not give its own gradient back.
+A layer whose rows, geometry, layout, order of axes, scale or uses were wrong would not give its own
+gradient back.
 """
 
 import jax
@@ -8,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_optax as ko
-from kfac_optax import heads
 from kfac_optax._tree import make_buckets, named_leaves, scatter
+from kfac_optax.estimators import heads
+from kfac_optax.estimators.output_cotangents import OutputCotangents
+from kfac_optax.estimators.plan import Plan
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.plan import Plan
-from kfac_optax.seeds import Seeds
 
 
 def _weights(a, g, use):
@@ -21,12 +23,19 @@ def _weights(a, g, use):
     a = homogeneous(a) if use.bias else a
     product = gram(a.astype(use.dtype), g.astype(use.dtype)) / use.examples
     # the head of a tied table: logits = h @ table.T
-    return product.T if product.shape == (use.outputs, use.inputs) != (use.inputs, use.outputs) else product
+    return (
+        product.T
+        if product.shape == (use.outputs, use.inputs) != (use.inputs, use.outputs)
+        else product
+    )
 
 
 def _scales(a, g, use):
     rows = [a * g, g] if use.bias else [a * g]
-    return jnp.stack([x.reshape(-1, x.shape[-1]).sum(0) for x in rows]).astype(use.dtype) / use.examples
+    return (
+        jnp.stack([x.reshape(-1, x.shape[-1]).sum(0) for x in rows]).astype(use.dtype)
+        / use.examples
+    )
 
 
 def block(measure, name, **options):
@@ -39,11 +48,16 @@ WEIGHTS, SCALES = block(_weights, "weights"), block(_scales, "scales")
 
 
 def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS):
-    """Gradient of the mean of `losses(params, *args) [N]`, measured by the taps, by leaf; and the layers."""
+    """Gradient of the mean of `losses(params, *args) [N]`, measured by the taps, by leaf; and the
+    layers."""
     spec = ko.empirical_fisher(losses).spec
     # a gradient is a sum of rows as they are, while their products do not ask for the random signs
-    as_they_are = lambda losses, *_: Seeds(1, lambda k: [(jnp.ones_like(x),) for x in losses])
-    estimator = ko.Estimator(spec._replace(kind=heads.EMPIRICAL._replace(seeds=as_they_are)))
+    as_they_are = lambda losses, *_: OutputCotangents(
+        1, lambda k: [(jnp.ones_like(x),) for x in losses]
+    )
+    estimator = ko.Estimator(
+        spec._replace(kind=heads.EMPIRICAL._replace(output_cotangents=as_they_are))
+    )
     layers = estimator.layers(params, *args)
     blocks = tuple(SCALES if x.kind == "scale_shift" else weights for x in layers)
     plan = Plan(layers.layers, blocks, None, dtype)
@@ -57,7 +71,8 @@ def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS
 
 
 def assert_gradients(losses, params, *args, uncovered=(), rtol=1e-8, **options):
-    """Every covered leaf's measured gradient equals autodiff's; exactly `uncovered` is left over."""
+    """Every covered leaf's measured gradient equals autodiff's; exactly `uncovered` is left
+    over."""
     got, layers = measured_gradients(losses, params, *args, **options)
     expected = named_leaves(jax.jit(jax.grad(lambda p: losses(p, *args).mean()))(params))
     assert {u.path for u in layers.uncovered} == set(uncovered), str(layers)
@@ -65,7 +80,9 @@ def assert_gradients(losses, params, *args, uncovered=(), rtol=1e-8, **options):
     for name, value in got.items():
         scale = np.abs(expected[name]).max()
         assert scale > 0, f"{name}: nothing to compare"
-        np.testing.assert_allclose(value, expected[name], rtol=rtol, atol=rtol * scale, err_msg=name)
+        np.testing.assert_allclose(
+            value, expected[name], rtol=rtol, atol=rtol * scale, err_msg=name
+        )
     return layers
 
 

@@ -1,4 +1,5 @@
-"""The coarse level over convolutions, attention, embeddings and shared weights, against the curvature itself."""
+"""The coarse level over convolutions, attention, embeddings and shared weights, against the
+curvature itself."""
 
 import flax.linen as nn
 import jax
@@ -13,12 +14,15 @@ from tests.layers.gradients import x64_params
 
 
 class Vision(nn.Module):
-    """Maps of unequal, non-square size, groups, a pooled head; normalisation without a row of its own."""
+    """Maps of unequal, non-square size, groups, a pooled head; normalisation without a row of its
+    own."""
 
     @nn.compact
     def __call__(self, x):
         x = jnp.tanh(nn.Conv(4, (3, 2), strides=(1, 2), name="first")(x))
-        x = jnp.tanh(nn.LayerNorm(name="norm")(nn.Conv(4, (2, 2), feature_group_count=2, name="grouped")(x)))
+        x = jnp.tanh(
+            nn.LayerNorm(name="norm")(nn.Conv(4, (2, 2), feature_group_count=2, name="grouped")(x))
+        )
         x = jnp.tanh(nn.ConvTranspose(2, (2, 2), strides=(2, 1), use_bias=False, name="up")(x))
         return nn.Dense(2, name="head")(x.mean((1, 2)))
 
@@ -49,7 +53,8 @@ def problem(name):
 
 
 def ones_of(params, layer, group):
-    """The coarse vector of one group of a layer: ones on its weights and biases, zeros elsewhere."""
+    """The coarse vector of one group of a layer: ones on its weights and biases, zeros
+    elsewhere."""
     leaves = {name: jnp.zeros_like(x) for name, x in named_leaves(params).items()}
     for name in (layer.kernel, layer.bias):
         if name is not None:  # groups are divided among the outputs, which come last
@@ -64,10 +69,14 @@ def test_the_exact_coarse_matrix_is_the_restricted_curvature(x64, name):
     estimator, params, x, layers = problem(name)
     plan = oracles.plan(layers, ko.coarse_correction("exact"))
     _, across = jax.jit(lambda p: estimator.at(p, x).statistics(plan))(params)
-    vectors = [ones_of(params, layer, i) for layer in layers if layer.coupled for i in range(layer.copies)]
+    vectors = [
+        ones_of(params, layer, i) for layer in layers if layer.coupled for i in range(layer.copies)
+    ]
     product = jax.jit(lambda p, v: estimator.vector_product(p, v, x))
     products = [product(params, v) for v in vectors]
-    dot = lambda a, b: sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    dot = lambda a, b: sum(
+        float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
     dense = np.array([[dot(v, fw) for fw in products] for v in vectors])
     assert len(dense) == {"vision": 5, "language": 6}[name]
     np.testing.assert_allclose(across.fisher, dense, rtol=1e-8, atol=1e-10 * np.abs(dense).max())
@@ -75,7 +84,8 @@ def test_the_exact_coarse_matrix_is_the_restricted_curvature(x64, name):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_factored_diagonal_is_the_sum_of_the_layers_own_factors(x64, name):
-    """Channel sums of patches, tokens and projections are sums over the factors that the block itself measures."""
+    """Channel sums of patches, tokens and projections are sums over the factors that the block
+    itself measures."""
     estimator, params, x, layers = problem(name)
     plan = oracles.plan(layers, ko.coarse_correction("factored"))
     statistics, across = jax.jit(lambda p: estimator.at(p, x).statistics(plan))(params)
@@ -85,7 +95,11 @@ def test_the_factored_diagonal_is_the_sum_of_the_layers_own_factors(x64, name):
             continue
         for i in range(layer.copies):
             if layer.kind not in ("embedding", "tied_embedding"):
-                np.testing.assert_allclose(across.inputs[row, row], factors.inputs[i].sum(), rtol=1e-9)
-                np.testing.assert_allclose(across.outputs[row, row], factors.outputs[i].sum(), rtol=1e-9)
+                np.testing.assert_allclose(
+                    across.inputs[row, row], factors.inputs[i].sum(), rtol=1e-9
+                )
+                np.testing.assert_allclose(
+                    across.outputs[row, row], factors.outputs[i].sum(), rtol=1e-9
+                )
             row += 1
     assert row == len(across.inputs)

@@ -1,4 +1,5 @@
-"""Graph convolutions by `tap_dense`: a dense layer on aggregated features, whose rows are nodes. Izadi et al. (2020)."""
+"""Graph convolutions by `tap_dense`: a dense layer on aggregated features, whose rows are nodes.
+Izadi et al. (2020)."""
 
 import itertools
 
@@ -16,7 +17,8 @@ NODES, SIZES = 7, (3, 4, 2)
 
 
 def graph():
-    """A random undirected graph with self-loops, normalised by degree; its last node has no neighbours."""
+    """A random undirected graph with self-loops, normalised by degree; its last node has no
+    neighbours."""
     upper = np.triu(np.random.default_rng(0).random((NODES, NODES)) < 0.4, 1)
     upper[:, -1] = False
     adjacency = upper + upper.T + np.eye(NODES)
@@ -41,7 +43,9 @@ def updated(predict, make, params, *args):
     estimator = ko.ggn(predict)
     tx = make(estimator.layers(params, *args), learning_rate=0.1, damping=0.1)
     grads = jax.tree.map(jnp.sin, params)
-    return jax.jit(lambda p, a: tx.update(grads, tx.init(p), p, curvature=estimator.at(p, *a))[0])(params, args)
+    return jax.jit(lambda p, a: tx.update(grads, tx.init(p), p, curvature=estimator.at(p, *a))[0])(
+        params, args
+    )
 
 
 def assert_same(a, b):
@@ -63,7 +67,9 @@ def test_without_edges_a_graph_convolution_is_a_dense_layer(x64, make):
     """CHECK 8b."""
     params, _, x = problem()
     on_graph = updated(lambda p, x: ko.Categorical(gcn(p, jnp.eye(NODES), x)), make, params, x)
-    assert_same(on_graph, updated(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]), make, params, x))
+    assert_same(
+        on_graph, updated(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]), make, params, x)
+    )
 
 
 @pytest.mark.parametrize("labelled", [range(NODES), [0, 2, 5]], ids=["all", "labelled"])
@@ -74,14 +80,18 @@ def test_the_order_of_the_nodes_does_not_matter(x64, labelled):
     labelled = np.asarray(labelled)
     new = np.argsort(order)[labelled]  # where the labelled nodes have gone
     updates = []
-    for graph_, features, nodes in ((adjacency, x, labelled), (adjacency[order][:, order], x[order], new)):
+    for graph_, features, nodes in (
+        (adjacency, x, labelled),
+        (adjacency[order][:, order], x[order], new),
+    ):
         predict = lambda p, g, x, nodes=nodes: ko.Categorical(gcn(p, g, x, jnp.asarray(nodes)))
         updates.append(updated(predict, ko.kfac, params, graph_, features))
     assert_same(*updates)
 
 
 def test_factors_of_a_graph_with_few_labels(x64):
-    """`A` is the sum over all nodes per label, `G` the mean over all nodes; labelled nodes draw their labels alone."""
+    """`A` is the sum over all nodes per label, `G` the mean over all nodes; labelled nodes draw
+    their labels alone."""
     params, adjacency, x = problem()
     labelled = jnp.asarray([1, 4])
     predict = lambda p, x: ko.Normal(gcn(p, adjacency, x, labelled))
@@ -95,10 +105,17 @@ def test_factors_of_a_graph_with_few_labels(x64):
     # derivative of logit c of labelled node v by the hidden values of node u
     g = jnp.einsum("vu,uk,kc->vcuk", adjacency[labelled], slope, params["layer1"]["kernel"])
     expected = jnp.einsum("vcui,vcuj->ij", g, g) / NODES
-    np.testing.assert_allclose(outputs.mean(0)[0], expected, atol=0.1 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(
+        outputs.mean(0)[0], expected, atol=0.1 * float(jnp.abs(expected).max())
+    )
 
 
 def test_two_levels_need_one_row_per_example():
     params, adjacency, x = problem()
     with pytest.raises(ValueError, match="Axis 0 of a layer's input has to be the examples"):
-        updated(lambda p, x: ko.Categorical(gcn(p, adjacency, x, jnp.arange(2))), ko.kfac_two_level, params, x)
+        updated(
+            lambda p, x: ko.Categorical(gcn(p, adjacency, x, jnp.arange(2))),
+            ko.kfac_two_level,
+            params,
+            x,
+        )

@@ -11,8 +11,12 @@ from tests.layers.gradients import assert_gradients, squares, x64_params
 CONVS = {
     "same": dict(features=3, kernel_size=(3, 2)),
     "valid_stride": dict(features=2, kernel_size=(2, 3), strides=(2, 1), padding="VALID"),
-    "dilated": dict(features=2, kernel_size=(2, 2), kernel_dilation=(2, 1), padding=((1, 0), (0, 2))),
-    "input_dilated": dict(features=2, kernel_size=(3, 3), input_dilation=(2, 1), padding=((1, 2), (0, 1))),
+    "dilated": dict(
+        features=2, kernel_size=(2, 2), kernel_dilation=(2, 1), padding=((1, 0), (0, 2))
+    ),
+    "input_dilated": dict(
+        features=2, kernel_size=(3, 3), input_dilation=(2, 1), padding=((1, 2), (0, 1))
+    ),
     "groups": dict(features=6, kernel_size=(2, 2), feature_group_count=2),
     "depthwise": dict(features=8, kernel_size=(3, 3), feature_group_count=4, strides=2),
     "circular": dict(features=2, kernel_size=(3, 3), padding="CIRCULAR"),
@@ -21,7 +25,9 @@ CONVS = {
 }
 TRANSPOSED = {
     "up": dict(features=2, kernel_size=(3, 2), strides=(2, 2)),
-    "up_valid": dict(features=2, kernel_size=(2, 2), strides=(2, 3), padding="VALID", use_bias=False),
+    "up_valid": dict(
+        features=2, kernel_size=(2, 2), strides=(2, 3), padding="VALID", use_bias=False
+    ),
     "up_dilated": dict(features=2, kernel_size=(2, 3), strides=(1, 2), kernel_dilation=(2, 1)),
     "up_flipped": dict(features=3, kernel_size=(3, 2), strides=(2, 1), transpose_kernel=True),
     "up_explicit": dict(features=2, kernel_size=(2, 2), strides=(2, 2), padding=((1, 0), (2, 1))),
@@ -44,7 +50,10 @@ class OneAndThree(nn.Module):
     @nn.compact
     def __call__(self, x, volume, maps):
         outs = [nn.Conv(2, 3, padding="CAUSAL", kernel_dilation=2, name="causal")(x)]
-        outs += [nn.Conv(2, 3, strides=2, name="line")(x), nn.ConvTranspose(2, (3,), strides=(2,), name="up")(x)]
+        outs += [
+            nn.Conv(2, 3, strides=2, name="line")(x),
+            nn.ConvTranspose(2, (3,), strides=(2,), name="up")(x),
+        ]
         outs += [nn.Conv(2, (2, 3, 2), strides=(1, 2, 1), name="volume")(volume)]
         outs += [nn.Conv(2, (2, 2), name="batched")(maps)]  # two batch axes
         return jnp.concatenate(list(map(flat, outs)), 1)
@@ -65,11 +74,21 @@ class Products(nn.Module):
 class Norms(nn.Module):
     @nn.compact
     def __call__(self, x):  # [N, 3, 2, 4]
-        outs = [nn.BatchNorm(use_running_average=False, name="batch")(x), nn.LayerNorm(name="layer")(x)]
+        outs = [
+            nn.BatchNorm(use_running_average=False, name="batch")(x),
+            nn.LayerNorm(name="layer")(x),
+        ]
         outs += [nn.BatchNorm(use_running_average=True, axis=1, name="frozen")(x)]
         outs += [nn.LayerNorm(feature_axes=(-2, -1), reduction_axes=(1, 2, 3), name="two_axes")(x)]
-        outs += [nn.RMSNorm(name="rms")(x), nn.GroupNorm(2, name="group")(x), nn.InstanceNorm(name="instance")(x)]
-        outs += [nn.LayerNorm(use_scale=False, name="shift")(x), nn.LayerNorm(use_bias=False, name="scale")(x)]
+        outs += [
+            nn.RMSNorm(name="rms")(x),
+            nn.GroupNorm(2, name="group")(x),
+            nn.InstanceNorm(name="instance")(x),
+        ]
+        outs += [
+            nn.LayerNorm(use_scale=False, name="shift")(x),
+            nn.LayerNorm(use_bias=False, name="scale")(x),
+        ]
         return jnp.concatenate([flat(jnp.sin(y)) for y in outs], 1)
 
 
@@ -81,7 +100,9 @@ class Transformer(nn.Module):
         embed = nn.Embed(7, 4, name="embed")
         x = embed(tokens) + self.param("positions", nn.initializers.normal(), (tokens.shape[1], 4))
         mask = nn.make_causal_mask(tokens)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm(name="norm")(x), mask=mask)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(
+            nn.LayerNorm(name="norm")(x), mask=mask
+        )
         x = x + nn.Dense(4, name="out")(nn.gelu(nn.Dense(6, name="up")(x)))
         return embed.attend(x)
 
@@ -99,12 +120,20 @@ def problem(model, *args, **variables):
 def test_convolutions_of_two_dimensions(x64):
     layers = assert_gradients(*problem(Maps(), oracles.normal(0, (3, 5, 4, 4))))
     shapes = {x.path: (x.groups, x.inputs, x.outputs) for x in layers}
-    assert shapes["groups"] == (2, 8, 3) and shapes["depthwise"] == (4, 9, 2) and shapes["up_flipped"] == (1, 24, 3)
+    assert (
+        shapes["groups"] == (2, 8, 3)
+        and shapes["depthwise"] == (4, 9, 2)
+        and shapes["up_flipped"] == (1, 24, 3)
+    )
     assert {x.kind for x in layers} == {"conv"}
 
 
 def test_convolutions_of_one_and_three_dimensions_and_several_batch_axes(x64):
-    args = oracles.normal(0, (2, 6, 3)), oracles.normal(1, (2, 3, 4, 3, 2)), oracles.normal(2, (2, 3, 4, 3, 2))
+    args = (
+        oracles.normal(0, (2, 6, 3)),
+        oracles.normal(1, (2, 3, 4, 3, 2)),
+        oracles.normal(2, (2, 3, 4, 3, 2)),
+    )
     assert_gradients(*problem(OneAndThree(), *args))
 
 
@@ -118,7 +147,9 @@ def test_dense_general_and_einsum(x64):
 def test_normalisation_layers(x64):
     statistics = {"frozen": {"mean": jnp.full(3, 0.3), "var": jnp.full(3, 1.7)}}
     statistics["batch"] = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
-    layers = assert_gradients(*problem(Norms(), oracles.normal(0, (3, 3, 2, 4)), batch_stats=statistics))
+    layers = assert_gradients(
+        *problem(Norms(), oracles.normal(0, (3, 3, 2, 4)), batch_stats=statistics)
+    )
     assert {x.kind for x in layers} == {"scale_shift"} and len(layers) == 9
 
 
@@ -126,7 +157,11 @@ def test_a_transformer_with_a_tied_table(x64):
     tokens = jnp.asarray([[0, 3, 3], [6, 1, 0]])
     layers = assert_gradients(*problem(Transformer(), tokens), uncovered=["positions"])
     kinds = {x.path: x.kind for x in layers}
-    assert kinds["embed"] == "tied_embedding" and kinds["attention/out"] == "einsum" and kinds["norm"] == "scale_shift"
+    assert (
+        kinds["embed"] == "tied_embedding"
+        and kinds["attention/out"] == "einsum"
+        and kinds["norm"] == "scale_shift"
+    )
     assert "used by" in layers.uncovered[0].reason
 
 
@@ -147,7 +182,10 @@ def test_what_is_not_supported_says_why(x64):
             outs += [nn.Einsum((3, 4), "ntd,td->nt", use_bias=False, name="scaled")(x)]
             shared = self.param("shared", nn.initializers.normal(), (4, 4))
             tokens = jnp.asarray([[0, 1], [2, 2]])
-            outs += [ko.tap_dense(x @ shared, x, shared), ko.tap_embedding(shared[tokens], tokens, shared)]
+            outs += [
+                ko.tap_dense(x @ shared, x, shared),
+                ko.tap_embedding(shared[tokens], tokens, shared),
+            ]
             partly = self.param("partly", nn.initializers.normal(), (4, 4))
             outs += [ko.tap_dense(x @ partly, x, partly), jnp.sin(partly)[:2]]
             return jnp.concatenate(list(map(flat, outs)), 1)
@@ -155,11 +193,20 @@ def test_what_is_not_supported_says_why(x64):
     losses, params, x = problem(Odd(), oracles.normal(0, (2, 3, 4)))
     layers = ko.empirical_fisher(losses).layers(params, x)
     reasons = {u.path: u.reason for u in layers.uncovered}
-    assert {x.path: x.notes for x in layers} == {"fine": (), "partly": ("partly also used by sin: not measured",)}
+    assert {x.path: x.notes for x in layers} == {
+        "fine": (),
+        "partly": ("partly also used by sin: not measured",),
+    }
     assert reasons["shared"] == "layers of different kinds share it"
     assert reasons["local/kernel"] == "not supported: its weights are not shared over positions"
-    assert reasons["masked/kernel"] == reasons["masked/bias"] == "not supported: its weights are masked"
-    assert reasons["round/kernel"] == "not supported: a transposed convolution with circular padding"
+    assert (
+        reasons["masked/kernel"]
+        == reasons["masked/bias"]
+        == "not supported: its weights are masked"
+    )
+    assert (
+        reasons["round/kernel"] == "not supported: a transposed convolution with circular padding"
+    )
     assert reasons["scaled/kernel"] == "not supported: einsum 'ntd,td->nt' is no matrix product"
     table = str(layers)
     assert "not supported: its weights are masked" in table

@@ -1,4 +1,5 @@
-"""The NNX front end: every layer gives its own gradient back, and twins of linen models get the same updates."""
+"""The NNX front end: every layer gives its own gradient back, and twins of linen models get the
+same updates."""
 
 import flax.linen as nn
 import jax
@@ -28,10 +29,16 @@ class Zoo(nnx.Module):
         self.heads = nnx.LinearGeneral(4, (2, 3), **kw)
         self.einsum = nnx.Einsum("ntd,dhk->nthk", (4, 2, 3), (2, 3), **kw)
         self.batch = nnx.BatchNorm(4, **kw)
-        self.norms = nnx.List([
-            nnx.LayerNorm(4, **kw), nnx.RMSNorm(4, **kw), nnx.GroupNorm(4, 2, **kw), nnx.InstanceNorm(4, **kw),
-            nnx.LayerNorm(4, use_scale=False, **kw), nnx.LayerNorm(4, use_bias=False, **kw),
-        ])  # fmt: skip
+        self.norms = nnx.List(
+            [
+                nnx.LayerNorm(4, **kw),
+                nnx.RMSNorm(4, **kw),
+                nnx.GroupNorm(4, 2, **kw),
+                nnx.InstanceNorm(4, **kw),
+                nnx.LayerNorm(4, use_scale=False, **kw),
+                nnx.LayerNorm(4, use_bias=False, **kw),
+            ]
+        )
         self.attention = nnx.MultiHeadAttention(2, 4, decode=False, **kw)
         self.rnn = nnx.RNN(nnx.GRUCell(4, 3, **kw))
         self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(4, 3, **kw))
@@ -39,7 +46,14 @@ class Zoo(nnx.Module):
 
     def __call__(self, x, tokens):
         x = x + self.table(tokens)
-        outs = [self.line(x), self.causal(x), self.up(x), self.heads(x), self.einsum(x), self.batch(x)]
+        outs = [
+            self.line(x),
+            self.causal(x),
+            self.up(x),
+            self.heads(x),
+            self.einsum(x),
+            self.batch(x),
+        ]
         outs += [jnp.sin(norm(x)) for norm in self.norms]
         outs += [self.attention(x), self.rnn(x), self.lstm(x), self.table.attend(x)]
         return jnp.concatenate(list(map(flat, outs)), 1)
@@ -111,7 +125,10 @@ def test_twins_of_linen_and_nnx_get_the_same_updates(coarse):
     for name, (predict, params) in models.items():
         fisher = ko.fisher(predict)
         tx = optax.chain(
-            ko.kfac_two_level(fisher.layers(params, x), learning_rate=0.1, damping=0.1, coarse=coarse), optax.sgd(0.1)
+            ko.kfac_two_level(
+                fisher.layers(params, x), learning_rate=0.1, damping=0.1, coarse=coarse
+            ),
+            optax.sgd(0.1),
         )
 
         @jax.jit
@@ -124,4 +141,8 @@ def test_twins_of_linen_and_nnx_get_the_same_updates(coarse):
     assert len(jax.tree.leaves(updates["linen"])) == 14
     pure = nnx.to_pure_dict(updates["nnx"])
     scale = max(float(jnp.abs(u).max()) for u in jax.tree.leaves(pure))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * scale), updates["linen"], pure)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 * scale),
+        updates["linen"],
+        pure,
+    )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax import measure
 from kfac_optax._types import Use
 from kfac_optax.capture import patches
 from kfac_optax.capture.geometry import Conv, Dense, channel_sums, layout, reduced, to_rows
+from kfac_optax.estimators import measure
 from tests import oracles
 
 LETTERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -49,9 +49,15 @@ def test_rows_times_matrix_is_the_convolution(case):
     @jax.jit
     def compute(a, kernel):
         expected = jax.lax.conv_general_dilated(
-            a, kernel, window.strides, window.padding, lhs_dilation=window.input_dilation,
-            rhs_dilation=window.kernel_dilation, dimension_numbers=LETTERS[n], feature_group_count=geometry.groups,
-        )  # fmt: skip
+            a,
+            kernel,
+            window.strides,
+            window.padding,
+            lhs_dilation=window.input_dilation,
+            rhs_dilation=window.kernel_dilation,
+            dimension_numbers=LETTERS[n],
+            feature_group_count=geometry.groups,
+        )
         rows, out = to_rows(geometry, a, expected)
         got = jnp.einsum("g...p,gpq->g...q", rows, kernel_matrices(geometry, kernel))
         mean, _, _ = reduced(geometry, a, None, None)
@@ -59,7 +65,9 @@ def test_rows_times_matrix_is_the_convolution(case):
 
     rows, out, got, mean, (alpha, gamma) = jax.device_get(compute(a, kernel))
     np.testing.assert_allclose(got, out, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(mean[:, :, 0], rows.mean(tuple(range(2, rows.ndim - 1))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        mean[:, :, 0], rows.mean(tuple(range(2, rows.ndim - 1))), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(alpha, rows.sum(-1) + 1, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(gamma, out.sum(-1), rtol=1e-4, atol=1e-4)
 
@@ -103,7 +111,9 @@ def test_factors_are_those_of_a_dense_layer_on_the_patches(x64, monkeypatch, byt
     assert_factors(got, dense(a, g, use))
     positions = g[0, ..., 0].size
     if not weighted:
-        np.testing.assert_allclose(got.inputs[0, -1, -1], positions)  # the bias counts every position
+        np.testing.assert_allclose(
+            got.inputs[0, -1, -1], positions
+        )  # the bias counts every position
 
 
 def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeypatch):
@@ -113,7 +123,9 @@ def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeyp
 
     def largest(limit):
         monkeypatch.setattr(measure, "PATCH_BYTES", limit)
-        f = lambda a, g: measure.measure_use(geometry, ko.kronecker(), a, g, use_of(g, dtype=jnp.float32))
+        f = lambda a, g: measure.measure_use(
+            geometry, ko.kronecker(), a, g, use_of(g, dtype=jnp.float32)
+        )
         return jax.jit(f).lower(a, g).compile().memory_analysis().temp_size_in_bytes
 
     whole = 32 * 16 * 16 * 9 * 8 * 4
@@ -122,7 +134,8 @@ def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeyp
 
 
 def test_left_out_positions_are_counted_by_those_kept(x64):
-    """Equal positions: leaving some out changes nothing; otherwise the kept ones are every second along each axis."""
+    """Equal positions: leaving some out changes nothing; otherwise the kept ones are every second
+    along each axis."""
     a, g = conv_rows(x64)
     thin = ko.kronecker(positions=4)
     got = measure.measure_use(GEOMETRY, thin, a, g, use_of(g))
@@ -137,7 +150,9 @@ def test_left_out_positions_are_counted_by_those_kept(x64):
     )
     use = use_of(ones, inputs=3)
     all_of_them = measure.measure_use(Dense(), ko.kronecker(), sequence, ones, use)
-    assert_factors(measure.measure_use(Dense(), ko.kronecker(positions=3), sequence, ones, use), all_of_them)
+    assert_factors(
+        measure.measure_use(Dense(), ko.kronecker(positions=3), sequence, ones, use), all_of_them
+    )
 
 
 def test_pooled_positions_count_once(x64):

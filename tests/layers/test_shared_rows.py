@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.transforms.state import CurvatureState, the_state
+from kfac_optax.engine.state import CurvatureState, the_state
 from tests import oracles
 
 
@@ -23,7 +23,10 @@ def with_table(rows, how="added"):
         return ko.Normal(dense(jnp.tanh(add(x)).sum(1), p["head"]))
 
     keys = jax.random.split(jax.random.key(0), 2)
-    params = {"table": jax.random.normal(keys[0], (rows, 3)), "head": jax.random.normal(keys[1], (3, 2))}
+    params = {
+        "table": jax.random.normal(keys[0], (rows, 3)),
+        "head": jax.random.normal(keys[1], (3, 2)),
+    }
     return predict, params
 
 
@@ -73,7 +76,10 @@ def test_padding_of_an_unrolled_recurrence_counts_as_dropped(x64):
 
     params = {"w": oracles.normal(0, (3, 3)), "b": oracles.normal(1, (3,))}
     x = oracles.normal(2, (3, 2, 3))
-    padded, weights = jnp.concatenate([x, jnp.full((2, 2, 3), jnp.nan)]), jnp.array([1.0, 1, 1, 0, 0])
+    padded, weights = (
+        jnp.concatenate([x, jnp.full((2, 2, 3), jnp.nan)]),
+        jnp.array([1.0, 1, 1, 0, 0]),
+    )
     estimator = ko.ggn(predict)
     plan = oracles.plan(estimator.layers(params, x, weights[:3]))
     want = estimator.at(params, x, weights[:3]).statistics(plan)
@@ -92,7 +98,9 @@ def test_a_kernel_on_a_constant_has_the_mean_of_the_examples_own_squares(x64, ki
     else:
         estimator = ko.empirical_fisher(lambda w, x: output(w, x)[:, 0])
     plan = oracles.plan(estimator.layers(params, x))
-    measure = jax.jit(lambda count: estimator.at(params, x).statistics(plan._replace(count=count))[0][0])
+    measure = jax.jit(
+        lambda count: estimator.at(params, x).statistics(plan._replace(count=count))[0][0]
+    )
     draws = 2000  # steps of the optimizer
     factors = jax.vmap(measure)(jnp.arange(draws))
     blocks = jax.vmap(jnp.kron)(factors.inputs[:, 0], factors.outputs[:, 0])
@@ -109,7 +117,9 @@ def test_raise_names_parameters_that_are_measured_in_part():
     estimator = ko.ggn(lambda p, x: ko.Normal(dense(x, p["w"]) + p["w"].sum()))
     layers = estimator.layers({"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))
     assert [u.path for u in layers.layers[0].partly] == ["w"]
-    with pytest.raises(ValueError, match=r"only a part of the uses of\n  w \(3, 2\): w also used by reduce_sum"):
+    with pytest.raises(
+        ValueError, match=r"only a part of the uses of\n  w \(3, 2\): w also used by reduce_sum"
+    ):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")
 
 
@@ -123,7 +133,11 @@ def test_the_table_says_what_a_parameter_without_block_gets():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_batch_without_weight_is_left_out(shared):
-    w, x, targets = jnp.ones((3, 2)), jax.random.normal(jax.random.key(0), (4, 3)), jnp.zeros((4, 2))
+    w, x, targets = (
+        jnp.ones((3, 2)),
+        jax.random.normal(jax.random.key(0), (4, 3)),
+        jnp.zeros((4, 2)),
+    )
     estimator = ko.ggn(lambda w, x, weights: ko.Normal(dense(x, w), weights=weights))
     step = estimator.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
     tx = ko.kfac_two_level(estimator.layers(w, x, jnp.ones(4)), learning_rate=0.1, damping=0.1)
@@ -138,9 +152,14 @@ def test_a_batch_without_weight_is_left_out(shared):
     state = tx.update(w, tx.init(w), w, curvature=estimator.at(w, x, jnp.ones(4)))[1]
     before = the_state(state, CurvatureState, "test")
     after = update(state, jnp.zeros(4))
-    assert int(before.curvature_count) == int(after.curvature_count) == 1 and int(after.skipped_statistics) == 0
+    assert (
+        int(before.curvature_count) == int(after.curvature_count) == 1
+        and int(after.skipped_statistics) == 0
+    )
     jax.tree.map(np.testing.assert_array_equal, after.factors, before.factors)
-    jax.tree.map(np.testing.assert_array_equal, after.coarse.coarse_factors, before.coarse.coarse_factors)
+    jax.tree.map(
+        np.testing.assert_array_equal, after.coarse.coarse_factors, before.coarse.coarse_factors
+    )
 
 
 @pytest.mark.parametrize("examples", [2, 5])  # as many examples as shared rows, and not
@@ -151,7 +170,9 @@ def test_weights_of_examples_reach_shared_rows_through_the_gradients(x64, exampl
     estimator, params = ko.ggn(predict), oracles.normal(1, (3, 2))
     plan = oracles.plan(estimator.layers(params, x, weights))
     measure = lambda weights: estimator.at(params, x, weights).statistics(plan)[0][0]
-    np.testing.assert_allclose(measure(weights).inputs, measure(jnp.ones(examples)).inputs, rtol=1e-12)
+    np.testing.assert_allclose(
+        measure(weights).inputs, measure(jnp.ones(examples)).inputs, rtol=1e-12
+    )
     nothing = measure(jnp.zeros(examples))
     assert not nothing.inputs.any() and not nothing.outputs.any()
 

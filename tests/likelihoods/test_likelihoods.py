@@ -43,7 +43,10 @@ CASES = {
         Normal(_normals(3, 2, 2), _scales(3, 2, 2)),
         _normals(3, 2, 2, seed=9),
     ),
-    "normal_shared_scale": lambda: (Normal(_normals(3, 2, 2), _scales(2)), _normals(3, 2, 2, seed=9)),
+    "normal_shared_scale": lambda: (
+        Normal(_normals(3, 2, 2), _scales(2)),
+        _normals(3, 2, 2, seed=9),
+    ),
 }
 LEARNED = ["normal_learned", "normal_shared_scale"]
 HESSIAN_CASES = [name for name in CASES if name not in LEARNED]
@@ -105,7 +108,8 @@ def _expected_hessian(likelihood):
     nodes, weights = np.polynomial.hermite_e.hermegauss(4)
     mean, scale = likelihood.natural
     parts = [
-        w * _autodiff_hessian(likelihood, mean + scale * x) for x, w in zip(nodes, weights / weights.sum(), strict=True)
+        w * _autodiff_hessian(likelihood, mean + scale * x)
+        for x, w in zip(nodes, weights / weights.sum(), strict=True)
     ]
     return np.sum(parts, axis=0)
 
@@ -274,7 +278,9 @@ def test_scores_of_samples_have_the_fisher_as_second_moment(name):
     likelihood, _ = CASES[name]()
 
     def score(key):  # samples inside the differentiated function: they must act as constants
-        return jax.grad(lambda n: _sampled_loss(likelihood.with_natural(n), key))(likelihood.natural)
+        return jax.grad(lambda n: _sampled_loss(likelihood.with_natural(n), key))(
+            likelihood.natural
+        )
 
     keys = jax.random.split(jax.random.key(1), _DRAWS)
     scores = jax.jit(jax.vmap(score))(keys)
@@ -426,10 +432,14 @@ def test_forbidden_class():
 # --- structure --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["categorical", "bernoulli_2d_batch", "normal", "normal_no_batch", "normal_learned"])
+@pytest.mark.parametrize(
+    "name", ["categorical", "bernoulli_2d_batch", "normal", "normal_no_batch", "normal_learned"]
+)
 def test_pytree_round_trip_and_jit(name):
     likelihood, targets = CASES[name]()
-    likelihood = dataclasses.replace(likelihood, weights=np.ones(likelihood.batch_shape, np.float32))
+    likelihood = dataclasses.replace(
+        likelihood, weights=np.ones(likelihood.batch_shape, np.float32)
+    )
     leaves, treedef = jax.tree.flatten(likelihood)
     assert len(leaves) == len(likelihood.natural) + 1
     compiled, nll = jax.jit(lambda lik, t: (lik, lik.nll(t)))(likelihood, targets)
@@ -480,7 +490,9 @@ def test_per_example_construction_under_vmap():
     direct = Normal(mean, 0.5)
     assert mapped.batch_shape == (3,)
     assert jax.tree.structure(mapped) == jax.tree.structure(direct)
-    np.testing.assert_allclose(_nll(mapped, 2 * np.asarray(mean)), _nll(direct, 2 * np.asarray(mean)), rtol=1e-6)
+    np.testing.assert_allclose(
+        _nll(mapped, 2 * np.asarray(mean)), _nll(direct, 2 * np.asarray(mean)), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scale", [1, 0.5, np.float32(0.5), np.float64(0.5), np.int64(2)])
@@ -505,7 +517,9 @@ def test_array_as_scale_is_an_output_and_broadcast(scale):
 @pytest.mark.parametrize("name", CASES)
 def test_with_natural_keeps_the_rest(name):
     likelihood, _ = CASES[name]()
-    likelihood = dataclasses.replace(likelihood, weights=np.ones(likelihood.batch_shape, np.float32))
+    likelihood = dataclasses.replace(
+        likelihood, weights=np.ones(likelihood.batch_shape, np.float32)
+    )
     other = likelihood.with_natural(tuple(np.asarray(x) + 1 for x in likelihood.natural))
     assert jax.tree.structure(other) == jax.tree.structure(likelihood)
     np.testing.assert_array_equal(other.natural[0], np.asarray(likelihood.natural[0]) + 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kfac_optax.linalg.factorize import after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
-from kfac_optax.linalg.kronecker import eigen_solve, trace_ratio
+from kfac_optax.linalg.kronecker_products import eigen_solve, trace_ratio
 from tests import oracles
 
 
@@ -19,7 +19,9 @@ def psd(seed, n, rank):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.floats(1e-3, 10))
+@given(
+    st.integers(0, 99), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.floats(1e-3, 10)
+)
 def test_eigen_solve_is_the_dense_solve(seed, p, q, rank, damping):
     with jax.enable_x64(True):
         a, g, v = psd(seed, p, rank), psd(seed + 1, q, rank), oracles.normal(seed, (p, q))
@@ -67,10 +69,13 @@ def test_gram_sums_over_all_leading_axes():
 
 
 def test_factorisations_are_ordered_and_unchanged():
-    """`after` changes no value, NaN or not, and its dependency survives compilation (see its docstring)."""
+    """`after` changes no value, NaN or not, and its dependency survives compilation (see its
+    docstring)."""
     x = oracles.normal(0, (3, 3))
     for previous in (jnp.ones(2), jnp.full(2, jnp.nan), jnp.full(2, jnp.inf)):
         np.testing.assert_array_equal(jax.jit(after)(x, previous), x)
-    chained = jax.jit(lambda a, b: (jnp.linalg.eigh(a)[0], jnp.linalg.eigh(after(b, jnp.linalg.eigh(a)[0]))[0]))
+    chained = jax.jit(
+        lambda a, b: (jnp.linalg.eigh(a)[0], jnp.linalg.eigh(after(b, jnp.linalg.eigh(a)[0]))[0])
+    )
     text = chained.lower(x, x + 1).compile().as_text()
     assert "inf" in text

@@ -1,4 +1,5 @@
-"""Truncated eigendecompositions: sketches, online updates and solves against dense linear algebra."""
+"""Truncated eigendecompositions: sketches, online updates and solves against dense linear
+algebra."""
 
 import functools
 
@@ -9,9 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_optax.linalg.low_rank import LowRank, captured_energy, low_rank_solve, to_dense, truncate, zero
 from kfac_optax.linalg.online import brand_update, correct_directions
 from kfac_optax.linalg.randomized import randomized_eigh
+from kfac_optax.linalg.truncated_eigen import (
+    LowRank,
+    captured_energy,
+    low_rank_solve,
+    to_dense,
+    truncate,
+    zero,
+)
 
 VARIANTS = ("svd", "symmetric")
 
@@ -32,7 +40,9 @@ def assert_orthonormal(vectors, atol, values=None):
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 6), st.floats(1e-3, 10), st.floats(0, 5))
+@given(
+    st.integers(0, 99), st.integers(1, 6), st.integers(1, 6), st.floats(1e-3, 10), st.floats(0, 5)
+)
 def test_a_solve_is_the_dense_solve(seed, d, m, shift, rest):
     with jax.enable_x64(True):
         m = min(d, m)
@@ -48,23 +58,32 @@ def test_a_solve_is_the_dense_solve(seed, d, m, shift, rest):
 def test_a_sketch_of_full_rank_is_the_dense_decomposition(x64, variant):
     matrix = jnp.asarray(with_spectrum(0, 0.5 ** np.arange(8)))
     for rank, oversampling in ((8, 0), (5, 3), (20, 10)):
-        low = randomized_eigh(matrix, jax.random.key(1), rank=rank, oversampling=oversampling, variant=variant)
+        low = randomized_eigh(
+            matrix, jax.random.key(1), rank=rank, oversampling=oversampling, variant=variant
+        )
         assert low.vectors.shape == (8, min(rank, 8))
-        np.testing.assert_allclose(low.values, np.linalg.eigvalsh(matrix)[::-1][: min(rank, 8)], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            low.values, np.linalg.eigvalsh(matrix)[::-1][: min(rank, 8)], rtol=1e-10, atol=1e-12
+        )
     v = jnp.asarray(normal(2, 8, 2))
-    np.testing.assert_allclose(low_rank_solve(low, v, 0.1), np.linalg.solve(matrix + 0.1 * np.eye(8), v), rtol=1e-9)
+    np.testing.assert_allclose(
+        low_rank_solve(low, v, 0.1), np.linalg.solve(matrix + 0.1 * np.eye(8), v), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_matrix_of_low_rank_is_found_exactly(x64, variant):
     matrix = jnp.asarray(with_spectrum(0, np.r_[3.0, 2.0, 1.0, 1.0, np.zeros(16)]))
-    low = randomized_eigh(matrix, jax.random.key(1), rank=5, oversampling=3, power_iterations=0, variant=variant)
+    low = randomized_eigh(
+        matrix, jax.random.key(1), rank=5, oversampling=3, power_iterations=0, variant=variant
+    )
     np.testing.assert_allclose(to_dense(low), matrix, atol=1e-10)
     assert_orthonormal(low.vectors, 1e-10)
 
 
 def test_errors_of_sketches_without_power_iterations(x64):
-    """The singular vectors on the far side of the sketch are nearly optimal, the symmetric variant is not."""
+    """The singular vectors on the far side of the sketch are nearly optimal, the symmetric variant
+    is not."""
     d, rank = 80, 10
     matrix = jnp.asarray(with_spectrum(0, 0.8 ** np.arange(d)))
     optimal = np.linalg.norm(0.8 ** np.arange(rank, d))
@@ -72,7 +91,9 @@ def test_errors_of_sketches_without_power_iterations(x64):
     @functools.partial(jax.jit, static_argnames="variant")
     def errors(keys, variant):
         def error(key):
-            low = randomized_eigh(matrix, key, rank=rank, oversampling=5, power_iterations=0, variant=variant)
+            low = randomized_eigh(
+                matrix, key, rank=rank, oversampling=5, power_iterations=0, variant=variant
+            )
             return jnp.linalg.norm(matrix - to_dense(low))
 
         return jax.vmap(error)(keys)
@@ -87,13 +108,17 @@ def test_power_iterations_bring_both_variants_close_to_the_optimum(x64):
     matrix = jnp.asarray(with_spectrum(0, 0.8 ** np.arange(40)))
     optimal = np.linalg.norm(0.8 ** np.arange(10, 40))
     for variant in VARIANTS:
-        low = randomized_eigh(matrix, jax.random.key(0), rank=10, oversampling=5, power_iterations=3, variant=variant)
+        low = randomized_eigh(
+            matrix, jax.random.key(0), rank=10, oversampling=5, power_iterations=3, variant=variant
+        )
         assert np.linalg.norm(matrix - to_dense(low)) < 1.02 * optimal
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_zero_matrix_is_no_trouble(variant):
-    low = randomized_eigh(jnp.zeros((6, 6)), jax.random.key(0), rank=2, oversampling=1, variant=variant)
+    low = randomized_eigh(
+        jnp.zeros((6, 6)), jax.random.key(0), rank=2, oversampling=1, variant=variant
+    )
     np.testing.assert_array_equal(low.values, 0)
     np.testing.assert_allclose(low_rank_solve(low, jnp.ones((6, 1)), 0.5), 2, rtol=1e-5)
     assert captured_energy(low, jnp.float32(0)) == 1
@@ -116,7 +141,11 @@ def online(seed, d, n, rank, steps, decay=0.9, true_rank=None):
     """Decomposition and dense average after some updates, in double precision."""
     update = jax.jit(functools.partial(brand_update, rank=rank))
     low, dense = zero(d, rank, jnp.float64), np.zeros((d, d))
-    span = np.eye(d) if true_rank is None else normal(seed, d, true_rank) @ normal(seed + 1, true_rank, d)
+    span = (
+        np.eye(d)
+        if true_rank is None
+        else normal(seed, d, true_rank) @ normal(seed + 1, true_rank, d)
+    )
     for i in range(steps):
         columns = span @ normal(seed + 10 + i, d, n) / np.sqrt(n)
         low = update(low, jnp.asarray(columns), decay)
@@ -139,14 +168,18 @@ def test_online_updates_never_exceed_the_dense_average(seed, d, n, rank):
         assert np.linalg.eigvalsh(dense - to_dense(low)).min() > -1e-10 * np.trace(dense)
         assert low.values.shape == (min(d, min(rank, d) + n),)
         assert np.all(np.diff(low.values) <= 0) and np.all(low.values >= 0)
-        assert_orthonormal(low.vectors, 1e-10, low.values)  # six updates may be fewer columns than d
+        assert_orthonormal(
+            low.vectors, 1e-10, low.values
+        )  # six updates may be fewer columns than d
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 5))
 def test_online_updates_are_exact_where_the_average_has_the_rank(seed, n):
     with jax.enable_x64(True):
-        low, dense = online(seed, 10, n, rank=4, steps=8, true_rank=3)  # deficient columns, every time
+        low, dense = online(
+            seed, 10, n, rank=4, steps=8, true_rank=3
+        )  # deficient columns, every time
         np.testing.assert_allclose(to_dense(low), dense, atol=1e-10 * np.trace(dense))
         assert_orthonormal(low.vectors, 1e-10, low.values)
 
@@ -156,13 +189,17 @@ def test_one_update_has_the_eigenvalues_of_the_dense_sum(x64):
     columns = jnp.asarray(normal(99, 10, 2))
     dense = 0.9 * to_dense(truncate(low, 4)) + 0.1 * columns @ columns.T
     after = brand_update(low, columns, 0.9, rank=4)
-    np.testing.assert_allclose(after.values, np.linalg.eigvalsh(dense)[::-1][:6], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        after.values, np.linalg.eigvalsh(dense)[::-1][:6], rtol=1e-10, atol=1e-12
+    )
 
 
 def test_columns_stay_orthonormal_in_single_precision():
     update = jax.jit(functools.partial(brand_update, rank=6))
     low, columns = zero(30, 6), jnp.asarray(normal(0, 300, 30, 2), jnp.float32)
-    low, _ = jax.lax.scan(lambda low, y: (update(low, y, 0.95), None), update(low, columns[0], 0.95), columns)
+    low, _ = jax.lax.scan(
+        lambda low, y: (update(low, y, 0.95), None), update(low, columns[0], 0.95), columns
+    )
     assert_orthonormal(np.asarray(low.vectors, float), 1e-5)
 
 

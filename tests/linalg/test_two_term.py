@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_optax.linalg.rows import keep_rows, weighted_gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_by_two import small_psd_eigh
 from kfac_optax.linalg.two_term import inverse_root, pencil, two_term_solve
+from kfac_optax.linalg.weighted_rows import keep_rows, weighted_gram
 from tests import oracles
 
 
@@ -37,7 +37,10 @@ def test_difference_of_two_products(seed, p, q):
     """`C <= A` and `D <= B` up to a factor, as covariances of a regression are."""
     with jax.enable_x64(True):
         c, d, v = psd(seed, p, 9), psd(seed + 1, q, 9), oracles.normal(seed, (p, q))
-        a, b = c + psd(seed + 2, p, 9) + 0.1 * jnp.eye(p), d + psd(seed + 3, q, 9) + 0.1 * jnp.eye(q)
+        a, b = (
+            c + psd(seed + 2, p, 9) + 0.1 * jnp.eye(p),
+            d + psd(seed + 3, q, 9) + 0.1 * jnp.eye(q),
+        )
         got = two_term_solve(pencil(a, c), pencil(b, d), v, minus=True)
         dense = np.linalg.solve(np.kron(a, b) - np.kron(c, d), np.ravel(v))
         np.testing.assert_allclose(np.ravel(got), dense, rtol=1e-10, atol=1e-10)
@@ -80,7 +83,8 @@ def test_eigendecomposition_of_two_rows(seed, rank, log_scale, log_stretch):
 
 
 @pytest.mark.parametrize(
-    "matrix", [[[0, 0], [0, 0]], [[1, 0], [0, 1]], [[2, 0], [0, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 3]]]
+    "matrix",
+    [[[0, 0], [0, 0]], [[1, 0], [0, 1]], [[2, 0], [0, 1]], [[1, 1], [1, 1]], [[0, 0], [0, 3]]],
 )
 def test_eigendecomposition_of_special_matrices(matrix, x64):
     matrix = jnp.asarray(matrix, float)
@@ -104,7 +108,9 @@ def test_rows_of_weight_zero_are_not_read(x64):
     np.testing.assert_array_equal(keep_rows(x, None), x)
 
 
-@pytest.mark.parametrize(("mean_a", "mean_g", "expected"), [(4.0, 1.0, 2.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("mean_a", "mean_g", "expected"), [(4.0, 1.0, 2.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]
+)
 def test_shifts_multiply_to_the_damping(mean_a, mean_g, expected, x64):
     shift, other = tikhonov_shifts(jnp.asarray(mean_a), jnp.asarray(mean_g), jnp.asarray(0.09))
     np.testing.assert_allclose([shift, other], [expected * 0.3, 0.3 / expected], rtol=1e-12)

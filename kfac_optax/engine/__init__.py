@@ -1,0 +1,1 @@
+"""Runs blocks and couplings on a schedule, as one Optax transformation."""

@@ -1,0 +1,175 @@
+"""Which block each layer gets, and what becomes of the parameters that are left over."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+
+from kfac_optax._types import COMPLEX, NOT_USED, Block, Layer, Layers, Layout, Uncovered
+from kfac_optax._validate import check_choice
+from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.recurrent import OPTIONS, recurrent
+from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.unitwise import unitwise
+
+NORMALIZATION = ("unitwise", "diagonal", "pass")
+UNCOVERED = ("pass", "diagonal", "graft", "raise")
+CONVOLUTION = ("kfc", "sua")
+RECURRENCE = ("independent", *OPTIONS)
+BlockOf = Callable[[Layer], Block]
+
+
+def blocks_of(
+    linear: Block | BlockOf,
+    *,
+    inverse: str = "eigh",
+    normalization: str = "unitwise",
+    convolution: str = "kfc",
+    recurrence: str = "independent",
+    precision: jax.lax.PrecisionLike = "highest",
+) -> BlockOf:
+    """One block for every layer: `linear` for weights between units, and what fits each of the other kinds.
+
+    Layers that get the same `Block` object and have the same shapes are handled by one batched call.
+
+    Args:
+      linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks.
+      inverse: of embeddings.
+      normalization: `"unitwise"` gives scale and shift of each channel a 2 x 2 block, `"diagonal"` one number each.
+      convolution: `"kfc"` measures patches; `"sua"` only channels, where the convolution is a plain one (no groups, not
+        transposed).
+      recurrence: `"independent"` adds up the steps of a layer that is used several times; `"option1"` and `"option2"`
+        model how neighbouring steps correlate, see `recurrent`.
+      precision: matmul precision of factor products and solves.
+
+    Raises:
+      ValueError: a word is unknown.
+
+    >>> import kfac_optax as ko
+    >>> block_of = blocks_of(ko.kronecker())
+    >>> print(block_of(Layer("norm", "scale_shift", "norm/scale", None, 1, 4, Layout((4,), (1, 4), (0, 1)))).name)
+    unit-wise
+    """
+    check_choice("blocks_of", "convolution", convolution, CONVOLUTION)
+    check_choice("blocks_of", "recurrence", recurrence, RECURRENCE)
+    if not isinstance(linear, Block):
+        return linear
+    by_kind = {
+        "embedding": embedding(inverse, precision=precision),
+        "tied_embedding": tied_embedding(inverse, precision=precision),
+        "scale_shift": unitwise(full=normalization != "diagonal"),
+        "diagonal": diagonal(),
+    }
+    by_channels = functools.cache(
+        lambda channels, bias: sua(channels, bias=bias, precision=precision)
+    )
+    in_time = None if recurrence == "independent" else recurrent(recurrence, precision=precision)
+
+    def block_of(layer: Layer) -> Block:
+        if layer.kind in by_kind:
+            return by_kind[layer.kind]
+        if convolution == "sua" and layer.channels:
+            return by_channels(layer.channels, layer.bias is not None)
+        return (
+            in_time if in_time is not None and layer.uses > 1 and layer.kind != "conv" else linear
+        )
+
+    return block_of
+
+
+def cover(
+    layers: Layers,
+    *,
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    where: str = "cover",
+) -> Layers:
+    """The layers a transformation handles: without normalisation layers, or with left-over parameters as layers.
+
+    Args:
+      layers: from `fisher.layers(...)`.
+      uncovered: what becomes of parameters without a layer: `"pass"` and `"graft"` leave them out, the latter
+        marked to get the size of the others' updates; `"diagonal"` makes each a layer of its own, `"raise"` is an error.
+      normalization: `"pass"` leaves out scale and shift of normalisation layers.
+      where: for errors.
+
+    Raises:
+      TypeError: `layers` is something else.
+      ValueError: a word is unknown; `"raise"` and something is left over.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            f"{where}: layers is a {type(layers).__name__}; expected the result of fisher.layers(params, *args)."
+        )
+    check_choice(where, "uncovered", uncovered, UNCOVERED)
+    check_choice(where, "normalization", normalization, NORMALIZATION)
+    if uncovered == "raise":
+        _refuse(where, layers)
+    kept, left = list(layers.layers), list(layers.uncovered)
+    if normalization == "pass":
+        left += [
+            Uncovered(name, (*x.stack, *x.layout.shape), "normalization='pass'")
+            for x in kept
+            if x.kind == "scale_shift"
+            for name in (x.kernel, x.bias)
+            if name is not None
+        ]
+        kept = [x for x in kept if x.kind != "scale_shift"]
+    if uncovered == "diagonal":
+        passed = (NOT_USED, COMPLEX, "normalization='pass'")
+        kept += [_single(u) for u in left if u.reason not in passed]
+        left = [u for u in left if u.reason in passed]
+    return dataclasses.replace(
+        layers,
+        layers=tuple(kept),
+        uncovered=tuple(left),
+        blocks=(),
+        state_bytes=(),
+        graft=layers.graft or uncovered == "graft",
+    )
+
+
+def _refuse(where: str, layers: Layers) -> None:
+    """Raises where a parameter has no block, or one that does not see all of its uses."""
+    partly = [u for layer in layers for u in layer.partly]
+    found = []
+    for what, those in (
+        ("no block covers", layers.uncovered),
+        ("a block covers only a part of the uses of", partly),
+    ):
+        if those:
+            found.append("\n".join([what, *(f"  {u.path} {u.shape}: {u.reason}" for u in those)]))
+    if found:
+        raise ValueError(
+            f"{where}: uncovered='raise' and {chr(10).join(found)}\nUse uncovered='pass' to pass the gradient of what no "
+            "block covers on, 'graft' to give it the size of the preconditioned updates, or 'diagonal'."
+        )
+
+
+def check_coupled(layers: Layers, where: str) -> None:
+    """Raises where a coupling has no layer to see.
+
+    Raises:
+      ValueError: no layer with weights between units has rows of examples.
+    """
+    if not any(layer.coupled for layer in layers):
+        names = (
+            ", ".join(x.path or "(root)" for x in layers if x.between_units)
+            or "none with weights between units"
+        )
+        raise ValueError(
+            f"{where}: no layer is left for the coupling, which needs sums per example. Axis 0 of a layer's input has to be "
+            f"the examples: reshape to [examples, positions, features] instead of [examples * positions, features], or "
+            f"use `kfac` without a coupling. Layers without rows of examples: {names}."
+        )
+
+
+def _single(parameter: Uncovered) -> Layer:
+    shape = parameter.shape
+    return Layer(
+        path=parameter.path, kind="diagonal", kernel=parameter.path, bias=None, inputs=1, outputs=math.prod(shape),
+        layout=Layout(shape, shape, tuple(range(len(shape)))), notes=(parameter.reason,),
+    )  # fmt: skip

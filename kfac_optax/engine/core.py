@@ -1,0 +1,313 @@
+"""Runs a block and a coupling on a schedule, as one Optax transformation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, replace_leaves
+from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
+from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
+from kfac_optax.engine.precondition import precondition
+from kfac_optax.engine.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
+from kfac_optax.engine.stagger import check_parts, chosen
+from kfac_optax.engine.state import CurvatureState, Step
+from kfac_optax.engine.uncovered import graft_uncovered
+from kfac_optax.estimators.plan import Plan
+
+_MISSING: Any = object()
+
+
+def scale_by_curvature(
+    layers: Layers,
+    *,
+    block: Block | BlockOf,
+    coupling: Coupling | None = None,
+    damping: ScalarOrSchedule = 1e-3,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    factored_gradient: bool = False,
+    separate: bool = False,
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions gradients with a per-layer curvature block and, optionally, a coupling between
+    layers.
+
+    Statistics are averaged as `S <- e S + (1 - e) S_new`, `e = min(1 - 1/k, decay)` with `k`
+    counting accepted statistics from 1. Where both are due, statistics come first, then inverses,
+    then the step is preconditioned. A statistic that is not finite is dropped; a factorisation that
+    fails keeps the last good one; an update that is not finite becomes zero, as a whole; where a
+    schedule or an injected hyperparameter gives a value that makes no sense, the last good one is
+    used. All are counted, and `problems` names them.
+
+    `update(grads, state, params, *, curvature, measure=None, refresh=None, damping=None)`:
+
+    - `curvature`: from `fisher.at(...)` or `fisher.value_and_grad(...)`; `None` takes no statistics
+      in this step.
+    - `refresh=None`: the schedule is traced, one compiled step serves all. A Python bool decides
+      now, without any branch in the compiled step: statistics are taken if `curvature` is given,
+      inverses are refreshed if `refresh` is true. With `stagger=n` a tuple of part numbers, as
+      `HostSchedule` gives it, refreshes these parts only.
+    - `measure=False`: takes no statistics although `curvature` is given, for a transformation
+      behind that needs its products in every step.
+    - `damping`: replaces this transformation's own in this step, at all levels; `adapt_damping`
+      passes it.
+
+    Args:
+      layers: from `fisher.layers(params, ...)`.
+      block: the approximation of dense layers, convolutions and attention projections, for example
+        `kronecker()` (embeddings and normalisation layers get blocks of their own); or a function
+        of the layer that gives every layer its block. Layers with equal shapes and the same `Block`
+        object share one batched call.
+      coupling: `coarse_correction()`, `deflated()` or `tridiagonal()`; `None` leaves the layers
+        independent.
+      damping: Tikhonov damping.
+      decay: bound of the averaging weight, in [0, 1].
+      curvature_every: period of the statistics, in steps.
+      inverse_every: period of the inverses, in steps; `refresh_period(...)` makes a shorter one at
+        first.
+      stagger: `n > 1` spreads a refresh evenly over its period, so that no step takes much longer
+        than the others: the matrices are divided into `n` parts of about equal cost, and part `j`
+        is refreshed when `count % inverse_every == j * inverse_every // n`, the coupling with part
+        0. In step 0 all are. `None` or 1: all in one step.
+      uncovered: parameters without a block: `"pass"` their gradient on unchanged; `"graft"`: pass
+        it on with the size of the others' updates, so that the root mean square of its entries is
+        that of the preconditioned updates of all parameters with a block; precondition with the
+        diagonal of the Fisher (`"diagonal"`, right on average over statistics, see `ggn` for the
+        random signs); or `"raise"`. What the model does not use passes on unchanged.
+      normalization: scale and shift of normalisation layers: `"unitwise"`, one 2 x 2 block for
+        every channel, `"diagonal"`, or `"pass"`: treated as parameters without a block (never by
+        the diagonal).
+      factored_gradient: precondition the gradient of dense layers as the product of rows that it
+        is, wherever the block knows how (`solve_rows`) and saves work by it. Needs `curvature` from
+        `fisher.value_and_grad` in every step, of the very gradient that is passed: nothing may be
+        added to it before, so weight decay has to follow (decoupled).
+      separate: hand on the parts of the update one by one, as `Directions`, to a step rule that
+        weighs them: the block-diagonal level, then what the coupling adds. Without a coupling there
+        is one part. Parameters without a block are in the first part, grafted to the size of that.
+      axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split;
+        statistics are averaged over it. Not needed under `jit` with sharded arrays.
+      factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters'
+        dtypes.
+
+    Returns:
+      A transformation whose whole state is a `CurvatureState` of arrays.
+
+    Raises:
+      ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot;
+        `curvature` missing or made for another model.
+
+    >>> import kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = scale_by_curvature(estimator.layers(w, x), block=ko.kronecker(), damping=0.5)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print(updates.ravel())
+    [1. 1.]
+    """
+    where = "scale_by_curvature"
+    _check(where, damping, decay, curvature_every, inverse_every)
+    own_damping, parts = damping, check_parts(where, stagger)
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
+    block_of = blocks_of(block, normalization=normalization)
+    blocks = tuple(map(block_of, layers))
+    if coupling is not None:
+        coupling.check(layers.layers, blocks)
+        check_coupled(layers, where)
+    if factored_gradient and all(b.solve_rows is None for b in blocks):
+        names = ", ".join(sorted({b.name for b in blocks}))
+        raise ValueError(
+            f"{where}: got factored_gradient=True, but no block can solve for rows: {names}. "
+            "Expected one of "
+            "low_rank or kronecker('cholesky'): pass inverse='cholesky', or take a preset of low "
+            "rank."
+        )
+
+    def init(params: PyTree) -> CurvatureState:
+        def zero(dtype: Any = jnp.int32) -> jax.Array:
+            return jnp.zeros(
+                (), dtype
+            )  # a new array each time: a buffer that occurs twice cannot be donated
+
+        state = CurvatureState(
+            zero(),
+            zero(),
+            zero(),
+            zero(),
+            zero(),
+            zero(jnp.float32),
+            zero(jnp.float32),
+            zero(),
+            zero(),
+            zero(),
+            zero(),
+            {},
+        )
+        state = state._replace(
+            given=start_checked(
+                damping=damping,
+                decay=decay,
+                curvature_every=curvature_every,
+                inverse_every=inverse_every,
+            )
+        )
+        state = state._replace(
+            inverse_age=jnp.ones((), jnp.int32)
+        )  # nothing refreshed yet: older than the first step
+        if not jax.tree.leaves(
+            params
+        ):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
+            return state
+        leaves = named_leaves(params)
+        mine = _own_layers(where, layers, leaves)
+        dtype = _dtype(leaves, mine, factor_dtype)
+        first, _ = checked(state.given, "damping", damping, state.kfac_count)
+        start = jnp.asarray(first, dtype)
+        # one compiled call instead of an eager one per array
+        factors, inverses, coarse = jax.jit(
+            lambda damping: initial(mine, block_of, coupling, damping)
+        )(start)
+        return state._replace(
+            damping=jnp.array(start, jnp.float32), factors=factors, inverses=inverses, coarse=coarse
+        )
+
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        curvature=_MISSING,
+        measure=None,
+        refresh=None,
+        damping=None,
+        **extra,
+    ):
+        del params, extra
+        damping = own_damping if damping is None else damping
+        if curvature is _MISSING:
+            raise ValueError(NO_CURVATURE.format(where=where))
+        if not jax.tree.leaves(updates):
+            return updates, state
+        leaves = named_leaves(updates)
+        mine = _own_layers(where, layers, leaves)
+        dtype = _dtype(leaves, mine, factor_dtype)
+        count = state.kfac_count
+        # all of them in every step: what is remembered does not depend on who decides about the
+        # schedule
+        damping, given = checked(state.given, "damping", damping, count)
+        weight, given = checked(given, "decay", decay, count)
+        measured_every, given = checked(given, "curvature_every", curvature_every, count)
+        inverted_every, given = checked(given, "inverse_every", inverse_every, count)
+        step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
+        if curvature is not None and measure is not False:
+            _check_curvature(where, curvature)
+            due = True if measure or refresh is not None else due_at(count, measured_every)
+            state = take_statistics(step, state, due, lambda: curvature.statistics(plan), weight)
+        if refresh is None:
+            parts_now: Any = parts_due(state, inverted_every, parts)
+        else:
+            parts_now = chosen(f"{where}.update", refresh, parts)
+        state = refresh_parts(step, state, parts_now)
+        rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
+        covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
+        finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
+        new, share, finite = precondition(
+            step, state, leaves, dtype, curvature, axis_name, rows, finite
+        )
+        # what no block covers is left out as well where any part of the update is not finite
+        updates = replace_leaves(
+            updates, {n: jnp.where(finite, x, 0) for n, x in leaves.items() if n not in covered}
+        )
+        updates = _joined(updates, new, separate, layers)
+        state = state._replace(
+            kfac_count=optax.safe_increment(state.kfac_count),
+            inverse_age=optax.safe_increment(state.inverse_age),
+            damping=step.damping.astype(jnp.float32),
+            coarse_share=jnp.where(
+                jnp.isfinite(share), share.astype(jnp.float32), state.coarse_share
+            ),
+            non_finite_updates=state.non_finite_updates + (~finite).astype(jnp.int32),
+            given=given,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _joined(
+    updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool, layers: Layers
+) -> PyTree:
+    """The parts as trees like the gradient, one by one or added up."""
+    if not separate:
+        total = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
+        return graft_uncovered(replace_leaves(updates, total), layers)
+    first = graft_uncovered(replace_leaves(updates, parts[0]), layers)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return Directions((first, *(replace_leaves(zeros, part) for part in parts[1:])))
+
+
+def _check(where, damping, decay, curvature_every, inverse_every) -> None:
+    check_legal(where, "damping", damping)
+    check_legal(where, "decay", decay)
+    check_legal(where, "curvature_every", curvature_every)
+    check_legal(where, "inverse_every", inverse_every)
+
+
+def _gradient_rows(
+    where: str, curvature: Any, plan: Plan
+) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+    """Rows whose products are the gradients of layers.
+
+    Raises:
+      ValueError: the curvature knows no gradient.
+    """
+    if not hasattr(curvature, "gradient_rows"):
+        got = "None" if curvature is None else "curvature from fisher.at(...)"
+        raise ValueError(
+            f"{where}.update: factored_gradient=True and got {got}; expected curvature that shares "
+            "its pass with the gradient, "
+            "in every step: loss, grads, curvature = fisher.value_and_grad(loss_fn)(params, *args, "
+            "targets=y, key=key). "
+            "Statistics still follow curvature_every (or measure=)."
+        )
+    return curvature.gradient_rows(plan)
+
+
+def _check_curvature(where: str, curvature: Any) -> None:
+    if not hasattr(curvature, "statistics"):
+        raise TypeError(
+            f"{where}.update: curvature is a {type(curvature).__name__}; "
+            "expected fisher.at(params, *args, key=key) or None."
+        )
+
+
+def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tuple[Layer, ...]:
+    mine = present(layers, leaves)
+    if not mine:
+        raise ValueError(
+            f"{where}: none of the layers {', '.join(x.kernel for x in layers)} is among the "
+            f"parameters {', '.join(leaves)}. "
+            "Pass the parameter tree that `layers` was made from."
+        )
+    for layer in mine:
+        got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *layer.layout.shape)
+        if got != expected:
+            raise ValueError(
+                f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "
+                "`layers` was made. Make it again: layers = fisher.layers(params, *args)."
+            )
+    return mine
+
+
+def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: Any) -> Any:
+    if factor_dtype is not None:
+        return jnp.dtype(factor_dtype)
+    return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))

@@ -1,0 +1,213 @@
+"""Gradients to updates: every block solves for its layers, the coupling makes of that what it
+knows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
+from kfac_optax._types import Layer, PyTree, System, Vector
+from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
+
+Rows = dict[Layer, tuple[jax.Array, jax.Array]]
+
+
+def precondition(
+    step: Step,
+    state: CurvatureState,
+    leaves: dict[str, jax.Array],
+    dtype: Any,
+    curvature: Any,
+    axis_name: Any,
+    rows: Rows | None,
+    finite: jax.Array,
+) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:
+    """The parts of the update, leaves by name, the share that the coupling has in it, and whether
+    all of it is finite.
+
+    An update that is not finite, or `finite` that is false, gives zeros. `rows`: see `_from_rows`.
+    """
+
+    def fine(vector: Vector) -> Vector:
+        # of what couplings solve for, only the gradient itself is a product of rows
+        known = (
+            _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}
+        )
+        return [
+            known[b.name]
+            if b.name in known
+            else jax.vmap(block_of_bucket(b).solve, (0, 0, None))(
+                state.inverses[b.name], v, step.damping
+            )
+            for b, v in zip(step.buckets, vector, strict=True)
+        ]
+
+    with jax.named_scope("kfac/precondition"):
+        gradient = [gather(bucket, leaves, dtype) for bucket in step.buckets]
+        if step.coupling is None:
+            parts = [fine(gradient)]
+        else:
+            system = _system(step, state, gradient, fine, leaves, curvature, axis_name)
+            parts = step.coupling.apply(state.coarse.coarse_inverse, system)
+        share = _share(parts)
+        # here and not leaf by leaf: few arrays depend on all of them, which XLA compiles far sooner
+        finite = finite & all_finite(parts)
+        parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
+    return [_named(step, part, leaves) for part in parts], share, finite
+
+
+def _share(parts: list[Vector]) -> jax.Array:
+    """Norm of what comes after the first part over the norm of the sum."""
+    if len(parts) == 1:
+        return jnp.zeros((), jnp.float32)
+    added = [sum(xs[1:], xs[0]) for xs in zip(*parts[1:], strict=True)]
+    changed, total = 0.0, 0.0
+    for fine, more in zip(parts[0], added, strict=True):
+        changed += jnp.sum(jnp.square(more))
+        total += jnp.sum(jnp.square(fine + more))
+    return jnp.sqrt(changed / jnp.where(total > 0, total, 1))
+
+
+def _named(step: Step, vector: Vector, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    named: dict[str, jax.Array] = {}
+    for bucket, matrices in zip(step.buckets, vector, strict=True):
+        named |= scatter(bucket, matrices, leaves)
+    return named
+
+
+def _from_rows(
+    step: Step, state: CurvatureState, rows: Rows, dtype: Any, axis_name: Any
+) -> dict[str, jax.Array]:
+    """Preconditioned gradients of the buckets that take rows
+    `(a [copies, R, p], g [copies, R, q])`, by bucket.
+    """
+    known: dict[str, jax.Array] = {}
+    for bucket in step.buckets:
+        solve_rows = block_of_bucket(bucket).solve_rows
+        if solve_rows is None or any(layer not in rows for layer in bucket.layers):
+            continue
+        a, g = (
+            _stacked(xs, dtype)
+            for xs in zip(*(rows[layer] for layer in bucket.layers), strict=True)
+        )
+        solved = jax.vmap(solve_rows, (0, 0, 0, None))(
+            state.inverses[bucket.name], a, g, step.damping
+        )
+        if solved is not None:
+            # linear in the rows, so that the mean over devices is that of the gradient
+            known[bucket.name] = solved if axis_name is None else jax.lax.pmean(solved, axis_name)
+    return known
+
+
+def _stacked(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Rows `[copies, R, d]` of several layers together; zeros make up for layers with fewer of
+    them.
+    """
+    longest = max(x.shape[1] for x in rows)
+    return jnp.concatenate(
+        [jnp.pad(x.astype(dtype), ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in rows]
+    )
+
+
+def _system(step, state, gradient, fine, leaves, curvature, axis_name) -> System:
+    sizes = state.coarse.coarse_sizes
+    between = _Between(step, [v.shape for v in gradient])
+    batch = _Batch(step, leaves, curvature, axis_name)
+    return System(
+        gradient,
+        fine,
+        between.restrict,
+        between.prolong,
+        between.matrices,
+        between.replace,
+        batch.product,
+        lambda prolong, count: batch.coarse(prolong, count, sizes.dtype),
+        step.fine(state.factors, state.inverses, sizes).inverses,
+        step.damping,
+        sizes,
+    )
+
+
+class _Between(NamedTuple):
+    """From vectors to rows and back."""
+
+    step: Step
+    shapes: list[tuple[int, ...]]
+
+    def restrict(self, vector: Vector) -> jax.Array:
+        rows = self.step.rows()
+        restricted = jnp.concatenate([jnp.sum(vector[i], (1, 2)) for i in self.coupled()])
+        return restricted if _in_order(rows) else restricted[np.argsort(rows)]
+
+    def prolong(self, values: jax.Array) -> Vector:
+        rows, start = self.step.rows(), 0
+        by_bucket = values if _in_order(rows) else values[rows]
+        vector = [jnp.zeros((), values.dtype)] * len(self.shapes)
+        for i in self.coupled():
+            vector[i] = by_bucket[start : start + self.shapes[i][0], None, None]
+            start += self.shapes[i][0]
+        return [jnp.broadcast_to(x, shape) for x, shape in zip(vector, self.shapes, strict=True)]
+
+    def matrices(self, vector: Vector) -> list[jax.Array]:
+        return [vector[i][k] for i, k in self.step.places()]
+
+    def replace(self, vector: Vector, matrices: Sequence[jax.Array]) -> Vector:
+        of_place = dict(zip(self.step.places(), matrices, strict=True))
+        coupled = self.coupled()
+        return [
+            jnp.stack([of_place[i, k] for k in range(len(v))]) if i in coupled else v
+            for i, v in enumerate(vector)
+        ]
+
+    def coupled(self) -> list[int]:
+        return [i for i, bucket in enumerate(self.step.buckets) if bucket.layers[0].coupled]
+
+
+def _in_order(rows: np.ndarray) -> bool:
+    return np.array_equal(rows, np.arange(len(rows)))
+
+
+class _Batch(NamedTuple):
+    """The exact curvature of this step's batch on what blocks cover."""
+
+    step: Step
+    leaves: dict[str, jax.Array]
+    curvature: Any
+    axis_name: Any
+
+    def product(self, vector: Vector) -> Vector:
+        products = named_leaves(
+            self._given().vector_product(self._as_tree(vector), axis_name=self.axis_name)
+        )
+        return [
+            gather(bucket, products, v.dtype)
+            for bucket, v in zip(self.step.buckets, vector, strict=True)
+        ]
+
+    def coarse(self, prolong: Callable[[jax.Array], Vector], count: int, dtype: Any) -> jax.Array:
+        def direction(row: jax.Array) -> PyTree:
+            return self._as_tree(prolong((jnp.arange(count) == row).astype(dtype)))
+
+        form = self._given().quadratic_form(direction, count=count, axis_name=self.axis_name)
+        return form.astype(dtype)
+
+    def _as_tree(self, vector: Vector) -> PyTree:
+        """Like the parameters, zeros where no block is."""
+        named = _named(self.step, vector, self.leaves)
+        return replace_leaves(jax.tree.map(jnp.zeros_like, self.curvature.params), named)
+
+    def _given(self) -> Any:
+        if self.curvature is None:
+            assert self.step.coupling is not None
+            raise ValueError(
+                f"{self.step.coupling.name}: this coupling takes exact products with the curvature "
+                "of the batch in every "
+                "step, but got curvature=None. Pass curvature=fisher.at(params, *args, key=key) "
+                "every time (statistics "
+                "still follow curvature_every), or use the additive correction."
+            )
+        return self.curvature

@@ -1,0 +1,299 @@
+"""What changes between steps: factors take in new statistics, inverses are factorised again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import all_finite, make_buckets, select
+from kfac_optax._types import Average, Bucket, Coupling, Layer, PyTree
+from kfac_optax.engine import stagger
+from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
+from kfac_optax.linalg.factorize import after
+
+
+def initial(
+    mine: tuple[Layer, ...], block_of: BlockOf, coupling: Coupling | None, damping: jax.Array
+) -> tuple:
+    """Factors, held inverses and coupling before anything was measured."""
+    dtype, factors = damping.dtype, {}
+    buckets = make_buckets(mine, block_of)
+    for bucket in buckets:
+        one = block_of_bucket(bucket).init(*bucket.shape, dtype)
+        factors[bucket.name] = jax.tree.map(
+            lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
+        )
+    inverses = _factorize(buckets, factors, damping)
+    if coupling is None:
+        return factors, inverses, ()
+    rows, index = 0, {}
+    coupled = tuple(layer for layer in mine if layer.coupled)
+    for layer in coupled:
+        index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
+        rows += layer.copies
+    sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in coupled])
+    statistic = coupling.init(coupled, dtype)
+    fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
+    return (
+        factors,
+        inverses,
+        CoarseState(statistic, coupling.factorize(after(statistic, inverses), fine), sizes, index),
+    )
+
+
+def _factorize(
+    buckets: tuple[Bucket, ...],
+    factors: PyTree,
+    damping: jax.Array,
+    state: CurvatureState | None = None,
+) -> dict[str, PyTree]:
+    """What is held for every bucket, one batched factorisation after another; from scratch where
+    there is no state.
+    """
+    inverses: dict[str, PyTree] = {}
+    previous: PyTree = () if state is None else _online(buckets, state)
+    for bucket in buckets:
+        block, ready = block_of_bucket(bucket), after(factors[bucket.name], previous)
+        if state is None or block.refresh is None:
+            new = jax.vmap(block.factorize, (0, None))(ready, damping)
+        else:
+            new = jax.vmap(block.refresh, (0, 0, None, None))(
+                state.inverses[bucket.name], ready, damping, state.curvature_count
+            )
+        previous = inverses[bucket.name] = new
+    return inverses
+
+
+def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:
+    """What is held for blocks that take rows in: these have been factorised with the statistics of
+    this step.
+    """
+    return {
+        b.name: state.inverses[b.name] for b in buckets if block_of_bucket(b).absorb is not None
+    }
+
+
+def due_at(count: jax.Array, every: Any) -> jax.Array:
+    """Whether something with this period is due at a step."""
+    # hyperparameters injected by Optax are floats, periods included
+    return count % jnp.asarray(every).astype(jnp.int32) == 0
+
+
+def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array, ...]:
+    """Which parts of the inverses are due; all of them at first."""
+    if parts == 1:
+        return (due_at(state.kfac_count, every),)
+    every = jnp.asarray(every).astype(jnp.int32)
+    first = (state.kfac_count == 0) | (state.inverse_age > state.kfac_count)
+    return tuple(
+        first | (state.kfac_count % every == stagger.phase(j, every, parts)) for j in range(parts)
+    )
+
+
+STATISTICS = (
+    "factors",
+    "curvature_count",
+    "skipped_statistics",
+    "coarse",
+    "inverses",
+    "failed_inverses",
+)
+BLOCKS = ("inverses", "failed_inverses", "inverse_age")
+COARSE = ("failed_inverses", "coarse")
+INVERSES = (*BLOCKS, "coarse")
+
+
+def when(
+    due: Any,
+    change: Any,
+    state: CurvatureState,
+    fields: tuple[str, ...],
+    view: Any = lambda state: state,
+) -> CurvatureState:
+    """`change(view(state))` where due; only the fields that can change pass through the branch, as
+    `view` shows them.
+    """
+    if isinstance(due, bool):
+        return change(view(state)) if due else view(state)
+
+    def changed(_: None) -> tuple:
+        new = change(view(state))
+        return tuple(getattr(new, name) for name in fields)
+
+    def same(_: None) -> tuple:
+        old = view(state)
+        return tuple(getattr(old, name) for name in fields)
+
+    return state._replace(**dict(zip(fields, jax.lax.cond(due, changed, same, None), strict=True)))
+
+
+def take_statistics(
+    step: Step,
+    state: CurvatureState,
+    due: Any,
+    measure: Callable[[], tuple[list, PyTree]],
+    decay: Any,
+) -> CurvatureState:
+    """New statistics where due; of what is held, only blocks that take rows in pass through the
+    branch.
+    """
+
+    def view(state: CurvatureState) -> CurvatureState:
+        return state._replace(inverses=_online(step.buckets, state))
+
+    new = when(due, lambda s: accumulate(step, s, measure(), decay), state, STATISTICS, view)
+    return new._replace(inverses=state.inverses | new.inverses)
+
+
+def accumulate(
+    step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any
+) -> CurvatureState:
+    """Averages in new statistics, unless they are not finite; blocks that take rows in do so."""
+    per_layer, across = measured
+    good = all_finite(measured)
+    # weights that are all zero give zeros everywhere: no example, nothing learnt about the
+    # curvature
+    finite = good & _any_nonzero(measured)
+    count = state.curvature_count + finite.astype(jnp.int32)
+    k = jnp.maximum(count, 1).astype(jnp.float32)
+    weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        e = weight.astype(old.dtype)
+        return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
+
+    measured_of = dict(zip(step.layers, per_layer, strict=True))
+    factors, columns = {}, {}
+    for bucket in step.buckets:
+        stacked = jax.tree.map(
+            lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
+        )
+        if block_of_bucket(bucket).absorb is not None:
+            stacked, columns[bucket.name] = stacked
+        factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
+    coarse = state.coarse
+    if isinstance(coarse, CoarseState):
+        coarse = coarse._replace(
+            coarse_factors=jax.tree.map(average, coarse.coarse_factors, across)
+        )
+    skipped = state.skipped_statistics + (~good).astype(jnp.int32)
+    state = state._replace(
+        factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse
+    )
+    return _absorb(step, state, columns, Average(weight, count), finite) if columns else state
+
+
+def _any_nonzero(tree: PyTree) -> jax.Array:
+    return jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(tree)]).any()
+
+
+def _absorb(
+    step: Step, state: CurvatureState, columns: dict, average: Average, finite: jax.Array
+) -> CurvatureState:
+    """What is held, with the new rows in it; layer by layer, what is not finite keeps the old
+    one.
+    """
+    inverses, failed, previous = dict(state.inverses), state.failed_inverses, ()
+    with jax.named_scope("kfac/absorb"):
+        for bucket in step.buckets:
+            absorb = block_of_bucket(bucket).absorb
+            if absorb is None:
+                continue
+            # rows that are not finite would only keep the factorisation busy
+            rows = jax.tree.map(lambda x: jnp.where(finite, x, 0), columns[bucket.name])
+            old = state.inverses[bucket.name]
+            new = jax.vmap(absorb, (0, 0, 0, None, None))(
+                old, after(rows, previous), state.factors[bucket.name], step.damping, average
+            )
+            good = jax.vmap(all_finite)(new)
+            inverses[bucket.name] = previous = select(good & finite, new, old)
+            failed = failed + jnp.sum(~good, dtype=jnp.int32)
+    return state._replace(inverses=inverses, failed_inverses=failed)
+
+
+def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> CurvatureState:
+    """New inverses of the parts that are due, Python bools or traced ones; the coupling goes with
+    the first part.
+    """
+    if len(due) == 1:
+        return when(
+            due[0], lambda s: refactorize_coarse(step, refactorize(step, s)), state, INVERSES
+        )
+    previous: PyTree = _online(step.buckets, state)
+    for one_due, part in zip(due, _divided(step, len(due)), strict=True):
+        if part and one_due is not False:
+            state, previous = _refresh_part(step, state, one_due, part, previous)
+    if step.coupling is not None:
+        state = when(due[0], lambda s: refactorize_coarse(step, s), state, COARSE)
+    return state
+
+
+def _divided(step: Step, parts: int) -> tuple[stagger.Part, ...]:
+    costs = {}
+    for bucket in step.buckets:
+        init = block_of_bucket(bucket).init
+        one = jax.eval_shape(lambda init=init, shape=bucket.shape: init(*shape, step.damping.dtype))
+        costs[bucket.name] = bucket.copies, stagger.cost([x.shape for x in jax.tree.leaves(one)])
+    return stagger.divide(costs, parts=parts)
+
+
+def _refresh_part(
+    step: Step, state: CurvatureState, due: Any, part: stagger.Part, previous: PyTree
+) -> tuple[CurvatureState, PyTree]:
+    """The state with one part refreshed where due, and what the next part has to wait for."""
+    mine = step._replace(buckets=tuple(bucket for bucket in step.buckets if bucket.name in part))
+
+    def pieces(trees: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {
+            name: jax.tree.map(lambda x, ends=ends: x[slice(*ends)], trees[name])
+            for name, ends in part.items()
+        }
+
+    def view(state: CurvatureState) -> CurvatureState:
+        # cut within the branch: only what is written passes through it, and factors are not copied
+        # where nothing is due
+        return state._replace(
+            factors=after(pieces(state.factors), previous), inverses=pieces(state.inverses)
+        )
+
+    def put(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+        same = whole.shape == piece.shape
+        return piece if same else jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+
+    new = when(due, lambda s: refactorize(mine, s), state, BLOCKS, view)
+    inverses = dict(state.inverses)
+    for name, (start, _) in part.items():
+        inverses[name] = jax.tree.map(
+            lambda x, y, start=start: put(x, y, start), inverses[name], new.inverses[name]
+        )
+    return new._replace(factors=state.factors, inverses=inverses), new.inverses
+
+
+def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
+    """New inverses of all blocks; layer by layer, what is not finite keeps the old one."""
+    inverses, failed = {}, state.failed_inverses
+    with jax.named_scope("kfac/factorize"):
+        made = _factorize(step.buckets, state.factors, step.damping, state)
+        for name, new in made.items():
+            good = jax.vmap(all_finite)(new)
+            inverses[name] = select(good, new, state.inverses[name])
+            failed = failed + jnp.sum(~good, dtype=jnp.int32)
+    return state._replace(
+        inverses=inverses, failed_inverses=failed, inverse_age=jnp.zeros((), jnp.int32)
+    )
+
+
+def refactorize_coarse(step: Step, state: CurvatureState) -> CurvatureState:
+    """A new factorisation of the coupling, unless it is not finite."""
+    if step.coupling is None:
+        return state
+    coarse, failed = state.coarse, state.failed_inverses
+    with jax.named_scope("kfac/factorize"):
+        fine = step.fine(state.factors, state.inverses, coarse.coarse_sizes)
+        new = step.coupling.factorize(after(coarse.coarse_factors, state.inverses), fine)
+        good = all_finite(new)
+        coarse = coarse._replace(coarse_inverse=select(good, new, coarse.coarse_inverse))
+        failed = failed + (~good).astype(jnp.int32)
+    return state._replace(failed_inverses=failed, coarse=coarse)

@@ -1,0 +1,128 @@
+"""State of a preconditioner, and what the parts of one update share."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
+from kfac_optax._validate import Checked
+
+
+class CoarseState(NamedTuple):
+    """State of the coupling between layers, rows in order of execution."""
+
+    coarse_factors: PyTree
+    coarse_inverse: PyTree
+    coarse_sizes: jax.Array  # shape=(L,): number of parameters of each layer
+    coarse_index: dict[str, jax.Array]  # rows of each layer, by path
+
+
+class CurvatureState(NamedTuple):
+    """State of `scale_by_curvature`. Buckets of equal layers are stacked on axis 0."""
+
+    kfac_count: Any  # shape=(), dtype=int32: steps
+    curvature_count: jax.Array  # shape=(), dtype=int32: statistics accepted
+    skipped_statistics: (
+        jax.Array
+    )  # shape=(), dtype=int32: statistics dropped because they were not finite
+    failed_inverses: (
+        jax.Array
+    )  # shape=(), dtype=int32: factorisations dropped because they were not finite
+    # shape=(), dtype=int32: steps since the last factorisation (with `stagger`: of any part)
+    inverse_age: Any
+    damping: jax.Array  # shape=(), dtype=float32: of the last step
+    coarse_share: (
+        jax.Array
+    )  # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
+    factors: PyTree  # statistics of the block, by bucket
+    inverses: PyTree  # factorised inverses, by bucket
+    coarse: Any  # CoarseState, or () without a coupling
+    non_finite_updates: (
+        Any  # shape=(), dtype=int32: steps whose update was not finite, and became zero
+    )
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
+
+
+class Step(NamedTuple):
+    """What the parts of one update share."""
+
+    layers: tuple[Layer, ...]  # in order of execution
+    buckets: tuple[Bucket, ...]
+    coupling: Coupling | None
+    damping: jax.Array
+
+    def rows(self) -> np.ndarray:
+        """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""
+        first, start = {}, 0
+        for layer in self.layers:
+            if layer.coupled:
+                first[layer] = start
+                start += layer.copies
+        return np.concatenate(
+            [
+                first[x] + np.arange(x.copies)
+                for bucket in self.buckets
+                for x in bucket.layers
+                if x.coupled
+            ]
+        )
+
+    def places(self) -> list[tuple[int, int]]:
+        """Bucket of every row and its position there, rows in order of execution."""
+        in_buckets = [
+            (i, k)
+            for i, b in enumerate(self.buckets)
+            if b.layers[0].coupled
+            for k in range(b.copies)
+        ]
+        return [in_buckets[i] for i in np.argsort(self.rows())]
+
+    def fine(self, factors: PyTree, inverses: PyTree, sizes: jax.Array) -> Fine:
+        """What couplings may use of the blocks' factors and of what is held for them, by bucket
+        both.
+        """
+        places = self.places()
+
+        def row_of(by_bucket: PyTree, row: int) -> PyTree:
+            bucket, position = places[row]
+            return jax.tree.map(lambda x: x[position], by_bucket[self.buckets[bucket].name])
+
+        return Fine(
+            lambda row: row_of(factors, row), lambda row: row_of(inverses, row), self.damping, sizes
+        )
+
+
+def block_of_bucket(bucket: Bucket) -> Block:
+    """The block of a bucket that was made with one."""
+    assert bucket.block is not None
+    return bucket.block
+
+
+def find_states(opt_state: PyTree, kind: type) -> list[Any]:
+    """All parts of an optimizer state that are of one kind, in tree order."""
+    found: list[Any] = []
+
+    def visit(node: Any) -> bool:
+        if isinstance(node, kind):
+            found.append(node)
+        return False  # go on inside: a clip wraps the curvature's own state
+
+    jax.tree.leaves(opt_state, is_leaf=visit)
+    return found
+
+
+def the_state(opt_state: PyTree, kind: type, where: str) -> Any:
+    """The only part of one kind.
+
+    Raises:
+      ValueError: there is none, or several.
+    """
+    found = find_states(opt_state, kind)
+    if len(found) != 1:
+        raise ValueError(
+            f"{where}: found {len(found)} {kind.__name__} in the optimizer state; expected exactly "
+            "one. Pass the state of one "
+            "K-FAC transformation (of one group, under optax.partition)."
+        )
+    return found[0]

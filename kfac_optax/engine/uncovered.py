@@ -1,0 +1,47 @@
+"""Gradients without a block get the size of the preconditioned updates, `uncovered="graft"`."""
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import covered_leaves, grafted_leaves, replace_leaves
+from kfac_optax._types import Layers, PyTree
+from kfac_optax.step_rules._per_layer import root_mean_square, within
+
+
+def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
+    """Gradients of parameters without a block, rescaled.
+
+    `g_j <- g_j rms(U) / rms(g_j)` for every leaf `g_j` without a block that the model uses, with
+    `U` the preconditioned updates of all parameters that have one, and `rms` the root of the mean
+    square of the entries. So one rate fits all parameters, whatever the scale of the loss. A
+    gradient that vanishes stays zero.
+
+    Args:
+      updates: preconditioned where there are blocks, gradients elsewhere.
+      layers: as covered, so `graft` says whether anything is to be done.
+
+    Returns:
+      A tree like `updates`; the same one where nothing is to be done.
+
+    >>> from kfac_optax._types import Layer, Layout
+    >>> dense = Layer("w", "dense", "w", None, 2, 1, Layout((2, 1), (2, 1), (0, 1)))
+    >>> updates = {"scale": jnp.array([300.0, -400.0]), "w": jnp.full((2, 1), 5.0)}
+    >>> print(graft_uncovered(updates, Layers((dense,), graft=True))["scale"].round(3))
+    [ 4.243 -5.657]
+
+    Reference: Agarwal, Anil, Hazan, Koren & Zhang, Disentangling Adaptive Gradient Methods from
+    Learning Rates (2020), on grafting; here the size is that of the other parameters.
+    """
+    left = grafted_leaves(updates, layers)
+    if not left:
+        return updates
+    with jax.named_scope("kfac/graft_uncovered"):
+        wanted = root_mean_square(covered_leaves(updates, layers))
+        return replace_leaves(updates, {name: _with_size(x, wanted) for name, x in left.items()})
+
+
+def _with_size(x: jax.Array, wanted: jax.Array) -> jax.Array:
+    size = root_mean_square({"": x})
+    wide = x.astype(jnp.promote_types(size.dtype, x.dtype))
+    # a size that is no number passes through: the step is left out as a whole, and counted
+    return within(jnp.where(size == 0, 0, wide / jnp.where(size == 0, 1, size) * wanted), x.dtype)

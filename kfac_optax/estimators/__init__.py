@@ -1,0 +1,1 @@
+"""From model and likelihood to statistics, rows and products of the curvature."""

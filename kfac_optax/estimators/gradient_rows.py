@@ -1,0 +1,50 @@
+"""The rows whose products are the gradients of layers, for blocks that precondition these
+instead.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Layer
+from kfac_optax.capture.evaluate import Zeros, from_cotangent
+from kfac_optax.capture.geometry import Conv, to_rows
+from kfac_optax.capture.layers import Traced
+from kfac_optax.capture.row_axes import steps_in_a_row
+from kfac_optax.estimators.plan import Plan, set_up
+from kfac_optax.linalg.gram import homogeneous
+
+
+def rows_of_layers(
+    plan: Plan, traced: Traced, sites: Sequence[Zeros | None], where: str
+) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+    """Rows `a [copies, R, p]`, with the bias coordinate, and `g [copies, R, q]` of all uses of
+    layers that can use them.
+
+    Those of dense layers: `R` counts examples, positions and uses.
+    """
+    owner = set_up(plan, traced, 0, None, where).owner
+    uses: dict[Layer, list] = {}
+    for site, i, kept in zip(traced.sites, owner, sites, strict=True):
+        # with notes, something besides the rows has a part in the gradient
+        if i is None or kept is None or plan.blocks[i].solve_rows is None or plan.layers[i].notes:
+            continue
+        if isinstance(site.geometry, Conv):
+            continue
+        as_rows = functools.partial(to_rows, site.geometry)
+        for _ in range(len(site.scans) + site.stacked):
+            as_rows = jax.vmap(as_rows)
+        a, g = as_rows(*from_cotangent(site, kept.rows))
+        a, g = (
+            x.reshape(len(x), -1, x.shape[-1])
+            for x in (steps_in_a_row(a, site, 1), steps_in_a_row(g, site, 1))
+        )
+        uses.setdefault(plan.layers[i], []).append(
+            (homogeneous(a) if plan.layers[i].bias is not None else a, g)
+        )
+    return {
+        layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine)
+        for layer, mine in uses.items()
+    }

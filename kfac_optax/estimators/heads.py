@@ -1,0 +1,166 @@
+"""What a model predicts, seen by an estimator: heads, their weights, and the output cotangents of
+each kind.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import PyTree
+from kfac_optax.estimators.output_cotangents import (
+    OutputCotangents,
+    fisher_columns,
+    sampled_scores,
+    signed,
+)
+from kfac_optax.likelihoods import is_likelihood
+
+
+class Kind(NamedTuple):
+    """One way to estimate curvature.
+
+    Attributes:
+      name: the public function that makes it.
+      labels: labels are drawn from the model, so a key is needed.
+      losses: the function returns per-example losses, not predictions.
+      gradients: output gradients are measured (`False`: inputs only).
+      output_cotangents: `(heads, root weights, key, samples) -> OutputCotangents`.
+    """
+
+    name: str
+    labels: bool
+    losses: bool
+    gradients: bool
+    output_cotangents: Callable[..., OutputCotangents]
+
+
+def _signed_columns(
+    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+) -> OutputCotangents:
+    return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
+
+
+def _signed_losses(
+    losses: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+) -> OutputCotangents:
+    ones = OutputCotangents(1, lambda k: [(jnp.ones_like(x),) for x in losses])
+    return signed(ones, [x.shape for x in losses], key)
+
+
+FISHER = Kind("fisher", True, False, True, sampled_scores)
+GGN = Kind("ggn", False, False, True, _signed_columns)
+EMPIRICAL = Kind("empirical_fisher", False, True, True, _signed_losses)
+FORWARD = Kind(
+    "forward_only",
+    False,
+    False,
+    False,
+    lambda heads, *_: OutputCotangents(
+        1, lambda k: [tuple(map(jnp.zeros_like, h.natural)) for h in heads]
+    ),
+)
+
+
+def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    """The arrays that are differentiated, one tuple per head, and the heads.
+
+    Raises:
+      TypeError: the function does not return what this kind of estimator needs.
+    """
+    if kind.losses:
+        if len(getattr(prediction, "shape", ())) != 1:
+            got = (
+                f"an array {list(prediction.shape)}"
+                if hasattr(prediction, "shape")
+                else type(prediction).__name__
+            )
+            raise TypeError(
+                f"{kind.name}: per_example_loss returned {got}; expected an array [N], one loss "
+                "per example."
+            )
+        _check_real(kind, "per_example_loss returned", prediction)
+        return [(prediction,)], [prediction]
+    heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
+    for head in heads or [prediction]:
+        if not is_likelihood(head):
+            shape = list(head.shape) if hasattr(head, "shape") else ""
+            raise TypeError(
+                f"{kind.name}: predict returned {type(head).__name__}{shape}; expected a "
+                "likelihood or a tree of them. "
+                "Wrap the output of the model: Categorical(logits), Bernoulli(logits) or "
+                "Normal(mean, scale)."
+            )
+        for x in head.natural:
+            _check_real(kind, f"predict returned {type(head).__name__} of", x)
+    return [head.natural for head in heads], heads
+
+
+def _check_real(kind: Kind, what: str, x: Any) -> None:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{kind.name}: {what} {x.dtype}{list(x.shape)}; expected real numbers. Return real and "
+            "imaginary part as two "
+            "real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex "
+            "output z."
+        )
+
+
+def with_naturals(prediction: PyTree, naturals: Sequence[tuple[Any, ...]]) -> PyTree:
+    """The prediction with other natural arrays in its heads."""
+    heads, treedef = jax.tree.flatten(prediction, is_leaf=is_likelihood)
+    return treedef.unflatten(
+        [head.with_natural(natural) for head, natural in zip(heads, naturals, strict=True)]
+    )
+
+
+def count_examples(kind: Kind, heads: Sequence[Any]) -> int:
+    """N, the length of axis 0 of the predictions."""
+    shape = heads[0].shape if kind.losses else heads[0].batch_shape
+    return shape[0] if shape else 1
+
+
+class Weights(NamedTuple):
+    """Weights that make every statistic a mean over examples.
+
+    Attributes:
+      rows: `[*batch]` with mean one, for the input side of every layer; `None` if all examples
+        count the same.
+      roots: per head, factor of its cotangents (root of weight and of examples per term); `None`
+        for one.
+    """
+
+    rows: Any
+    roots: list[Any]
+
+
+def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Weights:
+    """Normalised weights of all heads; `axis_name` for a batch split over devices.
+
+    Raises:
+      ValueError: heads disagree about weights.
+    """
+    if kind.losses:
+        return Weights(None, [None] * len(heads))
+    shapes = {None if head.weights is None else head.weights.shape for head in heads}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{kind.name}: heads have weights of shapes {sorted(shapes, key=str)}; expected the "
+            "same shape, or none, for all "
+            "heads, since the weights also apply to the inputs of the layers that heads share."
+        )
+    examples = count_examples(kind, heads)
+    rows, roots = [], []
+    for head in heads:
+        share = examples / max(math.prod(head.batch_shape), 1)
+        if head.weights is None:
+            roots.append(None if share == 1 else math.sqrt(share))
+            continue
+        weights = head.weights.astype(jnp.result_type(jnp.float32, head.weights, *head.natural))
+        mean = jnp.mean(weights)
+        mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+        rows.append(weights / jnp.where(mean > 0, mean, 1))
+        roots.append(jnp.sqrt(rows[-1] * share))
+    return Weights(sum(rows) / len(rows) if rows else None, roots)

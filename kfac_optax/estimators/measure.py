@@ -1,0 +1,220 @@
+"""What a probe measures at one site: rows of the layer's dense view, handed to its block and to the
+coupling.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import zeros_of_type
+from kfac_optax._types import Block, Coupling, Layer, PyTree, Use
+from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
+from kfac_optax.capture.geometry import (
+    Conv,
+    Geometry,
+    ScaleShift,
+    bias_rows,
+    channel_sums,
+    over_output,
+    reduced,
+    rows_shape,
+    thinning,
+    to_rows,
+)
+from kfac_optax.capture.row_axes import without_examples
+from kfac_optax.capture.sites import Site
+from kfac_optax.linalg.weighted_rows import finite_padding
+
+# Patches of a whole batch may be many times its size: above this many bytes they are formed for a
+# part at a time.
+PATCH_BYTES = 1 << 27
+
+
+def site_measure(
+    site: Site,
+    layer: Layer,
+    block: Block,
+    coupling: Coupling | None,
+    use: Use,
+    weights: Any,
+    gradients: bool,
+) -> Measure:
+    """The measure of one site:
+    `Zeros((block statistic, coupling statistic), (rows of the block, of the coupling))`.
+
+    Statistics have the group axis of the layer in front. Rows are kept where somebody wants to see
+    all steps of a layer at once, and where the weights tell steps in time apart that a scan adds
+    up: `(a, g)` for the block, what it sees (the channel sums `(alpha, gamma)` or rows) for the
+      coupling.
+
+    Args:
+      site: where.
+      layer: whose.
+      block: its block.
+      coupling: the coupling, if it sees this layer.
+      use: without weights.
+      weights: example or term weights, or `None`; only the shape matters here.
+      gradients: whether output gradients are meaningful.
+    """
+    shape, geometry = site.row_shape, site.geometry
+    if coupling is not None:
+        _check_rows(coupling, layer, shape, use.examples)
+    late = weights is not None and bool(site.loops) and weights.ndim > len(shape)
+    if block.sharing == "reduce":  # one row for each example and use
+        use = use._replace(rows=use.examples * layer.uses)
+
+    # a use that starts from a constant has rows of examples where the others of its layer have
+    shared = not layer.per_example and without_examples(site, use.examples)
+
+    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
+        if (
+            shared and weights is not None and not late
+        ):  # rows of all examples weigh what those do on average
+            weights = jnp.broadcast_to(weights.mean(), shape)
+        per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
+        if per_row is not None:  # zero times what the padding holds need not be zero
+            g = finite_padding(g, over_output(geometry, per_row, g.ndim))
+        g_or_none = g if gradients else None
+        statistic = rows = across = seen = None
+        if late or block.rows:
+            rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
+        else:
+            statistic = measure_use(geometry, block, a, g_or_none, use._replace(weights=per_row))
+        if coupling is not None:
+            seen = (None, None)
+            if gradients:
+                see = channel_sums if coupling.sees == "sums" else bias_rows
+                seen = see(geometry, a, g, use.bias, use.dtype)
+            if not (late or coupling.late):
+                across, seen = coupling.measure(*seen, per_row), None
+        return Zeros((statistic, across), (rows, seen))
+
+    return measure
+
+
+def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+    if not shape or shape[0] != examples:
+        raise ValueError(
+            f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples. "
+            "The coarse correction "
+            "needs per-example sums, so axis 0 of every layer's input has to be the examples: "
+            "reshape to "
+            "[examples, positions, features] instead of [examples * positions, features], or use "
+            "`kfac` without it."
+        )
+    if coupling.sees == "rows" and len(shape) > 1:
+        raise ValueError(
+            f"{coupling.name}: layer {layer.path!r} has rows {shape}; expected one row per "
+            f"example, ({examples},). Use the "
+            "coarse correction for models with positions, or kfac without a coupling."
+        )
+
+
+def measure_use(
+    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use
+) -> PyTree:
+    """Statistic of one use, `[groups, ...]`; a convolution's patches are formed for a part of the
+    batch at a time.
+    """
+    if block.raw:
+        return jax.tree.map(lambda x: x[None], block.measure(a, g, use))
+    if isinstance(geometry, ScaleShift):
+        a, g = to_rows(geometry, a, g)
+        return over_groups(block, a, g, use)
+    if block.sharing == "reduce":
+        a, g, weights = reduced(geometry, a, g, use.weights)
+        return over_groups(block, a, g, use._replace(weights=weights))
+    parts = _parts(geometry, a, block)
+    if parts == 1:
+        return _expanded(geometry, block, a, g, use)
+    return _in_parts(geometry, block, parts, a, g, use)
+
+
+def _expanded(
+    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use
+) -> PyTree:
+    """Every position is a row; of many, some are left out and the others count more."""
+    positions = rows_shape(geometry, a.shape, _output_shape(geometry, a))[1:]
+    step = thinning(positions, block.positions)
+    a, g = to_rows(geometry, a, g, step)
+    if step is not None:
+        share = math.prod(positions) / math.prod(
+            -(-n // k) for n, k in zip(positions, step, strict=True)
+        )
+        kept = (slice(None), *(slice(None, None, k) for k in step))
+        weights = (
+            jnp.ones((a.shape[1], *positions), use.dtype) if use.weights is None else use.weights
+        )
+        use = use._replace(weights=share * weights[kept])
+        g = None if g is None else math.sqrt(share) * g
+    return over_groups(block, a, g, use)
+
+
+def over_groups(block: Block, a: jax.Array, g: jax.Array | None, use: Use) -> PyTree:
+    """The block's measure for rows `[groups, ...]`."""
+    if a.shape[0] == 1:
+        one = block.measure(a[0], None if g is None else g[0], use)
+        return jax.tree.map(lambda x: x[None], one)
+    return jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)
+
+
+def _output_shape(geometry: Geometry, a: jax.Array) -> tuple[int, ...]:
+    if isinstance(geometry, Conv):
+        return (*a.shape[: -1 - len(geometry.window.size)], *geometry.window.outputs(a.shape), 0)
+    return a.shape
+
+
+def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
+    """In how many parts the batch is unfolded: a divisor of it."""
+    if not isinstance(geometry, Conv) or a.ndim != len(geometry.window.size) + 2:
+        return 1
+    positions = math.prod(geometry.window.outputs(a.shape))
+    kept = positions if block.positions is None else min(positions, block.positions)
+    patch = math.prod(geometry.window.size) * a.shape[-1] * a.dtype.itemsize
+    needed = math.ceil(a.shape[0] * kept * patch / PATCH_BYTES)
+    return next(
+        n for n in range(max(1, min(needed, a.shape[0])), a.shape[0] + 1) if a.shape[0] % n == 0
+    )
+
+
+def _in_parts(
+    geometry: Geometry, block: Block, parts: int, a: jax.Array, g: jax.Array | None, use: Use
+) -> PyTree:
+    def split(
+        x: jax.Array,
+    ) -> jax.Array:  # every parts-th example: a batch sharded over devices stays balanced
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def one(part: tuple) -> PyTree:
+        a, g, weights = part
+        return _expanded(geometry, block, a, g, use._replace(weights=weights))
+
+    whole = jax.tree.map(split, (a, g, use.weights))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], whole))
+    start = jax.tree.map(zeros_of_type, shapes)
+    return jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), start, whole
+    )[0]
+
+
+def row_weights(weights: jax.Array | None, rows: Sequence[int], path: str) -> jax.Array | None:
+    """Weights `[*batch]` of the likelihood's terms spread over a layer's rows.
+
+    Raises:
+      ValueError: the weights do not say how much each row counts.
+    """
+    if weights is None:
+        return None
+    if weights.ndim > len(rows) or weights.shape != tuple(rows[: weights.ndim]):
+        raise ValueError(
+            f"layer {path!r}: weights of shape {weights.shape} do not fit its rows {tuple(rows)}; "
+            "expected the leading axes "
+            "of the layer's input. Use one weight per example, or mask the layer's input in the "
+            "model."
+        )
+    return jnp.broadcast_to(
+        weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows
+    )

@@ -1,0 +1,161 @@
+"""Output cotangents whose pullbacks have the curvature as second moment:
+`E_k[seed_k seed_k^T] = H`.
+
+Every estimator is a mean over `count` pullbacks, so block statistics, which are means too, need no
+special case. Labels drawn from the model are independent between terms; columns get a random sign
+for every term to the same effect.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import zeros_of_type
+
+Naturals = list[tuple[jax.Array, ...]]
+
+
+class OutputCotangents(NamedTuple):
+    """`make(k)` is the k-th of `count` cotangents, one tuple per head."""
+
+    count: int
+    make: Callable[[Any], Naturals]
+
+
+def sampled_scores(
+    heads: Sequence[Any], scales: Sequence[Any], key: jax.Array, samples: int
+) -> OutputCotangents:
+    """Gradients of the negative log-likelihood at labels drawn from the model."""
+
+    def make(k: Any) -> Naturals:
+        keys = jax.random.split(jax.random.fold_in(key, k), len(heads))
+        return [
+            _scale(_score(head, head.sample(key)), scale)
+            for head, scale, key in zip(heads, scales, keys, strict=True)
+        ]
+
+    return OutputCotangents(samples, make)
+
+
+def _score(head: Any, labels: Any) -> tuple[jax.Array, ...]:
+    return jax.grad(lambda natural: jnp.sum(head.with_natural(natural).nll(labels)))(head.natural)
+
+
+def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> OutputCotangents:
+    """All columns of the square root of the output Fisher, heads one after another.
+
+    Scaled by the root of their number, since they are averaged where the GGN is their sum.
+    """
+    counts = [head.num_columns for head in heads]
+    total = sum(counts)
+
+    def make(k: Any) -> Naturals:
+        output_cotangents, start = [], 0
+        for head, scale, count in zip(heads, scales, counts, strict=True):
+            mine = (k >= start) & (k < start + count)
+            column = head.fisher_sqrt_column(jnp.clip(k - start, 0, count - 1))
+            output_cotangents.append(
+                _scale(
+                    tuple(jnp.where(mine, math.sqrt(total) * c, 0).astype(c.dtype) for c in column),
+                    scale,
+                )
+            )
+            start += count
+        return output_cotangents
+
+    return OutputCotangents(total, make)
+
+
+def signed(
+    output_cotangents: OutputCotangents, shapes: Sequence[tuple[int, ...]], key: jax.Array
+) -> OutputCotangents:
+    """The same cotangents with an independent random sign for every term, so that terms do not mix.
+
+    A column of all terms is pulled back at once, `sum_b s_b J_b^T c_b` with `E[s_b s_c] = 0` for
+    `b != c`: in its second moment the products of different terms cancel in expectation, also where
+      one parameter (or, in a model whose examples
+    interact, one row) sees several terms. A row that sees one term is only multiplied by +-1, which
+    changes no product.
+
+    Args:
+      output_cotangents: cotangents.
+      shapes: of the terms of each head, its leading axes.
+      key: PRNG key, another one for every statistic.
+
+    Reference: Hutchinson (1990), on random signs; Bekas, Kokiopoulou & Saad (2007), on the
+      diagonal.
+    """
+
+    def make(k: Any) -> Naturals:
+        keys = jax.random.split(jax.random.fold_in(key, k), len(shapes))
+        triples = zip(output_cotangents.make(k), shapes, keys, strict=True)
+        return [_signed_head(natural, shape, key) for natural, shape, key in triples]
+
+    return OutputCotangents(output_cotangents.count, make)
+
+
+def _signed_head(
+    natural: tuple[jax.Array, ...], shape: tuple[int, ...], key: jax.Array
+) -> tuple[jax.Array, ...]:
+    signs = _signs(key, shape)
+    return tuple(
+        x * signs.reshape(*shape, *(1,) * (x.ndim - len(shape))).astype(x.dtype) for x in natural
+    )
+
+
+def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Independent signs. Those of an example are its own: padding behind it, or behind the batch,
+    changes none.
+    """
+    if len(shape) < 2:
+        return jax.random.rademacher(key, shape, jnp.float32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+    return jax.vmap(lambda key: _signs(key, shape[1:]))(keys)
+
+
+def _scale(cotangent: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...]:
+    """Multiplies by the root weight of each term; padding (weight 0) gives exact zeros, whatever is
+    in it.
+    """
+    if scale is None:
+        return cotangent
+
+    def apply(x: jax.Array) -> jax.Array:
+        s = jnp.asarray(scale)
+        s = s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
+        return jnp.where(s > 0, x * s, 0).astype(x.dtype)
+
+    return tuple(map(apply, cotangent))
+
+
+def mean_over(
+    function: Callable[[Any], tuple[Any, Any]], count: int, chunk: int = 8
+) -> tuple[Any, Any]:
+    """Of `function(k) -> (statistics, columns)` over `k < count`: the mean of the first, the second
+    stacked on axis 0.
+
+    `chunk` pullbacks at a time, so memory for statistics does not grow with the count.
+    """
+    if count == 1:
+        statistics, columns = function(jnp.int32(0))
+        return statistics, jax.tree.map(lambda x: x[None], columns)
+    if count <= chunk:
+        statistics, columns = jax.vmap(function)(jnp.arange(count))
+        return jax.tree.map(lambda x: x.mean(0), statistics), columns
+    steps = -(-count // chunk)
+
+    def add(total: Any, start: jax.Array) -> tuple[Any, Any]:
+        ks = start + jnp.arange(chunk)
+        values, columns = jax.vmap(function)(jnp.minimum(ks, count - 1))
+        keep = ks < count
+        part = jax.tree.map(lambda x: jnp.tensordot(keep.astype(x.dtype), x, 1), values)
+        return jax.tree.map(jnp.add, total, part), columns
+
+    shapes, _ = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
+    zeros = jax.tree.map(zeros_of_type, shapes)
+    total, columns = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
+    stacked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], columns)
+    return jax.tree.map(lambda x: x / count, total), stacked

@@ -1,0 +1,91 @@
+"""What to measure, and where in a traced model it is found."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfac_optax._types import Block, Coupling, Layer, Layers, Use
+from kfac_optax.capture.layers import Traced
+from kfac_optax.capture.sites import Site
+
+
+class Plan(NamedTuple):
+    """What to measure.
+
+    Attributes:
+      layers: the layers, by their owner's tree (a subset of the model's).
+      blocks: the block that measures each of them.
+      coupling: measures across layers, or `None`.
+      dtype: dtype of the statistics.
+      axis_name: mapped axis over which the batch is split, or `None`.
+      count: number of the step: random signs change with it.
+    """
+
+    layers: tuple[Layer, ...]
+    blocks: tuple[Block, ...]
+    coupling: Coupling | None
+    dtype: Any
+    axis_name: Any = None
+    count: Any = 0
+
+
+class Setting(NamedTuple):
+    """The model and batch that a plan is carried out on."""
+
+    sites: tuple[Site, ...]
+    owner: tuple[int | None, ...]  # position of each site's layer in the plan
+    found: dict[int, Layer]  # the layers as this trace found them, by position in the plan
+    examples: int
+    weights: jax.Array | None
+
+    def use(self, plan: Plan, layer: Layer) -> Use:
+        """What a block has to know of one of its layer's uses, without weights."""
+        other = self.found[plan.layers.index(layer)]
+        bias = layer.bias is not None
+        return Use(bias, layer.outputs, self.examples, other.rows, plan.dtype, None, layer.inputs)
+
+
+def set_up(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> Setting:
+    """Finds the layers of a plan in a traced model.
+
+    Raises:
+      ValueError: one is missing or has another shape.
+    """
+    with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
+    matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
+    position = dict(zip(matched, with_sites, strict=True))
+    owner = tuple(position.get(i) for i in traced.owner)
+    found = {i: traced.layers.layers[j] for j, i in position.items()}
+    return Setting(traced.sites, owner, found, examples, weights)
+
+
+def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:
+    """Positions of the wanted layers among those of the traced model.
+
+    Raises:
+      ValueError: a layer is missing or has another shape, so the curvature belongs to another
+        model.
+    """
+    positions = {layer.kernel: i for i, layer in enumerate(found.layers)}
+    result = []
+    for layer in wanted:
+        if layer.kernel not in positions:
+            raise ValueError(
+                f"{where}: `curvature` has no layer {layer.path!r}; it has "
+                f"{', '.join(x.path for x in found.layers)}. It "
+                "was made for another model or parameter tree than `layers`: use the same "
+                "estimator for both."
+            )
+        other = found.layers[positions[layer.kernel]]
+        mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
+        if mine != theirs or (layer.bias is not None and layer.bias != other.bias):
+            raise ValueError(
+                f"{where}: layer {layer.path!r} has shape "
+                f"{mine}{' with bias' if layer.bias else ''} in `layers` but {theirs}"
+                f"{' with bias' if other.bias else ''} in `curvature`. Make `layers` again for "
+                "this model: "
+                "layers = fisher.layers(params, *args)."
+            )
+        result.append(positions[layer.kernel])
+    return result

@@ -1,0 +1,170 @@
+"""Exact curvature products and quadratic forms, from one linearisation of the model; the matrix is
+never formed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import inner, varying_axes
+from kfac_optax._types import PyTree
+from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.linalg.gram import replicated
+
+_CHUNK = 8  # directions that exist at the same time
+
+
+class _Linear(NamedTuple):
+    """The model linearised at its parameters."""
+
+    jvp: Callable[[PyTree], Any]  # direction to tangents of the naturals
+    hessian: Callable[[Any], Any]  # tangents to the output Hessian's product with them, weighted
+    examples: int
+
+
+def _linearize(
+    kind: Kind, function: Callable, params: PyTree, args: Sequence[PyTree], axis_name: Any = None
+) -> _Linear:
+    def naturals(params: PyTree) -> tuple[Any, Any]:
+        return split_outputs(kind, function(params, *args))
+
+    _, jvp, heads = jax.linearize(naturals, params, has_aux=True)
+    examples = count_examples(kind, heads)
+    if kind.losses:
+        return _Linear(jvp, lambda tangents: tangents, examples)
+    roots = find_weights(kind, heads, axis_name).roots
+
+    def tangents_of(direction: PyTree) -> Any:
+        return [_read(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
+
+    def hessian(tangents: Any) -> Any:
+        products = [
+            head.hessian_product(tangent) for head, tangent in zip(heads, tangents, strict=True)
+        ]
+        return [_weighted(p, root) for p, root in zip(products, roots, strict=True)]
+
+    return _Linear(tangents_of, hessian, examples)
+
+
+def vector_product(
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    vector: PyTree,
+    args: Sequence[PyTree],
+    axis_name: Any = None,
+) -> PyTree:
+    """`(1/N) sum_b J_b^T H_b J_b v`, a tree like `params`; a mean over devices too where
+    `axis_name` is given.
+    """
+    model = _linearize(kind, function, params, args, axis_name)
+    tangents = model.jvp(vector)
+    (product,) = jax.linear_transpose(model.jvp, params)(model.hessian(tangents))
+    product = jax.tree.map(lambda x: x / model.examples, product)
+    return (
+        product
+        if axis_name is None
+        else jax.tree.map(lambda x: _mean(x, axis_name, tangents), product)
+    )
+
+
+def _mean(product: jax.Array, axis_name: Any, tangents: Any) -> jax.Array:
+    """Mean over devices. Where varying axes are tracked, the transpose of a model on a split batch
+    has summed already.
+    """
+    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    split = {name for x in jax.tree.leaves(tangents) for name in varying_axes(jax.typeof(x))}
+    summed = [
+        name for name in axes if name in split and name not in varying_axes(jax.typeof(product))
+    ]
+    product = product / math.prod(jax.lax.axis_size(name) for name in summed)
+    rest = tuple(name for name in axes if name not in summed)
+    return jax.lax.pmean(product, rest) if rest else product
+
+
+def quadratic_form(
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
+    args: Sequence[PyTree],
+    axis_name: Any = None,
+    count: int | None = None,
+) -> jax.Array:
+    """`[m, m]` matrix `d_i^T F d_j = (1/N) sum_b (J_b d_i)^T H_b (J_b d_j)` of `m` directions, from
+    one linearisation.
+
+    Costs one forward pass and one forward-mode pass for every direction, no backward pass. Of a
+    function that makes `count` directions only a few exist at a time.
+    """
+    model = _linearize(kind, function, params, args, axis_name)
+    if callable(directions):
+        if count is None:
+            raise ValueError(
+                "quadratic_form: directions is a function; expected count=, how many directions it "
+                "makes."
+            )
+        form = _form_of_many(model, directions, count)
+        return form if axis_name is None else jax.lax.pmean(form, axis_name)
+    tangents = [model.jvp(direction) for direction in directions]
+    products = [model.hessian(tangent) for tangent in tangents]
+    m = len(directions)
+    entries = {
+        (i, j): inner(tangents[i], products[j]) / model.examples
+        for i in range(m)
+        for j in range(i, m)
+    }
+    form = jnp.stack(
+        [jnp.stack([entries[min(i, j), max(i, j)] for j in range(m)]) for i in range(m)]
+    )
+    return form if axis_name is None else jax.lax.pmean(form, axis_name)
+
+
+def _form_of_many(
+    model: _Linear, direction: Callable[[jax.Array], PyTree], count: int
+) -> jax.Array:
+    chunk = min(count, _CHUNK)
+    steps = -(-count // chunk)
+    indices = jnp.minimum(jnp.arange(steps * chunk), count - 1).reshape(steps, chunk)
+
+    def one(index: jax.Array) -> tuple[Any, Any]:
+        tangents = model.jvp(direction(index))
+        return tangents, model.hessian(tangents)
+
+    def products_of(x: jax.Array, y: jax.Array) -> jax.Array:
+        wide, axes = jnp.promote_types(x.dtype, jnp.float32), tuple(range(2, x.ndim))
+        return jax.lax.dot_general(
+            x.astype(wide),
+            y.astype(wide),
+            ((axes, axes), ((), ())),
+            precision="highest",
+            out_sharding=replicated(x, 4),
+        )
+
+    tangents, products = jax.lax.map(jax.vmap(one), indices)
+    pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(products), strict=True)
+    form = sum((products_of(x, y) for x, y in pairs), jnp.zeros(()))
+    return form.reshape(steps * chunk, -1)[:count, :count] / model.examples
+
+
+def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
+    if root is None:
+        return product
+    weight = jnp.square(jnp.asarray(root))
+    return tuple((x * _beside(weight, x)).astype(x.dtype) for x in _read(product, root))
+
+
+def _read(values: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
+    """Values of the terms that count, zeros in place of padding, whatever that holds."""
+    if root is None:
+        return values
+    return tuple(
+        jnp.where(_beside(jnp.asarray(root), x) != 0, x, jnp.zeros((), x.dtype)) for x in values
+    )
+
+
+def _beside(weight: jax.Array, x: jax.Array) -> jax.Array:
+    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))

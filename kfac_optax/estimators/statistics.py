@@ -1,0 +1,291 @@
+"""From a traced model and output cotangents to per-layer statistics: means over examples, samples
+and devices.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Block, Coupling, Layer, PyTree
+from kfac_optax.capture.evaluate import (
+    Measure,
+    Zeros,
+    as_cotangent,
+    evaluate,
+    from_cotangent,
+    make_zeros,
+)
+from kfac_optax.capture.geometry import Lookup
+from kfac_optax.capture.layers import Traced
+from kfac_optax.capture.row_axes import stack_first, steps_in_a_row
+from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.heads import Kind
+from kfac_optax.estimators.measure import row_weights, site_measure
+from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
+from kfac_optax.estimators.plan import Plan, Setting, set_up
+from kfac_optax.linalg.weighted_rows import finite_padding
+
+
+class Pulled(NamedTuple):
+    """Result of one pullback: statistics of every site, and gradients of the leaves asked for."""
+
+    sites: Sequence[Zeros | None]
+    leaves: dict[str, jax.Array]
+
+
+# `(one measure per site, extra, names of leaves) -> (pull, heads)`, `pull(cotangents) -> Pulled`.
+Linearize = Callable[
+    [Sequence[Measure | None], PyTree, Sequence[str]], tuple[Callable[[Any], Pulled], Any]
+]
+
+
+def linearize_now(
+    traced: Traced, inputs: Sequence[Any], outputs: Callable[[PyTree], tuple[Any, Any]]
+) -> Linearize:
+    """Runs the model forward with probes; statistics are computed on the fly in the backward
+    pass.
+    """
+
+    def linearize(measures: Sequence[Measure | None], extra: PyTree, names: Sequence[str]):
+        zeros = [
+            None if m is None else make_zeros(s, m, extra)
+            for s, m in zip(traced.sites, measures, strict=True)
+        ]
+        positions = {name: traced.names.index(name) for name in names}
+
+        def run(zeros, leaves):
+            mine = list(inputs)
+            for name, leaf in leaves.items():
+                mine[positions[name]] = leaf
+            flat = evaluate(traced.jaxpr, mine, traced.sites, measures, extra, zeros)
+            return outputs(jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat))
+
+        _, pull, heads = jax.vjp(
+            run, zeros, {name: inputs[i] for name, i in positions.items()}, has_aux=True
+        )
+        return (lambda cotangents: Pulled(*pull(cotangents))), heads
+
+    return linearize
+
+
+def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree) -> Zeros:
+    """Keeps the rows themselves, for a forward pass that is shared before it is known what to
+    measure.
+    """
+    return Zeros(None, (as_cotangent(a), g))
+
+
+def apply_to_rows(
+    site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree
+) -> Zeros:
+    """The statistics of a site from its stored rows, as its probe would have measured them."""
+    for _ in range(len(site.scans) + site.stacked):
+        measure = jax.vmap(measure, in_axes=(0, 0, None))
+    measured = measure(*from_cotangent(site, rows), extra)
+    loops = tuple(i for i, (_, over_layers) in enumerate(site.scans) if not over_layers)
+    return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
+
+
+def collect(
+    plan: Plan,
+    traced: Traced,
+    linearize: Linearize,
+    kind: Kind,
+    output_cotangents: Callable[[Any], OutputCotangents],
+    examples: int,
+    weights: jax.Array | None,
+) -> tuple[list[PyTree], PyTree]:
+    """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or
+    `None`).
+
+    A layer whose block takes rows in has `(statistic, columns)` there, the columns
+    `[copies, pullbacks, ...]`.
+
+    Args:
+      plan: what to measure.
+      traced: the model.
+      linearize: its forward pass.
+      kind: of estimator.
+      output_cotangents: output cotangents, given the heads.
+      examples: N.
+      weights: example or term weights with mean one, or `None`.
+    """
+    setting = set_up(plan, traced, examples, weights, kind.name)
+    measures = [
+        None
+        if i is None
+        else site_measure(
+            site,
+            plan.layers[i],
+            plan.blocks[i],
+            plan.coupling if plan.layers[i].coupled else None,
+            setting.use(plan, plan.layers[i]),
+            weights,
+            kind.gradients,
+        )
+        for site, i in zip(traced.sites, setting.owner, strict=True)
+    ]
+    single = [layer for layer in plan.layers if layer.kind == "diagonal"]
+    if single and not kind.gradients:
+        raise ValueError(
+            f"{kind.name}: measures inputs of layers only, but {', '.join(x.path for x in single)} "
+            "has none. Use "
+            "uncovered='pass', or another estimator."
+        )
+    with jax.named_scope("kfac/measure"):
+        pull, heads = linearize(measures, weights, [layer.kernel for layer in single])
+        cotangents = output_cotangents(heads)
+
+        def one(k: Any) -> tuple[tuple[list[PyTree], PyTree], dict[int, PyTree]]:
+            pulled = pull(cotangents.make(k))
+            blocks, across = _per_layer(plan, setting, pulled.sites)
+            columns = {}
+            for i, block in enumerate(plan.blocks):
+                if block.absorb is not None:
+                    blocks[i], columns[i] = blocks[i]
+            if not single:
+                return (blocks, across), columns
+            # One gradient of all examples squared estimates the sum of squares, since the terms are
+            # independent with mean
+            # zero: by labels drawn from the model, or by random signs.
+            for i, layer in enumerate(plan.layers):
+                if layer.kind == "diagonal":
+                    blocks[i] = (
+                        jnp.square(pulled.leaves[layer.kernel].astype(plan.dtype)).reshape(1, 1, -1)
+                        / examples
+                    )
+            return (blocks, across), columns
+
+        (blocks, across), columns = mean_over(one, cotangents.count)
+        if plan.axis_name is not None:
+            blocks, across = jax.lax.pmean((blocks, across), plan.axis_name)
+            columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
+        for i, mine in columns.items():
+            blocks[i] = blocks[i], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), mine)
+        return blocks, across
+
+
+def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
+    """Rows `[..., n, d]` of every device one after another, divided by the root of their number:
+    columns of a mean.
+    """
+    devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    # a sum, unlike all_gather, gives what shard_map knows to be the same on all devices
+    apart = jnp.zeros((devices, *x.shape), x.dtype).at[mine].set(x)
+    together = jnp.moveaxis(jax.lax.psum(apart, axis_name), 0, -3)
+    return together.reshape(*x.shape[:-2], -1, x.shape[-1]) / math.sqrt(devices)
+
+
+class _Measured(NamedTuple):
+    """What the pullback of one site gave, with `[copies, ...]` in front; `None` for what was not
+    measured that way.
+    """
+
+    block: PyTree  # statistic
+    rows: PyTree  # (a, g), [copies, N, T, ...]
+    across: PyTree  # statistic of the coupling
+    seen: PyTree  # what the coupling sees, [copies, N, *positions, *steps, ...]
+
+
+def _per_layer(
+    plan: Plan, setting: Setting, pulled: Sequence[Zeros | None]
+) -> tuple[list[PyTree], PyTree]:
+    """Statistics of the layers that have sites, in the order of the plan (`None` for others), and
+    of the coupling.
+    """
+    uses: list[list[_Measured]] = [[] for _ in plan.layers]
+    for site, owner, zeros in zip(setting.sites, setting.owner, pulled, strict=True):
+        if owner is not None and zeros is not None:
+            uses[owner].append(_arranged(plan.coupling, site, zeros))
+    blocks, across = [], []
+    for layer, block, mine in zip(plan.layers, plan.blocks, uses, strict=True):
+        if not mine:
+            blocks.append(None)
+            continue
+        late = _late(plan, setting, layer, block, [m.rows for m in mine if m.rows is not None])
+        blocks.append(_sum([m.block for m in mine if m.block is not None] + late))
+        if plan.coupling is not None and layer.coupled:
+            across.append(_across(plan.coupling, setting, layer, mine))
+    return blocks, None if plan.coupling is None else plan.coupling.reduce(across, setting.examples)
+
+
+def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
+    axes = len(site.stack) + 1  # the groups of a layer follow its stack
+    (block, across), (rows, seen) = zeros.summed, zeros.rows
+    features = _features(coupling)
+
+    def flat(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
+
+    if rows is not None:
+        a, g = from_cotangent(site, rows)
+        tokens = isinstance(site.geometry, Lookup)
+        rows = (
+            steps_in_a_row(a, site, 0 if tokens else 1),
+            None if g is None else steps_in_a_row(g, site, 1),
+        )
+    return _Measured(
+        flat(block),
+        rows,
+        flat(across),
+        jax.tree.map(lambda x: stack_first(x, site, features), seen),
+    )
+
+
+def _late(plan: Plan, setting: Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
+    """Statistic of a layer from the rows of all its uses, one after another on the axis of
+    steps.
+    """
+    if not kept:
+        return []
+    weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
+    a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
+    if weights is not None and g is not None:
+        g = finite_padding(g, weights[..., None])
+    use = setting.use(plan, layer)._replace(weights=weights)
+    return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
+
+
+def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
+    """The coupling's statistic of one layer; maps of several uses are laid out on one axis, one
+    after another.
+    """
+    parts = [m.across for m in uses if m.across is not None]
+    seen, features = [m.seen for m in uses if m.seen is not None], _features(coupling)
+    if seen:
+        shapes = [a.shape[1 : a.ndim - features] for a, _ in seen if a is not None]
+        weights = _weights_in_a_row(setting, layer, shapes) if shapes else None
+        if len(seen) > 1:
+
+            def flat(x: jax.Array) -> jax.Array:
+                return x.reshape(*x.shape[:2], -1, *x.shape[x.ndim - features :])
+
+            seen = [jax.tree.map(lambda *xs: jnp.concatenate([flat(x) for x in xs], 2), *seen)]
+        parts.append(coupling.measure(*seen[0], weights))
+    return _sum(parts)
+
+
+def _features(coupling: Coupling | None) -> int:
+    """Trailing axes of what the coupling sees of a row."""
+    return 1 if coupling is not None and coupling.sees == "rows" else 0
+
+
+def _weights_in_a_row(
+    setting: Setting, layer: Layer, rows: Sequence[tuple[int, ...]]
+) -> jax.Array | None:
+    """Weights of the rows `(N, *positions)` of each use, several uses one after another on one
+    axis.
+    """
+    if setting.weights is None:
+        return None
+    spread = [row_weights(setting.weights, shape, layer.path) for shape in rows]
+    if len(spread) == 1:
+        return spread[0]
+    return jnp.concatenate([w.reshape(len(w), -1) for w in spread if w is not None], 1)
+
+
+def _sum(trees: list[PyTree]) -> PyTree:
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *trees)

@@ -1,0 +1,1 @@
+"""What a state or a model's coverage has to say."""

@@ -1,0 +1,80 @@
+"""The coverage table: every layer with its block and the bytes of its state, and what is left over."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import tree_bytes
+from kfac_optax._types import Block, Coupling, Fine, Layer, Layers
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
+
+
+def coverage(
+    layers: Layers,
+    *,
+    block: Block | BlockOf | None = None,
+    coupling: Coupling | None = None,
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    dtype: jnp.dtype = jnp.float32,
+) -> Layers:
+    """Layers with the state that a block and a coupling keep for them; print the result.
+
+    Bytes are those of the factors and of what is held between refreshes. The transformation adds a few scalar counters.
+
+    Args:
+      layers: from `fisher.layers(params, ...)`.
+      block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of `kfac`.
+      coupling: as for `scale_by_curvature`, if any.
+      uncovered: as for `kfac`.
+      normalization: as for `kfac`.
+      dtype: dtype of the state.
+
+    >>> import kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> print(coverage(estimator.layers(jnp.zeros((2, 1)), jnp.ones((5, 2)))))
+    layer   kind   kernel  bias  uses  block             state bytes
+    ------  -----  ------  ----  ----  ----------------  -----------
+    (root)  dense  2x1     no    1     kronecker (eigh)  52
+    total                                                52
+    """
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
+    block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
+    across = 0 if coupling is None else _coupling_bytes(layers, block_of, coupling, dtype)
+    return dataclasses.replace(
+        layers,
+        blocks=tuple(block_of(layer).name for layer in layers),
+        state_bytes=tuple(_layer_bytes(layer, block_of(layer), dtype) for layer in layers),
+        coupling="" if coupling is None else coupling.name,
+        coupling_bytes=across,
+    )
+
+
+def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
+    def state():
+        statistic = block.init(*layer.shape, dtype)
+        return statistic, block.factorize(statistic, jnp.ones((), dtype))
+
+    return layer.copies * tree_bytes(jax.eval_shape(state))
+
+
+def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype: jnp.dtype) -> int:
+    check_coupled(layers, "coverage")
+    coupling.check(layers.layers, tuple(map(block_of, layers)))
+    coupled = [layer for layer in layers if layer.coupled]
+    rows = [layer for layer in coupled for _ in range(layer.copies)]
+
+    def state():
+        def factors(row: int):
+            return block_of(rows[row]).init(*rows[row].shape, dtype)
+
+        one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
+        fine = Fine(
+            factors, lambda row: block_of(rows[row]).factorize(factors(row), one), one, sizes
+        )
+        statistic = coupling.init(coupled, dtype)
+        return statistic, coupling.factorize(statistic, fine), sizes, jnp.arange(len(rows))
+
+    return tree_bytes(jax.eval_shape(state))

@@ -1,0 +1,150 @@
+"""Truncated eigendecompositions of PSD matrices, and solves with them that cost no more than their
+vectors.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kfac_optax.linalg.factorize import damped_quotient
+
+
+class LowRank(NamedTuple):
+    """`vectors @ diag(values) @ vectors.T` with orthonormal columns, the largest of the
+    non-negative values first.
+
+    Columns whose value is zero may be zero themselves.
+    """
+
+    vectors: Float[Array, "d m"]
+    values: Float[Array, " m"]
+
+
+def zero(dimension: int, rank: int, dtype: Any = jnp.float32) -> LowRank:
+    """The zero matrix, with the first `min(rank, dimension)` unit vectors; where online updates
+    start.
+
+    >>> print(zero(3, 2).vectors.shape, zero(3, 5).values)
+    (3, 2) [0. 0. 0.]
+    """
+    rank = min(rank, dimension)
+    return LowRank(jnp.eye(dimension, rank, dtype=dtype), jnp.zeros(rank, dtype))
+
+
+def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
+    """The `min(rank, d)` largest pairs of a diagonal matrix.
+
+    >>> print(of_diagonal(jnp.array([1.0, 3.0, 2.0]), 2).vectors)
+    [[0. 0.]
+     [1. 0.]
+     [0. 1.]]
+    """
+    values, order = jax.lax.top_k(diagonal, min(rank, len(diagonal)))
+    return LowRank(jax.nn.one_hot(order, len(diagonal), axis=0, dtype=diagonal.dtype), values)
+
+
+def largest(values: Float[Array, " n"], vectors: Float[Array, "d n"], rank: int) -> LowRank:
+    """The `rank` largest of eigenvalues in rising order, as `eigh` gives them; negative ones become
+    zero.
+    """
+    return LowRank(vectors[:, ::-1][:, :rank], jnp.maximum(values[::-1][:rank], 0))
+
+
+def truncate(low: LowRank, rank: int) -> LowRank:
+    """The part with the `rank` largest values.
+
+    >>> print(truncate(LowRank(jnp.eye(3), jnp.array([3.0, 2.0, 1.0])), 1).values)
+    [3.]
+    """
+    return LowRank(low.vectors[:, :rank], low.values[:rank])
+
+
+def to_dense(low: LowRank, *, precision: jax.lax.PrecisionLike = "highest") -> Float[Array, "d d"]:
+    """`U diag(D) U^T`, for tests and plots."""
+    return jnp.matmul(low.vectors * low.values, low.vectors.T, precision=precision)
+
+
+def low_rank_solve(
+    low: LowRank,
+    v: Float[Array, "d k"],
+    shift: Any,
+    *,
+    rest: Any = 0.0,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, "d k"]:
+    """`(U (D - rest) U^T + (rest + shift) I)^{-1} V` in `O(d m k)`; the `d x d` matrix is never
+    formed.
+
+    `= U [(D + shift)^{-1} - (rest + shift)^{-1}] U^T V + V / (rest + shift)`.
+
+    Args:
+      low: the decomposition.
+      v: right-hand sides.
+      shift: damping; where an eigenvalue and it are below rounding of the largest one, the
+        pseudo-inverse is meant.
+      rest: what eigenvalues that were left out are taken for: 0, or the smallest one kept (spectrum
+        continuation).
+      precision: matmul precision.
+
+    >>> low = LowRank(jnp.eye(2, 1), jnp.array([3.0]))
+    >>> print(low_rank_solve(low, jnp.ones((2, 1)), 1.0).ravel())
+    [0.25 1.  ]
+    >>> print(low_rank_solve(low, jnp.ones((2, 1)), 1.0, rest=3.0).ravel())
+    [0.25 0.25]
+
+    Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
+      (2022); spectrum
+    continuation: Puiu, Brand New K-FACs (2022).
+    """
+    coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
+    if low.values.shape[0] == v.shape[0]:  # nothing is left out
+        scaled = damped_quotient(coordinates, low.values[:, None], shift)
+        return jnp.matmul(low.vectors, scaled, precision=precision)
+    values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    inverses = damped_quotient(jnp.ones_like(values), values, shift)
+    outside = inverses[-1]
+    inside = inverses[:-1] - outside
+    return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
+
+
+def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
+    """The same pairs, with `value` for the eigenvalues behind the first `used`.
+
+    >>> print(beyond(LowRank(jnp.eye(3), jnp.array([3.0, 2.0, 1.0])), 2, 0.5).values)
+    [3.  2.  0.5]
+    """
+    return low._replace(values=jnp.where(jnp.arange(low.values.shape[0]) < used, low.values, value))
+
+
+def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""]:
+    """The fewest pairs that hold the share `1 - error` of a matrix's trace; all of them where they
+    hold less.
+
+    >>> print(rank_for(LowRank(jnp.eye(3), jnp.array([3.0, 0.9, 0.1])), jnp.float32(4.0), 0.05))
+    2
+    """
+    enough = jnp.cumsum(low.values) >= (1 - error) * trace
+    return jnp.where(enough.any(), jnp.argmax(enough) + 1, low.values.shape[0]).astype(jnp.int32)
+
+
+def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Array, ""]:
+    """Mean of the eigenvalues behind the first `used`, `(tr X - sum D) / (d - used)`, between zero
+    and the last of those.
+
+    >>> print(mean_left_out(LowRank(jnp.eye(3, 1), jnp.array([3.0])), jnp.float32(4.0), 1))
+    0.5
+    """
+    rest = trace - jnp.sum(beyond(low, used, 0).values)
+    return jnp.clip(rest / jnp.maximum(low.vectors.shape[0] - used, 1), 0, low.values[used - 1])
+
+
+def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:
+    """The share `sum(D) / tr X` of a matrix's trace that its decomposition holds; one for the zero
+    matrix.
+
+    >>> print(captured_energy(LowRank(jnp.eye(2, 1), jnp.array([3.0])), jnp.float32(4.0)))
+    0.75
+    """
+    return jnp.where(trace > 0, jnp.sum(low.values) / jnp.where(trace > 0, trace, 1), 1)

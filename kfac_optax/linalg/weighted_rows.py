@@ -1,0 +1,62 @@
+"""Rows that count differently."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kfac_optax.linalg.gram import gram, replicated
+
+
+def keep_rows(
+    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+) -> Float[Array, "*rows d"]:
+    """`x` with zeros in the rows of weight zero, whatever those held: zero times NaN is not zero.
+
+    >>> print(keep_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([2.0, 0.0])).ravel())
+    [1. 0.]
+    """
+    return x if weights is None else jnp.where(weights[..., None] != 0, x, jnp.zeros((), x.dtype))
+
+
+def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` with zeros in place of what is not finite where the weight is zero; the two broadcast.
+
+    For what carries its weight already: a cotangent of zero that met a NaN on its way back is a
+    NaN. Finite numbers stay, since a row without a label of its own can still matter for that of
+    another.
+
+    >>> print(finite_padding(jnp.array([jnp.nan, 3.0, jnp.nan]), jnp.array([0.0, 0.0, 1.0])))
+    [ 0.  3. nan]
+    """
+    return jnp.where((weights == 0) & ~jnp.isfinite(x), jnp.zeros((), x.dtype), x)
+
+
+def weighted_gram(
+    x: Float[Array, "*rows d"],
+    weights: Float[Array, "*rows"] | None = None,
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, "d d"]:
+    """`sum_rows w x x^T`; rows of weight zero are never read.
+
+    >>> print(weighted_gram(jnp.array([[1.0], [jnp.nan]]), jnp.array([2.0, 0.0])))
+    [[2.]]
+    """
+    x = keep_rows(x, weights)
+    return gram(
+        x if weights is None else x * weights[..., None].astype(x.dtype), x, precision=precision
+    )
+
+
+def index_counts(
+    indices: Int[Array, "*rows"], size: int, weights: Float[Array, "*rows"] | None, dtype: jnp.dtype
+) -> Float[Array, " size"]:
+    """`sum_rows w e_index`: how often every index below `size` occurs; larger ones are not counted.
+
+    >>> print(index_counts(jnp.array([0, 2, 2, 5]), 3, None, jnp.float32))
+    [1. 0. 2.]
+    """
+    amounts = jnp.ones((), dtype) if weights is None else weights.astype(dtype)
+    sharded = replicated(indices)  # None, or for a matrix
+    one_axis = None if sharded is None else sharded.update(spec=jax.sharding.PartitionSpec(None))
+    return jnp.zeros(size, dtype).at[indices].add(amounts, mode="drop", out_sharding=one_axis)

@@ -1,0 +1,196 @@
+"""K-FAC that needs no tuning: whole optimizers with damping, rate and momentum all adapted."""
+
+from typing import Any
+
+import optax
+
+from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
+from kfac_optax._validate import check_choice
+from kfac_optax.couplings.coarse import coarse_correction
+from kfac_optax.engine.schedule import refresh_period
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.step_rules.damping import adapt_damping
+from kfac_optax.step_rules.quadratic_model import quadratic_step
+
+# Often while everything changes fast, then so rarely that a step costs about twice that of SGD
+# where layers are wide.
+_STATISTICS = refresh_period(5, warmup_steps=20)
+_INVERSES = refresh_period(20, warmup_steps=20, first=5)
+
+
+def kfac_adaptive(
+    layers: Layers,
+    *,
+    initial_damping: Numeric = 0.03,
+    learning_rate: ScalarOrSchedule | None = None,
+    momentum: ScalarOrSchedule | None = None,
+    weight_decay: Numeric = 0.0,
+    adapt_every: int = 5,
+    damping_decay: Numeric = 0.95,
+    damping_min: Numeric = 0.01,
+    damping_max: Numeric = 1e8,
+    reject_below: Numeric | None = 0.0,
+    search_every: int | None = None,
+    model_subsample: Any = None,
+    curvature_every: ScalarOrSchedule = _STATISTICS,
+    inverse_every: ScalarOrSchedule = _INVERSES,
+    inverse: str = "cholesky",
+    axis_name: Any = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with learning rate, momentum and damping adapted; a whole optimizer that needs no
+    tuning.
+
+    `adapt_damping(optax.chain(kfac(layers, kl_clip=None), quadratic_step()))`. In every step
+
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = tx.update(
+            grads, state, params, curvature=fisher.at(params, x, key=key), value=loss,
+            value_fn=lambda p: loss_fn(p, batch)
+        )
+        params = optax.apply_updates(params, updates)
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      initial_damping: `lambda` at the start.
+      learning_rate: fixes the rate; `None` solves for it in every step.
+      momentum: fixes the momentum; `None` solves for it.
+      weight_decay: coefficient `w` of a penalty `w/2 ||theta||^2` that the loss contains.
+      adapt_every: period of the damping's adaptation.
+      damping_decay: factor on the damping per step, see `adapt_damping`.
+      damping_min: lower bound of the damping.
+      damping_max: upper bound of the damping.
+      reject_below: measured reduction ratios below it reject the step; `None` rejects only what is
+        not finite.
+      search_every: period of the search for the preconditioner's own damping; `None`: it is
+        `lambda + weight_decay`.
+      model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in
+        `fisher`.
+      curvature_every: period of the statistics; by default every step of the first 20, then every
+        5.
+      inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
+        20.
+      inverse: `"cholesky"` (factored Tikhonov damping) or `"eigh"` (exact damping).
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      **options: further arguments of `kfac`.
+
+    Returns:
+      An optimizer; its updates go straight into `optax.apply_updates`.
+
+    Raises:
+      ValueError: a hyperparameter out of range; `curvature`, `value` or `value_fn` missing in an
+        update.
+      TypeError: an option that `kfac` does not have.
+
+    >>> import jax, jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x, target = jnp.zeros((2, 1)), jnp.eye(2), jnp.array([[1.0], [2.0]])
+    >>> loss = lambda w: estimator.spec.function(w, x).mean_nll(target)
+    >>> tx = kfac_adaptive(estimator.layers(w, x))
+    >>> state = tx.init(w)
+    >>> for _ in range(5):
+    ...     value, grad = jax.value_and_grad(loss)(w)
+    ...     step, state = tx.update(grad, state, w, curvature=estimator.at(w, x), value=value, value_fn=loss)
+    ...     w = optax.apply_updates(w, step)
+    >>> print(w.ravel().round(2))
+    [1. 2.]
+
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
+    algorithm 2.
+    """
+    preconditioner = kfac(
+        layers,
+        kl_clip=None,
+        curvature_every=curvature_every,
+        inverse_every=inverse_every,
+        inverse=inverse,
+        axis_name=axis_name,
+        **options,
+    )
+    step = quadratic_step(
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        subsample=model_subsample,
+        axis_name=axis_name,
+    )
+    return adapt_damping(
+        optax.chain(preconditioner, step),
+        initial_damping=initial_damping,
+        every=adapt_every,
+        decay=damping_decay,
+        damping_min=damping_min,
+        damping_max=damping_max,
+        reject_below=reject_below,
+        weight_decay=weight_decay,
+        search_every=search_every,
+        axis_name=axis_name,
+    )
+
+
+def kfac_two_level_adaptive(
+    layers: Layers,
+    *,
+    coarse: str = "factored",
+    coarse_damping: str = "identity",
+    resample: str = "nearest",
+    fine_weight: Numeric = 1.0,
+    coarse_weight: Numeric = 1.0,
+    balance: str = "sum",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Two-level K-FAC with learning rate, momentum and damping adapted; a whole optimizer that
+    needs no tuning.
+
+    As `kfac_adaptive`, with the coarse correction of `kfac_two_level`, whose damping is adapted
+    too. Used in the same way.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      coarse: `"factored"` or `"exact"`, see `coarse_correction`.
+      coarse_damping: `"identity"` or `"galerkin"`.
+      resample: how maps of unequal size are compared, `"nearest"` or `"area"`.
+      fine_weight: weight of the block-diagonal level.
+      coarse_weight: weight of the correction.
+      balance: `"sum"` (the paper) adds both levels as they are; `"model"` gives fine part, coarse
+        part and previous step each the weight that minimises the exact quadratic model, for one
+        more product in every step.
+      **options: further arguments of `kfac_adaptive`, and of `kfac`.
+
+    Returns:
+      An optimizer; its updates go straight into `optax.apply_updates`.
+
+    Raises:
+      ValueError: a hyperparameter out of range; `curvature`, `value` or `value_fn` missing in an
+        update.
+      TypeError: an option that neither `kfac_adaptive` nor `kfac` has.
+
+    >>> import jax, jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x, target = jnp.zeros((2, 1)), jnp.eye(2), jnp.array([[1.0], [2.0]])
+    >>> loss = lambda w: estimator.spec.function(w, x).mean_nll(target)
+    >>> tx = kfac_two_level_adaptive(estimator.layers(w, x), coarse="exact")
+    >>> state = tx.init(w)
+    >>> for _ in range(5):
+    ...     value, grad = jax.value_and_grad(loss)(w)
+    ...     step, state = tx.update(grad, state, w, curvature=estimator.at(w, x), value=value, value_fn=loss)
+    ...     w = optax.apply_updates(w, step)
+    >>> print(w.ravel().round(2))
+    [1. 2.]
+
+    Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning
+      (2020), algorithm 1, with
+    the step of Martens & Grosse (2015), algorithm 2.
+    """
+    coupling = coarse_correction(
+        coarse,
+        damping=coarse_damping,
+        resample=resample,
+        fine_weight=fine_weight,
+        coarse_weight=coarse_weight,
+        precision=options.get("precision", "highest"),
+    )
+    check_choice("kfac_two_level_adaptive", "balance", balance, ("model", "sum"))
+    apart = "apart" if balance == "model" else "sum"
+    return kfac_adaptive(layers, coupling=coupling, balance=apart, **options)

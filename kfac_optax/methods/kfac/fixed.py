@@ -1,0 +1,322 @@
+"""Ready-made preconditioners; chain one with `optax.sgd` or any other optimizer."""
+
+from typing import Any
+
+import optax
+
+from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
+from kfac_optax._validate import check_choice
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.couplings.coarse import coarse_correction
+from kfac_optax.couplings.deflated import MODES, deflated
+from kfac_optax.engine.choice import BlockOf, blocks_of, cover
+from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.step_rules.balance import balance_parts
+from kfac_optax.step_rules.bound import bound_step
+from kfac_optax.step_rules.kl_clip import clip_by_kl
+
+BOUNDS = ("exact", "damped")
+BALANCES = ("model", "sum", "apart")
+
+
+def kfac(
+    layers: Layers,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    damping: ScalarOrSchedule = 1e-3,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    bound: str = "damped",
+    momentum: float = 0.9,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
+    inverse: str = "eigh",
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    sharing: str = "expand",
+    positions: int | None = None,
+    convolution: str = "kfc",
+    recurrence: str = "independent",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+    precision: Any = "highest",
+    block: Block | BlockOf | None = None,
+    factored_gradient: bool = False,
+    coupling: Coupling | None = None,
+    balance: str = "sum",
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then a
+    bound on the step.
+
+    Chain it with the optimizer that takes the step,
+    `optax.chain(kfac(layers, learning_rate=lr), optax.sgd(lr, 0.9))`, and pass
+    `curvature=fisher.at(params, *args, key=key)` to every update.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
+        be left out only together with `kl_clip=None`, where what follows decides on the length of
+        the step (`quadratic_step`).
+      damping: Tikhonov damping.
+      kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned
+        gradient as it is.
+      bound: `"damped"` is KL-clip as in the papers, which scales the update down to
+        `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"exact"` makes the step, momentum
+        included, as long as an exact quadratic model wants it and bounds it in the metric of the
+        Fisher itself (see `bound_step`): the level of the rate has no influence then.
+      momentum: of the transformation that follows; `bound="exact"` counts it.
+      decay: bound of the averaging weight `min(1 - 1/k, decay)`.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
+      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
+      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
+      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
+        of the others' updates, and clipped with them), `"diagonal"` (diagonal of the Fisher) or
+        `"raise"`.
+      normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every
+        channel), `"diagonal"` or `"pass"`.
+      sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per
+        example).
+      positions: at most about this many positions of an example are measured; `None` for all.
+      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
+      recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or
+        `"option2"`.
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
+      precision: matmul precision of factor products and solves.
+      block: in place of the Kronecker block of dense layers, convolutions and attention
+        projections; or a function of the layer that gives every layer its block, such as
+        `low_rank_blocks(...)`, and leaves the choices of `inverse`, `sharing`, `positions`,
+        `convolution` and `recurrence` without a say.
+      factored_gradient: precondition gradients of dense layers from their rows, see
+        `scale_by_curvature`.
+      coupling: what layers tell each other: `coarse_correction()`, `deflated()`, or `tridiagonal()`
+        for chains of dense layers with `inverse="cholesky"`.
+      balance: what a coupling adds is added as it is (`"sum"`), as far as an exact quadratic model
+        agrees (`"model"`, see `balance_parts`), or stays apart for a step rule that follows
+        (`"apart"`, for `quadratic_step`).
+
+    Returns:
+      A transformation; its state is made of arrays only.
+
+    Raises:
+      ValueError: a hyperparameter out of range, or KL-clip without a rate.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = kfac(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print(updates.ravel())
+    [1. 1.]
+
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015).
+    """
+    if learning_rate is None and kl_clip is not None:
+        raise ValueError(
+            "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. "
+            "Pass learning_rate=, the "
+            "rate of the optimizer that follows, or kl_clip=None where what follows decides on the "
+            "length of the step."
+        )
+    check_choice("kfac", "bound", bound, BOUNDS)
+    check_choice("kfac", "balance", balance, BALANCES)
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
+    linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
+    block_of = blocks_of(
+        linear if block is None else block,
+        inverse=inverse,
+        normalization=normalization,
+        convolution=convolution,
+        recurrence=recurrence,
+        precision=precision,
+    )
+    preconditioner = scale_by_curvature(
+        layers,
+        block=block_of,
+        coupling=coupling,
+        damping=damping,
+        decay=decay,
+        curvature_every=curvature_every,
+        inverse_every=inverse_every,
+        stagger=stagger,
+        factored_gradient=factored_gradient,
+        separate=coupling is not None and balance != "sum",
+        axis_name=axis_name,
+        factor_dtype=factor_dtype,
+    )
+    if bound == "exact" and kl_clip is not None and balance != "apart":
+        assert learning_rate is not None
+        return bound_step(
+            preconditioner,
+            learning_rate=learning_rate,
+            kl_clip=kl_clip,
+            momentum=momentum,
+            damping=damping,
+            axis_name=axis_name,
+        )
+    if coupling is not None and balance == "model":
+        preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
+    return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+
+
+def kfac_two_level(
+    layers: Layers,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    damping: ScalarOrSchedule = 1e-3,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    bound: str = "damped",
+    momentum: float = 0.9,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
+    inverse: str = "eigh",
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    sharing: str = "expand",
+    positions: int | None = None,
+    convolution: str = "kfc",
+    recurrence: str = "independent",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+    precision: Any = "highest",
+    block: Block | BlockOf | None = None,
+    factored_gradient: bool = False,
+    coarse: str = "factored",
+    coarse_damping: str = "identity",
+    resample: str = "nearest",
+    fine_weight: Numeric = 1.0,
+    coarse_weight: Numeric = 1.0,
+    correction: str = "additive",
+    coarse_operator: str = "batch",
+    coarse_space: str = "sums",
+    balance: str = "sum",
+) -> optax.GradientTransformationExtraArgs:
+    """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the
+    step.
+
+    `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping I)^{-1} Z V`, with `Z` summing
+    all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix. This is the additive
+    correction; the others, see `deflated`, take exact products with the curvature of the batch, so
+    `curvature` has to be passed in every step.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
+        be left out only together with `kl_clip=None`, where what follows decides on the length of
+        the step (`quadratic_step`).
+      damping: Tikhonov damping of both levels.
+      kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned
+        gradient as it is.
+      bound: `"damped"` is KL-clip as in the papers, which scales the update down to
+        `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"exact"` makes the step, momentum
+        included, as long as an exact quadratic model wants it and bounds it in the metric of the
+        Fisher itself (see `bound_step`): the level of the rate has no influence then.
+      momentum: of the transformation that follows; `bound="exact"` counts it.
+      decay: bound of the averaging weight `min(1 - 1/k, decay)`.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
+      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
+      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine
+        level.
+      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
+        of the others' updates, and clipped with them), `"diagonal"` (diagonal of the Fisher) or
+        `"raise"`.
+      normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every
+        channel), `"diagonal"` or `"pass"`.
+      sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per
+        example).
+      positions: at most about this many positions of an example are measured; `None` for all.
+      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
+      recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or
+        `"option2"`.
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
+      precision: matmul precision of factor products and solves.
+      block: in place of the Kronecker block of dense layers, convolutions and attention
+        projections; or a function of the layer that gives every layer its block, such as
+        `low_rank_blocks(...)`, and leaves the choices of `inverse`, `sharing`, `positions`,
+        `convolution` and `recurrence` without a say.
+      factored_gradient: precondition gradients of dense layers from their rows, see
+        `scale_by_curvature`.
+      coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
+      coarse_damping: `"identity"` (the paper) or `"galerkin"`; of the additive correction, the
+        others need the latter.
+      resample: how maps of unequal size are compared, `"nearest"` (the paper) or `"area"`.
+      fine_weight: weight of the block-diagonal level.
+      coarse_weight: weight of the correction.
+      correction: `"additive"` (the paper), `"a-def1"`, `"a-def2"` or `"bnn"`.
+      coarse_operator: of the last three, `"batch"` (exact, one forward-mode pass per layer and
+        step) or `"averaged"`.
+      coarse_space: of the last three, `"sums"` of each layer (the paper), or `"updates"`,
+        `"residual"`, `"krylov"` or `"spectral"`, see `deflated`.
+      balance: `"sum"` (the paper) adds the correction as it is; `"model"` as far as an exact
+        quadratic model of the batch agrees with it, so that the model falls no less than without;
+        `"apart"` leaves it to `quadratic_step`.
+
+    Returns:
+      A transformation; its state is made of arrays only.
+
+    Raises:
+      ValueError: a hyperparameter out of range, or KL-clip without a rate.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = kfac_two_level(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print([f"{u:.3f}" for u in updates.ravel()])
+    ['2.333', '2.333']
+
+    Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning
+      (2020), algorithm 1.
+    """
+    check_choice("kfac_two_level", "correction", correction, ("additive", *MODES))
+    common: dict[str, Any] = dict(
+        coarse=coarse,
+        resample=resample,
+        fine_weight=fine_weight,
+        coarse_weight=coarse_weight,
+        precision=precision,
+    )
+    coupling = coarse_correction(damping=coarse_damping, **common)
+    if correction != "additive":
+        coupling = deflated(
+            correction, coarse_operator=coarse_operator, space=coarse_space, **common
+        )
+    elif coarse_space != "sums":
+        raise ValueError(
+            f"kfac_two_level: got coarse_space={coarse_space!r} with correction='additive', which "
+            "sums each layer; expected "
+            f"coarse_space='sums', or correction= one of {', '.join(map(repr, MODES))}."
+        )
+    return kfac(
+        layers,
+        learning_rate=learning_rate,
+        damping=damping,
+        kl_clip=kl_clip,
+        bound=bound,
+        momentum=momentum,
+        decay=decay,
+        curvature_every=curvature_every,
+        inverse_every=inverse_every,
+        stagger=stagger,
+        inverse=inverse,
+        uncovered=uncovered,
+        normalization=normalization,
+        sharing=sharing,
+        positions=positions,
+        convolution=convolution,
+        recurrence=recurrence,
+        axis_name=axis_name,
+        factor_dtype=factor_dtype,
+        precision=precision,
+        block=block,
+        factored_gradient=factored_gradient,
+        coupling=coupling,
+        balance=balance,
+    )

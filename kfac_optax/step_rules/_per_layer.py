@@ -1,0 +1,212 @@
+"""What step rules need of layers: inner products, one scale for all of them, or a function of
+each.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import (
+    covered_leaves,
+    gather,
+    grafted_leaves,
+    make_buckets,
+    named_leaves,
+    present,
+    replace_leaves,
+    scatter,
+)
+from kfac_optax._types import Layers, PyTree
+
+
+class Scaled(NamedTuple):
+    """Numbers `values * 2^exponent`, which may lie outside of the range of their dtype."""
+
+    values: jax.Array
+    exponent: jax.Array  # shape=(), dtype=int32
+
+
+def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """`e` with the largest entry in `[2^(e-1), 2^e)`; zero where nothing is, or an entry is not
+    finite.
+
+    >>> print(exponent_of({"a": jnp.array([1.0, -3.0])}))
+    2
+    """
+    if not leaves:
+        return jnp.zeros((), jnp.int32)
+    wide = _wide(leaves)
+    largest = jnp.max(
+        jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(wide) for x in leaves.values()])
+    )
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jnp.frexp(jnp.where(usable, largest, 0.5))[1].astype(jnp.int32)
+
+
+def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`x 2^exponent`, exact but for under- and overflow of the result.
+
+    In two halves, as the power alone may overflow.
+    """
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(times_power(x.real, exponent), times_power(x.imag, exponent))
+    half = exponent // 2
+    one = jnp.ones((), jnp.finfo(x.dtype).dtype)
+    return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
+
+
+def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
+    """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
+
+    The entries of both sides are divided by a power of two first, so that no product overflows. Of
+    complex leaves it is the real part of the product with the conjugate.
+
+    >>> products = inner_products({"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": -jnp.ones(1)}, None)
+    >>> print(products.values * 2.0**products.exponent)
+    [ 2. -1.]
+    """
+    u, v = covered_leaves(left, layers), covered_leaves(right, layers)
+    dtype = jnp.promote_types(_wide(u), _wide(v))
+    if layers is not None:
+        # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep
+        # net and scales each
+        buckets = make_buckets(present(layers, v))
+        u, v = ({b.name: gather(b, side, dtype) for b in buckets} for side in (u, v))
+    of_u, of_v = exponent_of(u), exponent_of(v)
+    u, v = (
+        {n: times_power(_widened(x, dtype), -e) for n, x in side.items()}
+        for side, e in ((u, of_u), (v, of_v))
+    )
+    if layers is None:
+        parts = [jnp.sum(jnp.real(u[n] * jnp.conj(v[n])))[None].astype(dtype) for n in v]
+    else:
+        parts = [jnp.sum(u[n] * v[n], axis=(1, 2)) for n in v]
+    return Scaled(jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype), of_u + of_v)
+
+
+def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: Any) -> jax.Array:
+    """`min(1, sqrt(bound / (rate^2 values 2^exponent)))`; one where the divisor is not a positive
+    finite number.
+
+    >>> print(inverse_root_of(jnp.float32(25.0), jnp.int32(0), 1.0, 1.0))
+    0.2
+    """
+    half = exponent // 2
+    square = jnp.square(jnp.asarray(rate, values.dtype)) * times_power(values, exponent - 2 * half)
+    usable = jnp.isfinite(square) & (square > 0)
+    scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / jnp.where(usable, square, 1))
+    return jnp.where(usable, jnp.minimum(times_power(scale, -half), 1), 1)
+
+
+def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
+    """Frobenius norms of matrices `[copies, p, q]`, or root mean squares, without overflow of the
+    squares.
+
+    >>> print(norms(jnp.full((1, 2, 2), 1e30)))
+    [2.e+30]
+    """
+    sizes = jnp.abs(x)
+    largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+    squares = jnp.square(times_power(sizes, -exponent))
+    root = jnp.sqrt((jnp.mean if mean else jnp.sum)(squares, axis=(1, 2)))
+    return times_power(root, exponent[:, 0, 0])
+
+
+def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """Root of the mean square over the entries of all leaves together, without overflow of the
+    squares.
+
+    >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
+    3e+30
+    """
+    sizes = {n: jnp.abs(x).astype(_wide(leaves)) for n, x in leaves.items()}
+    exponent = exponent_of(sizes)
+    squares = sum(jnp.sum(jnp.square(times_power(x, -exponent))) for x in sizes.values())
+    entries = sum(x.size for x in sizes.values())
+    return times_power(jnp.sqrt(jnp.asarray(squares, _wide(leaves)) / max(entries, 1)), exponent)
+
+
+def scale_layers(tree: PyTree, scale: jax.Array, layers: Layers | None) -> PyTree:
+    """`tree` with the leaves of the layers multiplied by one number, and those that have been given
+    their size.
+    """
+    mine = covered_leaves(tree, layers)
+    if layers is not None:
+        mine |= grafted_leaves(tree, layers)
+    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in mine.items()})
+
+
+def map_layers(
+    function: Callable[..., tuple[jax.Array, Any]], *trees: PyTree, layers: Layers | None
+) -> tuple:
+    """Applies a function to the matrices of every layer, kernel and bias together.
+
+    Args:
+      function: gets `[copies, p, q]` of every tree, for layers of one shape at once, and returns
+        the new matrices and something to report of each copy, `[copies]`.
+      *trees: updates with the same leaves.
+      layers: kernel and bias of each make a layer, and so does every other leaf on its own.
+
+    Returns:
+      A tree like the first, and the reports, `[number of matrices]`.
+    """
+    leaves = [named_leaves(tree) for tree in trees]
+    dtype = _wide(leaves[0])
+    new: dict[str, jax.Array] = {}
+    reports = [jnp.zeros((0,), dtype)]
+    grouped = () if layers is None else make_buckets(present(layers, leaves[0]))
+    for bucket in grouped:
+        matrices, report = function(*(gather(bucket, x, dtype) for x in leaves))
+        new |= scatter(bucket, matrices, leaves[0])
+        reports.append(report)
+    for name in [n for n in leaves[0] if n not in new]:
+        matrix, report = function(*(_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves))
+        new[name] = matrix.reshape(leaves[0][name].shape)
+        reports.append(report)
+    new = {name: within(x, leaves[0][name].dtype) for name, x in new.items()}
+    return replace_leaves(trees[0], new), jnp.concatenate(reports)
+
+
+def within(x: jax.Array, dtype: Any) -> jax.Array:
+    """Finite entries within the range of a narrower dtype: at its end instead of infinite.
+
+    >>> print(float(within(jnp.float32(-1e6), jnp.float16)))
+    -65504.0
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x
+    end = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x).astype(dtype)
+
+
+def like_parameters(params: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
+    """A tree like the parameters with these leaves, zero elsewhere: what is masked has no part in a
+    direction.
+    """
+    return replace_leaves(jax.tree.map(jnp.zeros_like, params), leaves)
+
+
+def require_curvature(where: str, why: str, curvature: Any) -> Any:
+    """The extra argument `curvature`, or an error that shows the line to write."""
+    if curvature is None:
+        raise ValueError(
+            f"{where}.update got no `curvature`, which {why} needs in every step. Pass the lazy "
+            "curvature of this batch,\n\n"
+            '    tx.update(grads, opt_state, params, curvature=fisher.at(params, batch["x"], key=key))\n\n'
+            "To take no statistics in a step, give the preconditioner inside a period instead "
+            "(`curvature_every`)."
+        )
+    return curvature
+
+
+def _wide(leaves: Mapping[str, jax.Array]) -> Any:
+    """A real dtype: of complex leaves that of their parts."""
+    return jnp.result_type(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in leaves.values()))
+
+
+def _widened(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(jnp.promote_types(dtype, x.dtype))

@@ -1,0 +1,416 @@
+"""Levenberg-Marquardt damping: trusts the quadratic model as far as it predicted the objective,
+over any optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import inner, select, wide_dtype
+from kfac_optax._types import Numeric, PyTree
+from kfac_optax._validate import NO_CURVATURE, check_number
+from kfac_optax.step_rules.quadratic_model import QuadraticState
+
+_SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
+_FLAT = 1e-2  # curvature below this share of the damping has no say in a step
+
+
+class DampingState(NamedTuple):
+    """State of `adapt_damping`; numbers are float32, or wider where the parameters are."""
+
+    optimizer: PyTree
+    damping_count: Any  # shape=(), dtype=int32: steps
+    model_damping: jax.Array  # shape=(): lambda
+    preconditioner_damping: jax.Array  # shape=(): gamma^2
+    reduction_ratio: jax.Array  # shape=(): the last one, 1 before the first
+    rejected_steps: jax.Array  # shape=(), dtype=int32
+    damping_at_bound: jax.Array  # shape=(), dtype=int32: adaptations that ended on a bound
+
+
+def adapt_damping(
+    optimizer: optax.GradientTransformation,
+    *,
+    initial_damping: Numeric = 1.0,
+    every: int = 5,
+    decay: Numeric = 0.95,
+    lower: Numeric = 0.25,
+    upper: Numeric = 0.75,
+    damping_min: Numeric = 1e-8,
+    damping_max: Numeric = 1e8,
+    reject_below: Numeric | None = 0.0,
+    include_damping: bool = False,
+    weight_decay: Numeric = 0.0,
+    search_every: int | None = None,
+    search_decay: Numeric | None = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adapts the damping `lambda` of everything inside `optimizer` to how well the quadratic model
+    predicts the objective.
+
+    Every `every` steps the reduction ratio
+    `rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0))` is measured on the batch of the step.
+    With `omega = decay^every`: `rho > upper` gives `lambda <- omega lambda`, `rho < lower` or a
+    ratio that is not finite `lambda <- lambda / omega`. The optimizer gets `lambda` as
+    `model_damping` and `gamma^2 = lambda + weight_decay` as `damping`; both levels of two-level
+    K-FAC use the latter.
+
+    The ratio is also measured, whatever the period, of a step that the model has little reason for:
+    one whose predicted decrease exceeds `|value|`, or whose curvature is next to all damping
+    (saturated outputs), or whose prediction is not finite. The first of these is rejected below
+    `lower` already: it promised more than there is to gain. An ordinary step costs no evaluation of
+    the objective for it.
+
+    A step whose ratio is measured and lies below `reject_below` (the objective rose), or is not
+    finite, is rejected: the update is zero and everything the optimizer holds stays as it was,
+    momentum included, apart from the curvature itself. A step that the model could not decide
+    raises the damping at once.
+
+    With `search_every`, every so many steps `gamma^2` itself is chosen among its last value, and
+    that times and divided by
+    `search_decay`: all three updates are made, and the one with the smallest `M(delta)` is taken.
+
+    `update(grads, state, params, *, curvature, value, value_fn, grad=None, adapt=None)`:
+
+    - `value`, `value_fn`: the objective at the parameters, and as a function of them, on this
+      batch.
+    - `grad`: of the objective, where the incoming updates are not that.
+    - `adapt=None`: the schedule is traced. A Python bool decides now whether the ratio is measured.
+
+    Args:
+      optimizer: preconditioner and step, for example `optax.chain(kfac(...), quadratic_step())`. An
+        optimizer without `quadratic_step` works too: its model change is then computed where it is
+        needed.
+      initial_damping: `lambda` at the start.
+      every: period of the adaptation, in steps.
+      decay: factor per step, in (0, 1].
+      lower: ratio below which the damping grows.
+      upper: ratio above which it shrinks.
+      damping_min: lower bound of `lambda`.
+      damping_max: upper bound of `lambda`.
+      reject_below: ratios below it reject the step; `None` rejects only what is not finite.
+      include_damping: whether `M` in the ratio contains `lambda ||delta||^2 / 2`.
+      weight_decay: coefficient `w` of a penalty `w/2 ||theta||^2` that the objective contains.
+      search_every: period of the search for `gamma`; `None`: no search. Needs `quadratic_step`.
+      search_decay: factor on `gamma^2` of its candidates, default `decay^search_every`.
+      axis_name: mapped axis over which the batch is split; values are averaged over it.
+
+    Returns:
+      A transformation; its state shows `lambda`, the last ratio and how often steps were rejected.
+
+    Raises:
+      ValueError: a hyperparameter out of range; `curvature`, `value` or `value_fn` missing.
+
+    >>> import kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x, target = jnp.zeros((2, 1)), jnp.eye(2), jnp.array([[1.0], [2.0]])
+    >>> loss = lambda w: jnp.mean(jnp.sum((x @ w - target) ** 2, -1)) / 2
+    >>> tx = adapt_damping(ko.quadratic_step(), initial_damping=1.0, every=1)
+    >>> value, grad = jax.value_and_grad(loss)(w)
+    >>> step, state = tx.update(grad, tx.init(w), w, curvature=estimator.at(w, x), value=value, value_fn=loss)
+    >>> print(state.reduction_ratio.round(3), state.model_damping)
+    1.0 0.95
+
+    Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature (2015),
+    sections 6.5 and 6.6.
+    """
+    rule = _Rule(
+        "adapt_damping",
+        every,
+        decay,
+        lower,
+        upper,
+        damping_min,
+        damping_max,
+        reject_below,
+        include_damping,
+        weight_decay,
+        search_every,
+        search_decay,
+        axis_name,
+    )
+    _check(rule, initial_damping)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params: PyTree) -> DampingState:
+        dtype = wide_dtype(params)
+        start = jnp.array(initial_damping, dtype)
+        return DampingState(
+            optimizer.init(params),
+            jnp.zeros((), jnp.int32),
+            start,
+            start + jnp.asarray(weight_decay, dtype),
+            jnp.ones((), dtype),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        value: Any = None,
+        value_fn: Any = None,
+        grad: PyTree | None = None,
+        adapt: bool | None = None,
+        **extra: Any,
+    ):
+        if not jax.tree.leaves(updates):
+            return updates, state
+        _check_arguments(rule.where, params, curvature, value, value_fn)
+        grad = updates if grad is None else grad
+
+        def attempt(gamma: jax.Array) -> tuple[PyTree, PyTree]:
+            return optimizer.update(
+                updates,
+                state.optimizer,
+                params,
+                curvature=curvature,
+                value=value,
+                value_fn=value_fn,
+                grad=grad,
+                damping=gamma,
+                model_damping=state.model_damping,
+                **extra,
+            )
+
+        step, after, gamma = _search(rule, state, attempt, adapt)
+        known = _quadratic_state(after)
+        failed = _failures(known) > _failures(_quadratic_state(state.optimizer))
+
+        def measure() -> tuple[jax.Array, jax.Array]:
+            change = _model_change(rule, known, step, curvature, grad, state.model_damping)
+            return _mean(value_fn(optax.apply_updates(params, step)), axis_name), change
+
+        scheduled = state.damping_count % every == every - 1 if adapt is None else bool(adapt)
+        promised = _promise(rule, known, step, grad, _mean(value, axis_name))
+        # all devices have to measure together
+        due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
+        new_value, change = _if_due(due, measure)
+        ratio = (new_value - _mean(value, axis_name)) / change
+        lowest = _lowest_ratio(rule, promised)
+        step, after, rejected = _reject(
+            step, after, state.optimizer, (ratio, failed, due, lowest), new_value
+        )
+        return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Rule(NamedTuple):
+    """The settings of one `adapt_damping`."""
+
+    where: str
+    every: int
+    decay: Any
+    lower: Any
+    upper: Any
+    damping_min: Any
+    damping_max: Any
+    reject_below: Any
+    include_damping: bool
+    weight_decay: Any
+    search_every: int | None
+    search_decay: Any
+    axis_name: Any
+
+
+def _check(rule: _Rule, initial_damping: Any) -> None:
+    where = rule.where
+    check_number(where, "initial_damping", initial_damping, above=0)
+    check_number(where, "every", rule.every, at_least=1)
+    check_number(where, "decay", rule.decay, above=0, at_most=1)
+    check_number(where, "lower", rule.lower, at_least=0)
+    check_number(where, "upper", rule.upper, at_least=rule.lower)
+    check_number(where, "damping_min", rule.damping_min, above=0)
+    check_number(where, "damping_max", rule.damping_max, at_least=rule.damping_min)
+    check_number(where, "weight_decay", rule.weight_decay, at_least=0)
+    if rule.search_every is not None:
+        check_number(where, "search_every", rule.search_every, at_least=1)
+
+
+def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_fn: Any) -> None:
+    missing = {"params": params, "value": value, "value_fn": value_fn}
+    missing = [name for name, x in missing.items() if x is None]
+    if missing:
+        raise ValueError(
+            f"{where}.update: got no {', '.join(missing)}; the reduction ratio compares the "
+            "objective before and after the "
+            "step on the same batch. Pass tx.update(grads, state, params, "
+            "curvature=fisher.at(params, x, key=key), "
+            "value=loss, value_fn=lambda p: loss_fn(p, batch))."
+        )
+    if curvature is None:
+        raise ValueError(
+            NO_CURVATURE.format(where=where)
+            + " Adaptive damping needs it in every step: to take no statistics pass measure=False instead of curvature=None."
+        )
+
+
+def _mean(x: Any, axis_name: Any) -> jax.Array:
+    return jnp.asarray(x) if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def _quadratic_states(tree: PyTree) -> list[QuadraticState]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuadraticState))
+    return [x for x in leaves if isinstance(x, QuadraticState)]
+
+
+def _quadratic_state(tree: PyTree) -> QuadraticState | None:
+    found = _quadratic_states(tree)
+    return found[0] if found else None
+
+
+def _failures(state: QuadraticState | None) -> jax.Array:
+    return (
+        jnp.zeros((), jnp.int32)
+        if state is None
+        else state.non_finite_models + state.negative_curvatures
+    )
+
+
+def _search(
+    rule: _Rule, state: Any, attempt: Callable, adapt: bool | None
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """The update, the optimizer's state after it, and the `gamma^2` both were made with."""
+    if rule.search_every is None:
+        gamma = state.model_damping + jnp.asarray(rule.weight_decay, state.model_damping.dtype)
+        return *attempt(gamma), gamma
+    factor = rule.decay**rule.search_every if rule.search_decay is None else rule.search_decay
+    now = state.preconditioner_damping
+
+    def best() -> tuple[PyTree, PyTree, jax.Array]:
+        gammas = [
+            now,
+            jnp.maximum(now * factor, rule.damping_min),
+            jnp.minimum(now / factor, rule.damping_max),
+        ]
+        tried = [(*attempt(gamma), gamma) for gamma in gammas]
+        changes = [_damped_change(rule.where, after) for _, after, _ in tried]
+        chosen, lowest = tried[0], changes[0]
+        for other, change in zip(tried[1:], changes[1:], strict=True):
+            better = change < lowest  # false for what is not finite
+            chosen, lowest = select(better, other, chosen), jnp.where(better, change, lowest)
+        return chosen
+
+    def keep() -> tuple[PyTree, PyTree, jax.Array]:
+        return *attempt(now), now
+
+    due = state.damping_count % rule.search_every == rule.search_every - 1
+    return jax.lax.cond(due, best, keep)
+
+
+def _damped_change(where: str, after: PyTree) -> jax.Array:
+    known = _quadratic_state(after)
+    if known is None:
+        raise ValueError(
+            f"{where}: search_every needs quadratic_step inside the optimizer; found none in its "
+            "state."
+        )
+    return known.damped_change
+
+
+def _model_change(
+    rule: _Rule,
+    known: QuadraticState | None,
+    step: PyTree,
+    curvature: Any,
+    grad: PyTree,
+    lam: jax.Array,
+) -> jax.Array:
+    """`M(step) - M(0)`, from the state of `quadratic_step` or else from one more product."""
+    if known is not None:
+        return known.damped_change if rule.include_damping else known.model_change
+    form = curvature.quadratic_form((step,), axis_name=rule.axis_name)[0, 0].astype(lam.dtype)
+    shift = rule.weight_decay + (lam if rule.include_damping else 0)
+    return (
+        inner(grad, step).astype(lam.dtype)
+        + (form + shift * inner(step, step).astype(lam.dtype)) / 2
+    )
+
+
+class _Promise(NamedTuple):
+    """What is doubtful about a step, before the objective is asked."""
+
+    too_much: jax.Array  # bool: a decrease beyond the objective itself, or one that is not finite
+    flat: jax.Array  # bool: the step is as long as the damping lets it be, curvature has no say
+
+
+def _promise(
+    rule: _Rule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array
+) -> _Promise:
+    """Costs an inner product; without `quadratic_step` there is no model before the ratio is
+    measured.
+    """
+    if known is None:
+        return _Promise(jnp.bool_(False), jnp.bool_(False))
+    slope = _mean(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
+    moves = known.damped_change != 0
+    limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
+    # negated, so that NaN counts
+    too_much = moves & ~(-known.model_change <= limit)
+    curvature, damping = known.model_change - slope, known.damped_change - known.model_change
+    return _Promise(too_much, moves & ~(curvature > _FLAT * damping))
+
+
+def _lowest_ratio(rule: _Rule, promised: _Promise) -> jax.Array:
+    """Ratios below this one reject the step."""
+    usual = -jnp.inf if rule.reject_below is None else rule.reject_below
+    return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)
+
+
+def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any:
+    if due is True:
+        return measure()
+    shapes = jax.eval_shape(measure)
+
+    def nothing() -> Any:
+        return tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes)
+
+    return jax.lax.cond(due, measure, nothing)
+
+
+def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value: jax.Array):
+    """Takes the step back where its ratio says so; curvature that was measured stays."""
+    ratio, failed, due, lowest = found
+    low = (lowest > -jnp.inf) & ~(ratio >= lowest.astype(ratio.dtype))
+    bad = low | ~jnp.isfinite(new_value)
+    rejected = jnp.asarray(due) & bad & ~failed  # a step without a model is zero already
+
+    def is_curvature(node: Any) -> bool:
+        return hasattr(node, "curvature_count")
+
+    def keep(new: Any, old: Any) -> Any:
+        return new if is_curvature(new) else jnp.where(rejected, old, new)
+
+    step = jax.tree.map(lambda x: jnp.where(rejected, 0, x).astype(x.dtype), step)
+    return step, jax.tree.map(keep, after, before, is_leaf=is_curvature), rejected
+
+
+def _next_state(
+    rule: _Rule, state: Any, after: PyTree, gamma: jax.Array, ratio, due, failed, rejected
+) -> DampingState:
+    due, lam = jnp.asarray(due), state.model_damping
+    ratio = ratio.astype(lam.dtype)
+    omega = jnp.asarray(rule.decay, lam.dtype) ** rule.every
+    grow = failed | (due & ~(ratio >= rule.lower))  # NaN grows
+    shrink = due & ~failed & (ratio > rule.upper)
+    wanted = jnp.where(grow, lam / omega, jnp.where(shrink, lam * omega, lam))
+    damping = jnp.clip(wanted, rule.damping_min, rule.damping_max)
+    at_bound = (wanted != damping) & (grow | shrink)
+    return DampingState(
+        after,
+        optax.safe_increment(state.damping_count),
+        damping,
+        gamma
+        if rule.search_every is not None
+        else damping + jnp.asarray(rule.weight_decay, lam.dtype),
+        jnp.where(due & ~failed & jnp.isfinite(ratio), ratio, state.reduction_ratio),
+        state.rejected_steps + rejected.astype(jnp.int32),
+        state.damping_at_bound + at_bound.astype(jnp.int32),
+    )

@@ -1,0 +1,105 @@
+"""No two LAPACK calls of a compiled step may run at the same time.
+
+On the CPU, JAX spreads a batched call over a pool of threads while one thread of that pool waits
+for it; two at a time can take all threads for waiting, and the step never returns. So there has to
+be a path of data from each call to every later one.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kfac_optax as ko
+from tests import oracles
+
+N, SIZES = 5, (40, 30, 30, 30, 3)  # buckets of one and of two layers, factors wide and small
+
+
+def predict(params, x):
+    return ko.Categorical(oracles.forward(params, x)[0])
+
+
+FISHER = ko.fisher(predict)
+COMMON = dict(learning_rate=0.1)
+RANK = dict(rank=4, oversampling=2, **COMMON)
+OPTIMIZERS = {
+    "eigh": lambda layers: ko.kfac(layers, **COMMON),
+    "two-level": lambda layers: ko.kfac_two_level(layers, inverse="cholesky", **COMMON),
+    "tridiagonal": lambda layers: ko.kfac(
+        layers, inverse="cholesky", coupling=ko.tridiagonal(), **COMMON
+    ),
+    "deflated": lambda layers: ko.kfac_two_level(
+        layers, correction="a-def2", coarse_damping="galerkin", **COMMON
+    ),
+    "sketched": lambda layers: ko.rs_kfac(layers, **RANK),
+    "symmetric": lambda layers: ko.rs_kfac(layers, variant="symmetric", **RANK),
+    "online": lambda layers: ko.b_kfac(layers, **RANK),
+    "online, all": lambda layers: ko.b_r_c(layers, correct_every=2, **RANK),
+    "online, staggered": lambda layers: ko.b_r_c(layers, correct_every=2, stagger=2, **RANK),
+}
+ALL_PARTS = {"online, staggered": (0, 1)}
+
+
+def side_by_side(text):
+    """Pairs of LAPACK calls of a compiled program without a path between them, and the number of
+    calls."""
+    pairs, count, with_calls, before, calls = [], 0, set(), {}, []
+    for line in text.splitlines():
+        if match := re.match(
+            r"(?:ENTRY )?(%[\w.-]+) .*\{$", line
+        ):  # a computation; those that it uses came before
+            computation, before, calls = match[1], {}, []
+        elif match := re.match(r" +(?:ROOT )?(%[\w.-]+) = (.*)", line):
+            name, rest = match.groups()
+            uses = set(re.findall(r"%[\w.-]+", rest))
+            before[name] = set().union(*(before[use] | {use} for use in uses if use in before))
+            direct = 'custom_call_target="lapack_' in rest
+            if direct or uses & with_calls:
+                pairs += [(other, name) for other in calls if other not in before[name]]
+                calls.append(name)
+                count += direct
+                with_calls.add(computation)
+    return pairs, count
+
+
+def test_calls_side_by_side_are_seen():
+    x = jnp.eye(3)
+    apart = (
+        jax.jit(lambda x, y: (jnp.linalg.eigh(x), jnp.linalg.eigh(y)))
+        .lower(x, x)
+        .compile()
+        .as_text()
+    )
+    inside = jax.jit(
+        lambda x, y: jax.lax.map(lambda z: (jnp.linalg.eigh(z[0]), jnp.linalg.eigh(z[1])), (x, y))
+    )
+    inside = inside.lower(jnp.stack([x, x]), jnp.stack([x, x])).compile().as_text()
+    row = jax.jit(lambda x: jnp.linalg.eigh(jnp.linalg.eigh(x)[1])).lower(x).compile().as_text()
+    assert len(side_by_side(apart)[0]) == 1
+    assert len(side_by_side(inside)[0]) == 1
+    assert side_by_side(row) == ([], 2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_factorizations_follow_one_another(name):
+    params = jax.eval_shape(lambda: oracles.make_params(0, SIZES))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    x, key = jnp.ones((N, SIZES[0])), jax.random.key(0)
+    tx = OPTIMIZERS[name](FISHER.layers(params, x))
+    state = jax.eval_shape(tx.init, params)
+
+    def step(state, x, key, refresh):
+        return tx.update(
+            params, state, params, curvature=FISHER.at(params, x, key=key), refresh=refresh
+        )
+
+    programs = [jax.jit(tx.init).lower(params)]
+    for refresh in (ALL_PARTS.get(name, True), None):
+        programs.append(
+            jax.jit(lambda *args, refresh=refresh: step(*args, refresh)).lower(state, x, key)
+        )
+    for program in programs:
+        pairs, calls = side_by_side(program.compile().as_text())
+        assert calls and not pairs
