@@ -27,6 +27,8 @@ class FenceDoctests(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Where a module and what the package exports share a name (`fisher`), the package's name means the export."""
+        if pkg.path != "kfac_optax":
+            return
         exports = {str(name) for name in pkg.exports or ()}
         targets = {name: pkg[name].final_target for name in exports if pkg.members[name].is_alias}
         hidden = {name: pkg[name][name] for name in exports if pkg.members[name].is_module}
