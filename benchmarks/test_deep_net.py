@@ -79,9 +79,8 @@ def test_plain_step_over_its_matmuls(benchmark, report):
 
 
 def test_compile_time_over_sgd(benchmark, report):
-    first = {
-        name: make_step(name).compile_s for name in ("sgd", "kfac", "two_level")
-    }  # warm up the tracing itself
+    # warm up the tracing itself
+    first = {name: make_step(name).compile_s for name in ("sgd", "kfac", "two_level")}
     again = {name: min(make_step(name).compile_s for _ in range(2)) for name in first}
     report("compile two-level (traced) / compile SGD", again["two_level"] / again["sgd"], "4")
     report("compile one-level (traced) / compile SGD", again["kfac"] / again["sgd"], "")

@@ -49,13 +49,14 @@ def get_config() -> ml_collections.ConfigDict:
                 "kfac_adaptive",
                 "two_level_adaptive",
             ),
+            # these run at the problem's own rate only
             "untuned": (
                 "kfac",
                 "two_level",
                 "two_level_exact",
                 "kfac_bounded",
                 "two_level_bounded",
-            ),  # these run at the problem's own rate only
+            ),
             "seeds": 3,
             "tune_seeds": 1,  # seeds that a rate is tried with, then the best gets the others; 0: all
             "grid": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3),  # for the others

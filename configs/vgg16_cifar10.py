@@ -91,9 +91,8 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
         )
         config.data.update(name="fashion_mnist", train=12_000, test=2_000)
         config.inputs = ml_collections.ConfigDict({"mean": (0.286,), "std": (0.353,)})
-        config.model.update(
-            width=16, pooled=3, hidden=(1024, 1024)
-        )  # 3x3 places of 128 channels before these
+        # 3x3 places of 128 channels before these
+        config.model.update(width=16, pooled=3, hidden=(1024, 1024))
         config.optimizers = (
             "sgd",
             "adam",

@@ -243,9 +243,8 @@ class Average(NamedTuple):
     count: jax.Array
 
 
-Vector = list[
-    jax.Array
-]  # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
+# canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket
+Vector = list[jax.Array]
 
 
 class Directions(NamedTuple):

@@ -175,9 +175,8 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
 
     def init(p: int, q: int, dtype: jnp.dtype) -> TiedFactors:
         one, eye, halves = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.full(p, 0.5, dtype)
-        return TiedFactors(
-            halves, eye, one, halves, eye, one
-        )  # the two terms add up to the identity
+        # the two terms add up to the identity
+        return TiedFactors(halves, eye, one, halves, eye, one)
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
         lookup = jnp.issubdtype(a.dtype, jnp.integer)

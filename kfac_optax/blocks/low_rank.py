@@ -254,9 +254,8 @@ def low_rank(
     def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
         p, q, n = a.shape[1], g.shape[1], len(a)
         of_a, of_g = (side.low.values.shape[0] for side in inverse)
-        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (
-            of_a + of_g
-        ):  # more than `solve` takes
+        # more than `solve` takes
+        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (of_a + of_g):
             return None
         thin_a, thin_g = (
             solve_side(side, x.T, precision=precision) for side, x in zip(inverse, (a, g))

@@ -16,9 +16,8 @@ from kfac_optax.linalg.two_term import Pencil, inverse_root, two_term_solve
 from kfac_optax.linalg.weighted_rows import keep_rows
 
 OPTIONS = ("option1", "option2")
-_LARGEST = (
-    1 - 1e-6
-)  # of a correlation between neighbouring steps: one would leave directions without variance
+# of a correlation between neighbouring steps: one would leave directions without variance
+_LARGEST = 1 - 1e-6
 _NEAR_ONE = 0.1  # where (1 - x) T is smaller, the closed form of eta cancels and its series is used
 _DOUBLINGS = 30  # terms of a geometric series summed are 2^30
 
@@ -33,9 +32,8 @@ class TemporalFactors(NamedTuple):
     inputs_lag: Float[Array, "p p"]  # A1 = E[a_{t+1} a_t^T]
     outputs_lag: Float[Array, "q q"]  # G1 = E[g_{t+1} g_t^T]
     steps: Float[Array, ""]  # (1/N) sum_t w_t
-    ends: Float[
-        Array, ""
-    ]  # (1/N) sum_t (sqrt(w_{t+1}) - sqrt(w_t))^2 / 2: stretches of steps, one for whole sequences
+    # (1/N) sum_t (sqrt(w_{t+1}) - sqrt(w_t))^2 / 2: stretches of steps, one for whole sequences
+    ends: Float[Array, ""]
 
 
 class SymmetricInverse(NamedTuple):

@@ -114,10 +114,11 @@ def _intercept(next_fun, args, kwargs, context):
         return next_fun(*args, **kwargs)
     needed, handle = _HANDLERS[method]
     params = meta.unbox(context.module.variables.get("params", {}))
+    # without parameters, or while the module is being initialised
     if not params or needed not in (
         "",
         *params,
-    ):  # without parameters, or while the module is being initialised
+    ):
         return next_fun(*args, **kwargs)
     return handle(context.module, next_fun, params, *args, **kwargs)
 

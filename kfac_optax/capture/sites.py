@@ -287,9 +287,8 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
     outs = _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
     _note([o for o, keep in zip(outs[:carried], kept, strict=True) if not keep], "scan", consumers)
     depth = len(scans)
-    for i in range(
-        start, len(sites)
-    ):  # now it is known for each layer whether this scan goes over its parameters
+    # now it is known for each layer whether this scan goes over its parameters
+    for i in range(start, len(sites)):
         leaf = sites[i].params[0]
         rides = leaf is not None and any(o is not None and o.leaf == leaf.leaf for o in slices)
         marked = list(sites[i].scans)

@@ -113,9 +113,8 @@ def coarse_correction(
             )
         if weights is not None:
             alpha, gamma = finite_padding(alpha, weights), finite_padding(gamma, weights)
-        if (
-            coarse == "exact"
-        ):  # gamma carries the root of the weight, which is what one row of u u^T needs
+        # gamma carries the root of the weight, which is what one row of u u^T needs
+        if coarse == "exact":
             return jnp.sum(alpha * gamma, tuple(range(2, alpha.ndim)))
         return _Sums(
             alpha if weights is None else alpha * jnp.sqrt(weights).astype(alpha.dtype), gamma

@@ -199,9 +199,8 @@ def deflated(
         if space == "residual":  # the space takes this product, and so may the correction
             damped = _known(product, alone, product(alone))
         chosen = make_space(space, system, lambda: _subtract(gradient, damped(alone)))
-        if (
-            coarse_operator == "batch"
-        ):  # one factorisation after another: those of the blocks come first
+        # one factorisation after another: those of the blocks come first
+        if coarse_operator == "batch":
             form = system.coarse(chosen.prolong, len(chosen.squares))
             inverse = factorize_space(chosen, after(form, alone))
 

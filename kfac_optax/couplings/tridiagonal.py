@@ -160,9 +160,8 @@ def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
             "Use fisher, ggn or "
             "empirical_fisher."
         )
-    a, g = (
-        x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g)
-    )  # a scan of one step leaves an axis
+    # a scan of one step leaves an axis
+    a, g = (x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g))
     if weights is None:
         return _Rows(a, g)
     weights = weights.reshape(1, -1)

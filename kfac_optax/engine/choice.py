@@ -170,6 +170,12 @@ def check_coupled(layers: Layers, where: str) -> None:
 def _single(parameter: Uncovered) -> Layer:
     shape = parameter.shape
     return Layer(
-        path=parameter.path, kind="diagonal", kernel=parameter.path, bias=None, inputs=1, outputs=math.prod(shape),
-        layout=Layout(shape, shape, tuple(range(len(shape)))), notes=(parameter.reason,),
-    )  # fmt: skip
+        path=parameter.path,
+        kind="diagonal",
+        kernel=parameter.path,
+        bias=None,
+        inputs=1,
+        outputs=math.prod(shape),
+        layout=Layout(shape, shape, tuple(range(len(shape)))),
+        notes=(parameter.reason,),
+    )

@@ -132,9 +132,8 @@ def scale_by_curvature(
 
     def init(params: PyTree) -> CurvatureState:
         def zero(dtype: Any = jnp.int32) -> jax.Array:
-            return jnp.zeros(
-                (), dtype
-            )  # a new array each time: a buffer that occurs twice cannot be donated
+            # a new array each time: a buffer that occurs twice cannot be donated
+            return jnp.zeros((), dtype)
 
         state = CurvatureState(
             zero(),
@@ -158,12 +157,10 @@ def scale_by_curvature(
                 inverse_every=inverse_every,
             )
         )
-        state = state._replace(
-            inverse_age=jnp.ones((), jnp.int32)
-        )  # nothing refreshed yet: older than the first step
-        if not jax.tree.leaves(
-            params
-        ):  # optax.tree.map_params asks with a placeholder: factors are one non-parameter
+        # nothing refreshed yet: older than the first step
+        state = state._replace(inverse_age=jnp.ones((), jnp.int32))
+        # optax.tree.map_params asks with a placeholder: factors are one non-parameter
+        if not jax.tree.leaves(params):
             return state
         leaves = named_leaves(params)
         mine = _own_layers(where, layers, leaves)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-Part = dict[
-    str, tuple[int, int]
-]  # of every bucket that has matrices in it: the first copy, and the one behind the last
+# of every bucket that has matrices in it: the first copy, and the one behind the last
+Part = dict[str, tuple[int, int]]
 
 
 def divide(costs: Mapping[str, tuple[int, float]], *, parts: int) -> tuple[Part, ...]:

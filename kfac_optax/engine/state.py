@@ -23,18 +23,15 @@ class CurvatureState(NamedTuple):
 
     kfac_count: Any  # shape=(), dtype=int32: steps
     curvature_count: jax.Array  # shape=(), dtype=int32: statistics accepted
-    skipped_statistics: (
-        jax.Array
-    )  # shape=(), dtype=int32: statistics dropped because they were not finite
-    failed_inverses: (
-        jax.Array
-    )  # shape=(), dtype=int32: factorisations dropped because they were not finite
+    # shape=(), dtype=int32: statistics dropped because they were not finite
+    skipped_statistics: jax.Array
+    # shape=(), dtype=int32: factorisations dropped because they were not finite
+    failed_inverses: jax.Array
     # shape=(), dtype=int32: steps since the last factorisation (with `stagger`: of any part)
     inverse_age: Any
     damping: jax.Array  # shape=(), dtype=float32: of the last step
-    coarse_share: (
-        jax.Array
-    )  # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
+    # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
+    coarse_share: jax.Array
     factors: PyTree  # statistics of the block, by bucket
     inverses: PyTree  # factorised inverses, by bucket
     coarse: Any  # CoarseState, or () without a coupling

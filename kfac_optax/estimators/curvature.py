@@ -195,9 +195,8 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
         )
     if subsample is not None:
         if callable(spec.subsample) and not callable(subsample):
-            args = part_of_batch(
-                spec, args
-            )  # only the user knows where examples are: of what is left
+            # only the user knows where examples are: of what is left
+            args = part_of_batch(spec, args)
         spec = spec._replace(subsample=subsample)
     return spec, part_of_batch(spec, args)
 

@@ -70,9 +70,8 @@ def site_measure(
     shared = not layer.per_example and without_examples(site, use.examples)
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
-        if (
-            shared and weights is not None and not late
-        ):  # rows of all examples weigh what those do on average
+        # rows of all examples weigh what those do on average
+        if shared and weights is not None and not late:
             weights = jnp.broadcast_to(weights.mean(), shape)
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         if per_row is not None:  # zero times what the padding holds need not be zero

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 COLLECTION = "batch_stats"
 CHOICES = ("fresh", "running")
 
-_Run = Callable[
-    [Any], Any
-]  # running averages before a training pass over a batch to those after it
+# running averages before a training pass over a batch to those after it
+_Run = Callable[[Any], Any]
 
 
 def check(choice: str) -> None:

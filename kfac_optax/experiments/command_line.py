@@ -24,9 +24,8 @@ def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) 
         config = _CONFIG.value
         console = Console()
         if not console.is_terminal:
-            console = Console(
-                width=150
-            )  # a log has no width of its own, and 80 would break the cells
+            # a log has no width of its own, and 80 would break the cells
+            console = Console(width=150)
         experiment(config, Path(config.out or f"results/{config.name}"), console)
 
     flags.mark_flag_as_required("config")

@@ -163,9 +163,8 @@ def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
             return np.asarray(report(params, model_state, dataset, 0, size=size))
         total = np.zeros(2)
         for begin in range(0, examples, size):
-            count = min(
-                size, examples - begin
-            )  # a last batch of another size is compiled once more
+            # a last batch of another size is compiled once more
+            count = min(size, examples - begin)
             total += count * np.asarray(
                 report(params, model_state, dataset, begin, size=count), float
             )
@@ -241,9 +240,8 @@ def run(
     jax.block_until_ready((state, dataset))
     step, seconds = done.step, done.seconds
     while epochs < config.epochs:
-        drawn = trainer.shuffle(
-            state.key
-        )  # again for the rest of an epoch: the key stays until its end
+        # again for the rest of an epoch: the key stays until its end
+        drawn = trainer.shuffle(state.key)
         while step < trainer.steps:
             end = _call_end(trainer, config, step)
             began = time.perf_counter()

@@ -160,6 +160,5 @@ def _train_job(
     run = results.record(directory, identity, metrics, details)
     store.remove()
     outcome = results.outcome(run)
-    send(
-        Event(config.epochs - finished, job, outcome)
-    )  # what a diverged run leaves out, or a rounding error
+    # what a diverged run leaves out, or a rounding error
+    send(Event(config.epochs - finished, job, outcome))

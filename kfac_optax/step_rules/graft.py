@@ -63,9 +63,8 @@ def graft_norm(
 
         def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
             norm, wanted = (norms(x) for x in (s, q))
-            wanted = jnp.minimum(
-                wanted, jnp.finfo(wanted.dtype).max
-            )  # of many large entries; NaN stays
+            # of many large entries; NaN stays
+            wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)
             ratio = wanted / jnp.where(norm > 0, norm, 1)
             return s * ratio[:, None, None], ratio
 

@@ -25,12 +25,10 @@ class QuadraticState(NamedTuple):
     coarse_rate: jax.Array  # shape=(): weight of the coarse part, 0 where the parts are not apart
     model_change: jax.Array  # shape=(): M(delta) - M(0) without the damping
     damped_change: jax.Array  # shape=(): the same with it, as minimised
-    non_finite_models: (
-        jax.Array
-    )  # shape=(), dtype=int32: steps left out because the model was not finite
-    negative_curvatures: (
-        jax.Array
-    )  # shape=(), dtype=int32: steps left out because the model had no minimum
+    # shape=(), dtype=int32: steps left out because the model was not finite
+    non_finite_models: jax.Array
+    # shape=(), dtype=int32: steps left out because the model had no minimum
+    negative_curvatures: jax.Array
 
 
 class ModelSolution(NamedTuple):

@@ -164,9 +164,8 @@ def test_start_and_zero_statistics_are_finite(name, start):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(inverse))
     expected = v / 1e-3 if start == "zero" else v
     np.testing.assert_allclose(got, expected, rtol=0.1 if start == "init" else 1e-4)
-    counts = (
-        [side.used for side in inverse] if isinstance(inverse, LowRankInverse) else []
-    )  # pairs in use: the only integers
+    # pairs in use: the only integers
+    counts = [side.used for side in inverse] if isinstance(inverse, LowRankInverse) else []
     others = [
         x
         for x in jax.tree.leaves((factors, inverse, got))

@@ -173,9 +173,8 @@ def test_every_way_of_writing_it_gives_the_same_factors(name, predict, params):
     layers, measured, _ = statistics(estimator, params, x)
     assert not layers.uncovered
     assert [layer.uses for layer in layers] == [1] * len(layers)
-    got = [
-        (a, g) for m in measured for a, g in zip(m.inputs, m.outputs)
-    ]  # a stack counts layer by layer
+    # a stack counts layer by layer
+    got = [(a, g) for m in measured for a, g in zip(m.inputs, m.outputs)]
     assert len(got) == len(factors)
     for (a, g), (expected_a, expected_g) in zip(got, factors):
         np.testing.assert_allclose(a, expected_a, rtol=2e-5, atol=1e-5)
@@ -230,9 +229,8 @@ def test_weight_sharing_sums_inputs_and_averages_gradients(how):
         assert layer.uses == (1 if "positions" in how else steps)
         assert layer.rows == N * steps
         a = np.concatenate([np.asarray(x), np.ones((N, steps, 1), np.float32)], -1)
-        slope = (
-            1 - np.tanh(x @ params["kernel"] + params["bias"]) ** 2
-        )  # every output column sees its own slope
+        # every output column sees its own slope
+        slope = 1 - np.tanh(x @ params["kernel"] + params["bias"]) ** 2
         g = np.einsum("ntq,qc->cntq", slope, np.eye(3))
         np.testing.assert_allclose(
             measured.inputs[0], np.einsum("nti,ntj->ij", a, a) / N, rtol=1e-5, atol=1e-6

@@ -310,9 +310,8 @@ def online():
     on explicit axes."""
     x = jax.random.normal(jax.random.key(3), (EXAMPLES, 40))
     y, params = jnp.sin(x[:, :30]), {"w": jax.random.normal(jax.random.key(4), (40, 30)) / 6}
-    estimator = ko.empirical_fisher(
-        lambda p, x, y: _wide(p, x).nll(y)
-    )  # no draws, no sum over columns
+    # no draws, no sum over columns
+    estimator = ko.empirical_fisher(lambda p, x, y: _wide(p, x).nll(y))
     shared = ko.ggn(_wide)
     layers = estimator.layers(params, x, y)
 
@@ -375,9 +374,8 @@ def shard_map_sampled_labels():
     """Every device draws labels of its own: the factor is the mean of the devices' with folded
     keys."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    x = jnp.tile(
-        jax.random.normal(jax.random.key(3), (1, 4)), (EXAMPLES, 1)
-    )  # all devices see the same
+    # all devices see the same
+    x = jnp.tile(jax.random.normal(jax.random.key(3), (1, 4)), (EXAMPLES, 1))
     estimator, key, params = ko.fisher(h.plain_predict), jax.random.key(11), h.plain_params()
     layers = estimator.layers(params, x)
     tx, single = (

@@ -12,12 +12,13 @@ from tests.compat.device_checks import CHECKS
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(CHECKS)
+# the checks of a group share a start of JAX
 GROUPS = [
     NAMES[:5],
     NAMES[5:10],
     NAMES[10:12],
     NAMES[12:],
-]  # the checks of a group share a start of JAX
+]
 
 
 @pytest.mark.parametrize("names", GROUPS, ids="+".join)

@@ -57,9 +57,8 @@ def test_map_params(preset):
         tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "replicated"
     )
     ours, sgd = marked
-    full = jax.tree.map(
-        lambda mark, part: jax.tree.map(lambda _: mark, part), ours, state[0]
-    )  # ours is a prefix
+    # ours is a prefix
+    full = jax.tree.map(lambda mark, part: jax.tree.map(lambda _: mark, part), ours, state[0])
     assert jax.tree.structure(full) == jax.tree.structure(state[0])
     assert set(jax.tree.leaves(full)) == {"replicated"}
     assert optax.tree.get(sgd, "trace") == specs

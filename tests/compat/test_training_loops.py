@@ -259,6 +259,5 @@ def test_none_and_curvature_are_two_programs():
     _, without, updates = step(params, state, curvature=None)
     assert int(optax.tree.get(without, "kfac_count")) == 2
     h.assert_equal(optax.tree.get(without, "factors"), optax.tree.get(state, "factors"))
-    h.assert_close(
-        updates, jax.tree.map(lambda u: u[1], h.reference_run("kfac_two_level")[2])
-    )  # nothing was due
+    # nothing was due
+    h.assert_close(updates, jax.tree.map(lambda u: u[1], h.reference_run("kfac_two_level")[2]))

@@ -126,9 +126,8 @@ def test_an_exact_fine_level_stays_exact(x64):
     for function in MODES.values():
         got = function(g, lambda v: inverse @ v, lambda v: damped @ v, lambda v: coarse @ v)
         np.testing.assert_allclose(got, inverse @ g, rtol=1e-10)
-    assert (
-        relative(inverse @ g + coarse @ g, inverse @ g) > 0.1
-    )  # the additive correction counts twice
+    # the additive correction counts twice
+    assert relative(inverse @ g + coarse @ g, inverse @ g) > 0.1
 
 
 def test_wrong_use_is_named(x64):

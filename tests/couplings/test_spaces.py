@@ -129,9 +129,8 @@ def definition(space, g, inverse, damped):
 def expected(mode, space, g, inverse):
     damped = fisher() + DAMPING * np.eye(SIZE)
     z = definition(space, g, inverse, damped)
-    q = z.T @ np.linalg.solve(
-        z @ damped @ z.T, z
-    )  # lambda Z Z^T is in here, entries off the diagonal included
+    # lambda Z Z^T is in here, entries off the diagonal included
+    q = z.T @ np.linalg.solve(z @ damped @ z.T, z)
     p = np.eye(SIZE) - damped @ q
     matrix = {"a-def1": inverse @ p + q, "a-def2": p.T @ inverse + q, "bnn": p.T @ inverse @ p + q}[
         mode

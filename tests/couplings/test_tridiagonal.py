@@ -121,9 +121,8 @@ def test_weights_count_examples(x64):
             (block,) = link.values()
             first, last = (getattr(f, mine)[0] for f in factors)
             joint = np.block([[first, block[0]], [block[0].T, last]])
-            assert (
-                np.linalg.eigvalsh(joint).min() > -1e-12
-            )  # consistent moments, whatever the estimator
+            # consistent moments, whatever the estimator
+            assert np.linalg.eigvalsh(joint).min() > -1e-12
             assert np.abs(block).max() > 1e-3
 
 

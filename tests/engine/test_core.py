@@ -272,9 +272,8 @@ def test_coverage_table_adds_up_to_the_bytes_of_the_state(inverse, coarse):
     inverses = tree_bytes((state.factors, state.inverses, state.coarse))
     assert sum(table.state_bytes) + table.coupling_bytes == inverses
     assert f"{inverses:,}" in str(table)
-    assert (
-        tree_bytes(state) - inverses == 16 * 4
-    )  # counters, and two scalars for each of four hyperparameters
+    # counters, and two scalars for each of four hyperparameters
+    assert tree_bytes(state) - inverses == 16 * 4
 
 
 class Twins(nn.Module):

@@ -47,9 +47,8 @@ def side_by_side(text):
     calls."""
     pairs, count, with_calls, before, calls = [], 0, set(), {}, []
     for line in text.splitlines():
-        if match := re.match(
-            r"(?:ENTRY )?(%[\w.-]+) .*\{$", line
-        ):  # a computation; those that it uses came before
+        # a computation; those that it uses came before
+        if match := re.match(r"(?:ENTRY )?(%[\w.-]+) .*\{$", line):
             computation, before, calls = match[1], {}, []
         elif match := re.match(r" +(?:ROOT )?(%[\w.-]+) = (.*)", line):
             name, rest = match.groups()

@@ -93,9 +93,8 @@ MODELS = {
 def jacobian_of_rows(model, params, x):
     """Derivative of every term's outputs by the rows of the first layer,
     `[terms, outputs, rows, q]`."""
-    back = jnp.linalg.inv(
-        params["a"]
-    )  # `x` is seen through `x @ a` alone, so a shift of the product is one of `x`
+    # `x` is seen through `x @ a` alone, so a shift of the product is one of `x`
+    back = jnp.linalg.inv(params["a"])
     shifted = lambda shift: model(params, x + shift @ back)
     jacobian = np.asarray(jax.jacrev(shifted)(jnp.zeros_like(x)))
     q = params["a"].shape[1]
@@ -120,9 +119,8 @@ def test_examples_that_interact_are_right_on_average(name, loss):
     else:
         estimator = ko.ggn(lambda p, x: ko.Normal(model(p, x), batch_ndim=len(shape) - 1))
     per_term = np.einsum("bcri,bcrj->ij", columns, columns) / len(columns)
-    want = (
-        shape[0] * per_term / x[..., 0].size
-    )  # G is a mean over rows, of a loss that is a mean over terms
+    # G is a mean over rows, of a loss that is a mean over terms
+    want = shape[0] * per_term / x[..., 0].size
     got = mean_over_steps(estimator, params, x)[0].outputs[0]
     np.testing.assert_allclose(got, want, atol=0.06 * np.abs(want).max())
     fixed = mean_over_steps(unsigned(estimator), params, x, draws=1)[0].outputs[0]
@@ -203,9 +201,8 @@ def test_left_over_parameters_without_a_key_converge_to_their_diagonal():
     error = lambda factors: np.abs(np.asarray(factors).ravel() / want - 1).max()
     assert error(free[-1]) < 6 * np.sqrt(2 / steps)
     assert error(train(None, True)[-1]) > 10 * error(free[-1])
-    assert error(train(jax.random.key(3), False)[-1]) < 6 * np.sqrt(
-        2 / steps
-    )  # one key for all steps is enough
+    # one key for all steps is enough
+    assert error(train(jax.random.key(3), False)[-1]) < 6 * np.sqrt(2 / steps)
 
 
 def test_signs_of_an_example_do_not_depend_on_padding():

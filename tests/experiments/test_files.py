@@ -153,9 +153,8 @@ def test_a_seed_draws_its_part_of_the_files(tmp_path):
     np.testing.assert_array_equal(first.train_x, again.train_x)
     assert not np.array_equal(first.train_x, other.train_x)
     assert first.train_x.shape == (8, 28, 28, 1) and first.train_x.dtype == np.uint8
-    np.testing.assert_array_equal(
-        first.test_x[..., 0], arrays[2]
-    )  # all of them: in the order of the file
+    # all of them: in the order of the file
+    np.testing.assert_array_equal(first.test_x[..., 0], arrays[2])
     for image, label in zip(first.train_x, first.train_y, strict=True):
         (place,) = np.flatnonzero((arrays[0] == np.asarray(image)[..., 0]).all((1, 2)))
         assert arrays[1][place] == label

@@ -5,12 +5,13 @@ import pytest
 
 from kfac_optax.experiments import optimizers, train
 
+# one-level K-FAC runs on the digits below
 ON_DEEP_LINEAR = (
     "sgd",
     "adam",
     "two_level",
     "two_level_exact",
-)  # one-level K-FAC runs on the digits below
+)
 
 
 def losses(trainer, config, **run):

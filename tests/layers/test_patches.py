@@ -111,9 +111,8 @@ def test_factors_are_those_of_a_dense_layer_on_the_patches(x64, monkeypatch, byt
     assert_factors(got, dense(a, g, use))
     positions = g[0, ..., 0].size
     if not weighted:
-        np.testing.assert_allclose(
-            got.inputs[0, -1, -1], positions
-        )  # the bias counts every position
+        # the bias counts every position
+        np.testing.assert_allclose(got.inputs[0, -1, -1], positions)
 
 
 def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeypatch):

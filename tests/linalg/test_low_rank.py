@@ -168,18 +168,16 @@ def test_online_updates_never_exceed_the_dense_average(seed, d, n, rank):
         assert np.linalg.eigvalsh(dense - to_dense(low)).min() > -1e-10 * np.trace(dense)
         assert low.values.shape == (min(d, min(rank, d) + n),)
         assert np.all(np.diff(low.values) <= 0) and np.all(low.values >= 0)
-        assert_orthonormal(
-            low.vectors, 1e-10, low.values
-        )  # six updates may be fewer columns than d
+        # six updates may be fewer columns than d
+        assert_orthonormal(low.vectors, 1e-10, low.values)
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 5))
 def test_online_updates_are_exact_where_the_average_has_the_rank(seed, n):
     with jax.enable_x64(True):
-        low, dense = online(
-            seed, 10, n, rank=4, steps=8, true_rank=3
-        )  # deficient columns, every time
+        # deficient columns, every time
+        low, dense = online(seed, 10, n, rank=4, steps=8, true_rank=3)
         np.testing.assert_allclose(to_dense(low), dense, atol=1e-10 * np.trace(dense))
         assert_orthonormal(low.vectors, 1e-10, low.values)
 

@@ -173,9 +173,8 @@ def test_extra_arguments_are_forwarded_in_a_chain_under_jit_and_scan(name):
             updates, state = tx.update(params, state, params, gain=2.0)
             return state, updates
 
-        return jax.lax.scan(
-            body, tx.init(params), length=2
-        )  # fails where a state changes its types
+        # fails where a state changes its types
+        return jax.lax.scan(body, tx.init(params), length=2)
 
     state, updates = run(params)
     h.assert_same_types(jax.eval_shape(tx.init, params), state)

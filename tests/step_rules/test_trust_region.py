@@ -63,9 +63,8 @@ def test_predicted_divergence_is_the_radius_where_the_bound_is_active(x64, name)
     matrix = dense_metric(name, params, x)
     active = oracles.flatten(step(100.0))
     np.testing.assert_allclose(0.5 * active @ matrix @ active, RADIUS, rtol=1e-10)
-    np.testing.assert_allclose(
-        oracles.flatten(step(1e4)), active, rtol=1e-10
-    )  # the size of the gradient has no part
+    # the size of the gradient has no part
+    np.testing.assert_allclose(oracles.flatten(step(1e4)), active, rtol=1e-10)
     inside = oracles.flatten(step(1e-3))
     assert 0.5 * inside @ matrix @ inside < RADIUS
     natural = np.linalg.solve(dense_metric("damped", params, x), oracles.flatten(grads))
