@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from rich.progress import track
 
 from benchmarks.ratios import seconds
 from kfac_optax.linalg.factorize import psd_eigh, psd_inverse
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/scaling.png"))
     options = parser.parse_args()
     times: dict[str, dict[int, float]] = {name: {} for name in (*REFRESH, *APPLY)}
-    for width in tqdm(options.widths, desc="widths"):
+    for width in track(options.widths, description="widths"):
         for name, call in calls(width, options.rank, options.rows).items():
             if name != REFRESH[0] or width <= options.eigh_up_to:
                 times[name][width] = time_of(call)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
+from rich.progress import track
 
 from benchmarks.ratios import paired, ratio
 from kfac_optax.experiments import settings, steps, train
@@ -69,7 +69,8 @@ def report(names: list[str], rounds: int) -> None:
         f"| optimizer | gradient as | {' | '.join(KINDS)} | SGD | on average, / SGD (quartiles) |"
     ]
     lines.append("| --- " * (len(KINDS) + 4) + "|")
-    for name, factored in tqdm([(name, factored) for name in names for factored in (False, True)]):
+    pairs = [(name, factored) for name in names for factored in (False, True)]
+    for name, factored in track(pairs, description="presets"):
         times = paired({"SGD": sgd} | calls(name, factored), rounds)
         average = [
             sum(share * times[kind][i] for kind, share in shares.items()) for i in range(rounds)

@@ -5,7 +5,6 @@ import itertools
 import pickle
 import re
 
-import data_files
 import jax
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from ml_collections import config_flags
 from kfac_optax.experiments import models, results, settings, train
 from kfac_optax.experiments.checkpoints import Store
 from kfac_optax.experiments.results import Job
+from tests.experiments import data_files
 from tests.experiments.conftest import CONFIGS, read_config
 
 

@@ -1,13 +1,13 @@
 import gzip
 import pickle
 
-import data_files
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
 from kfac_optax.experiments import cifar_files, data, idx_files, text
+from tests.experiments import data_files
 
 
 def load(**options):
