@@ -353,7 +353,7 @@ def test_parameters_that_are_not_a_layer_are_listed_with_the_reason():
     assert "mul" in reasons["scale"]
     assert "div" in reasons["v"] and "outside any supported layer" in reasons["v"]
     assert "slice" in reasons["stacked"]
-    table = str(layers)
+    table = str(ko.coverage(layers))
     for word in ("kernel", "not covered", "reason", "idle", "2x3x3", "total"):
         assert word in table
 

@@ -190,5 +190,5 @@ def test_narrow_updates_stay_finite(dtype):
 def test_a_rate_that_is_no_number_leaves_the_step_out():
     form, slope = jnp.eye(2), -jnp.ones(2)
     for given in ({"learning_rate": jnp.nan}, {"momentum": jnp.inf}):
-        solution = ko.control.quadratic_model.solve_model(form, slope, **given)
+        solution = ko.solve_model(form, slope, **given)
         assert not solution.finite and float(solution.rate) == float(solution.momentum) == 0
