@@ -1,5 +1,6 @@
 """Natural-gradient preconditioners for JAX as pure Optax transformations."""
 
+from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -102,6 +103,7 @@ __all__ = [
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
+    "testing",
     "tied_embedding",
     "tridiagonal",
     "trust_scale",

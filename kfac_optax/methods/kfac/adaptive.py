@@ -4,11 +4,12 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
+from kfac_optax._types import Block, Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.engine.schedule import refresh_period
 from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.damping import adapt_damping
 from kfac_optax.step_rules.quadratic_model import quadratic_step
 
@@ -18,6 +19,8 @@ _STATISTICS = refresh_period(5, warmup_steps=20)
 _INVERSES = refresh_period(20, warmup_steps=20, first=5)
 
 
+# The damping is adapted, and the quadratic model decides on the length of the step.
+@flat_signature(kfac, without=("damping", "kl_clip", "bound"))
 def kfac_adaptive(
     layers: Layers,
     *,
@@ -99,6 +102,9 @@ def kfac_adaptive(
       Curvature (2015),
     algorithm 2.
     """
+    block = options.get("block")
+    if inverse == "cholesky" and block is not None and not isinstance(block, Block):
+        inverse = "eigh"  # the default has no say where a function gives every layer its block
     preconditioner = kfac(
         layers,
         kl_clip=None,
@@ -129,6 +135,7 @@ def kfac_adaptive(
     )
 
 
+@flat_signature(kfac_adaptive, without=("coupling",))
 def kfac_two_level_adaptive(
     layers: Layers,
     *,

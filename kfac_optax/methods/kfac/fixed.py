@@ -5,12 +5,13 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
@@ -19,6 +20,7 @@ BOUNDS = ("exact", "damped")
 BALANCES = ("model", "sum", "apart")
 
 
+@flat_signature()
 def kfac(
     layers: Layers,
     *,
@@ -123,6 +125,13 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    if block is not None:
+        check_unused(
+            "kfac",
+            "block=, which already says so: kronecker(sharing=, positions=)",
+            sharing=(sharing, "expand"),
+            positions=(positions, None),
+        )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
@@ -162,6 +171,7 @@ def kfac(
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
 
+@flat_signature()
 def kfac_two_level(
     layers: Layers,
     *,
@@ -284,6 +294,12 @@ def kfac_two_level(
         precision=precision,
     )
     coupling = coarse_correction(damping=coarse_damping, **common)
+    if correction == "additive":
+        check_unused(
+            "kfac_two_level",
+            f"correction='additive', which keeps averages; it belongs to {MODES}",
+            coarse_operator=(coarse_operator, "batch"),
+        )
     if correction != "additive":
         coupling = deflated(
             correction, coarse_operator=coarse_operator, space=coarse_space, **common

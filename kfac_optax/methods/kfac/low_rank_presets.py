@@ -13,6 +13,7 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.engine.choice import BlockOf, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.signature import flat_signature
 
 Rank = int | Callable[[Layer], int]
 # What the methods do with factors that are followed online: overwrite them with a sketch, correct
@@ -36,15 +37,10 @@ _OF_BLOCKS = (
     "target_error",
     "seed",
 )
-_OF_BOTH = (
-    "inverse",
-    "normalization",
-    "convolution",
-    "recurrence",
-    "precision",
-    "sharing",
-    "positions",
-)
+_OF_BLOCKS_ALONE = ("inverse", "convolution", "recurrence", "sharing", "positions")
+_OF_BOTH = ("normalization", "precision")
+# Words of `low_rank` and `kfac` that the presets decide on themselves.
+_SET = ("block", "online", "overwrite", "correct_every")
 
 
 def low_rank_blocks(
@@ -138,6 +134,7 @@ def _describe(rank: int, dimension: int, online: bool) -> str:
     return f"{rank} of {dimension} {'online' if online else 'sketched'}"
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def rs_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -174,6 +171,7 @@ def rs_kfac(
     return _preset("rs_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -211,6 +209,7 @@ def b_kfac(
     return _preset("b_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_r_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -244,6 +243,7 @@ def b_r_kfac(
     return _preset("b_r_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=_SET)
 def b_kfac_c(
     layers: Layers,
     *,
@@ -291,6 +291,7 @@ def b_kfac_c(
     )
 
 
+@flat_signature(kfac, low_rank, without=_SET)
 def b_r_c(
     layers: Layers,
     *,
@@ -336,6 +337,10 @@ def b_r_c(
 
 def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """`kfac` with the blocks of a method; options of one, of the other, or of both."""
-    for_blocks = {k: options[k] for k in (*_OF_BLOCKS, *_OF_BOTH) if k in options}
-    rest = {k: v for k, v in options.items() if k not in _OF_BLOCKS}
+    for_blocks = {
+        k: options[k] for k in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE, *_OF_BOTH) if k in options
+    }
+    rest = {k: v for k, v in options.items() if k not in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE)}
+    if rest.get("normalization") == "diagonal":
+        del rest["normalization"]  # a block; "pass" is for `kfac`
     return kfac(layers, block=low_rank_blocks(method, **for_blocks), **rest)
