@@ -1,5 +1,6 @@
 """Natural-gradient preconditioners for JAX as pure Optax transformations."""
 
+from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -21,6 +22,7 @@ from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
+from kfac_optax.methods.catalogue import CATALOGUE
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.low_rank_presets import (
@@ -31,6 +33,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     low_rank_blocks,
     rs_kfac,
 )
+from kfac_optax.methods.record import Method
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.cold_start import cold_start
@@ -45,6 +48,7 @@ from kfac_optax.step_rules.weight_decay import add_weight_decay
 __version__ = "0.1.0"
 
 __all__ = [
+    "CATALOGUE",
     "Bernoulli",
     "Block",
     "Categorical",
@@ -54,6 +58,7 @@ __all__ = [
     "HostSchedule",
     "Layer",
     "Layers",
+    "Method",
     "Normal",
     "Use",
     "adapt_damping",
@@ -102,6 +107,7 @@ __all__ = [
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
+    "testing",
     "tied_embedding",
     "tridiagonal",
     "trust_scale",

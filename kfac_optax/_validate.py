@@ -159,6 +159,29 @@ def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> N
         )
 
 
+def check_unused(where: str, beside: str, **words: tuple[Any, Any]) -> None:
+    """Refuses words that would have no effect.
+
+    Args:
+      where: for the error.
+      beside: what makes them void, and where they belong.
+      **words: `(value, default)` of each.
+
+    Raises:
+      ValueError: a word is not its default.
+
+    >>> check_unused("kfac", "block=", sharing=("reduce", "expand"))
+    Traceback (most recent call last):
+    ValueError: kfac: got sharing='reduce', which has no effect beside block=; expected 'expand', the default.
+    """
+    for name, (value, default) in words.items():
+        if value is not default and value != default:
+            raise ValueError(
+                f"{where}: got {name}={value!r}, which has no effect beside {beside}; "
+                f"expected {default!r}, the default."
+            )
+
+
 def resolve(value: ScalarOrSchedule, count: jax.Array) -> Numeric:
     """Value of a number or schedule at a step."""
     return value(count) if callable(value) else value

@@ -1,5 +1,6 @@
 """The documentation: its code runs and prints what it says, every public name has one place, links lead somewhere."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -76,6 +77,15 @@ def _anchors(page):
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {re.sub(r"[-\s]+", "-", heading) for heading in words}
+
+
+def test_the_table_of_methods_is_that_of_the_catalogue():
+    spec = importlib.util.spec_from_file_location("make_methods", DOCS / "make_methods.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text()
+    assert script.START in text and script.END in text
+    assert text == script.updated(text), "run: python docs/make_methods.py"
 
 
 def test_every_page_is_in_the_navigation():

@@ -31,6 +31,7 @@ class FenceDoctests(griffe.Extension):
             return
         exports = {str(name) for name in pkg.exports or ()}
         targets = {name: pkg[name].final_target for name in exports if pkg.members[name].is_alias}
-        hidden = {name: pkg[name][name] for name in exports if pkg.members[name].is_module}
+        modules = [name for name in exports if pkg.members[name].is_module]
+        hidden = {name: pkg[name][name] for name in modules if name in pkg[name].members}
         for name, target in (targets | hidden).items():
             pkg.members[name] = griffe.Alias(name, target, parent=pkg)

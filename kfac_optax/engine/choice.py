@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from kfac_optax._types import COMPLEX, NOT_USED, Block, Layer, Layers, Layout, Uncovered
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.recurrent import OPTIONS, recurrent
@@ -46,7 +46,7 @@ def blocks_of(
       precision: matmul precision of factor products and solves.
 
     Raises:
-      ValueError: a word is unknown.
+      ValueError: a word is unknown, or has no effect beside a function of the layer.
 
     >>> import kfac_optax as ko
     >>> block_of = blocks_of(ko.kronecker())
@@ -56,6 +56,15 @@ def blocks_of(
     check_choice("blocks_of", "convolution", convolution, CONVOLUTION)
     check_choice("blocks_of", "recurrence", recurrence, RECURRENCE)
     if not isinstance(linear, Block):
+        check_unused(
+            "blocks_of",
+            "a function of the layer (block=), which decides on every layer's block itself: give "
+            "the word to what made it, such as blocks_of(...) or low_rank_blocks(...)",
+            inverse=(inverse, "eigh"),
+            normalization=("unitwise" if normalization == "pass" else normalization, "unitwise"),
+            convolution=(convolution, "kfc"),
+            recurrence=(recurrence, "independent"),
+        )
         return linear
     by_kind = {
         "embedding": embedding(inverse, precision=precision),

@@ -11,6 +11,7 @@ from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree
 from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.engine.precondition import precondition
+from kfac_optax.engine.protocol import check_block
 from kfac_optax.engine.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
 from kfac_optax.engine.stagger import check_parts, chosen
 from kfac_optax.engine.state import CurvatureState, Step
@@ -167,6 +168,8 @@ def scale_by_curvature(
         dtype = _dtype(leaves, mine, factor_dtype)
         first, _ = checked(state.given, "damping", damping, state.kfac_count)
         start = jnp.asarray(first, dtype)
+        for bucket in make_buckets(mine, block_of):
+            check_block(where, bucket, dtype)
         # one compiled call instead of an eager one per array
         factors, inverses, coarse = jax.jit(
             lambda damping: initial(mine, block_of, coupling, damping)

@@ -10,6 +10,7 @@ from kfac_optax._tree import all_finite, make_buckets, select
 from kfac_optax._types import Average, Bucket, Coupling, Layer, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.protocol import check_measured
 from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
 from kfac_optax.linalg.factorize import after
 
@@ -172,6 +173,7 @@ def accumulate(
         )
         if block_of_bucket(bucket).absorb is not None:
             stacked, columns[bucket.name] = stacked
+        check_measured("scale_by_curvature.update", bucket, stacked, state.factors[bucket.name])
         factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
     coarse = state.coarse
     if isinstance(coarse, CoarseState):

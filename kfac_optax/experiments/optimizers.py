@@ -71,12 +71,20 @@ def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
 
 
+# Words of `config.low_rank` for those of its methods that correct directions.
+_OF_CORRECTIONS = ("correct_every", "correct_share")
+
+
 def _preset(preset: Callable[..., Any]) -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        return preconditioned(
-            preset(curved.layers, learning_rate=rate, **curved.options), config, rate
-        )
+        known = inspect.signature(preset).parameters
+        options = {
+            word: value
+            for word, value in curved.options.items()
+            if word in known or word not in _OF_CORRECTIONS
+        }
+        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
 
     return build
 

@@ -33,7 +33,7 @@ def reduced(name: str, directory, *variant: str):
         config.data_dir = str(directory)
     config.kfac = config.kfac.to_dict() | {"curvature_every": 1, "inverse_every": 2}
     if "low_rank" in config:
-        config.low_rank = {"rank": 4}
+        config.low_rank = config.low_rank.to_dict() | {"rank": 4}
     if "adaptive" in config:
         config.adaptive = {"curvature_every": 1, "inverse_every": 2, "adapt_every": 3}
     if "report_every" in config:

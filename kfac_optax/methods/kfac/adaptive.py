@@ -4,11 +4,14 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
+from kfac_optax._types import Block, Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_choice
+from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.engine.schedule import refresh_period
-from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.kfac.fixed import coarse_numbers, kfac
+from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.damping import adapt_damping
 from kfac_optax.step_rules.quadratic_model import quadratic_step
 
@@ -18,6 +21,8 @@ _STATISTICS = refresh_period(5, warmup_steps=20)
 _INVERSES = refresh_period(20, warmup_steps=20, first=5)
 
 
+# The damping is adapted, and the quadratic model decides on the length of the step.
+@flat_signature(kfac, without=("damping", "kl_clip", "bound"))
 def kfac_adaptive(
     layers: Layers,
     *,
@@ -99,6 +104,9 @@ def kfac_adaptive(
       Curvature (2015),
     algorithm 2.
     """
+    block = options.get("block")
+    if inverse == "cholesky" and block is not None and not isinstance(block, Block):
+        inverse = "eigh"  # the default has no say where a function gives every layer its block
     preconditioner = kfac(
         layers,
         kl_clip=None,
@@ -129,6 +137,7 @@ def kfac_adaptive(
     )
 
 
+@flat_signature(kfac_adaptive, without=("coupling",))
 def kfac_two_level_adaptive(
     layers: Layers,
     *,
@@ -194,3 +203,46 @@ def kfac_two_level_adaptive(
     check_choice("kfac_two_level_adaptive", "balance", balance, ("model", "sum"))
     apart = "apart" if balance == "model" else "sum"
     return kfac_adaptive(layers, coupling=coupling, balance=apart, **options)
+
+
+def _numbers(s: Sizes) -> int:
+    """Both factors and their inverses, and the step before this one."""
+    return 2 * (s.p**2 + s.q**2) + s.p * s.q
+
+
+_SHORT: dict[str, Any] = dict(curvature_every=2, inverse_every=3, adapt_every=2)
+_NEEDS = frozenset({"gradient", "curvature", "value_fn"})
+
+RECORDS = (
+    Method(
+        name="kfac_adaptive",
+        kind="optimizer",
+        summary="whole optimizer: rate, momentum and damping adapted",
+        paper="Martens & Grosse (2015), algorithm 2",
+        equation="Δ = α U + μ Δ₋, (α, μ) = argmin ½ Δᵀ(F + λ I)Δ + VᵀΔ, "
+        "U = ((A + π√λ I) ⊗ (G + √λ/π I))⁻¹ V",
+        needs=_NEEDS,
+        state=_numbers,
+        state_text="2 (p² + q²) + p q",
+        cost=("O(d³)", "O(d³), and two products with the curvature of the batch"),
+        test="tests/step_rules/test_damping.py::"
+        "test_on_a_quadratic_the_ratio_is_one_and_the_damping_shrinks_by_the_factor",
+        build=lambda layers, **options: kfac_adaptive(layers, **(_SHORT | options)),
+        block_of=lambda layer: kronecker("cholesky"),
+    ),
+    Method(
+        name="kfac_two_level_adaptive",
+        kind="optimizer",
+        summary='the same with two levels; `balance="model"`: each part with a rate of its own',
+        paper="Tselepidis, Kohler & Orvieto (2020); Martens & Grosse (2015)",
+        equation="as kfac_adaptive, U = blockdiag(…)⁻¹ V + Zᵀ (Z F Zᵀ + λ I)⁻¹ Z V",
+        needs=_NEEDS,
+        state=_numbers,
+        state_text="2 (p² + q²) + p q, and 3 L² + 3 L",
+        cost=("O(d³ + L³)", "O(d³ + L²), and two products with the curvature of the batch"),
+        test="tests/step_rules/test_damping.py::test_both_levels_get_the_adapted_damping",
+        build=lambda layers, **options: kfac_two_level_adaptive(layers, **(_SHORT | options)),
+        block_of=lambda layer: kronecker("cholesky"),
+        across=coarse_numbers,
+    ),
+)

@@ -5,12 +5,14 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
@@ -19,6 +21,7 @@ BOUNDS = ("exact", "damped")
 BALANCES = ("model", "sum", "apart")
 
 
+@flat_signature()
 def kfac(
     layers: Layers,
     *,
@@ -123,6 +126,13 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    if block is not None:
+        check_unused(
+            "kfac",
+            "block=, which already says so: kronecker(sharing=, positions=)",
+            sharing=(sharing, "expand"),
+            positions=(positions, None),
+        )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
     linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
@@ -162,6 +172,7 @@ def kfac(
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
 
+@flat_signature()
 def kfac_two_level(
     layers: Layers,
     *,
@@ -284,6 +295,12 @@ def kfac_two_level(
         precision=precision,
     )
     coupling = coarse_correction(damping=coarse_damping, **common)
+    if correction == "additive":
+        check_unused(
+            "kfac_two_level",
+            f"correction='additive', which keeps averages; it belongs to {MODES}",
+            coarse_operator=(coarse_operator, "batch"),
+        )
     if correction != "additive":
         coupling = deflated(
             correction, coarse_operator=coarse_operator, space=coarse_space, **common
@@ -320,3 +337,52 @@ def kfac_two_level(
         coupling=coupling,
         balance=balance,
     )
+
+
+def eigen_numbers(s: Sizes) -> int:
+    """Both factors, their eigenvectors and eigenvalues."""
+    return 2 * (s.p**2 + s.q**2) + s.p + s.q
+
+
+def coarse_numbers(layers: int) -> int:
+    """Two factors of the coarse matrix, its eigendecomposition, sizes and index of the layers."""
+    return 3 * layers**2 + 3 * layers
+
+
+_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
+
+RECORDS = (
+    Method(
+        name="kfac",
+        kind="preconditioner",
+        summary="block-diagonal K-FAC, `(A ⊗ G + λI)⁻¹` per layer, then KL-clip; "
+        '`bound="exact"`: a bound on the true step, at any rate',
+        paper="Martens & Grosse (2015)",
+        equation="U = (A ⊗ G + λ I)⁻¹ V",
+        needs=frozenset({"gradient", "curvature"}),
+        state=eigen_numbers,
+        state_text="2 (p² + q²) + p + q",
+        cost=("O(d³)", "O(d³)"),
+        test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
+        build=lambda layers, **options: kfac(layers, **(_SHORT | options)),
+        block_of=lambda layer: kronecker(),
+    ),
+    Method(
+        name="kfac_two_level",
+        kind="preconditioner",
+        summary="K-FAC plus an L×L coarse correction that couples the layers, then KL-clip; "
+        '`balance="model"`: the correction enters as far as an exact model agrees; '
+        '`correction="a-def2"`, `"a-def1"`, `"bnn"`: deflated, with exact products',
+        paper="Tselepidis, Kohler & Orvieto (2020); Tang, Nabben, Vuik & Erlangga (2009); "
+        "Koroko et al. (2023)",
+        equation="U = blockdiag(A ⊗ G + λ I)⁻¹ V + Zᵀ (Z F Zᵀ + λ I)⁻¹ Z V",
+        needs=frozenset({"gradient", "curvature"}),
+        state=eigen_numbers,
+        state_text="2 (p² + q²) + p + q, and 3 L² + 3 L",
+        cost=("O(d³ + L³)", "O(d³ + L²)"),
+        test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
+        build=lambda layers, **options: kfac_two_level(layers, **(_SHORT | options)),
+        block_of=lambda layer: kronecker(),
+        across=coarse_numbers,
+    ),
+)

@@ -13,6 +13,8 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.engine.choice import BlockOf, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 
 Rank = int | Callable[[Layer], int]
 # What the methods do with factors that are followed online: overwrite them with a sketch, correct
@@ -36,15 +38,10 @@ _OF_BLOCKS = (
     "target_error",
     "seed",
 )
-_OF_BOTH = (
-    "inverse",
-    "normalization",
-    "convolution",
-    "recurrence",
-    "precision",
-    "sharing",
-    "positions",
-)
+_OF_BLOCKS_ALONE = ("inverse", "convolution", "recurrence", "sharing", "positions")
+_OF_BOTH = ("normalization", "precision")
+# Words of `low_rank` and `kfac` that the presets decide on themselves.
+_SET = ("block", "online", "overwrite", "correct_every")
 
 
 def low_rank_blocks(
@@ -138,6 +135,7 @@ def _describe(rank: int, dimension: int, online: bool) -> str:
     return f"{rank} of {dimension} {'online' if online else 'sketched'}"
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def rs_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -174,6 +172,7 @@ def rs_kfac(
     return _preset("rs_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -211,6 +210,7 @@ def b_kfac(
     return _preset("b_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_r_kfac(
     layers: Layers, *, rank: Rank = 128, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -244,6 +244,7 @@ def b_r_kfac(
     return _preset("b_r_kfac", layers, rank=rank, **options)
 
 
+@flat_signature(kfac, low_rank, without=_SET)
 def b_kfac_c(
     layers: Layers,
     *,
@@ -291,6 +292,7 @@ def b_kfac_c(
     )
 
 
+@flat_signature(kfac, low_rank, without=_SET)
 def b_r_c(
     layers: Layers,
     *,
@@ -336,6 +338,103 @@ def b_r_c(
 
 def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """`kfac` with the blocks of a method; options of one, of the other, or of both."""
-    for_blocks = {k: options[k] for k in (*_OF_BLOCKS, *_OF_BOTH) if k in options}
-    rest = {k: v for k, v in options.items() if k not in _OF_BLOCKS}
+    for_blocks = {
+        k: options[k] for k in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE, *_OF_BOTH) if k in options
+    }
+    rest = {k: v for k, v in options.items() if k not in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE)}
+    if rest.get("normalization") == "diagonal":
+        del rest["normalization"]  # a block; "pass" is for `kfac`
     return kfac(layers, block=low_rank_blocks(method, **for_blocks), **rest)
+
+
+def _follows(d: int, s: Sizes) -> bool:
+    return s.r + s.n < d
+
+
+def _pairs(d: int, s: Sizes) -> int:
+    """Eigenvectors, eigenvalues, and trace, rank in use, rest and damping of one factor."""
+    kept = min(s.r, d)
+    return kept * d + kept + 4
+
+
+def _with_averages(s: Sizes) -> int:
+    return sum(d * d + _pairs(d, s) for d in (s.p, s.q))
+
+
+def _without_averages(s: Sizes) -> int:
+    """Of a factor that is followed online only the diagonal is kept."""
+    return sum((d if _follows(d, s) else d * d) + _pairs(d, s) for d in (s.p, s.q))
+
+
+_SHORT: dict[str, Any] = dict(
+    learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3, rank=2
+)
+_COMMON: dict[str, Any] = dict(
+    kind="preconditioner", needs=frozenset({"gradient", "curvature"}), state=_with_averages
+)
+_DENSE = "d² + r d + r + 4 for each factor"
+_TESTS = "tests/methods/test_low_rank_presets.py::"
+_ONLINE_PAPER = "Puiu, *Brand New K-FACs* (2022)"
+
+RECORDS = (
+    Method(
+        name="rs_kfac",
+        summary="`rank=` eigenpairs of each factor by a random sketch",
+        paper="Puiu, *Randomized K-FACs* (2022)",
+        equation="U = (Â + π√λ I)⁻¹ V (Ĝ + √λ/π I)⁻¹, Â, Ĝ from sketches of A, G",
+        state_text=_DENSE,
+        cost=("O(d² r)", "O(d² r)"),
+        test=f"{_TESTS}test_full_rank_is_dense_kfac",
+        build=lambda layers, **options: rs_kfac(layers, **(_SHORT | options)),
+        block_of=low_rank_blocks("rs_kfac", rank=2),
+        **_COMMON,
+    ),
+    Method(
+        name="b_kfac",
+        summary="eigenpairs followed online at linear cost",
+        paper=_ONLINE_PAPER,
+        equation="as rs_kfac, Â = leading pairs of e Â + (1 - e) Y Yᵀ, rows Y of the batch",
+        state_text="d + r d + r + 4 for each factor with r + n < d, d² in place of d otherwise",
+        cost=("O(d (r + n)²) at every statistic", "O(d² r)"),
+        test=f"{_TESTS}test_enough_rank_is_dense_kfac",
+        build=lambda layers, **options: b_kfac(layers, **(_SHORT | options)),
+        block_of=low_rank_blocks("b_kfac", rank=2),
+        **(_COMMON | {"state": _without_averages}),
+    ),
+    Method(
+        name="b_r_kfac",
+        summary="the same, overwritten by sketches",
+        paper=_ONLINE_PAPER,
+        equation="as b_kfac, Â from a sketch of A at every refresh",
+        state_text=_DENSE,
+        cost=("O(d² r), and O(d (r + n)²) at every statistic", "O(d² r)"),
+        test=f"{_TESTS}test_overwriting_is_a_sketch_of_the_dense_average",
+        build=lambda layers, **options: b_r_kfac(layers, **(_SHORT | options)),
+        block_of=low_rank_blocks("b_r_kfac", rank=2),
+        **_COMMON,
+    ),
+    Method(
+        name="b_kfac_c",
+        summary="followed online, some directions corrected now and then",
+        paper=_ONLINE_PAPER,
+        equation="as b_kfac, with U_cᵀ A U_c = W L Wᵀ: U_c ← U_c W, D_c ← L",
+        state_text=_DENSE,
+        cost=("O(d (r + n)²) at every statistic, O(d²) for each direction", "O(d² r)"),
+        test=f"{_TESTS}test_correction_happens_on_its_period",
+        build=lambda layers, **options: b_kfac_c(layers, **(_SHORT | options)),
+        block_of=low_rank_blocks("b_kfac_c", rank=2),
+        **_COMMON,
+    ),
+    Method(
+        name="b_r_c",
+        summary="followed online, corrected, overwritten by sketches",
+        paper=_ONLINE_PAPER,
+        equation="as b_kfac_c between sketches of b_r_kfac",
+        state_text=_DENSE,
+        cost=("O(d² r), and as b_kfac_c", "O(d² r)"),
+        test=f"{_TESTS}test_correction_happens_on_its_period",
+        build=lambda layers, **options: b_r_c(layers, **(_SHORT | options)),
+        block_of=low_rank_blocks("b_r_c", rank=2),
+        **_COMMON,
+    ),
+)

@@ -1,0 +1,39 @@
+"""Writes the table of methods into `docs/methods.md`, from the catalogue.
+
+python docs/make_methods.py
+"""
+
+import pathlib
+
+import kfac_optax as ko
+
+PAGE = pathlib.Path(__file__).parent / "methods.md"
+START = "<!-- from the catalogue: python docs/make_methods.py -->\n"
+END = "<!-- end of the catalogue -->\n"
+HEADER = (
+    "| preset | what it is | state of a layer | refresh, step | paper |\n"
+    "| --- | --- | --- | --- | --- |\n"
+)
+
+
+def row(method: ko.Method) -> str:
+    """One method as a line of the table."""
+    name = f"[`{method.name}`](api/presets.md#kfac_optax.{method.name})"
+    cells = (name, method.summary, method.state_text, "; ".join(method.cost), method.paper)
+    return f"| {' | '.join(cells)} |\n"
+
+
+def table() -> str:
+    """All methods, in the order of the catalogue."""
+    return HEADER + "".join(map(row, ko.CATALOGUE.values()))
+
+
+def updated(text: str) -> str:
+    """A page with the table between its two marks made anew."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text()))

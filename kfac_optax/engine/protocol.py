@@ -1,0 +1,91 @@
+"""Whether a block keeps to what `Block` says, from shapes alone: nothing is computed."""
+
+from typing import Any
+
+import jax
+
+from kfac_optax._types import Block, Bucket, PyTree
+from kfac_optax.engine.state import block_of_bucket
+
+
+def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
+    """Checks `init`, `factorize`, `solve` and `refresh` of a bucket's block against each other.
+
+    Args:
+      where: for errors.
+      bucket: made with a block.
+      dtype: of the statistics.
+
+    Raises:
+      ValueError: a function returns other shapes than the protocol asks for.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> block = ko.kronecker()._replace(name="mine", solve=lambda inverse, v, damping: v.T)
+    >>> check_block("kfac", Bucket("dense_2x3", (), (2, 3), block), jnp.float32)
+    Traceback (most recent call last):
+    ValueError: kfac: block 'mine' of dense_2x3: solve(inverse, V, damping) returned float32[3,2]; expected float32[2,3], ...
+    """
+    block, (p, q) = block_of_bucket(bucket), bucket.shape
+    here = f"{where}: block {block.name!r} of {bucket.name}"
+    statistic = jax.eval_shape(lambda: block.init(p, q, dtype))
+    number = jax.ShapeDtypeStruct((), dtype)
+    inverse = jax.eval_shape(block.factorize, statistic, number)
+    _check_arrays(f"{here}: init(p, q, dtype)", statistic)
+    _check_arrays(f"{here}: factorize(statistic, damping)", inverse)
+    v = jax.ShapeDtypeStruct((p, q), dtype)
+    solved = jax.eval_shape(block.solve, inverse, v, number)
+    _check_same(f"{here}: solve(inverse, V, damping)", solved, v, "what V is")
+    _check_refresh(here, block, statistic, inverse, number)
+
+
+def _check_refresh(here: str, block: Block, statistic: PyTree, inverse: PyTree, number: Any):
+    if block.refresh is None:
+        return
+    count = jax.ShapeDtypeStruct((), "int32")
+    new = jax.eval_shape(block.refresh, inverse, statistic, number, count)
+    name = f"{here}: refresh(inverse, statistic, damping, count)"
+    _check_same(name, new, inverse, "what factorize returned")
+
+
+def check_measured(where: str, bucket: Bucket, measured: PyTree, held: PyTree) -> None:
+    """Checks that a statistic can be averaged into the one that is kept.
+
+    Args:
+      where: for errors.
+      bucket: made with a block.
+      measured: what `measure` returned for the bucket, copies in front.
+      held: what `init` returned for it, copies in front.
+
+    Raises:
+      ValueError: structure or shapes differ; they would be broadcast, or fail somewhere else.
+    """
+    block = block_of_bucket(bucket)
+    here = f"{where}: block {block.name!r} of {bucket.name}: measure(a, g, use)"
+    expected = "what init returned (copies of the bucket in front)"
+    _check_same(here, measured, held, expected, dtypes=False)
+
+
+def _check_same(
+    what: str, got: PyTree, expected: PyTree, meaning: str, *, dtypes: bool = True
+) -> None:
+    def kinds(tree: PyTree) -> list[tuple]:
+        return [(x.shape, x.dtype if dtypes else None) for x in jax.tree.leaves(tree)]
+
+    same = jax.tree.structure(got) == jax.tree.structure(expected)
+    if not same or kinds(got) != kinds(expected):
+        raise ValueError(
+            f"{what} returned {_described(got)}; expected {_described(expected)}, {meaning}."
+        )
+
+
+def _check_arrays(what: str, tree: PyTree) -> None:
+    if not jax.tree.leaves(tree):
+        raise ValueError(f"{what} returned {tree!r}; expected a tree with at least one array.")
+
+
+def _described(tree: PyTree) -> str:
+    if hasattr(tree, "shape"):
+        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    parts = [f"{jax.tree_util.keystr(path)} {_described(x)}" for path, x in paths]
+    return f"{type(tree).__name__}({', '.join(parts)})"

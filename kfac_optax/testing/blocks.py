@@ -1,0 +1,226 @@
+"""What a block owes its caller, whatever it models."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfac_optax._types import PyTree
+from kfac_optax.testing.case import Case, compiled, matrix, measure
+
+
+def check_block(case: Case) -> None:
+    """All laws of a block.
+
+    Raises:
+      AssertionError: a law does not hold.
+    """
+    case = compiled(case)
+    for law in BLOCK_LAWS:
+        law(case)
+
+
+def in_float64(check: Callable[..., None]) -> Callable[..., None]:
+    """Runs a check in double precision, where bounds are tight."""
+
+    @functools.wraps(check)
+    def checked(*args: Any, **options: Any) -> None:
+        with jax.enable_x64(True):
+            check(*args, **options)
+
+    return checked
+
+
+@in_float64
+def check_operator(case: Case, *, seed: int = 0, examples: int = 4, damping: float = 0.1) -> None:
+    """`solve` is linear in `V`, and its matrix symmetric and positive definite."""
+    lam = jnp.asarray(damping)
+    inverse = case.block.factorize(measure(case, case.rows(seed, examples), examples), lam)
+    dense = matrix(case.block.solve, case.shape, inverse, lam)
+    scale = np.abs(dense).max()
+    _close(case, "solve is symmetric", dense, dense.T, 0, 1e-10 * scale)
+    least = np.linalg.eigvalsh((dense + dense.T) / 2).min()
+    _holds(case, "solve is positive definite", least > 0, f"least eigenvalue {least:.3g}")
+    v = _normal(seed, case.shape)
+    got = np.ravel(case.block.solve(inverse, v, lam))
+    _close(case, "solve is linear", got, dense @ np.ravel(v), 0, 1e-10 * scale)
+
+
+@in_float64
+def check_product(case: Case, *, seed: int = 0, examples: int = 4, damping: float = 0.1) -> None:
+    """The matrix of `multiply` is symmetric and positive semi-definite; with exact damping `solve`
+    is the inverse of it plus the damping.
+    """
+    if not case.averaged:
+        return
+    statistic = measure(case, case.rows(seed, examples), examples)
+    dense = matrix(case.block.multiply, case.shape, statistic)
+    scale = np.abs(dense).max()
+    _close(case, "multiply is symmetric", dense, dense.T, 0, 1e-8 * scale)
+    least = np.linalg.eigvalsh((dense + dense.T) / 2).min()
+    law = "multiply is positive semi-definite"
+    _holds(case, law, least >= -1e-8 * scale, f"least eigenvalue {least:.3g}")
+    if case.exact:
+        lam = jnp.asarray(damping)
+        solved = matrix(case.block.solve, case.shape, case.block.factorize(statistic, lam), lam)
+        expected = np.linalg.inv(dense + damping * np.eye(len(dense)))
+        atol = 1e-10 * np.abs(expected).max()
+        _close(case, "solve inverts multiply + damping I", solved, expected, 1e-9, atol)
+
+
+@in_float64
+def check_large_damping(case: Case, *, seed: int = 0) -> None:
+    """`damping solve(V) -> V`: exact damping is within the curvature over the damping of it,
+    factored damping within the root of that.
+    """
+    lam = jnp.asarray(1e12)
+    inverse = case.block.factorize(measure(case, case.rows(seed, 3), 3), lam)
+    v = _normal(seed + 1, case.shape)
+    bound = 1e-10 if case.exact else 1e-4
+    got = lam * case.block.solve(inverse, v, lam)
+    _close(case, "large damping leaves V / damping", got, v, bound, bound)
+
+
+@in_float64
+def check_loss_scale(case: Case, *, seed: int = 0, scale: float = 3.0) -> None:
+    """A loss `s` times as large has the curvature `s^2 F`, and with the damping `s^2 lambda` solves
+    are `s^-2` of what they were.
+    """
+    rows, lam = case.rows(seed, 4), jnp.asarray(0.1)
+    scaled = [(a, scale * g) for a, g in rows]
+    plain, large = measure(case, rows, 4), measure(case, scaled, 4)
+    v = _normal(seed, case.shape)
+    got = case.block.solve(case.block.factorize(large, scale**2 * lam), v, scale**2 * lam)
+    expected = case.block.solve(case.block.factorize(plain, lam), v, lam) / scale**2
+    _close(case, "solve follows the scale of the loss", got, expected, 1e-8, 1e-10)
+
+
+@in_float64
+def check_batch_split(case: Case, *, seed: int = 0) -> None:
+    """The statistic of a batch is the mean of those of its halves, so a running average is
+    exact.
+    """
+    first, second = case.rows(seed, 3), case.rows(seed + 10, 3)
+    joined = [(_joined(a, c), _joined(g, h)) for (a, g), (c, h) in zip(first, second, strict=True)]
+    parts = measure(case, first, 3), measure(case, second, 3)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, *parts)
+    law = "measure of a batch is the mean of its halves"
+    _close(case, law, measure(case, joined, 6), mean, 1e-10, 1e-12)
+
+
+@in_float64
+def check_permutation(case: Case, *, seed: int = 0) -> None:
+    """The order of the examples has no influence."""
+    rows, order = case.rows(seed, 4), jnp.asarray([2, 0, 3, 1])
+    moved = [(a[order], g[order]) for a, g in rows]
+    law = "measure does not depend on the order of examples"
+    _close(case, law, measure(case, moved, 4), measure(case, rows, 4), 1e-10, 1e-12)
+
+
+@in_float64
+def check_masked(case: Case, *, seed: int = 0) -> None:
+    """An example of weight zero counts as dropped, though it may hold NaN; weights have mean one,
+    and `g` holds their root.
+    """
+    weights = jnp.asarray([0.0, 2.0])
+    masked, alone = [], []
+    for a, g in case.rows(seed, 2):
+        broken = a if jnp.issubdtype(a.dtype, jnp.integer) else a.at[0].set(jnp.nan)
+        masked.append((broken, g * jnp.sqrt(weights).reshape(-1, *(1,) * (g.ndim - 1))))
+        alone.append((a[1:], g[1:]))
+    got, expected = measure(case, masked, 2, weights=weights), measure(case, alone, 1)
+    _close(case, "an example of weight zero counts as dropped", got, expected, 1e-10, 1e-12)
+
+
+def check_start_and_zeros(case: Case) -> None:
+    """Before any statistic, and after one of zeros, everything is finite; zeros leave
+    `V / damping`.
+    """
+    lam, v = jnp.float32(1e-3), jnp.ones(case.shape, jnp.float32)
+    start = case.block.init(*case.shape, jnp.float32)
+    for name, statistic in ("init", start), ("zeros", jax.tree.map(jnp.zeros_like, start)):
+        inverse = case.block.factorize(statistic, lam)
+        got = case.block.solve(inverse, v, lam)
+        finite = all(np.isfinite(x).all() for x in jax.tree.leaves((inverse, got)))
+        _holds(case, f"{name}: all that is made of it is finite", finite, "found NaN or infinity")
+    _close(case, "zeros leave V / damping", got, v / lam, 1e-4, 0)
+
+
+def check_types(case: Case) -> None:
+    """A statistic of bfloat16 rows has the shapes and dtypes of `init`; what is made of it is
+    float32 (or counts), and not of weak type.
+    """
+    start = jax.eval_shape(lambda: case.block.init(*case.shape, jnp.float32))
+    rows = [(_low(a), _low(g)) for a, g in case.rows(0, 3)]
+    measured = jax.eval_shape(lambda: measure(case, rows, 3, jnp.float32))
+    got, expected = _kinds(measured), _kinds(start)
+    law = "measure has the shapes and dtypes of init"
+    _holds(case, law, got == expected, f"got {got}, expected {expected}")
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    inverse = jax.eval_shape(case.block.factorize, start, number)
+    v = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    solved = jax.eval_shape(case.block.solve, inverse, v, number)
+    for x in jax.tree.leaves((start, inverse, solved)):
+        strong = not x.weak_type and x.dtype in (jnp.float32, jnp.int32)
+        _holds(case, "float32 in, float32 out", strong, f"found {x} (weak: {x.weak_type})")
+    _holds(case, "solve keeps the shape", solved.shape == case.shape, f"got {solved.shape}")
+
+
+@in_float64
+def check_mapped(case: Case) -> None:
+    """Layers that share a batched call get what they would get alone."""
+    lam, v = jnp.asarray(0.1), _normal(5, (2, *case.shape))
+    single = [measure(case, case.rows(seed, 3), 3) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *single)
+    inverse = jax.vmap(case.block.factorize, (0, None))(stacked, lam)
+    solved = jax.vmap(case.block.solve, (0, 0, None))(inverse, v, lam)
+    for i, statistic in enumerate(single):
+        alone = case.block.solve(case.block.factorize(statistic, lam), v[i], lam)
+        _close(case, "solve under vmap is solve", solved[i], alone, 1e-8, 1e-10)
+
+
+BLOCK_LAWS = (
+    check_types,
+    check_start_and_zeros,
+    check_operator,
+    check_product,
+    check_large_damping,
+    check_loss_scale,
+    check_batch_split,
+    check_permutation,
+    check_masked,
+    check_mapped,
+)
+
+
+def _normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def _joined(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, y])
+
+
+def _low(x: jax.Array) -> jax.Array:
+    return x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.bfloat16)
+
+
+def _kinds(tree: PyTree) -> list[tuple]:
+    return [(x.shape, str(x.dtype)) for x in jax.tree.leaves(tree)]
+
+
+def _holds(case: Case, law: str, true: Any, number: str) -> None:
+    if not true:
+        raise AssertionError(f"block {case.block.name!r}: {law}: {number}.")
+
+
+def _close(case: Case, law: str, got: PyTree, expected: PyTree, rtol: float, atol: float) -> None:
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        if not np.allclose(x, y, rtol=rtol, atol=atol):
+            off = np.abs(x - y).max()
+            text = f"off by {off:.3g} where the largest entry is {np.abs(y).max():.3g}"
+            raise AssertionError(f"block {case.block.name!r}: {law}: {text}.")

@@ -1,0 +1,95 @@
+"""A block with data to run it on, its statistic, and its functions as dense matrices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfac_optax._types import Block, PyTree, Use
+
+Rows = list[tuple[jax.Array, jax.Array]]  # inputs and output gradients of every use of a layer
+
+
+class Case(NamedTuple):
+    """A block, and data to run it on.
+
+    Attributes:
+      block: to be checked.
+      shape: `[p, q]` of the layer's matrix, `p` with the bias row.
+      rows: `(seed, examples) -> [(a, g), ...]`, random inputs `[examples, *positions, inputs]` and
+        output gradients `[examples, *positions, q]`, one pair for every use.
+      bias: whether the layer has one.
+      inputs: inputs without the bias row, or the size of a vocabulary.
+      exact: the damping is added to the block as it is, so that `solve` inverts
+        `multiply + damping I`.
+      averaged: the statistic is the whole average, which can be multiplied with.
+    """
+
+    block: Block
+    shape: tuple[int, int]
+    rows: Callable[[int, int], Rows]
+    bias: bool = False
+    inputs: int = 0
+    exact: bool = False
+    averaged: bool = True
+
+
+def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fields: Any) -> Case:
+    """A block on a dense layer with random rows, see `Case` for further fields.
+
+    >>> import kfac_optax as ko
+    >>> ko.testing.check_block(dense_case(ko.kronecker(), exact=True))
+    """
+    width = p - bias
+
+    def rows(seed: int, examples: int) -> Rows:
+        random = np.random.default_rng(seed)
+        shapes = (examples, width), (examples, q)
+        a, g = (jnp.asarray(random.standard_normal(shape)) for shape in shapes)
+        return [(a, g)]
+
+    return Case(block, (p, q), rows, bias, width, **fields)
+
+
+def compiled(case: Case) -> Case:
+    """The case with functions that are compiled once, not operation by operation in every check."""
+    block = case.block
+    return case._replace(
+        block=block._replace(
+            factorize=jax.jit(block.factorize),
+            solve=jax.jit(block.solve),
+            multiply=jax.jit(block.multiply),
+        )
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def measure(
+    case: Case, rows: Rows, examples: int, dtype: Any = jnp.float64, weights: Any = None
+) -> PyTree:
+    """The statistic of a case's block, added up over uses; `weights [examples]`."""
+    count = sum(g[..., 0].size for _, g in rows)
+    use = Use(case.bias, case.shape[1], examples, count, dtype, None, case.inputs)
+    parts = []
+    for a, g in rows:
+        lead = a.shape if jnp.issubdtype(a.dtype, jnp.integer) else a.shape[:-1]
+        spread = None
+        if weights is not None:
+            spread = jnp.broadcast_to(weights.reshape(-1, *(1,) * (len(lead) - 1)), lead)
+        part = case.block.measure(a, g, use._replace(weights=spread))
+        parts.append(part if case.block.absorb is None else part[0])
+    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _columns(apply: Any, shape: tuple[int, int], operands: PyTree, *rest: Any) -> jax.Array:
+    eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
+    return jax.vmap(lambda v: apply(operands, v, *rest))(eye).reshape(len(eye), -1).T
+
+
+def matrix(apply: Any, shape: tuple[int, int], *operands: Any) -> np.ndarray:
+    """`apply(operands[0], V, *operands[1:])`, `V` of a shape, as a dense matrix."""
+    return np.asarray(_columns(apply, shape, *operands))

@@ -1,0 +1,80 @@
+"""Blocks that do not keep to the protocol: the error names function, shape got and expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kfac_optax as ko
+
+ESTIMATOR = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+W, X = jnp.zeros((3, 2)), jnp.ones((4, 3))
+LAYERS = ESTIMATOR.layers(W, X)
+GOOD = ko.kronecker("cholesky")
+HERE = "scale_by_curvature: block 'mine' of dense_3x2: "
+
+
+def make(**change):
+    block = GOOD._replace(name="mine", **change)
+    return ko.kfac(LAYERS, kl_clip=None, block=block)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(solve=lambda inverse, v, damping: v.T),
+            "solve(inverse, V, damping) returned float32[2,3]; expected float32[3,2], what V is.",
+        ),
+        (
+            dict(solve=lambda inverse, v, damping: v[0]),
+            "solve(inverse, V, damping) returned float32[2]; expected float32[3,2]",
+        ),
+        (
+            dict(solve=lambda inverse, v, damping: v.astype(jnp.bfloat16)),
+            "solve(inverse, V, damping) returned bfloat16[3,2]; expected float32[3,2]",
+        ),
+        (
+            dict(factorize=lambda statistic, damping: None),
+            "factorize(statistic, damping) returned None; expected a tree with at least one array",
+        ),
+        (
+            dict(refresh=lambda inverse, statistic, damping, count: statistic.inputs),
+            "refresh(inverse, statistic, damping, count) returned float32[3,3]; expected "
+            "DenseInverse(.inputs float32[3,3], .outputs float32[2,2]), what factorize returned.",
+        ),
+    ],
+    ids=["transposed", "reduced", "dtype", "nothing", "refresh"],
+)
+def test_init_names_the_function(change, message):
+    with pytest.raises(ValueError, match=re.escape(HERE + message)):
+        make(**change).init(W)
+
+
+def test_a_statistic_of_another_shape_is_not_broadcast():
+    def measure(a, g, use):
+        full = GOOD.measure(a, g, use)
+        return full._replace(inputs=full.inputs[:1])
+
+    tx = make(measure=measure)
+    state = tx.init(W)
+    message = (
+        "scale_by_curvature.update: block 'mine' of dense_3x2: measure(a, g, use) returned "
+        "Factors(.inputs float32[1,1,3], .outputs float32[1,2,2]); expected "
+        "Factors(.inputs float32[1,3,3], .outputs float32[1,2,2]), what init returned"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tx.update(W, state, W, curvature=ESTIMATOR.at(W, X))
+
+
+def test_nothing_is_computed_for_the_check():
+    """Shapes alone are looked at: a block that counts its runs sees tracers only."""
+    seen = []
+
+    def factorize(statistic, damping):
+        seen.append(isinstance(jax.tree.leaves(statistic)[0], jax.core.Tracer))
+        return GOOD.factorize(statistic, damping)
+
+    make(factorize=factorize).init(W)
+    assert seen and all(seen)

@@ -1,0 +1,168 @@
+"""Words of presets: seen one by one by `inject_hyperparams`, known or refused, never without
+effect."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import kfac_optax as ko
+from kfac_optax.methods.signature import STATIC
+from tests.methods.test_catalogue import ESTIMATOR, arguments, every_method, problem
+
+PARAMS, X, Y = problem()
+LAYERS = ESTIMATOR.layers(PARAMS, X)
+OF_BATCH = arguments(X, Y)
+# Numbers of a build, and those that have no default that is a number.
+GIVEN = {"learning_rate": 0.1, "kl_clip": 1e-3, "reject_below": 0.0}
+
+
+def words(name):
+    return inspect.signature(getattr(ko, name)).parameters
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def numbers(name):
+    """Every word whose default is a number, and rates; with short periods."""
+    found = {word: p.default for word, p in words(name).items() if is_number(p.default)}
+    found |= {word: value for word, value in GIVEN.items() if word in words(name)}
+    short = {"curvature_every": 2, "inverse_every": 3, "adapt_every": 2, "correct_every": 2}
+    found |= {word: value for word, value in short.items() if word in words(name)}
+    return found
+
+
+def run(tx, steps=4):
+    @jax.jit
+    def step(params, state):
+        gradient, more = OF_BATCH(params, jnp.float32(1))
+        updates, state = tx.update(gradient, state, params, **more)
+        return optax.apply_updates(params, jax.tree.map(lambda u: 0.1 * u, updates)), state
+
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+@every_method
+def test_every_number_can_be_injected(name):
+    """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
+    static = {"rank": 2} if "rank" in words(name) else {}
+    given = numbers(name)
+    plain, _ = run(getattr(ko, name)(LAYERS, **given, **static))
+    factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
+    injected, state = run(factory(LAYERS, **given, **static))
+    assert set(state.hyperparams) == set(given)
+    assert set(given) & set(STATIC) == set()
+    chex.assert_trees_all_close(injected, plain, rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_injection_needs_nothing_but_the_layers(name):
+    """No default stands in the way, such as a rank that would become an array."""
+    rate = {} if "adaptive" in name else {"learning_rate": 0.1}
+    tx = optax.inject_hyperparams(getattr(ko, name))(LAYERS, **rate)
+    gradient, more = OF_BATCH(PARAMS, jnp.float32(1))
+    state = jax.eval_shape(tx.init, PARAMS)
+    updates, _ = jax.eval_shape(lambda s: tx.update(gradient, s, PARAMS, **more), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
+
+
+@pytest.mark.parametrize("word", ["rank", "oversampling", "power_iterations", "seed"])
+def test_a_static_number_that_is_an_array_says_so(word):
+    tx = optax.inject_hyperparams(ko.rs_kfac)(LAYERS, learning_rate=0.1, **{word: 2})
+    with pytest.raises(TypeError, match=rf'rs_kfac: {word} is an array.*static_args=\("{word}",\)'):
+        tx.init(PARAMS)
+
+
+@every_method
+def test_an_unknown_word_is_an_error_that_names_what_exists(name):
+    first = "initial_damping" if "adaptive" in name else "damping"
+    wrong = first.replace("damping", "dampin")
+    message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*decay"
+    with pytest.raises(TypeError, match=message):
+        getattr(ko, name)(LAYERS, **{wrong: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("kfac_adaptive", "damping"),
+        ("kfac_adaptive", "bound"),
+        ("kfac_two_level_adaptive", "coupling"),
+        ("rs_kfac", "block"),
+        ("rs_kfac", "correct_share"),
+        ("b_r_kfac", "correct_every"),
+        ("b_kfac", "online"),
+    ],
+)
+def test_what_a_preset_decides_on_itself_is_no_word_of_it(name, word):
+    with pytest.raises(TypeError, match=f"{name}: got an unknown argument '{word}'"):
+        getattr(ko, name)(LAYERS, **{word: 1})
+
+
+def by_layer(layer):
+    return ko.kronecker()
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "default"),
+    [
+        ("inverse", "cholesky", "eigh"),
+        ("normalization", "diagonal", "unitwise"),
+        ("convolution", "sua", "kfc"),
+        ("recurrence", "option1", "independent"),
+        ("sharing", "reduce", "expand"),
+        ("positions", 3, None),
+    ],
+)
+def test_words_beside_a_function_of_the_layer_raise(word, value, default):
+    message = rf"got {word}={value!r}, which has no effect beside .*block=.*expected {default!r}"
+    for preset in (ko.kfac, ko.kfac_two_level):
+        with pytest.raises(ValueError, match=message):
+            preset(LAYERS, learning_rate=0.1, block=by_layer, **{word: value})
+        preset(LAYERS, learning_rate=0.1, block=by_layer, **{word: default})
+
+
+@pytest.mark.parametrize("options", [dict(sharing="reduce"), dict(positions=3)])
+def test_words_of_the_block_beside_a_block_raise(options):
+    with pytest.raises(ValueError, match=r"which has no effect beside block=.*kronecker\("):
+        ko.kfac(LAYERS, learning_rate=0.1, block=ko.kronecker("cholesky"), **options)
+    ko.kfac(LAYERS, learning_rate=0.1, block=ko.kronecker("cholesky"), inverse="cholesky")
+
+
+def test_normalisation_layers_can_be_left_out_beside_a_function():
+    ko.kfac(LAYERS, learning_rate=0.1, block=by_layer, normalization="pass")
+    with pytest.raises(ValueError, match="normalization='diagonal', which has no effect"):
+        ko.scale_by_curvature(LAYERS, block=by_layer, normalization="diagonal")
+
+
+def test_adaptive_presets_take_a_function_as_it_is():
+    ko.kfac_adaptive(LAYERS, block=by_layer)
+    with pytest.raises(ValueError, match="recurrence='option1', which has no effect"):
+        ko.kfac_adaptive(LAYERS, block=by_layer, recurrence="option1")
+
+
+def test_the_operator_of_deflation_has_no_effect_on_the_additive_correction():
+    with pytest.raises(ValueError, match="coarse_operator='averaged', which has no effect"):
+        ko.kfac_two_level(LAYERS, learning_rate=0.1, coarse_operator="averaged")
+
+
+@pytest.mark.parametrize("normalization", ["diagonal", "pass"])
+def test_low_rank_presets_hand_words_to_where_they_act(normalization):
+    ko.rs_kfac(
+        LAYERS,
+        learning_rate=0.1,
+        normalization=normalization,
+        inverse="cholesky",
+        sharing="reduce",
+        positions=3,
+        recurrence="option1",
+        convolution="sua",
+    )
