@@ -3,6 +3,7 @@
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
@@ -23,6 +24,7 @@ from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
+from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
     b_kfac_c,
@@ -79,6 +81,8 @@ __all__ = [
     "empirical_fisher",
     "factor_metric",
     "fisher",
+    "foof",
+    "foof_block",
     "forward_only",
     "ggn",
     "graft_norm",
