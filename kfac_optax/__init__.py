@@ -6,6 +6,7 @@ from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
@@ -23,6 +24,7 @@ from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.low_rank_presets import (
@@ -79,6 +81,8 @@ __all__ = [
     "diagonal",
     "embedding",
     "empirical_fisher",
+    "eva",
+    "eva_f",
     "factor_metric",
     "fisher",
     "foof",
@@ -96,6 +100,7 @@ __all__ = [
     "low_rank_blocks",
     "problems",
     "quadratic_step",
+    "rank_one",
     "recurrent",
     "refresh_period",
     "rs_kfac",
