@@ -4,8 +4,10 @@ from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
@@ -24,7 +26,9 @@ from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.catalogue import CATALOGUE
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
+from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
     b_kfac_c,
@@ -82,8 +86,12 @@ __all__ = [
     "diagonal",
     "embedding",
     "empirical_fisher",
+    "eva",
+    "eva_f",
     "factor_metric",
     "fisher",
+    "foof",
+    "foof_block",
     "forward_only",
     "ggn",
     "graft_norm",
@@ -97,6 +105,7 @@ __all__ = [
     "low_rank_blocks",
     "problems",
     "quadratic_step",
+    "rank_one",
     "recurrent",
     "refresh_period",
     "rs_kfac",

@@ -217,6 +217,9 @@ class Block(NamedTuple):
         of pullbacks in front, and those of all devices together. `average` is an `Average`.
       solve_rows: `(inverse, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and
         `g [R, q]`; or `None` where that would cost more than `solve`.
+      first_moments: `measure` averages `g` itself, not its products: it needs the output gradients
+        of the data's own loss, without random signs and with the whole weight of their example
+        (others carry its root).
     """
 
     name: str
@@ -232,6 +235,7 @@ class Block(NamedTuple):
     refresh: Callable[..., PyTree] | None = None
     absorb: Callable[..., PyTree] | None = None
     solve_rows: Callable[..., jax.Array | None] | None = None
+    first_moments: bool = False
 
 
 class Average(NamedTuple):

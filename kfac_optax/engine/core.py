@@ -16,7 +16,7 @@ from kfac_optax.engine.refresh import due_at, initial, parts_due, refresh_parts,
 from kfac_optax.engine.stagger import check_parts, chosen
 from kfac_optax.engine.state import CurvatureState, Step
 from kfac_optax.engine.uncovered import graft_uncovered
-from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.plan import Plan, of_first_moments
 
 _MISSING: Any = object()
 
@@ -119,6 +119,7 @@ def scale_by_curvature(
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
     blocks = tuple(map(block_of, layers))
+    of_first_moments(layers.layers, blocks, coupling, where)  # for its check
     if coupling is not None:
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)

@@ -16,9 +16,15 @@ from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
 from kfac_optax.estimators.gradient_rows import rows_of_layers
-from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.heads import (
+    Kind,
+    count_examples,
+    find_weights,
+    own_cotangents,
+    split_outputs,
+)
 from kfac_optax.estimators.output_cotangents import OutputCotangents
-from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
 from kfac_optax.estimators.statistics import (
     Linearize,
@@ -77,7 +83,10 @@ class Curvature:
         linearize = linearize_now(
             traced, inputs, lambda prediction: split_outputs(kind, prediction)
         )
-        return _collect(self.spec, plan, traced, linearize, heads, self.key)
+        own = None
+        if _first_moments(kind, plan):
+            own = own_cotangents(kind, heads, plan.blocks[0].name)
+        return _collect(self.spec, plan, traced, linearize, heads, self.key, own)
 
     def quadratic_form(
         self,
@@ -164,12 +173,16 @@ class SharedCurvature(NamedTuple):
         return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
-        """As `Curvature.statistics`."""
+        """As `Curvature.statistics`; first moments are those of the loss that was given."""
+        own = OutputCotangents(1, lambda k: []) if _first_moments(self.spec.kind, plan) else None
 
         def linearize(measures, extra, names):
             def pull(cotangents):
-                gradients, pulled = self.pull(cotangents)
-                leaves = named_leaves(gradients)
+                if own is None:
+                    gradients, pulled = self.pull(cotangents)
+                    leaves = named_leaves(gradients)
+                else:  # the gradient's pullback has run already
+                    leaves, pulled = {}, self._own_rows(plan.axis_name)
                 triples = zip(self.traced.sites, measures, pulled, strict=True)
                 sites = [
                     None
@@ -181,7 +194,21 @@ class SharedCurvature(NamedTuple):
 
             return pull, self.heads
 
-        return _collect(self.spec, plan, self.traced, linearize, self.heads, self.key)
+        return _collect(self.spec, plan, self.traced, linearize, self.heads, self.key, own)
+
+    def _own_rows(self, axis_name: Any) -> list[Zeros | None]:
+        """Rows of every site, `g` that of the examples' losses, of which the loss is the mean."""
+        examples = count_examples(self.spec.kind, self.heads)
+
+        def per_example(kept: Zeros) -> Zeros:
+            a, g = kept.rows
+            return kept._replace(rows=(a, g * (examples * self._devices(axis_name, g))))
+
+        return [None if kept is None else per_example(kept) for kept in self.rows]
+
+
+def _first_moments(kind: Kind, plan: Plan) -> bool:
+    return of_first_moments(plan.layers, plan.blocks, plan.coupling, kind.name)
 
 
 def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, tuple[PyTree, ...]]:
@@ -291,9 +318,16 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
 
 
 def _collect(
-    spec: Spec, plan: Plan, traced: Traced, linearize: Linearize, heads: Sequence[Any], key: Any
+    spec: Spec,
+    plan: Plan,
+    traced: Traced,
+    linearize: Linearize,
+    heads: Sequence[Any],
+    key: Any,
+    own: OutputCotangents | None = None,
 ) -> tuple[list[PyTree], PyTree]:
-    kind = spec.kind
+    """`own` are the cotangents of the losses, for blocks that average output gradients."""
+    kind = spec.kind if own is None else spec.kind._replace(gradients=True)
     # signs need no key, but others in every step: products of different terms cancel over the steps
     if not kind.labels:
         key = jax.random.fold_in(jax.random.key(0) if key is None else key, plan.count)
@@ -302,6 +336,8 @@ def _collect(
     weights = find_weights(kind, heads, plan.axis_name)
 
     def output_cotangents(heads: Sequence[Any]) -> OutputCotangents:
+        if own is not None:
+            return own
         return kind.output_cotangents(heads, weights.roots, key, spec.samples)
 
     examples = count_examples(kind, heads)

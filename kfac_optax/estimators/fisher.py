@@ -94,7 +94,8 @@ class Estimator:
         step.
 
         Args:
-          loss_fn: `(prediction, targets) -> scalar`, with `prediction` what `predict` returns.
+          loss_fn: `(prediction, targets) -> scalar`, with `prediction` what `predict` returns; of
+            `empirical_fisher` the losses `[N]`, whose mean is `lambda losses, _: losses.mean()`.
 
         Returns:
           A function `(params, *args, targets=None, key=None) -> (loss, grads, curvature)`; of an
@@ -104,7 +105,6 @@ class Estimator:
           jitted function.
 
         Raises:
-          TypeError: the estimator has no prediction to share (`empirical_fisher`).
           ValueError: the estimator sees only a part of the batch.
 
         >>> import kfac_optax as ko
@@ -114,11 +114,6 @@ class Estimator:
         >>> print(grads.ravel())
         [-1. -1.]
         """
-        if self.spec.kind.losses:
-            raise TypeError(
-                "empirical_fisher.value_and_grad: its function returns losses, not predictions; "
-                "use fisher or ggn."
-            )
         if self.spec.subsample is not None:
             raise ValueError(
                 "value_and_grad: got subsample; a forward pass on part of the batch cannot be "
@@ -278,7 +273,9 @@ def empirical_fisher(
     data.
 
     Where examples interact, products of different ones cancel in expectation: each has a random
-    sign, see `ggn`.
+    sign, see `ggn`. Blocks that average output gradients themselves (`rank_one`) get them without
+    signs. `value_and_grad(lambda losses, _: losses.mean())` gives loss, gradient and curvature from
+    one forward pass.
 
     Args:
       per_example_loss: `(params, *args) -> [N]` losses.

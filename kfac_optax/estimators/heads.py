@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.output_cotangents import (
     OutputCotangents,
@@ -64,6 +65,22 @@ FORWARD = Kind(
 )
 
 
+def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotangents:
+    """Of the examples' own losses, as they are: their pullbacks average to the gradient.
+
+    Raises:
+      ValueError: the estimator does not know the losses.
+    """
+    if not kind.losses:
+        raise ValueError(
+            f"{kind.name}.at: {blocks} averages output gradients themselves, which the "
+            f"cotangents of {kind.name} do not have: their mean over examples says nothing. Use "
+            "empirical_fisher(per_example_loss).at(params, *args), or the curvature that "
+            f"{kind.name}.value_and_grad(loss_fn) hands out next to the gradient."
+        )
+    return OutputCotangents(1, lambda k: [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads])
+
+
 def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
     """The arrays that are differentiated, one tuple per head, and the heads.
 
@@ -109,10 +126,13 @@ def _check_real(kind: Kind, what: str, x: Any) -> None:
 
 
 def with_naturals(prediction: PyTree, naturals: Sequence[tuple[Any, ...]]) -> PyTree:
-    """The prediction with other natural arrays in its heads."""
+    """The prediction with other natural arrays in its heads; losses are their own."""
     heads, treedef = jax.tree.flatten(prediction, is_leaf=is_likelihood)
     return treedef.unflatten(
-        [head.with_natural(natural) for head, natural in zip(heads, naturals, strict=True)]
+        [
+            head.with_natural(natural) if is_likelihood(head) else natural[0]
+            for head, natural in zip(heads, naturals, strict=True)
+        ]
     )
 
 

@@ -76,6 +76,8 @@ def site_measure(
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         if per_row is not None:  # zero times what the padding holds need not be zero
             g = finite_padding(g, over_output(geometry, per_row, g.ndim))
+        if shared and block.first_moments:  # such a row has the sum of the examples' gradients
+            g = g / use.examples
         g_or_none = g if gradients else None
         statistic = rows = across = seen = None
         if late or block.rows:
@@ -148,7 +150,7 @@ def _expanded(
             jnp.ones((a.shape[1], *positions), use.dtype) if use.weights is None else use.weights
         )
         use = use._replace(weights=share * weights[kept])
-        g = None if g is None else math.sqrt(share) * g
+        g = None if g is None else (share if block.first_moments else math.sqrt(share)) * g
     return over_groups(block, a, g, use)
 
 

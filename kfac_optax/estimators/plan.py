@@ -30,6 +30,37 @@ class Plan(NamedTuple):
     count: Any = 0
 
 
+def of_first_moments(
+    layers: Sequence[Layer], blocks: Sequence[Block], coupling: Coupling | None, where: str
+) -> bool:
+    """Whether the blocks average output gradients themselves, in place of their products.
+
+    One pass gives one or the other, since it has random signs or has not.
+
+    Raises:
+      ValueError: some do and some do not, or a coupling asks for products.
+    """
+    wanted = [block.first_moments for block in blocks]
+    if not any(wanted):
+        return False
+    names = ", ".join(sorted({b.name for b in blocks if b.first_moments}))
+    others = [
+        f"{layer.path or '(root)'} ({block.name})"
+        for layer, block in zip(layers, blocks, strict=True)
+        if not block.first_moments
+    ]
+    others += [] if coupling is None else [f"the coupling ({coupling.name})"]
+    if others:
+        raise ValueError(
+            f"{where}: {names} averages output gradients themselves, but {', '.join(others)} their "
+            "products; expected one sort in a transformation. Give every layer such a block, "
+            "block=lambda layer: rank_one(), with normalization='pass', uncovered='pass' and no "
+            "coupling, as the preset eva does; or use one transformation for each sort, by "
+            "optax.partition."
+        )
+    return True
+
+
 class Setting(NamedTuple):
     """The model and batch that a plan is carried out on."""
 

@@ -9,6 +9,7 @@ from kfac_optax._tree import tree_bytes
 from kfac_optax._types import Block, Coupling, Fine, Layer, Layers
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
+from kfac_optax.estimators.plan import of_first_moments
 
 
 def coverage(
@@ -42,6 +43,7 @@ def coverage(
     """
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
     block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
+    of_first_moments(layers.layers, tuple(map(block_of, layers)), coupling, "coverage")
     across = 0 if coupling is None else _coupling_bytes(layers, block_of, coupling, dtype)
     return dataclasses.replace(
         layers,

@@ -1,11 +1,13 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, fixed, low_rank_presets
+from kfac_optax.methods.kfac import adaptive, eva, fixed, foof, low_rank_presets
 from kfac_optax.methods.record import Method, collect
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     adaptive.RECORDS,
     low_rank_presets.RECORDS,
+    foof.RECORDS,
+    eva.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from kfac_optax._types import Block, Layer, Layers
 
-NEEDS = ("gradient", "curvature", "rows", "value_fn")
+# "losses": curvature that knows the gradient of each example's own loss
+NEEDS = ("gradient", "curvature", "losses", "rows", "value_fn")
 
 
 class Sizes(NamedTuple):

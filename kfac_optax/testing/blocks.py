@@ -87,14 +87,15 @@ def check_large_damping(case: Case, *, seed: int = 0) -> None:
 @in_float64
 def check_loss_scale(case: Case, *, seed: int = 0, scale: float = 3.0) -> None:
     """A loss `s` times as large has the curvature `s^2 F`, and with the damping `s^2 lambda` solves
-    are `s^-2` of what they were.
+    are `s^-2` of what they were. A block of inputs alone solves as before.
     """
+    square = scale**2 if case.outputs else 1.0
     rows, lam = case.rows(seed, 4), jnp.asarray(0.1)
     scaled = [(a, scale * g) for a, g in rows]
     plain, large = measure(case, rows, 4), measure(case, scaled, 4)
     v = _normal(seed, case.shape)
-    got = case.block.solve(case.block.factorize(large, scale**2 * lam), v, scale**2 * lam)
-    expected = case.block.solve(case.block.factorize(plain, lam), v, lam) / scale**2
+    got = case.block.solve(case.block.factorize(large, square * lam), v, square * lam)
+    expected = case.block.solve(case.block.factorize(plain, lam), v, lam) / square
     _close(case, "solve follows the scale of the loss", got, expected, 1e-8, 1e-10)
 
 
@@ -123,13 +124,14 @@ def check_permutation(case: Case, *, seed: int = 0) -> None:
 @in_float64
 def check_masked(case: Case, *, seed: int = 0) -> None:
     """An example of weight zero counts as dropped, though it may hold NaN; weights have mean one,
-    and `g` holds their root.
+    and `g` holds their root, or the weights themselves where a block takes first moments.
     """
     weights = jnp.asarray([0.0, 2.0])
+    inside = weights if case.block.first_moments else jnp.sqrt(weights)
     masked, alone = [], []
     for a, g in case.rows(seed, 2):
         broken = a if jnp.issubdtype(a.dtype, jnp.integer) else a.at[0].set(jnp.nan)
-        masked.append((broken, g * jnp.sqrt(weights).reshape(-1, *(1,) * (g.ndim - 1))))
+        masked.append((broken, g * inside.reshape(-1, *(1,) * (g.ndim - 1))))
         alone.append((a[1:], g[1:]))
     got, expected = measure(case, masked, 2, weights=weights), measure(case, alone, 1)
     _close(case, "an example of weight zero counts as dropped", got, expected, 1e-10, 1e-12)

@@ -26,6 +26,7 @@ class Case(NamedTuple):
       exact: the damping is added to the block as it is, so that `solve` inverts
         `multiply + damping I`.
       averaged: the statistic is the whole average, which can be multiplied with.
+      outputs: output gradients have a part in it; without, the scale of the loss has no influence.
     """
 
     block: Block
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     inputs: int = 0
     exact: bool = False
     averaged: bool = True
+    outputs: bool = True
 
 
 def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fields: Any) -> Case:

@@ -515,6 +515,40 @@ def _zoo_local():
     return ko.empirical_fisher(losses)
 
 
+def means():
+    """Mean output gradients of a split batch are those of the whole, on manual and on explicit
+    axes, from the empirical Fisher's pass and from the gradient's own."""
+    losses = lambda p, x, y: h.plain_predict(p, x).nll(y)
+    params, (x, y, _) = h.plain_params(), _data()
+    own, exact = ko.empirical_fisher(losses), ko.ggn(h.plain_predict)
+    shared = exact.value_and_grad(lambda prediction, y: prediction.mean_nll(y))
+    sources = (own.at, lambda p, x, y: shared(p, x, targets=y)[2])
+
+    def step(source, axis_name=None):
+        tx = ko.eva(exact.layers(params, x), kl_clip=None, axis_name=axis_name)
+
+        def update(params, x, y):  # any gradient will do, so the parameters serve
+            return tx.update(params, tx.init(params), params, curvature=source(params, x, y))[0]
+
+        return update
+
+    (expected, other) = (jax.device_get(jax.jit(step(source))(params, x, y)) for source in sources)
+    h.assert_close(other, expected)
+    manual = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    explicit = jax.make_mesh((DEVICES,), ("data",))
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    for source in sources:
+        mapped = jax.shard_map(step(source, "data"), mesh=manual, check_vma=True, **specs)
+        _same(jax.jit(mapped)(params, x, y), expected)
+        with jax.set_mesh(explicit):
+            arguments = jax.device_put(params, P()), *jax.device_put((x, y), P("data"))
+            _same(jax.jit(step(source))(*arguments), expected)
+    over_all = exact.value_and_grad(lambda d, y: jax.lax.pmean(d.mean_nll(y), "data"))
+    averaged = step(lambda p, x, y: over_all(p, x, targets=y)[2], "data")
+    mapped = jax.shard_map(averaged, mesh=manual, check_vma=True, **specs)
+    _same(jax.jit(mapped)(params, x, y), expected)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -533,6 +567,7 @@ CHECKS = {
         couplings,
         shard_map_adaptive,
         online,
+        means,
     )
 }
 

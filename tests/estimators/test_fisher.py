@@ -390,11 +390,6 @@ ERRORS = [
         "part of the batch",
     ),
     (
-        lambda p, x: ko.empirical_fisher(categorical).value_and_grad(lambda d, y: 0.0),
-        TypeError,
-        "not predictions",
-    ),
-    (
         lambda p, x: ko.fisher(categorical, has_aux=True).layers(p, x),
         TypeError,
         "returned Categorical; expected a pair",
