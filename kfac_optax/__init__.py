@@ -2,6 +2,7 @@
 
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
@@ -22,6 +23,7 @@ from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
@@ -75,6 +77,8 @@ __all__ = [
     "deflated",
     "diagnostics",
     "diagonal",
+    "ekfac",
+    "ekfac_block",
     "embedding",
     "empirical_fisher",
     "factor_metric",

@@ -21,6 +21,7 @@ from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.products import quadratic_form, vector_product
 from kfac_optax.estimators.statistics import (
+    Asked,
     Linearize,
     Pulled,
     apply_to_rows,
@@ -166,18 +167,18 @@ class SharedCurvature(NamedTuple):
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`."""
 
-        def linearize(measures, extra, names):
+        def linearize(asked: Asked):
             def pull(cotangents):
                 gradients, pulled = self.pull(cotangents)
                 leaves = named_leaves(gradients)
-                triples = zip(self.traced.sites, measures, pulled, strict=True)
+                each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
                 sites = [
                     None
                     if measure is None or rows is None
-                    else apply_to_rows(site, measure, rows.rows, extra)
-                    for site, measure, rows in triples
+                    else apply_to_rows(site, measure, rows.rows, asked.extra, inverse)
+                    for site, measure, rows, inverse in each
                 ]
-                return Pulled(sites, {name: leaves[name] for name in names})
+                return Pulled(sites, {name: leaves[name] for name in asked.names})
 
             return pull, self.heads
 
