@@ -26,6 +26,7 @@ from kfac_optax.capture.geometry import (
 )
 from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import Site
+from kfac_optax.linalg.batch_parts import count_parts, parts_first
 from kfac_optax.linalg.weighted_rows import finite_padding
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a
@@ -211,9 +212,7 @@ def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
     kept = positions if block.positions is None else min(positions, block.positions)
     patch = math.prod(geometry.window.size) * a.shape[-1] * a.dtype.itemsize
     needed = math.ceil(a.shape[0] * kept * patch / PATCH_BYTES)
-    return next(
-        n for n in range(max(1, min(needed, a.shape[0])), a.shape[0] + 1) if a.shape[0] % n == 0
-    )
+    return count_parts(a, needed)
 
 
 def _in_parts(
@@ -225,16 +224,11 @@ def _in_parts(
     use: Use,
     inverse: PyTree,
 ) -> PyTree:
-    def split(
-        x: jax.Array,
-    ) -> jax.Array:  # every parts-th example: a batch sharded over devices stays balanced
-        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
     def one(part: tuple) -> PyTree:
         a, g, weights = part
         return _expanded(geometry, block, a, g, use._replace(weights=weights), inverse)
 
-    whole = jax.tree.map(split, (a, g, use.weights))
+    whole = jax.tree.map(lambda x: parts_first(x, parts), (a, g, use.weights))
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], whole))
     start = jax.tree.map(zeros_of_type, shapes)
     return jax.lax.scan(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._tree import zeros_of_type
+from kfac_optax.linalg.batch_parts import count_parts, parts_first
 from kfac_optax.linalg.gram import gram
 
 # Products of a whole batch may be many times its size: above this many entries they are formed for
@@ -17,7 +18,7 @@ def example_moments(
     g: Float[Array, "n *rows q"],
     *,
     precision: jax.lax.PrecisionLike = "highest",
-    entries: int = ENTRIES,
+    entries: int | None = None,
 ) -> Float[Array, "p q"]:
     """`sum_b (sum_r a_br g_br^T)^2`, entry by entry: rows of an example are added up before squaring.
 
@@ -28,7 +29,7 @@ def example_moments(
       a: left rows.
       g: right rows.
       precision: of the matmuls.
-      entries: how many entries of products exist at a time.
+      entries: how many entries of products exist at a time; `None` for `ENTRIES`.
 
     >>> a, g = jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [-1.0]]])
     >>> print(example_moments(a, g), example_moments(a[:, 0], g[:, 0]))
@@ -43,23 +44,13 @@ def example_moments(
         products = jax.lax.dot_general(a, g, (((1,), (1,)), ((0,), (0,))), precision=precision)
         return jnp.sum(jnp.square(products), 0)
 
-    parts = _divisor(n, -(-n * p * q // entries))
+    parts = count_parts(a, -(-n * p * q // (entries or ENTRIES)))
     if parts == 1:
         return squares(a, g)
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         return total + squares(*part), None
 
-    split = [_parts_first(x, parts) for x in (a, g)]
+    split = [parts_first(x, parts) for x in (a, g)]
     one = jax.eval_shape(squares, *(x[0] for x in split))
     return jax.lax.scan(add, zeros_of_type(one), tuple(split))[0]
-
-
-def _divisor(n: int, least: int) -> int:
-    """The smallest divisor of `n` that is at least `least`, or `n` itself."""
-    return next(k for k in range(max(1, min(least, n)), n + 1) if n % k == 0)
-
-
-def _parts_first(x: Array, parts: int) -> Array:
-    """`[parts, n / parts, ...]`; every parts-th example, so that a sharded batch stays balanced."""
-    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
