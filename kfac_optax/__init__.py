@@ -3,6 +3,7 @@
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
 from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
@@ -26,6 +27,7 @@ from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.catalogue import CATALOGUE
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
@@ -84,6 +86,8 @@ __all__ = [
     "deflated",
     "diagnostics",
     "diagonal",
+    "ekfac",
+    "ekfac_block",
     "embedding",
     "empirical_fisher",
     "eva",

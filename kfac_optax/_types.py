@@ -212,14 +212,20 @@ class Block(NamedTuple):
       raw: `measure` sees the input map of a convolution itself, not its patches.
       refresh: `(inverse, statistic, damping, count) -> inverse`, in place of `factorize` later on;
         `count` numbers the statistics, for random draws.
-      absorb: `(inverse, columns, statistic, damping, average) -> inverse`, takes new rows in at
-        every statistic. Such a block measures `(statistic, columns)`; `columns` come with an axis
-        of pullbacks in front, and those of all devices together. `average` is an `Average`.
+      absorb: `(inverse, news, statistic, damping, average) -> inverse`, what becomes of the inverse
+        at every statistic. Such a block measures `(statistic, news)`. `average` is an `Average`.
       solve_rows: `(inverse, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and
         `g [R, q]`; or `None` where that would cost more than `solve`.
       first_moments: `measure` averages `g` itself, not its products: it needs the output gradients
         of the data's own loss, without random signs and with the whole weight of their example
         (others carry its root).
+      absorbs: what the news are. `"columns"`: rows of the batch, which come with an axis of
+        pullbacks in front, and those of all devices together. `"means"`: means over examples, as
+        statistics are, over pullbacks and devices too.
+      reads_inverse: `measure` is `(a, g, use, inverse) -> statistic`: it measures in what the last
+        refresh has made, an eigenbasis for example.
+      per_example: `measure` needs the whole gradient of an example, so it sees all uses of a layer
+        that has several at once, as with `rows`; axis 0 of what it sees has to be the examples.
     """
 
     name: str
@@ -236,6 +242,9 @@ class Block(NamedTuple):
     absorb: Callable[..., PyTree] | None = None
     solve_rows: Callable[..., jax.Array | None] | None = None
     first_moments: bool = False
+    absorbs: str = "columns"
+    reads_inverse: bool = False
+    per_example: bool = False
 
 
 class Average(NamedTuple):

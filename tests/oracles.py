@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_optax as ko
+from kfac_optax._tree import gather, make_buckets, named_leaves, replace_leaves, scatter
 from kfac_optax.engine.choice import blocks_of
 from kfac_optax.estimators.plan import Plan
 
@@ -175,3 +176,19 @@ def softmax_columns(logits):
         "nd,nc->ndc", y, np.sqrt(y)
     ).transpose(0, 2, 1)
     return s.transpose(1, 0, 2)
+
+
+def dense_block(estimator, params, args, layer):
+    """The curvature's diagonal block of one layer, in canonical order, column by column."""
+    leaves, (bucket,) = named_leaves(params), make_buckets([layer])
+    p, q = layer.shape
+    zeros = {name: jnp.zeros_like(x) for name, x in leaves.items()}
+
+    @jax.jit
+    def column(k):
+        v = jnp.zeros((layer.copies * p * q,)).at[k].set(1.0).reshape(layer.copies, p, q)
+        vector = replace_leaves(params, zeros | scatter(bucket, v, leaves))
+        product = named_leaves(estimator.vector_product(params, vector, *args))
+        return gather(bucket, product, jnp.float64).ravel()
+
+    return np.stack([column(k) for k in range(layer.copies * p * q)])

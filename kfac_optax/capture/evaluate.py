@@ -30,22 +30,35 @@ class Zeros(NamedTuple):
     rows: PyTree
 
 
-# What a probe measures from one use, `(a, g, extra) -> Zeros` of statistics.
-Measure = Callable[[jax.Array, jax.Array, PyTree], Zeros]
+# What a probe measures from one use, `(a, g, extra, inverse) -> Zeros` of statistics.
+Measure = Callable[[jax.Array, jax.Array, PyTree, PyTree], Zeros]
+
+
+class Probe(NamedTuple):
+    """What a probe is given: arguments whose cotangents are the statistics, and what its block
+    holds.
+
+    Both ride along with scans over layers; over time the inverse stays the same.
+    """
+
+    zeros: Zeros
+    inverse: PyTree
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probe(measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, zeros: Zeros) -> jax.Array:
+def _probe(
+    measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, inverse: PyTree, zeros: Zeros
+) -> jax.Array:
     return s
 
 
-def _probe_forward(measure, s, a, extra, zeros):
-    return s, (a, extra)
+def _probe_forward(measure, s, a, extra, inverse, zeros):
+    return s, (a, extra, inverse)
 
 
 def _probe_backward(measure, residuals, g):
-    a, extra = residuals
-    return g, None, None, measure(a, g, extra)
+    a, extra, inverse = residuals
+    return g, None, None, None, measure(a, g, extra, inverse)
 
 
 _probe.defvjp(_probe_forward, _probe_backward)
@@ -64,14 +77,18 @@ def from_cotangent(site: Site, rows: tuple[jax.Array, Any]) -> tuple[jax.Array, 
     return (a.astype(jnp.int32), g) if jnp.issubdtype(site.a.dtype, jnp.integer) else (a, g)
 
 
-def make_zeros(site: Site, measure: Measure, extra: PyTree) -> Zeros:
+def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> Zeros:
     """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in
     front.
     """
-    for _ in range(site.stacked):
-        measure = jax.vmap(measure, in_axes=(0, 0, None))
-    shapes = jax.eval_shape(measure, site.a, site.s, extra)
     rides = [n for n, over_layers in site.scans if over_layers]
+    measure = _over_stack(site, measure)
+
+    def inside(a: jax.Array, s: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
+        one_layer = jax.tree.map(lambda x: x[(0,) * len(rides)], inverse)
+        return measure(a, s, extra, one_layer)
+
+    shapes = jax.eval_shape(inside, site.a, site.s, extra, inverse)
     lengths = [n for n, _ in site.scans]
     summed = jax.tree.map(lambda x: zeros_of_type(x, rides), shapes.summed)
     return Zeros(summed, jax.tree.map(lambda x: zeros_of_type(x, lengths), shapes.rows))
@@ -83,13 +100,20 @@ def evaluate(
     sites: Sequence[Site],
     measures: Sequence[Measure | None],
     extra: PyTree,
-    zeros: Sequence[Zeros | None],
+    probes: Sequence[Probe | None],
 ) -> list[Any]:
     """Flat outputs of a closed jaxpr, with a probe where a site has a measure (`None`: the tap is
     dropped).
     """
     run = _Run(tuple(sites), tuple(measures), extra)
-    return _evaluate(run, closed.jaxpr, closed.consts, inputs, range(len(sites)), zeros, 0)
+    return _evaluate(run, closed.jaxpr, closed.consts, inputs, range(len(sites)), probes, 0)
+
+
+def _over_stack(site: Site, measure: Measure) -> Measure:
+    """The measure of one layer mapped over a stack of layers, each with an inverse of its own."""
+    for _ in range(site.stacked):
+        measure = jax.vmap(measure, in_axes=(0, 0, None, 0))
+    return measure
 
 
 class _Run(NamedTuple):
@@ -98,12 +122,12 @@ class _Run(NamedTuple):
     extra: PyTree
 
 
-def _evaluate(run, jaxpr, consts, inputs, indices, zeros, depth) -> list[Any]:
-    """`indices` are the sites inside this jaxpr, `zeros` their probes' arguments, `depth` the
+def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
+    """`indices` are the sites inside this jaxpr, `probes` what their probes are given, `depth` the
     enclosing scans.
     """
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-    queue = iter(zip(indices, zeros, strict=True))
+    queue = iter(zip(indices, probes, strict=True))
     pending: list[Any] = []
 
     def read(v: Any) -> Any:
@@ -135,47 +159,46 @@ def _evaluate(run, jaxpr, consts, inputs, indices, zeros, depth) -> list[Any]:
 
 def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:
     pairs = [next(queue) for _ in range(n)]
-    return [i for i, _ in pairs], [z for _, z in pairs]
+    return [i for i, _ in pairs], [probe for _, probe in pairs]
 
 
-def _place(run: _Run, index: int, s: Any, a: Any, zeros: Zeros | None) -> Any:
+def _place(run: _Run, index: int, s: Any, a: Any, probe: Probe | None) -> Any:
     measure = run.measures[index]
-    if measure is None:
+    if measure is None or probe is None:
         return s
-    for _ in range(run.sites[index].stacked):
-        measure = jax.vmap(measure, in_axes=(0, 0, None))
-    return _probe(measure, s, a, run.extra, zeros)
+    measure = _over_stack(run.sites[index], measure)
+    return _probe(measure, s, a, run.extra, probe.inverse, probe.zeros)
 
 
-def _call(run, eqn, values, inside, zeros, depth) -> list[Any]:
+def _call(run, eqn, values, inside, probes, depth) -> list[Any]:
     body = call_body(eqn)
     assert body is not None, eqn.primitive
 
-    def call(values, zeros):
-        return _evaluate(run, body.jaxpr, body.consts, values, inside, zeros, depth)
+    def call(values, probes):
+        return _evaluate(run, body.jaxpr, body.consts, values, inside, probes, depth)
 
     if "prevent_cse" in eqn.params:  # remat: recompute in the backward pass as the user asked
         call = jax.checkpoint(
             call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
         )
-    return call(values, zeros)
+    return call(values, probes)
 
 
-def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
-    p = eqn.params
+def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
+    params = eqn.params
     closed, constants, carried = scan_body(eqn)
     first = constants + carried
     over_layers = [run.sites[i].scans[depth][1] for i in inside]
     riding = [
-        None if z is None else z if layered else Zeros(None, z.rows)
-        for z, layered in zip(zeros, over_layers, strict=True)
+        None if p is None else p if layered else Probe(Zeros(None, p.zeros.rows), None)
+        for p, layered in zip(probes, over_layers, strict=True)
     ]
 
     def body(carry, xs):
         slices, ride = xs
         merged = [
-            None if z is None else r if layered else Zeros(z.summed, r.rows)
-            for z, r, layered in zip(zeros, ride, over_layers, strict=True)
+            None if p is None else r if layered else _same_layer(p, r)
+            for p, r, layered in zip(probes, ride, over_layers, strict=True)
         ]
         step = [*values[:constants], *carry, *slices]
         outs = _evaluate(run, closed.jaxpr, closed.consts, step, inside, merged, depth + 1)
@@ -185,11 +208,16 @@ def _scan(run, eqn, values, inside, zeros, depth) -> list[Any]:
         body,
         values[constants:first],
         (values[first:], riding),
-        length=p["length"],
-        reverse=p["reverse"],
-        unroll=p["unroll"],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
     )
     return [*carry, *ys]
+
+
+def _same_layer(probe: Probe, ride: Probe) -> Probe:
+    """What the probe of a layer is given in one step in time: only rows are kept apart."""
+    return Probe(Zeros(probe.zeros.summed, ride.zeros.rows), probe.inverse)
 
 
 def _run_plain(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:

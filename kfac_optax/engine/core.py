@@ -12,7 +12,14 @@ from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_check
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.engine.precondition import precondition
 from kfac_optax.engine.protocol import check_block
-from kfac_optax.engine.refresh import due_at, initial, parts_due, refresh_parts, take_statistics
+from kfac_optax.engine.refresh import (
+    due_at,
+    initial,
+    inverses_read,
+    parts_due,
+    refresh_parts,
+    take_statistics,
+)
 from kfac_optax.engine.stagger import check_parts, chosen
 from kfac_optax.engine.state import CurvatureState, Step
 from kfac_optax.engine.uncovered import graft_uncovered
@@ -207,7 +214,8 @@ def scale_by_curvature(
         measured_every, given = checked(given, "curvature_every", curvature_every, count)
         inverted_every, given = checked(given, "inverse_every", inverse_every, count)
         step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
+        read = inverses_read(step, state)
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count, read)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             due = True if measure or refresh is not None else due_at(count, measured_every)

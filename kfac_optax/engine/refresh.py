@@ -68,12 +68,26 @@ def _factorize(
 
 
 def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:
-    """What is held for blocks that take rows in: these have been factorised with the statistics of
-    this step.
-    """
+    """What is held for blocks that absorb: it has changed with the statistics of this step."""
     return {
         b.name: state.inverses[b.name] for b in buckets if block_of_bucket(b).absorb is not None
     }
+
+
+def inverses_read(step: Step, state: CurvatureState) -> tuple[PyTree, ...]:
+    """What is held for every layer whose block measures in it, `[copies, ...]`; `None` for
+    others.
+    """
+    found: dict[Layer, PyTree] = {}
+    for bucket in step.buckets:
+        if not block_of_bucket(bucket).reads_inverse:
+            continue
+        start = 0
+        for layer in bucket.layers:
+            mine = slice(start, start + layer.copies)
+            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], state.inverses[bucket.name])
+            start += layer.copies
+    return tuple(found.get(layer) for layer in step.layers)
 
 
 def due_at(count: jax.Array, every: Any) -> jax.Array:
@@ -137,9 +151,7 @@ def take_statistics(
     measure: Callable[[], tuple[list, PyTree]],
     decay: Any,
 ) -> CurvatureState:
-    """New statistics where due; of what is held, only blocks that take rows in pass through the
-    branch.
-    """
+    """New statistics where due; of what is held, only blocks that absorb pass through the branch."""
 
     def view(state: CurvatureState) -> CurvatureState:
         return state._replace(inverses=_online(step.buckets, state))
@@ -151,7 +163,7 @@ def take_statistics(
 def accumulate(
     step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any
 ) -> CurvatureState:
-    """Averages in new statistics, unless they are not finite; blocks that take rows in do so."""
+    """Averages in new statistics, unless they are not finite; blocks that absorb do so."""
     per_layer, across = measured
     good = all_finite(measured)
     # weights that are all zero give zeros everywhere: no example, nothing learnt about the
@@ -166,13 +178,13 @@ def accumulate(
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
     measured_of = dict(zip(step.layers, per_layer, strict=True))
-    factors, columns = {}, {}
+    factors, news = {}, {}
     for bucket in step.buckets:
         stacked = jax.tree.map(
             lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
         )
         if block_of_bucket(bucket).absorb is not None:
-            stacked, columns[bucket.name] = stacked
+            stacked, news[bucket.name] = stacked
         check_measured("scale_by_curvature.update", bucket, stacked, state.factors[bucket.name])
         factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
     coarse = state.coarse
@@ -184,7 +196,7 @@ def accumulate(
     state = state._replace(
         factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse
     )
-    return _absorb(step, state, columns, Average(weight, count), finite) if columns else state
+    return _absorb(step, state, news, Average(weight, count), finite) if news else state
 
 
 def _any_nonzero(tree: PyTree) -> jax.Array:
@@ -192,11 +204,9 @@ def _any_nonzero(tree: PyTree) -> jax.Array:
 
 
 def _absorb(
-    step: Step, state: CurvatureState, columns: dict, average: Average, finite: jax.Array
+    step: Step, state: CurvatureState, news: dict, average: Average, finite: jax.Array
 ) -> CurvatureState:
-    """What is held, with the new rows in it; layer by layer, what is not finite keeps the old
-    one.
-    """
+    """What is held, with the news in it; layer by layer, what is not finite keeps the old one."""
     inverses, failed, previous = dict(state.inverses), state.failed_inverses, ()
     with jax.named_scope("kfac/absorb"):
         for bucket in step.buckets:
@@ -204,10 +214,10 @@ def _absorb(
             if absorb is None:
                 continue
             # rows that are not finite would only keep the factorisation busy
-            rows = jax.tree.map(lambda x: jnp.where(finite, x, 0), columns[bucket.name])
+            new_ones = jax.tree.map(lambda x: jnp.where(finite, x, 0), news[bucket.name])
             old = state.inverses[bucket.name]
             new = jax.vmap(absorb, (0, 0, 0, None, None))(
-                old, after(rows, previous), state.factors[bucket.name], step.damping, average
+                old, after(new_ones, previous), state.factors[bucket.name], step.damping, average
             )
             good = jax.vmap(all_finite)(new)
             inverses[bucket.name] = previous = select(good & finite, new, old)

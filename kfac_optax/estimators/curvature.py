@@ -27,6 +27,7 @@ from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
 from kfac_optax.estimators.statistics import (
+    Asked,
     Linearize,
     Pulled,
     apply_to_rows,
@@ -176,21 +177,21 @@ class SharedCurvature(NamedTuple):
         """As `Curvature.statistics`; first moments are those of the loss that was given."""
         own = OutputCotangents(1, lambda k: []) if _first_moments(self.spec.kind, plan) else None
 
-        def linearize(measures, extra, names):
+        def linearize(asked: Asked):
             def pull(cotangents):
                 if own is None:
                     gradients, pulled = self.pull(cotangents)
                     leaves = named_leaves(gradients)
                 else:  # the gradient's pullback has run already
                     leaves, pulled = {}, self._own_rows(plan.axis_name)
-                triples = zip(self.traced.sites, measures, pulled, strict=True)
+                each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
                 sites = [
                     None
                     if measure is None or rows is None
-                    else apply_to_rows(site, measure, rows.rows, extra)
-                    for site, measure, rows in triples
+                    else apply_to_rows(site, measure, rows.rows, asked.extra, inverse)
+                    for site, measure, rows, inverse in each
                 ]
-                return Pulled(sites, {name: leaves[name] for name in names})
+                return Pulled(sites, {name: leaves[name] for name in asked.names})
 
             return pull, self.heads
 

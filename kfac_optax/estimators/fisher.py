@@ -13,7 +13,7 @@ from kfac_optax._types import Block, Layer, Layers, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.capture.evaluate import Zeros, evaluate, make_zeros
+from kfac_optax.capture.evaluate import Probe, Zeros, evaluate, make_zeros
 from kfac_optax.estimators.curvature import (
     Curvature,
     SharedCurvature,
@@ -141,14 +141,14 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     traced, aux_apart = trace_shared(spec, params, args)
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [
-        None if m is None else make_zeros(s, m, None)
+        None if m is None else make_zeros(s, m, None, None)
         for s, m in zip(traced.sites, measures, strict=True)
     ]
 
     def forward(params: PyTree, zeros: Sequence[Zeros | None]):
-        flat = evaluate(
-            traced.jaxpr, jax.tree.leaves((params, args)), traced.sites, measures, None, zeros
-        )
+        inputs = jax.tree.leaves((params, args))
+        probes = [None if z is None else Probe(z, None) for z in zeros]
+        flat = evaluate(traced.jaxpr, inputs, traced.sites, measures, None, probes)
         out = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
         prediction, aux = (
             (out, None) if spec.with_aux is None or aux_apart else pair_of(spec.kind, out)

@@ -26,6 +26,7 @@ from kfac_optax.capture.geometry import (
 )
 from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import Site
+from kfac_optax.linalg.batch_parts import count_parts, parts_first
 from kfac_optax.linalg.weighted_rows import finite_padding
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a
@@ -41,6 +42,7 @@ def site_measure(
     use: Use,
     weights: Any,
     gradients: bool,
+    at_once: bool = False,
 ) -> Measure:
     """The measure of one site:
     `Zeros((block statistic, coupling statistic), (rows of the block, of the coupling))`.
@@ -58,8 +60,16 @@ def site_measure(
       use: without weights.
       weights: example or term weights, or `None`; only the shape matters here.
       gradients: whether output gradients are meaningful.
+      at_once: whether the layer has several uses, which a block that needs the whole gradient of an
+        example sees at once.
+
+    Raises:
+      ValueError: the coupling or the block needs rows of examples, and there are none.
     """
     shape, geometry = site.row_shape, site.geometry
+    if block.per_example:
+        _check_examples(block, layer, shape, use.examples)
+    keep = block.rows or (block.per_example and at_once)
     if coupling is not None:
         _check_rows(coupling, layer, shape, use.examples)
     late = weights is not None and bool(site.loops) and weights.ndim > len(shape)
@@ -69,7 +79,7 @@ def site_measure(
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
 
-    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None) -> Zeros:
+    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None, inverse: PyTree) -> Zeros:
         # rows of all examples weigh what those do on average
         if shared and weights is not None and not late:
             weights = jnp.broadcast_to(weights.mean(), shape)
@@ -80,10 +90,11 @@ def site_measure(
             g = g / use.examples
         g_or_none = g if gradients else None
         statistic = rows = across = seen = None
-        if late or block.rows:
+        if late or keep:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
-            statistic = measure_use(geometry, block, a, g_or_none, use._replace(weights=per_row))
+            one_use = use._replace(weights=per_row)
+            statistic = measure_use(geometry, block, a, g_or_none, one_use, inverse)
         if coupling is not None:
             seen = (None, None)
             if gradients:
@@ -94,6 +105,17 @@ def site_measure(
         return Zeros((statistic, across), (rows, seen))
 
     return measure
+
+
+def _check_examples(block: Block, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+    if not layer.per_example or not shape or shape[0] != examples:
+        raise ValueError(
+            f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples, "
+            f"and block {block.name!r} needs the gradient of every example. Expected axis 0 of the "
+            "layer's input to be the examples: reshape to [examples, positions, features] instead "
+            "of [examples * positions, features], or give this layer another block, for example "
+            "kronecker()."
+        )
 
 
 def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
@@ -114,28 +136,41 @@ def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], exampl
         )
 
 
+def measure_rows(
+    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
+) -> PyTree:
+    """The block's measure of one matrix, with what is held for it where the block reads that."""
+    return block.measure(a, g, use, inverse) if block.reads_inverse else block.measure(a, g, use)
+
+
 def measure_use(
-    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use
+    geometry: Geometry,
+    block: Block,
+    a: jax.Array,
+    g: jax.Array | None,
+    use: Use,
+    inverse: PyTree = None,
 ) -> PyTree:
     """Statistic of one use, `[groups, ...]`; a convolution's patches are formed for a part of the
     batch at a time.
     """
     if block.raw:
-        return jax.tree.map(lambda x: x[None], block.measure(a, g, use))
+        one = jax.tree.map(lambda x: x[0], inverse)  # such layers have no groups
+        return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, one))
     if isinstance(geometry, ScaleShift):
         a, g = to_rows(geometry, a, g)
-        return over_groups(block, a, g, use)
+        return over_groups(block, a, g, use, inverse)
     if block.sharing == "reduce":
         a, g, weights = reduced(geometry, a, g, use.weights)
-        return over_groups(block, a, g, use._replace(weights=weights))
+        return over_groups(block, a, g, use._replace(weights=weights), inverse)
     parts = _parts(geometry, a, block)
     if parts == 1:
-        return _expanded(geometry, block, a, g, use)
-    return _in_parts(geometry, block, parts, a, g, use)
+        return _expanded(geometry, block, a, g, use, inverse)
+    return _in_parts(geometry, block, parts, a, g, use, inverse)
 
 
 def _expanded(
-    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use
+    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree
 ) -> PyTree:
     """Every position is a row; of many, some are left out and the others count more."""
     positions = rows_shape(geometry, a.shape, _output_shape(geometry, a))[1:]
@@ -151,15 +186,17 @@ def _expanded(
         )
         use = use._replace(weights=share * weights[kept])
         g = None if g is None else (share if block.first_moments else math.sqrt(share)) * g
-    return over_groups(block, a, g, use)
+    return over_groups(block, a, g, use, inverse)
 
 
-def over_groups(block: Block, a: jax.Array, g: jax.Array | None, use: Use) -> PyTree:
-    """The block's measure for rows `[groups, ...]`."""
+def over_groups(
+    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
+) -> PyTree:
+    """The block's measure for rows `[groups, ...]`, and inverses likewise."""
     if a.shape[0] == 1:
-        one = block.measure(a[0], None if g is None else g[0], use)
-        return jax.tree.map(lambda x: x[None], one)
-    return jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)
+        a, g, inverse = jax.tree.map(lambda x: x[0], (a, g, inverse))
+        return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, inverse))
+    return jax.vmap(lambda a, g, inverse: measure_rows(block, a, g, use, inverse))(a, g, inverse)
 
 
 def _output_shape(geometry: Geometry, a: jax.Array) -> tuple[int, ...]:
@@ -176,24 +213,23 @@ def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
     kept = positions if block.positions is None else min(positions, block.positions)
     patch = math.prod(geometry.window.size) * a.shape[-1] * a.dtype.itemsize
     needed = math.ceil(a.shape[0] * kept * patch / PATCH_BYTES)
-    return next(
-        n for n in range(max(1, min(needed, a.shape[0])), a.shape[0] + 1) if a.shape[0] % n == 0
-    )
+    return count_parts(a, needed)
 
 
 def _in_parts(
-    geometry: Geometry, block: Block, parts: int, a: jax.Array, g: jax.Array | None, use: Use
+    geometry: Geometry,
+    block: Block,
+    parts: int,
+    a: jax.Array,
+    g: jax.Array | None,
+    use: Use,
+    inverse: PyTree,
 ) -> PyTree:
-    def split(
-        x: jax.Array,
-    ) -> jax.Array:  # every parts-th example: a batch sharded over devices stays balanced
-        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
-
     def one(part: tuple) -> PyTree:
         a, g, weights = part
-        return _expanded(geometry, block, a, g, use._replace(weights=weights))
+        return _expanded(geometry, block, a, g, use._replace(weights=weights), inverse)
 
-    whole = jax.tree.map(split, (a, g, use.weights))
+    whole = jax.tree.map(lambda x: parts_first(x, parts), (a, g, use.weights))
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], whole))
     start = jax.tree.map(zeros_of_type, shapes)
     return jax.lax.scan(

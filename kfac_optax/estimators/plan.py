@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, Use
+from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
 
@@ -20,6 +20,8 @@ class Plan(NamedTuple):
       dtype: dtype of the statistics.
       axis_name: mapped axis over which the batch is split, or `None`.
       count: number of the step: random signs change with it.
+      inverses: what is held for each of the layers, `[copies, ...]`, where its block measures in
+        it; `None` for other layers, `()` where no block does.
     """
 
     layers: tuple[Layer, ...]
@@ -28,6 +30,24 @@ class Plan(NamedTuple):
     dtype: Any
     axis_name: Any = None
     count: Any = 0
+    inverses: tuple[PyTree, ...] = ()
+
+    def inverse(self, i: int) -> PyTree:
+        """What the block of layer `i` measures in, `[copies, ...]`, or `None`.
+
+        Raises:
+          ValueError: it is missing.
+        """
+        if not self.blocks[i].reads_inverse:
+            return None
+        inverse = self.inverses[i] if self.inverses else None
+        if inverse is None:
+            raise ValueError(
+                f"layer {self.layers[i].path!r}: block {self.blocks[i].name!r} measures in what is "
+                "held for the layer, but the plan has no inverse for it. Expected "
+                "`inverses=` with one entry for every layer: what `factorize` made, for each copy."
+            )
+        return inverse
 
 
 def of_first_moments(
@@ -69,6 +89,10 @@ class Setting(NamedTuple):
     found: dict[int, Layer]  # the layers as this trace found them, by position in the plan
     examples: int
     weights: jax.Array | None
+
+    def uses(self, i: int) -> int:
+        """How often layer `i` of the plan runs in this trace."""
+        return self.found[i].uses
 
     def use(self, plan: Plan, layer: Layer) -> Use:
         """What a block has to know of one of its layer's uses, without weights."""

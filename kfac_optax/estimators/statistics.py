@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._types import Block, Coupling, Layer, PyTree
+from kfac_optax._types import Coupling, Layer, PyTree
 from kfac_optax.capture.evaluate import (
     Measure,
+    Probe,
     Zeros,
     as_cotangent,
     evaluate,
@@ -23,7 +24,7 @@ from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.row_axes import stack_first, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.heads import Kind
-from kfac_optax.estimators.measure import row_weights, site_measure
+from kfac_optax.estimators.measure import measure_rows, row_weights, site_measure
 from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
 from kfac_optax.estimators.plan import Plan, Setting, set_up
 from kfac_optax.linalg.weighted_rows import finite_padding
@@ -36,10 +37,24 @@ class Pulled(NamedTuple):
     leaves: dict[str, jax.Array]
 
 
-# `(one measure per site, extra, names of leaves) -> (pull, heads)`, `pull(cotangents) -> Pulled`.
-Linearize = Callable[
-    [Sequence[Measure | None], PyTree, Sequence[str]], tuple[Callable[[Any], Pulled], Any]
-]
+class Asked(NamedTuple):
+    """What a pass through the model is to measure.
+
+    Attributes:
+      measures: one for every site, or `None`.
+      inverses: what each of them reads, `[*stack, groups, ...]`, or `None`.
+      extra: what all of them read.
+      names: of the leaves whose gradients are wanted too.
+    """
+
+    measures: Sequence[Measure | None]
+    inverses: Sequence[PyTree]
+    extra: PyTree
+    names: Sequence[str]
+
+
+# `asked -> (pull, heads)`, `pull(cotangents) -> Pulled`.
+Linearize = Callable[[Asked], tuple[Callable[[Any], Pulled], Any]]
 
 
 def linearize_now(
@@ -49,10 +64,11 @@ def linearize_now(
     pass.
     """
 
-    def linearize(measures: Sequence[Measure | None], extra: PyTree, names: Sequence[str]):
+    def linearize(asked: Asked):
+        measures, inverses, extra, names = asked
         zeros = [
-            None if m is None else make_zeros(s, m, extra)
-            for s, m in zip(traced.sites, measures, strict=True)
+            None if m is None else make_zeros(s, m, extra, inverse)
+            for s, m, inverse in zip(traced.sites, measures, inverses, strict=True)
         ]
         positions = {name: traced.names.index(name) for name in names}
 
@@ -60,7 +76,11 @@ def linearize_now(
             mine = list(inputs)
             for name, leaf in leaves.items():
                 mine[positions[name]] = leaf
-            flat = evaluate(traced.jaxpr, mine, traced.sites, measures, extra, zeros)
+            probes = [
+                None if z is None else Probe(z, inverse)
+                for z, inverse in zip(zeros, inverses, strict=True)
+            ]
+            flat = evaluate(traced.jaxpr, mine, traced.sites, measures, extra, probes)
             return outputs(jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat))
 
         _, pull, heads = jax.vjp(
@@ -71,7 +91,7 @@ def linearize_now(
     return linearize
 
 
-def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree) -> Zeros:
+def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
     """Keeps the rows themselves, for a forward pass that is shared before it is known what to
     measure.
     """
@@ -79,12 +99,14 @@ def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree) -> Zeros:
 
 
 def apply_to_rows(
-    site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree
+    site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree, inverse: PyTree
 ) -> Zeros:
     """The statistics of a site from its stored rows, as its probe would have measured them."""
-    for _ in range(len(site.scans) + site.stacked):
-        measure = jax.vmap(measure, in_axes=(0, 0, None))
-    measured = measure(*from_cotangent(site, rows), extra)
+    for _ in range(site.stacked):
+        measure = jax.vmap(measure, in_axes=(0, 0, None, 0))
+    for _, over_layers in reversed(site.scans):
+        measure = jax.vmap(measure, in_axes=(0, 0, None, 0 if over_layers else None))
+    measured = measure(*from_cotangent(site, rows), extra, inverse)
     loops = tuple(i for i, (_, over_layers) in enumerate(site.scans) if not over_layers)
     return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
 
@@ -101,7 +123,7 @@ def collect(
     """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or
     `None`).
 
-    A layer whose block takes rows in has `(statistic, columns)` there, the columns
+    A layer whose block absorbs has `(statistic, news)` there, columns among the news
     `[copies, pullbacks, ...]`.
 
     Args:
@@ -125,7 +147,12 @@ def collect(
             setting.use(plan, plan.layers[i]),
             weights,
             kind.gradients,
+            at_once=setting.uses(i) > 1,
         )
+        for site, i in zip(traced.sites, setting.owner, strict=True)
+    ]
+    inverses = [
+        None if i is None else _of_site(site, plan.inverse(i))
         for site, i in zip(traced.sites, setting.owner, strict=True)
     ]
     single = [layer for layer in plan.layers if layer.kind == "diagonal"]
@@ -136,7 +163,8 @@ def collect(
             "uncovered='pass', or another estimator."
         )
     with jax.named_scope("kfac/measure"):
-        pull, heads = linearize(measures, weights, [layer.kernel for layer in single])
+        names = [layer.kernel for layer in single]
+        pull, heads = linearize(Asked(measures, inverses, weights, names))
         cotangents = output_cotangents(heads)
 
         def one(k: Any) -> tuple[tuple[list[PyTree], PyTree], dict[int, PyTree]]:
@@ -144,7 +172,7 @@ def collect(
             blocks, across = _per_layer(plan, setting, pulled.sites)
             columns = {}
             for i, block in enumerate(plan.blocks):
-                if block.absorb is not None:
+                if block.absorb is not None and block.absorbs == "columns":
                     blocks[i], columns[i] = blocks[i]
             if not single:
                 return (blocks, across), columns
@@ -166,6 +194,11 @@ def collect(
         for i, mine in columns.items():
             blocks[i] = blocks[i], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), mine)
         return blocks, across
+
+
+def _of_site(site: Site, inverse: PyTree) -> PyTree:
+    """What is held for a layer, `[copies, ...]`, as its probe reads it, `[*stack, groups, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(*site.stack, -1, *x.shape[1:]), inverse)
 
 
 def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
@@ -201,11 +234,11 @@ def _per_layer(
         if owner is not None and zeros is not None:
             uses[owner].append(_arranged(plan.coupling, site, zeros))
     blocks, across = [], []
-    for layer, block, mine in zip(plan.layers, plan.blocks, uses, strict=True):
+    for i, (layer, mine) in enumerate(zip(plan.layers, uses, strict=True)):
         if not mine:
             blocks.append(None)
             continue
-        late = _late(plan, setting, layer, block, [m.rows for m in mine if m.rows is not None])
+        late = _late(plan, setting, i, [m.rows for m in mine if m.rows is not None])
         blocks.append(_sum([m.block for m in mine if m.block is not None] + late))
         if plan.coupling is not None and layer.coupled:
             across.append(_across(plan.coupling, setting, layer, mine))
@@ -235,18 +268,23 @@ def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
     )
 
 
-def _late(plan: Plan, setting: Setting, layer: Layer, block: Block, kept: list) -> list[PyTree]:
-    """Statistic of a layer from the rows of all its uses, one after another on the axis of
+def _late(plan: Plan, setting: Setting, i: int, kept: list) -> list[PyTree]:
+    """Statistic of layer `i` from the rows of all its uses, one after another on the axis of
     steps.
     """
     if not kept:
         return []
+    layer, block = plan.layers[i], plan.blocks[i]
     weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
     if weights is not None and g is not None:
         g = finite_padding(g, weights[..., None])
     use = setting.use(plan, layer)._replace(weights=weights)
-    return [jax.vmap(lambda a, g: block.measure(a, g, use))(a, g)]
+    return [
+        jax.vmap(lambda a, g, inverse: measure_rows(block, a, g, use, inverse))(
+            a, g, plan.inverse(i)
+        )
+    ]
 
 
 def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Measured]) -> PyTree:

@@ -1,10 +1,11 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, eva, fixed, foof, low_rank_presets
+from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_presets
 from kfac_optax.methods.record import Method, collect
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
+    ekfac.RECORDS,
     adaptive.RECORDS,
     low_rank_presets.RECORDS,
     foof.RECORDS,

@@ -81,7 +81,12 @@ def measure(
         spread = None
         if weights is not None:
             spread = jnp.broadcast_to(weights.reshape(-1, *(1,) * (len(lead) - 1)), lead)
-        part = case.block.measure(a, g, use._replace(weights=spread))
+        known = ()
+        if case.block.reads_inverse:
+            # in the basis that stands for nothing measured yet
+            start = case.block.init(*case.shape, dtype)
+            known = (case.block.factorize(start, jnp.ones((), dtype)),)
+        part = case.block.measure(a, g, use._replace(weights=spread), *known)
         parts.append(part if case.block.absorb is None else part[0])
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
 

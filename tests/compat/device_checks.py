@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kfac_optax as ko
+from kfac_optax.linalg import example_moments
 from tests import helpers as h
 
 DEVICES, EXAMPLES = 8, 16
@@ -366,6 +367,57 @@ def online():
         )
 
 
+def moments():
+    """Moments in an eigenbasis are means over all devices' examples: one row each, positions added
+    up first, a layer used twice; automatic axes, explicit ones and `shard_map`."""
+    keys = jax.random.split(jax.random.key(6), 5)
+    params = {"twice": jax.random.normal(keys[0], (4, 4)), "head": h.plain_params()["last"]}
+    x, weights = jax.random.normal(keys[1], (EXAMPLES, 3, 4)), _data()[2]
+
+    def predict(params, x, weights):
+        for _ in range(2):
+            x = jnp.tanh(h.dense(x, params["twice"]))
+        x = jnp.tanh(h.dense(x, params["head"]["w"], params["head"]["b"])).sum(1)
+        return ko.Categorical(x, weights=weights)
+
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, x, weights)
+
+    def step(axis_name, refresh):
+        tx = ko.ekfac(layers, learning_rate=0.1, damping=0.05, axis_name=axis_name)
+        return _step(tx, estimator, refresh=refresh)
+
+    state = jax.jit(ko.ekfac(layers, learning_rate=0.1).init)(params)
+    _, state = jax.device_get(step(None, True)(params, state, x, weights))
+    expected = jax.device_get(step(None, False)(params, state, x, weights))
+    (core,) = [s for s in jax.tree.leaves(expected[1], is_leaf=_has_inverses) if _has_inverses(s)]
+    for inverse in core.inverses.values():
+        np.testing.assert_array_equal(inverse.measured, 1)
+        product = inverse.inputs.values[:, :, None] * inverse.outputs.values[:, None]
+        assert np.abs(inverse.moments - product).max() > 0.05 * product.max()
+
+    auto = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P(), P(), P("data"), P("data"))
+    example_moments.ENTRIES = 1  # products of one example at a time
+    for check in (False, True):
+        sharded = jax.shard_map(
+            step("data", False), mesh=auto, in_specs=specs, out_specs=P(), check_vma=check
+        )
+        _same(jax.jit(sharded)(params, state, x, weights), expected)
+    batch = jax.device_put((x, weights), NamedSharding(auto, P("data")))
+    _same(step(None, False)(params, state, *batch), expected)
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",))):
+        params, state = jax.device_put((params, state), P())
+        batch = jax.device_put((x, weights), P("data"))
+        got = step(None, False)(params, state, *batch)
+        _same(got, expected)
+        h.assert_same_types(got[1], state)
+
+
+def _has_inverses(node):
+    return hasattr(node, "inverses")
+
+
 def _wide(params, x):
     return ko.Normal(h.dense(x, params["w"]))
 
@@ -568,6 +620,7 @@ CHECKS = {
         shard_map_adaptive,
         online,
         means,
+        moments,
     )
 }
 

@@ -9,25 +9,8 @@ import optax
 import pytest
 
 import kfac_optax as ko
-from kfac_optax._tree import gather, make_buckets, named_leaves, replace_leaves, scatter
 from tests import oracles
 from tests.layers.gradients import x64_params
-
-
-def dense_block(estimator, params, args, layer):
-    """The curvature's diagonal block of one layer, in canonical order, column by column."""
-    leaves, (bucket,) = named_leaves(params), make_buckets([layer])
-    p, q = layer.shape
-    zeros = {name: jnp.zeros_like(x) for name, x in leaves.items()}
-
-    @jax.jit
-    def column(k):
-        v = jnp.zeros((layer.copies * p * q,)).at[k].set(1.0).reshape(layer.copies, p, q)
-        vector = replace_leaves(params, zeros | scatter(bucket, v, leaves))
-        product = named_leaves(estimator.vector_product(params, vector, *args))
-        return gather(bucket, product, jnp.float64).ravel()
-
-    return np.stack([column(k) for k in range(layer.copies * p * q)])
 
 
 def block_matrix(block, statistic, layer):
@@ -52,7 +35,7 @@ def assert_exact(predict, params, *args, block=None, exact=True):
     for layer, chosen, statistic in found.values():
         assert layer.copies == 1
         one = jax.tree.map(lambda x: x[0], statistic)
-        dense = dense_block(estimator, params, args, layer)
+        dense = oracles.dense_block(estimator, params, args, layer)
         errors.append(np.abs(block_matrix(chosen, one, layer) - dense).max() / np.abs(dense).max())
     assert (max(errors) < 1e-8) == exact, errors
 
@@ -117,7 +100,7 @@ def test_scale_and_shift_have_the_exact_blocks_of_their_channels(x64):
     params = x64_params(lambda key, x: model.init(key, x)["params"], x)
     estimator = ko.ggn(lambda p, x: ko.Categorical(model.apply({"params": p}, x).sum(1)))
     layer, block, statistic = measured(estimator, params, x)[0]["layers_1"]
-    dense = dense_block(estimator, params, (x,), layer).reshape(2, 3, 2, 3)
+    dense = oracles.dense_block(estimator, params, (x,), layer).reshape(2, 3, 2, 3)
     got = block_matrix(block, statistic[0], layer).reshape(2, 3, 2, 3)
     for c in range(3):
         np.testing.assert_allclose(got[:, c, :, c], dense[:, c, :, c], rtol=1e-8)

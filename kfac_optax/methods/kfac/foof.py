@@ -105,6 +105,8 @@ def _numbers(sizes: Sizes) -> int:
     return 2 * sizes.p**2
 
 
+_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
+
 RECORDS = (
     Method(
         name="foof",
@@ -118,9 +120,7 @@ RECORDS = (
         state_text="2 p²",
         cost=("O(p³)", "O(p² q)"),
         test="tests/blocks/test_foof.py::test_it_is_kfac_with_the_identity_for_outputs",
-        build=lambda layers, **options: foof(
-            layers, **(dict(damping=0.05, curvature_every=2, inverse_every=3) | options)
-        ),
+        build=lambda layers, **options: foof(layers, **(_SHORT | options)),
         block_of=lambda layer: foof_block(),
     ),
 )

@@ -1,0 +1,40 @@
+"""A batch in parts, where what is computed of all examples at once would not fit."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def count_parts(x: Float[Array, "n ..."], least: int) -> int:
+    """In how many equal parts examples on axis 0 are taken: at least `least` where there are as
+    many.
+
+    Where that axis is sharded over explicit mesh axes, every part has examples of every device.
+
+    >>> print(count_parts(jnp.ones((6, 2)), 1), count_parts(jnp.ones((6, 2)), 4))
+    1 6
+    """
+    n = x.shape[0] // _shards(x)
+    return next(k for k in range(max(1, min(least, n)), n + 1) if n % k == 0)
+
+
+def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m ..."]:
+    """Every `parts`-th example in a part: a batch sharded over devices stays balanced.
+
+    >>> print(parts_first(jnp.arange(4), 2))
+    [[0 2]
+     [1 3]]
+    """
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+
+def _shards(x: Array) -> int:
+    """Over how many devices axis 0 is divided, as far as the type says so."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[0] if len(sharding.spec) else None
+    if names is None:
+        return 1
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names)

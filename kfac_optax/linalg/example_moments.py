@@ -1,0 +1,56 @@
+"""Second moments of the entries of per-example products `a_b^T g_b`, which are never all formed."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._tree import zeros_of_type
+from kfac_optax.linalg.batch_parts import count_parts, parts_first
+from kfac_optax.linalg.gram import gram
+
+# Products of a whole batch may be many times its size: above this many entries they are formed for
+# a part of the examples at a time.
+ENTRIES = 1 << 25
+
+
+def example_moments(
+    a: Float[Array, "n *rows p"],
+    g: Float[Array, "n *rows q"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
+    entries: int | None = None,
+) -> Float[Array, "p q"]:
+    """`sum_b (sum_r a_br g_br^T)^2`, entry by entry: rows of an example are added up before squaring.
+
+    With one row per example the square of the product is the product of squares, one matmul.
+    Otherwise the `[p, q]` products of as many examples are formed at a time as stay below `entries`.
+
+    Args:
+      a: left rows.
+      g: right rows.
+      precision: of the matmuls.
+      entries: how many entries of products exist at a time; `None` for `ENTRIES`.
+
+    >>> a, g = jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [-1.0]]])
+    >>> print(example_moments(a, g), example_moments(a[:, 0], g[:, 0]))
+    [[1.]] [[9.]]
+    """
+    n, p, q = a.shape[0], a.shape[-1], g.shape[-1]
+    a, g = (x.reshape(n, -1, x.shape[-1]) for x in (a, g))
+    if a.shape[1] == 1:
+        return gram(jnp.square(a), jnp.square(g), precision=precision)
+
+    def squares(a: Array, g: Array) -> Array:
+        products = jax.lax.dot_general(a, g, (((1,), (1,)), ((0,), (0,))), precision=precision)
+        return jnp.sum(jnp.square(products), 0)
+
+    parts = count_parts(a, -(-n * p * q // (entries or ENTRIES)))
+    if parts == 1:
+        return squares(a, g)
+
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + squares(*part), None
+
+    split = parts_first(a, parts), parts_first(g, parts)
+    one = jax.eval_shape(squares, *(x[0] for x in split))
+    return jax.lax.scan(add, zeros_of_type(one), split)[0]

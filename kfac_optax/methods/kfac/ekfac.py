@@ -1,0 +1,141 @@
+"""Eigenvalue-corrected K-FAC as a preset."""
+
+from typing import Any
+
+import optax
+
+from kfac_optax._types import Block, Coupling, Layer, Layers, ScalarOrSchedule
+from kfac_optax.blocks.ekfac import ekfac_block
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.engine.choice import BlockOf, blocks_of
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.record import Method, Sizes
+
+
+def ekfac(
+    layers: Layers,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    damping: ScalarOrSchedule = 1e-3,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    bound: str = "damped",
+    momentum: float = 0.9,
+    decay: ScalarOrSchedule = 0.95,
+    curvature_every: ScalarOrSchedule = 10,
+    inverse_every: ScalarOrSchedule = 100,
+    stagger: int | None = None,
+    uncovered: str = "pass",
+    normalization: str = "unitwise",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+    precision: Any = "highest",
+    coupling: Coupling | None = None,
+    balance: str = "sum",
+) -> optax.GradientTransformationExtraArgs:
+    """EKFAC: K-FAC with the true second moments of the gradient in its eigenbasis.
+
+    `U = U_A [(U_A^T V U_G) / (S + damping)] U_G^T` per layer, with `S` the mean over examples of
+    the squared gradient in the eigenbasis of `A (x) G`, see `ekfac_block`. The basis is that of the
+    last refresh, every `inverse_every` steps; `S` follows with every statistic, at the cost of
+    matmuls only, so statistics may be more frequent than with `kfac`, and have to be more frequent
+    than refreshes. A layer without rows of examples (see the coverage table) gets the block of
+    `kfac`, as do embeddings and normalisation layers.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      learning_rate: KL-clip's rate, as for `kfac`.
+      damping: Tikhonov damping, exact.
+      kl_clip: bound on the squared Fisher norm of a step; `None` for none.
+      bound: `"damped"` (KL-clip) or `"exact"`, as for `kfac`.
+      momentum: of the transformation that follows; `bound="exact"` counts it.
+      decay: bound of the averaging weights of factors and moments.
+      curvature_every: period of the statistics, moments among them.
+      inverse_every: period of the eigenbases.
+      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
+      uncovered: parameters without a block: `"pass"`, `"graft"`, `"diagonal"` or `"raise"`, as for
+        `kfac`.
+      normalization: scale and shift of normalisation layers: `"unitwise"`, `"diagonal"` or
+        `"pass"`.
+      axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
+      precision: matmul precision of factor products, moments and solves.
+      coupling: what layers tell each other: `coarse_correction()` or `deflated()`.
+      balance: of a coupling, as for `kfac`.
+
+    Returns:
+      A transformation, to be chained with the optimizer that takes the step, as `kfac`.
+
+    Raises:
+      ValueError: a hyperparameter out of range, or KL-clip without a rate.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = ekfac(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print(updates.ravel())
+    [1. 1.]
+
+    Reference: George, Laurent, Bouthillier, Ballas & Vincent, Fast Approximate Natural Gradient
+      Descent in a Kronecker-factored Eigenbasis (2018).
+    """
+    return kfac(
+        layers,
+        learning_rate=learning_rate,
+        damping=damping,
+        kl_clip=kl_clip,
+        bound=bound,
+        momentum=momentum,
+        decay=decay,
+        curvature_every=curvature_every,
+        inverse_every=inverse_every,
+        stagger=stagger,
+        uncovered=uncovered,
+        # the blocks know already; `"pass"` takes layers out
+        normalization="pass" if normalization == "pass" else "unitwise",
+        axis_name=axis_name,
+        factor_dtype=factor_dtype,
+        precision=precision,
+        block=_corrected_blocks(normalization, precision),
+        coupling=coupling,
+        balance=balance,
+    )
+
+
+def _corrected_blocks(normalization: str, precision: Any) -> BlockOf:
+    """`ekfac_block` for layers whose gradient is known for every example; else what `kfac` takes."""
+    corrected, plain = ekfac_block(precision=precision), kronecker(precision=precision)
+    blocks = blocks_of(corrected, normalization=normalization, precision=precision)
+
+    def block_of(layer: Layer) -> Block:
+        block = blocks(layer)
+        return plain if block is corrected and not layer.per_example else block
+
+    return block_of
+
+
+def _numbers(sizes: Sizes) -> int:
+    p, q = sizes.p, sizes.q
+    # factors; their eigendecompositions, the moments in that basis and their count
+    return 2 * (p * p + q * q) + p + q + p * q + 1
+
+
+_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
+
+RECORDS = (
+    Method(
+        name="ekfac",
+        kind="preconditioner",
+        summary="K-FAC's eigenbasis with the true second moments of the gradient in it, moved by "
+        "every statistic",
+        paper="George, Laurent, Bouthillier, Ballas & Vincent (2018)",
+        equation="U = U_A [(U_Aᵀ V U_G) / (S + λ)] U_Gᵀ, S = E[(U_Aᵀ a gᵀ U_G)²]",
+        needs=frozenset({"gradient", "curvature"}),
+        state=_numbers,
+        state_text="2 (p² + q²) + p q + p + q + 1",
+        cost=("O(d³)", "O(d³)"),
+        test="tests/blocks/test_ekfac.py::test_every_way_to_use_a_layer",
+        build=lambda layers, **options: ekfac(layers, **(_SHORT | options)),
+        block_of=lambda layer: ekfac_block(),
+    ),
+)
