@@ -19,7 +19,21 @@ Held = dict[str, dict[str, Any]]  # by group, then by axis
 
 def no_counts() -> GradientCounts:
     """All zero; a new array each, as a buffer that occurs twice cannot be donated."""
-    return GradientCounts(*(jnp.zeros((), jnp.int32) for _ in GradientCounts._fields))
+    return GradientCounts(_zero(), _zero(), _zero(), _zero(), _zero())
+
+
+def placeholders() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """In place of the four trees of a state where there is no parameter."""
+    return (_zero(), _zero(), _zero(), _zero())
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def replace_all(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+    """A tree of the same structure with other leaves, in tree order, whatever their dtypes."""
+    return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
 
 
 def state_dtype(leaves: Mapping[str, Any]) -> Any:

@@ -1,6 +1,5 @@
 """Shampoo: every axis of a tensor preconditioned by the root of its own second moment."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from kfac_optax.methods.gradient.axes import (
     scatter,
     statistic,
 )
-from kfac_optax.step_rules._per_layer import norms
+from kfac_optax.methods.gradient.length import no_longer_than_fresh
 from kfac_optax.step_rules.graft import exchange_norms
 
 _GRAFTS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -141,8 +140,7 @@ def scale_by_shampoo(
     def init(params: PyTree) -> ShampooState:
         given = start_checked(**hyper)
         if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
-            blank = [jnp.zeros((), jnp.int32) for _ in range(4)]
-            return ShampooState(gate.no_counts(), *blank, given)
+            return ShampooState(gate.no_counts(), *gate.placeholders(), given=given)
         leaves = named_leaves(params)
         groups = make_groups(where, leaves, rules)
         dtype = gate.state_dtype(leaves)
@@ -152,7 +150,7 @@ def scale_by_shampoo(
         state_of_graft: PyTree = ()
         if lengths is not None:
             wide = {n: x.astype(dtype) for n, x in leaves.items()}
-            state_of_graft = lengths.init(replace_all(params, wide))
+            state_of_graft = lengths.init(gate.replace_all(params, wide))
         factors = {group.name: _no_factors(group, dtype) for group in groups}
         inverses = {group.name: _identities(group, dtype) for group in groups}
         return ShampooState(gate.no_counts(), factors, inverses, trace, state_of_graft, given)
@@ -192,12 +190,12 @@ def scale_by_shampoo(
                     group, tensors, factors, inverses, jnp.asarray(now["ridge"], dtype), root
                 )
                 if root is None:
-                    u = _no_longer_than_fresh(group, u, weights[1])
+                    u = no_longer_than_fresh(group, u, weights[1])
                 new_leaves |= scatter(group, u)
         state_of_graft = state.graft
         if lengths is not None:
             wanted, after_it = lengths.update(
-                replace_all(updates, clean), state.graft, params, **extra
+                gate.replace_all(updates, clean), state.graft, params, **extra
             )
             grafted = exchange_norms(new_leaves, dict(named_leaves(wanted)))
             new_leaves = named_leaves(grafted)
@@ -214,11 +212,6 @@ def scale_by_shampoo(
         return out, ShampooState(counts, factors, inverses, trace, state_of_graft, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def replace_all(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
-    """A tree of the same structure with other leaves, in tree order, whatever their dtypes."""
-    return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
 
 
 def _graft_of(where: str, graft: Any) -> optax.GradientTransformationExtraArgs | None:
@@ -303,21 +296,3 @@ def _preconditioned(
             matrices = jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)
         u = along(u, i, matrices)
     return u
-
-
-def _no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.Array:
-    """Updates cut to the length that roots of this step's statistics could give at most.
-
-    `H_i >= w mat_i(G) mat_i(G)^T` bounds `||U||^2` by `(r_1 ... r_k)^(1/k) / w`, `r_i` the largest
-    rank of `mat_i(G)`, and `n_i` times that where only the diagonal is kept. A root made before
-    knows nothing of directions that came later, and would blow them up by that of the ridge.
-    """
-    entries, bound = math.prod(group.block), 1.0
-    for n, kind in zip(group.block, group.kinds, strict=True):
-        rank = min(n, entries // n) * (1 if kind == FULL else n)
-        bound *= rank ** (1 / len(group.block))
-    largest = jnp.sqrt(bound / weight)
-    size = norms(u.reshape(group.copies, 1, -1))
-    usable = jnp.isfinite(size) & (size > 0)
-    scale = jnp.where(usable, jnp.minimum(largest / jnp.where(usable, size, 1), 1), 1)
-    return u * scale.reshape(-1, *[1] * len(group.block))

@@ -122,8 +122,7 @@ def scale_by_soap(
     def init(params: PyTree) -> SoapState:
         given = start_checked(**hyper)
         if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
-            blank = [jnp.zeros((), jnp.int32) for _ in range(4)]
-            return SoapState(gate.no_counts(), *blank, given)
+            return SoapState(gate.no_counts(), *gate.placeholders(), given=given)
         leaves = named_leaves(params)
         groups = make_groups(where, leaves, rules)
         dtype = gate.state_dtype(leaves)
