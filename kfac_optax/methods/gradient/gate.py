@@ -11,7 +11,7 @@ from kfac_optax._tree import all_finite, named_leaves, replace_leaves, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, checked
 from kfac_optax.engine.state import GradientCounts
-from kfac_optax.methods.gradient.axes import Group
+from kfac_optax.methods.gradient.axes import Group, gather, scatter
 from kfac_optax.step_rules._per_layer import within
 
 Held = dict[str, dict[str, Any]]  # by group, then by axis
@@ -73,6 +73,33 @@ def cleaned(updates: PyTree, dtype: Any) -> tuple[dict[str, jax.Array], jax.Arra
     leaves = named_leaves(updates)
     finite = all_finite(leaves)
     return {n: jnp.where(finite, x, 0).astype(dtype) for n, x in leaves.items()}, finite
+
+
+def cleaned_tensors(
+    groups: tuple[Group, ...], leaves: Mapping[str, jax.Array], dtype: Any
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Tensors by group in the dtype of the state, zero where not all are finite; whether they are.
+
+    Asked of stacked tensors: a number that depends on all leaves of a deep net and changes each
+    takes long to compile.
+    """
+    wide = {n: x.astype(dtype) for n, x in leaves.items()}
+    tensors = {group.name: gather(group, wide) for group in groups}
+    finite = all_finite(tensors)
+    return {n: jnp.where(finite, x, 0) for n, x in tensors.items()}, finite
+
+
+def passed_on_tensors(
+    updates: PyTree, groups: tuple[Group, ...], new: Mapping[str, jax.Array], finite: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """As `passed_on`, of tensors by group; leaves without entries stay as they are."""
+    leaves = named_leaves(updates)
+    good = finite & all_finite(new)
+    cast: dict[str, jax.Array] = {}
+    for group in groups:
+        whole = jnp.where(good, new[group.name], 0)
+        cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole).items()}
+    return replace_leaves(updates, cast), good
 
 
 def checked_all(

@@ -21,9 +21,7 @@ from kfac_optax.methods.gradient.axes import (
     Rules,
     along,
     check_rules,
-    gather,
     make_groups,
-    scatter,
     statistic,
 )
 
@@ -142,12 +140,10 @@ def scale_by_soap(
         groups = make_groups(where, leaves, rules)
         gate.check_groups(where, groups, state.mu)
         dtype = gate.dtype_of(state.mu)
-        clean, finite = gate.cleaned(updates, dtype)
+        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
         count = state.counts.gradient_count
         now, given = gate.checked_all(state.given, count, **hyper)
-        tensors = {group.name: gather(group, clean) for group in groups}
-        new_leaves = {n: x for n, x in clean.items() if not x.size}
-        mu, nu = {}, {}
+        mu, nu, new_tensors = {}, {}, {}
         with jax.named_scope("soap/adam"):
             b1, b2, eps = (jnp.asarray(now[n], dtype) for n in ("b1", "b2", "eps"))
             for group in groups:
@@ -161,9 +157,9 @@ def scale_by_soap(
                 mu[name], nu[name] = select(t > 0, (mean, square), old)
                 turned_mean = _rotated(group, mu[name], q, back=False)
                 u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
-                new_leaves |= scatter(group, _rotated(group, u, q, back=True))
+                new_tensors[name] = _rotated(group, u, q, back=True)
         # squares that overflow would stay for ever
-        out, good = gate.passed_on(updates, new_leaves, finite & all_finite(nu))
+        out, good = gate.passed_on_tensors(updates, groups, new_tensors, finite & all_finite(nu))
         mu, nu = select(good, (mu, nu), (state.mu, state.nu))
         with jax.named_scope("soap/statistics"):
             weights = gate.averaged(now["decay"], count + 1, dtype)
