@@ -26,6 +26,9 @@ from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.methods.catalogue import CATALOGUE
+from kfac_optax.methods.gradient.presets import shampoo, soap
+from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
+from kfac_optax.methods.gradient.soap import scale_by_soap
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
@@ -114,6 +117,10 @@ __all__ = [
     "refresh_period",
     "rs_kfac",
     "scale_by_curvature",
+    "scale_by_shampoo",
+    "scale_by_soap",
+    "shampoo",
+    "soap",
     "solve_model",
     "sua",
     "tap_conv",

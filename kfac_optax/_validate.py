@@ -76,6 +76,11 @@ LEGAL = {
     "max_rms": Legal(1.0, above=0),
     "weight_decay": Legal(0.0, at_least=0),
     "steps": Legal(0.0, at_least=0),
+    "ridge": Legal(1e-6, at_least=0),
+    "momentum": Legal(0.9, at_least=0, at_most=1),
+    "b1": Legal(0.9, at_least=0, at_most=1),
+    "b2": Legal(0.999, at_least=0, at_most=1),
+    "eps": Legal(1e-8, at_least=0),
 }
 
 

@@ -41,6 +41,16 @@ class CurvatureState(NamedTuple):
     given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
+class GradientCounts(NamedTuple):
+    """What a preconditioner that sees gradients alone has counted, each `shape=(), dtype=int32`."""
+
+    gradient_count: Any  # gradients whose update was finite; periods and schedules follow it
+    skipped_gradients: Any  # gradients that were not finite: nothing changed, the update was zero
+    skipped_statistics: Any  # products of finite gradients that were not finite, and were dropped
+    failed_inverses: Any  # factorisations that failed; the last good one was kept
+    non_finite_updates: Any  # updates of finite gradients that were not finite, and became zero
+
+
 class Step(NamedTuple):
     """What the parts of one update share."""
 

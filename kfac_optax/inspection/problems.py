@@ -4,7 +4,7 @@ import jax
 
 from kfac_optax._types import PyTree
 from kfac_optax._validate import Checked
-from kfac_optax.engine.state import CurvatureState, find_states
+from kfac_optax.engine.state import CurvatureState, GradientCounts, find_states
 from kfac_optax.step_rules.damping import DampingState
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
@@ -16,6 +16,23 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "{} updates were not finite and became zero: look for NaN or Inf in gradients or "
             "parameters, and whether the loss "
             "is scaled by far too much."
+        ),
+    },
+    GradientCounts: {
+        "skipped_gradients": (
+            "{} gradients were not finite and left out, with an update of zero: look for "
+            "NaN or Inf in the batches or the model."
+        ),
+        "skipped_statistics": (
+            "{} statistics of finite gradients were not finite and dropped: squares of the "
+            "gradient overflow, so scale the loss down."
+        ),
+        "failed_inverses": (
+            "{} roots or bases failed and the last good ones were kept: raise the ridge."
+        ),
+        "non_finite_updates": (
+            "{} updates of finite gradients were not finite and became zero: look at the scale of "
+            "the loss."
         ),
     },
     QuadraticState: {

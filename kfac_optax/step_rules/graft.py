@@ -61,15 +61,21 @@ def graft_norm(
         direction, inner = direction_of.update(updates, state.preconditioner, params, **extra)
         lengths, graft = length_of.update(updates, state.graft, params, **extra)
 
-        def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-            norm, wanted = (norms(x) for x in (s, q))
-            # of many large entries; NaN stays
-            wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)
-            ratio = wanted / jnp.where(norm > 0, norm, 1)
-            return s * ratio[:, None, None], ratio
-
-        with jax.named_scope("kfac/graft_norm"):
-            grafted, _ = map_layers(exchange, direction, lengths, layers=layers)
-        return grafted, GraftState(inner, graft)
+        return exchange_norms(direction, lengths, layers), GraftState(inner, graft)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def exchange_norms(direction: PyTree, lengths: PyTree, layers: Layers | None = None) -> PyTree:
+    """`S_i ||Q_i|| / ||S_i||`, layer by layer, see `graft_norm`."""
+
+    def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        norm, wanted = (norms(x) for x in (s, q))
+        # of many large entries; NaN stays
+        wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)
+        ratio = wanted / jnp.where(norm > 0, norm, 1)
+        return s * ratio[:, None, None], ratio
+
+    with jax.named_scope("kfac/graft_norm"):
+        grafted, _ = map_layers(exchange, direction, lengths, layers=layers)
+    return grafted

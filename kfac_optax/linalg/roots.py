@@ -1,0 +1,143 @@
+"""Inverse p-th roots of symmetric positive semi-definite matrices, for every integer p."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Numeric
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
+
+METHODS = ("eigh", "newton")
+_ITERATIONS = 100
+_FAILED = 0.1  # a residual above this is no root
+_GROWTH = 1.2  # rounding has taken over where the residual grows by more
+_SQUARINGS = 6
+
+
+def inverse_root(
+    matrix: Float[Array, "n n"], p: int, *, ridge: Numeric = 1e-6, method: str = "eigh"
+) -> Float[Array, "n n"]:
+    """`(M + ridge lambda_max I)^(-1/p)` of a symmetric PSD matrix.
+
+    A matrix of zeros has the root zero. What is singular to working precision although the ridge
+    was added has no part in the result (pseudo-inverse, `"eigh"` alone).
+
+    Args:
+      matrix: one matrix, `[n, n]`; batches by `jax.vmap`. Narrower than float32 is widened to that.
+      p: a positive integer.
+      ridge: relative to the largest eigenvalue, not negative. Newton's iteration takes it relative
+        to an upper bound of that, at most a factor `n^(1/128)` off, and no less than rounding.
+      method: `"eigh"`, one eigendecomposition; or `"newton"`, the coupled iteration, products of
+        matrices alone, for condition numbers up to about a millionth of the inverse rounding.
+
+    Returns:
+      The root, symmetric, in float32 or wider. NaN where the matrix has an entry that is not finite
+      or where Newton's iteration did not converge.
+
+    Raises:
+      ValueError: `p` is no positive integer, `ridge` is negative or `method` is unknown.
+
+    >>> print(inverse_root(jnp.diag(jnp.array([16.0, 81.0])), 4, ridge=0.0).round(4))
+    [[0.5    0.    ]
+     [0.     0.3333]]
+
+    References: Guo & Higham, A Schur-Newton Method for the Matrix p-th Root and its Inverse (2006);
+      Anil, Gupta, Koren, Regan & Singer, Scalable Second Order Optimization for Deep Learning
+      (2020), for the iteration.
+    """
+    check_choice("inverse_root", "method", method, METHODS)
+    check_number("inverse_root", "ridge", ridge, at_least=0)
+    if not isinstance(p, int) or p < 1:
+        raise ValueError(f"inverse_root: p={p!r}; expected a positive integer.")
+    matrix = symmetrize(jnp.asarray(matrix, jnp.promote_types(matrix.dtype, jnp.float32)))
+    exponent = _exponent(matrix)
+    scaled = jnp.ldexp(matrix, -exponent)
+    root = (_by_eigh if method == "eigh" else _by_newton)(scaled, p, ridge)
+    return symmetrize(root) * jnp.exp2(-exponent.astype(matrix.dtype) / p)
+
+
+def inverse_root_of_values(
+    values: Float[Array, " n"], p: int, *, ridge: Numeric = 1e-6
+) -> Float[Array, " n"]:
+    """`(d + ridge max(d))^(-1/p)` of a diagonal matrix, zero where that is no positive number.
+
+    >>> print(inverse_root_of_values(jnp.array([16.0, 0.0]), 4, ridge=0.0))
+    [0.5 0. ]
+    """
+    values = jnp.maximum(values, 0)
+    total = values + jnp.asarray(ridge, values.dtype) * jnp.max(values, initial=0)
+    return _power(total, total > 0, p)
+
+
+def _exponent(matrix: Array) -> Array:
+    """Power of two near the largest entry; zero where there is none or it is not finite."""
+    largest = jnp.max(jnp.abs(matrix), initial=0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+
+
+def _power(total: Array, known: Array, p: int) -> Array:
+    return jnp.where(known, jnp.where(known, total, 1) ** (-1 / p), jnp.where(total > 0, 0, total))
+
+
+def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
+    vectors, values = psd_eigh(matrix)
+    largest = values[-1]
+    total = values + jnp.asarray(ridge, values.dtype) * largest
+    known = (total >= at_least_rounding(jnp.zeros_like(largest), largest)) & (total > 0)
+    scaled = vectors * _power(total, known, p)
+    return jnp.matmul(scaled, vectors.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _largest(matrix: Array) -> Array:
+    """`||M^(2^m)||^(1/2^m)`, Frobenius norm: an upper bound of the largest eigenvalue."""
+    bound = jnp.ones((), matrix.dtype)
+    weight = 1.0
+    for _ in range(_SQUARINGS):
+        norm = jnp.linalg.norm(matrix)
+        bound = bound * norm**weight
+        matrix = matrix / jnp.where(norm == 0, 1, norm)
+        matrix = jnp.matmul(matrix, matrix, precision=jax.lax.Precision.HIGHEST)
+        weight /= 2
+    return bound * jnp.linalg.norm(matrix) ** weight
+
+
+def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
+    """`M <- T^p M`, `X <- X T` with `T = ((1 + p) I - M) / p`, from `M = c A` and `X = c^(1/p) I`.
+
+    The step before is kept where rounding makes the residual grow.
+    """
+    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    bound = _largest(matrix)
+    zero = bound == 0
+    shift = at_least_rounding(jnp.asarray(ridge, matrix.dtype) * bound, bound)
+    shifted = jnp.where(zero, identity, matrix + shift * identity)
+    c = (1 + p) / (2 * jnp.where(zero, 1, bound + shift))
+    tolerance = 32 * jnp.finfo(matrix.dtype).eps
+
+    def residual(m: Array) -> Array:
+        return jnp.max(jnp.abs(m - identity))
+
+    def goes_on(carry: tuple) -> Array:
+        i, _, _, error, grows = carry
+        return (i < _ITERATIONS) & (error > tolerance) & ~grows
+
+    def step(carry: tuple) -> tuple:
+        i, m, x, error, _ = carry
+        with jax.default_matmul_precision("highest"):
+            t = ((1 + p) * identity - m) / p
+            new_m = symmetrize(jnp.linalg.matrix_power(t, p) @ m)
+            new_x = x @ t
+        new_error = residual(new_m)
+        grows = new_error > _GROWTH * error
+        kept = jnp.where(grows, x, new_x)
+        return i + 1, new_m, kept, jnp.where(grows, error, new_error), grows
+
+    start = c * shifted
+    first = (jnp.int32(0), start, c ** (1 / p) * identity, residual(start), jnp.bool_(False))
+    _, _, root, error, _ = jax.lax.while_loop(goes_on, step, first)
+    good = error <= _FAILED
+    return jnp.where(zero, 0, jnp.where(good, root, math.nan))

@@ -1,0 +1,248 @@
+"""How leaves are seen as tensors: axes merged, split or left alone, equal shapes stacked."""
+
+import math
+import string
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._validate import check_choice
+
+FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
+_MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Rules(NamedTuple):
+    """What becomes of the axes of a leaf, see `scale_by_shampoo`."""
+
+    max_dim: int
+    merge: int
+    long_axes: str
+    vectors: str
+    stacked: Callable[[str], int] | None
+
+
+class View(NamedTuple):
+    """A leaf as `copies` tensors with the axes `axes`, each axis cut into `pieces` of `block`."""
+
+    name: str
+    shape: tuple[int, ...]
+    copies: int
+    axes: tuple[int, ...]
+    pieces: tuple[int, ...]
+    block: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors of this leaf."""
+        return self.copies * math.prod(self.pieces)
+
+
+class Group(NamedTuple):
+    """Leaves whose tensors have one shape and are handled by one batched call."""
+
+    name: str
+    views: tuple[View, ...]
+    block: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+    @property
+    def copies(self) -> int:
+        """Number of tensors of all leaves."""
+        return sum(view.tensors for view in self.views)
+
+    def axes_of(self, kind: str) -> tuple[int, ...]:
+        """The axes of one kind."""
+        return tuple(i for i, mine in enumerate(self.kinds) if mine == kind)
+
+
+def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> Rules:
+    """The rules as they are.
+
+    Raises:
+      TypeError: a size is no Python integer.
+      ValueError: a size is negative, or a word is unknown.
+    """
+    for name, least in (("max_dim", 1), ("merge", 1)):
+        value = getattr(rules, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(
+                f"{where}: {name} is {value!r}; expected a Python int, as shapes depend on it. With "
+                f'optax.inject_hyperparams name it in static_args=("{name}",).'
+            )
+        if value < least:
+            raise ValueError(f"{where}: {name}={value!r}; expected {name} >= {least}.")
+    check_choice(where, "long_axes", rules.long_axes, long_axes)
+    check_choice(where, "vectors", rules.vectors, vectors)
+    return rules
+
+
+def check_real(where: str, leaves: Mapping[str, Any]) -> None:
+    """Raises where a leaf has no real floating dtype.
+
+    Raises:
+      TypeError: names the leaf.
+    """
+    for name, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{where}: leaf {name!r} has dtype {leaf.dtype}; expected real floating numbers. "
+                "Take it out with optax.masked or optax.partition, or split a complex parameter "
+                "into real and imaginary part (optax.contrib.split_real_and_imaginary)."
+            )
+
+
+def merged(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """Axes of length one dropped, neighbours merged from the left while their product is at most
+    `limit` and two axes are left.
+
+    >>> print(merged((3, 3, 8, 16), 16), merged((4, 4), 16), merged((1, 5), 16), merged((), 16))
+    (9, 8, 16) (4, 4) (5,) (1,)
+    """
+    axes = [n for n in shape if n != 1] or [1]
+    out = axes[:1]
+    for i, n in enumerate(axes[1:], start=2):
+        left = len(axes) - i
+        if out[-1] * n <= limit and len(out) + left >= 2:
+            out[-1] *= n
+        else:
+            out.append(n)
+    return tuple(out)
+
+
+def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View:
+    """How one leaf is seen.
+
+    Raises:
+      ValueError: `stacked` gives a number of axes that the leaf does not have.
+
+    >>> rules = Rules(max_dim=4, merge=1, long_axes="split", vectors="full", stacked=None)
+    >>> print(view_of("here", "w", (6, 2), rules)[3:])
+    ((6, 2), (2, 1), (3, 2), ('full', 'full'))
+    """
+    stack = 0 if rules.stacked is None else rules.stacked(name)
+    if not 0 <= stack <= len(shape):
+        raise ValueError(
+            f"{where}: stacked({name!r}) is {stack!r} for a leaf of shape {shape}; expected the "
+            f"number of its leading axes that count equal parameters, 0 to {len(shape)}."
+        )
+    axes = merged(shape[stack:], rules.merge)
+    pieces, block, kinds = zip(*(_divide(n, len(axes), rules) for n in axes), strict=True)
+    return View(name, shape, math.prod(shape[:stack]), axes, pieces, block, kinds)
+
+
+def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
+    """Number of pieces of an axis, their length and what is kept of them."""
+    kind = FULL if order > 1 else rules.vectors
+    if kind != FULL:
+        return 1, length, kind
+    if length == 1:
+        return 1, length, DIAGONAL
+    if length <= rules.max_dim:
+        return 1, length, FULL
+    if rules.long_axes != "split":
+        return 1, length, rules.long_axes
+    pieces = -(-length // rules.max_dim)
+    return pieces, -(-length // pieces), FULL
+
+
+def make_groups(where: str, leaves: Mapping[str, Any], rules: Rules) -> tuple[Group, ...]:
+    """Tensors of equal shape and kind together, in order of first appearance; empty leaves have no
+    part.
+    """
+    check_real(where, leaves)
+    members: dict[tuple, list[View]] = {}
+    for name, leaf in leaves.items():
+        if leaf.size:
+            view = view_of(where, name, tuple(leaf.shape), rules)
+            members.setdefault((view.block, view.kinds), []).append(view)
+    return tuple(
+        Group("x".join(_label(*key)), tuple(views), *key) for key, views in members.items()
+    )
+
+
+def _label(block: tuple[int, ...], kinds: tuple[str, ...]) -> list[str]:
+    return [f"{n}{_MARK[kind]}" for n, kind in zip(block, kinds, strict=True)]
+
+
+def gather(group: Group, leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """Tensors of a group, `[copies, *block]`; pieces are filled up with zeros."""
+    return jnp.concatenate([_cut(leaves[view.name], view) for view in group.views])
+
+
+def scatter(group: Group, tensors: jax.Array) -> dict[str, jax.Array]:
+    """Inverse of `gather`: leaves by name."""
+    out, start = {}, 0
+    for view in group.views:
+        out[view.name] = _join(tensors[start : start + view.tensors], view)
+        start += view.tensors
+    return out
+
+
+def _grid(view: View) -> tuple[int, ...]:
+    pairs = zip(view.pieces, view.block, strict=True)
+    return tuple(n for pair in pairs for n in pair)
+
+
+def _cut(leaf: jax.Array, view: View) -> jax.Array:
+    k = len(view.axes)
+    if view.axes == view.block:  # whole: fewer operations to compile for a deep net
+        return leaf.reshape(view.copies, *view.axes)
+    leaf = leaf.reshape(view.copies, *view.axes)
+    full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
+    fill = [(0, whole - n) for whole, n in zip(full, view.axes, strict=True)]
+    leaf = jnp.pad(leaf, [(0, 0), *fill]).reshape(view.copies, *_grid(view))
+    order = [0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2)]
+    return leaf.transpose(order).reshape(-1, *view.block)
+
+
+def _join(tensors: jax.Array, view: View) -> jax.Array:
+    k = len(view.axes)
+    if view.axes == view.block:
+        return tensors.reshape(view.shape)
+    tensors = tensors.reshape(view.copies, *view.pieces, *view.block)
+    order = [0]
+    for i in range(1, k + 1):
+        order += [i, k + i]
+    full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
+    tensors = tensors.transpose(order).reshape(view.copies, *full)
+    return tensors[(slice(None), *(slice(n) for n in view.axes))].reshape(view.shape)
+
+
+def statistic(tensors: jax.Array, axis: int, kind: str) -> jax.Array:
+    """`mat_i(G) mat_i(G)^T` of every tensor, `[copies, n, n]`, or its diagonal, `[copies, n]`.
+
+    >>> g = jnp.array([[[1.0, 2.0], [0.0, 1.0]]])
+    >>> print(statistic(g, 0, "full")[0], statistic(g, 0, "diagonal")[0])
+    [[5. 2.]
+     [2. 1.]] [5. 1.]
+    """
+    mine, other = _letters(tensors, axis)
+    if kind == DIAGONAL:
+        return jnp.einsum(f"{mine},{mine}->z{mine[axis + 1]}", tensors, tensors, precision=_HIGHEST)
+    out = f"z{mine[axis + 1]}Z"
+    return jnp.einsum(f"{mine},{other}->{out}", tensors, tensors, precision=_HIGHEST)
+
+
+def along(tensors: jax.Array, axis: int, matrices: jax.Array) -> jax.Array:
+    """`G x_i M`: every tensor multiplied by its matrix `[n, m]` from the left along an axis of
+    length `m`, or by the diagonal `[n]` of one.
+
+    >>> print(along(jnp.ones((1, 2, 3)), 0, jnp.array([[[1.0, 1.0], [0.0, 1.0]]]))[0])
+    [[2. 2. 2.]
+     [1. 1. 1.]]
+    """
+    mine, other = _letters(tensors, axis)
+    letter = mine[axis + 1]
+    if matrices.ndim == 2:
+        return jnp.einsum(f"{mine},z{letter}->{mine}", tensors, matrices)
+    return jnp.einsum(f"{mine},zZ{letter}->{other}", tensors, matrices, precision=_HIGHEST)
+
+
+def _letters(tensors: jax.Array, axis: int) -> tuple[str, str]:
+    letters = string.ascii_lowercase[: tensors.ndim - 1]
+    return "z" + letters, "z" + letters[:axis] + "Z" + letters[axis + 1 :]

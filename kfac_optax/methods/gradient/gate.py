@@ -1,0 +1,174 @@
+"""What goes in and out of an update: bad gradients are left out and counted, dtypes are kept."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import all_finite, named_leaves, replace_leaves, select
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import Checked, checked
+from kfac_optax.engine.state import GradientCounts
+from kfac_optax.methods.gradient.axes import Group, gather, scatter
+from kfac_optax.step_rules._per_layer import within
+
+Held = dict[str, dict[str, Any]]  # by group, then by axis
+
+
+def no_counts() -> GradientCounts:
+    """All zero; a new array each, as a buffer that occurs twice cannot be donated."""
+    return GradientCounts(_zero(), _zero(), _zero(), _zero(), _zero())
+
+
+def placeholders() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """In place of the four trees of a state where there is no parameter."""
+    return (_zero(), _zero(), _zero(), _zero())
+
+
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def replace_all(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
+    """A tree of the same structure with other leaves, in tree order, whatever their dtypes."""
+    return jax.tree.unflatten(jax.tree.structure(tree), list(leaves.values()))
+
+
+def state_dtype(leaves: Mapping[str, Any]) -> Any:
+    """The widest of float32 and the dtypes of the leaves."""
+    return jnp.result_type(jnp.float32, *(x.dtype for x in leaves.values()))
+
+
+def dtype_of(held: PyTree) -> Any:
+    """The dtype in which a state is kept."""
+    leaves = jax.tree.leaves(held)
+    return leaves[0].dtype if leaves else jnp.dtype(jnp.float32)
+
+
+def check_groups(where: str, groups: tuple[Group, ...], held: Mapping[str, Any]) -> None:
+    """Raises where a state belongs to other leaves.
+
+    Raises:
+      ValueError: names what was found and expected.
+    """
+    got = {group.name: group.copies for group in groups}
+    expected = {name: _copies(axes) for name, axes in held.items()}
+    same = got.keys() == expected.keys()
+    if not same or any(n not in (None, got[name]) for name, n in expected.items()):
+        raise ValueError(
+            f"{where}.update: the gradients make the groups {got}, but the state has {expected}. "
+            "Pass a gradient of the parameters that `init` got."
+        )
+
+
+def _copies(axes: Any) -> int | None:
+    leaves = jax.tree.leaves(axes)
+    return leaves[0].shape[0] if leaves else None
+
+
+def cleaned(updates: PyTree, dtype: Any) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Leaves by name in the dtype of the state, zero where not all are finite; whether they are."""
+    leaves = named_leaves(updates)
+    finite = all_finite(leaves)
+    return {n: jnp.where(finite, x, 0).astype(dtype) for n, x in leaves.items()}, finite
+
+
+def cleaned_tensors(
+    groups: tuple[Group, ...], leaves: Mapping[str, jax.Array], dtype: Any
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Tensors by group in the dtype of the state, zero where not all are finite; whether they are.
+
+    Asked of stacked tensors: a number that depends on all leaves of a deep net and changes each
+    takes long to compile.
+    """
+    wide = {n: x.astype(dtype) for n, x in leaves.items()}
+    tensors = {group.name: gather(group, wide) for group in groups}
+    finite = all_finite(tensors)
+    return {n: jnp.where(finite, x, 0) for n, x in tensors.items()}, finite
+
+
+def passed_on_tensors(
+    updates: PyTree, groups: tuple[Group, ...], new: Mapping[str, jax.Array], finite: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """As `passed_on`, of tensors by group; leaves without entries stay as they are."""
+    leaves = named_leaves(updates)
+    good = finite & all_finite(new)
+    cast: dict[str, jax.Array] = {}
+    for group in groups:
+        whole = jnp.where(good, new[group.name], 0)
+        cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole).items()}
+    return replace_leaves(updates, cast), good
+
+
+def checked_all(
+    memory: dict[str, Checked], count: jax.Array, **given: ScalarOrSchedule
+) -> tuple[dict[str, Any], dict[str, Checked]]:
+    """Values of the hyperparameters at a step, by name, and what is remembered of them."""
+    values = {}
+    for name, value in given.items():
+        values[name], memory = checked(memory, name, value, count)
+    return values, memory
+
+
+def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights of what is held and of what is new, as number `count` of those accepted.
+
+    `min(1 - 1/count, decay)` and one minus that; with `decay` 1 both are one: a sum.
+
+    >>> print(*averaged(0.9, jnp.int32(4), jnp.float32), *averaged(1.0, jnp.int32(4), jnp.float32))
+    0.75 0.25 1.0 1.0
+    """
+    k = jnp.maximum(count, 1).astype(dtype)
+    decay = jnp.asarray(decay, dtype)
+    weight = jnp.minimum(1 - 1 / k, decay)
+    sums = decay >= 1
+    return jnp.where(sums, 1, weight), jnp.where(sums, 1, 1 - weight)
+
+
+def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:
+    """What is new where it is finite, copy by copy, and how many of finite gradients were not."""
+    kept, bad = {}, jnp.zeros((), jnp.int32)
+    for name, axes in new.items():
+        kept[name] = {}
+        for axis, value in axes.items():
+            good = jax.vmap(all_finite)(value)
+            kept[name][axis] = select(good & finite, value, old[name][axis])
+            bad = bad + jnp.sum(~good & finite, dtype=jnp.int32)
+    return kept, bad
+
+
+def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
+    """`change(held)` where due, in a branch of its own unless that is known."""
+    if isinstance(due, bool):
+        return change(held) if due else held
+    return jax.lax.cond(due, change, lambda held: held, held)
+
+
+def passed_on(
+    updates: PyTree, new: Mapping[str, jax.Array], finite: jax.Array
+) -> tuple[PyTree, jax.Array]:
+    """The update in the dtypes of the gradient, zero as a whole unless all of it is finite; whether
+    it is.
+    """
+    leaves = named_leaves(updates)
+    good = finite & all_finite(new)
+    cast = {n: within(jnp.where(good, x, 0), leaves[n].dtype) for n, x in new.items()}
+    return replace_leaves(updates, cast), good
+
+
+def counted(
+    counts: GradientCounts, finite: jax.Array, good: jax.Array, statistics: Any, inverses: Any
+) -> GradientCounts:
+    """The counts after a step."""
+    accepted_now = jnp.where(
+        good, optax.safe_increment(counts.gradient_count), counts.gradient_count
+    )
+    return GradientCounts(
+        accepted_now,
+        counts.skipped_gradients + (~finite).astype(jnp.int32),
+        counts.skipped_statistics + statistics,
+        counts.failed_inverses + inverses,
+        counts.non_finite_updates + (finite & ~good).astype(jnp.int32),
+    )

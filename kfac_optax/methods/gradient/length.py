@@ -1,0 +1,27 @@
+"""How long an update of Shampoo can be."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax.methods.gradient.axes import FULL, Group
+from kfac_optax.step_rules._per_layer import norms
+
+
+def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.Array:
+    """Updates cut to the length that roots of this step's statistics could give at most.
+
+    `H_i >= w mat_i(G) mat_i(G)^T` bounds `||U||^2` by `(r_1 ... r_k)^(1/k) / w`, `r_i` the largest
+    rank of `mat_i(G)`, and `n_i` times that where only the diagonal is kept. A root made before
+    knows nothing of directions that came later, and would blow them up by that of the ridge.
+    """
+    entries, bound = math.prod(group.block), 1.0
+    for n, kind in zip(group.block, group.kinds, strict=True):
+        rank = min(n, entries // n) * (1 if kind == FULL else n)
+        bound *= rank ** (1 / len(group.block))
+    largest = jnp.sqrt(bound / weight)
+    size = norms(u.reshape(group.copies, 1, -1))
+    usable = jnp.isfinite(size) & (size > 0)
+    scale = jnp.where(usable, jnp.minimum(largest / jnp.where(usable, size, 1), 1), 1)
+    return u * scale.reshape(-1, *[1] * len(group.block))

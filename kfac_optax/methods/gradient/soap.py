@@ -1,0 +1,275 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's statistics."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import all_finite, named_leaves, select
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import Checked, check_choice, check_legal, start_checked
+from kfac_optax.engine.refresh import due_at
+from kfac_optax.engine.state import GradientCounts
+from kfac_optax.linalg.factorize import after, psd_eigh
+from kfac_optax.methods.gradient import gate
+from kfac_optax.methods.gradient.axes import (
+    FULL,
+    IDENTITY,
+    Group,
+    Rules,
+    along,
+    check_rules,
+    make_groups,
+    statistic,
+)
+
+BASES = ("qr", "eigh")
+
+
+class SoapState(NamedTuple):
+    """State of `scale_by_soap`. Tensors of equal shape are stacked on axis 0."""
+
+    counts: GradientCounts
+    factors: Any  # by group and axis: [copies, n, n]
+    bases: Any  # orthogonal matrices by group and axis, [copies, n, n], a direction per column
+    mu: Any  # mean of the gradients by group, [copies, *shape]
+    nu: Any  # mean of the squares by group, in the bases
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
+
+
+def scale_by_soap(
+    *,
+    b1: ScalarOrSchedule = 0.95,
+    b2: ScalarOrSchedule = 0.95,
+    eps: ScalarOrSchedule = 1e-8,
+    decay: ScalarOrSchedule = 0.95,
+    inverse_every: ScalarOrSchedule = 10,
+    basis: str = "qr",
+    max_dim: int = 4096,
+    merge: int = 16,
+    long_axes: str = "identity",
+    vectors: str = "identity",
+    stacked: Callable[[str], int] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the eigenbasis of Shampoo's statistics.
+
+    For a matrix `G`, with `L` and `R` the averages of `G G^T` and `G^T G` and `Q_L`, `Q_R` their
+    eigenvectors:
+
+    `M <- b1 M + (1 - b1) G`,
+    `V <- b2 V + (1 - b2) (Q_L^T G Q_R)^2`,
+    `U = Q_L [Q_L^T M Q_R / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)] Q_R^T`.
+
+    The bases are eigenvectors at the first step and then follow by one step of the power iteration
+    each time they are due, `Q <- qr(L Q)`, with columns, and the entries of `V` with them, in
+    descending order of `diag(Q^T L Q)`. Tensors of more axes have a basis for each. An axis that is
+    longer than `max_dim` has none (the one-sided form), nor have vectors and scalars: where no axis
+    has one this is Adam.
+
+    A step is taken in the bases that earlier gradients made; then come statistics, and bases where
+    they are due. In a basis of its own a gradient is diagonal up to rounding, and Adam would make
+    rounding as large as the rest. So the first gradient of a tensor with a basis makes that and
+    nothing else: its update is zero, and `t` counts from the second. Where no axis has a basis the
+    first step is Adam's. Leaves are seen as in `scale_by_shampoo`, and what is not finite is treated
+    the same way: a bad gradient changes nothing, a basis that fails is kept.
+
+    Args:
+      b1: decay of the mean of the gradients.
+      b2: decay of the mean of the squares in the bases.
+      eps: added to the root.
+      decay: of the statistics, `L <- e L + (1 - e) G G^T`, `e = min(1 - 1/t, decay)`; 1 sums them.
+      inverse_every: period of the bases, in steps.
+      basis: `"qr"`, the power iteration; `"eigh"`, eigenvectors every time.
+      max_dim: axes longer than this are long.
+      merge: neighbouring axes are merged, from the left, while their product is at most this and
+        two axes are left; 1 merges none.
+      long_axes: `"identity"` gives a long axis no basis, `"split"` cuts it into equal pieces.
+      vectors: `"identity"` (Adam) or `"full"`, for leaves with one axis.
+      stacked: `name -> number` of leading axes that only count equal parameters, as those of
+        scanned layers; default none. Names are paths, `"block/kernel"`.
+
+    Returns:
+      A transformation whose state is a `SoapState` of arrays in float32 or wider; updates have the
+      dtypes of the gradient.
+
+    Raises:
+      TypeError: a leaf is complex or not floating; a size is no Python integer.
+      ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
+
+    >>> tx = scale_by_soap()
+    >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
+    >>> _, state = tx.update(g, tx.init(g))
+    >>> updates, state = tx.update(g, state)
+    >>> print(updates.round(3) + 0)
+    [[ 1.  0.]
+     [ 0. -1.]]
+
+    Reference: Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson & Kakade, SOAP: Improving
+      and Stabilizing Shampoo using Adam (2024), algorithm 3.
+    """
+    where = "scale_by_soap"
+    rules = Rules(max_dim, merge, long_axes, vectors, stacked)
+    check_rules(where, rules, (IDENTITY, "split"), (IDENTITY, FULL))
+    check_choice(where, "basis", basis, BASES)
+    hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
+    for name, value in hyper.items():
+        check_legal(where, name, value)
+
+    def init(params: PyTree) -> SoapState:
+        given = start_checked(**hyper)
+        if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
+            return SoapState(gate.no_counts(), *gate.placeholders(), given=given)
+        leaves = named_leaves(params)
+        groups = make_groups(where, leaves, rules)
+        dtype = gate.state_dtype(leaves)
+        factors = {group.name: _square(group, dtype, jnp.zeros) for group in groups}
+        bases = {group.name: _square(group, dtype, _eye) for group in groups}
+        mu, nu = (
+            {group.name: jnp.zeros((group.copies, *group.block), dtype) for group in groups}
+            for _ in range(2)
+        )
+        return SoapState(gate.no_counts(), factors, bases, mu, nu, given)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        del params, extra
+        leaves = named_leaves(updates)
+        if not leaves:
+            return updates, state
+        groups = make_groups(where, leaves, rules)
+        gate.check_groups(where, groups, state.mu)
+        dtype = gate.dtype_of(state.mu)
+        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
+        count = state.counts.gradient_count
+        now, given = gate.checked_all(state.given, count, **hyper)
+        mu, nu, new_tensors = {}, {}, {}
+        with jax.named_scope("soap/adam"):
+            b1, b2, eps = (jnp.asarray(now[n], dtype) for n in ("b1", "b2", "eps"))
+            for group in groups:
+                name, q = group.name, state.bases[group.name]
+                # in a basis of its own all but rounding is on the diagonal of a gradient
+                t = count if q else count + 1
+                old = state.mu[name], state.nu[name]
+                turned = _rotated(group, tensors[name], q, back=False)
+                mean = b1 * old[0] + (1 - b1) * tensors[name]
+                square = b2 * old[1] + (1 - b2) * jnp.square(turned)
+                mu[name], nu[name] = select(t > 0, (mean, square), old)
+                turned_mean = _rotated(group, mu[name], q, back=False)
+                u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
+                new_tensors[name] = _rotated(group, u, q, back=True)
+        # squares that overflow would stay for ever
+        out, good = gate.passed_on_tensors(updates, groups, new_tensors, finite & all_finite(nu))
+        mu, nu = select(good, (mu, nu), (state.mu, state.nu))
+        with jax.named_scope("soap/statistics"):
+            weights = gate.averaged(now["decay"], count + 1, dtype)
+            new = {
+                group.name: _taken_in(group, tensors, state.factors, weights) for group in groups
+            }
+            factors, skipped = gate.accepted(new, state.factors, finite)
+
+        def refresh(held: tuple) -> tuple:
+            return _refreshed(groups, factors, held, basis, count == 0)
+
+        with jax.named_scope("soap/bases"):
+            due = good & due_at(count, now["inverse_every"])
+            held = (state.bases, nu, jnp.zeros((), jnp.int32))
+            bases, nu, failed = gate.when_due(due, refresh, held)
+        counts = gate.counted(state.counts, finite, good, skipped, failed)
+        return out, SoapState(counts, factors, bases, mu, nu, given)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean of a moment that started at zero `t` steps ago."""
+    share = jnp.where(b < 1, 1 - b ** t.astype(b.dtype), 1)
+    return moment / jnp.where(t > 0, share, 1)
+
+
+def _direction(mean: jax.Array, square: jax.Array, eps: jax.Array) -> jax.Array:
+    divisor = jnp.sqrt(square) + eps
+    # only with eps=0, where the gradient has always been zero
+    return jnp.where(divisor > 0, mean / jnp.where(divisor > 0, divisor, 1), 0)
+
+
+def _eye(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.tile(jnp.eye(shape[-1], dtype=dtype), (shape[0], 1, 1))
+
+
+def _square(group: Group, dtype: Any, make: Callable[..., jax.Array]) -> dict[str, jax.Array]:
+    """A matrix for every axis that has a basis."""
+    axes = group.axes_of(FULL)
+    return {str(i): make((group.copies, group.block[i], group.block[i]), dtype) for i in axes}
+
+
+def _taken_in(
+    group: Group,
+    tensors: dict[str, jax.Array],
+    factors: gate.Held,
+    weights: tuple[jax.Array, jax.Array],
+) -> dict[str, jax.Array]:
+    held, new = weights
+    out = {}
+    for axis, old in factors[group.name].items():
+        out[axis] = held * old + new * statistic(tensors[group.name], int(axis), FULL)
+    return out
+
+
+def _rotated(
+    group: Group, tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool
+) -> jax.Array:
+    """Into the bases, `G x_i Q_i^T`, or back out of them."""
+    for axis, q in bases.items():
+        tensors = along(tensors, int(axis), q if back else q.mT)
+    return tensors
+
+
+def _refreshed(
+    groups: tuple[Group, ...], factors: gate.Held, held: tuple, basis: str, first: jax.Array
+) -> tuple:
+    """New bases, squares in the order of their columns, and how many failed; one batched call after
+    another.
+    """
+    bases, nu, failed = held
+    out: gate.Held = {}
+    squares = dict(nu)
+    previous: PyTree = ()
+    for group in groups:
+        out[group.name] = {}
+        for axis, q in bases[group.name].items():
+            ready = after(factors[group.name][axis], previous)
+            if basis == "eigh":
+                new, order = _eigenvectors(ready, q)
+            else:
+                new, order = jax.lax.cond(first, _eigenvectors, _power_step, ready, q)
+            previous = new
+            good = jax.vmap(all_finite)(new)
+            out[group.name][axis] = select(good, new, q)
+            moved = _in_order(squares[group.name], int(axis), order)
+            squares[group.name] = select(good, moved, squares[group.name])
+            failed = failed + jnp.sum(~good, dtype=jnp.int32)
+    return out, squares, failed
+
+
+def _eigenvectors(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors, the largest value first; squares stay with the rank of the value."""
+    vectors = jax.vmap(psd_eigh)(matrices).vectors[..., ::-1]
+    order = jnp.broadcast_to(jnp.arange(q.shape[-1]), q.shape[:-1])
+    return vectors, order
+
+
+def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One orthogonalised product with columns in descending order of their Rayleigh quotients."""
+    with jax.default_matmul_precision("highest"):
+        products = matrices @ q
+        values = jnp.sum(q * products, axis=1)
+        order = jnp.argsort(-values, axis=-1)
+        sorted_products = jnp.take_along_axis(products, order[:, None, :], axis=2)
+        return jnp.linalg.qr(sorted_products)[0], order
+
+
+def _in_order(tensors: jax.Array, axis: int, order: jax.Array) -> jax.Array:
+    shape = [1] * tensors.ndim
+    shape[0], shape[axis + 1] = order.shape
+    return jnp.take_along_axis(tensors, order.reshape(shape), axis=axis + 1)

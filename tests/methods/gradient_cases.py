@@ -1,0 +1,78 @@
+"""What the tests of Shampoo and SOAP share."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kfac_optax as ko
+
+SCALE_BY = {"shampoo": ko.scale_by_shampoo, "soap": ko.scale_by_soap}
+
+
+def draws(seed, *shape, steps=5):
+    return np.random.default_rng(seed).normal(size=(steps, *shape))
+
+
+def run(tx, gradients, params=None):
+    """Updates for a list of gradient trees, and the last state; one compiled step."""
+    first = jax.tree.map(jnp.asarray, gradients[0])
+    params = first if params is None else params
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    out = []
+    for gradient in gradients:
+        update, state = step(jax.tree.map(jnp.asarray, gradient), state, params)
+        out.append(update)
+    return out, state
+
+
+def tree_of_all_kinds(seed=0, dtype=jnp.float32):
+    """A scalar, a vector, a dense kernel, a convolution, an embedding and an empty leaf."""
+    shapes = {
+        "conv": (2, 2, 3, 4),
+        "dense": (3, 4),
+        "embedding": (11, 4),
+        "empty": (0, 4),
+        "scalar": (),
+        "vector": (5,),
+    }
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in shapes.items()}
+
+
+@functools.cache
+def small_problem():
+    """A regression by a net of two layers, with badly scaled inputs."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 6)) * np.logspace(0, -1.5, 6), jnp.float32)
+    target = jnp.tanh(x @ jnp.asarray(rng.normal(size=(6, 3)) * 3, jnp.float32))
+    params = {
+        "first": jnp.asarray(rng.normal(size=(6, 8)) / 3, jnp.float32),
+        "last": jnp.asarray(rng.normal(size=(8, 3)) / 3, jnp.float32),
+        "shift": jnp.zeros(3),
+    }
+
+    def loss(params):
+        hidden = jnp.tanh(x @ params["first"])
+        return jnp.mean(jnp.square(hidden @ params["last"] + params["shift"] - target))
+
+    return loss, params
+
+
+def final_loss(tx, steps=150):
+    """Loss after some steps, in one scan."""
+    loss, params = small_problem()
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return loss(jax.lax.scan(step, (params, tx.init(params)), None, steps)[0][0])
+
+    return float(train(params))

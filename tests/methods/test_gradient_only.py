@@ -1,0 +1,203 @@
+"""What Shampoo and SOAP share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfac_optax as ko
+from tests import helpers as h
+from tests.methods import gradient_cases as c
+
+both = pytest.mark.parametrize("name", c.SCALE_BY)
+
+
+@functools.cache
+def steps(dtype=jnp.float32):
+    return tuple(c.tree_of_all_kinds(s, dtype) for s in range(4))
+
+
+@functools.cache
+def plain(name):
+    """Updates of the default transformation, shared by the tests of one process."""
+    return c.run(c.SCALE_BY[name](inverse_every=2), steps())
+
+
+@both
+def test_every_kind_of_leaf_has_an_update(name):
+    for update in plain(name)[0][1:]:  # the first of SOAP finds the bases
+        for leaf, like in zip(jax.tree.leaves(update), jax.tree.leaves(steps()[0]), strict=True):
+            assert leaf.shape == like.shape
+            assert leaf.dtype == like.dtype
+            assert np.isfinite(leaf).all()
+            assert leaf.size == 0 or np.abs(leaf).max() > 0
+
+
+@both
+def test_state_is_of_strong_types_and_stays_so(name):
+    tx = c.SCALE_BY[name](inverse_every=2)
+    start = tx.init(steps()[0])
+    h.assert_same_types(start, plain(name)[1])
+    assert not any(x.weak_type for x in jax.tree.leaves(start))
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_have_a_wide_state(name, dtype):
+    updates, state = c.run(c.SCALE_BY[name](inverse_every=2), steps(dtype))
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype(jnp.float32)}
+    wide = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in steps(dtype)]
+    expected, _ = c.run(c.SCALE_BY[name](inverse_every=2), wide)
+    narrowed = jax.tree.map(lambda x: x.astype(dtype), expected)
+    h.assert_close(updates, narrowed, rtol=2e-2, atol=1e-3)
+
+
+@both
+def test_gradients_narrower_than_parameters(name):
+    tx = c.SCALE_BY[name](inverse_every=2)
+    narrow = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), g) for g in steps()]
+    updates, _ = c.run(tx, narrow, params=steps()[0])
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@both
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_bad_batch_is_as_if_it_had_not_been(name, bad):
+    worse = jax.tree.map(lambda x: x, steps()[1]) | {"vector": steps()[1]["vector"].at[0].set(bad)}
+    gradients = [worse, steps()[0], worse, *steps()[1:]]
+    updates, state = c.run(c.SCALE_BY[name](inverse_every=2), gradients)
+    expected, clean = plain(name)
+    for zero in (updates[0], updates[2]):
+        h.assert_equal(zero, jax.tree.map(jnp.zeros_like, zero))
+    h.assert_equal([updates[i] for i in (1, 3, 4, 5)], expected)
+    h.assert_equal(state._replace(counts=clean.counts), clean)
+    assert int(state.counts.skipped_gradients) == 2
+    assert "2 gradients were not finite" in ko.problems(state)[0]
+
+
+def test_bad_batch_does_not_reach_graft_and_momentum():
+    tx = ko.scale_by_shampoo(graft="adam", momentum=0.9)
+    worse = jax.tree.map(lambda x: x * jnp.nan, steps()[0])
+    expected, _ = c.run(tx, steps())
+    updates, _ = c.run(tx, [*steps()[:2], worse, *steps()[2:]])
+    h.assert_equal([updates[i] for i in (0, 1, 3, 4)], expected)
+
+
+@both
+def test_equal_shapes_together_are_as_one_by_one(name):
+    trees = [
+        {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
+        for a, b in zip(c.draws(1, 3, 4), c.draws(2, 3, 4), strict=True)
+    ]
+    together, state = c.run(c.SCALE_BY[name](inverse_every=2), trees)
+    assert jax.tree.leaves(state[1])[0].shape[0] == 2
+    for leaf in "ab":
+        alone, _ = c.run(c.SCALE_BY[name](inverse_every=2), [tree[leaf] for tree in trees])
+        h.assert_close([tree[leaf] for tree in together], alone, rtol=1e-4)
+
+
+@both
+def test_stacked_leaves_are_layers_of_their_own(name):
+    stacked = [jnp.asarray(g, jnp.float32) for g in c.draws(3, 2, 3, 4)]
+    tx = c.SCALE_BY[name](inverse_every=2, stacked=lambda path: 1 if path == "scanned" else 0)
+    together, _ = c.run(tx, [{"scanned": g} for g in stacked])
+    apart, _ = c.run(c.SCALE_BY[name](inverse_every=2), [{"a": g[0], "b": g[1]} for g in stacked])
+    for one, two in zip(together, apart, strict=True):
+        h.assert_close(one["scanned"], jnp.stack([two["a"], two["b"]]), rtol=1e-4)
+    with pytest.raises(ValueError, match="stacked"):
+        tx.init({"scanned": jnp.float32(1.0)})
+
+
+@both
+@pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.complex64), jnp.ones(2, jnp.int32)])
+def test_leaves_that_are_not_real_raise_with_their_name(name, leaf):
+    with pytest.raises(TypeError, match="'inner/odd'"):
+        c.SCALE_BY[name]().init({"inner": {"odd": leaf}, "w": jnp.ones((2, 2))})
+
+
+@both
+def test_scan_and_donation(name):
+    tx = c.SCALE_BY[name](inverse_every=2)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps())
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def whole(state, gradients):
+        return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], state, gradients)
+
+    _, updates = whole(tx.init(steps()[0]), stacked)
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *plain(name)[0])
+    h.assert_close(updates, expected, rtol=1e-3, atol=1e-4)
+
+
+@both
+def test_masked_and_partition(name):
+    mask = {leaf: leaf in ("dense", "conv") for leaf in steps()[0]}
+    masked, _ = c.run(optax.masked(c.SCALE_BY[name](inverse_every=2), mask), steps())
+    labels = {leaf: "mine" if mine else "rest" for leaf, mine in mask.items()}
+    split = optax.partition(
+        {"mine": c.SCALE_BY[name](inverse_every=2), "rest": optax.sgd(1.0)}, labels
+    )
+    divided, _ = c.run(split, steps())
+    for t, gradient in enumerate(steps()):
+        for leaf, mine in mask.items():
+            if mine:
+                h.assert_close(masked[t][leaf], plain(name)[0][t][leaf], rtol=1e-4)
+                h.assert_close(divided[t][leaf], plain(name)[0][t][leaf], rtol=1e-4)
+            else:
+                h.assert_equal(masked[t][leaf], gradient[leaf])
+                h.assert_equal(divided[t][leaf], -gradient[leaf])
+
+
+@both
+def test_multi_steps(name):
+    twice = [gradient for gradient in steps() for _ in range(2)]
+    tx = optax.MultiSteps(c.SCALE_BY[name](inverse_every=2), every_k_schedule=2)
+    updates, _ = c.run(tx, twice)
+    h.assert_close(updates[1::2], plain(name)[0], rtol=1e-3, atol=1e-4)
+
+
+@both
+def test_map_params_finds_no_parameter_in_the_state(name):
+    tx = c.SCALE_BY[name]()
+    state = tx.init(steps()[0])
+    h.assert_equal(optax.tree.map_params(tx, lambda x: x + 1, state), state)
+
+
+@pytest.mark.parametrize("preset", [ko.shampoo, ko.soap])
+def test_hyperparameters_are_injected(preset):
+    gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]
+    static = ("max_dim", "merge")
+    tx = optax.inject_hyperparams(preset, static_args=static)(learning_rate=0.1)
+    updates, state = c.run(tx, gradients)
+    h.assert_close(updates, c.run(preset(learning_rate=0.1), gradients)[0], rtol=1e-3, atol=1e-5)
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    update, _ = jax.jit(tx.update)(gradients[0], state, gradients[0])
+    h.assert_equal(jax.tree.map(jnp.abs, update), jax.tree.map(jnp.zeros_like, update))
+
+
+@both
+def test_schedules_follow_the_count_and_nonsense_is_counted(name):
+    gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]
+
+    def decay(count):
+        return jnp.where(count == 2, jnp.nan, 0.5)
+
+    scheduled, state = c.run(c.SCALE_BY[name](inverse_every=2, decay=decay), gradients)
+    fixed, _ = c.run(c.SCALE_BY[name](inverse_every=2, decay=0.5), gradients)
+    h.assert_close(scheduled, fixed, rtol=1e-4)
+    assert "1 values of decay made no sense" in ko.problems(state)[0]
+
+
+@both
+def test_nothing_to_precondition(name):
+    tx = c.SCALE_BY[name]()
+    for tree in ({}, {"none": None}):
+        assert tx.update(tree, tx.init(tree))[0] == tree
+    empty = {"e": jnp.zeros((0, 3))}
+    update, _ = tx.update(empty, tx.init(empty))
+    assert update["e"].shape == (0, 3)
