@@ -89,17 +89,25 @@ def cleaned_tensors(
     return {n: jnp.where(finite, x, 0) for n, x in tensors.items()}, finite
 
 
-def passed_on_tensors(
+def passed_on(
     updates: PyTree, groups: tuple[Group, ...], new: Mapping[str, jax.Array], finite: jax.Array
 ) -> tuple[PyTree, jax.Array]:
-    """As `passed_on`, of tensors by group; leaves without entries stay as they are."""
+    """The update in the dtypes of the gradient, zero as a whole unless all of it is finite; whether
+    it is. Leaves without entries stay as they are.
+    """
     leaves = named_leaves(updates)
     good = finite & all_finite(new)
-    cast: dict[str, jax.Array] = {}
-    for group in groups:
-        whole = jnp.where(good, new[group.name], 0)
-        cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole).items()}
+    whole = {n: jnp.where(good, x, 0) for n, x in new.items()}
+    cast = {n: within(x, leaves[n].dtype) for n, x in scattered(groups, whole).items()}
     return replace_leaves(updates, cast), good
+
+
+def scattered(groups: tuple[Group, ...], tensors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Leaves of all groups by name."""
+    out: dict[str, jax.Array] = {}
+    for group in groups:
+        out |= scatter(group, tensors[group.name])
+    return out
 
 
 def checked_all(
@@ -144,18 +152,6 @@ def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
     if isinstance(due, bool):
         return change(held) if due else held
     return jax.lax.cond(due, change, lambda held: held, held)
-
-
-def passed_on(
-    updates: PyTree, new: Mapping[str, jax.Array], finite: jax.Array
-) -> tuple[PyTree, jax.Array]:
-    """The update in the dtypes of the gradient, zero as a whole unless all of it is finite; whether
-    it is.
-    """
-    leaves = named_leaves(updates)
-    good = finite & all_finite(new)
-    cast = {n: within(jnp.where(good, x, 0), leaves[n].dtype) for n, x in new.items()}
-    return replace_leaves(updates, cast), good
 
 
 def counted(

@@ -24,7 +24,6 @@ from kfac_optax.methods.gradient.axes import (
     check_rules,
     gather,
     make_groups,
-    scatter,
     statistic,
 )
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
@@ -43,7 +42,7 @@ class ShampooState(NamedTuple):
     counts: GradientCounts
     factors: Any  # by group and axis: [copies, n, n], or [copies, n] of a diagonal axis
     inverses: Any  # roots by group and axis, [copies, n, n]
-    trace: Any  # momentum by leaf, or ()
+    trace: Any  # momentum by group, [copies, *shape], or ()
     graft: PyTree  # state of the transformation that gives the norm, or ()
     given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
@@ -146,7 +145,7 @@ def scale_by_shampoo(
         dtype = gate.state_dtype(leaves)
         trace: Any = ()
         if momentum is not None:
-            trace = {n: jnp.zeros(x.shape, dtype) for n, x in leaves.items() if x.size}
+            trace = {g.name: jnp.zeros((g.copies, *g.block), dtype) for g in groups}
         state_of_graft: PyTree = ()
         if lengths is not None:
             wide = {n: x.astype(dtype) for n, x in leaves.items()}
@@ -162,10 +161,9 @@ def scale_by_shampoo(
         groups = make_groups(where, leaves, rules)
         gate.check_groups(where, groups, state.factors)
         dtype = gate.dtype_of(state.factors)
-        clean, finite = gate.cleaned(updates, dtype)
+        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
         count = state.counts.gradient_count
         now, given = gate.checked_all(state.given, count, **hyper)
-        tensors = {group.name: gather(group, clean) for group in groups}
         with jax.named_scope("shampoo/statistics"):
             weights = gate.averaged(now["decay"], count + 1, dtype)
             new = {
@@ -184,29 +182,31 @@ def scale_by_shampoo(
                 due, lambda held: refresh(held[0]), (state.inverses, none)
             )
         with jax.named_scope("shampoo/precondition"):
-            new_leaves = {n: x for n, x in clean.items() if not x.size}
+            new_tensors = {}
             for group in groups:
                 u = _preconditioned(
                     group, tensors, factors, inverses, jnp.asarray(now["ridge"], dtype), root
                 )
                 if root is None:
                     u = no_longer_than_fresh(group, u, weights[1])
-                new_leaves |= scatter(group, u)
+                new_tensors[group.name] = u
         state_of_graft = state.graft
         if lengths is not None:
+            clean, _ = gate.cleaned(updates, dtype)
             wanted, after_it = lengths.update(
                 gate.replace_all(updates, clean), state.graft, params, **extra
             )
-            grafted = exchange_norms(new_leaves, dict(named_leaves(wanted)))
-            new_leaves = named_leaves(grafted)
+            direction = gate.scattered(groups, new_tensors)
+            grafted = named_leaves(exchange_norms(direction, named_leaves(wanted)))
+            new_tensors = {group.name: gather(group, grafted) for group in groups}
             state_of_graft = select(finite, after_it, state.graft)
         trace = state.trace
         if momentum is not None:
             m = jnp.asarray(now["momentum"], dtype)
-            trace = {n: m * x + new_leaves[n] for n, x in state.trace.items()}
-            moved = {n: m * x + new_leaves[n] for n, x in trace.items()} if nesterov else trace
-            new_leaves = new_leaves | moved
-        out, good = gate.passed_on(updates, new_leaves, finite)
+            trace = {n: m * x + new_tensors[n] for n, x in state.trace.items()}
+            moved = {n: m * x + new_tensors[n] for n, x in trace.items()}
+            new_tensors = moved if nesterov else trace
+        out, good = gate.passed_on(updates, groups, new_tensors, finite)
         counts = gate.counted(state.counts, finite, good, skipped, failed)
         trace = select(good, trace, state.trace)
         return out, ShampooState(counts, factors, inverses, trace, state_of_graft, given)

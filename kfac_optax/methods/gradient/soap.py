@@ -159,7 +159,7 @@ def scale_by_soap(
                 u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
                 new_tensors[name] = _rotated(group, u, q, back=True)
         # squares that overflow would stay for ever
-        out, good = gate.passed_on_tensors(updates, groups, new_tensors, finite & all_finite(nu))
+        out, good = gate.passed_on(updates, groups, new_tensors, finite & all_finite(nu))
         mu, nu = select(good, (mu, nu), (state.mu, state.nu))
         with jax.named_scope("soap/statistics"):
             weights = gate.averaged(now["decay"], count + 1, dtype)
