@@ -71,6 +71,24 @@ def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
 
 
+def _gradient_only(preset: Callable[..., Any]) -> Build:
+    """A preset on the parameter tree alone, with weight decay in the gradient as for Adam."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        del curved
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), preset(rate))
+
+    return build
+
+
+def _ekfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    assert curved is not None
+    # its damping is exact: it has no choice of inverse
+    options = {word: value for word, value in curved.options.items() if word != "inverse"}
+    tx = ko.ekfac(curved.layers, learning_rate=rate, **options)
+    return preconditioned(tx, config, rate)
+
+
 # Words of `config.low_rank` for those of its methods that correct directions.
 _OF_CORRECTIONS = ("correct_every", "correct_share")
 
@@ -150,7 +168,11 @@ def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> An
 OPTIMIZERS = {
     "sgd": Optimizer("SGD", False, _sgd),
     "adam": Optimizer("Adam", False, _adam),
+    "muon": Optimizer("Muon", False, _gradient_only(optax.contrib.muon)),
+    "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
+    "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
     "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
+    "ekfac": Optimizer("EKFAC", True, _ekfac),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer(

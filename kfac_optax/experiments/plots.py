@@ -18,7 +18,11 @@ from kfac_optax.experiments.results import Run, Runs, best_runs, score
 STYLES = {
     "sgd": ("#E69F00", "-"),
     "adam": ("#009E73", "--"),
+    "muon": ("#999999", (0, (1, 1))),
+    "shampoo": ("#F0E442", "-"),
+    "soap": ("#56B4E9", "--"),
     "kfac": ("#0072B2", "-."),
+    "ekfac": ("#CC79A7", "-"),
     "two_level": ("#D55E00", "-"),
     "kfac_bounded": ("#000000", "-."),
     "two_level_bounded": ("#999999", "-"),
