@@ -24,7 +24,13 @@ from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, fo
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
-from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
+from kfac_optax.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Likelihood,
+    Normal,
+    from_log_density,
+)
 from kfac_optax.methods.catalogue import CATALOGUE
 from kfac_optax.methods.gradient.presets import shampoo, soap
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
@@ -67,6 +73,7 @@ __all__ = [
     "HostSchedule",
     "Layer",
     "Layers",
+    "Likelihood",
     "Method",
     "Normal",
     "Use",
@@ -100,6 +107,7 @@ __all__ = [
     "foof",
     "foof_block",
     "forward_only",
+    "from_log_density",
     "ggn",
     "graft_norm",
     "kfac",

@@ -35,6 +35,7 @@ from kfac_optax.estimators.heads import (
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.products import vector_product
 from kfac_optax.estimators.statistics import rows_measure
+from kfac_optax.likelihoods import check_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,12 @@ class Estimator:
           ValueError: no layer found, or one runs inside `cond` or `while_loop`.
           TypeError: `predict` does not return likelihoods.
         """
-        return trace_model(self.spec, params, part_of_batch(self.spec, args)).layers
+        kind = self.spec.kind
+        traced = trace_model(self.spec, params, part_of_batch(self.spec, args))
+        if kind.gradients and not kind.losses:
+            for head in split_outputs(kind, traced.out_shape)[1]:
+                check_shapes(kind.name, head, labels=kind.labels, columns=not kind.labels)
+        return traced.layers
 
     def at(self, params: PyTree, *args: PyTree, key: jax.Array | None = None) -> Curvature:
         """The curvature at these parameters and this batch: lazy, nothing runs until it is due.

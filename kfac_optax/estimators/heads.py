@@ -17,7 +17,7 @@ from kfac_optax.estimators.output_cotangents import (
     sampled_scores,
     signed,
 )
-from kfac_optax.likelihoods import is_likelihood
+from kfac_optax.likelihoods import check_members, is_likelihood
 
 
 class Kind(NamedTuple):
@@ -110,6 +110,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
                 "Wrap the output of the model: Categorical(logits), Bernoulli(logits) or "
                 "Normal(mean, scale)."
             )
+        check_members(kind.name, head)
         for x in head.natural:
             _check_real(kind, f"predict returned {type(head).__name__} of", x)
     return [head.natural for head in heads], heads

@@ -6,26 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_METHODS = ("nll", "mean_nll", "sample", "fisher_sqrt_column", "hessian_product", "with_natural")
-
-
-def is_likelihood(x: Any) -> bool:
-    """Tells whether `x` offers the methods of a likelihood (duck typing, no base class).
-
-    Only methods are looked up, so no property is evaluated and placeholders are safe.
-
-    Args:
-        x: Any object.
-
-    Returns:
-        True for an instance with all likelihood methods; False for anything else, classes included.
-
-    >>> from kfac_optax.likelihoods import Categorical
-    >>> print(is_likelihood(Categorical(jnp.zeros([2, 3]))), is_likelihood(jnp.zeros([2, 3])))
-    True False
-    """
-    return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in _METHODS)
-
 
 def has_shape(x: Any) -> bool:
     """True for arrays, tracers and shape structs; False for the placeholders of pytree code."""

@@ -1,0 +1,144 @@
+"""What a likelihood of one's own has to offer, and whether it does."""
+
+from typing import Any, Protocol
+
+import jax
+
+Natural = tuple[jax.Array, ...]
+PROPERTIES = ("natural", "batch_shape", "num_columns", "weights")
+METHODS = (
+    "nll",
+    "mean_nll",
+    "sample",
+    "fisher_sqrt_column",
+    "hessian_product",
+    "with_natural",
+)
+
+
+class Likelihood(Protocol):
+    """A predictive distribution `p(y | natural)`, independent for every term of a batch.
+
+    Any class with these members will do, no base class is needed; it has to be a pytree
+    (`jax.tree_util.register_dataclass`), since it is what `predict` returns under tracing. Where
+    log density and samples are at hand, `from_log_density` makes one. `H` is the Fisher information
+    of one term in its natural arrays, `H = S S^T`.
+    """
+
+    @property
+    def natural(self) -> Natural:
+        """The arrays that the Fisher differentiates, each `[*batch, *event]`."""
+        ...
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the terms; axis 0 is the examples."""
+        ...
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of `S`."""
+        ...
+
+    @property
+    def weights(self) -> jax.Array | None:
+        """Weights of the terms, `[*batch]`, or `None`."""
+        ...
+
+    def with_natural(self, natural: Natural) -> "Likelihood":
+        """The same at other natural arrays."""
+        ...
+
+    def nll(self, targets: Any) -> jax.Array:
+        """Negative log-likelihood of every term, `[*batch]`, unweighted."""
+        ...
+
+    def mean_nll(self, targets: Any) -> jax.Array:
+        """`sum(w nll) / sum(w)`, a scalar."""
+        ...
+
+    def sample(self, key: jax.Array) -> Any:
+        """Targets drawn from the model, constant under differentiation."""
+        ...
+
+    def fisher_sqrt_column(self, c: int | jax.Array) -> Natural:
+        """Column `c` of `S` for every term, like `natural`; `c` may be traced."""
+        ...
+
+    def hessian_product(self, v: Natural) -> Natural:
+        """`H v` for every term, like `natural`."""
+        ...
+
+
+def is_likelihood(x: Any) -> bool:
+    """Tells whether `x` offers the methods of a likelihood (duck typing, no base class).
+
+    Only methods are looked up, so no property is evaluated and placeholders are safe.
+
+    Args:
+        x: Any object.
+
+    Returns:
+        True for an instance with all likelihood methods; False for anything else, classes included.
+
+    >>> import jax.numpy as jnp
+    >>> from kfac_optax.likelihoods import Categorical
+    >>> print(is_likelihood(Categorical(jnp.zeros([2, 3]))), is_likelihood(jnp.zeros([2, 3])))
+    True False
+    """
+    return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in METHODS)
+
+
+def check_members(where: str, head: Any) -> None:
+    """Raises where something that is read of every likelihood is missing.
+
+    Raises:
+        TypeError: a property is missing.
+    """
+    missing = [name for name in PROPERTIES if not hasattr(type(head), name)]
+    missing = [name for name in missing if not hasattr(head, name)]
+    if missing:
+        raise TypeError(
+            f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "
+            f"expected the properties {', '.join(PROPERTIES)} and the methods "
+            f"{', '.join(METHODS)} of kfac_optax.Likelihood. from_log_density makes a likelihood "
+            "with all of them."
+        )
+
+
+def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
+    """Checks what the methods of a likelihood return, from shapes alone: nothing is computed.
+
+    Args:
+        where: for errors.
+        head: a likelihood, of arrays or of abstract ones.
+        labels: whether labels are drawn from it.
+        columns: whether columns of `S` are taken.
+
+    Raises:
+        ValueError: a method returns another shape than the protocol asks for.
+    """
+    here = f"{where}: {type(head).__name__}"
+    natural = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in head.natural]
+    batch = tuple(head.batch_shape)
+    for i, x in enumerate(natural):
+        if x.shape[: len(batch)] != batch:
+            raise ValueError(
+                f"{here}.natural[{i}] has shape {x.shape}; expected the batch shape {batch} of "
+                "batch_shape in front."
+            )
+    if labels:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        losses = jax.eval_shape(lambda head, key: head.nll(head.sample(key)), head, key)
+        _expect(f"{here}.nll(sample(key))", [losses], [batch])
+    if columns:
+        column = jax.eval_shape(lambda head: tuple(head.fisher_sqrt_column(0)), head)
+        _expect(f"{here}.fisher_sqrt_column(c)", column, [x.shape for x in natural])
+
+
+def _expect(what: str, got: Any, expected: list[tuple[int, ...]]) -> None:
+    shapes = [tuple(x.shape) for x in got]
+    if shapes != expected:
+        raise ValueError(
+            f"{what} returned shapes {shapes}; expected {expected}, see kfac_optax.Likelihood."
+        )
