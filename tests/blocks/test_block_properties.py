@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from kfac_optax import testing
 from kfac_optax.blocks.diagonal import diagonal
+from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
@@ -49,6 +51,10 @@ def in_time(block):
     return Case(block, (3, 2), dense_rows(4, p=2), bias=True, inputs=2)
 
 
+def of_inputs(kind, shape, rows, **fields):
+    return Case(foof_block(kind), shape, rows, exact=True, outputs=False, **fields)
+
+
 CASES = {
     "kronecker-eigh": Case(kronecker(), (3, 2), dense_rows(2), inputs=3, exact=True),
     "kronecker-cholesky": Case(kronecker("cholesky"), (4, 2), dense_rows(2), bias=True, inputs=3),
@@ -61,6 +67,11 @@ CASES = {
     "recurrent-1": in_time(recurrent()),
     "recurrent-2": in_time(recurrent("option2")),
     "low-rank": Case(low_rank(2), (5, 4), dense_rows(3, p=4, q=4), bias=True, inputs=4),
+    "ekfac": Case(ekfac_block(), (3, 2), dense_rows(2), inputs=3, averaged=False),
+    "foof": of_inputs("linear", (5, 4), dense_rows(3, p=4, q=4), bias=True, inputs=4),
+    "foof-embedding": of_inputs("embedding", (4, 2), lookup, inputs=4),
+    "foof-tied": of_inputs("tied_embedding", (4, 2), tied, inputs=4),
+    "foof-unitwise": of_inputs("scale_shift", (2, 3), dense_rows(2, p=3, q=3), bias=True, inputs=1),
     "sua": Case(sua(2), (5, 2), dense_rows(3, p=2), bias=True, inputs=4),
 }
 CASES = {name: compiled(case) for name, case in CASES.items()}
