@@ -15,7 +15,7 @@ from tests.methods.test_catalogue import ESTIMATOR, arguments, every_method, pro
 
 PARAMS, X, Y = problem()
 LAYERS = ESTIMATOR.layers(PARAMS, X)
-OF_BATCH = arguments(X, Y)
+OF_BATCH = {False: arguments(X, Y), True: arguments(X, Y, of_losses=True)}
 # Numbers of a build, and those that have no default that is a number.
 GIVEN = {"learning_rate": 0.1, "kl_clip": 1e-3, "reject_below": 0.0}
 
@@ -37,10 +37,14 @@ def numbers(name):
     return found
 
 
-def run(tx, steps=4):
+def of_batch(name):
+    return OF_BATCH[name == "eva"]
+
+
+def run(name, tx, steps=4):
     @jax.jit
     def step(params, state):
-        gradient, more = OF_BATCH(params, jnp.float32(1))
+        gradient, more = of_batch(name)(params, jnp.float32(1))
         updates, state = tx.update(gradient, state, params, **more)
         return optax.apply_updates(params, jax.tree.map(lambda u: 0.1 * u, updates)), state
 
@@ -55,9 +59,9 @@ def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
     static = {"rank": 2} if "rank" in words(name) else {}
     given = numbers(name)
-    plain, _ = run(getattr(ko, name)(LAYERS, **given, **static))
+    plain, _ = run(name, getattr(ko, name)(LAYERS, **given, **static))
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
-    injected, state = run(factory(LAYERS, **given, **static))
+    injected, state = run(name, factory(LAYERS, **given, **static))
     assert set(state.hyperparams) == set(given)
     assert set(given) & set(STATIC) == set()
     chex.assert_trees_all_close(injected, plain, rtol=1e-4, atol=1e-5)
@@ -66,9 +70,9 @@ def test_every_number_can_be_injected(name):
 @every_method
 def test_injection_needs_nothing_but_the_layers(name):
     """No default stands in the way, such as a rank that would become an array."""
-    rate = {} if "adaptive" in name else {"learning_rate": 0.1}
+    rate = {"learning_rate": 0.1} if "learning_rate" in words(name) else {}
     tx = optax.inject_hyperparams(getattr(ko, name))(LAYERS, **rate)
-    gradient, more = OF_BATCH(PARAMS, jnp.float32(1))
+    gradient, more = of_batch(name)(PARAMS, jnp.float32(1))
     state = jax.eval_shape(tx.init, PARAMS)
     updates, _ = jax.eval_shape(lambda s: tx.update(gradient, s, PARAMS, **more), state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)

@@ -10,8 +10,10 @@ from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 
 
+@flat_signature()
 def ekfac(
     layers: Layers,
     *,

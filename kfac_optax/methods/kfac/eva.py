@@ -12,12 +12,14 @@ from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.engine.choice import cover
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
 UNCOVERED = ("pass", "graft", "raise")
 LEFT_OUT = ("scale_shift", "tied_embedding")
 
 
+@flat_signature()
 def eva(
     layers: Layers,
     *,
@@ -95,6 +97,7 @@ def eva(
     )
 
 
+@flat_signature()
 def eva_f(
     layers: Layers,
     *,

@@ -10,10 +10,12 @@ from kfac_optax._validate import check_choice
 from kfac_optax.blocks.foof import OF, foof_block
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
 
 UNCOVERED = ("pass", "graft", "raise")
 
 
+@flat_signature()
 def foof(
     layers: Layers,
     *,
