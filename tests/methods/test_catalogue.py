@@ -17,6 +17,7 @@ from kfac_optax import methods, testing
 from kfac_optax._types import Layer, Layout
 from kfac_optax.methods.record import collect
 from kfac_optax.testing import Case, Trial
+from kfac_optax.testing.blocks import BLOCK_LAWS
 
 ROOT = pathlib.Path(__file__).parents[2]
 CATALOGUE = ko.CATALOGUE
@@ -209,7 +210,7 @@ BROKEN = [
 def test_a_block_that_breaks_a_law_is_told_which(law, change):
     case = testing.dense_case(OWN._replace(**change), exact=True)
     messages = []
-    for check in testing.blocks.BLOCK_LAWS:
+    for check in BLOCK_LAWS:
         try:
             check(case)
         except AssertionError as error:
