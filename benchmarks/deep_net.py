@@ -74,7 +74,8 @@ def transformation(name: str) -> optax.GradientTransformation:
 
 def bare_matmuls(layers: ko.Layers) -> optax.GradientTransformation:
     """What a plain K-FAC step cannot do without: stack the gradients, four products and a division,
-    unstack."""
+    unstack.
+    """
 
     def update(grads, state, params=None):
         kernels = [grads[layer.path]["kernel"] for layer in layers if layer.shape == (WIDTH, WIDTH)]
@@ -90,7 +91,8 @@ def bare_matmuls(layers: ko.Layers) -> optax.GradientTransformation:
 
 def make_step(name: str, *, measure: bool | None = None, refresh: bool | None = None) -> Step:
     """`measure=None`: the traced schedule; otherwise a static step that does (or does not) measure
-    and refresh."""
+    and refresh.
+    """
     p, tx = problem(), transformation(name)
     curved = name not in ("sgd", "matmuls")
 

@@ -169,13 +169,12 @@ def report(name: str, rounds: int) -> None:
         share = ratio(times[label], times["SGD"])
         print(
             f"| {label} | {statistics.median(times[label]):.3f} | {share.median:.2f} | "
-            f"{step.trace_s:.1f} | {step.compile_s:.1f} "
-            f"| {step.compile_s / base.compile_s:.1f} | {step.bytes / 1e6:.0f} |"
+            f"{step.trace_s:.1f} | {step.compile_s:.1f} | {step.compile_s / base.compile_s:.1f} | "
+            f"{step.bytes / 1e6:.0f} |"
         )
     print(
         f"| traced schedule | | | {traced.trace_s:.1f} | {traced.compile_s:.1f} | "
-        f"{traced.compile_s / base.compile_s:.1f} "
-        f"| {traced.bytes / 1e6:.0f} |"
+        f"{traced.compile_s / base.compile_s:.1f} | {traced.bytes / 1e6:.0f} |"
     )
     for every, inverse in PERIODS:
         weights = {

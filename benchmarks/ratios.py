@@ -1,5 +1,6 @@
 """Ratios of running times within one run: the two sides take turns, so that a drifting machine hits
-both."""
+both.
+"""
 
 import statistics
 import time

@@ -78,7 +78,8 @@ def exponent(widths: list[int], times: list[float]) -> float:
 
 def crossover(widths: list[int], slow: list[float], fast: list[float]) -> float:
     """Width from which on `fast` takes less time than `slow`, between two that were measured; NaN
-    if never."""
+    if never.
+    """
     gap = np.log(slow) - np.log(fast)
     for i in range(len(gap) - 1, -1, -1):
         if gap[i] <= 0:

@@ -1,5 +1,6 @@
 """Cost of K-FAC and two-level K-FAC on the 64-layer net:
-`pytest benchmarks --benchmark-enable -p no:xdist`."""
+`pytest benchmarks --benchmark-enable -p no:xdist`.
+"""
 
 import functools
 

@@ -3,7 +3,7 @@ normalisation.
 
 Every hidden layer has 32 units, so the network is a chain of small layers that depend on each
 other: what a coarse correction between layers is made for, without batch norm, which hides the
-  scale of a layer.
+scale of a layer.
 """
 
 import ml_collections

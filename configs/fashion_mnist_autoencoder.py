@@ -2,10 +2,9 @@
 pixels.
 
 The architecture of Hinton and Salakhutdinov (2006) on which Martens and Grosse (2015) tried K-FAC.
-Needs the files of
-Fashion-MNIST, `--config.data_dir=DIR` (Debian package dataset-fashion-mnist). Without files:
-`--config=configs/fashion_mnist_autoencoder.py:digits` trains a small one on the digits of
-scikit-learn.
+Needs the files of Fashion-MNIST, `--config.data_dir=DIR` (Debian package dataset-fashion-mnist).
+Without files: `--config=configs/fashion_mnist_autoencoder.py:digits` trains a small one on the
+digits of scikit-learn.
 """
 
 import ml_collections

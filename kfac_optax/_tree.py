@@ -124,7 +124,7 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
 
     Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a
     `shard_map`: a probe's cotangent must have the type of its argument, and a scan's carry that of
-      its start.
+    its start.
     """
     shape: tuple[int, ...] = (*leading, *aval.shape)
     sharding: Any = getattr(aval, "sharding", None)

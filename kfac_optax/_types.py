@@ -1,8 +1,7 @@
 """Data passed between the parts of the package; no logic.
 
 Words: a *site* is one tapped call seen by tracing, a *layer* the parameters that one curvature
-  block owns
-(kernel and bias), a *bucket* the layers of equal shape that one batched call serves.
+block owns (kernel and bias), a *bucket* the layers of equal shape that one batched call serves.
 """
 
 import dataclasses
@@ -18,8 +17,7 @@ ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
 NOT_USED = "not used"  # reason of a parameter that the model does not touch
 COMPLEX = (  # reason of a parameter that no block and no diagonal is for
     "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the "
-    "direction of ascent); "
-    "make its real and imaginary part real parameters to have them measured"
+    "direction of ascent); make its real and imaginary part real parameters to have them measured"
 )
 COMPLEX_LAYER = (
     "its layer computes with complex numbers: not measured"  # reason of a real parameter

@@ -1,5 +1,6 @@
 """What the compatibility tests share: tiny problems, a way to run them, type trees and a
-compilation counter."""
+compilation counter.
+"""
 
 import functools
 import logging
@@ -116,7 +117,8 @@ def make_step(
     tx: optax.GradientTransformation, problem: Problem
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """`(params, state, **extra) -> (params, state, updates)`, a descent step along
-    `-0.1 * updates`, not jitted."""
+    `-0.1 * updates`, not jitted.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def step(params: Any, state: Any, **extra: Any):
@@ -156,14 +158,16 @@ def plain_grads() -> Any:
 @functools.cache
 def initial_state(preset: str) -> Any:
     """State of a preset with the default settings on the plain problem, shared by the tests of one
-    process."""
+    process.
+    """
     return jax.jit(make_tx(preset, plain_problem()).init)(plain_problem().params)
 
 
 @functools.cache
 def reference_run(preset: str, steps: int = 6) -> tuple[Any, Any, Any]:
     """`run` of a preset with the default settings on the plain problem, shared by the tests of one
-    process."""
+    process.
+    """
     return run(make_tx(preset, plain_problem()), plain_problem(), steps)
 
 
@@ -173,8 +177,7 @@ def types(tree: Any) -> Any:
 
 
 def assert_same_types(a: Any, b: Any) -> None:
-    """Fails unless two trees agree in structure and in all that `lax.cond` or `lax.scan`
-    compares."""
+    """Fails unless two trees agree in structure and in all that `lax.cond` or `lax.scan` compares."""
     a, b = types(a), types(b)
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(
@@ -188,7 +191,8 @@ def assert_same_types(a: Any, b: Any) -> None:
 
 def comparable(tree: Any) -> Any:
     """`tree` with eigendecompositions multiplied out: eigenvectors are free in sign, and in more
-    where values repeat."""
+    where values repeat.
+    """
 
     def matrix(node: Any) -> Any:
         if not isinstance(node, Eigen):

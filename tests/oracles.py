@@ -20,7 +20,8 @@ from kfac_optax.estimators.plan import Plan
 
 def plan(layers, coupling=None, dtype=jnp.float64, block=None):
     """What to measure: every layer with the block it gets by default, or with `block` where that
-    fits."""
+    fits.
+    """
     block_of = blocks_of(ko.kronecker() if block is None else block)
     return Plan(tuple(layers), tuple(map(block_of, layers)), coupling, dtype)
 
@@ -41,8 +42,7 @@ def normal(seed, shape):
 
 
 def forward(params, x, shifts=None, activation=jnp.tanh, tapped=True):
-    """Works on a batch `[N, d]` and on one example `[d]`; `shifts[i]` is added to pre-activation
-    i."""
+    """Works on a batch `[N, d]` and on one example `[d]`; `shifts[i]` is added to pre-activation i."""
     inputs = []
     for i, layer in enumerate(params.values()):
         inputs.append(x)
@@ -56,7 +56,8 @@ def forward(params, x, shifts=None, activation=jnp.tanh, tapped=True):
 
 def per_example(params, x, seeds, activation=jnp.tanh):
     """Rows of every layer: `a_i [N, p]` with the trailing one, `g_i [C, N, q]` for output seeds
-    `[C, N, out]`."""
+    `[C, N, out]`.
+    """
     bias = "bias" in next(iter(params.values()))
 
     def one(example, seed):
@@ -155,7 +156,8 @@ def flatten(tree):
 
 def two_level(fine, coarse_fisher, z, gradient, damping, coarse_damping=None):
     """`fine^{-1} V + Z^T (F_c + damping)^{-1} Z V`; `coarse_damping` a diagonal, default
-    `damping I`."""
+    `damping I`.
+    """
     diagonal = damping * np.ones(len(z)) if coarse_damping is None else coarse_damping
     correction = z.T @ np.linalg.solve(coarse_fisher + np.diag(diagonal), z @ gradient)
     return np.linalg.solve(fine, gradient) + correction

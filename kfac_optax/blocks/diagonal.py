@@ -34,9 +34,8 @@ def diagonal() -> Block:
     def measure(a: Array, g: Array | None, use: Use) -> NoReturn:
         raise ValueError(
             "diagonal: measure got rows of a layer; expected its statistic [1, n] ready-made. Let "
-            "the estimator measure "
-            "the parameters (mean square of per-example gradients), or use the block of the "
-            "layer's kind."
+            "the estimator measure the parameters (mean square of per-example gradients), or use "
+            "the block of the layer's kind."
         )
 
     def factorize(statistic: Array, damping: Array) -> Array:

@@ -69,8 +69,7 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     inputs.
 
     `counts [p] = (1/N) sum_rows w e_token`, `G = (1/rows) sum_rows g g^T`, the factors that a dense
-    layer would have on
-    one-hot inputs, without the `[p, p]` matrix. Solves, with `V [p, q]`:
+    layer would have on one-hot inputs, without the `[p, p]` matrix. Solves, with `V [p, q]`:
 
     - `"eigh"`: exact damping, `[(V U) / (counts s^T + damping)] U^T` with `G = U diag(s) U^T`.
     - `"cholesky"`: factored Tikhonov,
@@ -96,8 +95,7 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     [0.25 0.   0.75]
 
     Reference: Eschenhagen et al., Kronecker-Factored Approximate Curvature for Modern Neural
-      Network Architectures
-    (2023), section 3, for weight sharing ("expand").
+      Network Architectures (2023), section 3, for weight sharing ("expand").
     """
     check_choice("embedding", "inverse", inverse, INVERSES)
 
@@ -168,8 +166,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     [1. 1.]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    appendix B for the inverse of a sum of two Kronecker products.
+      Curvature (2015), appendix B for the inverse of a sum of two Kronecker products.
     """
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
@@ -267,10 +264,9 @@ def _check_head(a: Array, g: Array | None, use: Use) -> None:
     if got != (use.outputs, use.inputs):
         raise ValueError(
             f"tied_embedding: measure got head inputs of size {got[0]} and logits of size "
-            f"{got[1]}; expected "
-            f"{use.outputs} and {use.inputs} for a table {use.inputs}x{use.outputs}. Pass h "
-            f"[*rows, {use.outputs}] and "
-            f"the gradient of h @ table.T."
+            f"{got[1]}; expected {use.outputs} and {use.inputs} for a table "
+            f"{use.inputs}x{use.outputs}. Pass h [*rows, {use.outputs}] and the gradient of h @ "
+            "table.T."
         )
 
 

@@ -86,10 +86,10 @@ def kronecker(
      [0.25 0.25]]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    section 6.3 for factored Tikhonov damping; Grosse & Martens, A Kronecker-factored Approximate
-    Fisher Matrix for Convolution Layers (2016); Eschenhagen et al., Kronecker-Factored Approximate
-    Curvature for Modern Neural Network Architectures (2023) for expand and reduce.
+      Curvature (2015), section 6.3 for factored Tikhonov damping; Grosse & Martens, A
+      Kronecker-factored Approximate Fisher Matrix for Convolution Layers (2016); Eschenhagen et
+      al., Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures (2023)
+      for expand and reduce.
     """
     check_choice("kronecker", "inverse", inverse, INVERSES)
     check_choice("kronecker", "sharing", sharing, SHARING)

@@ -122,8 +122,7 @@ def low_rank(
     [0.333 1.   ]
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
-      (2022); Puiu, Brand New
-    K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
+      (2022); Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
     _check(
         rank,
@@ -266,8 +265,8 @@ def low_rank(
         if factors.inputs.ndim < 2 or factors.outputs.ndim < 2:
             raise ValueError(
                 "low_rank: a factor that is only followed online has no average to multiply with. "
-                "Ask the exact curvature "
-                "instead (a trust region in the exact metric), or keep the average: overwrite=True."
+                "Ask the exact curvature instead (a trust region in the exact metric), or keep the "
+                "average: overwrite=True."
             )
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
@@ -322,8 +321,7 @@ def _scaled_rows(a: Array, g: Array | None, use: Use) -> list[Array]:
     if g is None:
         raise ValueError(
             "low_rank: online updates need output gradients, but this estimator measures inputs "
-            "only. Use fisher, ggn or "
-            "empirical_fisher, or sketches (rs_kfac)."
+            "only. Use fisher, ggn or empirical_fisher, or sketches (rs_kfac)."
         )
     a, g = a.astype(use.dtype), g.astype(use.dtype)
     a = keep_rows(homogeneous(a) if use.bias else a, use.weights)

@@ -61,9 +61,8 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     `w_t` follows a stationary linear Gaussian chain, `w_{t+1} = Psi w_t + noise`, so that
     `cov(w_{t+d}, w_t) = Psi^d V0` with `V0 = A0 (x) G0`, `V1 = A1 (x) G1`, `Psi = V1 V0^{-1}`.
     Statistics: `A0 = E[a_t a_t^T]`, `G0 = E[g_t g_t^T]`, `A1 = E[a_{t+1} a_t^T]`,
-      `G1 = E[g_{t+1} g_t^T]`, all divided by `N T`, the last two as well, since sequences continued
-      by
-    zeros have covariances that belong together. Solves, for `C` either of `A` and `G` and
+    `G1 = E[g_{t+1} g_t^T]`, all divided by `N T`, the last two as well, since sequences continued
+    by zeros have covariances that belong together. Solves, for `C` either of `A` and `G` and
     `Psi_C = C0^{-1/2} C1 C0^{-1/2}`:
 
     - `"option1"`, time reversible: with `(C1 + C1^T) / 2` for `C1`, `Psi_C = U_C diag(x_C) U_C^T`,
@@ -117,8 +116,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         if a.ndim != 3:
             raise ValueError(
                 f"recurrent: measure got inputs of shape {a.shape}; expected [N, T, features]. Use "
-                "kronecker() for a "
-                "layer without time steps."
+                "kronecker() for a layer without time steps."
             )
         count = use.examples * a.shape[1]
         a = a.astype(use.dtype)

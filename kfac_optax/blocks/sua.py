@@ -82,8 +82,7 @@ def sua(
     [28. 28. 28. 28. 28. 28. 28.]
 
     Reference: Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution
-      Layers (2016),
-    for spatially uncorrelated activations.
+      Layers (2016), for spatially uncorrelated activations.
     """
     check_number("sua", "channels", channels, at_least=1)
 
@@ -109,9 +108,8 @@ def sua(
         if a.shape[-1] != channels or a.ndim < 2:
             raise ValueError(
                 f"sua: measure got inputs of shape {a.shape}; expected [N, *spatial, {channels}]. "
-                "Pass the input map of the "
-                "convolution, not its patches, and its number of channels: "
-                f"sua(channels={a.shape[-1]})."
+                "Pass the input map of the convolution, not its patches, and its number of "
+                f"channels: sua(channels={a.shape[-1]})."
             )
         a, weights = a.astype(use.dtype), None
         if use.weights is not None:
@@ -195,13 +193,12 @@ def _layout(p: int, channels: int, bias: bool | None) -> tuple[int, bool]:
     if bias is None and channels == 1:
         raise ValueError(
             f"sua: a layer with one channel and {p} rows may or may not have a bias; expected "
-            "`bias` to be given. Use "
-            "sua(channels=1, bias=True) or bias=False."
+            "`bias` to be given. Use sua(channels=1, bias=True) or bias=False."
         )
     if (p - extra) % channels or p - extra < channels:
         raise ValueError(
             f"sua: the layer has {p} rows{', one of them the bias' if extra else ''}; expected a "
-            "multiple of channels="
-            f"{channels} besides the bias. Pass the number of input channels of this layer."
+            f"multiple of channels={channels} besides the bias. Pass the number of input channels "
+            "of this layer."
         )
     return (p - extra) // channels, extra

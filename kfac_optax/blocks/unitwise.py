@@ -39,17 +39,15 @@ def unitwise(full: bool = True) -> Block:
       [1.  2.5]]]
 
     Reference: Osawa et al., Large-Scale Distributed Second-Order Optimization Using
-      Kronecker-Factored Approximate
-    Curvature for Deep Convolutional Neural Networks (2019), for unit-wise Fisher blocks of batch
-    normalisation.
+      Kronecker-Factored Approximate Curvature for Deep Convolutional Neural Networks (2019), for
+      unit-wise Fisher blocks of batch normalisation.
     """
 
     def init(p: int, q: int, dtype: jnp.dtype) -> Array:
         if p > 2:
             raise ValueError(
                 f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). "
-                "Use it for "
-                "normalisation layers only."
+                "Use it for normalisation layers only."
             )
         return (
             jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p))

@@ -3,8 +3,8 @@ statistic.
 
 Tap-free runs of equations are handed back to JAX as whole jaxprs. Only what contains a tap is
 entered: calls are inlined, `remat` is re-wrapped, a `scan` is rebuilt so that probes ride along
-  with the layers it scans over (the
-statistics come out stacked) and stay constant over time (the statistics are added up).
+with the layers it scans over (the statistics come out stacked) and stay constant over time (the
+statistics are added up).
 """
 
 import functools

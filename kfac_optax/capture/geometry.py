@@ -51,7 +51,7 @@ class Conv:
     """A convolution of channels-last maps, `a [N, *spatial, C]`, `kernel [*window, C / groups, q]`.
 
     `flipped`: the kernel is stored for the transposed convolution, `[*window, q, C]` and reversed
-      in space.
+    in space.
     """
 
     window: patches.Window
@@ -60,9 +60,7 @@ class Conv:
     kind = "conv"
 
     def plain_channels(self, kernel: Sequence[int]) -> int:
-        """Input channels, where every output position sees a window of the input as it is; else
-        0.
-        """
+        """Input channels, where every output position sees a window of the input as it is; else 0."""
         plain = self.groups == 1 and not self.flipped and set(self.window.input_dilation) == {1}
         return kernel[-2] if plain else 0
 

@@ -87,29 +87,24 @@ def trace(
     ):
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with "
-            "parameters "
-            f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: "
-            f"{', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; "
-            "anything else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, "
-            "bias)`, `tap_conv`, `tap_embedding`, "
-            "`tap_scale_shift`."
+            f"parameters {', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: "
+            f"{', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; anything else by hand: `s = "
+            "kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, `tap_conv`, "
+            "`tap_embedding`, `tap_scale_shift`."
         )
     owner, layers = _group(analysis, names, leaves, bypassed)
     if not layers.layers:
         reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
         raise ValueError(
             f"{where}: no layer left that can be measured. Expected at least one tapped layer "
-            "whose output reaches the "
-            "prediction and whose kernel is a parameter as stored ([inputs, outputs] or its "
-            f"transpose). {reasons}."
+            "whose output reaches the prediction and whose kernel is a parameter as stored "
+            f"([inputs, outputs] or its transpose). {reasons}."
         )
     return Traced(names, jaxpr, out_shape, analysis.sites, owner, layers)
 
 
 def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
-    """The same closed jaxpr without equations on which none of these outputs (default all)
-    depends.
-    """
+    """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
     outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
@@ -132,9 +127,8 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
 
     Axis 0 has to be as long as the batch, and the input has to depend on the arguments of the
     model: a table of as many positions as there are examples does not. Positions that are
-      themselves passed as an argument, as many as
-    there are examples, cannot be told apart from a batch; nor can constants in a model that closes
-    over its batch.
+    themselves passed as an argument, as many as there are examples, cannot be told apart from a
+    batch; nor can constants in a model that closes over its batch.
 
     Args:
       traced: the model.

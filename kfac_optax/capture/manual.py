@@ -48,8 +48,7 @@ def tap_dense(
     if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1] or s.shape[-1:] != kernel.shape[1:]:
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, "
-            "q], a [*batch, p] and "
-            "kernel [p, q]. Pass the kernel so that s = a @ kernel (+ bias)."
+            "q], a [*batch, p] and kernel [p, q]. Pass the kernel so that s = a @ kernel (+ bias)."
         )
     if s.shape[:-1] != a.shape[:-1]:
         raise ValueError(
@@ -115,8 +114,7 @@ def tap_conv(
     ):
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}, groups={groups}; "
-            "expected s [N, *out, q], "
-            "a [N, *spatial, C] and kernel [*window, C / groups, q]."
+            "expected s [N, *out, q], a [N, *spatial, C] and kernel [*window, C / groups, q]."
         )
     per_axis = [_per_axis(label, x, n) for x in (strides, input_dilation, kernel_dilation)]
     steps, dilation, spread = per_axis
@@ -127,8 +125,7 @@ def tap_conv(
     if s.shape[:-1] != expected:
         raise ValueError(
             f"{label}: s is {s.shape}, but this geometry makes {(*expected, kernel.shape[-1])} of "
-            f"a {a.shape}; "
-            "check strides, padding and dilation."
+            f"a {a.shape}; check strides, padding and dilation."
         )
     _check_bias(label, bias, s)
     if not active():
@@ -171,8 +168,7 @@ def tap_scale_shift(
     if not operands or s.shape != a.shape or any(x.shape != s.shape[-1:] for x in operands):
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, parameters {[x.shape for x in operands]}; "
-            "expected s and a of one shape "
-            "[*batch, C] and a scale, a shift or both of shape [C]."
+            "expected s and a of one shape [*batch, C] and a scale, a shift or both of shape [C]."
         )
     if not active():
         return s
@@ -217,8 +213,8 @@ def tap_embedding(
     ):
         raise ValueError(
             f"{label}: got s {s.shape}, tokens {tokens.dtype}{list(tokens.shape)}, table "
-            f"{table.shape}; expected "
-            "s [*batch, q], integer tokens [*batch] and a table [vocabulary, q]."
+            f"{table.shape}; expected s [*batch, q], integer tokens [*batch] and a table "
+            "[vocabulary, q]."
         )
     if not active():
         return s

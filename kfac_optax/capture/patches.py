@@ -71,9 +71,7 @@ def _windows(
 def _over_windows(
     a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False
 ) -> jax.Array:
-    """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives
-    them.
-    """
+    """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
     padded = _padded(a, window)
     bare = window._replace(
         padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size)

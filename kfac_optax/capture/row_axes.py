@@ -9,8 +9,8 @@ from kfac_optax.capture.sites import Site
 
 
 def stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
-    """Rows
-    `[*scans, *stacked, groups, N, *positions, *features] -> [copies, N, *positions, *steps, *features]`.
+    """Rows `[*scans, *stacked, groups, N, *positions, *features] -> [copies, N, *positions, *steps,
+    *features]`.
 
     The steps in time of a layer are further positions.
     """

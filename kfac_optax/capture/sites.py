@@ -196,9 +196,7 @@ def _may_hold_examples(aval: Any) -> bool:
 
 
 def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
-    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in
-    order.
-    """
+    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for eqn in jaxpr.eqns:
         marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
@@ -314,12 +312,10 @@ def _refuse_taps(eqn, where: str) -> None:
             if inner.primitive is tap_p:
                 raise ValueError(
                     f"layer {inner.params['name'] or inner.params['geometry'].kind!r} runs inside "
-                    f"`{where}`, where "
-                    "its curvature has no meaning (how often it runs is not known when tracing). "
-                    "Expected layers at "
-                    "top level or inside jit, remat, scan, vmap. Use `jax.lax.scan`/`nn.scan` for "
-                    "a fixed number of "
-                    "steps, or move the layer out of the branch."
+                    f"`{where}`, where its curvature has no meaning (how often it runs is not "
+                    "known when tracing). Expected layers at top level or inside jit, remat, scan, "
+                    "vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of steps, or move the "
+                    "layer out of the branch."
                 )
             _refuse_taps(inner, where)
 

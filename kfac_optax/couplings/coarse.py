@@ -55,8 +55,8 @@ def coarse_correction(
     coarse_weight: Numeric = 1.0,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Coupling:
-    """Additive coarse correction
-    `fine_weight * (fine part) + coarse_weight * Z^T (F_c + damping)^{-1} Z V`.
+    """Additive coarse correction `fine_weight * (fine part) + coarse_weight * Z^T (F_c +
+    damping)^{-1} Z V`.
 
     - `"factored"` (the paper): `F_c[i, j] = sum(A_ij) sum(G_ij)`, the sum of all entries of
       `A_ij (x) G_ij`. With the channel sums `alpha_i = 1^T a_i`, `gamma_i = 1^T g_i` of each
@@ -108,8 +108,7 @@ def coarse_correction(
         if gamma is None:
             raise ValueError(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix "
-                "needs. "
-                "Use fisher, ggn or empirical_fisher with kfac_two_level."
+                "needs. Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
         if weights is not None:
             alpha, gamma = finite_padding(alpha, weights), finite_padding(gamma, weights)

@@ -97,8 +97,7 @@ def deflated(
       as the running average is the batch's.
 
     With `"batch"`, `space` says what `Z` is made of. `z_i` are the vectors of row i of `L`, zero
-    outside
-    of it:
+    outside of it:
 
     - `"sums"`: `z_i = 1`, all entries of a layer, as in `coarse_correction`; `m = L`.
     - `"updates"`: `z_i = [M^{-1} g]_i`. With `"a-def2"` every layer gets its own step size from the
@@ -109,8 +108,7 @@ def deflated(
     - `"krylov"`: both `1` and `[M^{-1} g]_i`; `m = 2 L`. With `"a-def2"` never a worse model than
       `"sums"` or `"updates"`.
     - `"spectral"`: `z_i = u_A (x) u_G`, eigenvectors of the factors `A_i`, `G_i` of the block with
-      the
-      largest eigenvalues, as of the last refresh; `m = L`. The blocks have to hold them:
+      the largest eigenvalues, as of the last refresh; `m = L`. The blocks have to hold them:
       `kronecker("eigh")`, `embedding("eigh")`. Which eigenpair the paper means is not certain from
       its text. The largest is a choice made here: where the curvature of the layer by itself is
       most.
@@ -156,9 +154,9 @@ def deflated(
     [1. 1.]
 
     Reference: Tang, Nabben, Vuik & Erlangga, Comparison of Two-Level Preconditioners Derived from
-      Deflation, Domain
-    Decomposition and Multigrid Methods (2009); Koroko et al., Analysis and Comparison of Two-Level
-    KFAC Methods for Training Deep Neural Networks (2023), for the coarse residual and the spaces.
+      Deflation, Domain Decomposition and Multigrid Methods (2009); Koroko et al., Analysis and
+      Comparison of Two-Level KFAC Methods for Training Deep Neural Networks (2023), for the coarse
+      residual and the spaces.
     """
     where = "deflated"
     check_choice(where, "mode", mode, MODES)
@@ -167,8 +165,7 @@ def deflated(
     if space != "sums" and coarse_operator != "batch":
         raise ValueError(
             f"{where}: space={space!r} with coarse_operator={coarse_operator!r}, which is measured "
-            "for "
-            "sums of layers only; expected coarse_operator='batch', or space='sums'."
+            "for sums of layers only; expected coarse_operator='batch', or space='sums'."
         )
     level = coarse_correction(
         coarse,

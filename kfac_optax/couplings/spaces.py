@@ -190,14 +190,13 @@ def check_eigenvectors(layers: Sequence[Layer], blocks: Sequence[Block]) -> None
         if layer.coupled and not isinstance(_held(layer, block), EigenInverse | TokenEigenInverse):
             raise ValueError(
                 f"deflated: space='spectral', but layer {layer.path!r} has the block "
-                f"{block.name!r}, "
-                f"which holds no eigenvectors of its factors; {_EXPECTED}"
+                f"{block.name!r}, which holds no eigenvectors of its factors; {_EXPECTED}"
             )
 
 
 _EXPECTED = (
-    "expected kronecker('eigh'), or embedding('eigh') for an embedding. "
-    "Use kfac(..., inverse='eigh'), or another space."
+    "expected kronecker('eigh'), or embedding('eigh') for an embedding. Use kfac(..., "
+    "inverse='eigh'), or another space."
 )
 
 

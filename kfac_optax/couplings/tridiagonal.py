@@ -53,8 +53,8 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     The inverse of the matrix that agrees with the damped Kronecker surrogate on the diagonal and
     the first off-diagonal blocks and whose inverse is block-tridiagonal. With `A_i`, `G_i` the
     damped factors of layer i, `A_{i,i+1} = E[a_i a_{i+1}^T]` and `G_{i,i+1} = E[g_i g_{i+1}^T]`
-    (never damped), `Psi_i = A_{i,i+1} A_{i+1}^{-1}`,
-    `Phi_i = G_{i,i+1} G_{i+1}^{-1}`, and `V_i [p, q]` the gradients:
+    (never damped), `Psi_i = A_{i,i+1} A_{i+1}^{-1}`, `Phi_i = G_{i,i+1} G_{i+1}^{-1}`, and
+    `V_i [p, q]` the gradients:
 
     - `U_i = V_i - Psi_i V_{i+1} Phi_i^T`, `U_L = V_L`
     - `Y_i = (A_i (x) G_i - Psi_i A_{i+1} Psi_i^T (x) Phi_i G_{i+1} Phi_i^T)^{-1} U_i`,
@@ -69,8 +69,7 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     any two layers are consistent with their own.
 
     State: the cross factors, and for each link two regressions and two pencils. Refreshing costs
-      two more
-    eigendecompositions for each factor.
+    two more eigendecompositions for each factor.
 
     Args:
       precision: matmul precision of factor products and solves.
@@ -94,8 +93,7 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     0.200 0.200
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    section 4.3 and appendix B.
+      Curvature (2015), section 4.3 and appendix B.
     """
 
     def reduce(measured: Sequence[_Rows], examples: int) -> CrossFactors:
@@ -157,8 +155,7 @@ def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
     if g is None:
         raise ValueError(
             f"{_WHERE}: this estimator measures no output gradients, which the cross factors need. "
-            "Use fisher, ggn or "
-            "empirical_fisher."
+            "Use fisher, ggn or empirical_fisher."
         )
     # a scan of one step leaves an axis
     a, g = (x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g))
@@ -227,8 +224,8 @@ def _groups(shapes: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:
 def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
     expected = (
         "expected dense layers that run once, one after another, in the block "
-        "kronecker('cholesky'). Use "
-        "kfac(..., inverse='cholesky'), or coarse_correction() for other layers."
+        "kronecker('cholesky'). Use kfac(..., inverse='cholesky'), or coarse_correction() for "
+        "other layers."
     )
     chain = [(layer, block) for layer, block in zip(layers, blocks, strict=True) if layer.coupled]
     if not chain:

@@ -96,12 +96,14 @@ def cover(
     normalization: str = "unitwise",
     where: str = "cover",
 ) -> Layers:
-    """The layers a transformation handles: without normalisation layers, or with left-over parameters as layers.
+    """The layers a transformation handles: without normalisation layers, or with left-over
+    parameters as layers.
 
     Args:
       layers: from `fisher.layers(...)`.
-      uncovered: what becomes of parameters without a layer: `"pass"` and `"graft"` leave them out, the latter
-        marked to get the size of the others' updates; `"diagonal"` makes each a layer of its own, `"raise"` is an error.
+      uncovered: what becomes of parameters without a layer: `"pass"` and `"graft"` leave them out,
+        the latter marked to get the size of the others' updates; `"diagonal"` makes each a layer of
+        its own, `"raise"` is an error.
       normalization: `"pass"` leaves out scale and shift of normalisation layers.
       where: for errors.
 

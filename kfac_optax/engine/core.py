@@ -134,9 +134,8 @@ def scale_by_curvature(
         names = ", ".join(sorted({b.name for b in blocks}))
         raise ValueError(
             f"{where}: got factored_gradient=True, but no block can solve for rows: {names}. "
-            "Expected one of "
-            "low_rank or kronecker('cholesky'): pass inverse='cholesky', or take a preset of low "
-            "rank."
+            "Expected one of low_rank or kronecker('cholesky'): pass inverse='cholesky', or take a "
+            "preset of low rank."
         )
 
     def init(params: PyTree) -> CurvatureState:
@@ -282,10 +281,9 @@ def _gradient_rows(
         got = "None" if curvature is None else "curvature from fisher.at(...)"
         raise ValueError(
             f"{where}.update: factored_gradient=True and got {got}; expected curvature that shares "
-            "its pass with the gradient, "
-            "in every step: loss, grads, curvature = fisher.value_and_grad(loss_fn)(params, *args, "
-            "targets=y, key=key). "
-            "Statistics still follow curvature_every (or measure=)."
+            "its pass with the gradient, in every step: loss, grads, curvature = "
+            "fisher.value_and_grad(loss_fn)(params, *args, targets=y, key=key). Statistics still "
+            "follow curvature_every (or measure=)."
         )
     return curvature.gradient_rows(plan)
 
@@ -293,8 +291,8 @@ def _gradient_rows(
 def _check_curvature(where: str, curvature: Any) -> None:
     if not hasattr(curvature, "statistics"):
         raise TypeError(
-            f"{where}.update: curvature is a {type(curvature).__name__}; "
-            "expected fisher.at(params, *args, key=key) or None."
+            f"{where}.update: curvature is a {type(curvature).__name__}; expected "
+            "fisher.at(params, *args, key=key) or None."
         )
 
 
@@ -303,8 +301,7 @@ def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tup
     if not mine:
         raise ValueError(
             f"{where}: none of the layers {', '.join(x.kernel for x in layers)} is among the "
-            f"parameters {', '.join(leaves)}. "
-            "Pass the parameter tree that `layers` was made from."
+            f"parameters {', '.join(leaves)}. Pass the parameter tree that `layers` was made from."
         )
     for layer in mine:
         got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *layer.layout.shape)

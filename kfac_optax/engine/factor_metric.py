@@ -64,8 +64,7 @@ def factor_metric(
             raise ValueError(
                 f"{where}: the state holds {', '.join(sorted(factors))}, expected "
                 f"{', '.join(sorted(bucket.name for bucket in buckets))}. Pass the layers, block, "
-                "normalization and uncovered "
-                "that the preconditioner was made with."
+                "normalization and uncovered that the preconditioner was made with."
             )
         dtype: Any = jnp.result_type(jnp.float32, *covered_leaves(updates, layers).values())
         total = jnp.zeros((), dtype)

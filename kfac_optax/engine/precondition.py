@@ -205,9 +205,8 @@ class _Batch(NamedTuple):
             assert self.step.coupling is not None
             raise ValueError(
                 f"{self.step.coupling.name}: this coupling takes exact products with the curvature "
-                "of the batch in every "
-                "step, but got curvature=None. Pass curvature=fisher.at(params, *args, key=key) "
-                "every time (statistics "
-                "still follow curvature_every), or use the additive correction."
+                "of the batch in every step, but got curvature=None. Pass "
+                "curvature=fisher.at(params, *args, key=key) every time (statistics still follow "
+                "curvature_every), or use the additive correction."
             )
         return self.curvature

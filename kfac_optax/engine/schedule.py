@@ -50,17 +50,14 @@ class HostSchedule(NamedTuple):
 
     The traced schedule keeps both branches in one compiled step; on CPU a branch that is not taken
     still copies the state it passes on. With this schedule up to four steps are compiled instead
-    (with `stagger=n` some more, one for every part),
-    none with a branch:
+    (with `stagger=n` some more, one for every part), none with a branch:
 
         schedule = HostSchedule(curvature_every=10, inverse_every=100)
 
         @functools.partial(jax.jit, static_argnames=("measure", "refresh"))
         def train_step(params, opt_state, batch, key, *, measure, refresh):
-            ...
-            curvature = fisher.at(params, x, key=key) if measure else None
-            updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature,
-            refresh=refresh)
+            ... curvature = fisher.at(params, x, key=key) if measure else None updates, opt_state =
+            tx.update(grads, opt_state, params, curvature=curvature, refresh=refresh)
 
         for step in range(steps):
             params, opt_state = train_step(params, opt_state, batch, key, **schedule(step))

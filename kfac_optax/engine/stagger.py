@@ -111,7 +111,6 @@ def chosen(where: str, refresh: Any, parts: int) -> tuple[bool, ...]:
     if beyond:
         raise ValueError(
             f"{where}: refresh={refresh!r}; expected part numbers from 0 to {parts - 1}, because "
-            f"stagger={parts}. Give "
-            "HostSchedule and the transformation the same stagger."
+            f"stagger={parts}. Give HostSchedule and the transformation the same stagger."
         )
     return tuple(j in refresh for j in range(parts))

@@ -129,7 +129,6 @@ def the_state(opt_state: PyTree, kind: type, where: str) -> Any:
     if len(found) != 1:
         raise ValueError(
             f"{where}: found {len(found)} {kind.__name__} in the optimizer state; expected exactly "
-            "one. Pass the state of one "
-            "K-FAC transformation (of one group, under optax.partition)."
+            "one. Pass the state of one K-FAC transformation (of one group, under optax.partition)."
         )
     return found[0]

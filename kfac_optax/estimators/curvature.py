@@ -217,9 +217,8 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
     if not spec.kind.gradients:
         raise ValueError(
             f"{spec.kind.name}: measures inputs of layers only, so it is no model of the loss. Use "
-            "fisher or ggn where the "
-            "step is decided by a quadratic model, a trust region in the exact metric, or a "
-            "deflated coupling."
+            "fisher or ggn where the step is decided by a quadratic model, a trust region in the "
+            "exact metric, or a deflated coupling."
         )
     if subsample is not None:
         if callable(spec.subsample) and not callable(subsample):

@@ -84,9 +84,8 @@ class Estimator:
 
         `fisher` and `ggn`: `(1/N) sum_b J_b^T H_b J_b v`, exact, no labels drawn.
         `empirical_fisher`: `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every
-          layer, zero for other parameters. Of complex
-        parameters it is a cotangent, as `jax.grad` gives them: `v^T F v` is the real part of the
-        sum of `v * (F v)`.
+        layer, zero for other parameters. Of complex parameters it is a cotangent, as `jax.grad`
+        gives them: `v^T F v` is the real part of the sum of `v * (F v)`.
         """
         args = part_of_batch(self.spec, args)
         if not self.spec.kind.gradients:
@@ -138,8 +137,7 @@ class Estimator:
         if key is None and self.spec.kind.labels:
             raise ValueError(
                 f"{self.spec.kind.name}.at: got key=None, but labels are drawn from the model. "
-                "Pass key=jax.random.key(...), "
-                "a new one in every step."
+                "Pass key=jax.random.key(...), a new one in every step."
             )
 
 

@@ -1,6 +1,4 @@
-"""The rows whose products are the gradients of layers, for blocks that precondition these
-instead.
-"""
+"""The rows whose products are the gradients of layers, for blocks that precondition these instead."""
 
 import functools
 from collections.abc import Sequence

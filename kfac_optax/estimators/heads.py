@@ -106,9 +106,8 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             shape = list(head.shape) if hasattr(head, "shape") else ""
             raise TypeError(
                 f"{kind.name}: predict returned {type(head).__name__}{shape}; expected a "
-                "likelihood or a tree of them. "
-                "Wrap the output of the model: Categorical(logits), Bernoulli(logits) or "
-                "Normal(mean, scale)."
+                "likelihood or a tree of them. Wrap the output of the model: Categorical(logits), "
+                "Bernoulli(logits) or Normal(mean, scale)."
             )
         check_members(kind.name, head)
         for x in head.natural:
@@ -120,9 +119,8 @@ def _check_real(kind: Kind, what: str, x: Any) -> None:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
             f"{kind.name}: {what} {x.dtype}{list(x.shape)}; expected real numbers. Return real and "
-            "imaginary part as two "
-            "real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a complex "
-            "output z."
+            "imaginary part as two real outputs, for example Normal(jnp.stack([z.real, z.imag], "
+            "-1)) for a complex output z."
         )
 
 
@@ -169,8 +167,8 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     if len(shapes) > 1:
         raise ValueError(
             f"{kind.name}: heads have weights of shapes {sorted(shapes, key=str)}; expected the "
-            "same shape, or none, for all "
-            "heads, since the weights also apply to the inputs of the layers that heads share."
+            "same shape, or none, for all heads, since the weights also apply to the inputs of the "
+            "layers that heads share."
         )
     examples = count_examples(kind, heads)
     rows, roots = [], []

@@ -50,7 +50,7 @@ def site_measure(
     Statistics have the group axis of the layer in front. Rows are kept where somebody wants to see
     all steps of a layer at once, and where the weights tell steps in time apart that a scan adds
     up: `(a, g)` for the block, what it sees (the channel sums `(alpha, gamma)` or rows) for the
-      coupling.
+    coupling.
 
     Args:
       site: where.
@@ -122,17 +122,15 @@ def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], exampl
     if not shape or shape[0] != examples:
         raise ValueError(
             f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples. "
-            "The coarse correction "
-            "needs per-example sums, so axis 0 of every layer's input has to be the examples: "
-            "reshape to "
-            "[examples, positions, features] instead of [examples * positions, features], or use "
-            "`kfac` without it."
+            "The coarse correction needs per-example sums, so axis 0 of every layer's input has to "
+            "be the examples: reshape to [examples, positions, features] instead of [examples * "
+            "positions, features], or use `kfac` without it."
         )
     if coupling.sees == "rows" and len(shape) > 1:
         raise ValueError(
             f"{coupling.name}: layer {layer.path!r} has rows {shape}; expected one row per "
-            f"example, ({examples},). Use the "
-            "coarse correction for models with positions, or kfac without a coupling."
+            f"example, ({examples},). Use the coarse correction for models with positions, or kfac "
+            "without a coupling."
         )
 
 
@@ -248,9 +246,8 @@ def row_weights(weights: jax.Array | None, rows: Sequence[int], path: str) -> ja
     if weights.ndim > len(rows) or weights.shape != tuple(rows[: weights.ndim]):
         raise ValueError(
             f"layer {path!r}: weights of shape {weights.shape} do not fit its rows {tuple(rows)}; "
-            "expected the leading axes "
-            "of the layer's input. Use one weight per example, or mask the layer's input in the "
-            "model."
+            "expected the leading axes of the layer's input. Use one weight per example, or mask "
+            "the layer's input in the model."
         )
     return jnp.broadcast_to(
         weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows

@@ -76,9 +76,8 @@ def signed(
 
     A column of all terms is pulled back at once, `sum_b s_b J_b^T c_b` with `E[s_b s_c] = 0` for
     `b != c`: in its second moment the products of different terms cancel in expectation, also where
-      one parameter (or, in a model whose examples
-    interact, one row) sees several terms. A row that sees one term is only multiplied by +-1, which
-    changes no product.
+    one parameter (or, in a model whose examples interact, one row) sees several terms. A row that
+    sees one term is only multiplied by +-1, which changes no product.
 
     Args:
       output_cotangents: cotangents.

@@ -128,9 +128,8 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
         if layer.kernel not in positions:
             raise ValueError(
                 f"{where}: `curvature` has no layer {layer.path!r}; it has "
-                f"{', '.join(x.path for x in found.layers)}. It "
-                "was made for another model or parameter tree than `layers`: use the same "
-                "estimator for both."
+                f"{', '.join(x.path for x in found.layers)}. It was made for another model or "
+                "parameter tree than `layers`: use the same estimator for both."
             )
         other = found.layers[positions[layer.kernel]]
         mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
@@ -139,8 +138,7 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
                 f"{where}: layer {layer.path!r} has shape "
                 f"{mine}{' with bias' if layer.bias else ''} in `layers` but {theirs}"
                 f"{' with bias' if other.bias else ''} in `curvature`. Make `layers` again for "
-                "this model: "
-                "layers = fisher.layers(params, *args)."
+                "this model: layers = fisher.layers(params, *args)."
             )
         result.append(positions[layer.kernel])
     return result

@@ -60,9 +60,7 @@ Linearize = Callable[[Asked], tuple[Callable[[Any], Pulled], Any]]
 def linearize_now(
     traced: Traced, inputs: Sequence[Any], outputs: Callable[[PyTree], tuple[Any, Any]]
 ) -> Linearize:
-    """Runs the model forward with probes; statistics are computed on the fly in the backward
-    pass.
-    """
+    """Runs the model forward with probes; statistics are computed on the fly in the backward pass."""
 
     def linearize(asked: Asked):
         measures, inverses, extra, names = asked
@@ -159,8 +157,7 @@ def collect(
     if single and not kind.gradients:
         raise ValueError(
             f"{kind.name}: measures inputs of layers only, but {', '.join(x.path for x in single)} "
-            "has none. Use "
-            "uncovered='pass', or another estimator."
+            "has none. Use uncovered='pass', or another estimator."
         )
     with jax.named_scope("kfac/measure"):
         names = [layer.kernel for layer in single]

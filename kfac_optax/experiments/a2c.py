@@ -1,6 +1,4 @@
-"""Advantage actor-critic on cart-pole: rollouts, loss and the whole training of a run as one
-scan.
-"""
+"""Advantage actor-critic on cart-pole: rollouts, loss and the whole training of a run as one scan."""
 
 import functools
 from collections.abc import Callable

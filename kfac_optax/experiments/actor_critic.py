@@ -162,11 +162,10 @@ def table(config: ml_collections.ConfigDict, runs: Runs) -> Table:
     made = tables.blank(
         f"{config.title}: return of an episode",
         ("rate", *headings, "s/run"),
-        f"Mean ± 95 % interval (Student t) over {config.seeds} seeds of the episodes that ended in "
-        "the last "
-        f"{config.steps // config.points:,} steps, at most 500. Best rate: highest mean return "
-        "over the whole run. *: an edge "
-        "of the grid. s/run: without compilation, one run at a time.",
+        f"Mean ± 95 % interval (Student t) over {config.seeds} seeds of the episodes that ended "
+        f"in the last {config.steps // config.points:,} steps, at most 500. Best rate: highest "
+        "mean return over the whole run. *: an edge of the grid. s/run: without compilation, one "
+        "run at a time.",
     )
     for name, rate in best_rates(runs).items():
         group, rates = runs[name, rate], config.grid[name]

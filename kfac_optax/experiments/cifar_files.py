@@ -58,11 +58,9 @@ def _folder(directory: Path) -> tuple[Path, str]:
                 )
     raise FileNotFoundError(
         f"config.data_dir: no CIFAR-10 batches in {directory}, expected data_batch_1 to "
-        "data_batch_5 and test_batch, "
-        "pickled or with the ending .bin, there or in cifar-10-batches-py or cifar-10-batches-bin. "
-        "Unpack "
-        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz of "
-        "https://www.cs.toronto.edu/~kriz/cifar.html and pass "
+        "data_batch_5 and test_batch, pickled or with the ending .bin, there or in "
+        "cifar-10-batches-py or cifar-10-batches-bin. Unpack cifar-10-python.tar.gz or "
+        "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html and pass "
         "--config.data_dir=DIR."
     )
 
@@ -73,8 +71,7 @@ def _read_binary(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     if content.size != count * record:
         raise ValueError(
             f"{path}: got {content.size} bytes, expected {count * record}: {count} records of a "
-            f"label and {_PIXELS} "
-            "pixels. The file is damaged: unpack it again."
+            f"label and {_PIXELS} pixels. The file is damaged: unpack it again."
         )
     records = content.reshape(count, record)
     return _images(path, records[:, 1:], records[:, 0])
@@ -96,14 +93,12 @@ def _read_pickle(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     ) as error:
         raise ValueError(
             f"{path}: got {type(error).__name__} ({error}), expected a pickled dictionary with "
-            "'data' and 'labels'. "
-            "The file is damaged or another one: unpack it again."
+            "'data' and 'labels'. The file is damaged or another one: unpack it again."
         ) from error
     if pixels.shape != (count, _PIXELS) or pixels.dtype != np.uint8 or labels.shape != (count,):
         raise ValueError(
             f"{path}: got data {pixels.shape} of {pixels.dtype} and labels {labels.shape}, "
-            "expected "
-            f"({count}, {_PIXELS}) of uint8 and ({count},)"
+            f"expected ({count}, {_PIXELS}) of uint8 and ({count},)"
         )
     return _images(path, pixels, labels)
 

@@ -127,8 +127,7 @@ def characters(key: jax.Array, *, train: int, test: int, context: int, file: str
     if room < 0:
         raise ValueError(
             f"config.data: got train={train} and test={test} windows of {context}, expected at "
-            "most "
-            f"{(len(tokens) - 2) // context} together in a text of {len(tokens)} characters"
+            f"most {(len(tokens) - 2) // context} together in a text of {len(tokens)} characters"
         )
     shift = int(jax.random.randint(key, (), 0, min(room, context - 1) + 1))
     parts = (

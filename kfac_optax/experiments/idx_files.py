@@ -76,8 +76,8 @@ def find(directory: Path, name: str) -> Path:
             return path
     raise FileNotFoundError(
         f"config.data_dir: {directory / name} is missing, expected it there, plain or as "
-        f"{name}.gz. Fashion-MNIST is "
-        "in the Debian package dataset-fashion-mnist (/usr/share/datasets/fashion-mnist) and at "
+        f"{name}.gz. Fashion-MNIST is in the Debian package dataset-fashion-mnist "
+        "(/usr/share/datasets/fashion-mnist) and at "
         "https://github.com/zalandoresearch/fashion-mnist; pass --config.data_dir=DIR."
     )
 
@@ -94,17 +94,15 @@ def read(path: Path, *, ndim: int) -> np.ndarray:
     if len(content) < start or content[:4] != expected:
         raise ValueError(
             f"{path}: got the first bytes {content[:4].hex(' ') or 'nothing'}, expected "
-            f"{expected.hex(' ')} (an idx file "
-            f"of unsigned bytes with {ndim} axes) and a header of {start} bytes. Is the download "
-            "complete?"
+            f"{expected.hex(' ')} (an idx file of unsigned bytes with {ndim} axes) and a header of "
+            f"{start} bytes. Is the download complete?"
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=ndim, offset=4))
     size = int(np.prod(shape, dtype=np.int64))
     if len(content) - start != size:
         raise ValueError(
             f"{path}: got {len(content) - start} bytes of data, expected {size} for the shape "
-            f"{shape} in its header. "
-            "The file is damaged: fetch it again."
+            f"{shape} in its header. The file is damaged: fetch it again."
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 

@@ -24,8 +24,7 @@ class Curved(NamedTuple):
     Attributes:
         layers: those that the library found in the model.
         options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
-          that is meant, or from
-            `config.adaptive`; with their schedules.
+          that is meant, or from `config.adaptive`; with their schedules.
     """
 
     layers: Any
@@ -40,8 +39,7 @@ class Optimizer(NamedTuple):
         curvature: whether updates need `curvature=`.
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
-          grid is tried, and its
-            options are those of `config.adaptive`.
+          grid is tried, and its options are those of `config.adaptive`.
         low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
           of `config.kfac`.
     """
@@ -214,16 +212,15 @@ class Method(NamedTuple):
 
     Attributes:
         transform: learning rate to the Optax transformation.
-        extra:
-          `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due)` to the extra
-            arguments of its update: loss and gradient of the mini-batch, and the loss as a function
-            of the parameters; with `measure=` and `refresh=` (and whatever else `due` names) what
-            is due is decided when the step is compiled.
+        extra: `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None,
+          **due)` to the extra arguments of its update: loss and gradient of the mini-batch, and the
+          loss as a function of the parameters; with `measure=` and `refresh=` (and whatever else
+          `due` names) what is due is decided when the step is compiled.
         due: step to what is due in it, as these keyword arguments; None where nothing ever is.
         value_and_grad: `(params, model_state, x, *, targets, key)` to
-          `((loss, (logits, model_state)), gradient, curvature)`,
-            of an optimizer that preconditions gradients from their rows; the extra arguments of its
-            update are then this curvature and what is due.
+          `((loss, (logits, model_state)), gradient, curvature)`, of an optimizer that preconditions
+          gradients from their rows; the extra arguments of its update are then this curvature and
+          what is due.
     """
 
     transform: Callable[[Rate], Any]

@@ -35,9 +35,7 @@ _SECONDS = "training time (s), compilation and evaluation left out"
 
 
 def loss(path: Path, runs: Runs, *, title: str) -> None:
-    """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1,
-    left).
-    """
+    """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1, left)."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     _losses(axes, runs)
@@ -48,9 +46,7 @@ def loss(path: Path, runs: Runs, *, title: str) -> None:
 
 
 def scores(path: Path, runs: Runs, *, title: str) -> None:
-    """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and
-    3).
-    """
+    """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and 3)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, part in zip(panels, ("train", "test"), strict=True):

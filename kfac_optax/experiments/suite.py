@@ -82,8 +82,7 @@ def suite(config: ml_collections.ConfigDict, out: Path, console: Console) -> Non
     if missing:
         console.print(
             f"left out, they need the files of Fashion-MNIST: {', '.join(missing)}. Pass "
-            "--config.data_dir=DIR with "
-            "them (Debian package dataset-fashion-mnist)."
+            "--config.data_dir=DIR with them (Debian package dataset-fashion-mnist)."
         )
     chosen = {name: one for name, one in chosen.items() if name not in missing}
     if not chosen:

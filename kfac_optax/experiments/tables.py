@@ -139,9 +139,8 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
             *(f"to loss {target:g}" for target in targets),
         ),
         f"Mean ± 95 % interval (Student t) over {_seeds(best)}; compilation and evaluation left "
-        "out. Seconds and steps to a "
-        "train loss: over the seeds that reached it, and how many did; - when at most half did. *: "
-        "an edge of the grid.",
+        "out. Seconds and steps to a train loss: over the seeds that reached it, and how many "
+        "did; - when at most half did. *: an edge of the grid.",
     )
     for (name, _), group in best.items():
         cells = [_raced(group, target) for target in targets]

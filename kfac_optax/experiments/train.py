@@ -1,6 +1,4 @@
-"""Training loop: an epoch is one or more calls of a function that is compiled once per
-optimizer.
-"""
+"""Training loop: an epoch is one or more calls of a function that is compiled once per optimizer."""
 
 import functools
 import math
@@ -54,8 +52,7 @@ class Trainer(NamedTuple):
         init: (rate, key, dataset) to the first state.
         shuffle: key to the mini-batches of an epoch.
         train: (rate, state, reports, dataset, epoch, begin, end) to state and reports after the
-          mini-batches from
-            `begin` up to `end`; takes the memory of the first of both over.
+          mini-batches from `begin` up to `end`; takes the memory of the first of both over.
         evaluate: (params, model_state, dataset) to test loss and score.
         metrics: the kind of a row.
         steps: mini-batches of one epoch.
@@ -179,9 +176,7 @@ _STATISTICS_BATCHES = 4  # the first ones of the training set, the same in every
 def _with_fresh_statistics(
     problem: steps.Problem, evaluate: Callable[..., np.ndarray]
 ) -> Callable[..., np.ndarray]:
-    """An evaluation whose batch statistics are those of training batches under the weights at
-    hand.
-    """
+    """An evaluation whose batch statistics are those of training batches under the weights at hand."""
     after = jax.jit(functools.partial(steps.statistics_after, problem))
     name, size = batch_statistics.COLLECTION, problem.batch_size
 
@@ -319,9 +314,7 @@ def _evaluated(
     dataset: data.Dataset,
     over: bool,
 ) -> Any:
-    """The row with its test columns: those of the row before where it is not its turn to
-    evaluate.
-    """
+    """The row with its test columns: those of the row before where it is not its turn to evaluate."""
     every = config.get("evaluate_every") or math.inf
     if over or row.epoch == round(row.epoch) or len(rows) % every == 0:
         test = map(float, trainer.evaluate(state.params, state.model_state, dataset))

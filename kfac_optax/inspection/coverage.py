@@ -23,11 +23,13 @@ def coverage(
 ) -> Layers:
     """Layers with the state that a block and a coupling keep for them; print the result.
 
-    Bytes are those of the factors and of what is held between refreshes. The transformation adds a few scalar counters.
+    Bytes are those of the factors and of what is held between refreshes. The transformation adds a
+    few scalar counters.
 
     Args:
       layers: from `fisher.layers(params, ...)`.
-      block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of `kfac`.
+      block: per-layer curvature, as for `scale_by_curvature`; default the Kronecker block of
+        `kfac`.
       coupling: as for `scale_by_curvature`, if any.
       uncovered: as for `kfac`.
       normalization: as for `kfac`.

@@ -1,6 +1,4 @@
-"""Looking into an optimizer state: scalars for logging and the coarse Fisher matrix for
-plotting.
-"""
+"""Looking into an optimizer state: scalars for logging and the coarse Fisher matrix for plotting."""
 
 from typing import NamedTuple
 
@@ -40,11 +38,11 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     `statistics` (accepted), `skipped_statistics`, `failed_inverses`, the numbers of
     `quadratic_step` (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping`
     (`model_damping`, `reduction_ratio`, `rejected_steps`, ...) where they are used, and the range
-    of the eigenvalues of all factors, `eigenvalue_min` and
-    `eigenvalue_max` (computed on the spot). Where factors are held as a few eigenpairs, also the
-    worst over all of them: `captured_energy` (share of the trace in the pairs in use),
-    `inversion_error` (an estimate of how much, relative to what is right, the inverse may be off
-    along a direction that is left out; damping makes it small), and the largest `rank_in_use`.
+    of the eigenvalues of all factors, `eigenvalue_min` and `eigenvalue_max` (computed on the spot).
+    Where factors are held as a few eigenpairs, also the worst over all of them: `captured_energy`
+    (share of the trace in the pairs in use), `inversion_error` (an estimate of how much, relative
+    to what is right, the inverse may be off along a direction that is left out; damping makes it
+    small), and the largest `rank_in_use`.
 
     Args:
       opt_state: any Optax state with exactly one K-FAC transformation in it.
@@ -169,8 +167,8 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     if not isinstance(statistic, Grams | Exact):
         raise ValueError(
             f"coarse_fisher: this coupling keeps {type(statistic).__name__}, no coarse matrix; "
-            "expected the state of "
-            "kfac_two_level, or of another preset with coarse_correction() or deflated()."
+            "expected the state of kfac_two_level, or of another preset with coarse_correction() "
+            "or deflated()."
         )
     matrix = np.asarray(coarse_matrix(statistic))
     names: dict[int, str] = {}

@@ -14,8 +14,7 @@ _PROBLEMS: dict[type, dict[str, str]] = {
         "failed_inverses": "{} factorisations failed and the last good inverses were kept: raise the damping.",
         "non_finite_updates": (
             "{} updates were not finite and became zero: look for NaN or Inf in gradients or "
-            "parameters, and whether the loss "
-            "is scaled by far too much."
+            "parameters, and whether the loss is scaled by far too much."
         ),
     },
     GradientCounts: {
@@ -38,26 +37,24 @@ _PROBLEMS: dict[type, dict[str, str]] = {
     QuadraticState: {
         "non_finite_models": (
             "{} steps were left out because the quadratic model was not finite: look for NaN or "
-            "Inf in gradients, batches or "
-            "the model."
+            "Inf in gradients, batches or the model."
         ),
         "negative_curvatures": (
             "{} steps were left out because the quadratic model has negative curvature: a Fisher "
-            "or GGN has none, so check "
-            "hessian_product of the likelihood, and that predict and the loss belong together."
+            "or GGN has none, so check hessian_product of the likelihood, and that predict and the "
+            "loss belong together."
         ),
     },
     DampingState: {
         "rejected_steps": (
             "{} steps were rejected because the objective rose or was not finite: if this goes on, "
-            "check that value_fn is "
-            "deterministic and computes the same objective as value, on the batch of the gradient."
+            "check that value_fn is deterministic and computes the same objective as value, on the "
+            "batch of the gradient."
         ),
         "damping_at_bound": (
             "{} times the adapted damping ended on damping_min or damping_max, its bound: on the "
-            "upper one the model never "
-            "predicts the objective (check value_fn and the likelihood), on the lower one it "
-            "always does."
+            "upper one the model never predicts the objective (check value_fn and the likelihood), "
+            "on the lower one it always does."
         ),
     },
 }
@@ -103,7 +100,6 @@ def _ignored(opt_state: PyTree) -> list[str]:
             name = str(path[-1].key).removeprefix("given_")
             sentences.append(
                 f"{int(found.ignored_values)} values of {name} made no sense (out of range, or not "
-                "finite) and the last good "
-                f"one was used: look at its schedule, or what is injected."
+                "finite) and the last good one was used: look at its schedule, or what is injected."
             )
     return sentences

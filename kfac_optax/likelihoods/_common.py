@@ -29,9 +29,8 @@ def check_real(name: str, **arrays: Any) -> None:
         if has_shape(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the "
-                "head real and imaginary part "
-                "as two real outputs, for example Normal(jnp.stack([z.real, z.imag], -1)) for a "
-                "complex output z."
+                "head real and imaginary part as two real outputs, for example "
+                "Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
             )
 
 

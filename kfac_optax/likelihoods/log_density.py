@@ -185,7 +185,7 @@ def from_log_density(
     [1. 4.] [1. 4.]
 
     Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020), on the
-    Fisher information of a predictive distribution.
+      Fisher information of a predictive distribution.
     """
     if not natural:
         raise ValueError(f"{name}: got no natural arrays; expected the outputs of the model.")

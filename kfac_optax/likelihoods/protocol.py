@@ -100,9 +100,8 @@ def check_members(where: str, head: Any) -> None:
     if missing:
         raise TypeError(
             f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "
-            f"expected the properties {', '.join(PROPERTIES)} and the methods "
-            f"{', '.join(METHODS)} of kfac_optax.Likelihood. from_log_density makes a likelihood "
-            "with all of them."
+            f"expected the properties {', '.join(PROPERTIES)} and the methods {', '.join(METHODS)} "
+            "of kfac_optax.Likelihood. from_log_density makes a likelihood with all of them."
         )
 
 

@@ -54,8 +54,7 @@ def brand_update(
     True
 
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022);
-      Brand, Fast
-    low-rank modifications of the thin singular value decomposition (2006).
+      Brand, Fast low-rank modifications of the thin singular value decomposition (2006).
     """
     check_number("brand_update", "rank", rank, at_least=1)
     if keep is not None:

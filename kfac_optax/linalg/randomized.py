@@ -74,8 +74,7 @@ def randomized_eigh(
     ['5.000', '3.000']
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
-      (2022); Halko, Martinsson &
-    Tropp, Finding Structure with Randomness (2011).
+      (2022); Halko, Martinsson & Tropp, Finding Structure with Randomness (2011).
     """
     where = "randomized_eigh"
     check_number(where, "rank", rank, at_least=1)

@@ -23,8 +23,7 @@ def tikhonov_shifts(
     1.0 0.25
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    section 6.3.
+      Curvature (2015), section 6.3.
     """
     pi, root = (
         trace_ratio(jnp.reshape(mean_a, (1, 1)), jnp.reshape(mean_g, (1, 1))),

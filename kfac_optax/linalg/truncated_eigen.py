@@ -95,8 +95,7 @@ def low_rank_solve(
     [0.25 0.25]
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
-      (2022); spectrum
-    continuation: Puiu, Brand New K-FACs (2022).
+      (2022); spectrum continuation: Puiu, Brand New K-FACs (2022).
     """
     coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
     if low.values.shape[0] == v.shape[0]:  # nothing is left out

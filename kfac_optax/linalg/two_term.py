@@ -94,8 +94,7 @@ def two_term_solve(
      [0.   0.25]]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    appendix B.
+      Curvature (2015), appendix B.
     """
     upper = _LARGEST if minus else None
     product = jnp.clip(left.values, 0, upper)[:, None] * jnp.clip(right.values, 0, upper)

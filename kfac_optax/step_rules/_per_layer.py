@@ -1,6 +1,4 @@
-"""What step rules need of layers: inner products, one scale for all of them, or a function of
-each.
-"""
+"""What step rules need of layers: inner products, one scale for all of them, or a function of each."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

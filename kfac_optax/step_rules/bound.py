@@ -109,8 +109,8 @@ def bound_step(
     [-1. -1.] 2.0 0.5
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    section 7, for steps from an exact model; Ba, Grosse & Martens (2017) for the bound.
+      Curvature (2015), section 7, for steps from an exact model; Ba, Grosse & Martens (2017) for
+      the bound.
     """
     where = "bound_step"
     check_legal(where, "learning_rate", learning_rate)
@@ -152,8 +152,7 @@ def bound_step(
         if params is None:
             raise ValueError(
                 f"{where}.update: got no params; the bound is one on how the parameters really "
-                "move. Pass them: "
-                "tx.update(grads, opt_state, params, curvature=...)."
+                "move. Pass them: tx.update(grads, opt_state, params, curvature=...)."
             )
         dtype = state.step_rate.dtype
         rate, given = checked(state.given, "learning_rate", learning_rate, state.bound_count)

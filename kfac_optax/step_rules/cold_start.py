@@ -52,8 +52,8 @@ def cold_start(
     [ 1. -1.]
 
     Reference: Wu, Mansimov, Liao, Grosse & Ba, Scalable trust-region method for deep reinforcement
-      learning using
-    Kronecker-factored approximation (2017); the authors' implementation starts with plain steps.
+      learning using Kronecker-factored approximation (2017); the authors' implementation starts
+      with plain steps.
     """
     check_legal("cold_start", "steps", steps)
     warm = optax.with_extra_args_support(preconditioner)

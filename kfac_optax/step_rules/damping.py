@@ -69,8 +69,8 @@ def adapt_damping(
     raises the damping at once.
 
     With `search_every`, every so many steps `gamma^2` itself is chosen among its last value, and
-    that times and divided by
-    `search_decay`: all three updates are made, and the one with the smallest `M(delta)` is taken.
+    that times and divided by `search_decay`: all three updates are made, and the one with the
+    smallest `M(delta)` is taken.
 
     `update(grads, state, params, *, curvature, value, value_fn, grad=None, adapt=None)`:
 
@@ -114,8 +114,7 @@ def adapt_damping(
     1.0 0.95
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    sections 6.5 and 6.6.
+      Curvature (2015), sections 6.5 and 6.6.
     """
     rule = _Rule(
         "adapt_damping",
@@ -240,10 +239,9 @@ def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_
     if missing:
         raise ValueError(
             f"{where}.update: got no {', '.join(missing)}; the reduction ratio compares the "
-            "objective before and after the "
-            "step on the same batch. Pass tx.update(grads, state, params, "
-            "curvature=fisher.at(params, x, key=key), "
-            "value=loss, value_fn=lambda p: loss_fn(p, batch))."
+            "objective before and after the step on the same batch. Pass tx.update(grads, state, "
+            "params, curvature=fisher.at(params, x, key=key), value=loss, value_fn=lambda p: "
+            "loss_fn(p, batch))."
         )
     if curvature is None:
         raise ValueError(

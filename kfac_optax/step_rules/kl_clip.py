@@ -12,9 +12,7 @@ from kfac_optax.step_rules._per_layer import inner_products, inverse_root_of, sc
 
 
 class KLClipState(NamedTuple):
-    """State of `clip_by_kl`: that of the preconditioner, the step count, and the last factor
-    `nu`.
-    """
+    """State of `clip_by_kl`: that of the preconditioner, the step count, and the last factor `nu`."""
 
     preconditioner: PyTree
     kl_count: Any  # shape=(), dtype=int32
@@ -43,8 +41,7 @@ def clip_by_kl(
         `None` only where clipping is off.
       kl_clip: the bound; `None` switches clipping off (the state keeps its form).
       layers: only these layers are summed and scaled, with what was given their size
-        (`uncovered="graft"` of the table);
-        default: every leaf is a layer.
+        (`uncovered="graft"` of the table); default: every leaf is a layer.
 
     Returns:
       A transformation; its state shows the last `nu` as `kl_scale`.

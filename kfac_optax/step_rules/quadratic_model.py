@@ -67,8 +67,7 @@ def solve_model(
     1.0 0.5
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    section 7, for two directions.
+      Curvature (2015), section 7, for two directions.
     """
     finite = jnp.all(jnp.isfinite(form)) & jnp.all(jnp.isfinite(slope))
     first = form[0, 0]
@@ -143,9 +142,9 @@ def quadratic_step(
 
     Where the transformation in front leaves the parts of `U` apart (`separate=True` of
     `scale_by_curvature`: the fine level and the coarse correction), each has a weight of its own,
-      and the model then falls at least as far as for the fine part
-    alone: `delta = -rate U_fine - coarse_rate U_coarse + momentum delta_0`, a `3 x 3` solve and one
-      more product.
+    and the model then falls at least as far as for the fine part alone:
+    `delta = -rate U_fine - coarse_rate U_coarse + momentum delta_0`, a `3 x 3` solve and one more
+    product.
 
     `M(delta) = h + grad^T delta + delta^T (F + (damping + weight_decay) I) delta / 2`, with `U`
     what the preconditioner in front made of the gradient, `delta_0` the last step and `F` the exact
@@ -153,7 +152,8 @@ def quadratic_step(
     is never formed and no labels are needed. The result goes straight to `optax.apply_updates`:
     `optax.chain(kfac(layers, kl_clip=None), quadratic_step())` needs no learning rate.
 
-    `update(updates, state, params, *, curvature, grad=None, value_fn=None, damping=None, model_damping=None)`:
+    `update(updates, state, params, *, curvature, grad=None, value_fn=None, damping=None,
+    model_damping=None)`:
 
     - `curvature`: `fisher.at(params, ...)`, in every step (pass `measure=False` where no statistics
       are due).
@@ -254,10 +254,9 @@ def _check(where: str, curvature: Any, grad: Any, value_fn: Any, params: Any) ->
     if grad is None and (value_fn is None or params is None):
         raise ValueError(
             f"{where}.update: got neither grad nor value_fn; the model needs the slope of the "
-            "objective. Pass "
-            "value_fn=lambda p: loss_fn(p, batch) (and params), or grad=grads where the gradient "
-            "is at hand: "
-            "tx.update(grads, state, params, curvature=..., grad=grads)."
+            "objective. Pass value_fn=lambda p: loss_fn(p, batch) (and params), or grad=grads "
+            "where the gradient is at hand: tx.update(grads, state, params, curvature=..., "
+            "grad=grads)."
         )
 
 
@@ -291,9 +290,7 @@ def inner_products_of(directions: Sequence[PyTree]) -> jax.Array:
 
 
 def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
-    """`sum_i weights_i d_i`; where a weight is zero its direction may hold anything, NaN
-    included.
-    """
+    """`sum_i weights_i d_i`; where a weight is zero its direction may hold anything, NaN included."""
 
     def entry(*xs: jax.Array) -> jax.Array:
         dtype = xs[0].dtype

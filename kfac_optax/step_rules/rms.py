@@ -40,7 +40,7 @@ def clip_by_rms(
       max_rms: the bound.
       layers: kernel and bias of each make a layer, and so does every other leaf on its own;
         default: every leaf is a layer, which is
-          `optax.chain(preconditioner, optax.clip_by_block_rms(max_rms))`.
+        `optax.chain(preconditioner, optax.clip_by_block_rms(max_rms))`.
 
     Returns:
       A transformation; its state shows the smallest factor of the last step as `rms_scale`.
@@ -55,8 +55,7 @@ def clip_by_rms(
     [0.5 0.5] [1. 1.] 0.25
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
-      (2022): the rule of its
-    experiments.
+      (2022): the rule of its experiments.
     """
     check_legal("clip_by_rms", "max_rms", max_rms)
     preconditioner = optax.with_extra_args_support(preconditioner)

@@ -52,10 +52,9 @@ def clip_by_trust_region(
 
     `nu = min(1, sqrt(2 radius / (learning_rate^2 U^T F U)))`, so the length of the step along `U`
     is `learning_rate nu = min(learning_rate, sqrt(2 radius / U^T F U))` and, where the bound is
-    active,
-    `learning_rate^2 nu^2 U^T F U / 2 = radius`. With gradients multiplied by a number `U` grows by
-    as much and `nu` shrinks: the step taken stays the same. `nu = 1` where the product is not a
-    positive finite number, a vanishing update for one.
+    active, `learning_rate^2 nu^2 U^T F U / 2 = radius`. With gradients multiplied by a number `U`
+    grows by as much and `nu` shrinks: the step taken stays the same. `nu = 1` where the product is
+    not a positive finite number, a vanishing update for one.
 
     What `U^T F U` is, the metric decides:
 
@@ -91,8 +90,7 @@ def clip_by_trust_region(
     [0.6 0.8] 0.2
 
     Reference: Wu, Mansimov, Liao, Grosse & Ba, Scalable trust-region method for deep reinforcement
-      learning using
-    Kronecker-factored approximation (2017), section 3.2.
+      learning using Kronecker-factored approximation (2017), section 3.2.
     """
     where = "clip_by_trust_region"
     check_legal(where, "learning_rate", learning_rate)

@@ -42,18 +42,17 @@ def add_weight_decay(
 
     - `"loss"`: `P (V + w theta)`. The objective is the loss plus `(w/2) ||theta||^2`, and whatever
       runs inside sees it whole: the extra arguments `grad`, `value` and `value_fn` are augmented
-      too. The curvature `w I` of the penalty is not added
-      anywhere: add `w` to the damping where it matters.
+      too. The curvature `w I` of the penalty is not added anywhere: add `w` to the damping where it
+      matters.
     - `"decoupled"`: `P V + w theta`. A penalty in the metric of the preconditioner,
       `(w/2) theta^T P^{-1} theta` with `P` held fixed, has gradient `w P^{-1} theta`, which `P`
       turns into `w theta`: with `P^{-1} = F + damping I` this is a Fisher norm plus a part of the
       usual penalty. What controls the step inside does not see it.
     - `"fisher"`: `P (V + w F theta)`, the gradient of the Fisher norm `(w/2) theta^T F theta`
       alone, `F` held fixed, with the exact `F theta` of the batch from `curvature.vector_product`.
-      With the exact `P` it is
-      `P V + w theta - w damping P theta`: decoupled decay where the curvature is far above the
-        damping, none in directions
-      that the outputs do not depend on. The extra argument `grad` is augmented too; `value` is not.
+      With the exact `P` it is `P V + w theta - w damping P theta`: decoupled decay where the
+      curvature is far above the damping, none in directions that the outputs do not depend on. The
+      extra argument `grad` is augmented too; `value` is not.
 
     Step control belongs inside, `add_weight_decay(clip_by_kl(...), w)`: there it gets the gradient
     that the preconditioner gets. Multiples of the identity as preconditioner make the first two the

@@ -136,7 +136,8 @@ def test_tied_scale_holds_for_several_uses(x64):
 
 def test_tied_is_exact_for_gaussian_outputs(x64):
     """Squared errors of looked-up rows and of the head's outputs, per position: both KFC terms are
-    the Hessian."""
+    the Hessian.
+    """
     tokens, _, h, _ = tied_data()
     block, rows = tied_embedding(), N * (2 * R + 1)
     lookups = [

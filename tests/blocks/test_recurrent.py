@@ -158,7 +158,8 @@ def test_statistics_are_means_over_all_steps(bias, x64):
 
 def test_measured_correlations_are_below_one(x64):
     """Dividing lags by N T makes the covariances those of sequences continued by zeros:
-    `|x| <= cos(pi / (T + 1))`."""
+    `|x| <= cos(pi / (T + 1))`.
+    """
     t = 3
     a = jnp.broadcast_to(oracles.normal(0, (1, 1, P)), (1, t, P))  # the same input at every step
     factors = recurrent().measure(a, jnp.ones((1, t, Q)), make_use(t, n=1))
@@ -189,8 +190,7 @@ def test_multiply_with_singular_factors(option, x64):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_masked_tails_are_dropped(option, x64):
-    """Sequences cut by weights are sequences cut in fact, times the mean-one scale of the
-    weights."""
+    """Sequences cut by weights are sequences cut in fact, times the mean-one scale of the weights."""
     t, n = 6, 4
     a, g = oracles.normal(0, (N, t, P)), oracles.normal(1, (N, t, Q))
     weights = jnp.where(jnp.arange(t) < n, t / n, 0.0) * jnp.ones((N, 1))
@@ -209,8 +209,7 @@ def test_masked_tails_are_dropped(option, x64):
 
 
 def test_ragged_lengths_next_to_each_other_are_exact(x64):
-    """Option 1 with lengths 3 and 4: the mean of eta over lengths, times the scale of the
-    weights."""
+    """Option 1 with lengths 3 and 4: the mean of eta over lengths, times the scale of the weights."""
     t, lengths = 6, np.array([3, 4, 4, 4])
     mask = (np.arange(t) < lengths[:, None]).astype(float)
     weights = jnp.asarray(mask / mask.mean())
@@ -251,7 +250,8 @@ def test_forward_only_has_independent_steps(x64):
 
 def test_lags_beyond_one_are_clipped(x64):
     """Lags that contradict the equal-time moments are clipped instead of turning the solve
-    indefinite."""
+    indefinite.
+    """
     eye, one = jnp.eye(2), jnp.ones(())
     for sign in (1, -1):
         factors = TemporalFactors(eye, eye, 1.5 * eye, sign * eye, 4 * one, one)

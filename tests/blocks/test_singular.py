@@ -1,5 +1,6 @@
 """Singular statistics without damping: finite, bounded, and nothing changes where the statistics
-are regular."""
+are regular.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,8 @@ def test_singular_statistics_have_a_bounded_answer(name, damping):
 )
 def test_exact_solves_are_the_pseudo_inverse(name):
     """Nothing moves where nothing is known; of what is known, the solve is the inverse of the
-    product."""
+    product.
+    """
     block, statistic = CASES[name]
     factors = statistic(block)
     v = jnp.asarray(np.random.default_rng(1).normal(size=SHAPES.get(name, (4, 4))), jnp.float32)

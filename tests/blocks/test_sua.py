@@ -1,5 +1,6 @@
 """The block of uncorrelated positions against dense matrices and, where it is exact, against the
-patch block."""
+patch block.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -122,7 +122,8 @@ def test_weight_zero_drops_an_example_and_root_is_in_g(x64):
 
 def test_padded_positions_are_not_read_but_others_of_weight_zero_count(x64):
     """Position 1 has no term of its own but moves the loss of others; position 2 has no gradient at
-    all."""
+    all.
+    """
     x, g = oracles.normal(0, (N, 3, C)), oracles.normal(1, (N, 3, C)).at[:, 2].set(0)
     weights = jnp.broadcast_to(jnp.asarray([3.0, 0.0, 0.0]), (N, 3))
     got = unitwise().measure(x.at[:, 2].set(jnp.nan), g, make_use(weights=weights))

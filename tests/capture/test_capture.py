@@ -28,7 +28,8 @@ def statistics(estimator, params, *args, coupling=None, key=None, dtype=jnp.floa
 @functools.cache
 def reference():
     """Parameters, inputs and `[(A, G)]` of the three layers for a Gaussian likelihood and all
-    output columns."""
+    output columns.
+    """
     params = jax.tree.map(lambda x: x.astype(jnp.float32), oracles.make_params(0, SIZES))
     x = oracles.normal(1, (N, SIZES[0])).astype(jnp.float32)
     seeds = jnp.broadcast_to(jnp.eye(3)[:, None], (3, N, 3))
@@ -120,7 +121,8 @@ own_tanh.defjvp(lambda x, dx: (jnp.tanh(*x), (1 - jnp.tanh(*x) ** 2) * dx[0]))
 
 def own_activation(p, x):
     """An activation with a derivative rule of its own, as many of `jax.nn` are: its layers are
-    outside the rule."""
+    outside the rule.
+    """
     for i, layer in enumerate(p.values()):
         s = ko.tap_dense(x @ layer["kernel"] + layer["bias"], x, layer["kernel"], layer["bias"])
         x = own_tanh(s) if i < 2 else s

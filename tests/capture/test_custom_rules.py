@@ -1,5 +1,6 @@
 """Functions with a derivative rule of their own: rule and gradient stay exact, and what is inside
-is not measured."""
+is not measured.
+"""
 
 import functools
 
@@ -56,8 +57,7 @@ def half_gradient(w, x):
 
 @jax.custom_vjp
 def scaled(w):
-    """The identity, with a third of the gradient: the layer behind it sees the parameter as
-    stored."""
+    """The identity, with a third of the gradient: the layer behind it sees the parameter as stored."""
     return w
 
 
@@ -175,7 +175,8 @@ def test_the_reason_names_the_rule():
 
 def test_diagonal_measures_through_the_rule():
     """The derivative that counts is that of the rule: a third of the layer's, so a ninth of its
-    second moment."""
+    second moment.
+    """
     params, x, _ = problem()
     x = x[:1]  # of one example no signs are needed
     predict = lambda p, x: ko.Normal(dense(tanh_layer(scaled(p["a"]), x), p["b"]))
@@ -227,7 +228,8 @@ def test_what_is_behind_stop_gradient_is_no_use():
 
 def test_a_product_with_its_own_rule_is_noted_at_its_tap():
     """A quantised product, say: the tap sees its output, the rule decides what becomes of the
-    gradient."""
+    gradient.
+    """
 
     @jax.custom_vjp
     def product(x, w):

@@ -1,5 +1,6 @@
 """Models whose output is a derivative of the network in its inputs: what the taps do not see is
-named."""
+named.
+"""
 
 import flax.linen as nn
 import jax
@@ -56,7 +57,8 @@ def problem(output, scanned=False):
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_no_use_besides_the_tap_is_silent(name, scanned):
     """Every parameter with a derivative of the output in it is covered without a note, noted, or
-    left out by name."""
+    left out by name.
+    """
     values, estimator, params, x = problem(OUTPUTS[name], scanned)
     layers = estimator.layers(params, x)
     noted = {layer.path: layer.notes for layer in layers}
@@ -125,7 +127,8 @@ def test_a_layer_without_part_in_the_prediction_is_not_used():
 
 def test_a_parameter_that_is_handed_out_or_carried_is_used():
     """As the scale of a head, or as the start of a loop: no equation of its own, and yet no
-    parameter without use."""
+    parameter without use.
+    """
 
     def predict(p, x):
         start, _ = jax.lax.scan(lambda c, _: (2 * c, None), p["start"], None, length=3)
@@ -146,7 +149,8 @@ def test_a_parameter_that_is_handed_out_or_carried_is_used():
 
 def test_what_is_returned_besides_predictions_measures_nothing(x64):
     """Features of other data, handed out next to the prediction by the same layers: no rows of
-    theirs."""
+    theirs.
+    """
     params = {"a": oracles.normal(0, (2, 3)), "b": oracles.normal(1, (3, 1))}
     x, other = oracles.normal(2, (N, 2)), oracles.normal(3, (N, 2))
     dense = lambda x, w: ko.tap_dense(x @ w, x, w)

@@ -1,5 +1,6 @@
 """Checks on eight CPU devices, run by `test_many_devices.py` in processes of their own:
-`python -m ... NAMES`."""
+`python -m ... NAMES`.
+"""
 
 import functools
 import sys
@@ -34,14 +35,16 @@ def _weighted(params, x, weights):
 
 def _per_example(params, x, weights):
     """One example vectorised, as Equinox users write it; more columns than are pulled back at once,
-    from constants."""
+    from constants.
+    """
     mean = jax.vmap(lambda row: h.plain_predict(params, row).logits)(x)
     return ko.Normal(jnp.concatenate([mean, 2 * mean, 3 * mean], -1), 0.5, weights=weights)
 
 
 class Case(NamedTuple):
     """A model, a preset and whether the step inverts (else it only measures, which compiles
-    faster)."""
+    faster).
+    """
 
     predict: Callable[..., Any]
     preset: str
@@ -100,7 +103,8 @@ def _same(result, expected):
 
 def auto_axes():
     """`jit` with a batch sharded over automatic axes: the numbers of one device, nothing asked of
-    the user."""
+    the user.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     x, _, weights = _data()
@@ -142,7 +146,8 @@ def auto_axes_sharded_parameters():
 
 def explicit_axes(cases=CASES):
     """`jax.make_mesh` makes explicit axes now: same numbers, and the types of the state never
-    change."""
+    change.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",))
     assert mesh.axis_types == (AxisType.Explicit,)
     x, _, weights = _data()
@@ -200,7 +205,8 @@ def explicit_axes_part_of_the_batch():
 
 def shard_map(cases=CASES):
     """`axis_name=` inside `shard_map` that checks varying axes: exact also where devices have
-    different weights."""
+    different weights.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, _, weights = _data()
     specs = (P(), P(), P("data"), P("data"))
@@ -214,14 +220,16 @@ def shard_map(cases=CASES):
 
 def couplings():
     """Exact products and cross factors of a split batch are those of the whole, on manual and on
-    explicit axes."""
+    explicit axes.
+    """
     shard_map(COUPLED)
     explicit_axes(COUPLED)
 
 
 def shard_map_without_weight():
     """A batch of which no device has an example that counts is left out; one that a single device
-    has is not."""
+    has is not.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, _, weights = _data()
     case, params = CASES[0], h.plain_params()
@@ -243,8 +251,7 @@ def shard_map_without_weight():
 
 
 def shard_map_schedule():
-    """The traced schedule and a real gradient, three steps; the branches agree about what
-    varies."""
+    """The traced schedule and a real gradient, three steps; the branches agree about what varies."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, y, _ = _data()
     problem = h.make_problem(h.plain_predict, h.plain_params(), x, y)
@@ -272,7 +279,8 @@ def shard_map_schedule():
 
 def shard_map_adaptive():
     """Damping, rate and momentum adapted on a split batch are those of the whole; the loss of each
-    device is its own."""
+    device is its own.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     x, y, _ = _data()
     estimator, params = ko.ggn(h.plain_predict), h.plain_params()
@@ -308,7 +316,8 @@ def shard_map_adaptive():
 
 def online():
     """Factors followed online, and gradients from rows: rows of all devices, under `shard_map` and
-    on explicit axes."""
+    on explicit axes.
+    """
     x = jax.random.normal(jax.random.key(3), (EXAMPLES, 40))
     y, params = jnp.sin(x[:, :30]), {"w": jax.random.normal(jax.random.key(4), (40, 30)) / 6}
     # no draws, no sum over columns
@@ -424,7 +433,8 @@ def _wide(params, x):
 
 def shard_map_sampled_labels():
     """Every device draws labels of its own: the factor is the mean of the devices' with folded
-    keys."""
+    keys.
+    """
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     # all devices see the same
     x = jnp.tile(jax.random.normal(jax.random.key(3), (1, 4)), (EXAMPLES, 1))
@@ -469,8 +479,7 @@ def pmap():
 
 
 def _zoo(params, x, tokens):
-    """Every kind of block: convolution, embedding, scale and shift, dense, a parameter on its
-    own."""
+    """Every kind of block: convolution, embedding, scale and shift, dense, a parameter on its own."""
     conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NWC", "WIO", "NWC"))
     s = ko.tap_conv(conv(x, params["conv"], (2,), "SAME"), x, params["conv"], strides=2)
     a = s / jnp.sqrt(1 + jnp.mean(s**2, -1, keepdims=True))
@@ -523,7 +532,8 @@ def _zoo_problem():
 
 def every_layer_auto_axes():
     """A sharded batch through every kind of layer: the numbers of one device, the diagonal
-    included."""
+    included.
+    """
     params, batch, estimator, make = _zoo_problem()
     tx = make(uncovered="diagonal")
     step = _step(tx, estimator)
@@ -537,7 +547,8 @@ def every_layer_auto_axes():
 
 def every_layer_shard_map():
     """The same inside `shard_map`, without the diagonal, whose random signs differ from device to
-    device."""
+    device.
+    """
     params, batch, estimator, make = _zoo_problem()
     tx = make()
     expected = jax.device_get(_step(tx, estimator)(params, jax.jit(tx.init)(params), *batch))

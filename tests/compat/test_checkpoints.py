@@ -1,5 +1,6 @@
 """Checkpoints with Orbax, and the schedule decided on the host: training goes on exactly as without
-them."""
+them.
+"""
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ def _exactly(a, b):
 @pytest.mark.parametrize("preset", h.PRESETS)
 def test_orbax_round_trip(preset, tmp_path):
     """Saved and restored through `eval_shape(init)`, the state is bit for bit the same, and so is
-    what follows."""
+    what follows.
+    """
     problem = h.plain_problem()
     tx = h.make_tx(preset, problem)
     params, state, _ = h.reference_run(preset)  # after six steps
@@ -42,7 +44,8 @@ def test_orbax_round_trip(preset, tmp_path):
 
 def test_orbax_names_are_stable(tmp_path):
     """Without a target Orbax gives the names on disk: our field names are a format, so changing one
-    must be seen."""
+    must be seen.
+    """
     state = h.initial_state("kfac_two_level")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -78,7 +81,8 @@ def test_orbax_names_are_stable(tmp_path):
 
 def test_host_schedule_is_the_traced_schedule():
     """25 steps of up to four compiled steps without branches against one compiled step with both
-    branches."""
+    branches.
+    """
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem, curvature_every=3, inverse_every=6)
     traced_step = h.make_step(tx, problem)
@@ -116,7 +120,8 @@ def test_host_schedule_is_the_traced_schedule():
 
 def test_a_cholesky_checkpoint_does_not_pass_for_an_eigh_one(tmp_path):
     """Another form of inverse is another state: restoring it as such fails instead of filling in
-    nonsense."""
+    nonsense.
+    """
     problem = h.plain_problem()
     saved = jax.jit(h.make_tx("kfac", problem, inverse="cholesky").init)(problem.params)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -23,7 +23,8 @@ def _copy(tree):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager init", "jitted init"])
 def test_no_two_leaves_share_a_buffer(preset, compiled):
     """A buffer that occurs twice in donated arguments is a run-time error, so state leaves are all
-    their own."""
+    their own.
+    """
     problem = h.plain_problem()
     init = h.make_tx(preset, problem).init
     params = _copy(problem.params)
@@ -35,7 +36,8 @@ def test_no_two_leaves_share_a_buffer(preset, compiled):
 
 def test_a_damping_array_is_copied():
     """A hyperparameter given as an array (as `inject_hyperparams` does) is not given away with the
-    state."""
+    state.
+    """
     problem = h.plain_problem()
     damping = jax.numpy.float32(0.05)
     state = h.make_tx("kfac", problem, damping=damping).init(problem.params)
@@ -48,7 +50,8 @@ def test_a_damping_array_is_copied():
 
 def test_donated_training():
     """From an eager `init`, parameters and state are given away in every step; the result is that
-    of keeping them."""
+    of keeping them.
+    """
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem)
     step = jax.jit(h.make_step(tx, problem), donate_argnums=(0, 1))

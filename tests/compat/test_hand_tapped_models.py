@@ -1,5 +1,6 @@
 """Models tapped by hand: Equinox with per-example vmap, modules of closures; and boxed linen
-parameters."""
+parameters.
+"""
 
 import equinox as eqx
 import flax.linen as nn
@@ -64,7 +65,8 @@ def test_equinox():
 
 def test_equinox_filter_jit_step():
     """The usual Equinox loop: `filter_jit` and `apply_updates`, state from
-    `filter(model, is_array)`."""
+    `filter(model, is_array)`.
+    """
     plain = h.plain_problem()
     model = EquinoxMLP([Linear(v["w"].T, v["b"]) for v in plain.params.values()], jnp.tanh)
     estimator = ko.ggn(lambda model, x: ko.Categorical(jax.vmap(model)(x)))
@@ -93,7 +95,8 @@ def test_equinox_filter_jit_step():
 
 def _transform(function):
     """Haiku's shape in ten lines: `(init, apply)` over a flat dict of modules,
-    `{"mlp/~/linear_0": {"w", "b"}}`."""
+    `{"mlp/~/linear_0": {"w", "b"}}`.
+    """
 
     def init(key, x):
         params = {}
@@ -144,7 +147,8 @@ class _Partitioned(nn.Module):
 
 def test_partitioned_linen_parameters():
     """Boxes of `nn.with_partitioning` change no path, no layer and no value, and come back around
-    the updates."""
+    the updates.
+    """
     plain = h.plain_problem()
     model = _Partitioned()
     boxed = jax.jit(model.init)(jax.random.key(0), plain.x)["params"]

@@ -1,5 +1,6 @@
 """Data parallel on eight CPU devices; the checks are in `device_checks.py`, in processes of their
-own."""
+own.
+"""
 
 import os
 import pathlib

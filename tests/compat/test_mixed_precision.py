@@ -38,7 +38,8 @@ def _dtypes(tree):
 
 def test_half_parameters():
     """Updates have the dtype of the gradient, the state is float32, values are those of float32 up
-    to rounding."""
+    to rounding.
+    """
     params = h.plain_params(dtype=jnp.bfloat16)
     problem = h.make_problem(h.plain_predict, params, *h.data(dtype=jnp.bfloat16))
     updates, state = _first_step(problem)
@@ -62,7 +63,8 @@ def test_half_parameters():
 
 def test_every_leaf_keeps_its_own_dtype():
     """A float32 bias beside a bfloat16 kernel; the update takes the dtype of the gradient, not of
-    the parameter."""
+    the parameter.
+    """
     params = h.plain_params()
     mixed = jax.tree.map_with_path(
         lambda path, p: p.astype(jnp.bfloat16) if path[-1].key == "w" else p, params
@@ -117,7 +119,8 @@ def test_double_parameters():
 )
 def test_dtype_of_the_state(params_dtype, factor_dtype, expected):
     """The widest of float32 and the parameters, unless `factor_dtype` says otherwise; the same
-    after an update."""
+    after an update.
+    """
     with jax.enable_x64(True):
         problem = h.make_problem(
             h.plain_predict, h.plain_params(dtype=params_dtype), *h.data(dtype=params_dtype)
@@ -146,7 +149,8 @@ class _HalfModel(nn.Module):
 
 def test_model_in_bfloat16_with_float32_parameters():
     """The layer is found through the cast, and its float32 factor is the second moment of what the
-    module was given."""
+    module was given.
+    """
     model = _HalfModel()
     x, y = h.data()
     params = jax.jit(model.init)(jax.random.key(0), x)["params"]
@@ -171,7 +175,8 @@ def _second_moment(x):
 
 def test_parameters_cast_by_the_user():
     """A cast before `apply` is followed by data flow to the float32 parameters; updates are close
-    to those without."""
+    to those without.
+    """
     plain = h.plain_problem()
 
     def predict(params, x):
@@ -200,7 +205,8 @@ def test_parameters_cast_by_the_user():
 
 def test_injected_damping_keeps_float32_under_bfloat16_parameters():
     """Optax casts injected Python floats to the parameters' dtype; an explicit float32 stays exact,
-    also in our state."""
+    also in our state.
+    """
     params = h.plain_params(dtype=jnp.bfloat16)
     problem = h.plain_problem()
     for damping, expected in (

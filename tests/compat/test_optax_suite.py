@@ -46,7 +46,8 @@ def test_the_compilation_counter_counts():
 @both
 def test_map_params(preset):
     """`optax.tree.map_params` finds no parameter in our state, and those of its neighbours in a
-    chain."""
+    chain.
+    """
     problem = h.plain_problem()
     tx = optax.chain(h.make_tx(preset, problem), optax.sgd(0.1, momentum=0.9))
     state = jax.jit(tx.init)(problem.params)
@@ -163,7 +164,8 @@ def test_an_injected_value_takes_effect_without_recompiling():
 
 def test_multi_steps():
     """The first mini-steps give zero; the inner update runs in all of them, and the last one's
-    curvature counts."""
+    curvature counts.
+    """
     problem, calls = h.plain_problem(), []
     inner = h.make_tx("kfac_two_level", problem, kl_clip=None)
 
@@ -211,7 +213,8 @@ def _typed_problem(dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_state_is_stable_under_cond(preset, dtype):
     """Structure, shapes, dtypes and weak types of the state never change, so it can be the result
-    of a branch."""
+    of a branch.
+    """
     with jax.enable_x64(dtype == "float64"):
         problem = _typed_problem(jnp.dtype(dtype))
         tx = h.make_tx(preset, problem)

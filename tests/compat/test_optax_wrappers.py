@@ -17,7 +17,8 @@ from tests import helpers as h
 
 def _jit_update(tx, problem, **static):
     """Compiled `(grads, state, params) -> (updates, state)` with the curvature at `params`, without
-    branches."""
+    branches.
+    """
     static = {"refresh": True} | static
     return jax.jit(
         lambda grads, state, params: tx.update(
@@ -39,7 +40,8 @@ def _once(tx, problem, grads, **static):
 )
 def test_chain_is_its_parts(combine, preset):
     """Every member gets `curvature`, ours uses it; the result is that of the members one after
-    another."""
+    another.
+    """
     problem = h.plain_problem()
     members = {
         "clip": optax.clip_by_global_norm(0.1),
@@ -114,7 +116,8 @@ LAST_LAYER = {"first": {"w": False, "b": True}, "last": {"w": True, "b": True}}
 )
 def test_masked_is_the_smaller_problem(preset, mask, smaller):
     """A masked bias leaves a layer without bias, a masked layer is gone; what is masked passes
-    unchanged."""
+    unchanged.
+    """
     problem, grads = h.plain_problem(), h.plain_grads()
     updates, state = _once(optax.masked(h.make_tx(preset, problem), mask), problem, grads)
     small = smaller(problem.params)
@@ -131,7 +134,8 @@ def test_masked_is_the_smaller_problem(preset, mask, smaller):
 
 def test_masked_kernel_factor_is_the_plain_second_moment():
     """The factor of a layer whose bias is masked has no row for it: `A = x^T x / N` (the previous
-    test, by hand)."""
+    test, by hand).
+    """
     problem = h.plain_problem()
     _, state = _once(
         optax.masked(h.make_tx("kfac", problem), KERNELS), problem, h.plain_grads(), refresh=False
@@ -207,7 +211,8 @@ def test_map_params_reaches_through_partition_and_masked():
 
 def test_apply_if_finite():
     """A gradient that is not finite is skipped with the whole state; the steps around it are not
-    affected."""
+    affected.
+    """
     problem = h.plain_problem()
     tx = optax.apply_if_finite(h.make_tx("kfac_two_level", problem), max_consecutive_errors=3)
     update = _jit_update(tx, problem, refresh=None)
@@ -226,7 +231,8 @@ def test_apply_if_finite():
 
 def test_apply_if_finite_lets_a_bad_batch_pass_and_we_skip_it():
     """Optax looks at gradients only; a batch with NaN under finite gradients is dropped, and
-    counted, by us."""
+    counted, by us.
+    """
     problem = h.plain_problem()
     tx = optax.apply_if_finite(h.make_tx("kfac_two_level", problem), max_consecutive_errors=3)
     update = jax.jit(
@@ -249,7 +255,8 @@ def test_apply_if_finite_lets_a_bad_batch_pass_and_we_skip_it():
 
 def test_schedule_free():
     """The base sees gradient and curvature at `y`, the parameters passed to `update`; `z` moves by
-    its update."""
+    its update.
+    """
     problem, rate = h.plain_problem(), 0.1
     base = optax.chain(h.make_tx("kfac_two_level", problem), optax.sgd(rate))
     tx = contrib.schedule_free(base, learning_rate=rate, b1=0.9)
@@ -273,7 +280,8 @@ def test_schedule_free():
 
 def test_lookahead():
     """Lookahead hands no extra argument on: that is a clear error, and binding the curvature in the
-    step works."""
+    step works.
+    """
     problem = h.plain_problem()
     tx = h.make_tx("kfac_two_level", problem)
     params = optax.LookaheadParams.init_synced(problem.params)

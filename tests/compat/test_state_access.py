@@ -1,5 +1,6 @@
 """The state before it exists (`eval_shape`, abstract parameters) and by name (`optax.tree.get` and
-`set`)."""
+`set`).
+"""
 
 import chex
 import jax
@@ -30,7 +31,8 @@ def test_init_under_eval_shape(preset):
 @both
 def test_init_on_abstract_parameters(preset):
     """Our state needs shapes only, so `init` itself takes `ShapeDtypeStruct`s and gives the state
-    of real arrays."""
+    of real arrays.
+    """
     problem = h.plain_problem()
     state = h.make_tx(preset, problem).init(_abstract(problem.params))
     h.assert_same_types(state, h.initial_state(preset))
@@ -46,7 +48,8 @@ def test_layers_from_abstract_arrays_are_the_same():
 
 def test_the_unit_state_holds_the_identity():
     """Before any statistic the factors are the identity, and what is held is its inverse, so
-    updates are finite."""
+    updates are finite.
+    """
     for preset in h.PRESETS:
         state = h.initial_state(preset)
         for factor in jax.tree.leaves(optax.tree.get(state, "factors")):
@@ -90,7 +93,8 @@ def test_get_finds_unique_names():
 
 def test_set_replaces_what_the_next_step_uses():
     """Scaled factors, refactorised by `refresh=True`, shrink the update; a count set back makes
-    statistics due."""
+    statistics due.
+    """
     problem, grads = h.plain_problem(), h.plain_grads()
     tx = h.make_tx("kfac", problem, kl_clip=None, damping=0.0)
     state = optax.chain(tx).init(problem.params)
@@ -132,7 +136,8 @@ def test_curvature_of_a_wrong_type_is_an_error():
 
 def test_a_model_of_taps_without_stored_parameters_is_an_error():
     """A bare vector reshaped into a kernel is no parameter as stored: no layer is left, and the
-    error says so."""
+    error says so.
+    """
     estimator = ko.ggn(lambda v: ko.Normal(h.dense(jnp.ones((1, 1)), v[None, :])))
     with pytest.raises(ValueError, match=r"no layer") as error:
         estimator.layers(jnp.ones(3))

@@ -1,5 +1,6 @@
 """The loops people write: TrainState, nnx.Optimizer, scan, eager steps, vmap over seeds, curvature
-as an argument."""
+as an argument.
+"""
 
 import functools
 
@@ -18,8 +19,7 @@ both = pytest.mark.parametrize("preset", h.PRESETS)
 
 
 class TrainState(train_state.TrainState):
-    """The recipe of the README: `apply_gradients` that hands extra arguments on to the
-    optimizer."""
+    """The recipe of the README: `apply_gradients` that hands extra arguments on to the optimizer."""
 
     def apply_gradients(self, *, grads, changes=None, **extra):
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra)
@@ -94,7 +94,8 @@ def _as_plain(state):
 @both
 def test_nnx_optimizer(preset):
     """In `nnx.jit`; paths of parameters differ between its `init` and `update`, which must not
-    matter."""
+    matter.
+    """
     problem, plain = _nnx_problem(), h.plain_problem()
     assert [(layer.kernel, layer.bias) for layer in problem.layers] == [
         ("layers/0/kernel", "layers/0/bias"),
@@ -125,7 +126,8 @@ def test_nnx_optimizer(preset):
 
 def test_nnx_state_as_parameters():
     """An `nnx.State` works like any other tree: updates have its structure and the values of the
-    plain problem."""
+    plain problem.
+    """
     problem = _nnx_problem()
     _, _, updates = h.run(h.make_tx("kfac_two_level", problem), problem, 6)
     assert isinstance(updates, nnx.State)
@@ -164,7 +166,8 @@ def _seeds(problem, n=3):
 @pytest.mark.parametrize("static", [False, True], ids=["unbatched count", "static refresh"])
 def test_vmap_over_seeds(static):
     """An ensemble is a loop over its members; with the count kept unbatched the branches stay
-    branches."""
+    branches.
+    """
     problem, n, preset = h.plain_problem(), 3, "kfac" if static else "kfac_two_level"
     tx = h.make_tx(preset, problem)
     step = h.make_step(tx, problem)
@@ -208,7 +211,8 @@ def test_a_batched_count_turns_branches_into_selects():
 
 def test_curvature_is_an_argument_of_a_compiled_step():
     """It is a pytree: through `jit` as an argument it is what it is inside, and new ones compile
-    nothing."""
+    nothing.
+    """
     problem = h.plain_problem()
     estimator = ko.fisher(problem.predict)
     tx = h.make_tx("kfac_two_level", problem)
@@ -250,7 +254,8 @@ def test_curvature_survives_tree_operations():
 
 def test_none_and_curvature_are_two_programs():
     """`curvature=None` keeps the factors and still preconditions; the two kinds of step mix in one
-    loop."""
+    loop.
+    """
     problem = h.plain_problem()
     step = jax.jit(
         h.make_step(h.make_tx("kfac_two_level", problem), problem), static_argnames="curvature"

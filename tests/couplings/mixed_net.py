@@ -1,5 +1,6 @@
 """A small network for couplings: buckets out of order, a normalisation between layers, a parameter
-that nothing covers."""
+that nothing covers.
+"""
 
 import functools
 from typing import Any, NamedTuple

@@ -37,7 +37,8 @@ def pick(x, shape, method):
 )
 def test_maps_of_unequal_size_are_compared_on_the_smaller(x64, maps, resample):
     """Axis by axis, non-square maps and sequences included; maps with different numbers of axes are
-    laid out first."""
+    laid out first.
+    """
     n, coupling = 5, ko.coarse_correction("factored", resample=resample)
     a = [oracles.normal(i, (n, *t, 3)) for i, t in enumerate(maps)]
     g = [oracles.normal(9 + i, (n, *t, 2)) for i, t in enumerate(maps)]

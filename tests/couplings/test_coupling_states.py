@@ -1,5 +1,6 @@
 """Every coupling on the traced schedule: the state keeps its types, what is skipped, shares, table,
-inspection."""
+inspection.
+"""
 
 import functools
 
@@ -109,7 +110,8 @@ def test_static_refresh_is_the_traced_schedule_and_the_table_adds_up(name):
 
 def test_couplings_see_only_the_layers_that_are_theirs():
     """Under `optax.masked` the products leave out the rest of the model, and a chain closes over a
-    missing link."""
+    missing link.
+    """
     params, x, layers = problem()
     at = ESTIMATOR.at(params, x, key=jax.random.key(0))
     mask = {"layer0": {"kernel": False, "bias": False}, "layer1": {"kernel": True, "bias": True}}

@@ -73,7 +73,8 @@ def relative(got, expected):
 @pytest.mark.parametrize(("correction", "coarse_operator", "projects", "symmetric"), CASES)
 def test_operators(x64, correction, coarse_operator, projects, symmetric):
     """The dense formula; `Z (F x - g) = 0` for every `g`; symmetry; K-FAC bit for bit where the
-    coarse level is off."""
+    coarse level is off.
+    """
     off, on = operators(correction, coarse_operator)
     np.testing.assert_array_equal(off, one_level())
     damped, z = damped_fisher(), net().z

@@ -178,7 +178,8 @@ def test_dense_formula_and_coarse_residual(x64, mode, space):
 @pytest.mark.parametrize("space", SPACES)
 def test_the_model_is_never_worse_than_that_of_less(x64, space):
     """Than that of the fine level alone, and of every space inside this one; somewhere it is
-    better."""
+    better.
+    """
     g = gradients()
     fine, added = solver("a-def2", space)(g)
     value, alone = model(fine + added, g), model(fine, g)
@@ -210,7 +211,8 @@ def test_updates_give_every_layer_its_own_step_size(x64):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_vectors_that_add_no_direction_are_dropped(x64, dtype):
     """A row with a zero gradient, one whose update is constant, and one whose update is so up to
-    rounding."""
+    rounding.
+    """
     g = np.asarray(oracles.normal(4, (SIZE,)))
     ones = mask()
     noise = jnp.finfo(dtype).eps * np.asarray(oracles.normal(5, (SIZE,)))
@@ -241,7 +243,8 @@ def test_squares_of_updates_neither_vanish_nor_overflow(scale):
 
 def test_nothing_to_combine_and_no_damping(x64):
     """A zero gradient makes a space without vectors; an undamped one of dropped vectors divides by
-    nothing."""
+    nothing.
+    """
     ones = mask()
     for g in (jnp.zeros(SIZE), jnp.asarray(ones[0] * np.asarray(gradients()[0]))):
         for space in SPACES:
@@ -286,8 +289,7 @@ def test_products(x64, mode, space, products):
 
 
 def test_the_space_outlives_the_weight_of_the_fine_level(x64):
-    """With a weight of zero `M^{-1} g` still says where to go: the residual is the gradient
-    then."""
+    """With a weight of zero `M^{-1} g` still says where to go: the residual is the gradient then."""
     g = jnp.asarray(gradients()[0])
     made = [
         ko.deflated(space=s, fine_weight=0.0).apply((), system(g, block_inverse()))

@@ -1,5 +1,6 @@
 """Coarse spaces in a net with a grouped convolution, a stack, a normalisation, an uncovered
-parameter."""
+parameter.
+"""
 
 import functools
 
@@ -86,7 +87,8 @@ def masks():
 @functools.cache
 def updates(space=None):
     """Of some gradients after one refresh, `[gradients, n]`, for the one-level optimizer where
-    there is no space."""
+    there is no space.
+    """
     params, x, layers, _, _ = net()
     _, unravel = jax.flatten_util.ravel_pytree(params)
     coupling = None if space is None else ko.deflated("a-def2", space=space, coarse="exact")
@@ -132,8 +134,7 @@ def leading():
 
 @pytest.mark.parametrize("space", SPACES)
 def test_updates_are_the_dense_ones(x64, space):
-    """`x0 + Z^T E^{-1} Z (g - F_lambda x0)`, `E` with the whole Gram matrix; never a worse
-    model."""
+    """`x0 + Z^T E^{-1} Z (g - F_lambda x0)`, `E` with the whole Gram matrix; never a worse model."""
     *_, damped, _ = net()
     g = gradients()
     both, _ = updates()

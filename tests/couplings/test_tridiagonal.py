@@ -22,8 +22,7 @@ def predict(params, x, weights=None):
 
 
 def dense_problem(sizes):
-    """Update operator in canonical order, and the damped Kronecker surrogate of the whole
-    Fisher."""
+    """Update operator in canonical order, and the damped Kronecker surrogate of the whole Fisher."""
     params, x = oracles.make_params(0, sizes), oracles.normal(1, (7, sizes[0]))
     logits = jax.jit(lambda p: oracles.forward(p, x)[0])(params)
     a, g = oracles.per_example(params, x, jnp.asarray(oracles.softmax_columns(logits)))
@@ -56,7 +55,8 @@ def dense_problem(sizes):
 )
 def test_inverse_of_the_update_matches_the_surrogate_on_three_diagonals(x64, sizes):
     """Links of equal and of other shapes. One layer is block-diagonal, two are the whole
-    surrogate's inverse."""
+    surrogate's inverse.
+    """
     inverse, surrogate, starts = dense_problem(sizes)
     parts = [slice(a, b) for a, b in itertools.pairwise(starts)]
     got = np.linalg.inv(inverse)
@@ -76,7 +76,8 @@ def test_inverse_of_the_update_matches_the_surrogate_on_three_diagonals(x64, siz
 
 def test_layers_between_stay_block_diagonal(x64):
     """A normalisation between the first two layers; buckets out of order; what no block covers
-    passes through."""
+    passes through.
+    """
     problem = net()
     coupled = np.asarray(
         jax.jit(lambda: operator(KFAC(problem.layers, coupling=ko.tridiagonal()), problem))()

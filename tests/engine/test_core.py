@@ -54,7 +54,8 @@ def close(u, v, rtol=1e-5):
 
 def test_schedule_order_and_averaging():
     """Statistics first, then inverses, then the step; factors are the running mean, then an average
-    with `decay`."""
+    with `decay`.
+    """
     params, _, layers = problem()
     tx = ko.kfac_two_level(
         layers, learning_rate=0.1, curvature_every=2, inverse_every=3, decay=0.6, kl_clip=None
@@ -329,7 +330,8 @@ def linear_rows(params, x):
 
 def test_sums_that_vanish_are_not_normalised_to_correlations():
     """The gradients of logits sum to zero, so the coarse space does not see a softmax head: its row
-    is rounding."""
+    is rounding.
+    """
     x = oracles.normal(0, (20, 3)).astype(jnp.float32)
     params = Twins().init(jax.random.key(0), x)["params"]
     estimator = ko.fisher(lambda p, x: ko.Categorical(Twins().apply({"params": p}, x)))

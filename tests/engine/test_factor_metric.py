@@ -45,7 +45,8 @@ def test_metric_is_the_dense_block_diagonal(x64, sizes, bias):
 
 def test_other_blocks_and_parameters_without_a_layer(x64):
     """Normalisation, diagonal leaves: one step from fresh factors,
-    `<U, V> = <U, F U> + damping ||U||^2`."""
+    `<U, V> = <U, F U> + damping ||U||^2`.
+    """
     params = {
         "w": oracles.normal(0, (3, 3)),
         "scale": oracles.normal(1, (3,)),

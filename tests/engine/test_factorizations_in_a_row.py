@@ -44,7 +44,8 @@ ALL_PARTS = {"online, staggered": (0, 1)}
 
 def side_by_side(text):
     """Pairs of LAPACK calls of a compiled program without a path between them, and the number of
-    calls."""
+    calls.
+    """
     pairs, count, with_calls, before, calls = [], 0, set(), {}, []
     for line in text.splitlines():
         # a computation; those that it uses came before

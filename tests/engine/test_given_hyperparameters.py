@@ -1,5 +1,6 @@
 """Hyperparameters that schedules and `inject_hyperparams` give: what makes no sense is not used,
-but named."""
+but named.
+"""
 
 import jax
 import jax.numpy as jnp

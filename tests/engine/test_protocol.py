@@ -61,8 +61,8 @@ def test_a_statistic_of_another_shape_is_not_broadcast():
     state = tx.init(W)
     message = (
         "scale_by_curvature.update: block 'mine' of dense_3x2: measure(a, g, use) returned "
-        "Factors(.inputs float32[1,1,3], .outputs float32[1,2,2]); expected "
-        "Factors(.inputs float32[1,3,3], .outputs float32[1,2,2]), what init returned"
+        "Factors(.inputs float32[1,1,3], .outputs float32[1,2,2]); expected Factors(.inputs "
+        "float32[1,3,3], .outputs float32[1,2,2]), what init returned"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         tx.update(W, state, W, curvature=ESTIMATOR.at(W, X))

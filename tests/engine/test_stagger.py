@@ -1,5 +1,6 @@
 """Refreshes spread over the steps of a period: the division of the matrices, and what is held from
-step to step."""
+step to step.
+"""
 
 import functools
 import itertools
@@ -102,7 +103,8 @@ def test_the_parts_are_ranges_that_cover_every_copy_once_and_balance(sizes, coun
 
 def test_an_autoencoder_is_divided_in_balance():
     """The matrices of 784-1000-500-250-30 and back, in parts whose costs are close although all
-    sizes differ."""
+    sizes differ.
+    """
     widths = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     shapes = {f"{p + 1}x{q}": cost([(p + 1, p + 1), (q, q)]) for p, q in itertools.pairwise(widths)}
     buckets = {name: (1, one) for name, one in shapes.items()}

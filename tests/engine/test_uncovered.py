@@ -1,5 +1,6 @@
 """`uncovered="graft"`: gradients of parameters without a block get the size of the preconditioned
-updates."""
+updates.
+"""
 
 import functools
 

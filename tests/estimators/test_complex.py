@@ -1,5 +1,6 @@
 """Complex numbers: refused at heads, named at parameters, harmless inside a model whose layers and
-heads are real."""
+heads are real.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,7 @@ def test_a_head_of_the_user_is_refused_too():
 
 
 def test_two_real_outputs_give_the_metric_of_the_wave_function():
-    """`Re E[conj(O) O^T]` with `O` the derivative of `log psi`, in the products as in the
-    factors."""
+    """`Re E[conj(O) O^T]` with `O` the derivative of `log psi`, in the products as in the factors."""
     w, x = oracles.normal(0, (3, 2)), oracles.normal(1, (N, 3))
 
     def predict(w, x):
@@ -124,7 +124,8 @@ def test_complex_parameters_are_named_and_their_gradient_is_handed_on(uncovered)
 
 def test_a_real_layer_on_complex_numbers_is_left_out_and_has_a_diagonal():
     """Its rows would be complex; the derivative by its parameter is real, and so is the diagonal of
-    one example."""
+    one example.
+    """
     params = {"w": oracles.normal(0, (3, 2)), "head": oracles.normal(1, (2, 1))}
     z = oracles.normal(2, (1, 3)) + 1j * oracles.normal(3, (1, 3))
     predict = lambda p, z: ko.Normal(dense(jnp.abs(dense(z, p["w"])) ** 2, p["head"]))
@@ -143,7 +144,8 @@ def test_a_real_layer_on_complex_numbers_is_left_out_and_has_a_diagonal():
 
 def test_products_of_complex_parameters_are_those_of_their_real_pairs():
     """A cotangent, as `jax.grad` gives it: `v^T F v = Re sum(v * (F v))`, of all pairs of
-    directions."""
+    directions.
+    """
     params, x = problem()
     estimator = ko.ggn(lambda p, x: ko.Normal(rbm(p, x)))
     draw = lambda seed: {

@@ -88,7 +88,8 @@ def test_vector_product_equals_the_dense_matrix(x64, kind):
 
 def test_blocks_equal_the_exact_ggn_on_deep_linear_nets(x64):
     """Gaussian likelihood and a linear net: G does not depend on the data, so A (x) G is the GGN
-    block itself."""
+    block itself.
+    """
     params = oracles.make_params(0, (3, 4, 4, 2))
     x = oracles.normal(1, (N, 3))
     linear = lambda p, x: oracles.forward(p, x, activation=lambda s: s)[0]
@@ -169,7 +170,8 @@ def test_integer_weights_count_as_repeated_examples(x64):
 
 def test_heads_add_up_and_token_terms_follow_the_mean_loss(x64):
     """Independent heads: G is the sum of theirs. `[N, R]` terms: the curvature of the mean over all
-    terms."""
+    terms.
+    """
     params, x, _ = problem()
 
     def heads(p, x):
@@ -296,7 +298,8 @@ def test_value_and_grad_shares_the_forward_pass(x64, scan):
 
 def test_aux_comes_next_to_the_loss(x64):
     """Batch statistics and logits out of the one forward pass, while everything else sees the
-    prediction only."""
+    prediction only.
+    """
     model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=False), nn.Dense(2)])
     x, y = oracles.normal(0, (N, 3)), jnp.arange(N) % 2
     variables = model.init(jax.random.key(0), x)

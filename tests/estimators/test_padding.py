@@ -1,5 +1,6 @@
 """Padding of weight zero counts as dropped, whatever it holds: NaN and infinity never meet a
-statistic or a product."""
+statistic or a product.
+"""
 
 import flax.linen as nn
 import jax
@@ -75,7 +76,8 @@ BLOCKS = {
 
 def both(model, per_position, value, block_of, coupling=None, make=ko.ggn):
     """What is measured with the padding and without it, as products with a random matrix, and the
-    coupling's numbers."""
+    coupling's numbers.
+    """
     with_padding, without = batches(per_position, value)
     params = x64_params(lambda key, *a: model.init(key, *a[:2])["params"], *without)
     predict = lambda p, x, t, w: ko.Categorical(model.apply({"params": p}, x, t), weights=w)

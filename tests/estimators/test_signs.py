@@ -1,5 +1,6 @@
 """Random signs of the terms: nothing changes where a row sees one term, and where it sees several
-it is right on average."""
+it is right on average.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,8 @@ MODELS = {
 
 def jacobian_of_rows(model, params, x):
     """Derivative of every term's outputs by the rows of the first layer,
-    `[terms, outputs, rows, q]`."""
+    `[terms, outputs, rows, q]`.
+    """
     # `x` is seen through `x @ a` alone, so a shift of the product is one of `x`
     back = jnp.linalg.inv(params["a"])
     shifted = lambda shift: model(params, x + shift @ back)
@@ -106,7 +108,8 @@ def jacobian_of_rows(model, params, x):
 )
 def test_examples_that_interact_are_right_on_average(name, loss):
     """Against the sum over single terms of dense Jacobians. Columns as they are miss it, whatever
-    the step."""
+    the step.
+    """
     model, shape = MODELS[name]
     params = {"a": oracles.normal(0, (3, 3)), "b": oracles.normal(1, (3, 2))}
     x = oracles.normal(2, shape)
@@ -168,7 +171,8 @@ def test_the_gradient_and_its_rows_carry_no_signs():
 
 def test_left_over_parameters_without_a_key_converge_to_their_diagonal():
     """The mean over statistics of `(sum_b s_b z_b)^2 / N`; with signs that never changed it stayed
-    where it began."""
+    where it began.
+    """
     x, z = oracles.normal(0, (64, 2)), oracles.normal(1, (64, 6))
     params = {"w": jnp.ones((2, 1)), "s": jnp.ones(6)}
     estimator = ko.ggn(lambda p, x: ko.Normal(dense(x, p["w"]) + (z @ p["s"])[:, None]))

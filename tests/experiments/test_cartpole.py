@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 def numpy_step(x, action):
     """The cart-pole equations as in the paper's appendix, solved for both accelerations as a linear
-    system."""
+    system.
+    """
     _, velocity, angle, spin = x
     m, big_m, half, g = 0.1, 1.0, 0.5, 9.8
     force = 10.0 if action else -10.0
@@ -141,7 +142,8 @@ def small(**changes):
 
 def test_acktr_learns_to_keep_the_pole_up():
     """Ten thousand steps of random actions keep it up for 22 steps; those of the second half of
-    training do far better."""
+    training do far better.
+    """
     config = small(steps=16_000, environments=16, rollout=20, widths=(16,), shared=True)
     config.acktr.cold_steps = 2
     run = jax.jit(functools.partial(a2c.train, config, a2c.METHODS["acktr"]))

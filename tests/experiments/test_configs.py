@@ -1,5 +1,6 @@
 """Every configuration trains at a reduced size, and a run of it that was interrupted ends in the
-same numbers."""
+same numbers.
+"""
 
 import itertools
 import pickle

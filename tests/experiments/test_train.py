@@ -35,8 +35,7 @@ def test_a_model_without_batch_statistics_is_trained_too(digits):
 
 
 def test_gradients_from_their_rows_train_alike(deep_linear):
-    """With batch statistics, which come out of the same pass; in a compiled loop and step by
-    step."""
+    """With batch statistics, which come out of the same pass; in a compiled loop and step by step."""
     deep_linear.update(batch_size=4)
     deep_linear.data.update(train=8, test=4, features=12)
     deep_linear.model.update(depth=1, width=16)

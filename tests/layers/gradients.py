@@ -49,7 +49,8 @@ WEIGHTS, SCALES = block(_weights, "weights"), block(_scales, "scales")
 
 def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS):
     """Gradient of the mean of `losses(params, *args) [N]`, measured by the taps, by leaf; and the
-    layers."""
+    layers.
+    """
     spec = ko.empirical_fisher(losses).spec
     # a gradient is a sum of rows as they are, while their products do not ask for the random signs
     as_they_are = lambda losses, *_: OutputCotangents(
@@ -71,8 +72,7 @@ def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS
 
 
 def assert_gradients(losses, params, *args, uncovered=(), rtol=1e-8, **options):
-    """Every covered leaf's measured gradient equals autodiff's; exactly `uncovered` is left
-    over."""
+    """Every covered leaf's measured gradient equals autodiff's; exactly `uncovered` is left over."""
     got, layers = measured_gradients(losses, params, *args, **options)
     expected = named_leaves(jax.jit(jax.grad(lambda p: losses(p, *args).mean()))(params))
     assert {u.path for u in layers.uncovered} == set(uncovered), str(layers)

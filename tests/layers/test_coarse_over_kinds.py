@@ -1,5 +1,6 @@
 """The coarse level over convolutions, attention, embeddings and shared weights, against the
-curvature itself."""
+curvature itself.
+"""
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,8 @@ from tests.layers.gradients import x64_params
 
 class Vision(nn.Module):
     """Maps of unequal, non-square size, groups, a pooled head; normalisation without a row of its
-    own."""
+    own.
+    """
 
     @nn.compact
     def __call__(self, x):
@@ -53,8 +55,7 @@ def problem(name):
 
 
 def ones_of(params, layer, group):
-    """The coarse vector of one group of a layer: ones on its weights and biases, zeros
-    elsewhere."""
+    """The coarse vector of one group of a layer: ones on its weights and biases, zeros elsewhere."""
     leaves = {name: jnp.zeros_like(x) for name, x in named_leaves(params).items()}
     for name in (layer.kernel, layer.bias):
         if name is not None:  # groups are divided among the outputs, which come last
@@ -85,7 +86,8 @@ def test_the_exact_coarse_matrix_is_the_restricted_curvature(x64, name):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_factored_diagonal_is_the_sum_of_the_layers_own_factors(x64, name):
     """Channel sums of patches, tokens and projections are sums over the factors that the block
-    itself measures."""
+    itself measures.
+    """
     estimator, params, x, layers = problem(name)
     plan = oracles.plan(layers, ko.coarse_correction("factored"))
     statistics, across = jax.jit(lambda p: estimator.at(p, x).statistics(plan))(params)

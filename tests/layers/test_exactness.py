@@ -1,5 +1,6 @@
 """Where theory says that a block is the exact GGN, it is; masks and weights equal dropped rows;
-twins in other words."""
+twins in other words.
+"""
 
 import flax.linen as nn
 import jax
@@ -68,7 +69,8 @@ class DeepLinear(nn.Module):
 )
 def test_linear_nets_that_share_weights(x64, pool, sharing, conv):
     """Expand is exact where every position has its loss, reduce where positions are pooled; neither
-    is both."""
+    is both.
+    """
     model, x = DeepLinear(pool, conv), oracles.normal(0, (4, 3, 2))
     params = x64_params(lambda key, x: model.init(key, x)["params"], x)
     predict = lambda p, x: ko.Normal(model.apply({"params": p}, x))
@@ -134,7 +136,8 @@ def recurrent(cell=nn.GRUCell):
 @pytest.mark.parametrize("name", ["kronecker", "option2", "two_level"])
 def test_masked_steps_in_time_count_as_dropped(x64, name):
     """A causal net with its last step masked is the net on the shorter sequence, inside the scan as
-    outside."""
+    outside.
+    """
     model, x, params = recurrent()
 
     def predict(p, x, weights):
@@ -233,7 +236,8 @@ def test_padding_tokens_of_a_tied_table_count_as_dropped(x64, coarse):
 
 def test_a_shared_forward_pass_gives_the_same_statistics(x64):
     """Rows kept until it is known what to measure: of every kind of layer, tokens and left-over
-    parameters included."""
+    parameters included.
+    """
     model, tokens = Masked(), jnp.asarray([[0, 3, 3], [4, 1, 0], [2, 2, 5]])
     mask = jnp.ones((3, 3)).at[0, 2].set(0)
     params = x64_params(lambda key, t: model.init(key, t, mask)["params"], tokens) | {
@@ -286,7 +290,8 @@ def test_tokens_inside_a_scan_over_time_with_masked_steps(x64):
 
 def test_left_over_parameters_get_the_diagonal(x64):
     """One example: the diagonal is exact. Many: right on average over the random signs of the
-    examples."""
+    examples.
+    """
     params = {"w": oracles.normal(0, (2, 3)), "gain": oracles.normal(1, (3,)), "idle": jnp.ones(2)}
 
     def predict(p, x):
@@ -343,7 +348,8 @@ def test_normalisation_layers_can_be_left_alone():
 
 def test_channels_only_where_a_convolution_is_plain():
     """SUA sees the map itself, as its block would directly; grouped and transposed ones keep their
-    patches."""
+    patches.
+    """
 
     class Net(nn.Module):
         @nn.compact
@@ -375,7 +381,8 @@ def test_channels_only_where_a_convolution_is_plain():
 @pytest.mark.parametrize("option", ["option1", "option2"])
 def test_temporal_correlations_reach_the_update(option):
     """Layers inside the scan get the block of their steps, in the order of time; the head outside
-    keeps its own."""
+    keeps its own.
+    """
     model = nn.Sequential([nn.RNN(nn.SimpleCell(3)), nn.Dense(2)])
     x = jax.random.normal(jax.random.key(0), (4, 5, 2))
     params = jax.jit(model.init)(jax.random.key(1), x)["params"]

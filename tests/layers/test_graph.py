@@ -1,5 +1,6 @@
 """Graph convolutions by `tap_dense`: a dense layer on aggregated features, whose rows are nodes.
-Izadi et al. (2020)."""
+Izadi et al. (2020).
+"""
 
 import itertools
 
@@ -18,7 +19,8 @@ NODES, SIZES = 7, (3, 4, 2)
 
 def graph():
     """A random undirected graph with self-loops, normalised by degree; its last node has no
-    neighbours."""
+    neighbours.
+    """
     upper = np.triu(np.random.default_rng(0).random((NODES, NODES)) < 0.4, 1)
     upper[:, -1] = False
     adjacency = upper + upper.T + np.eye(NODES)
@@ -91,7 +93,8 @@ def test_the_order_of_the_nodes_does_not_matter(x64, labelled):
 
 def test_factors_of_a_graph_with_few_labels(x64):
     """`A` is the sum over all nodes per label, `G` the mean over all nodes; labelled nodes draw
-    their labels alone."""
+    their labels alone.
+    """
     params, adjacency, x = problem()
     labelled = jnp.asarray([1, 4])
     predict = lambda p, x: ko.Normal(gcn(p, adjacency, x, labelled))

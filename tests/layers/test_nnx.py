@@ -1,5 +1,6 @@
 """The NNX front end: every layer gives its own gradient back, and twins of linen models get the
-same updates."""
+same updates.
+"""
 
 import flax.linen as nn
 import jax

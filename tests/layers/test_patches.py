@@ -136,7 +136,8 @@ def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeyp
 
 def test_left_out_positions_are_counted_by_those_kept(x64):
     """Equal positions: leaving some out changes nothing; otherwise the kept ones are every second
-    along each axis."""
+    along each axis.
+    """
     a, g = conv_rows(x64)
     thin = ko.kronecker(positions=4)
     got = measure.measure_use(GEOMETRY, thin, a, g, use_of(g))

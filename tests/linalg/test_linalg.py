@@ -70,7 +70,8 @@ def test_gram_sums_over_all_leading_axes():
 
 def test_factorisations_are_ordered_and_unchanged():
     """`after` changes no value, NaN or not, and its dependency survives compilation (see its
-    docstring)."""
+    docstring).
+    """
     x = oracles.normal(0, (3, 3))
     for previous in (jnp.ones(2), jnp.full(2, jnp.nan), jnp.full(2, jnp.inf)):
         np.testing.assert_array_equal(jax.jit(after)(x, previous), x)

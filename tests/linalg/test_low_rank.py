@@ -1,5 +1,4 @@
-"""Truncated eigendecompositions: sketches, online updates and solves against dense linear
-algebra."""
+"""Truncated eigendecompositions: sketches, online updates and solves against dense linear algebra."""
 
 import functools
 
@@ -83,7 +82,8 @@ def test_a_matrix_of_low_rank_is_found_exactly(x64, variant):
 
 def test_errors_of_sketches_without_power_iterations(x64):
     """The singular vectors on the far side of the sketch are nearly optimal, the symmetric variant
-    is not."""
+    is not.
+    """
     d, rank = 80, 10
     matrix = jnp.asarray(with_spectrum(0, 0.8 ** np.arange(d)))
     optimal = np.linalg.norm(0.8 ** np.arange(rank, d))

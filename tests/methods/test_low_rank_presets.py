@@ -1,5 +1,6 @@
 """Presets with low-rank factors: exact where the rank suffices, linear in the width, safe against
-bad input."""
+bad input.
+"""
 
 import functools
 
@@ -73,7 +74,8 @@ def close(u, v, tolerance=1e-10):
 @pytest.mark.parametrize("name", PRESETS)
 def test_enough_rank_is_dense_kfac(x64, name):
     """Two batches of 6 rows fit into 14 pairs, online or sketched: then it is K-FAC with Cholesky
-    inverses."""
+    inverses.
+    """
     params, layers = problem()
     expected = dense_updates()
     options = {} if name == "rs_kfac" else {"rest": "zero"}
@@ -110,7 +112,8 @@ def test_full_rank_is_dense_kfac(x64):
 
 def test_overwriting_is_a_sketch_of_the_dense_average(x64):
     """At its refresh B-R-KFAC holds what RS-KFAC does with the same key, and other things in
-    between."""
+    between.
+    """
     params, layers = problem()
     names, kept = ("b_r_kfac", "rs_kfac"), {}
     for name in names:
@@ -342,7 +345,8 @@ def test_bad_batch_leaves_everything_as_it_was(x64):
 @pytest.mark.parametrize("name", ["b_kfac", "b_kfac_c", "b_r_kfac"])
 def test_before_any_statistic_factors_are_the_identity(x64, name):
     """A first batch that is not finite leaves the update of dense K-FAC: nothing is blown up by the
-    damping alone."""
+    damping alone.
+    """
     params, layers = problem()
     grads, broken = gradient(3, params), batch(0).at[0, 0].set(jnp.nan)
 

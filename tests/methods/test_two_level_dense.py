@@ -1,5 +1,6 @@
 """First refresh against the dense formula: the preconditioned and clipped update, to 1e-10 in
-double precision."""
+double precision.
+"""
 
 import functools
 
@@ -82,7 +83,8 @@ def test_update_equals_dense_formula(x64, bias, inverse, coarse, coarse_damping)
 @pytest.mark.parametrize("coarse", ["factored", "exact"])
 def test_sampled_labels_give_the_dense_formula(x64, coarse):
     """Same labels in both: the empirical Fisher at given labels, and `fisher` with a likelihood
-    that draws them."""
+    that draws them.
+    """
     params, x, y, grads, _, _ = setup(True)
     onehot = jax.nn.one_hot(y, SIZES[-1])
     seeds = jax.jit(lambda: jax.nn.softmax(oracles.forward(params, x)[0]) - onehot)()
@@ -155,8 +157,7 @@ def test_coarse_weight_zero_is_kfac_and_weights_enter_linearly(x64):
 
 
 def test_operator_is_symmetric_positive_definite(x64):
-    """Additive two-level preconditioning applied to the identity; also linearity in the
-    gradient."""
+    """Additive two-level preconditioning applied to the identity; also linearity in the gradient."""
     params = oracles.make_params(0, (2, 3, 2))
     x = oracles.normal(1, (9, 2))
     estimator = ko.ggn(predict)

@@ -1,5 +1,6 @@
 """One bad step, whatever its size, is survived by every preset; steps that the model has no reason
-for are taken back."""
+for are taken back.
+"""
 
 import functools
 
@@ -129,7 +130,8 @@ def test_a_batch_that_is_not_finite_leaves_the_state_finite(name):
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_saturated_outputs(name):
     """Logits of 1e4: no curvature, so the model is all damping; a step that raises the objective is
-    taken back."""
+    taken back.
+    """
     params, x, y = _problem(2e4)
     tx, step = _step(name)
     state, last = tx.init(params), float(_loss(params, x, y))

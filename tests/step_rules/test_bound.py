@@ -1,5 +1,6 @@
 """The step of `bound_step` against dense matrices, momentum included; the coarse part as far as the
-model agrees."""
+model agrees.
+"""
 
 import functools
 
@@ -55,7 +56,8 @@ def dense_fisher(params, x):
 
 def dense_step(fisher, parts, grad, previous, kl_clip):
     """`s (m T0 - rate U - coarse_rate U_c)` from dense matrices; the model is minimised by a search
-    over the mix."""
+    over the mix.
+    """
     damped = fisher + DAMPING * np.eye(len(fisher))
     behind = grad + MOMENTUM * damped @ previous
 

@@ -1,5 +1,6 @@
 """Levenberg-Marquardt damping: the reduction ratio, rejected steps, the search for the
-preconditioner's damping."""
+preconditioner's damping.
+"""
 
 import dataclasses
 import functools
@@ -16,7 +17,8 @@ from tests import oracles
 
 class Problem:
     """A model, its curvature and its objective; linear with a Gaussian likelihood the objective is
-    quadratic."""
+    quadratic.
+    """
 
     def __init__(self, *, linear=True, penalty=0.0, likelihood=ko.Normal):
         sizes = (3, 2) if linear else (3, 4, 2)
@@ -196,8 +198,7 @@ def test_negative_curvature_is_named_and_the_damping_grows(x64):
 
 
 def test_the_damping_grows_until_a_step_is_found_again(x64):
-    """Without any damping that helps the run lives on: parameters stay finite, the bound is
-    named."""
+    """Without any damping that helps the run lives on: parameters stay finite, the bound is named."""
     problem = Problem(linear=False)
     tx = ko.adapt_damping(problem.chain(), initial_damping=1.0, every=1, damping_max=1.5)
     step = problem.step(tx, lambda p: jnp.inf)

@@ -34,7 +34,8 @@ def problem():
 
 def dense_metric(name, params, x):
     """`F`, or the approximation with or without damping, as a matrix in the order of
-    `oracles.flatten`."""
+    `oracles.flatten`.
+    """
     columns = jnp.asarray(oracles.softmax_columns(oracles.forward(params, x)[0]))
     a, g = oracles.per_example(params, x, columns)
     if name == "exact":
@@ -72,8 +73,7 @@ def test_predicted_divergence_is_the_radius_where_the_bound_is_active(x64, name)
 
 
 def test_measured_divergence_of_a_linear_policy_is_the_radius(x64):
-    """`KL(old || new) / radius` tends to one, with an error that falls like the root of the
-    radius."""
+    """`KL(old || new) / radius` tends to one, with an error that falls like the root of the radius."""
     weights, x = oracles.normal(0, (3, 4)), oracles.normal(1, (20, 3))
     fisher = ko.ggn(linear_softmax)
 

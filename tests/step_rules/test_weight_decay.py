@@ -1,5 +1,6 @@
 """Three ways to decay weights, against Optax, dense matrices and the theorem on homogeneous
-networks."""
+networks.
+"""
 
 import inspect
 
@@ -66,7 +67,8 @@ def test_positions_of_the_decay_of_optax(x64, mask):
 
 def test_scalar_preconditioners_do_not_tell_loss_and_decoupled_apart(x64):
     """With `P = s I` the decay before it is `1/s` times that behind it; for `s = 1` they are the
-    same."""
+    same.
+    """
     _, params, _ = problem()
     for scale in (1.0, 4.0):
         loss = once(ko.add_weight_decay(optax.scale(scale), DECAY), params)

@@ -67,8 +67,8 @@ def shampoo(
     [[-0.1  0. ]
      [ 0.   0.1]]
 
-    Reference: Gupta, Koren & Singer, Shampoo: Preconditioned Stochastic Tensor Optimization
-      (2018), algorithm 2.
+    Reference: Gupta, Koren & Singer, Shampoo: Preconditioned Stochastic Tensor Optimization (2018),
+      algorithm 2.
     """
     preconditioner = scale_by_shampoo(
         decay=decay,

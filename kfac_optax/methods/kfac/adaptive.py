@@ -101,8 +101,7 @@ def kfac_adaptive(
     [1. 2.]
 
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature (2015),
-    algorithm 2.
+      Curvature (2015), algorithm 2.
     """
     block = options.get("block")
     if inverse == "cholesky" and block is not None and not isinstance(block, Block):
@@ -189,8 +188,7 @@ def kfac_two_level_adaptive(
     [1. 2.]
 
     Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning
-      (2020), algorithm 1, with
-    the step of Martens & Grosse (2015), algorithm 2.
+      (2020), algorithm 1, with the step of Martens & Grosse (2015), algorithm 2.
     """
     coupling = coarse_correction(
         coarse,

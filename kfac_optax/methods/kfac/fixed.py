@@ -120,9 +120,8 @@ def kfac(
     if learning_rate is None and kl_clip is not None:
         raise ValueError(
             "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. "
-            "Pass learning_rate=, the "
-            "rate of the optimizer that follows, or kl_clip=None where what follows decides on the "
-            "length of the step."
+            "Pass learning_rate=, the rate of the optimizer that follows, or kl_clip=None where "
+            "what follows decides on the length of the step."
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
@@ -210,10 +209,10 @@ def kfac_two_level(
     """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the
     step.
 
-    `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping I)^{-1} Z V`, with `Z` summing
-    all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix. This is the additive
-    correction; the others, see `deflated`, take exact products with the curvature of the batch, so
-    `curvature` has to be passed in every step.
+    `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping
+    I)^{-1} Z V`, with `Z` summing all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix.
+    This is the additive correction; the others, see `deflated`, take exact products with the
+    curvature of the batch, so `curvature` has to be passed in every step.
 
     Args:
       layers: from `fisher.layers(params, *args)`.
@@ -308,8 +307,8 @@ def kfac_two_level(
     elif coarse_space != "sums":
         raise ValueError(
             f"kfac_two_level: got coarse_space={coarse_space!r} with correction='additive', which "
-            "sums each layer; expected "
-            f"coarse_space='sums', or correction= one of {', '.join(map(repr, MODES))}."
+            "sums each layer; expected coarse_space='sums', or correction= one of "
+            f"{', '.join(map(repr, MODES))}."
         )
     return kfac(
         layers,

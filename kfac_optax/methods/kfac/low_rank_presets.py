@@ -166,8 +166,8 @@ def rs_kfac(
     ['0.686', '0.686']
 
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
-      (2022), whose damping and
-    left-out eigenvalues are `damping_rule="relative"` and `rest="zero"`.
+      (2022), whose damping and left-out eigenvalues are `damping_rule="relative"` and
+      `rest="zero"`.
     """
     return _preset("rs_kfac", layers, rank=rank, **options)
 
@@ -204,8 +204,7 @@ def b_kfac(
     1.0000
 
     Reference: Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022),
-      whose damping and left-out
-    eigenvalues are `damping_rule="relative"` and `rest="smallest"`.
+      whose damping and left-out eigenvalues are `damping_rule="relative"` and `rest="smallest"`.
     """
     return _preset("b_kfac", layers, rank=rank, **options)
 
