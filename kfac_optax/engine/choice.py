@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -19,6 +19,7 @@ NORMALIZATION = ("unitwise", "diagonal", "pass")
 UNCOVERED = ("pass", "diagonal", "graft", "raise")
 CONVOLUTION = ("kfc", "sua")
 RECURRENCE = ("independent", *OPTIONS)
+_PASSED = "normalization='pass'"  # reason of a parameter
 BlockOf = Callable[[Layer], Block]
 
 
@@ -89,6 +90,16 @@ def blocks_of(
     return block_of
 
 
+def beside_blocks(normalization: str) -> str:
+    """What is left of the word beside a function of the layer that was made with it: whether
+    normalisation layers are left out.
+
+    >>> print(beside_blocks("diagonal"), beside_blocks("pass"))
+    unitwise pass
+    """
+    return "pass" if normalization == "pass" else "unitwise"
+
+
 def cover(
     layers: Layers,
     *,
@@ -119,18 +130,11 @@ def cover(
     check_choice(where, "normalization", normalization, NORMALIZATION)
     if uncovered == "raise":
         _refuse(where, layers)
-    kept, left = list(layers.layers), list(layers.uncovered)
     if normalization == "pass":
-        left += [
-            Uncovered(name, (*x.stack, *x.layout.shape), "normalization='pass'")
-            for x in kept
-            if x.kind == "scale_shift"
-            for name in (x.kernel, x.bias)
-            if name is not None
-        ]
-        kept = [x for x in kept if x.kind != "scale_shift"]
+        layers = leave_out(layers, ("scale_shift",), _PASSED)
+    kept, left = list(layers.layers), list(layers.uncovered)
     if uncovered == "diagonal":
-        passed = (NOT_USED, COMPLEX, "normalization='pass'")
+        passed = (NOT_USED, COMPLEX, _PASSED)
         kept += [_single(u) for u in left if u.reason not in passed]
         left = [u for u in left if u.reason in passed]
     return dataclasses.replace(
@@ -141,6 +145,21 @@ def cover(
         state_bytes=(),
         graft=layers.graft or uncovered == "graft",
     )
+
+
+def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
+    """Layers without those of some kinds, whose parameters are left over for a reason, in which
+    `{kind}` is that of the layer.
+    """
+    left = list(layers.uncovered)
+    for layer in layers:
+        if layer.kind in kinds:
+            shape = *layer.stack, *layer.layout.shape
+            names = [name for name in (layer.kernel, layer.bias) if name is not None]
+            why = reason.format(kind=layer.kind)
+            left += [Uncovered(name, shape, why) for name in names]
+    kept = tuple(layer for layer in layers if layer.kind not in kinds)
+    return dataclasses.replace(layers, layers=kept, uncovered=tuple(left))
 
 
 def _refuse(where: str, layers: Layers) -> None:

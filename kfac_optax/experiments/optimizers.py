@@ -79,16 +79,9 @@ def _gradient_only(preset: Callable[..., Any]) -> Build:
     return build
 
 
-def _ekfac(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-    assert curved is not None
-    # its damping is exact: it has no choice of inverse
-    options = {word: value for word, value in curved.options.items() if word != "inverse"}
-    tx = ko.ekfac(curved.layers, learning_rate=rate, **options)
-    return preconditioned(tx, config, rate)
-
-
-# Words of `config.low_rank` for those of its methods that correct directions.
-_OF_CORRECTIONS = ("correct_every", "correct_share")
+# Words of a configuration that some of its methods decide on themselves: corrections of directions,
+# and the inverse where damping is exact.
+_OF_SOME = ("correct_every", "correct_share", "inverse")
 
 
 def _preset(preset: Callable[..., Any]) -> Build:
@@ -98,7 +91,7 @@ def _preset(preset: Callable[..., Any]) -> Build:
         options = {
             word: value
             for word, value in curved.options.items()
-            if word in known or word not in _OF_CORRECTIONS
+            if word in known or word not in _OF_SOME
         }
         return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
 
@@ -170,7 +163,7 @@ OPTIMIZERS = {
     "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
     "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
     "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
-    "ekfac": Optimizer("EKFAC", True, _ekfac),
+    "ekfac": Optimizer("EKFAC", True, _preset(ko.ekfac)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer(

@@ -87,6 +87,14 @@ def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
     ]
 
 
+def _most_further(config: ml_collections.ConfigDict) -> int:
+    """How many runs `further` can add: of every optimizer that has several rates."""
+    several = [name for name in dict.fromkeys(config.optimizers) if len(_rates(config, name)) > 1]
+    return len(several) * (
+        config.seeds - min(config.get("tune_seeds") or config.seeds, config.seeds)
+    )
+
+
 def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
     return settings.rates(config, name, tuned=optimizers.OPTIMIZERS[name].tuned)
 
@@ -113,7 +121,7 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
         ValueError: the settings make no sweep.
     """
     validate(config)
-    runs = _make(config, out, plan(config), console)
+    runs = _make(config, out, plan(config), console, later=_most_further(config))
     if jobs := further(config, runs):
         console.print("the best rate of each, with the remaining seeds", highlight=False)
         for key, more in _make(config, out, jobs, console).items():
@@ -122,12 +130,16 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
 
 
 def _make(
-    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console
+    config: ml_collections.ConfigDict,
+    out: Path,
+    jobs: Sequence[Job],
+    console: Console,
+    later: int = 0,
 ) -> dict[tuple[str, float], list[Run]]:
     pending = [job for job in jobs if _stored(config, out, job) is None]
     console.print(f"{config.name}: {len(jobs)} runs, {len(jobs) - len(pending)} done earlier")
     if pending:
-        _train(config, out, pending, console)
+        _train(config, out, pending, console, later)
     runs: dict[tuple[str, float], list[Run]] = {}
     for job in jobs:
         finished = _stored(config, out, job)
@@ -147,7 +159,11 @@ def _count(number: int, noun: str = "run") -> str:
 
 
 def _train(
-    config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], console: Console
+    config: ml_collections.ConfigDict,
+    out: Path,
+    jobs: Sequence[Job],
+    console: Console,
+    later: int = 0,
 ) -> None:
     progress = Progress(
         TextColumn("{task.description}"),
@@ -172,6 +188,18 @@ def _train(
         )
         return "" if seconds is None else f"about {estimate.words(seconds)}"
 
+    def afterwards() -> str:
+        """What may come after these runs, each optimizer compiled once more."""
+        seconds = estimate.left(
+            pace,
+            epochs=later * config.epochs,
+            optimizers=kinds + pace.prepared,
+            workers=config.workers,
+        )
+        if not later or seconds is None:
+            return ""
+        return f"; then up to {later} at the best rates, about {estimate.words(seconds)} more"
+
     def receive(event: workers.Event) -> None:
         nonlocal finished, said, pace
         first = not left()
@@ -182,7 +210,8 @@ def _train(
         )
         if first and left():
             console.print(
-                f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}",
+                f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}"
+                f"{afterwards()}",
                 highlight=False,
             )
         if not console.is_terminal and time.monotonic() - said >= _SILENCE:

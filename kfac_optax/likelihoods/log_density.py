@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class FromLogDensity:
     @property
     def num_columns(self) -> int:
         """Numbers that describe one term: columns of the root of its Fisher information."""
-        return sum(_size(x, n) for x, n in zip(self.natural, self.event_ndims, strict=True))
+        pairs = zip(self.natural, self.event_ndims, strict=True)
+        return sum(math.prod(x.shape[x.ndim - n :]) for x, n in pairs)
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "FromLogDensity":
         """The same likelihood at other natural arrays."""
@@ -62,13 +64,12 @@ class FromLogDensity:
                     f"{self.name}: targets have shape {jnp.shape(x)}, expected the batch shape "
                     f"{batch} in front. Reshape the targets; they are never broadcast."
                 )
-        wide = tuple(map(_common.widen, self.natural))
-        values = self._of_terms(self._log_density_of_one)(wide, targets)
-        return -values
+        return -self._of_terms(self._log_density_of_one)(self._wide(), targets)
 
     def mean_nll(self, targets: Any) -> jax.Array:
-        """`sum(w nll) / sum(w)`; 0 where all weights are 0. A term of weight zero is computed at
-        the mean of nothing: its natural arrays and targets count as ones.
+        """`sum(w nll) / sum(w)`, a scalar; 0 where all weights are 0.
+
+        What a term of weight zero holds is not read: ones stand for its natural arrays and targets.
         """
         fill = functools.partial(_common.mask_out, weights=self.weights, fill=1)
         natural, targets = jax.tree.map(fill, (self.natural, targets))
@@ -78,8 +79,7 @@ class FromLogDensity:
     def sample(self, key: jax.Array) -> Any:
         """Targets drawn from the model, a key of its own for every term."""
         keys = jax.random.split(key, self.batch_shape)
-        wide = tuple(map(_common.widen, self.natural))
-        drawn = self._of_terms(lambda natural, key: self.draw(key, *natural))(wide, keys)
+        drawn = self._of_terms(lambda natural, key: self.draw(key, *natural))(self._wide(), keys)
         return jax.lax.stop_gradient(drawn)
 
     def fisher_sqrt_column(self, c: int | jax.Array) -> tuple[jax.Array, ...]:
@@ -189,10 +189,9 @@ def from_log_density(
     """
     if not natural:
         raise ValueError(f"{name}: got no natural arrays; expected the outputs of the model.")
-    arrays = dict(enumerate(natural))
-    _common.check_real(name, **{f"natural[{i}]": x for i, x in arrays.items()})
+    _common.check_real(name, **{f"natural[{i}]": x for i, x in enumerate(natural)})
     batch = jnp.shape(natural[0])[:batch_ndim]
-    for i, x in arrays.items():
+    for i, x in enumerate(natural):
         if jnp.ndim(x) < batch_ndim or jnp.shape(x)[:batch_ndim] != batch:
             raise ValueError(
                 f"{name}: natural[{i}] has shape {jnp.shape(x)}; expected {batch_ndim} leading "
@@ -202,10 +201,3 @@ def from_log_density(
     _common.check_weights(name, weights=weights, batch_shape=batch, advice=advice)
     ndims = tuple(jnp.ndim(x) - batch_ndim for x in natural)
     return FromLogDensity(natural, weights, log_density, sample, fisher, ndims, name)
-
-
-def _size(x: jax.Array, event_ndim: int) -> int:
-    size = 1
-    for n in x.shape[x.ndim - event_ndim :]:
-        size *= n
-    return size

@@ -95,8 +95,8 @@ def check_members(where: str, head: Any) -> None:
     Raises:
         TypeError: a property is missing.
     """
-    missing = [name for name in PROPERTIES if not hasattr(type(head), name)]
-    missing = [name for name in missing if not hasattr(head, name)]
+    # of a dataclass a field is an attribute of the instance alone
+    missing = [n for n in PROPERTIES if not (hasattr(type(head), n) or hasattr(head, n))]
     if missing:
         raise TypeError(
             f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "
@@ -131,8 +131,11 @@ def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
         losses = jax.eval_shape(lambda head, key: head.nll(head.sample(key)), head, key)
         _expect(f"{here}.nll(sample(key))", [losses], [batch])
     if columns:
+        like = [x.shape for x in natural]
         column = jax.eval_shape(lambda head: tuple(head.fisher_sqrt_column(0)), head)
-        _expect(f"{here}.fisher_sqrt_column(c)", column, [x.shape for x in natural])
+        _expect(f"{here}.fisher_sqrt_column(c)", column, like)
+        product = jax.eval_shape(lambda head: tuple(head.hessian_product(head.natural)), head)
+        _expect(f"{here}.hessian_product(v)", product, like)
 
 
 def _expect(what: str, got: Any, expected: list[tuple[int, ...]]) -> None:

@@ -19,6 +19,9 @@ STATIC = (
     "seed",
     "stagger",
     "positions",
+    "max_dim",
+    "merge",
+    "root",
 )
 
 

@@ -81,6 +81,24 @@ def test_a_log_says_how_long_all_runs_and_the_rest_of_them_take(deep_linear, tmp
     ]
 
 
+def test_a_log_says_what_may_come_after_these_runs(deep_linear, tmp_path, monkeypatch):
+    deep_linear.update(
+        optimizers=("sgd", "adam"), seeds=4, tune=True, tune_seeds=1, epochs=10, workers=2
+    )
+
+    def told(config, out, jobs, receive):
+        receive(workers.Event(1.0, seconds=2.0, preparation=30.0))
+
+    monkeypatch.setattr(workers, "train_all", told)
+    console = Console(width=200, force_terminal=False)
+    later = sweep._most_further(deep_linear)
+    with console.capture() as capture:
+        sweep._train(deep_linear, tmp_path, sweep.plan(deep_linear), console, later)
+    # three more seeds of both: 60 epochs of 2 s and two compilations of 30 s, on two workers
+    assert later == 6
+    assert "; then up to 6 at the best rates, about 1 min 30 s more" in capture.get()
+
+
 def test_other_settings_are_trained_anew(deep_linear, tmp_path):
     deep_linear.update(tune=False, seeds=1, optimizers=("sgd",))
     deep_linear.model.depth = 0

@@ -68,13 +68,6 @@ def _copies(axes: Any) -> int | None:
     return leaves[0].shape[0] if leaves else None
 
 
-def cleaned(updates: PyTree, dtype: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Leaves by name in the dtype of the state, zero where not all are finite; whether they are."""
-    leaves = named_leaves(updates)
-    finite = all_finite(leaves)
-    return {n: jnp.where(finite, x, 0).astype(dtype) for n, x in leaves.items()}, finite
-
-
 def cleaned_tensors(
     groups: tuple[Group, ...], leaves: Mapping[str, jax.Array], dtype: Any
 ) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -1,6 +1,6 @@
 """Whole optimizers that need gradients alone."""
 
-from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -8,25 +8,16 @@ from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import check_legal
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
+from kfac_optax.methods.signature import flat_signature
 
 
+@flat_signature(scale_by_shampoo)
 def shampoo(
     learning_rate: ScalarOrSchedule,
     *,
     momentum: ScalarOrSchedule | None = 0.9,
-    nesterov: bool = False,
     weight_decay: ScalarOrSchedule = 0.0,
-    decay: ScalarOrSchedule = 1.0,
-    ridge: ScalarOrSchedule = 1e-6,
-    inverse_every: ScalarOrSchedule = 10,
-    graft: str | optax.GradientTransformation | None = None,
-    root: int | None = None,
-    inverse: str = "eigh",
-    max_dim: int = 1024,
-    merge: int = 16,
-    long_axes: str = "split",
-    vectors: str = "full",
-    stacked: Callable[[str], int] | None = None,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo, a whole optimizer: `scale_by_shampoo`, decoupled weight decay, and the step.
 
@@ -38,19 +29,8 @@ def shampoo(
     Args:
       learning_rate: number or schedule.
       momentum: of the preconditioned gradients; `None` for none.
-      nesterov: Nesterov's momentum.
       weight_decay: decoupled; `update` needs `params` where it is not the number zero.
-      decay: see `scale_by_shampoo`, as all that follow.
-      ridge: relative to the largest eigenvalue of each statistic.
-      inverse_every: period of the roots.
-      graft: `"sgd"`, `"adam"`, `"rms"`, a transformation or `None`.
-      root: `p` of the roots; default twice the number of axes.
-      inverse: `"eigh"` or `"newton"`.
-      max_dim: axes longer than this are long.
-      merge: bound of the product of axes that are merged.
-      long_axes: `"split"` or `"diagonal"`.
-      vectors: `"full"` or `"diagonal"`.
-      stacked: `name -> number` of leading axes that only count equal parameters.
+      **options: as for `scale_by_shampoo`.
 
     Returns:
       A transformation whose updates are to be added to the parameters.
@@ -70,39 +50,13 @@ def shampoo(
     Reference: Gupta, Koren & Singer, Shampoo: Preconditioned Stochastic Tensor Optimization (2018),
       algorithm 2.
     """
-    preconditioner = scale_by_shampoo(
-        decay=decay,
-        ridge=ridge,
-        inverse_every=inverse_every,
-        momentum=momentum,
-        nesterov=nesterov,
-        graft=graft,
-        root=root,
-        inverse=inverse,
-        max_dim=max_dim,
-        merge=merge,
-        long_axes=long_axes,
-        vectors=vectors,
-        stacked=stacked,
-    )
+    preconditioner = scale_by_shampoo(momentum=momentum, **options)
     return _with_step("shampoo", preconditioner, learning_rate, weight_decay)
 
 
+@flat_signature(scale_by_soap)
 def soap(
-    learning_rate: ScalarOrSchedule,
-    *,
-    b1: ScalarOrSchedule = 0.95,
-    b2: ScalarOrSchedule = 0.95,
-    eps: ScalarOrSchedule = 1e-8,
-    weight_decay: ScalarOrSchedule = 0.0,
-    decay: ScalarOrSchedule = 0.95,
-    inverse_every: ScalarOrSchedule = 10,
-    basis: str = "qr",
-    max_dim: int = 4096,
-    merge: int = 16,
-    long_axes: str = "identity",
-    vectors: str = "identity",
-    stacked: Callable[[str], int] | None = None,
+    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP, a whole optimizer: `scale_by_soap`, decoupled weight decay, and the step.
 
@@ -112,19 +66,9 @@ def soap(
 
     Args:
       learning_rate: number or schedule.
-      b1: decay of the mean of the gradients.
-      b2: decay of the mean of the squares in the bases.
-      eps: added to the root.
       weight_decay: decoupled; `update` needs `params` where it is not the number zero. The paper
         takes 0.01.
-      decay: of the statistics, see `scale_by_soap`, as all that follow.
-      inverse_every: period of the bases.
-      basis: `"qr"` or `"eigh"`.
-      max_dim: axes longer than this are long.
-      merge: bound of the product of axes that are merged.
-      long_axes: `"identity"` or `"split"`.
-      vectors: `"identity"` (Adam) or `"full"`.
-      stacked: `name -> number` of leading axes that only count equal parameters.
+      **options: as for `scale_by_soap`.
 
     Returns:
       A transformation whose updates are to be added to the parameters.
@@ -144,20 +88,7 @@ def soap(
 
     Reference: Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam (2024), algorithm 3.
     """
-    preconditioner = scale_by_soap(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        decay=decay,
-        inverse_every=inverse_every,
-        basis=basis,
-        max_dim=max_dim,
-        merge=merge,
-        long_axes=long_axes,
-        vectors=vectors,
-        stacked=stacked,
-    )
-    return _with_step("soap", preconditioner, learning_rate, weight_decay)
+    return _with_step("soap", scale_by_soap(**options), learning_rate, weight_decay)
 
 
 def _with_step(

@@ -192,7 +192,9 @@ def scale_by_shampoo(
                 new_tensors[group.name] = u
         state_of_graft = state.graft
         if lengths is not None:
-            clean, _ = gate.cleaned(updates, dtype)
+            # of leaves without entries there is nothing to clean
+            clean = {n: x.astype(dtype) for n, x in leaves.items()}
+            clean |= gate.scattered(groups, tensors)
             wanted, after_it = lengths.update(
                 gate.replace_all(updates, clean), state.graft, params, **extra
             )

@@ -4,35 +4,33 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, ScalarOrSchedule
+from kfac_optax._types import Block, Layer, Layers
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.engine.choice import BlockOf, blocks_of
+from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
+# Words of `kfac` that the block decides on.
+_SET = (
+    "block",
+    "inverse",
+    "sharing",
+    "positions",
+    "convolution",
+    "recurrence",
+    "factored_gradient",
+)
 
-@flat_signature()
+
+@flat_signature(kfac, without=_SET)
 def ekfac(
     layers: Layers,
     *,
-    learning_rate: ScalarOrSchedule | None = None,
-    damping: ScalarOrSchedule = 1e-3,
-    kl_clip: ScalarOrSchedule | None = 1e-3,
-    bound: str = "damped",
-    momentum: float = 0.9,
-    decay: ScalarOrSchedule = 0.95,
-    curvature_every: ScalarOrSchedule = 10,
-    inverse_every: ScalarOrSchedule = 100,
-    stagger: int | None = None,
-    uncovered: str = "pass",
     normalization: str = "unitwise",
-    axis_name: Any = None,
-    factor_dtype: Any = None,
     precision: Any = "highest",
-    coupling: Coupling | None = None,
-    balance: str = "sum",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC: K-FAC with the true second moments of the gradient in its eigenbasis.
 
@@ -45,24 +43,11 @@ def ekfac(
 
     Args:
       layers: from `fisher.layers(params, *args)`.
-      learning_rate: KL-clip's rate, as for `kfac`.
-      damping: Tikhonov damping, exact.
-      kl_clip: bound on the squared Fisher norm of a step; `None` for none.
-      bound: `"damped"` (KL-clip) or `"exact"`, as for `kfac`.
-      momentum: of the transformation that follows; `bound="exact"` counts it.
-      decay: bound of the averaging weights of factors and moments.
-      curvature_every: period of the statistics, moments among them.
-      inverse_every: period of the eigenbases.
-      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
-      uncovered: parameters without a block: `"pass"`, `"graft"`, `"diagonal"` or `"raise"`, as for
-        `kfac`.
       normalization: scale and shift of normalisation layers: `"unitwise"`, `"diagonal"` or
         `"pass"`.
-      axis_name: mapped axis of `shard_map`/`pmap`, if any.
-      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of factor products, moments and solves.
-      coupling: what layers tell each other: `coarse_correction()` or `deflated()`.
-      balance: of a coupling, as for `kfac`.
+      **options: as for `kfac`. The damping is exact, `decay` bounds the averaging weights of
+        factors and moments, `inverse_every` is the period of the eigenbases.
 
     Returns:
       A transformation, to be chained with the optimizer that takes the step, as `kfac`.
@@ -83,24 +68,10 @@ def ekfac(
     """
     return kfac(
         layers,
-        learning_rate=learning_rate,
-        damping=damping,
-        kl_clip=kl_clip,
-        bound=bound,
-        momentum=momentum,
-        decay=decay,
-        curvature_every=curvature_every,
-        inverse_every=inverse_every,
-        stagger=stagger,
-        uncovered=uncovered,
-        # the blocks know already; `"pass"` takes layers out
-        normalization="pass" if normalization == "pass" else "unitwise",
-        axis_name=axis_name,
-        factor_dtype=factor_dtype,
-        precision=precision,
         block=_corrected_blocks(normalization, precision),
-        coupling=coupling,
-        balance=balance,
+        normalization=beside_blocks(normalization),
+        precision=precision,
+        **options,
     )
 
 

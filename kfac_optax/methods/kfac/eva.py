@@ -1,15 +1,14 @@
 """Eva and Eva-f: curvature of rank one for every layer, in memory linear in its width."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import optax
 
-from kfac_optax._types import Layers, ScalarOrSchedule, Uncovered
+from kfac_optax._types import Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.rank_one import rank_one
-from kfac_optax.engine.choice import cover
+from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
@@ -19,8 +18,9 @@ UNCOVERED = ("pass", "graft", "raise")
 LEFT_OUT = ("scale_shift", "tied_embedding")
 
 
-@flat_signature()
-def eva(
+def _preset(
+    where: str,
+    outputs: bool,
     layers: Layers,
     *,
     learning_rate: ScalarOrSchedule | None = None,
@@ -34,6 +34,32 @@ def eva(
     factor_dtype: Any = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> optax.GradientTransformationExtraArgs:
+    if learning_rate is None and kl_clip is not None:
+        raise ValueError(
+            f"{where}: got kl_clip without learning_rate; KL-clip bounds the step that will be "
+            "taken. Pass learning_rate=, the rate of the optimizer that follows, or kl_clip=None."
+        )
+    check_choice(where, "uncovered", uncovered, UNCOVERED)
+    check_number(where, "damping", damping, above=0)
+    layers = cover(layers, where=where)
+    layers = leave_out(layers, LEFT_OUT, "{kind}: no block of rank one")
+    layers = cover(layers, uncovered=uncovered, where=where)
+    block = rank_one(outputs, sharing=sharing, precision=precision)
+    preconditioner = scale_by_curvature(
+        layers,
+        block=lambda layer: block,
+        damping=damping,
+        decay=decay,
+        curvature_every=curvature_every,
+        inverse_every=1,  # nothing is factorised
+        axis_name=axis_name,
+        factor_dtype=factor_dtype,
+    )
+    return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+
+
+@flat_signature(_preset)
+def eva(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """Eva: `U_i = (c_i c_i^T + damping I)^{-1} V_i` with `c = vec(a b^T)` of the mean input `a` and
     the mean output gradient `b` of each layer, then KL-clip.
 
@@ -46,6 +72,9 @@ def eva(
 
     Args:
       layers: from `empirical_fisher(...).layers(params, *args)`, or another estimator's.
+      **options: some of the words below.
+
+    Words:
       learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
         be left out only together with `kl_clip=None`.
       damping: Tikhonov damping, positive; in units of the squared gradient of one example.
@@ -80,38 +109,11 @@ def eva(
     Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
       Approximation (2023).
     """
-    return _preset(
-        "eva",
-        True,
-        layers,
-        learning_rate,
-        damping,
-        kl_clip,
-        decay,
-        curvature_every,
-        uncovered,
-        sharing,
-        axis_name,
-        factor_dtype,
-        precision,
-    )
+    return _preset("eva", True, layers, **options)
 
 
-@flat_signature()
-def eva_f(
-    layers: Layers,
-    *,
-    learning_rate: ScalarOrSchedule | None = None,
-    damping: ScalarOrSchedule = 0.03,
-    kl_clip: ScalarOrSchedule | None = 1e-3,
-    decay: ScalarOrSchedule = 0.05,
-    curvature_every: ScalarOrSchedule = 1,
-    uncovered: str = "pass",
-    sharing: str = "expand",
-    axis_name: Any = None,
-    factor_dtype: Any = None,
-    precision: jax.lax.PrecisionLike = "highest",
-) -> optax.GradientTransformationExtraArgs:
+@flat_signature(_preset)
+def eva_f(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """Eva-f: `foof` with the mean input of each layer in place of its second moment,
     `U_i = (a_i a_i^T + damping I)^{-1} V_i`, then KL-clip.
 
@@ -121,18 +123,8 @@ def eva_f(
 
     Args:
       layers: from `forward_only(predict).layers(params, *args)`, or another estimator's.
-      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
-        be left out only together with `kl_clip=None`.
-      damping: Tikhonov damping, positive; in units of the squared input.
-      kl_clip: bound on `<U, V>`, see `clip_by_kl`; `None` for none.
-      decay: as for `eva`.
-      curvature_every: period of the means.
-      uncovered: as for `eva`.
-      sharing: `"expand"` or, for convolutions without forming patches, `"reduce"`; the mean input is
-        the same.
-      axis_name: mapped axis of `shard_map`/`pmap`, if any.
-      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
-      precision: matmul precision of solves.
+      **options: as for `eva`; the damping is in units of the squared input, and `sharing="reduce"`
+        has the same mean, of convolutions without forming patches.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -151,75 +143,7 @@ def eva_f(
     Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
       Approximation (2023).
     """
-    return _preset(
-        "eva_f",
-        False,
-        layers,
-        learning_rate,
-        damping,
-        kl_clip,
-        decay,
-        curvature_every,
-        uncovered,
-        sharing,
-        axis_name,
-        factor_dtype,
-        precision,
-    )
-
-
-def _preset(
-    where: str,
-    outputs: bool,
-    layers: Layers,
-    learning_rate: ScalarOrSchedule | None,
-    damping: ScalarOrSchedule,
-    kl_clip: ScalarOrSchedule | None,
-    decay: ScalarOrSchedule,
-    curvature_every: ScalarOrSchedule,
-    uncovered: str,
-    sharing: str,
-    axis_name: Any,
-    factor_dtype: Any,
-    precision: jax.lax.PrecisionLike,
-) -> optax.GradientTransformationExtraArgs:
-    if learning_rate is None and kl_clip is not None:
-        raise ValueError(
-            f"{where}: got kl_clip without learning_rate; KL-clip bounds the step that will be "
-            "taken. Pass learning_rate=, the rate of the optimizer that follows, or kl_clip=None."
-        )
-    check_choice(where, "uncovered", uncovered, UNCOVERED)
-    check_number(where, "damping", damping, above=0)
-    layers = cover(_left_out(layers), uncovered=uncovered, where=where)
-    block = rank_one(outputs, sharing=sharing, precision=precision)
-    preconditioner = scale_by_curvature(
-        layers,
-        block=lambda layer: block,
-        damping=damping,
-        decay=decay,
-        curvature_every=curvature_every,
-        inverse_every=1,  # nothing is factorised
-        axis_name=axis_name,
-        factor_dtype=factor_dtype,
-    )
-    return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
-
-
-def _left_out(layers: Layers) -> Layers:
-    """Layers that are one product of inputs and outputs; the others are parameters without a
-    block.
-    """
-    if not isinstance(layers, Layers):
-        return layers  # for `cover` to say so
-    others = [
-        Uncovered(name, (*layer.stack, *layer.layout.shape), f"{layer.kind}: no block of rank one")
-        for layer in layers
-        if layer.kind in LEFT_OUT
-        for name in (layer.kernel, layer.bias)
-        if name is not None
-    ]
-    kept = tuple(layer for layer in layers if layer.kind not in LEFT_OUT)
-    return dataclasses.replace(layers, layers=kept, uncovered=(*layers.uncovered, *others))
+    return _preset("eva_f", False, layers, **options)
 
 
 def _two_means(sizes: Sizes) -> int:

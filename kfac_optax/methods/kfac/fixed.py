@@ -171,31 +171,10 @@ def kfac(
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
 
-@flat_signature()
+@flat_signature(kfac, without=("coupling",))
 def kfac_two_level(
     layers: Layers,
     *,
-    learning_rate: ScalarOrSchedule | None = None,
-    damping: ScalarOrSchedule = 1e-3,
-    kl_clip: ScalarOrSchedule | None = 1e-3,
-    bound: str = "damped",
-    momentum: float = 0.9,
-    decay: ScalarOrSchedule = 0.95,
-    curvature_every: ScalarOrSchedule = 10,
-    inverse_every: ScalarOrSchedule = 100,
-    stagger: int | None = None,
-    inverse: str = "eigh",
-    uncovered: str = "pass",
-    normalization: str = "unitwise",
-    sharing: str = "expand",
-    positions: int | None = None,
-    convolution: str = "kfc",
-    recurrence: str = "independent",
-    axis_name: Any = None,
-    factor_dtype: Any = None,
-    precision: Any = "highest",
-    block: Block | BlockOf | None = None,
-    factored_gradient: bool = False,
     coarse: str = "factored",
     coarse_damping: str = "identity",
     resample: str = "nearest",
@@ -204,7 +183,8 @@ def kfac_two_level(
     correction: str = "additive",
     coarse_operator: str = "batch",
     coarse_space: str = "sums",
-    balance: str = "sum",
+    precision: Any = "highest",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the
     step.
@@ -216,43 +196,6 @@ def kfac_two_level(
 
     Args:
       layers: from `fisher.layers(params, *args)`.
-      learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
-        be left out only together with `kl_clip=None`, where what follows decides on the length of
-        the step (`quadratic_step`).
-      damping: Tikhonov damping of both levels.
-      kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned
-        gradient as it is.
-      bound: `"damped"` is KL-clip as in the papers, which scales the update down to
-        `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"exact"` makes the step, momentum
-        included, as long as an exact quadratic model wants it and bounds it in the metric of the
-        Fisher itself (see `bound_step`): the level of the rate has no influence then.
-      momentum: of the transformation that follows; `bound="exact"` counts it.
-      decay: bound of the averaging weight `min(1 - 1/k, decay)`.
-      curvature_every: period of the statistics.
-      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
-      stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
-      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping) for the fine
-        level.
-      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
-        of the others' updates, and clipped with them), `"diagonal"` (diagonal of the Fisher) or
-        `"raise"`.
-      normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every
-        channel), `"diagonal"` or `"pass"`.
-      sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per
-        example).
-      positions: at most about this many positions of an example are measured; `None` for all.
-      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
-      recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or
-        `"option2"`.
-      axis_name: mapped axis of `shard_map`/`pmap`, if any.
-      factor_dtype: dtype of the state, default float32 or the parameters' if wider.
-      precision: matmul precision of factor products and solves.
-      block: in place of the Kronecker block of dense layers, convolutions and attention
-        projections; or a function of the layer that gives every layer its block, such as
-        `low_rank_blocks(...)`, and leaves the choices of `inverse`, `sharing`, `positions`,
-        `convolution` and `recurrence` without a say.
-      factored_gradient: precondition gradients of dense layers from their rows, see
-        `scale_by_curvature`.
       coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
       coarse_damping: `"identity"` (the paper) or `"galerkin"`; of the additive correction, the
         others need the latter.
@@ -264,9 +207,8 @@ def kfac_two_level(
         step) or `"averaged"`.
       coarse_space: of the last three, `"sums"` of each layer (the paper), or `"updates"`,
         `"residual"`, `"krylov"` or `"spectral"`, see `deflated`.
-      balance: `"sum"` (the paper) adds the correction as it is; `"model"` as far as an exact
-        quadratic model of the batch agrees with it, so that the model falls no less than without;
-        `"apart"` leaves it to `quadratic_step`.
+      precision: matmul precision of factor products, solves and the correction.
+      **options: as for `kfac`; damping is that of both levels, `inverse` that of the fine one.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -310,32 +252,7 @@ def kfac_two_level(
             "sums each layer; expected coarse_space='sums', or correction= one of "
             f"{', '.join(map(repr, MODES))}."
         )
-    return kfac(
-        layers,
-        learning_rate=learning_rate,
-        damping=damping,
-        kl_clip=kl_clip,
-        bound=bound,
-        momentum=momentum,
-        decay=decay,
-        curvature_every=curvature_every,
-        inverse_every=inverse_every,
-        stagger=stagger,
-        inverse=inverse,
-        uncovered=uncovered,
-        normalization=normalization,
-        sharing=sharing,
-        positions=positions,
-        convolution=convolution,
-        recurrence=recurrence,
-        axis_name=axis_name,
-        factor_dtype=factor_dtype,
-        precision=precision,
-        block=block,
-        factored_gradient=factored_gradient,
-        coupling=coupling,
-        balance=balance,
-    )
+    return kfac(layers, coupling=coupling, precision=precision, **options)
 
 
 def eigen_numbers(s: Sizes) -> int:

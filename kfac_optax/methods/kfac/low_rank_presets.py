@@ -11,7 +11,7 @@ import optax
 from kfac_optax._types import Block, Layer, Layers
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.low_rank import low_rank
-from kfac_optax.engine.choice import BlockOf, blocks_of
+from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
@@ -341,8 +341,8 @@ def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransf
         k: options[k] for k in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE, *_OF_BOTH) if k in options
     }
     rest = {k: v for k, v in options.items() if k not in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE)}
-    if rest.get("normalization") == "diagonal":
-        del rest["normalization"]  # a block; "pass" is for `kfac`
+    if "normalization" in rest:
+        rest["normalization"] = beside_blocks(rest["normalization"])
     return kfac(layers, block=low_rank_blocks(method, **for_blocks), **rest)
 
 
