@@ -11,11 +11,10 @@ from kfac_optax._types import Numeric, ScalarOrSchedule
 
 NO_CURVATURE = """{where}.update got no `curvature`. Pass the lazy curvature of this batch,
 
-    updates, opt_state = tx.update(grads, opt_state, params, curvature=fisher.at(params, batch["x"],
-    key=key))
+    updates, opt_state = tx.update(grads, opt_state, params, curvature=fisher.at(params, batch["x"], key=key))
 
 or `curvature=None` to take no statistics in this step. Wrappers that cannot forward extra arguments
-(such as `TrainState.apply_gradients`) need the short recipe in the README."""
+(such as `TrainState.apply_gradients`) need the short recipe of docs/howto/loops.md."""
 
 
 def _concrete(value: Any) -> bool:
