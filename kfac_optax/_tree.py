@@ -56,12 +56,14 @@ def make_buckets(
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
         block = None if block_of is None else block_of(layer)
-        # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart
-        # couplings see all layers of a bucket or none
-        key = (layer.kind, layer.shape, layer.bias is not None, block, layer.coupled)
+        # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart, and
+        # the number of channels those of a convolution; couplings see all layers of a bucket or
+        # none
+        what = layer.kind, layer.shape, layer.bias is not None, layer.channels
+        key = (*what, block, layer.coupled)
         groups.setdefault(key, []).append(layer)
     buckets: dict[str, Bucket] = {}
-    for (kind, (p, q), bias, block, _), members in groups.items():
+    for (kind, (p, q), bias, _, block, _), members in groups.items():
         name = base = f"{kind}_{p}x{q}" + ("_bias" if bias else "")
         while name in buckets:  # the same shapes under another block
             name = f"{base}_{len(buckets)}"

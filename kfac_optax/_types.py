@@ -176,17 +176,36 @@ class Layers:
 
 
 class Use(NamedTuple):
-    """What a block has to know about one use of a layer to turn rows into a mean over examples."""
+    """What a block has to know about one use of a layer to turn rows into a mean over examples.
 
-    bias: bool
-    outputs: int  # q
-    examples: int  # N of the batch
-    rows: int  # rows of input summed over all uses of the layer
-    dtype: Any  # dtype of the statistics, float32 or wider
-    weights: jax.Array | None = (
-        None  # [*rows of this use], mean one; already inside g, still missing in a
-    )
-    inputs: int = 0  # p without the bias row; the vocabulary of an embedding
+    Attributes:
+      layer: whose use it is.
+      examples: N of the batch.
+      rows: rows of input summed over all uses of the layer.
+      dtype: of the statistics, float32 or wider.
+      weights: `[*rows of this use]`, mean one; already inside `g`, still missing in `a`.
+    """
+
+    layer: Layer
+    examples: int
+    rows: int
+    dtype: Any
+    weights: jax.Array | None = None
+
+    @property
+    def bias(self) -> bool:
+        """Whether the layer has a bias row."""
+        return self.layer.bias is not None
+
+    @property
+    def inputs(self) -> int:
+        """`p` without the bias row; the vocabulary of an embedding."""
+        return self.layer.inputs
+
+    @property
+    def outputs(self) -> int:
+        """`q`."""
+        return self.layer.outputs
 
 
 class Block(NamedTuple):
@@ -195,7 +214,7 @@ class Block(NamedTuple):
 
     Attributes:
       name: word for the coverage table.
-      init: `(p, q, dtype) -> statistic`, the value that stands for "nothing measured yet".
+      init: `(layer, dtype) -> statistic`, the value that stands for "nothing measured yet".
       measure: `(a, g, use) -> statistic`, contribution of one use; `g` is `None` where only inputs
         are measured.
       factorize: `(statistic, damping) -> inverse`.

@@ -5,7 +5,7 @@ from typing import NoReturn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax.linalg.factorize import damped_quotient
 
 
@@ -28,7 +28,8 @@ def diagonal() -> Block:
     Reference: Martens, New Insights and Perspectives on the Natural Gradient Method (2020).
     """
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Float[Array, "p q"]:
+    def init(layer: Layer, dtype: jnp.dtype) -> Float[Array, "p q"]:
+        p, q = layer.shape
         return jnp.ones((p, q), dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> NoReturn:

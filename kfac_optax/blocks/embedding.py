@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram
@@ -89,8 +89,9 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     Raises:
       ValueError: unknown `inverse`; `a` is not integer or `use.bias` is set.
 
+    >>> import kfac_optax as ko
     >>> block = embedding()
-    >>> use = Use(False, 1, 4, 4, jnp.float32, inputs=3)
+    >>> use = Use(ko.testing.dense_layer(3, 1), 4, 4, jnp.float32)
     >>> print(block.measure(jnp.array([0, 2, 2, 2]), jnp.ones((4, 1)), use).counts)
     [0.25 0.   0.75]
 
@@ -99,7 +100,8 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     """
     check_choice("embedding", "inverse", inverse, INVERSES)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> TokenFactors:
+    def init(layer: Layer, dtype: jnp.dtype) -> TokenFactors:
+        p, q = layer.shape
         return TokenFactors(jnp.ones(p, dtype), jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> TokenFactors:
@@ -160,8 +162,9 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     Raises:
       ValueError: unknown `inverse`; `use.bias` is set; head rows that do not fit the table.
 
-    >>> block = tied_embedding()
-    >>> inverse = block.factorize(block.init(3, 2, jnp.float32), jnp.float32(0.0))
+    >>> import kfac_optax as ko
+    >>> block, layer = tied_embedding(), ko.testing.dense_layer(3, 2)
+    >>> inverse = block.factorize(block.init(layer, jnp.float32), jnp.float32(0.0))
     >>> print(block.solve(inverse, jnp.ones((3, 2)), jnp.float32(0.0)).round(4)[0])
     [1. 1.]
 
@@ -170,7 +173,8 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     """
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> TiedFactors:
+    def init(layer: Layer, dtype: jnp.dtype) -> TiedFactors:
+        p, q = layer.shape
         one, eye, halves = jnp.ones((), dtype), jnp.eye(q, dtype=dtype), jnp.full(p, 0.5, dtype)
         # the two terms add up to the identity
         return TiedFactors(halves, eye, one, halves, eye, one)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.blocks.unitwise import unitwise
@@ -95,8 +95,8 @@ def foof_block(
 
 
 def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLike) -> Block:
-    def init(p: int, q: int, dtype: jnp.dtype) -> Array:
-        return jnp.eye(p, dtype=dtype)
+    def init(layer: Layer, dtype: jnp.dtype) -> Array:
+        return jnp.eye(layer.shape[0], dtype=dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a = a.astype(use.dtype)
@@ -130,8 +130,8 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
 
 
 def _lookup() -> Block:
-    def init(p: int, q: int, dtype: jnp.dtype) -> Array:
-        return jnp.ones(p, dtype)
+    def init(layer: Layer, dtype: jnp.dtype) -> Array:
+        return jnp.ones(layer.inputs, dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         _check_tokens(a)
@@ -150,7 +150,8 @@ def _lookup() -> Block:
 
 
 def _tied(precision: jax.lax.PrecisionLike) -> Block:
-    def init(p: int, q: int, dtype: jnp.dtype) -> TiedInputs:
+    def init(layer: Layer, dtype: jnp.dtype) -> TiedInputs:
+        p, q = layer.shape
         return TiedInputs(jnp.full(p, 0.5, dtype), 0.5 * jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedInputs:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
@@ -96,7 +96,8 @@ def kronecker(
     if positions is not None:
         check_number("kronecker", "positions", positions, at_least=1)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
+    def init(layer: Layer, dtype: jnp.dtype) -> Factors:
+        p, q = layer.shape
         return Factors(jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> Factors:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Average, Block, Use
+from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
@@ -138,7 +138,8 @@ def low_rank(
     plain = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
     rules = tuple(_Rule(on, overwrite or not on, on and correct_every is not None) for on in online)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
+    def init(layer: Layer, dtype: jnp.dtype) -> Factors:
+        p, q = layer.shape
         starts = (
             jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype)
             for d, rule in zip((p, q), rules)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.linalg.gram import homogeneous
@@ -67,7 +67,8 @@ def rank_one(
     """
     check_choice("rank_one", "sharing", sharing, SHARING)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Means:
+    def init(layer: Layer, dtype: jnp.dtype) -> Means:
+        p, q = layer.shape
         return Means(jnp.zeros(p, dtype), jnp.zeros(q, dtype) if outputs else None)
 
     def measure(a: Array, g: Array | None, use: Use) -> Means:

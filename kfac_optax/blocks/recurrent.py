@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.gram import gram, homogeneous
@@ -97,9 +97,10 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     Raises:
       ValueError: unknown `option`; `a` has no axis of steps.
 
-    >>> block = recurrent()
+    >>> import kfac_optax as ko
+    >>> block, layer = recurrent(), ko.testing.dense_layer(1, 1)
     >>> a = g = jnp.ones((1, 4, 1))
-    >>> factors = block.measure(a, g, Use(False, 1, 1, 4, jnp.float32))
+    >>> factors = block.measure(a, g, Use(layer, 1, 4, jnp.float32))
     >>> print(factors.inputs, factors.inputs_lag, factors.steps / factors.ends)
     [[1.]] [[0.75]] 4.0
 
@@ -108,7 +109,8 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     """
     check_choice("recurrent", "option", option, OPTIONS)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> TemporalFactors:
+    def init(layer: Layer, dtype: jnp.dtype) -> TemporalFactors:
+        p, q = layer.shape
         eye_p, eye_q, one = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype), jnp.ones((), dtype)
         return TemporalFactors(eye_p, eye_q, jnp.zeros_like(eye_p), jnp.zeros_like(eye_q), one, one)
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
-from kfac_optax._validate import check_number
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
@@ -25,6 +24,7 @@ class ChannelFactors(NamedTuple):
     mean: Float[Array, " C"]  # T E[x]
     steps: Float[Array, ""]  # T, output positions per example
     level: Float[Array, ""]  # tr(Omega) / p
+    bias: Float[Array, " rows"]  # the entry of Omega for the bias; empty where there is none
     outputs: Float[Array, "q q"]  # Gamma
 
 
@@ -38,12 +38,11 @@ class ChannelInverse(NamedTuple):
     spread: Float[Array, ""]  # mu^T (Sigma + s I)^{-1} mu
     shift: Float[Array, ""]  # s
     steps: Float[Array, ""]  # T
+    bias: Float[Array, " rows"]  # as in the factors
     outputs: Float[Array, "q q"]  # damped inverse of Gamma
 
 
-def sua(
-    channels: int, *, bias: bool | None = None, precision: jax.lax.PrecisionLike = "highest"
-) -> Block:
+def sua(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
     """Kronecker block `F ~ Omega (x) Gamma` of a convolution from moments of its input's channels
     alone.
 
@@ -64,19 +63,18 @@ def sua(
     from `use.rows`, which has to count this use only.
 
     Args:
-      channels: `C`.
-      bias: whether `V` has a bias row; `None` tells from its size, which one channel does not
-        allow.
       precision: matmul precision of factor products and solves.
 
     Returns:
       A `Block` with `ChannelFactors` as statistic.
 
     Raises:
-      ValueError: `channels` < 1; shapes that do not fit them.
+      ValueError: the layer is no plain convolution; inputs that are not its map.
 
-    >>> block = sua(2)
-    >>> use = Use(True, 1, 1, 4, jnp.float32)
+    >>> import kfac_optax as ko
+    >>> block = sua()
+    >>> layer = ko.testing.dense_layer(3 * 2, 1, bias=True, kind="conv", channels=2)
+    >>> use = Use(layer, 1, 4, jnp.float32)
     >>> factors = block.measure(jnp.ones((1, 4, 2)), jnp.ones((1, 4, 1)), use)
     >>> print(block.multiply(factors, jnp.ones((3 * 2 + 1, 1))).ravel())
     [28. 28. 28. 28. 28. 28. 28.]
@@ -84,32 +82,19 @@ def sua(
     Reference: Grosse & Martens, A Kronecker-factored Approximate Fisher Matrix for Convolution
       Layers (2016), for spatially uncorrelated activations.
     """
-    check_number("sua", "channels", channels, at_least=1)
 
-    def split(v: Array) -> tuple[Array, Array | None]:
-        """Features `[k, C, q]` and the bias row `[q]`."""
-        offsets, extra = _layout(v.shape[0], channels, bias)
-        features = v[: offsets * channels].reshape(offsets, channels, v.shape[1])
-        return features, v[-1] if extra else None
-
-    def join(features: Array, row: Array | None) -> Array:
-        flat = features.reshape(-1, features.shape[-1])
-        return flat if row is None else jnp.concatenate([flat, row[None]])
-
-    def init(p: int, q: int, dtype: jnp.dtype) -> ChannelFactors:
-        _layout(p, channels, bias)  # for its check
-        one = jnp.ones((), dtype)
-        zeros = jnp.zeros(channels, dtype)
-        return ChannelFactors(
-            jnp.eye(channels, dtype=dtype), zeros, one, one, jnp.eye(q, dtype=dtype)
-        )
+    def init(layer: Layer, dtype: jnp.dtype) -> ChannelFactors:
+        channels = _channels(layer)
+        one, eye = jnp.ones((), dtype), jnp.eye(channels, dtype=dtype)
+        mean, bias = jnp.zeros(channels, dtype), _bias_entry(layer, one)
+        return ChannelFactors(eye, mean, one, one, bias, jnp.eye(layer.outputs, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> ChannelFactors:
+        channels = _channels(use.layer)
         if a.shape[-1] != channels or a.ndim < 2:
             raise ValueError(
                 f"sua: measure got inputs of shape {a.shape}; expected [N, *spatial, {channels}]. "
-                "Pass the input map of the convolution, not its patches, and its number of "
-                f"channels: sua(channels={a.shape[-1]})."
+                "Pass the input map of the convolution, not its patches."
             )
         a, weights = a.astype(use.dtype), None
         if use.weights is not None:
@@ -132,7 +117,7 @@ def sua(
         level = (use.inputs // channels * jnp.trace(moment) + int(use.bias) * total) / (
             use.inputs + use.bias
         )
-        return ChannelFactors(moment, mean, total, level, outputs)
+        return ChannelFactors(moment, mean, total, level, _bias_entry(use.layer, total), outputs)
 
     def factorize(factors: ChannelFactors, damping: Array) -> ChannelInverse:
         steps, mean, covariance = _covariance(factors)
@@ -143,10 +128,11 @@ def sua(
         inverse = jnp.matmul(root, root.T, precision=precision)
         direction = jnp.matmul(inverse, mean, precision=precision)
         outputs = psd_inverse(after(gamma, root), output_shift)
-        return ChannelInverse(inverse, direction, jnp.vdot(mean, direction), shift, steps, outputs)
+        spread = jnp.vdot(mean, direction)
+        return ChannelInverse(inverse, direction, spread, shift, steps, factors.bias, outputs)
 
     def solve(inverse: ChannelInverse, v: Array, damping: Array) -> Array:
-        features, row = split(v)
+        features, row = _split(v, inverse)
         # (D + m m^T)^{-1} with D = blockdiag(I (x) (Sigma + s I), s); the bias is eliminated by
         # hand, because 1 / s would cancel against itself
         inner = jnp.einsum("cd,kdq->kcq", inverse.channels, features, precision=precision)
@@ -158,11 +144,11 @@ def sua(
             below = inverse.shift * spread + 1
             common, row = (inverse.shift * along + row) / below, (spread * row - along) / below
         inner = inner - inverse.direction[:, None] * common
-        return jnp.matmul(join(inner, row) / inverse.steps, inverse.outputs, precision=precision)
+        return jnp.matmul(_join(inner, row) / inverse.steps, inverse.outputs, precision=precision)
 
     def multiply(factors: ChannelFactors, v: Array) -> Array:
         steps, mean, covariance = _covariance(factors)
-        features, row = split(v)
+        features, row = _split(v, factors)
         common = jnp.einsum("c,kcq->q", mean, features, precision=precision)
         common = common if row is None else common + row
         inner = (
@@ -170,7 +156,7 @@ def sua(
             + mean[:, None] * common
         )
         return jnp.matmul(
-            steps * join(inner, None if row is None else common),
+            steps * _join(inner, None if row is None else common),
             factors.outputs,
             precision=precision,
         )
@@ -187,18 +173,30 @@ def _covariance(factors: ChannelFactors) -> tuple[Array, Array, Array]:
     return steps, mean, symmetrize(factors.moment / steps - jnp.outer(mean, mean))
 
 
-def _layout(p: int, channels: int, bias: bool | None) -> tuple[int, bool]:
-    """Number of kernel offsets and whether a bias row follows, from the number of rows."""
-    extra = p % channels == 1 if bias is None else bias
-    if bias is None and channels == 1:
+def _split(v: Array, of: ChannelFactors | ChannelInverse) -> tuple[Array, Array | None]:
+    """Features `[k, C, q]` and the bias row `[q]`, where the layer has one."""
+    channels = of.mean.size if isinstance(of, ChannelFactors) else of.direction.size
+    has_bias = of.bias.size > 0
+    features = v[:-1] if has_bias else v
+    return features.reshape(-1, channels, v.shape[1]), v[-1] if has_bias else None
+
+
+def _join(features: Array, row: Array | None) -> Array:
+    flat = features.reshape(-1, features.shape[-1])
+    return flat if row is None else jnp.concatenate([flat, row[None]])
+
+
+def _bias_entry(layer: Layer, value: Array) -> Array:
+    return jnp.broadcast_to(value, 0 if layer.bias is None else 1)
+
+
+def _channels(layer: Layer) -> int:
+    channels = layer.channels
+    if channels < 1 or layer.inputs % channels:
         raise ValueError(
-            f"sua: a layer with one channel and {p} rows may or may not have a bias; expected "
-            "`bias` to be given. Use sua(channels=1, bias=True) or bias=False."
+            f"sua: layer {layer.path!r} of kind {layer.kind!r} has {channels} channels and "
+            f"{layer.inputs} inputs; expected a plain convolution (no groups, not transposed), "
+            "whose inputs are offsets of the kernel times channels. Use kronecker() for other "
+            "layers."
         )
-    if (p - extra) % channels or p - extra < channels:
-        raise ValueError(
-            f"sua: the layer has {p} rows{', one of them the bias' if extra else ''}; expected a "
-            f"multiple of channels={channels} besides the bias. Pass the number of input channels "
-            "of this layer."
-        )
-    return (p - extra) // channels, extra
+    return channels

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax.linalg.factorize import Eigen, damped_quotient
 from kfac_optax.linalg.two_by_two import small_psd_eigh
 from kfac_optax.linalg.weighted_rows import keep_rows
@@ -32,9 +32,10 @@ def unitwise(full: bool = True) -> Block:
     Returns:
       A `Block`.
 
-    >>> block = unitwise()
+    >>> import kfac_optax as ko
+    >>> block, layer = unitwise(), ko.testing.dense_layer(1, 1, bias=True)
     >>> x, g = jnp.array([[2.0], [0.0]]), jnp.array([[1.0], [2.0]])
-    >>> print(block.measure(x, g, Use(True, 1, 2, 2, jnp.float32)))
+    >>> print(block.measure(x, g, Use(layer, 2, 2, jnp.float32)))
     [[[2.  1. ]
       [1.  2.5]]]
 
@@ -43,7 +44,8 @@ def unitwise(full: bool = True) -> Block:
       unit-wise Fisher blocks of batch normalisation.
     """
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Array:
+    def init(layer: Layer, dtype: jnp.dtype) -> Array:
+        p, q = layer.shape
         if p > 2:
             raise ValueError(
                 f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). "

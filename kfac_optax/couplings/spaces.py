@@ -202,7 +202,7 @@ _EXPECTED = (
 
 def _held(layer: Layer, block: Block) -> PyTree:
     def inverse() -> PyTree:
-        return block.factorize(block.init(*layer.shape, jnp.float32), jnp.ones(()))
+        return block.factorize(block.init(layer, jnp.float32), jnp.ones(()))
 
     return jax.eval_shape(inverse)
 

@@ -248,7 +248,7 @@ def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
 
 def _inverts(block: Block, layer: Layer) -> bool:
     def inverse() -> PyTree:
-        factors = block.init(*layer.shape, jnp.float32)
+        factors = block.init(layer, jnp.float32)
         return (
             factors if not isinstance(factors, Factors) else block.factorize(factors, jnp.ones(()))
         )

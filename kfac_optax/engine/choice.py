@@ -1,7 +1,6 @@
 """Which block each layer gets, and what becomes of the parameters that are left over."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -73,16 +72,14 @@ def blocks_of(
         "scale_shift": unitwise(full=normalization != "diagonal"),
         "diagonal": diagonal(),
     }
-    by_channels = functools.cache(
-        lambda channels, bias: sua(channels, bias=bias, precision=precision)
-    )
+    of_channels = sua(precision=precision)
     in_time = None if recurrence == "independent" else recurrent(recurrence, precision=precision)
 
     def block_of(layer: Layer) -> Block:
         if layer.kind in by_kind:
             return by_kind[layer.kind]
         if convolution == "sua" and layer.channels:
-            return by_channels(layer.channels, layer.bias is not None)
+            return of_channels
         return (
             in_time if in_time is not None and layer.uses > 1 and layer.kind != "conv" else linear
         )

@@ -21,16 +21,17 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> block = ko.kronecker()._replace(name="mine", solve=lambda inverse, v, damping: v.T)
-    >>> check_block("kfac", Bucket("dense_2x3", (), (2, 3), block), jnp.float32)
+    >>> layer = ko.testing.dense_layer(2, 3)
+    >>> check_block("kfac", Bucket("dense_2x3", (layer,), (2, 3), block), jnp.float32)
     Traceback (most recent call last):
     ValueError: kfac: block 'mine' of dense_2x3: solve(inverse, V, damping) returned float32[3,2]; expected float32[2,3], ...
     """
     block, (p, q) = block_of_bucket(bucket), bucket.shape
     here = f"{where}: block {block.name!r} of {bucket.name}"
-    statistic = jax.eval_shape(lambda: block.init(p, q, dtype))
+    statistic = jax.eval_shape(lambda: block.init(bucket.layers[0], dtype))
     number = jax.ShapeDtypeStruct((), dtype)
     inverse = jax.eval_shape(block.factorize, statistic, number)
-    _check_arrays(f"{here}: init(p, q, dtype)", statistic)
+    _check_arrays(f"{here}: init(layer, dtype)", statistic)
     _check_arrays(f"{here}: factorize(statistic, damping)", inverse)
     v = jax.ShapeDtypeStruct((p, q), dtype)
     solved = jax.eval_shape(block.solve, inverse, v, number)

@@ -1,5 +1,6 @@
 """What changes between steps: factors take in new statistics, inverses are factorised again."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def initial(
     dtype, factors = damping.dtype, {}
     buckets = make_buckets(mine, block_of)
     for bucket in buckets:
-        one = block_of_bucket(bucket).init(*bucket.shape, dtype)
+        one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
         factors[bucket.name] = jax.tree.map(
             lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
         )
@@ -245,8 +246,8 @@ def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> Curv
 def _divided(step: Step, parts: int) -> tuple[stagger.Part, ...]:
     costs = {}
     for bucket in step.buckets:
-        init = block_of_bucket(bucket).init
-        one = jax.eval_shape(lambda init=init, shape=bucket.shape: init(*shape, step.damping.dtype))
+        start = functools.partial(block_of_bucket(bucket).init, bucket.layers[0])
+        one = jax.eval_shape(functools.partial(start, step.damping.dtype))
         costs[bucket.name] = bucket.copies, stagger.cost([x.shape for x in jax.tree.leaves(one)])
     return stagger.divide(costs, parts=parts)
 

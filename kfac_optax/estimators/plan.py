@@ -97,8 +97,7 @@ class Setting(NamedTuple):
     def use(self, plan: Plan, layer: Layer) -> Use:
         """What a block has to know of one of its layer's uses, without weights."""
         other = self.found[plan.layers.index(layer)]
-        bias = layer.bias is not None
-        return Use(bias, layer.outputs, self.examples, other.rows, plan.dtype, None, layer.inputs)
+        return Use(layer, self.examples, other.rows, plan.dtype)
 
 
 def set_up(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> Setting:

@@ -58,7 +58,7 @@ def coverage(
 
 def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
     def state():
-        statistic = block.init(*layer.shape, dtype)
+        statistic = block.init(layer, dtype)
         return statistic, block.factorize(statistic, jnp.ones((), dtype))
 
     return layer.copies * tree_bytes(jax.eval_shape(state))
@@ -72,7 +72,7 @@ def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype
 
     def state():
         def factors(row: int):
-            return block_of(rows[row]).init(*rows[row].shape, dtype)
+            return block_of(rows[row]).init(rows[row], dtype)
 
         one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
         fine = Fine(

@@ -17,7 +17,7 @@ from kfac_optax.testing.blocks import (
     check_start_and_zeros,
     check_types,
 )
-from kfac_optax.testing.case import Case, dense_case
+from kfac_optax.testing.case import Case, dense_case, dense_layer
 from kfac_optax.testing.transformations import (
     Trial,
     check_broken_batch,
@@ -47,4 +47,5 @@ __all__ = [
     "check_types",
     "check_zero_batch",
     "dense_case",
+    "dense_layer",
 ]

@@ -142,7 +142,7 @@ def check_start_and_zeros(case: Case) -> None:
     `V / damping`.
     """
     lam, v = jnp.float32(1e-3), jnp.ones(case.shape, jnp.float32)
-    start = case.block.init(*case.shape, jnp.float32)
+    start = case.block.init(case.layer, jnp.float32)
     for name, statistic in ("init", start), ("zeros", jax.tree.map(jnp.zeros_like, start)):
         inverse = case.block.factorize(statistic, lam)
         got = case.block.solve(inverse, v, lam)
@@ -155,7 +155,7 @@ def check_types(case: Case) -> None:
     """A statistic of bfloat16 rows has the shapes and dtypes of `init`; what is made of it is
     float32 (or counts), and not of weak type.
     """
-    start = jax.eval_shape(lambda: case.block.init(*case.shape, jnp.float32))
+    start = jax.eval_shape(lambda: case.block.init(case.layer, jnp.float32))
     rows = [(_low(a), _low(g)) for a, g in case.rows(0, 3)]
     measured = jax.eval_shape(lambda: measure(case, rows, 3, jnp.float32))
     got, expected = _kinds(measured), _kinds(start)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._types import Block, PyTree, Use
+from kfac_optax._types import Block, Layer, Layout, PyTree, Use
 
 Rows = list[tuple[jax.Array, jax.Array]]  # inputs and output gradients of every use of a layer
 
@@ -18,11 +18,9 @@ class Case(NamedTuple):
 
     Attributes:
       block: to be checked.
-      shape: `[p, q]` of the layer's matrix, `p` with the bias row.
+      layer: whose block it is, from `dense_layer`.
       rows: `(seed, examples) -> [(a, g), ...]`, random inputs `[examples, *positions, inputs]` and
         output gradients `[examples, *positions, q]`, one pair for every use.
-      bias: whether the layer has one.
-      inputs: inputs without the bias row, or the size of a vocabulary.
       exact: the damping is added to the block as it is, so that `solve` inverts
         `multiply + damping I`.
       averaged: the statistic is the whole average, which can be multiplied with.
@@ -30,13 +28,37 @@ class Case(NamedTuple):
     """
 
     block: Block
-    shape: tuple[int, int]
+    layer: Layer
     rows: Callable[[int, int], Rows]
-    bias: bool = False
-    inputs: int = 0
     exact: bool = False
     averaged: bool = True
     outputs: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[p, q]` of the layer's matrix, `p` with the bias row."""
+        return self.layer.shape
+
+
+def dense_layer(
+    inputs: int, outputs: int, *, bias: bool = False, kind: str = "dense", channels: int = 0
+) -> Layer:
+    """A layer that belongs to no model, to call the functions of a block with.
+
+    Args:
+      inputs: without the bias row, or the size of a vocabulary.
+      outputs: q.
+      bias: whether it has one.
+      kind: as in `Layer`.
+      channels: of a convolution's input.
+
+    >>> print(dense_layer(3, 2, bias=True).shape)
+    (4, 2)
+    """
+    shape = inputs, outputs
+    layout = Layout(shape, shape, (0, 1))
+    name = "bias" if bias else None
+    return Layer("", kind, "kernel", name, inputs, outputs, layout, channels=channels)
 
 
 def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fields: Any) -> Case:
@@ -53,7 +75,7 @@ def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fi
         a, g = (jnp.asarray(random.standard_normal(shape)) for shape in shapes)
         return [(a, g)]
 
-    return Case(block, (p, q), rows, bias, width, **fields)
+    return Case(block, dense_layer(width, q, bias=bias), rows, **fields)
 
 
 def compiled(case: Case) -> Case:
@@ -74,7 +96,7 @@ def measure(
 ) -> PyTree:
     """The statistic of a case's block, added up over uses; `weights [examples]`."""
     count = sum(g[..., 0].size for _, g in rows)
-    use = Use(case.bias, case.shape[1], examples, count, dtype, None, case.inputs)
+    use = Use(case.layer, examples, count, dtype)
     parts = []
     for a, g in rows:
         lead = a.shape if jnp.issubdtype(a.dtype, jnp.integer) else a.shape[:-1]
@@ -84,7 +106,7 @@ def measure(
         known = ()
         if case.block.reads_inverse:
             # in the basis that stands for nothing measured yet
-            start = case.block.init(*case.shape, dtype)
+            start = case.block.init(case.layer, dtype)
             known = (case.block.factorize(start, jnp.ones((), dtype)),)
         part = case.block.measure(a, g, use._replace(weights=spread), *known)
         parts.append(part if case.block.absorb is None else part[0])

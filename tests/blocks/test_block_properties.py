@@ -17,7 +17,7 @@ from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
-from kfac_optax.testing import Case
+from kfac_optax.testing import Case, dense_layer
 from kfac_optax.testing.blocks import BLOCK_LAWS
 from kfac_optax.testing.case import compiled, matrix, measure
 from tests import oracles
@@ -43,36 +43,42 @@ def tied(s, n):
     return lookup(s, n) + [(draw(s + 2, n, 3, 2), draw(s + 3, n, 3, 4))]
 
 
-def of_channels(*shape, bias, block):
-    return Case(block, shape, dense_rows(2, p=3, q=3), bias=bias, inputs=1, exact=True)
+def of_channels(*, bias, block):
+    return Case(block, dense_layer(1, 3, bias=bias), dense_rows(2, p=3, q=3), exact=True)
 
 
 def in_time(block):
-    return Case(block, (3, 2), dense_rows(4, p=2), bias=True, inputs=2)
+    return Case(block, dense_layer(2, 2, bias=True), dense_rows(4, p=2))
 
 
-def of_inputs(kind, shape, rows, **fields):
-    return Case(foof_block(kind), shape, rows, exact=True, outputs=False, **fields)
+def of_inputs(kind, layer, rows):
+    return Case(foof_block(kind), layer, rows, exact=True, outputs=False)
 
 
+DENSE = dense_layer(3, 2)
+TABLE = dense_layer(4, 2)
+WIDE = dense_layer(4, 4, bias=True)
+CHANNELS = dense_layer(4, 2, bias=True, kind="conv", channels=2)
 CASES = {
-    "kronecker-eigh": Case(kronecker(), (3, 2), dense_rows(2), inputs=3, exact=True),
-    "kronecker-cholesky": Case(kronecker("cholesky"), (4, 2), dense_rows(2), bias=True, inputs=3),
-    "embedding-eigh": Case(embedding(), (4, 2), lookup, inputs=4, exact=True),
-    "embedding-cholesky": Case(embedding("cholesky"), (4, 2), lookup, inputs=4),
-    "tied": Case(tied_embedding(), (4, 2), tied, inputs=4),
-    "unitwise": of_channels(2, 3, bias=True, block=unitwise()),
-    "unitwise-scale": of_channels(1, 3, bias=False, block=unitwise()),
-    "unitwise-diagonal": of_channels(2, 3, bias=True, block=unitwise(full=False)),
+    "kronecker-eigh": Case(kronecker(), DENSE, dense_rows(2), exact=True),
+    "kronecker-cholesky": Case(kronecker("cholesky"), dense_layer(3, 2, bias=True), dense_rows(2)),
+    "embedding-eigh": Case(embedding(), TABLE, lookup, exact=True),
+    "embedding-cholesky": Case(embedding("cholesky"), TABLE, lookup),
+    "tied": Case(tied_embedding(), TABLE, tied),
+    "unitwise": of_channels(bias=True, block=unitwise()),
+    "unitwise-scale": of_channels(bias=False, block=unitwise()),
+    "unitwise-diagonal": of_channels(bias=True, block=unitwise(full=False)),
     "recurrent-1": in_time(recurrent()),
     "recurrent-2": in_time(recurrent("option2")),
-    "low-rank": Case(low_rank(2), (5, 4), dense_rows(3, p=4, q=4), bias=True, inputs=4),
-    "ekfac": Case(ekfac_block(), (3, 2), dense_rows(2), inputs=3, averaged=False),
-    "foof": of_inputs("linear", (5, 4), dense_rows(3, p=4, q=4), bias=True, inputs=4),
-    "foof-embedding": of_inputs("embedding", (4, 2), lookup, inputs=4),
-    "foof-tied": of_inputs("tied_embedding", (4, 2), tied, inputs=4),
-    "foof-unitwise": of_inputs("scale_shift", (2, 3), dense_rows(2, p=3, q=3), bias=True, inputs=1),
-    "sua": Case(sua(2), (5, 2), dense_rows(3, p=2), bias=True, inputs=4),
+    "low-rank": Case(low_rank(2), WIDE, dense_rows(3, p=4, q=4)),
+    "ekfac": Case(ekfac_block(), DENSE, dense_rows(2), averaged=False),
+    "foof": of_inputs("linear", WIDE, dense_rows(3, p=4, q=4)),
+    "foof-embedding": of_inputs("embedding", TABLE, lookup),
+    "foof-tied": of_inputs("tied_embedding", TABLE, tied),
+    "foof-unitwise": of_inputs(
+        "scale_shift", dense_layer(1, 3, bias=True), dense_rows(2, p=3, q=3)
+    ),
+    "sua": Case(sua(), CHANNELS, dense_rows(3, p=2)),
 }
 CASES = {name: compiled(case) for name, case in CASES.items()}
 every_case = pytest.mark.parametrize("name", CASES)
@@ -95,7 +101,7 @@ def test_operators_on_random_rows(name, seed, n, lam):
 @every_case
 def test_before_any_statistic_the_curvature_is_the_identity(name):
     case, lam, v = CASES[name], jnp.float32(1e-3), jnp.ones(CASES[name].shape)
-    inverse = case.block.factorize(case.block.init(*case.shape, jnp.float32), lam)
+    inverse = case.block.factorize(case.block.init(case.layer, jnp.float32), lam)
     np.testing.assert_allclose(case.block.solve(inverse, v, lam), v, rtol=0.1)
 
 

@@ -336,7 +336,7 @@ def test_a_shared_forward_pass_gives_the_same_moments(x64, kind):
 def _random_basis(seed, layer, block):
     """What a block makes of random factors, another one for every copy."""
     roots = [oracles.normal(seed + 7, (layer.copies, d, d)) for d in layer.shape]
-    factors = block.init(*layer.shape, jnp.float64)._replace(
+    factors = block.init(layer, jnp.float64)._replace(
         inputs=roots[0] @ roots[0].mT, outputs=roots[1] @ roots[1].mT
     )
     return jax.vmap(block.factorize, (0, None))(factors, jnp.float64(DAMPING))

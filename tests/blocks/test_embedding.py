@@ -8,6 +8,7 @@ import pytest
 from kfac_optax._types import Use
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.testing import dense_layer
 from tests import oracles
 
 VOCABULARY, FEATURES, N, R = 5, 3, 4, 2
@@ -15,7 +16,7 @@ INVERSES = ("eigh", "cholesky")
 
 
 def make_use(rows=N * R, weights=None):
-    return Use(False, FEATURES, N, rows, jnp.float64, weights, VOCABULARY)
+    return Use(dense_layer(VOCABULARY, FEATURES), N, rows, jnp.float64, weights)
 
 
 def data(seed=0):
@@ -100,7 +101,7 @@ def test_tokens_beyond_the_vocabulary_are_not_counted(x64):
 def kfc_terms(tokens, g, h, d, w=None, v=None):
     """Both terms as matrices, each with its own rows, from the dense block."""
     first = kronecker().measure(one_hot(tokens), g, make_use(rows=g[..., 0].size, weights=w))
-    swapped = Use(False, VOCABULARY, N, h[..., 0].size, jnp.float64, v, FEATURES)
+    swapped = Use(dense_layer(FEATURES, VOCABULARY), N, h[..., 0].size, jnp.float64, v)
     second = kronecker().measure(h, d, swapped)  # the head is a dense layer with kernel [q, p]
     return (first.inputs, first.outputs), (jnp.diag(jnp.diag(second.outputs)), second.inputs)
 
@@ -224,10 +225,11 @@ def test_errors():
         embedding("svd")
     with pytest.raises(ValueError, match="expected one of 'eigh', 'cholesky'"):
         tied_embedding("svd")
-    use = Use(False, FEATURES, 2, 2, jnp.float32, None, VOCABULARY)
+    use = Use(dense_layer(VOCABULARY, FEATURES), 2, 2, jnp.float32)
     with pytest.raises(ValueError, match="expected integer tokens"):
         embedding().measure(jnp.ones((2, 3)), jnp.ones((2, 3)), use)
     with pytest.raises(ValueError, match="has a bias"):
-        embedding().measure(jnp.zeros(2, int), jnp.ones((2, 3)), use._replace(bias=True))
+        biased = use._replace(layer=dense_layer(VOCABULARY, FEATURES, bias=True))
+        embedding().measure(jnp.zeros(2, int), jnp.ones((2, 3)), biased)
     with pytest.raises(ValueError, match="logits of size 4; expected 3 and 5"):
         tied_embedding().measure(jnp.ones((2, 3)), jnp.ones((2, 4)), use)

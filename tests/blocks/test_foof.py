@@ -10,6 +10,7 @@ import kfac_optax as ko
 from kfac_optax._types import Use
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.testing import dense_layer
 from tests import helpers, oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -18,7 +19,7 @@ LAM = jnp.asarray(0.3)
 
 
 def make_use(rows=N, weights=None, bias=False, inputs=P):
-    return Use(bias, Q, N, rows, jnp.float64, weights, inputs)
+    return Use(dense_layer(inputs, Q, bias=bias), N, rows, jnp.float64, weights)
 
 
 def dense(apply, p, q=Q):

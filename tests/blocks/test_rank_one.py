@@ -11,6 +11,7 @@ from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.rank_one import Means, rank_one
 from kfac_optax.engine.choice import blocks_of
 from kfac_optax.estimators.plan import Plan
+from kfac_optax.testing import dense_layer
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -32,7 +33,7 @@ def test_solve_is_the_dense_inverse(outputs, weighted):
     if weighted:
         w = jnp.asarray(np.random.default_rng(7).uniform(0.5, 2, (N, T))).at[0].set(0)
     read = jnp.where(w[..., None] == 0, jnp.nan, a)
-    use = Use(True, Q, N, N * T, jnp.float64, w if weighted else None, P)
+    use = Use(dense_layer(P, Q, bias=True), N, N * T, jnp.float64, w if weighted else None)
     block = rank_one(outputs)
     means = block.measure(read, g * w[..., None], use)
     rows = np.concatenate([a, np.ones((N, T, 1))], -1)
@@ -67,7 +68,7 @@ def test_of_one_example_it_is_the_exact_damped_natural_gradient():
 
 def test_of_equal_inputs_eva_f_is_foof():
     a, v = oracles.normal(0, (P,)), oracles.normal(1, (P, Q))
-    use = Use(False, Q, N, N, jnp.float64, None, P)
+    use = Use(dense_layer(P, Q), N, N, jnp.float64)
     rows = jnp.broadcast_to(a, (N, P))
     solved = []
     for block in (rank_one(False), foof_block()):
@@ -234,7 +235,7 @@ def test_rows_that_all_examples_share_count_once():
 
 def test_tokens_are_one_hot_inputs():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 5, (N, T)))
-    use = Use(False, Q, N, N * T, jnp.float64, some_weights((N, T)), 5)
+    use = Use(dense_layer(5, Q), N, N * T, jnp.float64, some_weights((N, T)))
     g = oracles.normal(1, (N, T, Q))
     got = rank_one().measure(tokens, g, use)
     want = rank_one().measure(jax.nn.one_hot(tokens, 5, dtype=jnp.float64), g, use)
@@ -272,7 +273,7 @@ def test_products_and_means_do_not_mix():
 def test_errors():
     with pytest.raises(ValueError, match="expected one of 'expand', 'reduce'"):
         rank_one(sharing="sum")
-    use = Use(False, Q, N, N, jnp.float64, None, 1)
+    use = Use(dense_layer(1, Q), N, N, jnp.float64)
     with pytest.raises(ValueError, match="inputs of size 3; expected 1"):
         rank_one().measure(jnp.ones((N, 3)), jnp.ones((N, 3)), use)
     with pytest.raises(ValueError, match="no output gradients.*eva_f"):

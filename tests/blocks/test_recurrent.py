@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from kfac_optax._types import Use
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.recurrent import OPTIONS, TemporalFactors, eta, recurrent
+from kfac_optax.testing import dense_layer
 from tests import oracles
 
 P, Q, N = 3, 2, 4
 
 
 def make_use(t, bias=False, weights=None, n=N):
-    return Use(bias, Q, n, n * t, jnp.float64, weights, P - bias)
+    return Use(dense_layer(P - bias, Q, bias=bias), n, n * t, jnp.float64, weights)
 
 
 def dense(apply, p=P, q=Q):
@@ -293,7 +294,7 @@ def test_errors():
 
 def test_zero_lags_match_plain_factors_in_single_precision():
     block = recurrent()
-    factors = block.init(P, Q, jnp.float32)
+    factors = block.init(dense_layer(P, Q), jnp.float32)
     lam, v = jnp.float32(0.5), jnp.ones((P, Q))
     plain = kronecker("cholesky")
     expected = plain.solve(plain.factorize(Factors(jnp.eye(P), jnp.eye(Q)), lam), v, lam)

@@ -17,22 +17,24 @@ from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.couplings.coarse import coarse_factorize, coarse_solve
 from kfac_optax.linalg.factorize import damped_quotient
+from kfac_optax.testing import dense_layer
 
 ROWS = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)  # one example
 A, G = jnp.asarray(ROWS), jnp.asarray(ROWS[..., ::-1].copy())
 TOKENS = jnp.array([[0, 1, 1]])
+SQUARE = dense_layer(4, 4)
+NORM = dense_layer(1, 4, bias=True)
+MAP = dense_layer(4, 4, bias=True, kind="conv", channels=4)
 
 
-def _statistic(block, a, g, bias=False, inputs=4):
+def _statistic(block, a, g, layer=SQUARE):
     rows = g.size // g.shape[-1]
-    return block.measure(a, g, Use(bias, g.shape[-1], len(a), rows, jnp.float32, None, inputs))
+    return block.measure(a, g, Use(layer, len(a), rows, jnp.float32))
 
 
 def _tied(block):
-    lookup = block.measure(TOKENS, G, Use(False, 4, 1, 6, jnp.float32, None, 4))
-    return jax.tree.map(
-        jnp.add, lookup, block.measure(A, G, Use(False, 4, 1, 6, jnp.float32, None, 4))
-    )
+    lookup = block.measure(TOKENS, G, Use(SQUARE, 1, 6, jnp.float32))
+    return jax.tree.map(jnp.add, lookup, block.measure(A, G, Use(SQUARE, 1, 6, jnp.float32)))
 
 
 CASES = {
@@ -41,10 +43,10 @@ CASES = {
     "embedding-eigh": (embedding(), lambda b: _statistic(b, TOKENS, G)),
     "embedding-cholesky": (embedding("cholesky"), lambda b: _statistic(b, TOKENS, G)),
     "tied": (tied_embedding(), _tied),
-    "unitwise": (unitwise(), lambda b: _statistic(b, A[:, 0], G[:, 0].at[:, 0].set(0), bias=True)),
+    "unitwise": (unitwise(), lambda b: _statistic(b, A[:, 0], G[:, 0].at[:, 0].set(0), NORM)),
     "unitwise-diagonal": (
         unitwise(full=False),
-        lambda b: _statistic(b, A[:, 0], G[:, 0].at[:, 0].set(0), bias=True),
+        lambda b: _statistic(b, A[:, 0], G[:, 0].at[:, 0].set(0), NORM),
     ),
     "diagonal": (diagonal(), lambda b: jnp.array([[1.0, 0.0, 2.0, 0.0]])),
     "recurrent-1": (recurrent(), lambda b: _statistic(b, A, G)),
@@ -54,7 +56,7 @@ CASES = {
         low_rank(2, damping_rule="relative", rest="zero"),
         lambda b: _statistic(b, A[:, 0], G[:, 0]),
     ),
-    "sua": (sua(4), lambda b: _statistic(b, A, G, bias=True)),
+    "sua": (sua(), lambda b: _statistic(b, A, G, MAP)),
 }
 SHAPES = {"unitwise": (2, 4), "unitwise-diagonal": (2, 4), "diagonal": (1, 4), "sua": (5, 4)}
 

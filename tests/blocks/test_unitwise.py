@@ -8,6 +8,7 @@ import pytest
 from kfac_optax._types import Use
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.testing import dense_layer
 from tests import oracles
 
 C, N = 3, 4
@@ -15,7 +16,7 @@ SHAPES = [(), (5,), (2, 3)]
 
 
 def make_use(bias=True, weights=None, examples=N):
-    return Use(bias, C, examples, examples, jnp.float64, weights, 1)
+    return Use(dense_layer(1, C, bias=bias), examples, examples, jnp.float64, weights)
 
 
 def per_example(x, g):
@@ -144,7 +145,7 @@ def test_forward_only_counts_positions_independently(full, x64):
 
 def test_errors():
     with pytest.raises(ValueError, match="3 rows of parameters; expected 1 or 2"):
-        unitwise().init(3, 2, jnp.float32)
+        unitwise().init(dense_layer(3, 2), jnp.float32)
     with pytest.raises(ValueError, match="expected its statistic"):
         diagonal().measure(jnp.ones((2, 3)), None, make_use())
 
@@ -155,4 +156,4 @@ def test_diagonal(x64):
         block.solve(block.factorize(s, None), v, 0.5), v / jnp.asarray([[0.5, 1.5, 0.5]])
     )
     np.testing.assert_allclose(block.multiply(s, v), s * v)
-    assert block.init(1, 3, jnp.float32).shape == (1, 3)
+    assert block.init(dense_layer(1, 3), jnp.float32).shape == (1, 3)

@@ -12,6 +12,7 @@ from kfac_optax._types import Use
 from kfac_optax.capture import patches
 from kfac_optax.capture.geometry import Conv, Dense, channel_sums, layout, reduced, to_rows
 from kfac_optax.estimators import measure
+from kfac_optax.testing import dense_layer
 from tests import oracles
 
 LETTERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -83,8 +84,9 @@ def conv_rows(x64):
     return a, oracles.normal(1, (6, *WINDOW.outputs(a.shape), 2))
 
 
-def use_of(g, **changes):
-    return Use(True, 2, len(g), g[..., 0].size, jnp.float64, None, 18)._replace(**changes)
+def use_of(g, inputs=18, **changes):
+    layer = dense_layer(inputs, 2, bias=True)
+    return Use(layer, len(g), g[..., 0].size, jnp.float64)._replace(**changes)
 
 
 def dense(a, g, use, block=None):

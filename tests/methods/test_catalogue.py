@@ -164,7 +164,7 @@ def _measure(a, g, use):
 
 OWN = ko.Block(
     name="diagonal of my own",
-    init=lambda p, q, dtype: jnp.ones((p, q), dtype),
+    init=lambda layer, dtype: jnp.ones(layer.shape, dtype),
     measure=_measure,
     factorize=lambda statistic, damping: statistic + damping,
     solve=lambda inverse, v, damping: v / inverse,
@@ -189,7 +189,10 @@ def _without_weights(a, g, use):
 
 
 BROKEN = [
-    ("measure has the shapes and dtypes", dict(init=lambda p, q, dtype: jnp.ones((1, q), dtype))),
+    (
+        "measure has the shapes and dtypes",
+        dict(init=lambda layer, dtype: jnp.ones(layer.shape[1:], dtype)),
+    ),
     ("float32 in, float32 out", dict(factorize=lambda s, lam: (s + lam).astype(jnp.float16))),
     ("all that is made of it is finite", dict(factorize=lambda s, lam: s)),
     ("solve is symmetric", dict(solve=lambda x, v, lam: (v + 0.1 * jnp.roll(v, 1, 0)) / x)),
@@ -250,4 +253,4 @@ def test_cases_may_have_positions():
             jnp.asarray(np.random.default_rng(seed + d).standard_normal((n, 2, d))) for d in (3, 2)
         )
     ]
-    testing.check_batch_split(Case(ko.kronecker(), (3, 2), rows, inputs=3))
+    testing.check_batch_split(Case(ko.kronecker(), testing.dense_layer(3, 2), rows))
