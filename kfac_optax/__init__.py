@@ -40,12 +40,12 @@ from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
+from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
     b_kfac_c,
     b_r_c,
     b_r_kfac,
-    low_rank_blocks,
     rs_kfac,
 )
 from kfac_optax.methods.record import Method

@@ -1,13 +1,13 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_presets
+from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records
 from kfac_optax.methods.record import Method, collect
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     ekfac.RECORDS,
     adaptive.RECORDS,
-    low_rank_presets.RECORDS,
+    low_rank_records.RECORDS,
     foof.RECORDS,
     eva.RECORDS,
 )

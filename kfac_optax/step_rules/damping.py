@@ -9,13 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import inner, select, wide_dtype
+from kfac_optax._tree import wide_dtype
 from kfac_optax._types import Numeric, PyTree
-from kfac_optax._validate import NO_CURVATURE, check_number
-from kfac_optax.step_rules.quadratic_model import QuadraticState
-
-_SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
-_FLAT = 1e-2  # curvature below this share of the damping has no say in a step
+from kfac_optax._validate import NO_CURVATURE
+from kfac_optax.step_rules.damping_search import search
+from kfac_optax.step_rules.reduction_ratio import (
+    DampingRule,
+    check_rule,
+    failures,
+    lowest_ratio,
+    mean_over,
+    model_change_of,
+    promise,
+    quadratic_state,
+)
 
 
 class DampingState(NamedTuple):
@@ -116,7 +123,7 @@ def adapt_damping(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), sections 6.5 and 6.6.
     """
-    rule = _Rule(
+    rule = DampingRule(
         "adapt_damping",
         every,
         decay,
@@ -131,7 +138,7 @@ def adapt_damping(
         search_decay,
         axis_name,
     )
-    _check(rule, initial_damping)
+    check_rule(rule, initial_damping)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> DampingState:
@@ -178,59 +185,27 @@ def adapt_damping(
                 **extra,
             )
 
-        step, after, gamma = _search(rule, state, attempt, adapt)
-        known = _quadratic_state(after)
-        failed = _failures(known) > _failures(_quadratic_state(state.optimizer))
+        step, after, gamma = search(rule, state, attempt, adapt)
+        known = quadratic_state(after)
+        failed = failures(known) > failures(quadratic_state(state.optimizer))
 
         def measure() -> tuple[jax.Array, jax.Array]:
-            change = _model_change(rule, known, step, curvature, grad, state.model_damping)
-            return _mean(value_fn(optax.apply_updates(params, step)), axis_name), change
+            change = model_change_of(rule, known, step, curvature, grad, state.model_damping)
+            return mean_over(value_fn(optax.apply_updates(params, step)), axis_name), change
 
         scheduled = state.damping_count % every == every - 1 if adapt is None else bool(adapt)
-        promised = _promise(rule, known, step, grad, _mean(value, axis_name))
+        promised = promise(rule, known, step, grad, mean_over(value, axis_name))
         # all devices have to measure together
         due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
         new_value, change = _if_due(due, measure)
-        ratio = (new_value - _mean(value, axis_name)) / change
-        lowest = _lowest_ratio(rule, promised)
+        ratio = (new_value - mean_over(value, axis_name)) / change
+        lowest = lowest_ratio(rule, promised)
         step, after, rejected = _reject(
             step, after, state.optimizer, (ratio, failed, due, lowest), new_value
         )
         return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _Rule(NamedTuple):
-    """The settings of one `adapt_damping`."""
-
-    where: str
-    every: int
-    decay: Any
-    lower: Any
-    upper: Any
-    damping_min: Any
-    damping_max: Any
-    reject_below: Any
-    include_damping: bool
-    weight_decay: Any
-    search_every: int | None
-    search_decay: Any
-    axis_name: Any
-
-
-def _check(rule: _Rule, initial_damping: Any) -> None:
-    where = rule.where
-    check_number(where, "initial_damping", initial_damping, above=0)
-    check_number(where, "every", rule.every, at_least=1)
-    check_number(where, "decay", rule.decay, above=0, at_most=1)
-    check_number(where, "lower", rule.lower, at_least=0)
-    check_number(where, "upper", rule.upper, at_least=rule.lower)
-    check_number(where, "damping_min", rule.damping_min, above=0)
-    check_number(where, "damping_max", rule.damping_max, at_least=rule.damping_min)
-    check_number(where, "weight_decay", rule.weight_decay, at_least=0)
-    if rule.search_every is not None:
-        check_number(where, "search_every", rule.search_every, at_least=1)
 
 
 def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_fn: Any) -> None:
@@ -248,118 +223,6 @@ def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_
             NO_CURVATURE.format(where=where)
             + " Adaptive damping needs it in every step: to take no statistics pass measure=False instead of curvature=None."
         )
-
-
-def _mean(x: Any, axis_name: Any) -> jax.Array:
-    return jnp.asarray(x) if axis_name is None else jax.lax.pmean(x, axis_name)
-
-
-def _quadratic_states(tree: PyTree) -> list[QuadraticState]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuadraticState))
-    return [x for x in leaves if isinstance(x, QuadraticState)]
-
-
-def _quadratic_state(tree: PyTree) -> QuadraticState | None:
-    found = _quadratic_states(tree)
-    return found[0] if found else None
-
-
-def _failures(state: QuadraticState | None) -> jax.Array:
-    return (
-        jnp.zeros((), jnp.int32)
-        if state is None
-        else state.non_finite_models + state.negative_curvatures
-    )
-
-
-def _search(
-    rule: _Rule, state: Any, attempt: Callable, adapt: bool | None
-) -> tuple[PyTree, PyTree, jax.Array]:
-    """The update, the optimizer's state after it, and the `gamma^2` both were made with."""
-    if rule.search_every is None:
-        gamma = state.model_damping + jnp.asarray(rule.weight_decay, state.model_damping.dtype)
-        return *attempt(gamma), gamma
-    factor = rule.decay**rule.search_every if rule.search_decay is None else rule.search_decay
-    now = state.preconditioner_damping
-
-    def best() -> tuple[PyTree, PyTree, jax.Array]:
-        gammas = [
-            now,
-            jnp.maximum(now * factor, rule.damping_min),
-            jnp.minimum(now / factor, rule.damping_max),
-        ]
-        tried = [(*attempt(gamma), gamma) for gamma in gammas]
-        changes = [_damped_change(rule.where, after) for _, after, _ in tried]
-        chosen, lowest = tried[0], changes[0]
-        for other, change in zip(tried[1:], changes[1:], strict=True):
-            better = change < lowest  # false for what is not finite
-            chosen, lowest = select(better, other, chosen), jnp.where(better, change, lowest)
-        return chosen
-
-    def keep() -> tuple[PyTree, PyTree, jax.Array]:
-        return *attempt(now), now
-
-    due = state.damping_count % rule.search_every == rule.search_every - 1
-    return jax.lax.cond(due, best, keep)
-
-
-def _damped_change(where: str, after: PyTree) -> jax.Array:
-    known = _quadratic_state(after)
-    if known is None:
-        raise ValueError(
-            f"{where}: search_every needs quadratic_step inside the optimizer; found none in its "
-            "state."
-        )
-    return known.damped_change
-
-
-def _model_change(
-    rule: _Rule,
-    known: QuadraticState | None,
-    step: PyTree,
-    curvature: Any,
-    grad: PyTree,
-    lam: jax.Array,
-) -> jax.Array:
-    """`M(step) - M(0)`, from the state of `quadratic_step` or else from one more product."""
-    if known is not None:
-        return known.damped_change if rule.include_damping else known.model_change
-    form = curvature.quadratic_form((step,), axis_name=rule.axis_name)[0, 0].astype(lam.dtype)
-    shift = rule.weight_decay + (lam if rule.include_damping else 0)
-    return (
-        inner(grad, step).astype(lam.dtype)
-        + (form + shift * inner(step, step).astype(lam.dtype)) / 2
-    )
-
-
-class _Promise(NamedTuple):
-    """What is doubtful about a step, before the objective is asked."""
-
-    too_much: jax.Array  # bool: a decrease beyond the objective itself, or one that is not finite
-    flat: jax.Array  # bool: the step is as long as the damping lets it be, curvature has no say
-
-
-def _promise(
-    rule: _Rule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array
-) -> _Promise:
-    """Costs an inner product; without `quadratic_step` there is no model before the ratio is
-    measured.
-    """
-    if known is None:
-        return _Promise(jnp.bool_(False), jnp.bool_(False))
-    slope = _mean(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
-    moves = known.damped_change != 0
-    limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
-    # negated, so that NaN counts
-    too_much = moves & ~(-known.model_change <= limit)
-    curvature, damping = known.model_change - slope, known.damped_change - known.model_change
-    return _Promise(too_much, moves & ~(curvature > _FLAT * damping))
-
-
-def _lowest_ratio(rule: _Rule, promised: _Promise) -> jax.Array:
-    """Ratios below this one reject the step."""
-    usual = -jnp.inf if rule.reject_below is None else rule.reject_below
-    return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)
 
 
 def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any:
@@ -391,7 +254,7 @@ def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value
 
 
 def _next_state(
-    rule: _Rule, state: Any, after: PyTree, gamma: jax.Array, ratio, due, failed, rejected
+    rule: DampingRule, state: Any, after: PyTree, gamma: jax.Array, ratio, due, failed, rejected
 ) -> DampingState:
     due, lam = jnp.asarray(due), state.model_damping
     ratio = ratio.astype(lam.dtype)

@@ -2,30 +2,17 @@
 online.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from kfac_optax._types import Block, Layer, Layers
-from kfac_optax._validate import check_choice, check_number
+from kfac_optax._types import Layers
 from kfac_optax.blocks.low_rank import low_rank
-from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
+from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.kfac.low_rank_blocks import Rank, low_rank_blocks
 from kfac_optax.methods.signature import flat_signature
 
-Rank = int | Callable[[Layer], int]
-# What the methods do with factors that are followed online: overwrite them with a sketch, correct
-# some of their directions.
-_ONLINE = {
-    "b_kfac": (False, False),
-    "b_r_kfac": (True, False),
-    "b_kfac_c": (False, True),
-    "b_r_c": (True, True),
-}
-METHODS = ("rs_kfac", *_ONLINE)
 _OF_BLOCKS = (
     "rank",
     "correct_every",
@@ -42,97 +29,6 @@ _OF_BLOCKS_ALONE = ("inverse", "convolution", "recurrence", "sharing", "position
 _OF_BOTH = ("normalization", "precision")
 # Words of `low_rank` and `kfac` that the presets decide on themselves.
 _SET = ("block", "online", "overwrite", "correct_every")
-
-
-def low_rank_blocks(
-    method: str = "b_kfac",
-    *,
-    rank: Rank = 128,
-    correct_every: int = 5,
-    inverse: str = "eigh",
-    normalization: str = "unitwise",
-    convolution: str = "kfc",
-    recurrence: str = "independent",
-    precision: Any = "highest",
-    **options: Any,
-) -> BlockOf:
-    """The block that every layer gets from a method with low-rank factors: a function for `block=`,
-    or for `coverage`.
-
-    A factor of dimension `d` is followed online where the method does that, the layer is dense,
-    positions are not pooled (`sharing="reduce"`), and `rank + rows < d`, with the rows of the
-    traced batch (positions count); otherwise its dense average is kept and sketched at every
-    refresh. A factor with `d <= rank` is decomposed as a whole (`clamped` in the table where the
-    rank is larger).
-
-    Args:
-      method: `"rs_kfac"`, `"b_kfac"`, `"b_r_kfac"`, `"b_kfac_c"` or `"b_r_c"`.
-      rank: eigenpairs of each factor; or a function of the layer.
-      correct_every: statistics between corrections, of methods that correct.
-      inverse: of embeddings.
-      normalization: as for `kfac`.
-      convolution: as for `kfac`.
-      recurrence: as for `kfac`.
-      precision: matmul precision.
-      **options: further arguments of `low_rank`.
-
-    Raises:
-      ValueError: unknown method, `rank < 1`, an argument of `low_rank` out of range.
-
-    >>> import jax.numpy as jnp, kfac_optax as ko
-    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
-    >>> layers = estimator.layers(jnp.zeros((100, 3)), jnp.ones((5, 100)))
-    >>> print(ko.coverage(layers, block=low_rank_blocks(rank=8)))
-    layer   kind   kernel  bias  uses  block                                        state bytes
-    ------  -----  ------  ----  ----  -------------------------------------------  -----------
-    (root)  dense  100x3   no    1     low rank (8 of 100 online x all 3, clamped)  3,748
-    total                                                                           3,748
-    """
-    where = "low_rank_blocks"
-    check_choice(where, "method", method, METHODS)
-    if not callable(rank):
-        check_number(where, "rank", rank, at_least=1)
-    overwrite, corrected = _ONLINE.get(method, (False, False))
-    options |= {
-        "overwrite": overwrite,
-        "correct_every": correct_every if corrected else None,
-        "precision": precision,
-    }
-
-    @functools.cache
-    def made(rank: int, shape: tuple[int, int], online: tuple[bool, bool]) -> Block:
-        block = low_rank(rank, online=online, **options)
-        return block._replace(
-            name=f"low rank ({' x '.join(map(functools.partial(_describe, rank), shape, online))})"
-        )
-
-    linear = made(1 if callable(rank) else rank, (1, 1), (False, False))  # checks what it is given
-    others = blocks_of(
-        linear,
-        inverse=inverse,
-        normalization=normalization,
-        convolution=convolution,
-        recurrence=recurrence,
-        precision=precision,
-    )
-    rows_apart = method in _ONLINE and options.get("sharing", "expand") == "expand"
-
-    def block_of(layer: Layer) -> Block:
-        other = others(layer)
-        if other is not linear:
-            return other
-        mine = rank(layer) if callable(rank) else rank
-        follows = rows_apart and layer.kind in ("dense", "einsum")
-        p, q = (follows and mine + layer.rows < d for d in layer.shape)
-        return made(mine, layer.shape, (p, q))
-
-    return block_of
-
-
-def _describe(rank: int, dimension: int, online: bool) -> str:
-    if rank >= dimension:
-        return f"all {dimension}, clamped" if rank > dimension else f"all {dimension}"
-    return f"{rank} of {dimension} {'online' if online else 'sketched'}"
 
 
 @flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
@@ -344,96 +240,3 @@ def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransf
     if "normalization" in rest:
         rest["normalization"] = beside_blocks(rest["normalization"])
     return kfac(layers, block=low_rank_blocks(method, **for_blocks), **rest)
-
-
-def _follows(d: int, s: Sizes) -> bool:
-    return s.r + s.n < d
-
-
-def _pairs(d: int, s: Sizes) -> int:
-    """Eigenvectors, eigenvalues, and trace, rank in use, rest and damping of one factor."""
-    kept = min(s.r, d)
-    return kept * d + kept + 4
-
-
-def _with_averages(s: Sizes) -> int:
-    return sum(d * d + _pairs(d, s) for d in (s.p, s.q))
-
-
-def _without_averages(s: Sizes) -> int:
-    """Of a factor that is followed online only the diagonal is kept."""
-    return sum((d if _follows(d, s) else d * d) + _pairs(d, s) for d in (s.p, s.q))
-
-
-_SHORT: dict[str, Any] = dict(
-    learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3, rank=2
-)
-_COMMON: dict[str, Any] = dict(
-    kind="preconditioner", needs=frozenset({"gradient", "curvature"}), state=_with_averages
-)
-_DENSE = "d² + r d + r + 4 for each factor"
-_TESTS = "tests/methods/test_low_rank_presets.py::"
-_ONLINE_PAPER = "Puiu, *Brand New K-FACs* (2022)"
-
-RECORDS = (
-    Method(
-        name="rs_kfac",
-        summary="`rank=` eigenpairs of each factor by a random sketch",
-        paper="Puiu, *Randomized K-FACs* (2022)",
-        equation="U = (Â + π√λ I)⁻¹ V (Ĝ + √λ/π I)⁻¹, Â, Ĝ from sketches of A, G",
-        state_text=_DENSE,
-        cost=("O(d² r)", "O(d² r)"),
-        test=f"{_TESTS}test_full_rank_is_dense_kfac",
-        build=lambda layers, **options: rs_kfac(layers, **(_SHORT | options)),
-        block_of=low_rank_blocks("rs_kfac", rank=2),
-        **_COMMON,
-    ),
-    Method(
-        name="b_kfac",
-        summary="eigenpairs followed online at linear cost",
-        paper=_ONLINE_PAPER,
-        equation="as rs_kfac, Â = leading pairs of e Â + (1 - e) Y Yᵀ, rows Y of the batch",
-        state_text="d + r d + r + 4 for each factor with r + n < d, d² in place of d otherwise",
-        cost=("O(d (r + n)²) at every statistic", "O(d² r)"),
-        test=f"{_TESTS}test_enough_rank_is_dense_kfac",
-        build=lambda layers, **options: b_kfac(layers, **(_SHORT | options)),
-        block_of=low_rank_blocks("b_kfac", rank=2),
-        **(_COMMON | {"state": _without_averages}),
-    ),
-    Method(
-        name="b_r_kfac",
-        summary="the same, overwritten by sketches",
-        paper=_ONLINE_PAPER,
-        equation="as b_kfac, Â from a sketch of A at every refresh",
-        state_text=_DENSE,
-        cost=("O(d² r), and O(d (r + n)²) at every statistic", "O(d² r)"),
-        test=f"{_TESTS}test_overwriting_is_a_sketch_of_the_dense_average",
-        build=lambda layers, **options: b_r_kfac(layers, **(_SHORT | options)),
-        block_of=low_rank_blocks("b_r_kfac", rank=2),
-        **_COMMON,
-    ),
-    Method(
-        name="b_kfac_c",
-        summary="followed online, some directions corrected now and then",
-        paper=_ONLINE_PAPER,
-        equation="as b_kfac, with U_cᵀ A U_c = W L Wᵀ: U_c ← U_c W, D_c ← L",
-        state_text=_DENSE,
-        cost=("O(d (r + n)²) at every statistic, O(d²) for each direction", "O(d² r)"),
-        test=f"{_TESTS}test_correction_happens_on_its_period",
-        build=lambda layers, **options: b_kfac_c(layers, **(_SHORT | options)),
-        block_of=low_rank_blocks("b_kfac_c", rank=2),
-        **_COMMON,
-    ),
-    Method(
-        name="b_r_c",
-        summary="followed online, corrected, overwritten by sketches",
-        paper=_ONLINE_PAPER,
-        equation="as b_kfac_c between sketches of b_r_kfac",
-        state_text=_DENSE,
-        cost=("O(d² r), and as b_kfac_c", "O(d² r)"),
-        test=f"{_TESTS}test_correction_happens_on_its_period",
-        build=lambda layers, **options: b_r_c(layers, **(_SHORT | options)),
-        block_of=low_rank_blocks("b_r_c", rank=2),
-        **_COMMON,
-    ),
-)

@@ -1,0 +1,116 @@
+"""How far the quadratic model of a step is to be believed: what it promised, and what came of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import inner
+from kfac_optax._types import PyTree
+from kfac_optax._validate import check_number
+from kfac_optax.step_rules.quadratic_model import QuadraticState
+
+_SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
+_FLAT = 1e-2  # curvature below this share of the damping has no say in a step
+
+
+class DampingRule(NamedTuple):
+    """The settings of one `adapt_damping`."""
+
+    where: str
+    every: int
+    decay: Any
+    lower: Any
+    upper: Any
+    damping_min: Any
+    damping_max: Any
+    reject_below: Any
+    include_damping: bool
+    weight_decay: Any
+    search_every: int | None
+    search_decay: Any
+    axis_name: Any
+
+
+def check_rule(rule: DampingRule, initial_damping: Any) -> None:
+    """Raises where a setting is out of range."""
+    where = rule.where
+    check_number(where, "initial_damping", initial_damping, above=0)
+    check_number(where, "every", rule.every, at_least=1)
+    check_number(where, "decay", rule.decay, above=0, at_most=1)
+    check_number(where, "lower", rule.lower, at_least=0)
+    check_number(where, "upper", rule.upper, at_least=rule.lower)
+    check_number(where, "damping_min", rule.damping_min, above=0)
+    check_number(where, "damping_max", rule.damping_max, at_least=rule.damping_min)
+    check_number(where, "weight_decay", rule.weight_decay, at_least=0)
+    if rule.search_every is not None:
+        check_number(where, "search_every", rule.search_every, at_least=1)
+
+
+def mean_over(x: Any, axis_name: Any) -> jax.Array:
+    """The mean over devices, where there are several."""
+    return jnp.asarray(x) if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def quadratic_state(tree: PyTree) -> QuadraticState | None:
+    """The first state of a `quadratic_step` in a tree of states."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuadraticState))
+    return next((x for x in leaves if isinstance(x, QuadraticState)), None)
+
+
+def failures(state: QuadraticState | None) -> jax.Array:
+    """How many steps had no quadratic model that could be minimised."""
+    return (
+        jnp.zeros((), jnp.int32)
+        if state is None
+        else state.non_finite_models + state.negative_curvatures
+    )
+
+
+def model_change_of(
+    rule: DampingRule,
+    known: QuadraticState | None,
+    step: PyTree,
+    curvature: Any,
+    grad: PyTree,
+    lam: jax.Array,
+) -> jax.Array:
+    """`M(step) - M(0)`, from the state of `quadratic_step` or else from one more product."""
+    if known is not None:
+        return known.damped_change if rule.include_damping else known.model_change
+    form = curvature.quadratic_form((step,), axis_name=rule.axis_name)[0, 0].astype(lam.dtype)
+    shift = rule.weight_decay + (lam if rule.include_damping else 0)
+    return (
+        inner(grad, step).astype(lam.dtype)
+        + (form + shift * inner(step, step).astype(lam.dtype)) / 2
+    )
+
+
+class Promise(NamedTuple):
+    """What is doubtful about a step, before the objective is asked."""
+
+    too_much: jax.Array  # bool: a decrease beyond the objective itself, or one that is not finite
+    flat: jax.Array  # bool: the step is as long as the damping lets it be, curvature has no say
+
+
+def promise(
+    rule: DampingRule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array
+) -> Promise:
+    """Costs an inner product; without `quadratic_step` there is no model before the ratio is
+    measured.
+    """
+    if known is None:
+        return Promise(jnp.bool_(False), jnp.bool_(False))
+    slope = mean_over(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
+    moves = known.damped_change != 0
+    limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
+    # negated, so that NaN counts
+    too_much = moves & ~(-known.model_change <= limit)
+    curvature, damping = known.model_change - slope, known.damped_change - known.model_change
+    return Promise(too_much, moves & ~(curvature > _FLAT * damping))
+
+
+def lowest_ratio(rule: DampingRule, promised: Promise) -> jax.Array:
+    """Ratios below this one reject the step."""
+    usual = -jnp.inf if rule.reject_below is None else rule.reject_below
+    return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)
