@@ -49,6 +49,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     rs_kfac,
 )
 from kfac_optax.methods.record import Method
+from kfac_optax.methods.sample_space.presets import smw, spring
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.cold_start import cold_start
@@ -128,8 +129,10 @@ __all__ = [
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",
+    "smw",
     "soap",
     "solve_model",
+    "spring",
     "sua",
     "tap_conv",
     "tap_dense",

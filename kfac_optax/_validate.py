@@ -1,6 +1,6 @@
 """User-facing checks and messages. Each says where, what was got, what was expected, what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -161,6 +161,21 @@ def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> N
         raise ValueError(
             f"{where}: {name}={value!r}; expected one of {', '.join(map(repr, choices))}."
         )
+
+
+def check_real(where: str, leaves: Mapping[str, Any]) -> None:
+    """Raises where a leaf has no real floating dtype.
+
+    Raises:
+      TypeError: names the leaf.
+    """
+    for name, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{where}: leaf {name!r} has dtype {leaf.dtype}; expected real floating numbers. "
+                "Take it out with optax.masked or optax.partition, or split a complex parameter "
+                "into real and imaginary part (optax.contrib.split_real_and_imaginary)."
+            )
 
 
 def check_unused(where: str, beside: str, **words: tuple[Any, Any]) -> None:

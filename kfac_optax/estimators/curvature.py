@@ -26,6 +26,11 @@ from kfac_optax.estimators.heads import (
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
+from kfac_optax.estimators.sample_jacobian import (
+    SampleJacobian,
+    sample_jacobian,
+    sampled_gradient,
+)
 from kfac_optax.estimators.statistics import (
     Asked,
     Linearize,
@@ -57,9 +62,9 @@ class Spec(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Curvature:
-    """Curvature at these parameters and this batch, measured when an optimizer asks for it. Made by
-    `fisher.at`.
+class LazyCurvature:
+    """A `Curvature` at these parameters and this batch, measured when an optimizer asks for it. Made
+    by `fisher.at`.
     """
 
     params: PyTree
@@ -118,9 +123,48 @@ class Curvature:
         spec, args = _exact(self.spec, self.args, subsample)
         return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
+    def linearize(
+        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+    ) -> SampleJacobian:
+        """`J` with `F = (1/N) J^T J` as products in both directions, from one linearisation.
+
+        Args:
+          sampled: scores at labels drawn from the model (`samples` of the estimator for every term)
+            in place of all columns of the output Fisher.
+          subsample: as in `quadratic_form`.
+          axis_name: mapped axis over which the batch is split.
+        """
+        spec, args = _exact(self.spec, self.args, subsample)
+        key = _label_key(spec.kind, self.key, axis_name) if sampled else None
+        return sample_jacobian(
+            spec.kind,
+            spec.function,
+            self.params,
+            args,
+            key=key,
+            samples=spec.samples,
+            axis_name=axis_name,
+        )
+
+    def sampled_gradient(self, *, axis_name: Any = None) -> PyTree:
+        """Gradient of the mean negative log-likelihood at labels drawn from the model, a tree like
+        the parameters.
+        """
+        spec, args = _exact(self.spec, self.args, None)
+        key = _label_key(spec.kind, self.key, axis_name)
+        return sampled_gradient(
+            spec.kind,
+            spec.function,
+            self.params,
+            args,
+            key,
+            samples=spec.samples,
+            axis_name=axis_name,
+        )
+
 
 class SharedCurvature(NamedTuple):
-    """Curvature whose forward pass has run already, together with the loss. Made by
+    """A `Curvature` whose forward pass has run already, together with the loss. Made by
     `fisher.value_and_grad`.
     """
 
@@ -153,25 +197,28 @@ class SharedCurvature(NamedTuple):
             jax.lax.axis_size(name) for name in names if name in split and name not in same
         )
 
+    @property
+    def _lazy(self) -> LazyCurvature:
+        """The same, for what needs a pass of its own."""
+        return LazyCurvature(self.params, self.args, self.key, self.spec)
+
     def quadratic_form(
-        self,
-        directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
-        *,
-        count: int | None = None,
-        subsample: Any = None,
-        axis_name: Any = None,
+        self, directions: Sequence[PyTree] | Callable[[jax.Array], PyTree], **options: Any
     ) -> jax.Array:
         """As `Curvature.quadratic_form`."""
-        return _quadratic_form(
-            self.spec, self.params, self.args, directions, count, subsample, axis_name
-        )
+        return self._lazy.quadratic_form(directions, **options)
 
-    def vector_product(
-        self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None
-    ) -> PyTree:
+    def vector_product(self, vector: PyTree, **options: Any) -> PyTree:
         """As `Curvature.vector_product`."""
-        spec, args = _exact(self.spec, self.args, subsample)
-        return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
+        return self._lazy.vector_product(vector, **options)
+
+    def linearize(self, **options: Any) -> SampleJacobian:
+        """As `Curvature.linearize`."""
+        return self._lazy.linearize(**options)
+
+    def sampled_gradient(self, **options: Any) -> PyTree:
+        """As `Curvature.sampled_gradient`."""
+        return self._lazy.sampled_gradient(**options)
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`; first moments are those of the loss that was given."""
@@ -226,6 +273,21 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
             args = part_of_batch(spec, args)
         spec = spec._replace(subsample=subsample)
     return spec, part_of_batch(spec, args)
+
+
+def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
+    """The key by which labels are drawn, another one on every device.
+
+    Raises:
+      ValueError: there is none, or the labels are those of the data.
+    """
+    if kind.losses or key is None:
+        got = "losses at the labels of the data" if kind.losses else "key=None"
+        raise ValueError(
+            f"{kind.name}: labels are to be drawn from the model, but got {got}; expected "
+            "fisher(predict).at(params, *args, key=jax.random.key(...)), a new key in every step."
+        )
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def _quadratic_form(spec, params, args, directions, count, subsample, axis_name) -> jax.Array:

@@ -15,7 +15,7 @@ from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Probe, Zeros, evaluate, make_zeros
 from kfac_optax.estimators.curvature import (
-    Curvature,
+    LazyCurvature,
     SharedCurvature,
     Spec,
     pair_of,
@@ -63,7 +63,7 @@ class Estimator:
                 check_shapes(kind.name, head, labels=kind.labels, columns=not kind.labels)
         return traced.layers
 
-    def at(self, params: PyTree, *args: PyTree, key: jax.Array | None = None) -> Curvature:
+    def at(self, params: PyTree, *args: PyTree, key: jax.Array | None = None) -> LazyCurvature:
         """The curvature at these parameters and this batch: lazy, nothing runs until it is due.
 
         Args:
@@ -77,7 +77,7 @@ class Estimator:
           ValueError: the key is missing.
         """
         self._check_key(key)
-        return Curvature(params, args, key, self.spec)
+        return LazyCurvature(params, args, key, self.spec)
 
     def vector_product(self, params: PyTree, vector: PyTree, *args: PyTree) -> PyTree:
         """Product of the curvature matrix with a tree like `params`; the matrix is never formed.
@@ -178,7 +178,7 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
     leaves = named_leaves(vector)
     dtype = jnp.result_type(jnp.float32, *(leaves[layer.kernel] for layer in layers))
     whole = spec._replace(subsample=None)  # the part has been taken
-    factors, _ = Curvature(params, tuple(args), None, whole).statistics(
+    factors, _ = LazyCurvature(params, tuple(args), None, whole).statistics(
         Plan(layers, blocks, None, dtype)
     )
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}

@@ -2,7 +2,6 @@
 never formed.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from kfac_optax._tree import inner, varying_axes
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.reductions import devices_of, sum_over_devices
 from kfac_optax.linalg.gram import replicated
 
 _CHUNK = 8  # directions that exist at the same time
@@ -38,7 +38,7 @@ def _linearize(
     roots = find_weights(kind, heads, axis_name).roots
 
     def tangents_of(direction: PyTree) -> Any:
-        return [_read(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
+        return [read_terms(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
 
     def hessian(tangents: Any) -> Any:
         products = [
@@ -63,26 +63,11 @@ def vector_product(
     model = _linearize(kind, function, params, args, axis_name)
     tangents = model.jvp(vector)
     (product,) = jax.linear_transpose(model.jvp, params)(model.hessian(tangents))
-    product = jax.tree.map(lambda x: x / model.examples, product)
-    return (
-        product
-        if axis_name is None
-        else jax.tree.map(lambda x: _mean(x, axis_name, tangents), product)
-    )
-
-
-def _mean(product: jax.Array, axis_name: Any, tangents: Any) -> jax.Array:
-    """Mean over devices. Where varying axes are tracked, the transpose of a model on a split batch
-    has summed already.
-    """
-    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-    split = {name for x in jax.tree.leaves(tangents) for name in varying_axes(jax.typeof(x))}
-    summed = [
-        name for name in axes if name in split and name not in varying_axes(jax.typeof(product))
-    ]
-    product = product / math.prod(jax.lax.axis_size(name) for name in summed)
-    rest = tuple(name for name in axes if name not in summed)
-    return jax.lax.pmean(product, rest) if rest else product
+    if axis_name is not None:
+        split = {name for x in jax.tree.leaves(tangents) for name in varying_axes(jax.typeof(x))}
+        product = sum_over_devices(product, axis_name, split)
+    examples = model.examples * devices_of(axis_name)
+    return jax.tree.map(lambda x: x / examples, product)
 
 
 def quadratic_form(
@@ -154,10 +139,10 @@ def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...
     if root is None:
         return product
     weight = jnp.square(jnp.asarray(root))
-    return tuple((x * _beside(weight, x)).astype(x.dtype) for x in _read(product, root))
+    return tuple((x * _beside(weight, x)).astype(x.dtype) for x in read_terms(product, root))
 
 
-def _read(values: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
+def read_terms(values: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
     """Values of the terms that count, zeros in place of padding, whatever that holds."""
     if root is None:
         return values

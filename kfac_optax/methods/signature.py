@@ -22,6 +22,8 @@ STATIC = (
     "max_dim",
     "merge",
     "root",
+    "chunk",
+    "refine",
 )
 
 

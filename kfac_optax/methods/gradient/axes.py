@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_real
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
@@ -79,21 +79,6 @@ def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> R
     check_choice(where, "long_axes", rules.long_axes, long_axes)
     check_choice(where, "vectors", rules.vectors, vectors)
     return rules
-
-
-def check_real(where: str, leaves: Mapping[str, Any]) -> None:
-    """Raises where a leaf has no real floating dtype.
-
-    Raises:
-      TypeError: names the leaf.
-    """
-    for name, leaf in leaves.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{where}: leaf {name!r} has dtype {leaf.dtype}; expected real floating numbers. "
-                "Take it out with optax.masked or optax.partition, or split a complex parameter "
-                "into real and imaginary part (optax.contrib.split_real_and_imaginary)."
-            )
 
 
 def merged(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:

@@ -1,0 +1,45 @@
+"""Sums over the devices that share a batch."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from kfac_optax._tree import varying_axes
+from kfac_optax._types import PyTree
+
+
+def devices_of(axis_name: Any) -> int:
+    """How many devices share the batch; one without an axis.
+
+    >>> print(devices_of(None))
+    1
+    """
+    return math.prod(jax.lax.axis_size(name) for name in _names(axis_name))
+
+
+def sum_over_devices(tree: PyTree, axis_name: Any, split: Iterable[str]) -> PyTree:
+    """Sums what a pullback through a split batch gave over the devices, once.
+
+    Where varying axes are tracked, the transpose of a model on a split batch has summed already.
+
+    Args:
+      tree: what each device has.
+      axis_name: mapped axis, or several.
+      split: axes over which the model's outputs were seen to differ.
+    """
+    split = frozenset(split)
+
+    def total(x: jax.Array) -> jax.Array:
+        mine = varying_axes(jax.typeof(x))
+        rest = [name for name in _names(axis_name) if name in mine or name not in split]
+        return jax.lax.psum(x, tuple(rest)) if rest else x
+
+    return jax.tree.map(total, tree)
+
+
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)

@@ -1,0 +1,187 @@
+"""The matrix behind a curvature, `F = (1/N) J^T J`, as products in both directions, from one
+linearisation.
+
+`J` has a row for every term of the batch and every column of the root `S` of its output Fisher
+`H = S S^T`: row `(b, c)` is `s_bc^T (d natural_b / d theta)`, times the root of the term's weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import varying_axes, wide_dtype
+from kfac_optax._types import PyTree
+from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.output_cotangents import sampled_scores
+from kfac_optax.estimators.products import read_terms
+from kfac_optax.estimators.reductions import devices_of, sum_over_devices
+from kfac_optax.linalg.weighted_rows import keep_rows
+
+_CHUNK = 32  # columns that exist at the same time
+
+Samples = list[jax.Array]  # one number for every row of J: `[*batch, columns]` of every head
+
+
+class SampleJacobian(NamedTuple):
+    """`J` of a batch, with `F = (1/examples) J^T J`.
+
+    A vector in sample space is a list with one array for every head of the prediction:
+    `[*batch, columns]`, or `[N]` where the function returns losses.
+
+    Attributes:
+      jvp: `v -> J v` for a tree like the parameters; of a batch split over devices the rows that
+        this device has.
+      vjp: `u -> J^T u`, a tree like the parameters; summed over the devices.
+      examples: N, those of all devices.
+    """
+
+    jvp: Callable[[PyTree], Samples]
+    vjp: Callable[[Samples], PyTree]
+    examples: int
+
+
+class _Head(NamedTuple):
+    """The columns of one head, by which tangents of its natural arrays become rows."""
+
+    count: int
+    column: Callable[[Any], tuple[jax.Array, ...]]
+    batch_ndim: int
+    root: Any  # of the weight of every term, or None
+
+
+def sample_jacobian(
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    args: Sequence[PyTree],
+    *,
+    key: jax.Array | None = None,
+    samples: int = 1,
+    axis_name: Any = None,
+) -> SampleJacobian:
+    """`J` at these parameters.
+
+    Args:
+      kind: of estimator.
+      function: parameters and arguments to predictions, or to losses.
+      params: where it is linearised.
+      args: further arguments.
+      key: draws labels from the model: the rows are then `samples` scores of every term in place of
+        all columns, and `(1/N) J^T J` has the Fisher as its mean.
+      samples: draws for every term.
+      axis_name: mapped axis over which the batch is split.
+    """
+
+    def naturals(params: PyTree) -> tuple[Any, Any]:
+        return split_outputs(kind, function(params, *args))
+
+    _, tangents_of, heads = jax.linearize(naturals, params, has_aux=True)
+    examples = count_examples(kind, heads) * devices_of(axis_name)
+    if kind.losses:
+
+        def rows_of(direction: PyTree) -> Samples:
+            return [tangent.astype(wide_dtype(tangent)) for (tangent,) in tangents_of(direction)]
+    else:
+        roots = find_weights(kind, heads, axis_name).roots
+        columns = _exact_columns(heads, roots)
+        if key is not None:
+            columns = _drawn_columns(heads, roots, key, samples)
+
+        def rows_of(direction: PyTree) -> Samples:
+            pairs = zip(columns, tangents_of(direction), strict=True)
+            return [_rows(head, tangents) for head, tangents in pairs]
+
+    return SampleJacobian(rows_of, _transposed(rows_of, params, axis_name), examples)
+
+
+def _exact_columns(heads: Sequence[Any], roots: Sequence[Any]) -> list[_Head]:
+    return [
+        _Head(head.num_columns, head.fisher_sqrt_column, len(head.batch_shape), root)
+        for head, root in zip(heads, roots, strict=True)
+    ]
+
+
+def _drawn_columns(
+    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+) -> list[_Head]:
+    """Scores at drawn labels, divided by the root of their number."""
+    scores = sampled_scores(heads, [samples**-0.5] * len(heads), key, samples)
+
+    def column_of(i: int) -> Callable[[Any], tuple[jax.Array, ...]]:
+        return lambda k: scores.make(k)[i]
+
+    return [
+        _Head(samples, column_of(i), len(head.batch_shape), root)
+        for i, (head, root) in enumerate(zip(heads, roots, strict=True))
+    ]
+
+
+def _rows(head: _Head, tangents: tuple[jax.Array, ...]) -> jax.Array:
+    """`S^T t` of every term, `[*batch, columns]`; exact zeros where the weight is zero."""
+    wide = wide_dtype(tangents)
+
+    def against(c: jax.Array) -> jax.Array:
+        column = read_terms(head.column(c), head.root)
+        products = [s.astype(wide) * t.astype(wide) for s, t in zip(column, tangents, strict=True)]
+        return sum(x.sum(tuple(range(head.batch_ndim, x.ndim))) for x in products)
+
+    numbers = jnp.arange(head.count)
+    few = head.count <= _CHUNK
+    rows = jax.vmap(against)(numbers) if few else jax.lax.map(against, numbers, batch_size=_CHUNK)
+    rows = jnp.moveaxis(rows, 0, -1)
+    if head.root is None:
+        return rows
+    root = jnp.broadcast_to(jnp.asarray(head.root, wide), rows.shape[:-1])
+    # padding may hold anything, in its tangents and in its columns
+    return keep_rows(rows, root) * root[..., None]
+
+
+def _transposed(
+    rows_of: Callable[[PyTree], Samples], params: PyTree, axis_name: Any
+) -> Callable[[Samples], PyTree]:
+    shapes = jax.eval_shape(rows_of, params)
+    backward = jax.linear_transpose(rows_of, params)
+
+    def vjp(rows: Samples) -> PyTree:
+        rows = jax.tree.map(lambda u, like: u.astype(like.dtype), rows, shapes)
+        (product,) = backward(rows)
+        if axis_name is None:
+            return product
+        split = {name for x in shapes for name in varying_axes(x)}
+        return sum_over_devices(product, axis_name, split)
+
+    return vjp
+
+
+def sampled_gradient(
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    args: Sequence[PyTree],
+    key: jax.Array,
+    *,
+    samples: int = 1,
+    axis_name: Any = None,
+) -> PyTree:
+    """Gradient of the batch's mean negative log-likelihood at labels drawn from the model.
+
+    `(1/N) sum_b w_b mean_k grad nll(y_bk)`, one backward pass for all draws. Its mean over draws is
+    zero, and `N` times its second moment is the Fisher where all examples count the same.
+    """
+
+    def naturals(params: PyTree) -> tuple[Any, Any]:
+        return split_outputs(kind, function(params, *args))
+
+    values, pull, heads = jax.vjp(naturals, params, has_aux=True)
+    roots = find_weights(kind, heads, axis_name).roots
+    weights = [None if root is None else jnp.square(root) for root in roots]
+    scores = sampled_scores(heads, weights, key, samples)
+    cotangents = jax.tree.map(lambda x: x.mean(0), jax.vmap(scores.make)(jnp.arange(samples)))
+    (gradient,) = pull(cotangents)
+    if axis_name is not None:
+        split = {name for x in jax.tree.leaves(values) for name in varying_axes(jax.typeof(x))}
+        gradient = sum_over_devices(gradient, axis_name, split)
+    examples = count_examples(kind, heads) * devices_of(axis_name)
+    return jax.tree.map(lambda x: x / examples, gradient)

@@ -1,0 +1,1 @@
+"""Exact natural-gradient steps through the kernel of the samples."""
