@@ -23,6 +23,7 @@ from kfac_optax.estimators.heads import (
     own_cotangents,
     split_outputs,
 )
+from kfac_optax.estimators.layer_rows import LayerRows, layer_rows
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
@@ -146,6 +147,27 @@ class LazyCurvature:
             axis_name=axis_name,
         )
 
+    def rows(
+        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+    ) -> dict[Layer, LayerRows]:
+        """Rows `a` and `g` of these layers, of which `J` is made where examples do not interact.
+
+        Args:
+          layers: some of those of the estimator.
+          sampled: as in `linearize`.
+          axis_name: mapped axis over which the batch is split; rows are those of this device.
+        """
+        spec, args = _exact(self.spec, self.args, None)
+        return layer_rows(
+            spec.kind,
+            trace_model(spec, self.params, args),
+            jax.tree.leaves((self.params, args)),
+            tuple(layers),
+            key=_label_key(spec.kind, self.key, axis_name) if sampled else None,
+            samples=spec.samples,
+            axis_name=axis_name,
+        )
+
     def sampled_gradient(self, *, axis_name: Any = None) -> PyTree:
         """Gradient of the mean negative log-likelihood at labels drawn from the model, a tree like
         the parameters.
@@ -215,6 +237,10 @@ class SharedCurvature(NamedTuple):
     def linearize(self, **options: Any) -> SampleJacobian:
         """As `Curvature.linearize`."""
         return self._lazy.linearize(**options)
+
+    def rows(self, layers: Sequence[Layer], **options: Any) -> dict[Layer, LayerRows]:
+        """As `Curvature.rows`."""
+        return self._lazy.rows(layers, **options)
 
     def sampled_gradient(self, **options: Any) -> PyTree:
         """As `Curvature.sampled_gradient`."""

@@ -5,6 +5,7 @@ linearisation.
 `H = S S^T`: row `(b, c)` is `s_bc^T (d natural_b / d theta)`, times the root of the term's weight.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,13 +43,22 @@ class SampleJacobian(NamedTuple):
     examples: int
 
 
-class _Head(NamedTuple):
+class Columns(NamedTuple):
     """The columns of one head, by which tangents of its natural arrays become rows."""
 
     count: int
     column: Callable[[Any], tuple[jax.Array, ...]]
     batch_ndim: int
     root: Any  # of the weight of every term, or None
+
+    def weighted(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+        """One array of a column with the weights of its terms, zero where they are not chosen."""
+        beside = (*chosen.shape, *(1,) * (x.ndim - chosen.ndim))
+        if self.root is None:
+            return jnp.where(chosen.reshape(beside), x, 0)
+        root = jnp.broadcast_to(jnp.asarray(self.root, wide_dtype(x)), chosen.shape)
+        counts = (chosen & (root != 0)).reshape(beside)
+        return jnp.where(counts, x * root.reshape(beside), 0).astype(x.dtype)
 
 
 def sample_jacobian(
@@ -85,9 +95,7 @@ def sample_jacobian(
             return [tangent.astype(wide_dtype(tangent)) for (tangent,) in tangents_of(direction)]
     else:
         roots = find_weights(kind, heads, axis_name).roots
-        columns = _exact_columns(heads, roots)
-        if key is not None:
-            columns = _drawn_columns(heads, roots, key, samples)
+        columns = columns_of(heads, roots, key, samples)
 
         def rows_of(direction: PyTree) -> Samples:
             pairs = zip(columns, tangents_of(direction), strict=True)
@@ -96,29 +104,24 @@ def sample_jacobian(
     return SampleJacobian(rows_of, _transposed(rows_of, params, axis_name), examples)
 
 
-def _exact_columns(heads: Sequence[Any], roots: Sequence[Any]) -> list[_Head]:
-    return [
-        _Head(head.num_columns, head.fisher_sqrt_column, len(head.batch_shape), root)
-        for head, root in zip(heads, roots, strict=True)
-    ]
+def columns_of(
+    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array | None, samples: int
+) -> list[Columns]:
+    """All columns of `S`; with a key scores at drawn labels, divided by the root of their number."""
+    counts = [head.num_columns if key is None else samples for head in heads]
+    makers = [head.fisher_sqrt_column for head in heads]
+    if key is not None:
+        scores = sampled_scores(heads, [samples**-0.5] * len(heads), key, samples)
+        makers = [functools.partial(_part_of, scores.make, i) for i in range(len(heads))]
+    ndims = [len(head.batch_shape) for head in heads]
+    return [Columns(*parts) for parts in zip(counts, makers, ndims, roots, strict=True)]
 
 
-def _drawn_columns(
-    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
-) -> list[_Head]:
-    """Scores at drawn labels, divided by the root of their number."""
-    scores = sampled_scores(heads, [samples**-0.5] * len(heads), key, samples)
-
-    def column_of(i: int) -> Callable[[Any], tuple[jax.Array, ...]]:
-        return lambda k: scores.make(k)[i]
-
-    return [
-        _Head(samples, column_of(i), len(head.batch_shape), root)
-        for i, (head, root) in enumerate(zip(heads, roots, strict=True))
-    ]
+def _part_of(make: Callable[[Any], Samples], i: int, k: Any) -> tuple[jax.Array, ...]:
+    return make(k)[i]
 
 
-def _rows(head: _Head, tangents: tuple[jax.Array, ...]) -> jax.Array:
+def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
     """`S^T t` of every term, `[*batch, columns]`; exact zeros where the weight is zero."""
     wide = wide_dtype(tangents)
 

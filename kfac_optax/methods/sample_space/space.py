@@ -21,12 +21,16 @@ class Space(NamedTuple):
       adjoint: `[n] -> leaves`.
       flat: `(a vector in sample space) -> [n]`, as it comes from the user, divided by `sqrt(N)`.
       size: n, the rows of all devices.
+      heads: shapes of the vectors in sample space of one device.
+      examples: N of all devices.
     """
 
     forward: Callable[[Leaves], jax.Array]
     adjoint: Callable[[jax.Array], Leaves]
     flat: Callable[[PyTree], jax.Array]
     size: int
+    heads: tuple[tuple[int, ...], ...]
+    examples: int
 
 
 def sample_space(
@@ -51,7 +55,7 @@ def sample_space(
 
     def flat(rows: PyTree) -> jax.Array:
         parts = [jnp.ravel(x).astype(dtype) for x in jax.tree.leaves(rows)]
-        return _of_all_devices(scale * jnp.concatenate(parts), axis_name)
+        return of_all_devices(scale * jnp.concatenate(parts), axis_name)
 
     def forward(vector: Leaves) -> jax.Array:
         return flat(jacobian.jvp(like_parameters(params, vector)))
@@ -77,10 +81,11 @@ def sample_space(
             )
         return flat(rows)
 
-    return Space(forward, adjoint, given, mine * devices)
+    heads = tuple(x.shape for x in leaves)
+    return Space(forward, adjoint, given, mine * devices, heads, jacobian.examples)
 
 
-def _of_all_devices(rows: jax.Array, axis_name: Any) -> jax.Array:
+def of_all_devices(rows: jax.Array, axis_name: Any) -> jax.Array:
     """Rows `[n]` of every device one after another."""
     if axis_name is None:
         return rows

@@ -23,6 +23,7 @@ from kfac_optax.linalg.smw import (
     solve_in_parameters,
     solve_in_samples,
 )
+from kfac_optax.methods.sample_space.from_rows import kernel_of_rows, rows_of_gradient
 from kfac_optax.methods.sample_space.space import Leaves, Space, sample_space
 from kfac_optax.step_rules._per_layer import require_curvature, within
 
@@ -170,7 +171,13 @@ def _solve(
 ) -> _Solved:
     """`(F + damping I)^{-1}` of the gradient, or of `J^T start / sqrt(N)`."""
     dtype = wide_dtype(gradient)
-    kernel = kernel_of(space.forward, space.adjoint, space.size, dtype, chunk=rule.chunk)
+    if rule.layers is None:
+        kernel = kernel_of(space.forward, space.adjoint, space.size, dtype, chunk=rule.chunk)
+    else:
+        rows = rows_of_gradient(
+            rule.where, curvature, rule.layers, gradient, rule.sampled, rule.axis_name
+        )
+        kernel = kernel_of_rows(rows, space, dtype, rule.axis_name)
     # a batch in which nothing counts says nothing about the metric
     usable = all_finite((kernel, gradient)) & (jnp.trace(kernel) > 0)
     inverse = factor_kernel(kernel, damping, cutoff=rule.cutoff)

@@ -1,0 +1,153 @@
+"""The rows of layers that the matrix behind a curvature is made of, for all its columns."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Layer, PyTree
+from kfac_optax.capture.evaluate import Zeros, from_cotangent
+from kfac_optax.capture.geometry import Lookup, to_rows
+from kfac_optax.capture.layers import Traced
+from kfac_optax.capture.row_axes import steps_in_a_row
+from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.plan import Plan, set_up
+from kfac_optax.estimators.sample_jacobian import columns_of
+from kfac_optax.estimators.statistics import Asked, linearize_now, rows_measure
+from kfac_optax.linalg.gram import homogeneous
+
+_CHUNK = 8  # pullbacks at the same time
+
+
+class LayerRows(NamedTuple):
+    """Rows of all uses of one layer: its part of row `(b, k)` of `J` is `sum_t a_bt g_kbt^T`.
+
+    Attributes:
+      a: inputs `[copies, N, T, p]`, `T` counting positions and uses, the bias coordinate included;
+        tokens `[1, N, T]` of an embedding; what is scaled, `[1, N, T, q]`, of a normalisation.
+      g: output gradients `[K, copies, N, T, q]`, `K` counting terms and columns of all heads.
+    """
+
+    a: jax.Array
+    g: jax.Array
+
+
+def layer_rows(
+    kind: Kind,
+    traced: Traced,
+    inputs: Sequence[Any],
+    layers: Sequence[Layer],
+    *,
+    key: jax.Array | None = None,
+    samples: int = 1,
+    axis_name: Any = None,
+) -> dict[Layer, LayerRows]:
+    """Rows of these layers, in their order; `J` is made of them where examples do not interact.
+
+    Args:
+      kind: of estimator.
+      traced: the model.
+      inputs: leaves of its parameters and arguments.
+      layers: which ones.
+      key: draws labels, as in `sample_jacobian`.
+      samples: draws for every term.
+      axis_name: mapped axis over which the batch is split.
+
+    Raises:
+      ValueError: a layer has no rows that its gradient could be made of.
+    """
+    owner = set_up(Plan(tuple(layers), (), None, None), traced, 0, None, kind.name).owner
+    _check(kind.name, layers)
+    measures = [None if i is None else rows_measure for i in owner]
+    linearize = linearize_now(traced, inputs, lambda out: split_outputs(kind, out))
+    pull, heads = linearize(Asked(measures, [None] * len(measures), None, ()))
+    cotangents, counted = _cotangents(kind, heads, key, samples, axis_name)
+
+    def pulled(k: jax.Array) -> list[PyTree]:
+        sites = pull(cotangents.make(k)).sites
+        return [
+            _of_site(*x) for x in zip(traced.sites, owner, sites, strict=True) if x[1] is not None
+        ]
+
+    found = jax.lax.map(pulled, jnp.arange(cotangents.count), batch_size=_CHUNK)
+    uses: dict[Layer, list] = {layer: [] for layer in layers}
+    for i, (a, g) in zip([i for i in owner if i is not None], found, strict=True):
+        uses[layers[i]].append((a[0], g))  # inputs are the same for all columns
+    return {layer: _joined(layer, mine, counted) for layer, mine in uses.items()}
+
+
+def _check(where: str, layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        reason = "; ".join(layer.notes)
+        if layer.kind in ("tied_embedding", "diagonal"):
+            reason = f"a layer of kind {layer.kind!r} has none"
+        elif not layer.per_example and not reason:
+            reason = "axis 0 of its inputs is not the examples"
+        if reason:
+            raise ValueError(
+                f"{where}: layer {layer.path or '(root)'!r} has no rows that its gradients are "
+                f"made of: {reason}. Expected layers that see every example on its own; for "
+                "others use linearize(), which is right for every model."
+            )
+
+
+class _Cotangents(NamedTuple):
+    count: int
+    make: Any
+
+
+def _cotangents(
+    kind: Kind, heads: Sequence[Any], key: Any, samples: int, axis_name: Any
+) -> tuple[_Cotangents, jax.Array | None]:
+    """One for every term of an example and column, of all examples at once; which examples count."""
+    if kind.losses:
+        return _Cotangents(1, lambda k: [(jnp.ones_like(x),) for x in heads]), None
+    examples = count_examples(kind, heads)
+    roots = find_weights(kind, heads, axis_name).roots
+    columns = columns_of(heads, roots, key, samples)
+    terms = [math.prod(head.batch_shape[1:]) for head in heads]
+    counts = [n * column.count for n, column in zip(terms, columns, strict=True)]
+
+    def make(k: jax.Array) -> list[tuple[jax.Array, ...]]:
+        out, start = [], 0
+        for head, column, count in zip(heads, columns, counts, strict=True):
+            mine = (k >= start) & (k < start + count)
+            term, c = jnp.divmod(jnp.clip(k - start, 0, count - 1), column.count)
+            chosen = mine & (jnp.arange(count // column.count) == term)
+            chosen = jnp.broadcast_to(chosen, (examples, len(chosen))).reshape(head.batch_shape)
+            out.append(tuple(column.weighted(x, chosen) for x in column.column(c)))
+            start += count
+        return out
+
+    of_terms = [jnp.asarray(root) for root in roots if root is not None and jnp.ndim(root)]
+    counted = sum(root.reshape(examples, -1).any(1) for root in of_terms) > 0 if of_terms else None
+    return _Cotangents(sum(counts), make), counted
+
+
+def _of_site(site: Site, owner: int, kept: Zeros) -> tuple[jax.Array, jax.Array]:
+    """Rows of one use, `[copies, N, T, ...]`."""
+    as_rows = functools.partial(to_rows, site.geometry)
+    for _ in range(len(site.scans) + site.stacked):
+        as_rows = jax.vmap(as_rows)
+    a, g = as_rows(*from_cotangent(site, kept.rows))
+    tokens = isinstance(site.geometry, Lookup)
+    return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
+
+
+def _joined(layer: Layer, uses: list, counted: jax.Array | None) -> LayerRows:
+    """All uses on the axis of steps, padding taken out."""
+    a = jnp.concatenate([a for a, _ in uses], 2)
+    g = jnp.concatenate([g for _, g in uses], 3)
+    if counted is not None:  # a cotangent of zero that met a NaN on its way back is a NaN
+        kept = counted[:, None, None] | jnp.isfinite(g)
+        g = jnp.where(kept, g, 0)
+    if layer.kind == "embedding":
+        return LayerRows(a, g)
+    if layer.bias is not None and layer.kind != "scale_shift":
+        a = homogeneous(a)
+    # where nothing comes back the input has no part, whatever it holds
+    return LayerRows(jnp.where((g == 0).all((0, -1))[..., None], 0, a), g)
