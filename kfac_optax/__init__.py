@@ -21,6 +21,9 @@ from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.factor_metric import factor_metric
 from kfac_optax.engine.schedule import HostSchedule, refresh_period
 from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
+from kfac_optax.estimators.layer_rows import LayerRows
+from kfac_optax.estimators.protocol import Curvature
+from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
@@ -69,14 +72,17 @@ __all__ = [
     "Block",
     "Categorical",
     "Coupling",
+    "Curvature",
     "Directions",
     "Estimator",
     "HostSchedule",
     "Layer",
+    "LayerRows",
     "Layers",
     "Likelihood",
     "Method",
     "Normal",
+    "SampleJacobian",
     "Use",
     "adapt_damping",
     "add_weight_decay",

@@ -51,6 +51,18 @@ class GradientCounts(NamedTuple):
     non_finite_updates: Any  # updates of finite gradients that were not finite, and became zero
 
 
+class SampleSpaceState(NamedTuple):
+    """State of `smw` and `spring`."""
+
+    previous_update: PyTree  # last direction, float32 or wider; None without momentum
+    sample_count: Any  # shape=(), dtype=int32: steps
+    # shape=(), dtype=int32: steps left out, since something was not finite or nothing counted
+    skipped_steps: jax.Array
+    inexact_solves: jax.Array  # shape=(), dtype=int32: that left more than a tenth of the gradient
+    solve_error: jax.Array  # shape=(), dtype=float32: |g - (F + damping I) x| / |g|, last solve
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
+
+
 class Step(NamedTuple):
     """What the parts of one update share."""
 

@@ -4,7 +4,12 @@ import jax
 
 from kfac_optax._types import PyTree
 from kfac_optax._validate import Checked
-from kfac_optax.engine.state import CurvatureState, GradientCounts, find_states
+from kfac_optax.engine.state import (
+    CurvatureState,
+    GradientCounts,
+    SampleSpaceState,
+    find_states,
+)
 from kfac_optax.step_rules.damping import DampingState
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
@@ -32,6 +37,18 @@ _PROBLEMS: dict[type, dict[str, str]] = {
         "non_finite_updates": (
             "{} updates of finite gradients were not finite and became zero: look at the scale of "
             "the loss."
+        ),
+    },
+    SampleSpaceState: {
+        "skipped_steps": (
+            "{} steps were left out, with an update of zero: look for NaN or Inf in gradients, "
+            "batches or the model, whether any example of the batch counts, and raise the damping "
+            "or pass cutoff= where the kernel is singular."
+        ),
+        "inexact_solves": (
+            "{} solves left more than a tenth of the gradient: a kernel of the rows of layers "
+            "knows nothing of examples that interact (batch statistics, say), so leave layers= "
+            "out; or the damping is below what the precision resolves, so raise it."
         ),
     },
     QuadraticState: {

@@ -2,6 +2,7 @@
 
 from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records
 from kfac_optax.methods.record import Method, collect
+from kfac_optax.methods.sample_space import presets as sample_space
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
@@ -10,5 +11,6 @@ CATALOGUE: dict[str, Method] = collect(
     low_rank_records.RECORDS,
     foof.RECORDS,
     eva.RECORDS,
+    sample_space.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -32,7 +32,8 @@ class Method:
       needs: of every update, some of `NEEDS`.
       state: `Sizes -> numbers` kept for one dense layer: statistic, inverse, momentum.
       state_text: the same as a formula.
-      block_of: `layer -> Block` that such a build gives a dense layer.
+      block_of: `layer -> Block` that such a build gives a dense layer; `None` where layers have no
+        blocks.
       across: `L -> numbers` kept for all `L` layers together.
       cost: `(refresh, step)` of a layer of width `d`, as text.
       test: node id of the test that proves the equation, from the repository's root.
@@ -51,7 +52,7 @@ class Method:
     cost: tuple[str, str]
     test: str
     build: Callable[..., Any]
-    block_of: Callable[[Layer], Block]
+    block_of: Callable[[Layer], Block] | None
     across: Callable[[int], int] = lambda layers: 0
 
     def numbers(self, layers: Layers, *, rank: int = 0) -> int:

@@ -140,7 +140,7 @@ def test_transformations_keep_the_laws(name):
     testing.check_transformation(trial(name))
 
 
-@every_method
+@pytest.mark.parametrize("name", [name for name, x in CATALOGUE.items() if x.block_of])
 def test_blocks_keep_the_laws(name):
     p, q, rows = 10, 9, 4
     layer = Layer("x", "dense", "w", None, p, q, Layout((p, q), (p, q), (0, 1)), rows=rows)

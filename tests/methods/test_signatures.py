@@ -89,7 +89,7 @@ def test_a_static_number_that_is_an_array_says_so(word):
 def test_an_unknown_word_is_an_error_that_names_what_exists(name):
     first = "initial_damping" if "adaptive" in name else "damping"
     wrong = first.replace("damping", "dampin")
-    message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*decay"
+    message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*axis_name"
     with pytest.raises(TypeError, match=message):
         getattr(ko, name)(LAYERS, **{wrong: 0.1})
 

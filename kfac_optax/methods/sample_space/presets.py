@@ -6,6 +6,7 @@ import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
 from kfac_optax._validate import check_legal, check_number
+from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.sample_space.transformation import Rule, scale_by_samples
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
@@ -157,3 +158,44 @@ def spring(
         check_number("spring", "norm_constraint", norm_constraint, above=0)
         parts.append(optax.clip_by_global_norm(norm_constraint**0.5))
     return optax.chain(*parts)
+
+
+def _last_direction(sizes: Sizes) -> int:
+    return sizes.p * sizes.q
+
+
+_COST = "O(m² d + m³) for the m = N × outputs rows of a batch, from rows of layers"
+
+RECORDS = (
+    Method(
+        name="smw",
+        kind="preconditioner",
+        summary="the exact damped natural gradient of a batch, all layers together, through the "
+        "kernel of its rows; minSR from residuals",
+        paper="Ren & Goldfarb (2019); Chen & Heyl (2024)",
+        equation="U = (V - Jᵀ (J Jᵀ + N λ I)⁻¹ J V) / λ",
+        needs=frozenset({"gradient", "curvature"}),
+        state=lambda sizes: 0,
+        state_text="0",
+        cost=("nothing", _COST),
+        test="tests/methods/test_sample_space.py::test_it_is_the_dense_damped_solve",
+        build=lambda layers, **options: smw(layers, **({"damping": 0.05} | options)),
+        block_of=None,
+    ),
+    Method(
+        name="spring",
+        kind="optimizer",
+        summary="the same with momentum that every batch projects anew, and a bound on the step",
+        paper="Goldshlager, Abrahamsen & Lin (2024)",
+        equation="φ ← μ φ + (F + λ I)⁻¹ (V - μ F φ)",
+        needs=frozenset({"gradient", "curvature"}),
+        state=_last_direction,
+        state_text="p q",
+        cost=("nothing", _COST),
+        test="tests/methods/test_sample_space.py::test_spring_is_its_recursion",
+        build=lambda layers, **options: spring(
+            layers, **({"learning_rate": 0.1, "damping": 0.05} | options)
+        ),
+        block_of=None,
+    ),
+)

@@ -9,13 +9,13 @@ import optax
 from kfac_optax._tree import all_finite, inner, named_leaves, replace_leaves, wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
-    Checked,
     check_legal,
     check_number,
     check_real,
     checked,
     start_checked,
 )
+from kfac_optax.engine.state import SampleSpaceState
 from kfac_optax.linalg.smw import (
     factor_kernel,
     kernel_of,
@@ -26,6 +26,8 @@ from kfac_optax.linalg.smw import (
 from kfac_optax.methods.sample_space.from_rows import kernel_of_rows, rows_of_gradient
 from kfac_optax.methods.sample_space.space import Leaves, Space, sample_space
 from kfac_optax.step_rules._per_layer import require_curvature, within
+
+_TOO_MUCH = 0.1  # share of the gradient that a solve may leave
 
 
 class Rule(NamedTuple):
@@ -40,16 +42,6 @@ class Rule(NamedTuple):
     chunk: int
     refine: int
     axis_name: Any
-
-
-class SampleSpaceState(NamedTuple):
-    """State of `smw` and `spring`."""
-
-    previous_update: PyTree  # phi of the last step, float32 or wider; None without momentum
-    sample_count: Any  # shape=(), dtype=int32: steps
-    skipped_steps: jax.Array  # shape=(), dtype=int32: updates left out, see `smw`
-    solve_error: jax.Array  # shape=(), dtype=float32: |g - (F + damping) x| / |g| of the last solve
-    given: dict[str, Checked]  # hyperparameters, as far as they made sense
 
 
 class _Solved(NamedTuple):
@@ -70,9 +62,9 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         previous, wide = None, wide_dtype(params)
         if rule.momentum is not None:
             previous = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), params)
-        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
         error = jnp.zeros((), jnp.float32)
-        return SampleSpaceState(previous, count, skipped, error, start_checked(**hyper))
+        return SampleSpaceState(previous, *counts, error, start_checked(**hyper))
 
     def update(
         updates: PyTree,
@@ -101,6 +93,7 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         state = state._replace(
             sample_count=optax.safe_increment(state.sample_count),
             skipped_steps=state.skipped_steps + (~solved.usable).astype(jnp.int32),
+            inexact_solves=state.inexact_solves + _inexact(rule, solved).astype(jnp.int32),
             solve_error=jnp.where(solved.usable, solved.error, state.solve_error),
             given=given,
         )
@@ -111,6 +104,11 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         return replace_leaves(updates, cast), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _inexact(rule: Rule, solved: _Solved) -> jax.Array:
+    """A cutoff leaves a part of the gradient on purpose."""
+    return solved.usable & (solved.error > _TOO_MUCH) & (rule.cutoff is None)
 
 
 def _check(rule: Rule) -> None:

@@ -1,0 +1,68 @@
+"""What an update asks of `curvature=`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from kfac_optax._types import Layer, PyTree
+from kfac_optax.estimators.layer_rows import LayerRows
+from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.sample_jacobian import SampleJacobian
+
+
+class Curvature(Protocol):
+    """The curvature matrix `F = (1/N) J^T J` of one batch, at the parameters of one step.
+
+    Estimators make it (`fisher(predict).at(params, *args)`), updates take it as `curvature=`. Any
+    class will do, no base class is needed, and a method that is never asked for may be missing:
+    presets made of blocks ask for `statistics`; `quadratic_step`, `bound_step` and exact metrics
+    for `quadratic_form`; deflated couplings for `vector_product`; `smw` and `spring` for
+    `linearize`, and for `rows` where they are given layers. Nothing should run before it is asked
+    for, since most steps ask for nothing.
+    """
+
+    params: PyTree  # where it was taken, all of them
+
+    def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
+        """What the plan's blocks measure, `[copies, ...]` for every layer, and its coupling (or
+        `None`): means over the examples.
+        """
+        ...
+
+    def quadratic_form(
+        self,
+        directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
+        *,
+        count: int | None = None,
+        subsample: Any = None,
+        axis_name: Any = None,
+    ) -> jax.Array:
+        """`d_i^T F d_j` of all pairs of directions, `[m, m]`."""
+        ...
+
+    def vector_product(
+        self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None
+    ) -> PyTree:
+        """`F v`."""
+        ...
+
+    def linearize(
+        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+    ) -> SampleJacobian:
+        """`J` as products in both directions, from one linearisation: of the exact `F`, or of
+        scores at drawn labels.
+        """
+        ...
+
+    def rows(
+        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+    ) -> dict[Layer, LayerRows]:
+        """Inputs and output gradients of layers, of which `J` is made where examples do not
+        interact.
+        """
+        ...
+
+    def sampled_gradient(self, *, axis_name: Any = None) -> PyTree:
+        """Gradient of the mean negative log-likelihood at labels drawn from the model."""
+        ...
