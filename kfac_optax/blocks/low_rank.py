@@ -14,7 +14,7 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
 from kfac_optax.linalg.factorize import after, at_least_rounding
-from kfac_optax.linalg.gram import gram, homogeneous, replicated
+from kfac_optax.linalg.gram import as_replicated, gram, homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.online import brand_update, correct_directions
 from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
@@ -336,13 +336,7 @@ def _of_all_pullbacks(columns: Columns) -> tuple[Array | None, Array | None]:
     """Inputs are the same in all pullbacks; output gradients of each are a part of the mean."""
     a, g = columns
     if a is not None:
-        a = _replicate(a[0])
+        a = as_replicated(a[0])
     if g is not None:
-        g = _replicate(g.reshape(-1, g.shape[-1]) / math.sqrt(len(g)))
+        g = as_replicated(g.reshape(-1, g.shape[-1]) / math.sqrt(len(g)))
     return a, g
-
-
-def _replicate(x: Array) -> Array:
-    """A decomposition cannot be spread over explicit mesh axes."""
-    sharding = replicated(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)

@@ -148,7 +148,7 @@ def _transposed(
     backward = jax.linear_transpose(rows_of, params)
 
     def vjp(rows: Samples) -> PyTree:
-        rows = jax.tree.map(lambda u, like: u.astype(like.dtype), rows, shapes)
+        rows = jax.tree.map(_like, rows, shapes)
         (product,) = backward(rows)
         if axis_name is None:
             return product
@@ -156,6 +156,13 @@ def _transposed(
         return sum_over_devices(product, axis_name, split)
 
     return vjp
+
+
+def _like(u: jax.Array, shape: Any) -> jax.Array:
+    """A vector in sample space with the dtype, and on explicit axes the sharding, of the rows."""
+    sharding = getattr(shape, "sharding", None)
+    split = any(part is not None for part in getattr(sharding, "spec", ()))
+    return (jax.sharding.reshard(u, sharding) if split else u).astype(shape.dtype)
 
 
 def sampled_gradient(

@@ -32,6 +32,12 @@ def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*[None] * ndim))
 
 
+def as_replicated(x: Array) -> Array:
+    """`x` on all devices, where mesh axes are explicit; itself everywhere else."""
+    sharding = replicated(x, x.ndim)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:
     """Rows with the trailing 1 of a layer with bias."""
     return jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)

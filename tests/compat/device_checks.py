@@ -612,6 +612,43 @@ def means():
     _same(jax.jit(mapped)(params, x, y), expected)
 
 
+def samples():
+    """The kernel of a split batch is that of the whole: by products and of rows, weights and padding
+    included, inside `shard_map` with and without tracked axes, and on automatic and explicit axes."""
+    params, (x, y, weights) = h.plain_params(), _data()
+    estimator = ko.ggn(_weighted)
+    layers = estimator.layers(params, x, weights)
+    gradient = jax.grad(lambda p: _weighted(p, x, weights).mean_nll(y))(params)
+
+    def step(layers, axis_name=None):
+        tx = ko.spring(layers, learning_rate=0.1, damping=0.05, axis_name=axis_name)
+
+        @jax.jit
+        def update(params, state, x, weights):  # the parameters serve as the first gradient
+            curvature = estimator.at(params, x, weights)
+            _, state = tx.update(params, state, params, curvature=curvature)
+            updates, state = tx.update(gradient, state, params, curvature=curvature)
+            return updates, state[0].previous_update
+
+        return tx.init(params), update
+
+    state, update = step(None)
+    expected = jax.device_get(update(params, state, x, weights))
+    manual = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P(), P("data"), P("data")), "out_specs": P()}
+    for given in (None, layers):
+        _, mine = step(given, "data")
+        for check in (True, False) if given is None else (True,):
+            mapped = jax.shard_map(mine, mesh=manual, check_vma=check, **specs)
+            _same(jax.jit(mapped)(params, state, x, weights), expected)
+        batch = jax.device_put((x, weights), NamedSharding(manual, P("data")))
+        _same(step(given)[1](params, state, *batch), expected)
+        with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",))):
+            replicated = jax.device_put((params, state), P())
+            batch = jax.device_put((x, weights), P("data"))
+            _same(step(given)[1](*replicated, *batch), expected)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -632,6 +669,7 @@ CHECKS = {
         online,
         means,
         moments,
+        samples,
     )
 }
 

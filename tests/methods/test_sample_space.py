@@ -229,6 +229,54 @@ def test_single_precision_is_refined():
     assert errors[1] < 1e-3
 
 
+def _centred(params, x):
+    """Examples interact: most of the mean over the batch is taken off."""
+    out = _net(params, x)
+    return ko.Normal(3 * (out - 0.7 * out.mean(0)))
+
+
+def test_examples_that_interact_are_seen(problem):
+    """Products with `J` know of them, rows of layers do not: the solve says so."""
+    params, x, _ = problem
+    estimator = ko.ggn(_centred)
+    curvature = estimator.at(params, x)
+    gradient = jax.grad(lambda p: _centred(p, x).mean_nll(jnp.ones((N, 3))))(params)
+    got, state = _update(ko.smw(damping=DAMPING), gradient, curvature)
+    expected = _natural(_dense_fisher(curvature, params), ravel(gradient))
+    np.testing.assert_allclose(ravel(got), expected, rtol=1e-8, atol=1e-12)
+    assert ko.problems(state) == []
+    _, state = _update(ko.smw(estimator.layers(params, x), damping=DAMPING), gradient, curvature)
+    assert state.inexact_solves == 1
+    assert "examples that interact" in ko.problems(state)[0]
+
+
+def test_damping_is_adapted_around_it(problem):
+    """Levenberg-Marquardt: the damping in the kernel is that of the model."""
+    params, x, _ = problem
+    y = jnp.arange(N) % 3
+    loss = lambda p: _classes(p, x).mean_nll(y)
+    model = optax.chain(ko.smw(), ko.quadratic_step())
+    tx = ko.adapt_damping(model, initial_damping=1.0, every=1, decay=0.5)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        known = {"curvature": ko.ggn(_classes).at(params, x), "value": value, "value_fn": loss}
+        updates, state = tx.update(gradient, state, params, **known)
+        return optax.apply_updates(params, updates), state
+
+    state, first = tx.init(params), loss(params)
+    fisher = _dense_fisher(ko.ggn(_classes).at(params, x), params)
+    stepped, _ = step(params, state)
+    direction = _natural(fisher, ravel(jax.grad(loss)(params)), damping=1.0)
+    moved = ravel(params) - ravel(stepped)  # the model's own minimum lies one step along it
+    np.testing.assert_allclose(moved, direction, rtol=1e-8, atol=1e-12)
+    for _ in range(15):
+        params, state = step(params, state)
+    assert state.model_damping < 0.1
+    assert loss(params) < 0.01 * first
+
+
 def test_wrong_use_says_what_to_do(problem):
     params, x, gradient = problem
     curvature = ko.ggn(_classes).at(params, x)

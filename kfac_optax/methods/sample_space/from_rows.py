@@ -10,6 +10,7 @@ import numpy as np
 from kfac_optax._tree import present
 from kfac_optax._types import NOT_USED, Layer, Layers
 from kfac_optax.linalg.factorize import symmetrize
+from kfac_optax.linalg.gram import as_replicated
 from kfac_optax.linalg.row_kernel import channel_kernel, row_kernel, token_kernel
 from kfac_optax.methods.sample_space.space import Leaves, Space, of_all_devices
 
@@ -57,7 +58,7 @@ def _part(layer: Layer, a: jax.Array, g: jax.Array) -> jax.Array:
 
 def _together(x: jax.Array, axis: int, axis_name: Any) -> jax.Array:
     """The examples of all devices on one axis."""
-    return jnp.moveaxis(of_all_devices(jnp.moveaxis(x, axis, 0), axis_name), 0, axis)
+    return jnp.moveaxis(of_all_devices(jnp.moveaxis(as_replicated(x), axis, 0), axis_name), 0, axis)
 
 
 def _order(space: Space) -> np.ndarray:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree
+from kfac_optax.linalg.gram import as_replicated
 from kfac_optax.step_rules._per_layer import like_parameters
 
 Leaves = dict[str, jax.Array]
@@ -54,7 +55,7 @@ def sample_space(
     scale = jacobian.examples**-0.5
 
     def flat(rows: PyTree) -> jax.Array:
-        parts = [jnp.ravel(x).astype(dtype) for x in jax.tree.leaves(rows)]
+        parts = [jnp.ravel(as_replicated(x)).astype(dtype) for x in jax.tree.leaves(rows)]
         return of_all_devices(scale * jnp.concatenate(parts), axis_name)
 
     def forward(vector: Leaves) -> jax.Array:
