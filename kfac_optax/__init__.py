@@ -52,7 +52,8 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     rs_kfac,
 )
 from kfac_optax.methods.record import Method
-from kfac_optax.methods.sample_space.presets import smw, spring
+from kfac_optax.methods.sample_space.smw import smw
+from kfac_optax.methods.sample_space.spring import spring
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.cold_start import cold_start

@@ -3,19 +3,14 @@ it is due.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core as jex
 
-from kfac_optax._tree import named_leaves, varying_axes
 from kfac_optax._types import Layer, PyTree
-from kfac_optax.capture.evaluate import Zeros
-from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
-from kfac_optax.estimators.gradient_rows import rows_of_layers
+from kfac_optax.capture.layers import Traced
 from kfac_optax.estimators.heads import (
     Kind,
     count_examples,
@@ -32,33 +27,8 @@ from kfac_optax.estimators.sample_jacobian import (
     sample_jacobian,
     sampled_gradient,
 )
-from kfac_optax.estimators.statistics import (
-    Asked,
-    Linearize,
-    Pulled,
-    apply_to_rows,
-    collect,
-    linearize_now,
-)
-
-
-class Spec(NamedTuple):
-    """Settings of an estimator.
-
-    Attributes:
-      kind: of estimator.
-      function: what is differentiated: parameters and arguments to predictions, or to losses.
-      samples: label draws.
-      subsample: part of the batch.
-      with_aux: the user's function where it returns more, `(prediction, aux)`; then `function` is
-        its first part.
-    """
-
-    kind: Kind
-    function: Callable[..., PyTree]
-    samples: int = 1
-    subsample: float | Callable[..., Sequence[PyTree]] | None = None
-    with_aux: Callable[..., tuple[PyTree, PyTree]] | None = None
+from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
+from kfac_optax.estimators.statistics import Linearize, collect, linearize_now
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +61,9 @@ class LazyCurvature:
             traced, inputs, lambda prediction: split_outputs(kind, prediction)
         )
         own = None
-        if _first_moments(kind, plan):
+        if averages_gradients(kind, plan):
             own = own_cotangents(kind, heads, plan.blocks[0].name)
-        return _collect(self.spec, plan, traced, linearize, heads, self.key, own)
+        return collect_statistics(self.spec, plan, traced, linearize, heads, self.key, own)
 
     def quadratic_form(
         self,
@@ -185,103 +155,8 @@ class LazyCurvature:
         )
 
 
-class SharedCurvature(NamedTuple):
-    """A `Curvature` whose forward pass has run already, together with the loss. Made by
-    `fisher.value_and_grad`.
-    """
-
-    spec: Spec
-    traced: Traced
-    pull: Callable[[Any], tuple[PyTree, Sequence[Zeros | None]]]
-    heads: Sequence[Any]
-    key: jax.Array | None
-    params: PyTree
-    args: tuple[PyTree, ...]
-    loss: jax.Array
-    rows: Sequence[Zeros | None]  # of every site, `g` that of the loss
-
-    def gradient_rows(self, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:
-        """Rows `a [copies, R, p]` and `g [copies, R, q]` of layers whose block takes them.
-
-        `a^T g` is the gradient, of this device's part of the batch: the mean over `plan.axis_name`
-        is that of the whole.
-        """
-        rows = rows_of_layers(plan, self.traced, self.rows, self.spec.kind.name)
-        return {layer: (a, g * self._devices(plan.axis_name, g)) for layer, (a, g) in rows.items()}
-
-    def _devices(self, axis_name: Any, g: jax.Array) -> int:
-        """What turns rows of a loss that was averaged over devices, where JAX knows of it, into
-        those of each device's own.
-        """
-        names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
-        split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
-        return math.prod(
-            jax.lax.axis_size(name) for name in names if name in split and name not in same
-        )
-
-    @property
-    def _lazy(self) -> LazyCurvature:
-        """The same, for what needs a pass of its own."""
-        return LazyCurvature(self.params, self.args, self.key, self.spec)
-
-    def quadratic_form(
-        self, directions: Sequence[PyTree] | Callable[[jax.Array], PyTree], **options: Any
-    ) -> jax.Array:
-        """As `Curvature.quadratic_form`."""
-        return self._lazy.quadratic_form(directions, **options)
-
-    def vector_product(self, vector: PyTree, **options: Any) -> PyTree:
-        """As `Curvature.vector_product`."""
-        return self._lazy.vector_product(vector, **options)
-
-    def linearize(self, **options: Any) -> SampleJacobian:
-        """As `Curvature.linearize`."""
-        return self._lazy.linearize(**options)
-
-    def rows(self, layers: Sequence[Layer], **options: Any) -> dict[Layer, LayerRows]:
-        """As `Curvature.rows`."""
-        return self._lazy.rows(layers, **options)
-
-    def sampled_gradient(self, **options: Any) -> PyTree:
-        """As `Curvature.sampled_gradient`."""
-        return self._lazy.sampled_gradient(**options)
-
-    def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
-        """As `Curvature.statistics`; first moments are those of the loss that was given."""
-        own = OutputCotangents(1, lambda k: []) if _first_moments(self.spec.kind, plan) else None
-
-        def linearize(asked: Asked):
-            def pull(cotangents):
-                if own is None:
-                    gradients, pulled = self.pull(cotangents)
-                    leaves = named_leaves(gradients)
-                else:  # the gradient's pullback has run already
-                    leaves, pulled = {}, self._own_rows(plan.axis_name)
-                each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
-                sites = [
-                    None
-                    if measure is None or rows is None
-                    else apply_to_rows(site, measure, rows.rows, asked.extra, inverse)
-                    for site, measure, rows, inverse in each
-                ]
-                return Pulled(sites, {name: leaves[name] for name in asked.names})
-
-            return pull, self.heads
-
-        return _collect(self.spec, plan, self.traced, linearize, self.heads, self.key, own)
-
-    def _own_rows(self, axis_name: Any) -> list[Zeros | None]:
-        """Rows of every site, `g` that of the examples' losses, of which the loss is the mean."""
-        examples = count_examples(self.spec.kind, self.heads)
-
-        def per_example(kept: Zeros) -> Zeros:
-            a, g = kept.rows
-            return kept._replace(rows=(a, g * (examples * self._devices(axis_name, g))))
-
-        return [None if kept is None else per_example(kept) for kept in self.rows]
-
-
-def _first_moments(kind: Kind, plan: Plan) -> bool:
+def averages_gradients(kind: Kind, plan: Plan) -> bool:
+    """Whether the plan's blocks average output gradients themselves."""
     return of_first_moments(plan.layers, plan.blocks, plan.coupling, kind.name)
 
 
@@ -321,91 +196,7 @@ def _quadratic_form(spec, params, args, directions, count, subsample, axis_name)
     return quadratic_form(spec.kind, spec.function, params, directions, args, axis_name, count)
 
 
-def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
-    """Traces the user's function and checks what it returns."""
-    traced = trace(
-        spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out)
-    )
-    return _with_examples(spec.kind, traced, traced.out_shape)
-
-
-def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
-    """The model with what it returns besides predictions, and whether that has to be computed
-    apart.
-
-    So it has where it runs layers of its own, whose rows are none of the predictions'.
-    """
-    if spec.with_aux is None:
-        return trace_model(spec, params, args), False
-
-    def check(out_shape: PyTree) -> None:
-        split_outputs(spec.kind, pair_of(spec.kind, out_shape)[0])
-
-    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
-    if serve_all(traced, lambda out: out[0]):
-        return _with_examples(spec.kind, traced, traced.out_shape[0]), False
-    return trace_model(spec, params, args), True
-
-
-def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
-    """The traced model with what the number of examples says about its layers."""
-    _, heads = split_outputs(kind, prediction)
-    return with_examples(traced, count_examples(kind, heads), kind.gradients and not kind.labels)
-
-
-def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
-    """A prediction and what comes with it.
-
-    Raises:
-      TypeError: there are not two.
-    """
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a "
-            "pair (prediction, aux)."
-        )
-    return out
-
-
-def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
-    """The arguments restricted to the examples that `subsample` keeps.
-
-    A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
-    in every array whose axis 0 has the length of the first array's. A whole number above one keeps
-    so many, or all where there are fewer.
-    """
-    if spec.subsample is None:
-        return args
-    if callable(spec.subsample):
-        return tuple(spec.subsample(*args))
-    arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
-    if not arrays:
-        return args
-    size = arrays[0].shape[0]
-    keep = (
-        spec.subsample if isinstance(spec.subsample, int) else max(1, round(size * spec.subsample))
-    )
-    if keep >= size:
-        return args
-    index = np.arange(keep) * size // keep
-
-    def take(x: Any) -> Any:
-        if getattr(x, "ndim", 0) == 0 or x.shape[0] != size:
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((keep, *x.shape[1:]), x.dtype)
-        # on explicit mesh axes a gather has to name its result's sharding: that of the batch
-        sharding = jax.typeof(x).sharding
-        return (
-            x[index]
-            if all(part is None for part in sharding.spec)
-            else x.at[index].get(out_sharding=sharding)
-        )
-
-    return jax.tree.map(take, args)
-
-
-def _collect(
+def collect_statistics(
     spec: Spec,
     plan: Plan,
     traced: Traced,
@@ -414,7 +205,7 @@ def _collect(
     key: Any,
     own: OutputCotangents | None = None,
 ) -> tuple[list[PyTree], PyTree]:
-    """`own` are the cotangents of the losses, for blocks that average output gradients."""
+    """Statistics of a plan; `own` are the cotangents of the losses, for blocks that average output gradients."""
     kind = spec.kind if own is None else spec.kind._replace(gradients=True)
     # signs need no key, but others in every step: products of different terms cancel over the steps
     if not kind.labels:

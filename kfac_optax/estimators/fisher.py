@@ -14,15 +14,7 @@ from kfac_optax._validate import check_number
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.capture.evaluate import Probe, Zeros, evaluate, make_zeros
-from kfac_optax.estimators.curvature import (
-    LazyCurvature,
-    SharedCurvature,
-    Spec,
-    pair_of,
-    part_of_batch,
-    trace_model,
-    trace_shared,
-)
+from kfac_optax.estimators.curvature import LazyCurvature
 from kfac_optax.estimators.heads import (
     EMPIRICAL,
     FISHER,
@@ -34,6 +26,14 @@ from kfac_optax.estimators.heads import (
 )
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.products import vector_product
+from kfac_optax.estimators.shared_curvature import SharedCurvature
+from kfac_optax.estimators.spec import (
+    Spec,
+    pair_of,
+    part_of_batch,
+    trace_model,
+    trace_shared,
+)
 from kfac_optax.estimators.statistics import rows_measure
 from kfac_optax.likelihoods import check_shapes
 

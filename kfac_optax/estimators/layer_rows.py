@@ -68,10 +68,8 @@ def layer_rows(
     cotangents, counted = _cotangents(kind, heads, key, samples, axis_name)
 
     def pulled(k: jax.Array) -> list[PyTree]:
-        sites = pull(cotangents.make(k)).sites
-        return [
-            _of_site(*x) for x in zip(traced.sites, owner, sites, strict=True) if x[1] is not None
-        ]
+        pairs = zip(traced.sites, pull(cotangents.make(k)).sites, strict=True)
+        return [_of_site(site, kept) for site, kept in pairs if kept is not None]
 
     found = jax.lax.map(pulled, jnp.arange(cotangents.count), batch_size=_CHUNK)
     uses: dict[Layer, list] = {layer: [] for layer in layers}
@@ -124,11 +122,13 @@ def _cotangents(
         return out
 
     of_terms = [jnp.asarray(root) for root in roots if root is not None and jnp.ndim(root)]
-    counted = sum(root.reshape(examples, -1).any(1) for root in of_terms) > 0 if of_terms else None
-    return _Cotangents(sum(counts), make), counted
+    if not of_terms:
+        return _Cotangents(sum(counts), make), None
+    counted = jnp.stack([root.reshape(examples, -1).any(1) for root in of_terms])
+    return _Cotangents(sum(counts), make), counted.any(0)
 
 
-def _of_site(site: Site, owner: int, kept: Zeros) -> tuple[jax.Array, jax.Array]:
+def _of_site(site: Site, kept: Zeros) -> tuple[jax.Array, jax.Array]:
     """Rows of one use, `[copies, N, T, ...]`."""
     as_rows = functools.partial(to_rows, site.geometry)
     for _ in range(len(site.scans) + site.stacked):

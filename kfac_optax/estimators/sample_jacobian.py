@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kfac_optax._tree import varying_axes, wide_dtype
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
-from kfac_optax.estimators.output_cotangents import sampled_scores
+from kfac_optax.estimators.output_cotangents import Naturals, sampled_scores
 from kfac_optax.estimators.products import read_terms
 from kfac_optax.estimators.reductions import devices_of, sum_over_devices
 from kfac_optax.linalg.weighted_rows import keep_rows
@@ -117,7 +117,7 @@ def columns_of(
     return [Columns(*parts) for parts in zip(counts, makers, ndims, roots, strict=True)]
 
 
-def _part_of(make: Callable[[Any], Samples], i: int, k: Any) -> tuple[jax.Array, ...]:
+def _part_of(make: Callable[[Any], Naturals], i: int, k: Any) -> tuple[jax.Array, ...]:
     return make(k)[i]
 
 
@@ -128,7 +128,8 @@ def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
     def against(c: jax.Array) -> jax.Array:
         column = read_terms(head.column(c), head.root)
         products = [s.astype(wide) * t.astype(wide) for s, t in zip(column, tangents, strict=True)]
-        return sum(x.sum(tuple(range(head.batch_ndim, x.ndim))) for x in products)
+        terms = [x.sum(tuple(range(head.batch_ndim, x.ndim))) for x in products]
+        return sum(terms[1:], terms[0])
 
     numbers = jnp.arange(head.count)
     few = head.count <= _CHUNK

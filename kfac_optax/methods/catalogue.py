@@ -2,7 +2,7 @@
 
 from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records
 from kfac_optax.methods.record import Method, collect
-from kfac_optax.methods.sample_space import presets as sample_space
+from kfac_optax.methods.sample_space import smw, spring
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
@@ -11,6 +11,7 @@ CATALOGUE: dict[str, Method] = collect(
     low_rank_records.RECORDS,
     foof.RECORDS,
     eva.RECORDS,
-    sample_space.RECORDS,
+    smw.RECORDS,
+    spring.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -122,7 +122,7 @@ def test_gram_gauss_newton_interpolates_in_one_step(x64):
     x, y = oracles.normal(0, (3, 6)), oracles.normal(1, (3, 2))
     start = {"w": oracles.normal(2, (6, 2))}
     curvature, residual = ko.ggn(_linear).at(start, x), x @ start["w"] - y
-    step, _ = _update(ko.smw(damping=1e-13), start, curvature, residual=residual)
+    step, _ = _update(ko.smw(damping=0.0), start, curvature, residual=residual)
     np.testing.assert_allclose(x @ (start["w"] - step["w"]), y, rtol=1e-10, atol=1e-10)
     inside = np.linalg.pinv(x) @ x  # the step is the shortest that does it
     np.testing.assert_allclose(inside @ step["w"], step["w"], rtol=1e-10, atol=1e-10)
@@ -288,6 +288,8 @@ def test_wrong_use_says_what_to_do(problem):
         tx.update(gradient, state, params, curvature=object())
     with pytest.raises(ValueError, match=r"shapes \[\(5,\)\]; expected \[\(5, 3\)\]"):
         tx.update(gradient, state, params, curvature=curvature, residual=jnp.ones(N))
+    with pytest.raises(ValueError, match=r"damping=0.*cutoff= .*or residual="):
+        ko.smw(damping=0.0).update(gradient, state, params, curvature=curvature)
     with pytest.raises(ValueError, match="cutoff"):
         ko.smw(cutoff=0.0)
     with pytest.raises(ValueError, match="norm_constraint"):

@@ -1,0 +1,121 @@
+"""The curvature that comes with loss and gradient, from one forward pass."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfac_optax._tree import named_leaves, varying_axes
+from kfac_optax._types import Layer, PyTree
+from kfac_optax.capture.evaluate import Zeros
+from kfac_optax.capture.layers import Traced
+from kfac_optax.estimators.curvature import LazyCurvature, averages_gradients, collect_statistics
+from kfac_optax.estimators.gradient_rows import rows_of_layers
+from kfac_optax.estimators.heads import count_examples
+from kfac_optax.estimators.layer_rows import LayerRows
+from kfac_optax.estimators.output_cotangents import OutputCotangents
+from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.sample_jacobian import SampleJacobian
+from kfac_optax.estimators.spec import Spec
+from kfac_optax.estimators.statistics import Asked, Pulled, apply_to_rows
+
+
+class SharedCurvature(NamedTuple):
+    """A `Curvature` whose forward pass has run already, together with the loss. Made by
+    `fisher.value_and_grad`.
+    """
+
+    spec: Spec
+    traced: Traced
+    pull: Callable[[Any], tuple[PyTree, Sequence[Zeros | None]]]
+    heads: Sequence[Any]
+    key: jax.Array | None
+    params: PyTree
+    args: tuple[PyTree, ...]
+    loss: jax.Array
+    site_rows: Sequence[Zeros | None]  # of every site, `g` that of the loss
+
+    def gradient_rows(self, plan: Plan) -> dict[Layer, tuple[jax.Array, jax.Array]]:
+        """Rows `a [copies, R, p]` and `g [copies, R, q]` of layers whose block takes them.
+
+        `a^T g` is the gradient, of this device's part of the batch: the mean over `plan.axis_name`
+        is that of the whole.
+        """
+        rows = rows_of_layers(plan, self.traced, self.site_rows, self.spec.kind.name)
+        return {layer: (a, g * self._devices(plan.axis_name, g)) for layer, (a, g) in rows.items()}
+
+    def _devices(self, axis_name: Any, g: jax.Array) -> int:
+        """What turns rows of a loss that was averaged over devices, where JAX knows of it, into
+        those of each device's own.
+        """
+        names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+        split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
+        return math.prod(
+            jax.lax.axis_size(name) for name in names if name in split and name not in same
+        )
+
+    @property
+    def _lazy(self) -> LazyCurvature:
+        """The same, for what needs a pass of its own."""
+        return LazyCurvature(self.params, self.args, self.key, self.spec)
+
+    def quadratic_form(
+        self, directions: Sequence[PyTree] | Callable[[jax.Array], PyTree], **options: Any
+    ) -> jax.Array:
+        """As `Curvature.quadratic_form`."""
+        return self._lazy.quadratic_form(directions, **options)
+
+    def vector_product(self, vector: PyTree, **options: Any) -> PyTree:
+        """As `Curvature.vector_product`."""
+        return self._lazy.vector_product(vector, **options)
+
+    def linearize(self, **options: Any) -> SampleJacobian:
+        """As `Curvature.linearize`."""
+        return self._lazy.linearize(**options)
+
+    def rows(self, layers: Sequence[Layer], **options: Any) -> dict[Layer, LayerRows]:
+        """As `Curvature.rows`."""
+        return self._lazy.rows(layers, **options)
+
+    def sampled_gradient(self, **options: Any) -> PyTree:
+        """As `Curvature.sampled_gradient`."""
+        return self._lazy.sampled_gradient(**options)
+
+    def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
+        """As `Curvature.statistics`; first moments are those of the loss that was given."""
+        own = (
+            OutputCotangents(1, lambda k: []) if averages_gradients(self.spec.kind, plan) else None
+        )
+
+        def linearize(asked: Asked):
+            def pull(cotangents):
+                if own is None:
+                    gradients, pulled = self.pull(cotangents)
+                    leaves = named_leaves(gradients)
+                else:  # the gradient's pullback has run already
+                    leaves, pulled = {}, self._own_rows(plan.axis_name)
+                each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
+                sites = [
+                    None
+                    if measure is None or rows is None
+                    else apply_to_rows(site, measure, rows.rows, asked.extra, inverse)
+                    for site, measure, rows, inverse in each
+                ]
+                return Pulled(sites, {name: leaves[name] for name in asked.names})
+
+            return pull, self.heads
+
+        return collect_statistics(
+            self.spec, plan, self.traced, linearize, self.heads, self.key, own
+        )
+
+    def _own_rows(self, axis_name: Any) -> list[Zeros | None]:
+        """Rows of every site, `g` that of the examples' losses, of which the loss is the mean."""
+        examples = count_examples(self.spec.kind, self.heads)
+
+        def per_example(kept: Zeros) -> Zeros:
+            a, g = kept.rows
+            return kept._replace(rows=(a, g * (examples * self._devices(axis_name, g))))
+
+        return [None if kept is None else per_example(kept) for kept in self.site_rows]

@@ -1,0 +1,114 @@
+"""Settings of an estimator, the part of the batch it sees, and its model, traced."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from kfac_optax._types import PyTree
+from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
+from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
+
+
+class Spec(NamedTuple):
+    """Settings of an estimator.
+
+    Attributes:
+      kind: of estimator.
+      function: what is differentiated: parameters and arguments to predictions, or to losses.
+      samples: label draws.
+      subsample: part of the batch.
+      with_aux: the user's function where it returns more, `(prediction, aux)`; then `function` is
+        its first part.
+    """
+
+    kind: Kind
+    function: Callable[..., PyTree]
+    samples: int = 1
+    subsample: float | Callable[..., Sequence[PyTree]] | None = None
+    with_aux: Callable[..., tuple[PyTree, PyTree]] | None = None
+
+
+def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
+    """Traces the user's function and checks what it returns."""
+    traced = trace(
+        spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out)
+    )
+    return _with_examples(spec.kind, traced, traced.out_shape)
+
+
+def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
+    """The model with what it returns besides predictions, and whether that has to be computed
+    apart.
+
+    So it has where it runs layers of its own, whose rows are none of the predictions'.
+    """
+    if spec.with_aux is None:
+        return trace_model(spec, params, args), False
+
+    def check(out_shape: PyTree) -> None:
+        split_outputs(spec.kind, pair_of(spec.kind, out_shape)[0])
+
+    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    if serve_all(traced, lambda out: out[0]):
+        return _with_examples(spec.kind, traced, traced.out_shape[0]), False
+    return trace_model(spec, params, args), True
+
+
+def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
+    """The traced model with what the number of examples says about its layers."""
+    _, heads = split_outputs(kind, prediction)
+    return with_examples(traced, count_examples(kind, heads), kind.gradients and not kind.labels)
+
+
+def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
+    """A prediction and what comes with it.
+
+    Raises:
+      TypeError: there are not two.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            f"{kind.name}: has_aux=True, but predict returned {type(out).__name__}; expected a "
+            "pair (prediction, aux)."
+        )
+    return out
+
+
+def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+    """The arguments restricted to the examples that `subsample` keeps.
+
+    A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
+    in every array whose axis 0 has the length of the first array's. A whole number above one keeps
+    so many, or all where there are fewer.
+    """
+    if spec.subsample is None:
+        return args
+    if callable(spec.subsample):
+        return tuple(spec.subsample(*args))
+    arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
+    if not arrays:
+        return args
+    size = arrays[0].shape[0]
+    keep = (
+        spec.subsample if isinstance(spec.subsample, int) else max(1, round(size * spec.subsample))
+    )
+    if keep >= size:
+        return args
+    index = np.arange(keep) * size // keep
+
+    def take(x: Any) -> Any:
+        if getattr(x, "ndim", 0) == 0 or x.shape[0] != size:
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((keep, *x.shape[1:]), x.dtype)
+        # on explicit mesh axes a gather has to name its result's sharding: that of the batch
+        sharding = jax.typeof(x).sharding
+        return (
+            x[index]
+            if all(part is None for part in sharding.spec)
+            else x.at[index].get(out_sharding=sharding)
+        )
+
+    return jax.tree.map(take, args)
