@@ -43,9 +43,13 @@ def _natural(fisher, gradient, damping=DAMPING):
     return np.linalg.solve(fisher + damping * np.eye(len(fisher)), gradient)
 
 
-def _update(tx, gradient, curvature, state=None, **more):
-    state = tx.init(gradient) if state is None else state
-    return jax.jit(lambda g, s: tx.update(g, s, g, curvature=curvature, **more))(gradient, state)
+def _step(tx, curvature):
+    """A compiled update of this batch."""
+    return jax.jit(lambda g, s, **more: tx.update(g, s, g, curvature=curvature, **more))
+
+
+def _update(tx, gradient, curvature, **more):
+    return _step(tx, curvature)(gradient, tx.init(gradient), **more)
 
 
 def _curvatures(params, x):
@@ -159,7 +163,7 @@ def test_spring_is_its_recursion(problem):
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     j = np.asarray(jax.jacrev(lambda v: _losses(unravel(v), x))(flat)) / np.sqrt(N)
     tx = ko.spring(learning_rate=1.0, damping=DAMPING, momentum=0.9, norm_constraint=None)
-    states, phi = [tx.init(params)] * 2, np.zeros(j.shape[1])
+    states, phi, update_of = [tx.init(params)] * 2, np.zeros(j.shape[1]), _step(tx, curvature)
     for step in range(3):
         residual = oracles.normal(step, (N,))
         r = np.asarray(residual) / np.sqrt(N)
@@ -167,7 +171,7 @@ def test_spring_is_its_recursion(problem):
         phi = 0.9 * phi + j.T @ np.linalg.solve(kernel, r - 0.9 * j @ phi)
         gradient = unravel(j.T @ r)
         for i, more in enumerate(({}, {"residual": [residual]})):
-            update, states[i] = _update(tx, gradient, curvature, states[i], **more)
+            update, states[i] = update_of(gradient, states[i], **more)
             np.testing.assert_allclose(-ravel(update), phi, rtol=1e-9, atol=1e-12)
 
 
@@ -176,9 +180,9 @@ def test_spring_without_momentum_is_the_natural_gradient(problem):
     curvature = ko.ggn(_classes).at(params, x)
     natural, _ = _update(ko.smw(damping=DAMPING), gradient, curvature)
     plain = ko.spring(learning_rate=0.1, damping=DAMPING, momentum=0.0, norm_constraint=None)
-    state = plain.init(params)
+    state, update_of = plain.init(params), _step(plain, curvature)
     for _ in range(2):
-        got, state = _update(plain, gradient, curvature, state)
+        got, state = update_of(gradient, state)
         np.testing.assert_allclose(ravel(got), -0.1 * ravel(natural), rtol=1e-12)
     bound = ko.spring(learning_rate=0.1, damping=DAMPING, momentum=0.0, norm_constraint=1e-4)
     got, _ = _update(bound, gradient, curvature)
@@ -192,7 +196,7 @@ def test_a_batch_without_examples_or_numbers_is_left_out(problem):
     _, first = _update(tx, gradient, ko.ggn(_classes).at(params, x))
     for number, (predict, scale) in enumerate(((empty, 1.0), (_classes, jnp.nan)), 1):
         curvature = ko.ggn(predict).at(params, scale * x)
-        update, state = _update(tx, gradient, curvature, first)
+        update, state = _step(tx, curvature)(gradient, first)
         assert not ravel(update).any()
         assert state[0].skipped_steps == 1, number
         np.testing.assert_array_equal(
@@ -280,19 +284,24 @@ def test_damping_is_adapted_around_it(problem):
 def test_wrong_use_says_what_to_do(problem):
     params, x, gradient = problem
     curvature = ko.ggn(_classes).at(params, x)
-    tx = ko.smw()
-    state = tx.init(params)
+
+    def trace(curvature, residual=None, **words):
+        tx = ko.smw(**words)
+        jax.eval_shape(
+            lambda g: tx.update(g, tx.init(g), g, curvature=curvature, residual=residual), gradient
+        )
+
     with pytest.raises(ValueError, match="got no `curvature`"):
-        tx.update(gradient, state, params)
+        trace(None)
     with pytest.raises(ValueError, match=r"without linearize\(\)"):
-        tx.update(gradient, state, params, curvature=object())
+        trace(object())
     with pytest.raises(ValueError, match=r"shapes \[\(5,\)\]; expected \[\(5, 3\)\]"):
-        tx.update(gradient, state, params, curvature=curvature, residual=jnp.ones(N))
+        trace(curvature, jnp.ones(N))
     with pytest.raises(ValueError, match=r"damping=0.*cutoff= .*or residual="):
-        ko.smw(damping=0.0).update(gradient, state, params, curvature=curvature)
+        trace(curvature, damping=0.0)
     with pytest.raises(ValueError, match="cutoff"):
         ko.smw(cutoff=0.0)
     with pytest.raises(ValueError, match="norm_constraint"):
         ko.spring(learning_rate=0.1, norm_constraint=-1.0)
     with pytest.raises(TypeError, match="complex64"):
-        tx.init({"w": jnp.ones(2, jnp.complex64)})
+        ko.smw().init({"w": jnp.ones(2, jnp.complex64)})
