@@ -42,6 +42,8 @@ class Optimizer(NamedTuple):
           grid is tried, and its options are those of `config.adaptive`.
         low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
           of `config.kfac`.
+        every_step: whether each update needs the curvature of its own batch, and nothing is ever
+          due.
     """
 
     label: str
@@ -49,6 +51,7 @@ class Optimizer(NamedTuple):
     build: Build
     adaptive: bool = False
     low_rank: bool = False
+    every_step: bool = False
 
     @property
     def tuned(self) -> bool:
@@ -117,6 +120,13 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     return build
 
 
+def _exact(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    """The kernel of the rows of layers: for models whose examples do not interact."""
+    assert curved is not None
+    options = {word: curved.options[word] for word in ("damping", "kl_clip")}
+    return preconditioned(ko.smw(curved.layers, learning_rate=rate, **options), config, rate)
+
+
 def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
     """A preset whose whole step, momentum included, is bounded in the exact metric."""
 
@@ -178,6 +188,7 @@ OPTIMIZERS = {
     "two_level_adaptive": Optimizer(
         "two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True
     ),
+    "smw": Optimizer("natural gradient of the batch", True, _exact, every_step=True),
     "rs_kfac": Optimizer("RS-KFAC", True, _preset(ko.rs_kfac), low_rank=True),
     "b_kfac": Optimizer("B-KFAC", True, _preset(ko.b_kfac), low_rank=True),
     "b_r_kfac": Optimizer("B-R-KFAC", True, _preset(ko.b_r_kfac), low_rank=True),
@@ -280,7 +291,7 @@ def make(
     return Method(
         lambda rate: optimizer.build(config, curved, scheduled(rate)),
         extra,
-        _due(optimizer, curved),
+        None if optimizer.every_step else _due(optimizer, curved),
         in_one_pass,
     )
 

@@ -58,6 +58,7 @@ SMALL = [
     ("fashion_mnist_autoencoder:digits", "two_level_adaptive", {"widths": (6, 3)}),
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
     ("deep_tanh", "kfac", {"widths": (4, 4)}),
+    ("deep_tanh", "smw", {"widths": (4, 4)}),
     ("uncovered:deep_linear", "adam", {"depth": 2, "width": 4}),
     ("uncovered:resnet", "adam", {}),
     ("uncovered:rms_transformer", "kfac", {"depth": 1, "width": 8, "heads": 2}),
