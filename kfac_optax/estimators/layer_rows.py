@@ -60,6 +60,7 @@ def layer_rows(
     Raises:
       ValueError: a layer has no rows that its gradient could be made of.
     """
+    # of the plan only its layers are read: nothing is measured, rows are kept as they are
     owner = set_up(Plan(tuple(layers), (), None, None), traced, 0, None, kind.name).owner
     _check(kind.name, layers)
     measures = [None if i is None else rows_measure for i in owner]
@@ -114,6 +115,7 @@ def _cotangents(
         out, start = [], 0
         for head, column, count in zip(heads, columns, counts, strict=True):
             mine = (k >= start) & (k < start + count)
+            # columns of a term next to each other, as they are in a vector in sample space
             term, c = jnp.divmod(jnp.clip(k - start, 0, count - 1), column.count)
             chosen = mine & (jnp.arange(count // column.count) == term)
             chosen = jnp.broadcast_to(chosen, (examples, len(chosen))).reshape(head.batch_shape)
@@ -134,7 +136,7 @@ def _of_site(site: Site, kept: Zeros) -> tuple[jax.Array, jax.Array]:
     for _ in range(len(site.scans) + site.stacked):
         as_rows = jax.vmap(as_rows)
     a, g = as_rows(*from_cotangent(site, kept.rows))
-    tokens = isinstance(site.geometry, Lookup)
+    tokens = isinstance(site.geometry, Lookup)  # rows of integers have no axis of features
     return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
 
 

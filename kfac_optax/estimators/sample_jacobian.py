@@ -131,6 +131,7 @@ def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
         terms = [x.sum(tuple(range(head.batch_ndim, x.ndim))) for x in products]
         return sum(terms[1:], terms[0])
 
+    # [columns, *batch] -> [*batch, columns]
     numbers = jnp.arange(head.count)
     few = head.count <= _CHUNK
     rows = jax.vmap(against)(numbers) if few else jax.lax.map(against, numbers, batch_size=_CHUNK)
@@ -145,6 +146,7 @@ def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
 def _transposed(
     rows_of: Callable[[PyTree], Samples], params: PyTree, axis_name: Any
 ) -> Callable[[Samples], PyTree]:
+    # linear in the direction, so that its transpose is J^T, without a second pass forward
     shapes = jax.eval_shape(rows_of, params)
     backward = jax.linear_transpose(rows_of, params)
 

@@ -23,6 +23,7 @@ def row_kernel(
     g = jnp.moveaxis(g, 0, 2)  # [copies, N, K, T, q]
     (_, n, steps, p), (k, q) = a.shape, (g.shape[2], g.shape[4])
     if steps == 1 or n * k * steps**2 <= p * q:
+        # inner products of inputs, x the copies, t and s the steps of examples b and c
         return _by_products(jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT), g)
     return _by_gradients(jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT))
 

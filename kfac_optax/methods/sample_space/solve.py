@@ -58,6 +58,7 @@ def next_direction(
     if momentum is None:
         solved = _solve(rule, curvature, space, gradient, start, damping)
         return solved.solution, solved
+    # SPRING: what the batch sees of the last direction, mu J phi, is taken off the right-hand side
     momentum = jnp.asarray(momentum, dtype)
     kept = {n: momentum * x for n, x in named_leaves(previous).items()}
     there = space.forward(kept)
@@ -116,6 +117,7 @@ def _solve(
     else:
         gradient = space.adjoint(start)
         solution = solve_in_samples(inverse, space.adjoint, start)
+    # by exact products, also where the kernel was made of rows
     left = residual_of(space.forward, space.adjoint, inverse.damping, solution, gradient)
     size = inner(gradient, gradient)
     error = jnp.sqrt(inner(left, left) / jnp.where(size > 0, size, 1)).astype(jnp.float32)

@@ -62,7 +62,7 @@ def sample_space(
         return flat(jacobian.jvp(like_parameters(params, vector)))
 
     def adjoint(u: jax.Array) -> Leaves:
-        if axis_name is not None:
+        if axis_name is not None:  # the rows of this device
             start = jax.lax.axis_index(axis_name) * mine
             u = jax.lax.dynamic_slice(u, (start,), (mine,))
         parts, start = [], 0
@@ -73,12 +73,11 @@ def sample_space(
         return {name: scale * product[name].astype(dtype) for name in names}
 
     def given(rows: PyTree) -> jax.Array:
-        sizes = [jnp.size(x) for x in jax.tree.leaves(rows)]
-        if sizes != [x.size for x in leaves]:
-            shapes = [jnp.shape(x) for x in jax.tree.leaves(rows)]
+        shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(rows)], [x.shape for x in leaves]
+        if shapes != expected:
             raise ValueError(
-                f"{where}: residual has arrays of shapes {shapes}; expected "
-                f"{[x.shape for x in leaves]}, one number for every row of the curvature's J."
+                f"{where}: residual has arrays of shapes {shapes}; expected {expected}, one "
+                "number for every row of the curvature's J."
             )
         return flat(rows)
 
