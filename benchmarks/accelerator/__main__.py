@@ -1,0 +1,48 @@
+"""Everything about an accelerator in one run: `python -m benchmarks.accelerator`."""
+
+import argparse
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import parts
+from benchmarks.accelerator import steps
+from benchmarks.accelerator.accuracy import accuracy, model_precision
+from benchmarks.accelerator.agreement import agreement
+from benchmarks.accelerator.factorisations import factorisations
+from benchmarks.accelerator.training import compile_cost, donation, training
+
+# donation first: peaks of memory are those of the process so far
+PARTS: dict[str, parts.Part] = {
+    "donation": donation,
+    "agreement": agreement,
+    "precision": model_precision,
+    "accuracy": accuracy,
+    "autoencoder": functools.partial(training, steps.autoencoder),
+    "factorisations": factorisations,
+    "stack": functools.partial(training, steps.stack),
+    "resnet20": functools.partial(training, steps.resnet20),
+    "compile": compile_cost,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default=",".join(PARTS), help="names, with commas between")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("accelerator.json"))
+    parser.add_argument("--limit", type=float, default=540, help="seconds; the rest is left out")
+    parser.add_argument("--small", action="store_true", help="dry run with tiny sizes")
+    options = parser.parse_args(arguments)
+    names = options.parts.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        parser.error(f"--parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    chosen = {name: PARTS[name] for name in names}
+    return parts.run(chosen, small=options.small, out=options.out, limit=options.limit)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
