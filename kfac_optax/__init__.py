@@ -17,6 +17,7 @@ from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import deflated
 from kfac_optax.couplings.tridiagonal import tridiagonal
 from kfac_optax.engine.choice import blocks_of
+from kfac_optax.engine.compiled import compile_step
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.factor_metric import factor_metric
 from kfac_optax.engine.schedule import HostSchedule, refresh_period
@@ -100,6 +101,7 @@ __all__ = [
     "coarse_correction",
     "coarse_fisher",
     "cold_start",
+    "compile_step",
     "coverage",
     "deflated",
     "diagnostics",

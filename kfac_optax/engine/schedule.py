@@ -45,31 +45,32 @@ def refresh_period(regular: int, *, warmup_steps: int, first: int = 1) -> Callab
     return period
 
 
+# Periods of `kfac` and of `kfac_adaptive`. The latter are short while everything changes fast, then
+# so long that a step costs about twice that of SGD where layers are wide.
+CURVATURE_EVERY, INVERSE_EVERY = 10, 100
+ADAPTIVE_CURVATURE_EVERY = refresh_period(5, warmup_steps=20)
+ADAPTIVE_INVERSE_EVERY = refresh_period(20, warmup_steps=20, first=5)
+
+
 class HostSchedule(NamedTuple):
     """When statistics and inverses are due, as Python values that the host's step count decides.
 
     The traced schedule keeps both branches in one compiled step; on CPU a branch that is not taken
-    still copies the state it passes on. With this schedule up to four steps are compiled instead
-    (with `stagger=n` some more, one for every part), none with a branch:
-
-        schedule = HostSchedule(curvature_every=10, inverse_every=100)
-
-        @functools.partial(jax.jit, static_argnames=("measure", "refresh"))
-        def train_step(params, opt_state, batch, key, *, measure, refresh):
-            ... curvature = fisher.at(params, x, key=key) if measure else None updates, opt_state =
-            tx.update(grads, opt_state, params, curvature=curvature, refresh=refresh)
-
-        for step in range(steps):
-            params, opt_state = train_step(params, opt_state, batch, key, **schedule(step))
+    still copies the state it passes on. `compile_step` takes this schedule and compiles, without a
+    branch, the kinds of step that it asks for: three in general, with `stagger=n` some more, one
+    for every part.
 
     Attributes:
       curvature_every: period of the statistics, in steps; or a schedule such as
-        `refresh_period(...)`.
-      inverse_every: period of the inverses, or a schedule of it.
+        `refresh_period(...)`. By default that of `kfac`, 10, and with `adapt_every` that of
+        `kfac_adaptive`: every step of the first 20, then every 5.
+      inverse_every: period of the inverses, or a schedule of it. By default 100, and with
+        `adapt_every` every 5 of the first 20 steps, then every 20.
       stagger: parts of the inverses, as the transformation was given; `refresh` then names the
         parts that are due by a tuple, and is `True` where all are (in step 0, for one).
       adapt_every: period of `adapt_damping` (its `every`), or of a whole optimizer that contains
-        it; then `adapt` is among what is returned, and curvature has to be passed in every step.
+        it, whose default is 5; then `adapt` is among what is returned, and curvature has to be
+        passed in every step.
 
     >>> schedule = HostSchedule(curvature_every=2, inverse_every=4)
     >>> print(schedule(0), schedule(2))
@@ -81,8 +82,8 @@ class HostSchedule(NamedTuple):
     [False, False, True, False]
     """
 
-    curvature_every: int | Callable[[int], Any] = 10
-    inverse_every: int | Callable[[int], Any] = 100
+    curvature_every: int | Callable[[int], Any] | None = None
+    inverse_every: int | Callable[[int], Any] | None = None
     stagger: int | None = None
     adapt_every: int | None = None
 
@@ -92,8 +93,14 @@ class HostSchedule(NamedTuple):
         Raises:
           ValueError: a period or `stagger` below one.
         """
-        measure_every = _period("curvature_every", self.curvature_every, step)
-        every = _period("inverse_every", self.inverse_every, step)
+        adaptive = self.adapt_every is not None
+        measure_every, every = self.curvature_every, self.inverse_every
+        if measure_every is None:
+            measure_every = ADAPTIVE_CURVATURE_EVERY if adaptive else CURVATURE_EVERY
+        if every is None:
+            every = ADAPTIVE_INVERSE_EVERY if adaptive else INVERSE_EVERY
+        measure_every = _period("curvature_every", measure_every, step)
+        every = _period("inverse_every", every, step)
         parts = check_parts("HostSchedule", self.stagger)
         due = tuple(j for j in range(parts) if step == 0 or step % every == phase(j, every, parts))
         # one kind of step for "all" and one for "none", however many parts there are
@@ -101,7 +108,7 @@ class HostSchedule(NamedTuple):
             "measure": step % measure_every == 0,
             "refresh": due if 0 < len(due) < parts else bool(due),
         }
-        if self.adapt_every is None:
+        if not adaptive:
             return kind
         adapt = _period("adapt_every", self.adapt_every, step)
         return kind | {"adapt": step % adapt == adapt - 1}

@@ -8,17 +8,12 @@ from kfac_optax._types import Block, Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
-from kfac_optax.engine.schedule import refresh_period
+from kfac_optax.engine.schedule import ADAPTIVE_CURVATURE_EVERY, ADAPTIVE_INVERSE_EVERY
 from kfac_optax.methods.kfac.fixed import coarse_numbers, kfac
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.damping import adapt_damping
 from kfac_optax.step_rules.quadratic_model import quadratic_step
-
-# Often while everything changes fast, then so rarely that a step costs about twice that of SGD
-# where layers are wide.
-_STATISTICS = refresh_period(5, warmup_steps=20)
-_INVERSES = refresh_period(20, warmup_steps=20, first=5)
 
 
 # The damping is adapted, and the quadratic model decides on the length of the step.
@@ -37,8 +32,8 @@ def kfac_adaptive(
     reject_below: Numeric | None = 0.0,
     search_every: int | None = None,
     model_subsample: Any = None,
-    curvature_every: ScalarOrSchedule = _STATISTICS,
-    inverse_every: ScalarOrSchedule = _INVERSES,
+    curvature_every: ScalarOrSchedule = ADAPTIVE_CURVATURE_EVERY,
+    inverse_every: ScalarOrSchedule = ADAPTIVE_INVERSE_EVERY,
     inverse: str = "cholesky",
     axis_name: Any = None,
     **options: Any,
