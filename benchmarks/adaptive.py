@@ -17,7 +17,7 @@ import optax
 
 import kfac_optax as ko
 from benchmarks import networks
-from benchmarks.ratios import paired, ratio
+from benchmarks.ratios import paired, ratio, table
 
 # Statistics from a quarter of the batch, exact products on an eighth, as in the race.
 PART, MODEL_PART = 0.25, 0.125
@@ -35,8 +35,7 @@ SCHEDULES = {
 ADAPT_EVERY = 5
 
 
-def _pieces() -> tuple[dict[str, Any], Callable[..., Any]]:
-    network = networks.autoencoder()
+def _pieces(network: networks.Network) -> tuple[dict[str, Any], Callable[..., Any]]:
     params, x = network.variables["params"], network.x
 
     def predict(params: Any, x: jax.Array) -> Any:
@@ -112,28 +111,29 @@ def _parts(known: dict[str, Any], loss: Callable[..., Any]) -> dict[str, Callabl
     return {name: made(*call) for name, call in calls.items()}
 
 
-def report(rounds: int) -> None:
-    """Measures and prints the tables."""
-    known, loss = _pieces()
+def measure(network: networks.Network, rounds: int) -> dict[str, dict[str, float]]:
+    """Rows of the table: every kind of step and its parts, then what a step costs on average."""
+    known, loss = _pieces(network)
     calls = {"SGD": _step(known, loss, None)}
     calls |= {name: _step(known, loss, kind) for name, kind in KINDS.items()}
     calls |= _parts(known, loss)
     times = paired(calls, rounds)
-    print("| step or part | seconds | / SGD |\n| --- | --- | --- |")
-    for name, spent in times.items():
-        found = ratio(spent, times["SGD"])
-        print(
-            f"| {name} | {statistics.median(spent):.3f} | {found.median:.2f} ({found.low:.2f} to "
-            f"{found.high:.2f}) |"
-        )
+    rows = {name: {"seconds": statistics.median(spent)} for name, spent in times.items()}
     plain, measured, inverted, adapted = (times[name] for name in KINDS)
     for name, (every, inverse) in SCHEDULES.items():
-        amortised = [
+        times[name] = [
             p + (m - p) * (1 / every - 1 / inverse) + (i - p) / inverse + (a - p) / ADAPT_EVERY
             for p, m, i, a in zip(plain, measured, inverted, adapted, strict=True)
         ]
-        found = ratio(amortised, times["SGD"])
-        print(f"{name}: {found.median:.2f} ({found.low:.2f} to {found.high:.2f}) x SGD", flush=True)
+    for name, spent in times.items():
+        found = ratio(spent, times["SGD"])
+        rows[name] = rows.get(name, {}) | {"/ SGD": found.median} | found.quartiles()
+    return rows
+
+
+def report(rounds: int) -> None:
+    """Measures and prints the table."""
+    print("\n".join(table(measure(networks.autoencoder(), rounds))), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ LAYERS, WIDTH, BATCH, RATE = 64, 10, 512, 1e-3
 
 
 class DeepLinear(nn.Module):
+    layers: int = LAYERS
+
     @nn.compact
     def __call__(self, x):
-        for _ in range(LAYERS):
+        for _ in range(self.layers):
             x = nn.Dense(WIDTH, use_bias=False)(x)
             x = nn.BatchNorm(use_running_average=False)(x)
         return nn.Dense(1, use_bias=False)(x)
@@ -42,8 +44,8 @@ class Step(NamedTuple):
 
 
 @functools.cache
-def problem() -> Problem:
-    model = DeepLinear()
+def problem(depth: int = LAYERS) -> Problem:
+    model = DeepLinear(depth)
     x = jax.random.normal(jax.random.key(0), (BATCH, 10))
     y = (x[:, :1] > 0).astype(jnp.float32)
     variables = model.init(jax.random.key(1), x)
@@ -59,8 +61,8 @@ def problem() -> Problem:
     return Problem(params, batch_stats, x, y, fisher, fisher.layers(params, batch_stats, x))
 
 
-def transformation(name: str) -> optax.GradientTransformation:
-    layers = problem().layers
+def transformation(name: str, depth: int = LAYERS) -> optax.GradientTransformation:
+    layers = problem(depth).layers
     common = dict(learning_rate=RATE, damping=1e-2, kl_clip=1e-3)
     pre = {
         "sgd": lambda: optax.identity(),
@@ -85,19 +87,26 @@ def bare_matmuls(layers: ko.Layers) -> optax.GradientTransformation:
         names = [layer.path for layer in layers if layer.shape == (WIDTH, WIDTH)]
         return grads | {name: {"kernel": v[i]} for i, name in enumerate(names)}, state
 
-    rotations = jnp.broadcast_to(jnp.eye(WIDTH), (LAYERS, WIDTH, WIDTH))
+    square = sum(layer.shape == (WIDTH, WIDTH) for layer in layers)
+    rotations = jnp.broadcast_to(jnp.eye(WIDTH), (square, WIDTH, WIDTH))
     return optax.GradientTransformation(lambda params: (rotations, rotations), update)
 
 
-def make_step(name: str, *, measure: bool | None = None, refresh: bool | None = None) -> Step:
+def make_step(
+    name: str,
+    *,
+    measure: bool | None = None,
+    refresh: bool | None = None,
+    depth: int = LAYERS,
+) -> Step:
     """`measure=None`: the traced schedule; otherwise a static step that does (or does not) measure
     and refresh.
     """
-    p, tx = problem(), transformation(name)
+    p, tx = problem(depth), transformation(name, depth)
     curved = name not in ("sgd", "matmuls")
 
     def loss(params, batch_stats):
-        out, updated = DeepLinear().apply(
+        out, updated = DeepLinear(depth).apply(
             {"params": params, "batch_stats": batch_stats}, p.x, mutable=["batch_stats"]
         )
         return ko.Bernoulli(out).mean_nll(p.y), updated["batch_stats"]

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import kfac_optax as ko
-from benchmarks.ratios import paired, ratio
+from benchmarks.ratios import paired, ratio, table
 from kfac_optax.experiments.nets_conv import ResNet
 from kfac_optax.experiments.nets_dense import Autoencoder
 from kfac_optax.experiments.nets_text import CharTransformer
@@ -61,10 +61,12 @@ def resnet(depth: int, batch: int = 128) -> Network:
     )
 
 
-def autoencoder(batch: int = 1000) -> Network:
+def autoencoder(
+    batch: int = 1000, pixels: int = 784, widths: tuple[int, ...] = (1000, 500, 250, 30)
+) -> Network:
     """784-1000-500-250-30-250-500-1000-784."""
-    x = jax.random.uniform(jax.random.key(0), (batch, 784))
-    model = Autoencoder(widths=(1000, 500, 250, 30), outputs=784)
+    x = jax.random.uniform(jax.random.key(0), (batch, pixels))
+    model = Autoencoder(widths=widths, outputs=pixels)
     return _network(model, x, x, ko.Bernoulli, inverse="cholesky")
 
 
@@ -75,6 +77,11 @@ def transformer(batch: int = 16, context: int = 128) -> Network:
     return _network(model, tokens, tokens, ko.Categorical, inverse="cholesky", uncovered="diagonal")
 
 
+# for dry runs
+SMALL: dict[str, Callable[[], Network]] = {
+    "resnet8": lambda: resnet(8, batch=4),
+    "autoencoder": lambda: autoencoder(16, 12, (8, 3)),
+}
 NETWORKS: dict[str, Callable[[], Network]] = {
     "resnet20": lambda: resnet(20),
     "resnet110": lambda: resnet(110),
@@ -153,29 +160,17 @@ def runner(step: Step) -> Callable[[], None]:
     return run
 
 
-def report(name: str, rounds: int) -> None:
-    """Measures one network and prints its rows of the table."""
-    network = NETWORKS[name]()
+def measure(network: Network, rounds: int) -> dict[str, dict[str, float]]:
+    """Rows of the table of one network: each kind of step, then averages over the periods."""
     steps = {"SGD": make_step(network, sgd=True)}
     steps |= {label: make_step(network, measure=m, refresh=r) for label, (m, r) in STEPS.items()}
     traced = make_step(network)
     times = paired({label: runner(step) for label, step in steps.items()}, rounds)
-    parameters = sum(np.size(x) for x in jax.tree.leaves(network.variables["params"]))
-    print(f"\n{name}: {parameters:,} parameters, batch {len(network.x)}")
-    header = ("step", "seconds", "/ SGD", "trace s", "compile s", "compile / SGD", "memory MB")
-    print("| " + " | ".join(header) + " |\n" + "| --- " * len(header) + "|")
-    base = steps["SGD"]
-    for label, step in steps.items():
-        share = ratio(times[label], times["SGD"])
-        print(
-            f"| {label} | {statistics.median(times[label]):.3f} | {share.median:.2f} | "
-            f"{step.trace_s:.1f} | {step.compile_s:.1f} | {step.compile_s / base.compile_s:.1f} | "
-            f"{step.bytes / 1e6:.0f} |"
-        )
-    print(
-        f"| traced schedule | | | {traced.trace_s:.1f} | {traced.compile_s:.1f} | "
-        f"{traced.compile_s / base.compile_s:.1f} | {traced.bytes / 1e6:.0f} |"
-    )
+    rows = {label: costs(step, steps["SGD"]) for label, step in steps.items()}
+    for label, spent in times.items():
+        share = ratio(spent, times["SGD"])
+        rows[label] = {"seconds": statistics.median(spent), "/ SGD": share.median} | rows[label]
+    rows["traced schedule"] = costs(traced, steps["SGD"])
     for every, inverse in PERIODS:
         weights = {
             "inverses": 1 / inverse,
@@ -186,11 +181,25 @@ def report(name: str, rounds: int) -> None:
             sum(w * times[label][i] for label, w in weights.items()) for i in range(rounds)
         ]
         found = ratio(amortised, times["SGD"])
-        print(
-            f"amortised {every}/{inverse}: {found.median:.2f} ({found.low:.2f} to "
-            f"{found.high:.2f}) x SGD",
-            flush=True,
-        )
+        rows[f"amortised {every}/{inverse}"] = {"/ SGD": found.median} | found.quartiles()
+    return rows
+
+
+def costs(step: Step, base: Step) -> dict[str, float]:
+    return {
+        "trace s": step.trace_s,
+        "compile s": step.compile_s,
+        "compile / SGD": step.compile_s / base.compile_s,
+        "memory MB": step.bytes / 1e6,
+    }
+
+
+def report(name: str, rounds: int) -> None:
+    """Measures one network and prints its rows of the table."""
+    network = NETWORKS[name]()
+    parameters = sum(np.size(x) for x in jax.tree.leaves(network.variables["params"]))
+    print(f"\n{name}: {parameters:,} parameters, batch {len(network.x)}")
+    print("\n".join(table(measure(network, rounds))), flush=True)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ measurement that raises is recorded with its error, and the next one follows; pa
 the rest is recorded as left out.
 """
 
+import argparse
 import json
 import pathlib
 import platform
@@ -30,10 +31,11 @@ _LATE = {"left_out": "out of time"}
 _SKIPPED = Case("(the whole part)", lambda: _LATE)
 
 
-def environment() -> dict[str, Any]:
+def environment(command: str) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     device = jax.devices()[0]
     return {
+        "command": command,
         "device": device.device_kind,
         "devices": jax.device_count(),
         "backend": jax.default_backend(),
@@ -45,9 +47,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+def chosen(parser: argparse.ArgumentParser, names: str, known: dict[str, Part]) -> dict[str, Part]:
+    """The parts that the command line names, in its order."""
+    wanted = names.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        parser.error(f"--parts: got {', '.join(unknown)}; expected some of {', '.join(known)}")
+    return {name: known[name] for name in wanted}
+
+
 def run(
     parts: dict[str, Part],
     *,
+    command: str = "",
     small: bool = False,
     out: pathlib.Path | None = None,
     limit: float = float("inf"),
@@ -56,6 +68,7 @@ def run(
 
     Args:
       parts: by name.
+      command: what the record says it was made with.
       small: dry run.
       out: JSON file, written anew after every measurement.
       limit: seconds from now after which no measurement is started.
@@ -64,7 +77,7 @@ def run(
       What is in the file: `{"environment": {...}, "parts": {part: [row, ...]}}`.
     """
     start = time.perf_counter()
-    record: dict[str, Any] = {"environment": environment() | {"small": small}, "parts": {}}
+    record: dict[str, Any] = {"environment": environment(command) | {"small": small}, "parts": {}}
     print(", ".join(f"{name}: {value}" for name, value in record["environment"].items()))
     for name, part in parts.items():
         rows: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ both.
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Ratio(NamedTuple):
@@ -14,6 +14,9 @@ class Ratio(NamedTuple):
     median: float
     low: float
     high: float
+
+    def quartiles(self) -> dict[str, float]:
+        return {"quartile 1": self.low, "quartile 3": self.high}
 
 
 def seconds(function: Callable[[], None]) -> float:
@@ -38,3 +41,19 @@ def ratio(a: list[float], b: list[float]) -> Ratio:
     values = sorted(x / y for x, y in zip(a, b))
     low, _, high = statistics.quantiles(values, n=4)
     return Ratio(statistics.median(values), low, high)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table, a column for every key that occurs."""
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [f"| | {' | '.join(keys)} |", "| --- " * (len(keys) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [_cell(row.get(key, "")) for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")

@@ -10,15 +10,17 @@ import argparse
 import runpy
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from benchmarks.ratios import paired, ratio
+from benchmarks.ratios import paired, ratio, table
 from kfac_optax.experiments import settings, steps, train
 
 CONFIG = "configs/wide_mlp.py"
+PRESETS = ["kfac", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c"]
 KINDS = {
     "plain": {"measure": False, "refresh": False},
     "statistics": {"measure": True, "refresh": False},
@@ -26,9 +28,19 @@ KINDS = {
 }
 
 
-def calls(name: str, factored: bool) -> dict[str, Callable[[], None]]:
-    """Compiled steps of one optimizer by kind, each from where the last one ended."""
+def settings_of(small: bool = False) -> Any:
+    """The experiment's; narrow layers for a dry run."""
     config = runpy.run_path(CONFIG)["get_config"]()
+    if small:
+        config.model.widths = (8, 8)
+        config.data.train, config.data.test, config.batch_size = 64, 16, 32
+        config.low_rank.rank = 4
+    return config
+
+
+def calls(name: str, factored: bool, small: bool = False) -> dict[str, Callable[[], None]]:
+    """Compiled steps of one optimizer by kind, each from where the last one ended."""
+    config = settings_of(small)
     config.kfac.factored_gradient = factored
     config = settings.of(config, name)
     dataset, key = train.start(config, seed=0)
@@ -55,34 +67,33 @@ def calls(name: str, factored: bool) -> dict[str, Callable[[], None]]:
     return {kind: made(due) for kind, due in KINDS.items()}
 
 
-def report(names: list[str], rounds: int) -> None:
-    """Measures and prints the table."""
-    config = runpy.run_path(CONFIG)["get_config"]()
+def measure(
+    sgd: Callable[[], None], name: str, factored: bool, rounds: int, small: bool = False
+) -> dict[str, float]:
+    """One row of the table: seconds by kind of step, and their average over SGD's."""
+    config = settings_of(small)
     every, inverse = config.kfac.curvature_every, config.kfac.inverse_every
     shares = {
         "inverses": 1 / inverse,
         "statistics": 1 / every - 1 / inverse,
         "plain": 1 - 1 / every,
     }
+    times = paired({"SGD": sgd} | calls(name, factored, small), rounds)
+    average = [sum(share * times[kind][i] for kind, share in shares.items()) for i in range(rounds)]
+    found = ratio(average, times["SGD"])
+    seconds = {kind: statistics.median(spent) for kind, spent in times.items()}
+    return seconds | {"on average / SGD": found.median} | found.quartiles()
+
+
+def report(names: list[str], rounds: int) -> None:
+    """Measures and prints the table."""
     sgd = calls("sgd", False)["plain"]
-    lines = [
-        f"| optimizer | gradient as | {' | '.join(KINDS)} | SGD | on average, / SGD (quartiles) |"
-    ]
-    lines.append("| --- " * (len(KINDS) + 4) + "|")
     pairs = [(name, factored) for name in names for factored in (False, True)]
-    for name, factored in track(pairs, description="presets"):
-        times = paired({"SGD": sgd} | calls(name, factored), rounds)
-        average = [
-            sum(share * times[kind][i] for kind, share in shares.items()) for i in range(rounds)
-        ]
-        found = ratio(average, times["SGD"])
-        cells = " | ".join(f"{statistics.median(times[side]):.3f}" for side in (*KINDS, "SGD"))
-        label = "rows" if factored else "matrix"
-        lines.append(
-            f"| {name} | {label} | {cells} | {found.median:.1f} ({found.low:.1f} to "
-            f"{found.high:.1f}) |"
-        )
-    print("\n".join(lines), flush=True)
+    rows = {
+        f"{name}, from the {'rows' if factored else 'matrix'}": measure(sgd, name, factored, rounds)
+        for name, factored in track(pairs, description="presets")
+    }
+    print("\n".join(table(rows)), flush=True)
 
 
 if __name__ == "__main__":
@@ -90,7 +101,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "optimizers",
         nargs="*",
-        default=["kfac", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c"],
+        default=PRESETS,
     )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

@@ -36,12 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--limit", type=float, default=540, help="seconds; the rest is left out")
     parser.add_argument("--small", action="store_true", help="dry run with tiny sizes")
     options = parser.parse_args(arguments)
-    names = options.parts.split(",")
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        parser.error(f"--parts: got {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
-    chosen = {name: PARTS[name] for name in names}
-    return parts.run(chosen, small=options.small, out=options.out, limit=options.limit)
+    chosen = parts.chosen(parser, options.parts, PARTS)
+    command = "python -m benchmarks.accelerator"
+    return parts.run(
+        chosen, command=command, small=options.small, out=options.out, limit=options.limit
+    )
 
 
 if __name__ == "__main__":

@@ -135,11 +135,7 @@ def shapes(p: Problem, optimizer: Optimizer) -> tuple[Any, ...]:
 
 @functools.cache
 def autoencoder(small: bool) -> Problem:
-    if not small:
-        return problem(networks.autoencoder())
-    model = networks.Autoencoder(widths=(8, 3), outputs=12)
-    x = jax.random.uniform(jax.random.key(0), (16, 12))
-    return problem(networks._network(model, x, x, ko.Bernoulli))
+    return problem((networks.SMALL if small else networks.NETWORKS)["autoencoder"]())
 
 
 @functools.cache
@@ -149,4 +145,4 @@ def stack(small: bool) -> Problem:
 
 @functools.cache
 def resnet20(small: bool) -> Problem:
-    return problem(networks.resnet(8, batch=4) if small else networks.resnet(20))
+    return problem(networks.SMALL["resnet8"]() if small else networks.NETWORKS["resnet20"]())

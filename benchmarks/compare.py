@@ -1,0 +1,101 @@
+"""Two records of benchmarks against each other, and the page of one."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from benchmarks.ratios import table
+
+# Numbers that do not depend on how fast or how busy a machine is: ratios within one run, counts.
+RATIOS = ("/ ", "products")
+COUNTS = ("equations", "lines of HLO", "total bytes", "memory MB")
+
+
+class Change(NamedTuple):
+    """One number in both records."""
+
+    name: str
+    old: float
+    new: float
+
+    @property
+    def factor(self) -> float:
+        return self.new / self.old
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
+    """Ratios and counts that both records have, in the order of the new one."""
+    for part, rows in new["parts"].items():
+        before = {row["name"]: row for row in old["parts"].get(part, [])}
+        for row in rows:
+            for key, value in row.items():
+                known = before.get(row["name"], {}).get(key)
+                if _comparable(key) and _positive(known) and _positive(value):
+                    yield Change(f"{part}: {row['name']}, {key}", known, value)
+
+
+def _comparable(key: str) -> bool:
+    return key in COUNTS or any(mark in key for mark in RATIOS)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def missing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Measurements of the old record that the new one has not, or has an error for."""
+    good = {
+        (part, row["name"])
+        for part, rows in new["parts"].items()
+        for row in rows
+        if "error" not in row and "left_out" not in row
+    }
+    ran = [
+        (part, row) for part, rows in old["parts"].items() if part in new["parts"] for row in rows
+    ]
+    return [
+        f"{part}: {row['name']}"
+        for part, row in ran
+        if "error" not in row and (part, row["name"]) not in good
+    ]
+
+
+def report(old: dict[str, Any], new: dict[str, Any], beyond: float) -> list[str]:
+    """What changed by more than a factor `beyond`, worst first, and what is gone; prints it."""
+    found = sorted(changes(old, new), key=lambda change: -change.factor)
+    slower = [c for c in found if c.factor > beyond]
+    faster = [c for c in found if c.factor < 1 / beyond]
+    shown = {
+        c.name: {"old": float(c.old), "new": float(c.new), "new / old": c.factor}
+        for c in slower + faster
+    }
+    lines = [f"{len(found)} ratios and counts, {len(slower)} worse, {len(faster)} better"]
+    lines += table(shown) if shown else []
+    lines += [f"gone: {name}" for name in missing(old, new)]
+    for side, name in ((old, "old"), (new, "new")):
+        if side["environment"]["device"] != new["environment"]["device"]:
+            lines.append(f"the {name} record is of another device: {side['environment']['device']}")
+    print("\n".join(lines))
+    return lines
+
+
+def page(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    about = record["environment"]
+    known = ("device", "backend", "jax", "kfac_optax", "date")
+    lines = ["# Benchmarks", "", f"What `{about['command']}` measured: "]
+    lines[-1] += ", ".join(f"{name} {about[name]}" for name in known) + "."
+    lines.append("Times are medians within one run; compare ratios, not seconds.")
+    for part, rows in record["parts"].items():
+        lines += ["", f"## {part}", ""]
+        lines += table({row["name"]: _shown(row) for row in rows})
+    return "\n".join(lines) + "\n"
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("name", "where")}
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

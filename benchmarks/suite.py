@@ -1,0 +1,105 @@
+"""The benchmarks as parts of one run."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import deep_net, networks, parts, scaling
+from benchmarks.accelerator import __main__ as accelerator
+from benchmarks.parts import Case
+from benchmarks.ratios import paired, ratio
+
+ROUNDS, STEPS = 7, 20
+PERIODS = (10, 100)
+
+
+def _rounds(small: bool) -> int:
+    return 2 if small else ROUNDS
+
+
+def deep(small: bool) -> Iterable[Case]:
+    """The 64-layer net: K-FAC and two-level K-FAC, amortised over the static schedule."""
+    depth, repeat = (2, 1) if small else (deep_net.LAYERS, STEPS)
+    make = functools.partial(deep_net.make_step, depth=depth)
+    sgd = functools.cache(lambda: make("sgd"))
+
+    def measure(name: str) -> dict[str, float]:
+        kinds = {label: make(name, measure=m, refresh=r) for label, (m, r) in _KINDS.items()}
+        steps = {"SGD": sgd()} | kinds
+        times = paired(
+            {label: functools.partial(deep_net.run, step, repeat) for label, step in steps.items()},
+            _rounds(small),
+        )
+        every, inverse = PERIODS
+        average = [
+            p * (1 - 1 / every) + m * (1 / every - 1 / inverse) + i / inverse
+            for p, m, i in zip(*(times[label] for label in _KINDS), strict=True)
+        ]
+        found = {f"{label} / SGD": ratio(times[label], times["SGD"]).median for label in _KINDS} | {
+            "amortised / SGD": ratio(average, times["SGD"]).median
+        }
+        return found | {"compile plain / SGD": kinds["plain"].compile_s / sgd().compile_s}
+
+    for name in ("kfac", "two_level", "two_level_exact"):
+        yield Case(name, functools.partial(measure, name))
+
+
+_KINDS = {"plain": (False, False), "statistics": (True, False), "inverses": (True, True)}
+
+
+def adaptive(small: bool) -> Iterable[Case]:
+    """Where the time of an adaptive step goes."""
+    from benchmarks import adaptive
+
+    network = (networks.SMALL if small else networks.NETWORKS)["autoencoder"]
+    return _cases(lambda: adaptive.measure(network(), _rounds(small)))
+
+
+def of_networks(small: bool) -> Iterable[Case]:
+    """Two-level K-FAC on networks of real size."""
+    for name, network in (networks.SMALL if small else networks.NETWORKS).items():
+        measure = functools.partial(networks.measure, rounds=_rounds(small))
+        yield from _cases(lambda make=network, measure=measure: measure(make()), f"{name}: ")
+
+
+def wide(small: bool) -> Iterable[Case]:
+    """Presets of low rank on a wide network, gradients as matrices and from their rows."""
+    from benchmarks import wide
+
+    sgd = functools.cache(lambda: wide.calls("sgd", False, small)["plain"])
+    for name in ("kfac", "rs_kfac") if small else wide.PRESETS:
+        for factored in (False, True):
+            label = f"{name}, from the {'rows' if factored else 'matrix'}"
+            yield Case(
+                label, lambda n=name, f=factored: wide.measure(sgd(), n, f, _rounds(small), small)
+            )
+
+
+def scale(small: bool) -> Iterable[Case]:
+    """Refresh and application by width, as ratios to the product with a dense inverse."""
+    for width in (8,) if small else (256, 512, 1024, 2048):
+        calls = scaling.calls(width, min(128, width // 4), min(128, width // 4))
+        product = functools.cache(lambda calls=calls: scaling.time_of(calls["dense inverse"]))
+        for name, call in calls.items():
+
+            def measure(call: Any = call, product: Any = product) -> dict[str, float]:
+                spent = scaling.time_of(call)
+                return {"seconds": spent, "/ product": spent / product()}
+
+            yield Case(f"{width}: {name}", measure)
+
+
+def _cases(measure: Callable[[], dict[str, dict[str, Any]]], prefix: str = "") -> Iterable[Case]:
+    """The rows of a table that is measured in one go."""
+    for name, row in measure().items():
+        yield Case(prefix + name, lambda row=row: row)
+
+
+PARTS: dict[str, parts.Part] = {
+    "deep_net": deep,
+    "networks": of_networks,
+    "adaptive": adaptive,
+    "wide": wide,
+    "scaling": scale,
+    "compile": accelerator.PARTS["compile"],
+}
