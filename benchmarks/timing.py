@@ -88,3 +88,16 @@ def _together(function: Callable[[], Any], times: int) -> float:
         result = function()
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / times
+
+
+def equations(jaxpr: Any) -> int:
+    """Equations of a jaxpr and of all that it contains."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        total += 1 + sum(equations(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x))
+    return total
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import kfac_optax as ko
 from benchmarks.accelerator import steps
 from benchmarks.parts import Case
-from benchmarks.timing import Program, compile_together, seconds_of
+from benchmarks.timing import Program, compile_together, equations, seconds_of
 
 PERIODS = ((10, 100), (5, 20))  # of statistics and of inverses
 ADAPT_EVERY = 5
@@ -138,19 +138,6 @@ def _compile_cost(
     lines = lowered.as_text().count("\n")
     sizes = {"equations": equations(traced.jaxpr.jaxpr), "lines of HLO": lines}
     return sizes | {"compile s": spent, "compile / SGD": spent / base[0]}
-
-
-def equations(jaxpr: Any) -> int:
-    """Equations of a jaxpr and of all that it contains."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-        total += 1 + sum(equations(getattr(x, "jaxpr", x)) for x in inner if _is_jaxpr(x))
-    return total
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
 def donation(small: bool) -> Iterable[Case]:

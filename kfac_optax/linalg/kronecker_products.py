@@ -56,7 +56,15 @@ def trace_ratio(a: Float[Array, "p p"], g: Float[Array, "q q"]) -> Float[Array, 
     >>> print(trace_ratio(4 * jnp.eye(3), jnp.eye(2)))
     2.0
     """
-    mean_a, mean_g = jnp.trace(a) / a.shape[0], jnp.trace(g) / g.shape[0]
+    return mean_ratio(jnp.trace(a) / a.shape[0], jnp.trace(g) / g.shape[0])
+
+
+def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Array, ""]:
+    """`pi = sqrt(mean_a / mean_g)` from the mean eigenvalues of both factors, as `trace_ratio`.
+
+    >>> print(mean_ratio(jnp.float32(4.0), jnp.float32(1.0)))
+    2.0
+    """
     usable = (mean_a > 0) & (mean_g > 0)
     ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
     return jnp.clip(jnp.sqrt(ratio), *_PI_RANGE)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Numeric
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
+from kfac_optax.linalg.powers import times_power
 
 METHODS = ("eigh", "newton")
 _ITERATIONS = 100
@@ -54,7 +55,7 @@ def inverse_root(
         raise ValueError(f"inverse_root: p={p!r}; expected a positive integer.")
     matrix = symmetrize(jnp.asarray(matrix, jnp.promote_types(matrix.dtype, jnp.float32)))
     exponent = _exponent(matrix)
-    scaled = jnp.ldexp(matrix, -exponent)
+    scaled = times_power(matrix, -exponent)
     root = (_by_eigh if method == "eigh" else _by_newton)(scaled, p, ridge)
     return symmetrize(root) * jnp.exp2(-exponent.astype(matrix.dtype) / p)
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax.linalg.factorize import at_least_rounding
-from kfac_optax.linalg.kronecker_products import trace_ratio
+from kfac_optax.linalg.kronecker_products import mean_ratio
 
 
 def tikhonov_shifts(
@@ -25,8 +25,5 @@ def tikhonov_shifts(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), section 6.3.
     """
-    pi, root = (
-        trace_ratio(jnp.reshape(mean_a, (1, 1)), jnp.reshape(mean_g, (1, 1))),
-        jnp.sqrt(damping),
-    )
+    pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
     return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)

@@ -17,6 +17,7 @@ from kfac_optax._tree import (
     scatter,
 )
 from kfac_optax._types import Layers, PyTree
+from kfac_optax.linalg.powers import times_power
 
 
 class Scaled(NamedTuple):
@@ -41,18 +42,6 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     )
     usable = jnp.isfinite(largest) & (largest > 0)
     return jnp.frexp(jnp.where(usable, largest, 0.5))[1].astype(jnp.int32)
-
-
-def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`x 2^exponent`, exact but for under- and overflow of the result.
-
-    In two halves, as the power alone may overflow.
-    """
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(times_power(x.real, exponent), times_power(x.imag, exponent))
-    half = exponent // 2
-    one = jnp.ones((), jnp.finfo(x.dtype).dtype)
-    return x * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
 
 
 def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
@@ -91,7 +80,7 @@ def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: An
     >>> print(inverse_root_of(jnp.float32(25.0), jnp.int32(0), 1.0, 1.0))
     0.2
     """
-    half = exponent // 2
+    half = exponent >> 1
     square = jnp.square(jnp.asarray(rate, values.dtype)) * times_power(values, exponent - 2 * half)
     usable = jnp.isfinite(square) & (square > 0)
     scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / jnp.where(usable, square, 1))

@@ -12,6 +12,7 @@ import optax
 from kfac_optax._tree import covered_leaves, wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
+from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import (
     exponent_of,
     inner_products,
@@ -19,7 +20,6 @@ from kfac_optax.step_rules._per_layer import (
     like_parameters,
     require_curvature,
     scale_layers,
-    times_power,
 )
 
 METRICS = ("damped", "exact")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kfac_optax as ko
+from benchmarks.timing import equations
 from kfac_optax._tree import gather, make_buckets, named_leaves
 from tests import helpers as h
 
@@ -226,3 +227,14 @@ def test_a_number_of_cold_steps_that_is_none_leaves_the_last_good_one():
         updates, state = jax.jit(tx.update)(params, state)
         np.testing.assert_array_equal(updates["w"], wanted)
     assert "1 values of steps" in ko.problems(state)[0]
+
+
+def test_a_layer_adds_few_equations_to_kl_clip():
+    """Programs of deep nets stay small: 16 layers of differing shapes against 8."""
+
+    def size(count):
+        grads = {str(i): jnp.ones((i + 1, 2)) for i in range(count)}
+        clip = lambda u, v: ko.kl_scale(u, v, 1.0, 1.0)
+        return equations(jax.make_jaxpr(clip)(grads, grads).jaxpr)
+
+    assert (size(16) - size(8)) / 8 < 40
