@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from benchmarks.parts import Case
 from benchmarks.timing import compile_together, seconds_of
 from kfac_optax.linalg.factorize import psd_eigh, psd_inverse
+from kfac_optax.linalg.newton import newton_inverse
 
 # size: matrices at once
 SIZES = {64: (1, 64), 256: (1, 16), 512: (1, 8), 1024: (1, 8), 2048: (1,), 4096: (1,)}
@@ -65,6 +66,7 @@ def _ways() -> dict[str, Callable[..., Any]]:
         "inverse by LU": lambda m, v, x: jnp.linalg.inv(_shifted(m)),
         "eigh": lambda m, v, x: psd_eigh(m),
         "qr": lambda m, v, x: jnp.linalg.qr(m),
+        "newton until it is an inverse": lambda m, v, x: newton_inverse(m, jnp.float32(SHIFT), x),
         "newton, 1 iteration": lambda m, v, x: _newton(_shifted(m), x, 1),
         "newton, 5 iterations": lambda m, v, x: _newton(_shifted(m), x, 5),
     }

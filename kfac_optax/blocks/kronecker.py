@@ -14,10 +14,11 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
+from kfac_optax.linalg.newton import newton_inverse
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.weighted_rows import weighted_gram
 
-INVERSES = ("eigh", "cholesky")
+INVERSES = ("eigh", "cholesky", "newton")
 SHARING = ("expand", "reduce")
 
 
@@ -65,9 +66,11 @@ def kronecker(
       `(A + pi sqrt(damping) I)^{-1} V (G + sqrt(damping)/pi I)^{-1}` with
       `pi = sqrt((tr A / p) / (tr G / q))`; the damping is the one of the last refresh. Neither
       shift is smaller than rounding of the factor's mean eigenvalue.
+    - `"newton"`: the same inverses as `"cholesky"`, refreshed by products alone from those that
+      are held, see `newton_inverse`; for accelerators.
 
     Args:
-      inverse: `"eigh"` or `"cholesky"`.
+      inverse: `"eigh"`, `"cholesky"` or `"newton"`.
       sharing: `"expand"` or `"reduce"`.
       positions: at most about this many positions of an example are measured, evenly spaced, each
         counting for those left out; `None` measures all. With `"reduce"` it has no effect.
@@ -110,16 +113,26 @@ def kronecker(
         g = g.astype(use.dtype)
         return Factors(inputs, gram(g, g, precision=precision) / use.rows)
 
+    def shifts(factors: Factors, damping: Array) -> tuple[Array, Array]:
+        mean_a, mean_g = (jnp.trace(x) / len(x) for x in factors)
+        return tikhonov_shifts(mean_a, mean_g, damping)
+
     def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
             return EigenInverse(inputs, psd_eigh(after(factors.outputs, inputs.values)))
-        mean_a, mean_g = (jnp.trace(x) / len(x) for x in factors)
-        shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
+        shift, output_shift = shifts(factors, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
         return DenseInverse(
             inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift)
         )
+
+    def refresh(held: DenseInverse, factors: Factors, damping: Array, count: Array) -> DenseInverse:
+        del count
+        shift, output_shift = shifts(factors, damping)
+        inputs = newton_inverse(factors.inputs, shift, held.inputs)
+        outputs = after(factors.outputs, inputs)
+        return DenseInverse(inputs, newton_inverse(outputs, output_shift, held.outputs))
 
     def solve(inverse: EigenInverse | DenseInverse, v: Array, damping: Array) -> Array:
         if isinstance(inverse, EigenInverse):
@@ -148,5 +161,6 @@ def kronecker(
         multiply,
         sharing=sharing,
         positions=positions,
-        solve_rows=solve_rows if inverse == "cholesky" else None,
+        refresh=refresh if inverse == "newton" else None,
+        solve_rows=None if inverse == "eigh" else solve_rows,
     )

@@ -37,7 +37,7 @@ def blocks_of(
 
     Args:
       linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks.
-      inverse: of embeddings.
+      inverse: of embeddings; `"newton"` is `"cholesky"` for them.
       normalization: `"unitwise"` gives scale and shift of each channel a 2 x 2 block, `"diagonal"` one number each.
       convolution: `"kfc"` measures patches; `"sua"` only channels, where the convolution is a plain one (no groups, not
         transposed).
@@ -66,6 +66,7 @@ def blocks_of(
             recurrence=(recurrence, "independent"),
         )
         return linear
+    inverse = "cholesky" if inverse == "newton" else inverse
     by_kind = {
         "embedding": embedding(inverse, precision=precision),
         "tied_embedding": tied_embedding(inverse, precision=precision),

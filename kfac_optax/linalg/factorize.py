@@ -95,8 +95,26 @@ def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[A
     [[0.25   0.    ]
      [0.     0.0625]]
     """
+    return cholesky_inverse(damped(matrix, shift))
+
+
+def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
+    """`M + shift I`, made symmetric, with a shift of at least `2 eps tr M`.
+
+    >>> print(damped(jnp.zeros((1, 1)), jnp.float32(0.5)))
+    [[0.5]]
+    """
     shift = jnp.maximum(shift, 2 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix))
+    return symmetrize(matrix) + shift * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+
+
+def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """`M^{-1}` of a symmetric matrix; NaN where it is not positive definite.
+
+    >>> print(cholesky_inverse(4 * jnp.eye(1)))
+    [[0.25]]
+    """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    lower = jnp.linalg.cholesky(symmetrize(matrix) + shift * identity, symmetrize_input=False)
+    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
     return jnp.matmul(half.T, half, precision=jax.lax.Precision.HIGHEST)

@@ -62,6 +62,7 @@ CHANNELS = dense_layer(4, 2, bias=True, kind="conv", channels=2)
 CASES = {
     "kronecker-eigh": Case(kronecker(), DENSE, dense_rows(2), exact=True),
     "kronecker-cholesky": Case(kronecker("cholesky"), dense_layer(3, 2, bias=True), dense_rows(2)),
+    "kronecker-newton": Case(kronecker("newton"), dense_layer(3, 2, bias=True), dense_rows(2)),
     "embedding-eigh": Case(embedding(), TABLE, lookup, exact=True),
     "embedding-cholesky": Case(embedding("cholesky"), TABLE, lookup),
     "tied": Case(tied_embedding(), TABLE, tied),

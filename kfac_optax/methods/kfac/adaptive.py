@@ -70,7 +70,8 @@ def kfac_adaptive(
         5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
         20.
-      inverse: `"cholesky"` (factored Tikhonov damping) or `"eigh"` (exact damping).
+      inverse: `"cholesky"` (factored Tikhonov damping), `"eigh"` (exact damping) or `"newton"`, see
+        `kfac`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       **options: further arguments of `kfac`.
 

@@ -73,7 +73,8 @@ def kfac(
       curvature_every: period of the statistics.
       inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
-      inverse: `"eigh"` (exact damping) or `"cholesky"` (factored Tikhonov damping).
+      inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping), or `"newton"`
+        (the same, refreshed by matrix products from the last inverse; for accelerators).
       uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
         of the others' updates, and clipped with them), `"diagonal"` (diagonal of the Fisher) or
         `"raise"`.
