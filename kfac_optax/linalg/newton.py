@@ -21,11 +21,11 @@ def newton_inverse(
     """`(M + shift I)^{-1}` by the iteration `X <- X (2 I - (M + shift I) X)` from `start`; by
     Cholesky where that does not converge.
 
-    It takes products only, which an accelerator does at full speed and a factorisation does not.
-    With `R = I - (M + shift I) X` the next residual is `R^2`, so that near `start` a few steps are
+    It takes products only, where a factorisation goes column by column. With
+    `R = I - (M + shift I) X` the next residual is `R^2`, so that near `start` a few steps are
     enough. The start is divided by `1 + ||R|| / 2`: all eigenvalues of `R` are then below one in
-    size, however far a symmetric positive definite `start` is. Batched by `vmap`, the
-    factorisation runs only if one of the matrices needs it.
+    size, however far a symmetric positive definite `start` is. Batched by `vmap`, the factorisation
+    runs only if one of the matrices needs it.
 
     Args:
       matrix: symmetric positive semi-definite.
