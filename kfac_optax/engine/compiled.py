@@ -145,12 +145,13 @@ def _places(where: str, tree: PyTree) -> list[int]:
 
 def _read(counts: list[Any]) -> int:
     """The number of the step that a state holds; waits for it."""
-    if any(isinstance(count, jax.core.Tracer) for count in counts):
+    try:
+        numbers = {int(count) for count in counts}
+    except jax.errors.ConcretizationTypeError as error:
         raise TypeError(
             "compile_step: got traced arguments; the host has to know the number of the step. Call "
             "it outside jit, scan and grad."
-        )
-    numbers = {int(count) for count in counts}
+        ) from error
     if len(numbers) > 1:
         raise ValueError(
             f"compile_step: got states with different counts, {sorted(numbers)}; expected one "
