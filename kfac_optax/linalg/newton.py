@@ -83,9 +83,10 @@ def _iterated(
         return _Iterate(x, r, size, shrinks, state.steps + 1)
 
     # eigenvalues of M X are positive and at most 1 + ||R||: below two after the division
-    x = start / (1 + jnp.linalg.norm(residual(start)) / 2)
-    r = residual(x)
-    first = _Iterate(x, r, jnp.linalg.norm(r), jnp.bool_(True), jnp.int32(0))
+    r = residual(start)
+    part = 1 / (1 + jnp.linalg.norm(r) / 2)
+    r = (1 - part) * jnp.eye(len(r), dtype=r.dtype) + part * r  # of `part * start`
+    first = _Iterate(part * start, r, jnp.linalg.norm(r), jnp.bool_(True), jnp.int32(0))
     last = jax.lax.while_loop(unfinished, step, first)
     return better(last.x, last.residual), last.size < _FAILED
 
