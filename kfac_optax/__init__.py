@@ -10,7 +10,9 @@ from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
+from kfac_optax.blocks.split_kronecker import split_kronecker
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.couplings.coarse import coarse_correction
@@ -52,6 +54,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -142,13 +145,16 @@ __all__ = [
     "soap",
     "solve_model",
     "spring",
+    "split_kronecker",
     "sua",
     "tap_conv",
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
     "testing",
+    "thor",
     "tied_embedding",
+    "trace_gate",
     "tridiagonal",
     "trust_scale",
     "unitwise",

@@ -262,6 +262,7 @@ class Block(NamedTuple):
     absorbs: str = "columns"
     reads_inverse: bool = False
     per_example: bool = False
+    due: Callable[..., tuple[jax.Array, PyTree]] | None = None
 
 
 class Average(NamedTuple):

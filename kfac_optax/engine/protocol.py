@@ -9,7 +9,7 @@ from kfac_optax.engine.state import block_of_bucket
 
 
 def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
-    """Checks `init`, `factorize`, `solve` and `refresh` of a bucket's block against each other.
+    """Checks `init`, `factorize`, `solve`, `refresh` and `due` of a block against each other.
 
     Args:
       where: for errors.
@@ -37,6 +37,7 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
     solved = jax.eval_shape(block.solve, inverse, v, number)
     _check_same(f"{here}: solve(inverse, V, damping)", solved, v, "what V is")
     _check_refresh(here, block, statistic, inverse, number)
+    _check_due(here, block, statistic, inverse, number)
 
 
 def _check_refresh(here: str, block: Block, statistic: PyTree, inverse: PyTree, number: Any):
@@ -46,6 +47,16 @@ def _check_refresh(here: str, block: Block, statistic: PyTree, inverse: PyTree, 
     new = jax.eval_shape(block.refresh, inverse, statistic, number, count)
     name = f"{here}: refresh(inverse, statistic, damping, count)"
     _check_same(name, new, inverse, "what factorize returned")
+
+
+def _check_due(here: str, block: Block, statistic: PyTree, inverse: PyTree, number: Any):
+    if block.due is None:
+        return
+    count = jax.ShapeDtypeStruct((), "int32")
+    asked = jax.eval_shape(block.due, inverse, statistic, number, count)
+    name = f"{here}: due(inverse, statistic, damping, count)"
+    expected = jax.ShapeDtypeStruct((), "bool"), inverse
+    _check_same(name, asked, expected, "a bool and what factorize returned")
 
 
 def check_measured(where: str, bucket: Bucket, measured: PyTree, held: PyTree) -> None:

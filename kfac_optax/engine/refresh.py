@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite, make_buckets, select
-from kfac_optax._types import Average, Bucket, Coupling, Layer, PyTree
+from kfac_optax._types import Average, Block, Bucket, Coupling, Layer, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.protocol import check_measured
@@ -57,15 +57,37 @@ def _factorize(
     inverses: dict[str, PyTree] = {}
     previous: PyTree = () if state is None else _online(buckets, state)
     for bucket in buckets:
-        block, ready = block_of_bucket(bucket), after(factors[bucket.name], previous)
-        if state is None or block.refresh is None:
-            new = jax.vmap(block.factorize, (0, None))(ready, damping)
+        block, statistic = block_of_bucket(bucket), factors[bucket.name]
+        if state is None:
+            new = jax.vmap(block.factorize, (0, None))(after(statistic, previous), damping)
         else:
-            new = jax.vmap(block.refresh, (0, 0, None, None))(
-                state.inverses[bucket.name], ready, damping, state.curvature_count
-            )
+            old, count = state.inverses[bucket.name], state.curvature_count
+            new = _renewed(block, old, statistic, damping, count, previous)
         previous = inverses[bucket.name] = new
     return inverses
+
+
+def _renewed(
+    block: Block,
+    old: PyTree,
+    statistic: PyTree,
+    damping: jax.Array,
+    count: jax.Array,
+    previous: PyTree,
+) -> PyTree:
+    """New inverses of a bucket, where its layers' own rule finds them due."""
+
+    def renew() -> PyTree:
+        ready = after(statistic, previous)
+        if block.refresh is None:
+            return jax.vmap(block.factorize, (0, None))(ready, damping)
+        return jax.vmap(block.refresh, (0, 0, None, None))(old, ready, damping, count)
+
+    if block.due is None:
+        return renew()
+    due, kept = jax.vmap(block.due, (0, 0, None, None))(old, statistic, damping, count)
+    # one branch for the whole bucket: mapped over layers both of its sides would be computed
+    return jax.lax.cond(jnp.any(due), lambda: select(due, renew(), kept), lambda: kept)
 
 
 def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:

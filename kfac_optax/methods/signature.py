@@ -21,6 +21,7 @@ STATIC = (
     "positions",
     "max_dim",
     "merge",
+    "size",
     "root",
     "chunk",
     "refine",

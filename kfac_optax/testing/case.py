@@ -25,6 +25,8 @@ class Case(NamedTuple):
         `multiply + damping I`.
       averaged: the statistic is the whole average, which can be multiplied with.
       outputs: output gradients have a part in it; without, the scale of the loss has no influence.
+      scales: with a damping that follows the scale of the loss, solves do; not where it is shared
+        out between factors whatever their sizes.
     """
 
     block: Block
@@ -33,6 +35,7 @@ class Case(NamedTuple):
     exact: bool = False
     averaged: bool = True
     outputs: bool = True
+    scales: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "deflated": lambda layers: ko.kfac_two_level(
         layers, correction="a-def2", coarse_damping="galerkin", **COMMON
     ),
+    "gated": lambda layers: ko.thor(layers, size=8),
     "sketched": lambda layers: ko.rs_kfac(layers, **RANK),
     "symmetric": lambda layers: ko.rs_kfac(layers, variant="symmetric", **RANK),
     "online": lambda layers: ko.b_kfac(layers, **RANK),

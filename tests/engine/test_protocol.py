@@ -44,8 +44,13 @@ def make(**change):
             "refresh(inverse, statistic, damping, count) returned float32[3,3]; expected "
             "DenseInverse(.inputs float32[3,3], .outputs float32[2,2]), what factorize returned.",
         ),
+        (
+            dict(due=lambda inverse, statistic, damping, count: (count > 0, statistic)),
+            "due(inverse, statistic, damping, count) returned tuple([0] bool[], [1].inputs "
+            "float32[3,3], [1].outputs float32[2,2]); expected tuple(",
+        ),
     ],
-    ids=["transposed", "reduced", "dtype", "nothing", "refresh"],
+    ids=["transposed", "reduced", "dtype", "nothing", "refresh", "due"],
 )
 def test_init_names_the_function(change, message):
     with pytest.raises(ValueError, match=re.escape(HERE + message)):
