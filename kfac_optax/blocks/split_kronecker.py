@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
@@ -62,7 +62,8 @@ def split_kronecker(
     if positions is not None:
         check_number("split_kronecker", "positions", positions, at_least=1)
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> SplitFactors:
+    def init(layer: Layer, dtype: jnp.dtype) -> SplitFactors:
+        p, q = layer.shape
         return SplitFactors(group_identity(p, size, dtype), group_identity(q, size, dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> SplitFactors:

@@ -55,8 +55,9 @@ def trace_gate(
 
     >>> import kfac_optax as ko
     >>> gated = trace_gate(ko.kronecker(), (2, 1))
-    >>> held = gated.factorize(gated.init(2, 1, jnp.float32), jnp.float32(1.0))
-    >>> due, _ = gated.due(held, gated.init(2, 1, jnp.float32), jnp.float32(1.0), jnp.int32(1))
+    >>> factors = gated.init(ko.testing.dense_layer(2, 1), jnp.float32)
+    >>> held = gated.factorize(factors, jnp.float32(1.0))
+    >>> due, _ = gated.due(held, factors, jnp.float32(1.0), jnp.int32(1))
     >>> print(due)
     True
 

@@ -10,6 +10,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Use
+from kfac_optax.blocks.kronecker import Factors
 from kfac_optax.blocks.split_kronecker import SplitFactors
 from kfac_optax.linalg.groups import group_product, in_groups
 from tests import oracles
@@ -19,7 +20,8 @@ N, R, P, Q, LAM = 6, 2, 5, 4, 0.3
 
 
 def make_use(weights=None, bias=False):
-    return Use(bias, Q, N, N * R, jnp.float64, weights, P)
+    layer = ko.testing.dense_layer(P, Q, bias=bias)
+    return Use(layer, N, N * R, jnp.float64, weights)
 
 
 def dense(blocks, dimension):
@@ -177,7 +179,7 @@ def test_between_the_bounds_a_layer_keeps_its_inverse_and_is_asked_again():
 def test_the_change_is_that_of_the_damped_trace():
     a, g = 2 * np.eye(3), np.eye(2)
     block = ko.trace_gate(ko.kronecker("cholesky"), (3, 2))
-    factors = ko.kronecker().init(3, 2, jnp.float64)._replace(inputs=a, outputs=g)
+    factors = Factors(jnp.asarray(a), jnp.asarray(g))
     lam, one = jnp.asarray(LAM), jnp.int32(1)
     held = block.refresh(block.factorize(factors, lam), factors, lam, one)
     root = np.sqrt(LAM)
