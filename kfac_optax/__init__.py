@@ -6,6 +6,7 @@ from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
+from kfac_optax.blocks.inverse_free import inverse_free
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.rank_one import rank_one
@@ -54,6 +55,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.singd import ingd, singd
 from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
@@ -123,6 +125,8 @@ __all__ = [
     "from_log_density",
     "ggn",
     "graft_norm",
+    "ingd",
+    "inverse_free",
     "kfac",
     "kfac_adaptive",
     "kfac_two_level",
@@ -142,6 +146,7 @@ __all__ = [
     "scale_by_soap",
     "shampoo",
     "smw",
+    "singd",
     "soap",
     "solve_model",
     "spring",

@@ -1,6 +1,6 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, thor
+from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, singd, thor
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
@@ -14,5 +14,6 @@ CATALOGUE: dict[str, Method] = collect(
     smw.RECORDS,
     spring.RECORDS,
     thor.RECORDS,
+    singd.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -1,0 +1,173 @@
+"""INGD and SINGD: natural gradient without inverses, dense or with structured roots."""
+
+import functools
+from typing import Any
+
+import optax
+
+from kfac_optax._types import Block, Layer, Layers, Numeric, ScalarOrSchedule
+from kfac_optax.blocks.inverse_free import inverse_free
+from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.signature import flat_signature
+
+# Words of `kfac` that the block decides on; its roots move with the statistics, not at refreshes.
+_SET = ("block", "inverse", "convolution", "recurrence", "factored_gradient")
+
+
+@flat_signature(kfac, without=_SET)
+def singd(
+    layers: Layers,
+    *,
+    structure: str = "diagonal",
+    size: int = 30,
+    root_rate: Numeric = 1e-2,
+    root_momentum: Numeric = 0.5,
+    coupled: bool = True,
+    kl_clip: ScalarOrSchedule | None = None,
+    sharing: str = "expand",
+    positions: int | None = None,
+    normalization: str = "unitwise",
+    precision: Any = "highest",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """SINGD: K-FAC that follows structured roots of its inverse factors, by products alone.
+
+    `U = K K^T V C C^T` per layer, where every statistic moves `K K^T ~ A^{-1}` and
+    `C C^T ~ G^{-1}` by a step of `root_rate`, see `inverse_free`. Nothing is factorised. The state
+    is four times the numbers of a root: `d` each with `"diagonal"` and `"toeplitz"`, `d size` with
+    `"block"`, `d^2` with `"dense"` and `"triangular"`.
+
+    Embeddings and normalisation layers get the blocks of `kfac`, refreshed every `inverse_every`
+    steps.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      structure: `"dense"`, `"diagonal"`, `"block"`, `"triangular"` or `"toeplitz"`.
+      size: coordinates in a block of `"block"`, at most.
+      root_rate: step of the roots at a statistic, in (0, 1].
+      root_momentum: of these steps, in [0, 1).
+      coupled: scales each factor by the trace of the other; `False` with `root_momentum=0` is
+        IKFAC.
+      kl_clip: as for `kfac`; `None`, as here, for none.
+      sharing: positions that share a weight: `"expand"` or `"reduce"`.
+      positions: at most about this many positions of an example are measured; `None` for all.
+      normalization: scale and shift of normalisation layers: `"unitwise"`, `"diagonal"` or
+        `"pass"`.
+      precision: matmul precision of statistics, steps and solves.
+      **options: as for `kfac`. `decay` and `inverse_every` have no influence on the roots.
+
+    Returns:
+      A transformation, to be chained with the optimizer that takes the step, as `kfac`.
+
+    Raises:
+      ValueError: a hyperparameter out of range, an unknown word.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.array([[2.0, 0.0]])
+    >>> tx = singd(estimator.layers(w, x), root_rate=0.1, damping=0.0)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> [f"{u:.4f}" for u in updates.ravel()]
+    ['0.6521', '0.9950']
+
+    Reference: Lin, Dangel, Eschenhagen, Neklyudov, Kristiadi, Turner & Makhzani, Structured
+      Inverse-Free Natural Gradient: Memory-Efficient & Numerically-Stable KFAC (2024).
+    """
+    roots: dict[str, Any] = dict(root_rate=root_rate, root_momentum=root_momentum)
+    roots |= dict(coupled=coupled, sharing=sharing, positions=positions, precision=precision)
+    make = functools.partial(inverse_free, structure=structure, size=size, **roots)
+    return kfac(
+        layers,
+        block=_blocks(make, normalization, precision),
+        normalization=beside_blocks(normalization),
+        kl_clip=kl_clip,
+        precision=precision,
+        **options,
+    )
+
+
+def _blocks(make: Any, normalization: str, precision: Any) -> BlockOf:
+    """A block of roots for every shape; other kinds of layers get what `kfac` gives them."""
+    made = functools.cache(make)
+    linear = made((1, 1))
+    others = blocks_of(linear, normalization=normalization, precision=precision)
+
+    def block_of(layer: Layer) -> Block:
+        other = others(layer)
+        return made(layer.shape) if other is linear else other
+
+    return block_of
+
+
+@flat_signature(singd, without=("structure", "size"))
+def ingd(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """INGD: `singd` with dense roots, K-FAC without an inverse.
+
+    Args:
+      layers: from `fisher.layers(params, *args)`.
+      **options: as for `singd`, but `structure` and `size`.
+
+    Returns:
+      A transformation, to be chained with the optimizer that takes the step, as `kfac`.
+
+    Raises:
+      ValueError: a hyperparameter out of range, an unknown word.
+
+    >>> import jax.numpy as jnp, kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> tx = ingd(estimator.layers(jnp.zeros((2, 1)), jnp.eye(2)))
+    >>> print(tx.init(jnp.zeros((2, 1))).preconditioner.inverses["dense_2x1"].inputs.root.shape)
+    (1, 1, 2, 2)
+
+    Reference: Lin, Duruisseaux, Leok, Nielsen, Khan & Schmidt, Simplifying Momentum-based
+      Positive-definite Submanifold Optimization with Applications to Deep Learning (2023).
+    """
+    return singd(layers, structure="dense", **options)
+
+
+_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
+_TEST = "tests/blocks/test_inverse_free.py::test_steps_are_the_dense_formula"
+
+
+def _diagonal_numbers(sizes: Sizes) -> int:
+    """Roots and momenta of both sides, and the two means."""
+    return 2 * (sizes.p + sizes.q) + 2
+
+
+def _dense_numbers(sizes: Sizes) -> int:
+    return 2 * (sizes.p**2 + sizes.q**2) + 2
+
+
+RECORDS = (
+    Method(
+        name="ingd",
+        kind="preconditioner",
+        summary="roots of the inverse factors followed by products, never an inverse; "
+        "`coupled=False`: IKFAC",
+        paper="Lin, Duruisseaux, Leok, Nielsen, Khan & Schmidt (2023)",
+        equation="U = K Kᵀ V C Cᵀ, K ← K (I - β m), m from Kᵀ A K",
+        needs=frozenset({"gradient", "curvature"}),
+        state=_dense_numbers,
+        state_text="2 (p² + q²) + 2",
+        cost=("O(d³) at every statistic", "O(d³)"),
+        test=_TEST,
+        build=lambda layers, **options: ingd(layers, **(_SHORT | options)),
+        block_of=lambda layer: inverse_free(layer.shape),
+    ),
+    Method(
+        name="singd",
+        kind="preconditioner",
+        summary="the same with structured roots: `structure=` diagonal, block, triangular, toeplitz",
+        paper="Lin, Dangel, Eschenhagen, Neklyudov, Kristiadi, Turner & Makhzani (2024)",
+        equation="as ingd, m projected on the structure",
+        needs=frozenset({"gradient", "curvature"}),
+        state=_diagonal_numbers,
+        state_text="2 (p + q) + 2 with diagonal roots",
+        cost=("O(d) with diagonal roots", "O(d²)"),
+        test=_TEST,
+        build=lambda layers, **options: singd(layers, **(_SHORT | options)),
+        block_of=lambda layer: inverse_free(layer.shape, "diagonal"),
+    ),
+)
