@@ -6,11 +6,13 @@ from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
+from kfac_optax.blocks.hylo import hylo_block
 from kfac_optax.blocks.inverse_free import inverse_free
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
+from kfac_optax.blocks.skfac import skfac_block
 from kfac_optax.blocks.split_kronecker import split_kronecker
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.trace_gate import trace_gate
@@ -47,6 +49,8 @@ from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
+from kfac_optax.methods.kfac.hylo import hylo
+from kfac_optax.methods.kfac.ingd import ingd
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
@@ -55,7 +59,8 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
-from kfac_optax.methods.kfac.singd import ingd, singd
+from kfac_optax.methods.kfac.singd import singd
+from kfac_optax.methods.kfac.skfac import skfac
 from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
@@ -125,6 +130,8 @@ __all__ = [
     "from_log_density",
     "ggn",
     "graft_norm",
+    "hylo",
+    "hylo_block",
     "ingd",
     "inverse_free",
     "kfac",
@@ -147,6 +154,8 @@ __all__ = [
     "shampoo",
     "smw",
     "singd",
+    "skfac",
+    "skfac_block",
     "soap",
     "solve_model",
     "spring",

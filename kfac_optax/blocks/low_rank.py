@@ -2,19 +2,20 @@
 online.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.batch_rows import Columns, of_all_pullbacks, scaled_rows
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
 from kfac_optax.linalg.factorize import after, at_least_rounding
 from kfac_optax.linalg.gram import as_replicated, gram, homogeneous
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.online import brand_update, correct_directions
 from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
@@ -25,19 +26,9 @@ from kfac_optax.linalg.truncated_eigen import (
     of_diagonal,
     rank_for,
 )
-from kfac_optax.linalg.weighted_rows import keep_rows
 
 REST = ("mean", "smallest", "zero")
 DAMPING = ("tikhonov", "relative")
-
-
-class Columns(NamedTuple):
-    """Rows of one measurement, scaled so that their sum of products is the factor; `None` for a
-    factor that sketches.
-    """
-
-    inputs: Float[Array, "k n p"] | None
-    outputs: Float[Array, "k n q"] | None
 
 
 class _Rule(NamedTuple):
@@ -149,7 +140,7 @@ def low_rank(
     def measure(a: Array, g: Array | None, use: Use) -> Any:
         if not any(online):
             return plain.measure(a, g, use)
-        rows = _scaled_rows(a, g, use)
+        rows = scaled_rows(a, g, use, where="low_rank: online", instead="sketches (rs_kfac)")
         factors = [
             gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0)
             for y, r in zip(rows, rules)
@@ -233,7 +224,7 @@ def low_rank(
         average: Average,
     ) -> LowRankInverse:
         keys, lows = draws(average.count), []
-        for i, (old, rows, factor) in enumerate(zip(inverse, _of_all_pullbacks(columns), factors)):
+        for i, (old, rows, factor) in enumerate(zip(inverse, of_all_pullbacks(columns), factors)):
             low = old.low
             lows.append(
                 low if rows is None else follow(low, after(rows, lows), factor, average, keys[i])

@@ -1,6 +1,18 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, singd, thor
+from kfac_optax.methods.kfac import (
+    adaptive,
+    ekfac,
+    eva,
+    fixed,
+    foof,
+    hylo,
+    ingd,
+    low_rank_records,
+    singd,
+    skfac,
+    thor,
+)
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
@@ -14,6 +26,9 @@ CATALOGUE: dict[str, Method] = collect(
     smw.RECORDS,
     spring.RECORDS,
     thor.RECORDS,
+    ingd.RECORDS,
     singd.RECORDS,
+    skfac.RECORDS,
+    hylo.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

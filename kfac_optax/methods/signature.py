@@ -22,6 +22,7 @@ STATIC = (
     "max_dim",
     "merge",
     "size",
+    "rows",
     "root",
     "chunk",
     "refine",

@@ -146,7 +146,13 @@ def test_blocks_keep_the_laws(name):
     layer = Layer("x", "dense", "w", None, p, q, Layout((p, q), (p, q), (0, 1)), rows=rows)
     block = CATALOGUE[name].block_of(layer)
     exact = block.name == "kronecker (eigh)"
-    averaged = name not in ("b_kfac", "ingd", "singd")  # which keep diagonals, or no average
+    averaged = name not in (
+        "b_kfac",
+        "ingd",
+        "singd",
+        "skfac",
+        "hylo",
+    )  # which keep diagonals, or no average
     outputs = name not in ("foof", "eva_f")  # which are made of inputs alone
     kinds = dict(exact=exact, averaged=averaged, outputs=outputs)
     scales = name != "thor"  # which shares its damping out equally

@@ -1,4 +1,4 @@
-"""INGD and SINGD: natural gradient without inverses, dense or with structured roots."""
+"""SINGD: natural gradient without inverses, with structured roots."""
 
 import functools
 from typing import Any
@@ -101,34 +101,8 @@ def _blocks(make: Any, normalization: str, precision: Any) -> BlockOf:
     return block_of
 
 
-@flat_signature(singd, without=("structure", "size"))
-def ingd(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """INGD: `singd` with dense roots, K-FAC without an inverse.
-
-    Args:
-      layers: from `fisher.layers(params, *args)`.
-      **options: as for `singd`, but `structure` and `size`.
-
-    Returns:
-      A transformation, to be chained with the optimizer that takes the step, as `kfac`.
-
-    Raises:
-      ValueError: a hyperparameter out of range, an unknown word.
-
-    >>> import jax.numpy as jnp, kfac_optax as ko
-    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
-    >>> tx = ingd(estimator.layers(jnp.zeros((2, 1)), jnp.eye(2)))
-    >>> print(tx.init(jnp.zeros((2, 1))).preconditioner.inverses["dense_2x1"].inputs.root.shape)
-    (1, 1, 2, 2)
-
-    Reference: Lin, Duruisseaux, Leok, Nielsen, Khan & Schmidt, Simplifying Momentum-based
-      Positive-definite Submanifold Optimization with Applications to Deep Learning (2023).
-    """
-    return singd(layers, structure="dense", **options)
-
-
 _SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
-_TEST = "tests/blocks/test_inverse_free.py::test_steps_are_the_dense_formula"
+TEST = "tests/blocks/test_inverse_free.py::test_steps_are_the_dense_formula"
 
 
 def _diagonal_numbers(sizes: Sizes) -> int:
@@ -136,26 +110,7 @@ def _diagonal_numbers(sizes: Sizes) -> int:
     return 2 * (sizes.p + sizes.q) + 2
 
 
-def _dense_numbers(sizes: Sizes) -> int:
-    return 2 * (sizes.p**2 + sizes.q**2) + 2
-
-
 RECORDS = (
-    Method(
-        name="ingd",
-        kind="preconditioner",
-        summary="roots of the inverse factors followed by products, never an inverse; "
-        "`coupled=False`: IKFAC",
-        paper="Lin, Duruisseaux, Leok, Nielsen, Khan & Schmidt (2023)",
-        equation="U = K Kᵀ V C Cᵀ, K ← K (I - β m), m from Kᵀ A K",
-        needs=frozenset({"gradient", "curvature"}),
-        state=_dense_numbers,
-        state_text="2 (p² + q²) + 2",
-        cost=("O(d³) at every statistic", "O(d³)"),
-        test=_TEST,
-        build=lambda layers, **options: ingd(layers, **(_SHORT | options)),
-        block_of=lambda layer: inverse_free(layer.shape),
-    ),
     Method(
         name="singd",
         kind="preconditioner",
@@ -166,7 +121,7 @@ RECORDS = (
         state=_diagonal_numbers,
         state_text="2 (p + q) + 2 with diagonal roots",
         cost=("O(d) with diagonal roots", "O(d²)"),
-        test=_TEST,
+        test=TEST,
         build=lambda layers, **options: singd(layers, **(_SHORT | options)),
         block_of=lambda layer: inverse_free(layer.shape, "diagonal"),
     ),

@@ -1,0 +1,97 @@
+"""Rows of a batch as blocks keep them that need more than sums over rows."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Use
+from kfac_optax.linalg.gram import homogeneous, replicated
+from kfac_optax.linalg.weighted_rows import keep_rows
+
+
+class Columns(NamedTuple):
+    """Rows of one measurement, scaled so that their sum of products is the factor; `None` for a
+    factor that needs none.
+    """
+
+    inputs: Float[Array, "k n p"] | None
+    outputs: Float[Array, "k n q"] | None
+
+
+def scaled_rows(a: Array, g: Array | None, use: Use, *, where: str, instead: str) -> list[Array]:
+    """Rows `[n, p]` and `[n, q]` whose sums of products are the factors.
+
+    Raises:
+      ValueError: there are no output gradients, in a block `where`; `instead` is what takes none.
+    """
+    if g is None:
+        raise ValueError(
+            f"{where} needs output gradients, but this estimator measures inputs only. Use fisher, "
+            f"ggn or empirical_fisher, or {instead}."
+        )
+    a, g = a.astype(use.dtype), g.astype(use.dtype)
+    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    if use.weights is not None:  # g has its root inside
+        a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)
+    pairs = (a, use.examples), (g, use.rows)
+    return [x.reshape(-1, x.shape[-1]) / math.sqrt(count) for x, count in pairs]
+
+
+def pooled(a: Array, g: Array | None, use: Use) -> tuple[Array, Array | None, Use]:
+    """One row for every example: inputs `[N, *positions, p]` averaged over positions, output
+    gradients added up, and the use whose rows these are.
+
+    >>> from kfac_optax.testing import dense_layer
+    >>> use = Use(dense_layer(1, 1), 1, 2, jnp.float32)
+    >>> a, g, use = pooled(jnp.array([[[1.0], [3.0]]]), jnp.ones((1, 2, 1)), use)
+    >>> print(a, g, use.rows)
+    [[2.]] [[2.]] 1
+    """
+    positions = tuple(range(1, a.ndim - 1))
+    a = a.astype(use.dtype)
+    g = None if g is None else g.astype(use.dtype).sum(positions)
+    if use.weights is None:
+        return a.mean(positions), g, use._replace(rows=use.examples)
+    share = use.weights.mean(positions)
+    relative = use.weights / jnp.where(share > 0, share, 1).reshape(-1, *(1,) * len(positions))
+    mean = (keep_rows(a, use.weights) * relative[..., None].astype(use.dtype)).mean(positions)
+    return mean, g, use._replace(rows=use.examples, weights=share)
+
+
+def of_all_pullbacks(columns: Columns) -> Columns:
+    """Rows `[n, p]` and `[k n, q]`: inputs are the same in all pullbacks, output gradients of each
+    are a part of the mean.
+    """
+    a, g = jax.tree.map(replicate, columns)
+    if g is not None:
+        g = g.reshape(-1, g.shape[-1]) / math.sqrt(len(g))
+    return Columns(None if a is None else a[0], g)
+
+
+def replicate(x: Array) -> Array:
+    """A decomposition cannot be spread over explicit mesh axes."""
+    sharding = replicated(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def fill(x: Float[Array, "n d"], rows: int, where: str) -> Float[Array, "rows d"]:
+    """Rows of zeros behind the others, which add nothing to any product.
+
+    Raises:
+      ValueError: there are more already.
+
+    >>> print(fill(jnp.ones((1, 2)), 2, "here"))
+    [[1. 1.]
+     [0. 0.]]
+    """
+    if len(x) > rows:
+        raise ValueError(
+            f"{where}: a batch has {len(x)} rows (all devices and pullbacks together), but the "
+            f"state was made for {rows}. Make `layers` on a batch of the size that is used, or pass "
+            f"rows={len(x)}; ggn has a pullback for every column of the output, fisher and "
+            "empirical_fisher one."
+        )
+    return jnp.pad(x, ((0, rows - len(x)), (0, 0)))

@@ -1,0 +1,212 @@
+"""HyLo: the Fisher matrix of a few examples, inverted in their space. Mu et al. (2022)."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Average, Block, Layer, Use
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.batch_rows import Columns, pooled, replicate, scaled_rows
+from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+from kfac_optax.linalg.interpolative import interpolate, middle_of_interpolation
+
+SELECTIONS = ("kid", "kis", "switch")
+Critical = int | Callable[[Any], Any]
+
+
+class ExampleInverse(NamedTuple):
+    """Rows `u_b = vec(a_b g_b^T)` that stand for the batch, and `C`:
+    `(F + damping)^{-1} = (I - U^T C U) / damping`.
+    """
+
+    inputs: Float[Array, "r p"]
+    outputs: Float[Array, "r q"]
+    middle: Float[Array, "r r"]
+    damping: Float[Array, ""]
+
+
+class Chosen(NamedTuple):
+    """Some rows, and `C` for them."""
+
+    inputs: Float[Array, "r p"]
+    outputs: Float[Array, "r q"]
+    middle: Float[Array, "r r"]
+
+
+def hylo_block(
+    shape: tuple[int, int],
+    rank: int = 32,
+    *,
+    selection: str = "switch",
+    critical: Critical = 10,
+    seed: int = 0,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block:
+    """Block `F ~ (1/N) sum_b vec(D_b) vec(D_b)^T` of one batch, by `rank` of its examples.
+
+    `D_b = a_b g_b^T` with the inputs of an example averaged over its positions and uses of the
+    layer, and the output gradients added up. Rows `u_b = vec(D_b) / sqrt(N)` make `F = U^T U` and
+    `K = U U^T = (1/N) (a a^T) * (g g^T)`, entry by entry, and with `damping = s`
+
+        (F + s I)^{-1} V = (V - U^T C U V) / s,   C = (K + s I)^{-1}.
+
+    No row is formed, nor a matrix of the layer's size beside `V`. Where the batch has more rows
+    than `rank`:
+
+    - `"kid"`, interpolative decomposition: `U ~ P U_S` with the rows `S` of a pivoted Cholesky
+      decomposition of `K`; with `E = K - P K_S P^T` and `M = P^T (E + s I)^{-1} P`,
+      `C = M - M (K_S^{-1} + M)^{-1} M`, which is exact where `K` has this rank.
+    - `"kis"`, importance sampling: rows drawn with probability `p_b` in proportion to `|u_b|^2`,
+      with replacement, times `1 / sqrt(rank p_b)`: `U_S^T U_S` is `F` on average.
+    - `"switch"`: the first where `critical`, the second elsewhere.
+
+    Nothing is averaged: every statistic, and the damping of its step, replaces the last one.
+
+    Args:
+      shape: `[p, q]` of the layers that get it.
+      rank: rows that are kept.
+      selection: `"kid"`, `"kis"` or `"switch"`.
+      critical: of `"switch"`: how many statistics at the start are critical, or a function of their
+        number (from 1) that says so.
+      seed: of draws.
+      precision: matmul precision of products.
+
+    Returns:
+      A `Block`.
+
+    Raises:
+      ValueError: `rank < 1`, unknown `selection`, `critical` without effect.
+
+    >>> import kfac_optax as ko
+    >>> block = hylo_block((2, 1), rank=4)
+    >>> inverse = block.factorize(jnp.float32(1.0), jnp.float32(1.0))
+    >>> print(block.solve(inverse, jnp.ones((2, 1)), jnp.float32(1.0)).ravel())
+    [0.5 0.5]
+
+    Reference: Mu, Soori, Can, Gürbüzbalaban & Mehri Dehnavi, HyLo: A Hybrid Low-Rank Natural
+      Gradient Descent Method (2022).
+    """
+    _check(rank, selection, critical)
+    p, q = shape
+
+    def init(layer: Layer, dtype: jnp.dtype) -> Array:
+        return jnp.ones((), dtype)
+
+    def measure(a: Array, g: Array | None, use: Use) -> tuple[Array, Columns]:
+        a, g, use = pooled(a, g, use)
+        # the weight of an example is in g already, as its root: that of u_b
+        plain = use if use.weights is None else use._replace(weights=_counted(use.weights))
+        instead = "another block (kronecker)"
+        a, g = scaled_rows(a, g, plain, where="hylo_block", instead=instead)
+        lengths = jnp.sum(a * a, -1) * jnp.sum(g * g, -1)
+        return use.examples * jnp.sum(lengths) / (p * q), Columns(a, g)
+
+    def factorize(mean: Array, damping: Array) -> ExampleInverse:
+        """What stands for the block before its rows are known: its mean eigenvalue."""
+        inputs, outputs = (jnp.zeros((rank, d), mean.dtype) for d in shape)
+        return ExampleInverse(inputs, outputs, jnp.zeros((rank, rank), mean.dtype), mean + damping)
+
+    def refresh(inverse: ExampleInverse, mean: Array, damping: Array, count: Array):
+        return inverse  # the last statistic has made it
+
+    def absorb(
+        inverse: ExampleInverse, new: Columns, mean: Array, damping: Array, average: Average
+    ) -> ExampleInverse:
+        a, g = _rows(new)
+        gram = _gram(a, g, precision)
+        shift = jnp.maximum(damping, 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram))
+        if len(a) <= rank:
+            return ExampleInverse(*_all_rows(a, g, gram, shift, rank), shift)
+        return ExampleInverse(*select(a, g, gram, shift, average.count), shift)
+
+    def select(a: Array, g: Array, gram: Array, shift: Array, count: Array) -> Chosen:
+        def by_interpolation() -> Chosen:
+            found = interpolate(gram, rank)
+            middle = middle_of_interpolation(gram, found, shift)
+            return Chosen(a[found.rows], g[found.rows], middle)
+
+        def by_sampling() -> Chosen:
+            key = jax.random.fold_in(jax.random.key(seed), count)
+            drawn, factor = _draw(key, jnp.diagonal(gram), rank)
+            kept = factor[:, None] * gram[drawn][:, drawn] * factor
+            return Chosen(a[drawn], factor[:, None] * g[drawn], psd_inverse(kept, shift))
+
+        if selection != "switch":
+            return by_interpolation() if selection == "kid" else by_sampling()
+        # the count is the same for all layers: mapped over them this stays a branch
+        now = critical(count) if callable(critical) else count <= critical
+        return jax.lax.cond(now, by_interpolation, by_sampling)
+
+    def solve(inverse: ExampleInverse, v: Array, damping: Array) -> Array:
+        seen = jnp.matmul(inverse.inputs, v, precision=precision)
+        along = jnp.sum(seen * inverse.outputs, -1)
+        inside = jnp.matmul(inverse.middle, along, precision=precision)
+        back = jnp.matmul(inverse.inputs.T, inside[:, None] * inverse.outputs, precision=precision)
+        return (v - back) / inverse.damping
+
+    return Block(
+        f"hylo ({selection}, {rank} rows)",
+        init,
+        measure,
+        factorize,
+        solve,
+        _no_product,
+        sharing="reduce",
+        refresh=refresh,
+        absorb=absorb,
+        per_example=True,
+    )
+
+
+def _check(rank: int, selection: str, critical: Critical) -> None:
+    check_number("hylo_block", "rank", rank, at_least=1)
+    check_choice("hylo_block", "selection", selection, SELECTIONS)
+    if not callable(critical):
+        check_number("hylo_block", "critical", critical, at_least=0)
+
+
+def _counted(weights: Array) -> Array:
+    """One where an example counts at all."""
+    return (weights != 0).astype(weights.dtype)
+
+
+def _rows(columns: Columns) -> tuple[Array, Array]:
+    """Rows `[k n, p]` and `[k n, q]` with `u_b = vec(a_b g_b^T)`, of all pullbacks."""
+    a, g = jax.tree.map(replicate, columns)
+    pullbacks, examples, _ = g.shape
+    # both were divided by the root of the examples, of which there is one row each
+    g = g * math.sqrt(examples / pullbacks)
+    a = jnp.broadcast_to(a[0], (pullbacks, *a.shape[1:]))
+    return a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+
+
+def _gram(a: Array, g: Array, precision: jax.lax.PrecisionLike) -> Array:
+    """`K = U U^T`."""
+    of_inputs = jnp.matmul(a, a.T, precision=precision)
+    return symmetrize(of_inputs * jnp.matmul(g, g.T, precision=precision))
+
+
+def _all_rows(a: Array, g: Array, gram: Array, shift: Array, rank: int) -> Chosen:
+    """As they are, zeros behind them."""
+    behind = (0, rank - len(a))
+    middle = jnp.pad(psd_inverse(gram, shift), (behind, behind))
+    return Chosen(jnp.pad(a, (behind, (0, 0))), jnp.pad(g, (behind, (0, 0))), middle)
+
+
+def _draw(key: Array, lengths: Array, count: int) -> tuple[Array, Array]:
+    """Rows in proportion to their squared lengths, and what makes up for the others."""
+    total = jnp.sum(lengths)
+    share = jnp.where(total > 0, lengths / jnp.where(total > 0, total, 1), 1 / len(lengths))
+    drawn = jax.random.choice(key, len(lengths), (count,), p=share)
+    return drawn, jax.lax.rsqrt(count * share[drawn])
+
+
+def _no_product(mean: Array, v: Array) -> Array:
+    raise ValueError(
+        "hylo_block: no average is kept to multiply with. Ask the exact curvature instead (a trust "
+        "region in the exact metric), or take kfac."
+    )

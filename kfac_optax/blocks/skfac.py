@@ -1,0 +1,174 @@
+"""SKFAC: K-FAC's factors of one batch, inverted in the space of its rows. Tang et al. (2021)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Average, Block, Layer, Use
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.batch_rows import Columns, fill, of_all_pullbacks, pooled, scaled_rows
+from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.linalg.factorize import after, psd_inverse
+from kfac_optax.linalg.tikhonov import tikhonov_shifts
+
+
+class Means(NamedTuple):
+    """Mean eigenvalues of both factors."""
+
+    inputs: Float[Array, ""]
+    outputs: Float[Array, ""]
+
+
+class RowSide(NamedTuple):
+    """`X = U^T U` by its rows `U`: `(X + shift)^{-1} = (I - U^T M U) / shift`."""
+
+    rows: Float[Array, "n d"]
+    middle: Float[Array, "n n"]  # (U U^T + shift)^{-1}
+    shift: Float[Array, ""]
+
+
+class DenseSide(NamedTuple):
+    """`(X + shift)^{-1}`, of a factor with no more coordinates than rows."""
+
+    inverse: Float[Array, "d d"]
+
+
+class SampleInverse(NamedTuple):
+    """Both factors of a layer."""
+
+    inputs: RowSide | DenseSide
+    outputs: RowSide | DenseSide
+
+
+def skfac_block(
+    shape: tuple[int, int],
+    rows: int,
+    *,
+    sharing: str = "expand",
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block:
+    """Kronecker block `F ~ A (x) G` of one batch, inverted in the space of its rows.
+
+    With rows `U_A = a / sqrt(N)`, so that `A = U_A^T U_A`, and the shift `s = pi sqrt(damping)` of
+    factored Tikhonov damping,
+
+        (A + s I)^{-1} = (I - U_A^T (U_A U_A^T + s I)^{-1} U_A) / s
+
+    and likewise for `G`: matrices of the size of the batch are inverted, and none of the size of the
+    layer is formed. Nothing is averaged: every statistic, and the damping of its step, replaces the
+    last one. A factor with no more coordinates than rows is inverted as it is.
+
+    Args:
+      shape: `[p, q]` of the layers that get it.
+      rows: rows that a factor keeps, of a whole batch, all pullbacks and devices; fewer leave zeros,
+        more are an error.
+      sharing: positions of an example are rows of their own (`"expand"`), or one, inputs averaged
+        and output gradients added up (`"reduce"`).
+      precision: matmul precision of products.
+
+    Returns:
+      A `Block`.
+
+    Raises:
+      ValueError: `rows < 1`, unknown `sharing`; at the first update, more rows.
+
+    >>> import kfac_optax as ko
+    >>> block = skfac_block((3, 1), rows=2)
+    >>> means = block.init(ko.testing.dense_layer(3, 1), jnp.float32)
+    >>> inverse = block.factorize(means, jnp.float32(1.0))
+    >>> print(inverse.inputs.rows.shape, inverse.outputs.inverse.shape)
+    (2, 3) (1, 1)
+
+    Reference: Tang et al., SKFAC: Training Neural Networks with Faster Kronecker-Factored
+      Approximate Curvature (2021).
+    """
+    check_number("skfac_block", "rows", rows, at_least=1)
+    check_choice("skfac_block", "sharing", sharing, SHARING)
+
+    def init(layer: Layer, dtype: jnp.dtype) -> Means:
+        return Means(jnp.ones((), dtype), jnp.ones((), dtype))
+
+    def measure(a: Array, g: Array | None, use: Use) -> tuple[Means, Columns]:
+        if sharing == "reduce":
+            a, g, use = pooled(a, g, use)
+        instead = "another block (kronecker)"
+        scaled = scaled_rows(a, g, use, where="skfac_block", instead=instead)
+        sizes = zip(scaled, shape, strict=True)
+        return Means(*(jnp.sum(x * x) / d for x, d in sizes)), Columns(*scaled)
+
+    def factorize(means: Means, damping: Array) -> SampleInverse:
+        """What stands for a factor before its rows are known: its mean eigenvalue."""
+        shifts = tikhonov_shifts(*means, damping)
+        sides = zip(means, shifts, shape, strict=True)
+        return SampleInverse(*(_of_mean(mean + shift, d, rows) for mean, shift, d in sides))
+
+    def refresh(inverse: SampleInverse, means: Means, damping: Array, count: Array):
+        return inverse  # the last statistic has made it
+
+    def absorb(
+        inverse: SampleInverse, new: Columns, means: Means, damping: Array, average: Average
+    ) -> SampleInverse:
+        a, g = jax.tree.map(lambda x: fill(x, rows, "skfac_block"), of_all_pullbacks(new))
+        # of this batch alone: the means in the statistic are averages
+        mean_a, mean_g = (jnp.sum(x * x) / x.shape[1] for x in (a, g))
+        shifts = tikhonov_shifts(mean_a, mean_g, damping)
+        inputs = _side(a, shifts[0], precision)
+        return SampleInverse(inputs, _side(after(g, inputs), shifts[1], precision))
+
+    def solve(inverse: SampleInverse, v: Array, damping: Array) -> Array:
+        left = _solve_side(inverse.inputs, v, precision)
+        return _solve_side(inverse.outputs, left.T, precision).T
+
+    described = " x ".join(_described(rows, d) for d in shape)
+    pooling = ", reduce" if sharing == "reduce" else ""
+    return Block(
+        f"skfac ({described}{pooling})",
+        init,
+        measure,
+        factorize,
+        solve,
+        _no_product,
+        rows=sharing == "expand",
+        sharing=sharing,
+        refresh=refresh,
+        absorb=absorb,
+        per_example=sharing == "reduce",
+    )
+
+
+def _described(rows: int, dimension: int) -> str:
+    return f"{rows} rows of {dimension}" if rows < dimension else f"all {dimension}"
+
+
+def _of_mean(total: Array, dimension: int, rows: int) -> RowSide | DenseSide:
+    """The inverse of a multiple of the identity."""
+    if rows >= dimension:
+        return DenseSide(jnp.eye(dimension, dtype=total.dtype) / total)
+    nothing = jnp.zeros((rows, dimension), total.dtype)
+    return RowSide(nothing, jnp.zeros((rows, rows), total.dtype), total)
+
+
+def _side(rows: Array, shift: Array, precision: jax.lax.PrecisionLike) -> RowSide | DenseSide:
+    # one shift for both of its places, also where it is below rounding
+    shift = jnp.maximum(shift, 2 * jnp.finfo(rows.dtype).eps * jnp.sum(rows * rows))
+    if rows.shape[0] >= rows.shape[1]:
+        return DenseSide(psd_inverse(jnp.matmul(rows.T, rows, precision=precision), shift))
+    gram = jnp.matmul(rows, rows.T, precision=precision)
+    return RowSide(rows, psd_inverse(gram, shift), shift)
+
+
+def _solve_side(side: RowSide | DenseSide, v: Array, precision: jax.lax.PrecisionLike) -> Array:
+    if isinstance(side, DenseSide):
+        return jnp.matmul(side.inverse, v, precision=precision)
+    seen = jnp.matmul(side.rows, v, precision=precision)
+    inside = jnp.matmul(side.middle, seen, precision=precision)
+    return (v - jnp.matmul(side.rows.T, inside, precision=precision)) / side.shift
+
+
+def _no_product(means: Means, v: Array) -> Array:
+    raise ValueError(
+        "skfac_block: no average of the factors is kept to multiply with. Ask the exact curvature "
+        "instead (a trust region in the exact metric), or take kfac."
+    )

@@ -1,0 +1,79 @@
+"""A positive semi-definite matrix by some of its rows: interpolative decomposition."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Interpolation(NamedTuple):
+    """`K ~ L L^T` with `L = P L_S`, `L_S` the chosen rows of `L`, lower triangular."""
+
+    rows: Int[Array, " r"]
+    lower: Float[Array, "n r"]
+
+
+def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
+    """Chooses rows by Cholesky decomposition with the largest pivots first.
+
+    With `K = U U^T` these are the rows of `U` that a pivoted QR decomposition of `U^T` takes, and
+    `P U_S` is the projection of `U` on them. What is left, `K - L L^T`, is positive semi-definite.
+    Pivots that are rounding of the largest give columns of zeros.
+
+    >>> print(interpolate(jnp.diag(jnp.array([1.0, 4.0, 9.0])), 2).rows)
+    [2 1]
+
+    Reference: Cheng, Gimbutas, Martinsson & Rokhlin, On the Compression of Low Rank Matrices
+      (2005).
+    """
+    n, dtype = len(matrix), matrix.dtype
+    tolerance = n * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(matrix))
+
+    def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rows, lower, left = state
+        pivot = jnp.argmax(left).astype(jnp.int32)
+        good = left[pivot] > tolerance
+        # columns not made yet are zeros
+        column = matrix[:, pivot] - _product(lower, lower[pivot])
+        column = jnp.where(good, column / jnp.sqrt(jnp.where(good, left[pivot], 1)), 0)
+        left = (left - column**2).at[pivot].set(0)
+        return rows.at[j].set(pivot), lower.at[:, j].set(column), left
+
+    start = jnp.zeros(rank, jnp.int32), jnp.zeros((n, rank), dtype), jnp.diagonal(matrix)
+    rows, lower, _ = jax.lax.fori_loop(0, rank, step, start)
+    return Interpolation(rows, lower)
+
+
+def middle_of_interpolation(
+    matrix: Float[Array, "n n"], found: Interpolation, shift: Float[Array, ""]
+) -> Float[Array, "r r"]:
+    """`C` with `(K + shift I)^{-1} ~ C` on the chosen rows: `P^T (L L^T + E + shift I)^{-1} P`.
+
+    With `E = K - L L^T`, `M = P^T (E + shift I)^{-1} P` and `K_S = L_S L_S^T`,
+
+        C = M - M (K_S^{-1} + M)^{-1} M = M - M L_S (I + L_S^T M L_S)^{-1} L_S^T M,
+
+    where `K_S` may be singular.
+
+    >>> k = jnp.diag(jnp.array([1.0, 3.0]))
+    >>> middle_of_interpolation(k, interpolate(k, 2), jnp.float32(1.0)).round(3)
+    Array([[0.25, 0.  ],
+           [0.  , 0.5 ]], dtype=float32)
+    """
+    lower = found.lower
+    chosen = jnp.tril(lower[found.rows])
+    # a column of zeros belongs to no row: its part of P is zero
+    pivots = jnp.diagonal(chosen)
+    regular = chosen + jnp.diag(jnp.where(pivots > 0, 0, 1).astype(lower.dtype))
+    weights = jax.scipy.linalg.solve_triangular(regular, lower.T, trans=1, lower=True)
+    rest = psd_inverse(matrix - _product(lower, lower.T), shift)
+    m = symmetrize(_product(_product(weights, rest), weights.T))
+    seen = _product(m, chosen)
+    inside = psd_inverse(_product(chosen.T, seen), jnp.ones((), lower.dtype))
+    return symmetrize(m - _product(_product(seen, inside), seen.T))
