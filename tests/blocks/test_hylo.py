@@ -27,15 +27,25 @@ def inverse_of(block, a, g, use=None, damping=LAM, count=1):
 
 
 def absorbed(block, statistic, new, damping=LAM, count=1):
-    damping, average = jnp.asarray(damping), Average(jnp.float32(0.5), jnp.int32(count))
-    start = block.factorize(statistic, damping)
-    return block.absorb(start, new, statistic, damping, average)
+    return compiled(block)(statistic, new, jnp.asarray(damping), jnp.int32(count))
+
+
+@functools.cache
+def compiled(block):
+    @jax.jit
+    def absorb(statistic, new, damping, count):
+        start = block.factorize(statistic, damping)
+        average = Average(jnp.float32(0.5), count)
+        return block.absorb(start, new, statistic, damping, average)
+
+    return absorb
 
 
 def dense(block, inverse):
     """The matrix of a solve, rows of `V` one after another."""
     eye = jnp.eye(P * Q).reshape(-1, P, Q)
-    return np.asarray(jax.vmap(lambda v: block.solve(inverse, v, None))(eye)).reshape(P * Q, -1).T
+    solve = jax.jit(jax.vmap(lambda v: block.solve(inverse, v, None)))
+    return np.asarray(solve(eye)).reshape(P * Q, -1).T
 
 
 def fisher(a, g, weights=1.0):
@@ -145,7 +155,7 @@ def test_rows_of_all_pullbacks_and_devices_are_a_mean():
 def test_sampled_rows_have_the_fisher_matrix_for_mean():
     """Within four standard errors of it, entry by entry; and they are drawn anew every time."""
     a, g = batch()
-    block = ko.hylo_block((P, Q), 3, selection="kis")
+    block = of_kind("kis")
     statistic, new = block.measure(a, g, make_use())
     new = jax.tree.map(lambda x: x[None], new)
 
@@ -167,17 +177,22 @@ def test_sampled_rows_have_the_fisher_matrix_for_mean():
 
 def test_the_middle_of_sampled_rows_inverts_them():
     a, g = batch()
-    block = ko.hylo_block((P, Q), 3, selection="kis")
+    block = of_kind("kis")
     inverse = inverse_of(block, a, g)
     drawn = fisher(inverse.inputs, inverse.outputs) * 3
     np.testing.assert_allclose(dense(block, inverse), damped_inverse(drawn), rtol=1e-10, atol=1e-12)
+
+
+@functools.cache
+def of_kind(selection):
+    return ko.hylo_block((P, Q), 3, selection=selection)
 
 
 @pytest.mark.parametrize("critical", [2, lambda count: count == 3])
 def test_the_switch_decomposes_where_it_is_critical(critical):
     a, g = batch()
     block = ko.hylo_block((P, Q), 3, critical=critical)
-    kinds = {name: ko.hylo_block((P, Q), 3, selection=name) for name in ("kid", "kis")}
+    kinds = {name: of_kind(name) for name in ("kid", "kis")}
     for count in (1, 2, 3, 4):
         now = critical(count) if callable(critical) else count <= critical
         want = inverse_of(kinds["kid" if now else "kis"], a, g, count=count)

@@ -21,44 +21,58 @@ def make_use(examples, rows, weights=None, bias=False):
 
 def solved(block, statistic, new, v, damping=LAM):
     """What `block` makes of `V` once a batch has come in."""
-    damping = jnp.asarray(damping)
-    inverse = block.absorb(block.factorize(statistic, damping), new, statistic, damping, NEVER)
-    return block.solve(inverse, v, damping)
+
+    @jax.jit
+    def solve(statistic, new, v, damping):
+        start = block.factorize(statistic, damping)
+        inverse = block.absorb(start, new, statistic, damping, NEVER)
+        return block.solve(inverse, v, damping)
+
+    return solve(statistic, new, v, jnp.asarray(damping))
 
 
 def with_pullbacks(new):
     return jax.tree.map(lambda x: x[None], new)
 
 
-@pytest.mark.parametrize("examples", [2, 6, 12], ids=["few", "between", "many"])
-@pytest.mark.parametrize("bias", [False, True])
+def damped(factors):
+    """`(A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I)`, formed."""
+    mean_a, mean_g = (np.trace(x) / len(x) for x in factors)
+    pi, root = np.sqrt(mean_a / mean_g), np.sqrt(LAM)
+    shifts = pi * root, root / pi
+    return np.kron(*(x + s * np.eye(len(x)) for x, s in zip(factors, shifts, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("examples", "bias"), [(2, True), (3, False), (6, True)], ids=["few", "between", "many"]
+)
 def test_it_is_factored_tikhonov_of_the_batch(examples, bias):
-    """With fewer rows than outputs, than inputs alone, and than neither; weights, padding NaN."""
+    """Fewer rows than outputs, than inputs alone, more than both; weights, padding of NaN."""
     a, g = oracles.normal(0, (examples, 2, P)), oracles.normal(1, (examples, 2, Q))
     weights = np.random.default_rng(2).uniform(0.5, 2, (examples, 2))
     weights[0] = 0
     g = jnp.where(weights[..., None] == 0, 0, g)
     use = make_use(examples, 2 * examples, jnp.asarray(weights), bias)
-    block = ko.skfac_block((P + bias, Q), 2 * examples + 1)
+    block = ko.skfac_block((P + bias, Q), 2 * examples)
     statistic, new = block.measure(a.at[0].set(jnp.nan), g, use)
-    full = ko.kronecker("cholesky")
-    factors = full.measure(a, g, use)
+    factors = ko.kronecker().measure(a, g, use)
     for mean, factor in zip(statistic, factors, strict=True):
         np.testing.assert_allclose(mean, np.trace(factor) / len(factor), rtol=1e-12)
-    v, lam = oracles.normal(3, (P + bias, Q)), jnp.asarray(LAM)
-    want = full.solve(full.factorize(factors, lam), v, lam)
-    got = solved(block, statistic, with_pullbacks(new), v)
+    v = oracles.normal(3, (P + bias, Q))
+    want = np.ravel(v) @ np.linalg.inv(damped(factors))
+    got = np.ravel(solved(block, statistic, with_pullbacks(new), v))
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
 def test_pooled_positions_are_those_of_kfac_reduce():
     a, g = oracles.normal(0, (4, 3, P)), oracles.normal(1, (4, 3, Q))
-    block, full = ko.skfac_block((P, Q), 4, sharing="reduce"), ko.kronecker("cholesky")
+    block = ko.skfac_block((P, Q), 4, sharing="reduce")
     statistic, new = block.measure(a, g, make_use(4, 12))
-    factors = full.measure(a.mean(1), g.sum(1), make_use(4, 4))
-    v, lam = oracles.normal(3, (P, Q)), jnp.asarray(LAM)
-    want = full.solve(full.factorize(factors, lam), v, lam)
-    np.testing.assert_allclose(solved(block, statistic, with_pullbacks(new), v), want, rtol=1e-9)
+    factors = ko.kronecker().measure(a.mean(1), g.sum(1), make_use(4, 4))
+    v = oracles.normal(3, (P, Q))
+    got = np.ravel(solved(block, statistic, with_pullbacks(new), v))
+    want = np.ravel(v) @ np.linalg.inv(damped(factors))
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
 
 
 def test_a_large_damping_leaves_the_gradient():
@@ -81,21 +95,28 @@ def problem(inputs=23, outputs=17, examples=4):
 def test_a_step_is_kfac_without_memory_and_with_any_estimator():
     """Two batches; the second has fewer examples than there is room for."""
     empirical, ggn, w, x, y = problem(6, 3)
-    for estimator, arguments, rows in ((empirical, (x, y), 4), (ggn, (x,), 12)):
+    for estimator, arguments, rows, counts in (
+        (empirical, (x, y), 4, (4, 3)),
+        (ggn, (x,), 12, (4,)),
+    ):
         layers = estimator.layers(w, *arguments)
         options = dict(damping=LAM, curvature_every=1)
         tx = ko.skfac(layers, rows=rows, **options)
         plain = ko.kfac(
             layers, inverse="cholesky", kl_clip=None, decay=0.0, inverse_every=1, **options
         )
-        states = [jax.jit(tx.init)(w) for tx in (tx, plain)]
-        for count in (4, 3):
-            curvature = estimator.at(w, *(z[:count] for z in arguments))
-            results = []
-            for i, each in enumerate((tx, plain)):
-                update, states[i] = each.update(w, states[i], w, curvature=curvature)
-                results.append(update)
-            np.testing.assert_allclose(*results, rtol=1e-8, atol=1e-11)
+
+        @jax.jit
+        def both(states, *batch, txs=(tx, plain), estimator=estimator):
+            curvature = estimator.at(w, *batch)
+            pairs = zip(txs, states, strict=True)
+            return [each.update(w, state, w, curvature=curvature) for each, state in pairs]
+
+        states = [tx.init(w), plain.init(w)]
+        for count in counts:
+            (got, one), (want, two) = both(states, *(z[:count] for z in arguments))
+            np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-11)
+            states = [one, two]
 
 
 def sizes(program):

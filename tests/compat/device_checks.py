@@ -647,6 +647,38 @@ def samples():
             replicated = jax.device_put((params, state), P())
             batch = jax.device_put((x, weights), P("data"))
             _same(step(given)[1](*replicated, *batch), expected)
+def examples():
+    """Rows that devices join, and roots that move by means over all of them: updates of the whole
+    batch, under `shard_map` and on explicit axes.
+    """
+    x, _, weights = _data()
+    estimator, params = ko.ggn(_weighted), h.plain_params()
+    layers = estimator.layers(params, x, weights)
+    presets = (
+        functools.partial(ko.skfac, rows=4 * EXAMPLES),  # a column for each of four classes
+        functools.partial(ko.hylo, rank=6, selection="kid"),
+        functools.partial(ko.singd, structure="block", size=3, root_rate=0.5),
+    )
+
+    def step(make, axis_name=None):
+        tx = make(layers, damping=0.05, axis_name=axis_name)
+
+        def update(params, x, weights):  # any gradient will do, so the parameters serve
+            curvature = estimator.at(params, x, weights)
+            return tx.update(params, tx.init(params), params, curvature=curvature, refresh=False)[0]
+
+        return update
+
+    manual = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    explicit = jax.make_mesh((DEVICES,), ("data",))
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    for make in presets:
+        expected = jax.device_get(jax.jit(step(make))(params, x, weights))
+        mapped = jax.shard_map(step(make, "data"), mesh=manual, check_vma=True, **specs)
+        _same(jax.jit(mapped)(params, x, weights), expected)
+        with jax.set_mesh(explicit):
+            arguments = jax.device_put(params, P()), *jax.device_put((x, weights), P("data"))
+            _same(jax.jit(step(make))(*arguments), expected)
 
 
 CHECKS = {
@@ -670,6 +702,7 @@ CHECKS = {
         means,
         moments,
         samples,
+        examples,
     )
 }
 
