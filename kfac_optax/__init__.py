@@ -2,6 +2,7 @@
 
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax.blocks.delayed import delayed
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -12,6 +13,7 @@ from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
+from kfac_optax.blocks.similarity_gate import similarity_gate
 from kfac_optax.blocks.skfac import skfac_block
 from kfac_optax.blocks.split_kronecker import split_kronecker
 from kfac_optax.blocks.sua import sua
@@ -114,6 +116,7 @@ __all__ = [
     "compile_step",
     "coverage",
     "deflated",
+    "delayed",
     "diagnostics",
     "diagonal",
     "ekfac",
@@ -153,6 +156,7 @@ __all__ = [
     "scale_by_soap",
     "shampoo",
     "smw",
+    "similarity_gate",
     "singd",
     "skfac",
     "skfac_block",

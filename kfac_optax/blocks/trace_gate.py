@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kfac_optax._types import Block, Numeric, PyTree
 from kfac_optax._validate import check_number
+from kfac_optax.blocks.own_rules import check_without_rules
 
 
 class Gated(NamedTuple):
@@ -109,16 +110,10 @@ def _check(block: Block, refresh_above: Numeric, freeze_below: Numeric) -> None:
     where = "trace_gate"
     check_number(where, "refresh_above", refresh_above, at_least=0)
     check_number(where, "freeze_below", freeze_below, at_least=0)
+    check_without_rules(where, block)
     numbers = not any(isinstance(x, jax.Array) for x in (refresh_above, freeze_below))
     if numbers and freeze_below > refresh_above:
         raise ValueError(
             f"{where}: freeze_below={freeze_below!r} and refresh_above={refresh_above!r}; expected "
             "freeze_below <= refresh_above: a layer cannot be refreshed and frozen at once."
-        )
-    own = [word for word in ("refresh", "absorb", "due") if getattr(block, word) is not None]
-    if own or block.reads_inverse:
-        raise ValueError(
-            f"{where}: block {block.name!r} has a rule of its own for what it holds "
-            f"({', '.join(own) or 'reads_inverse'}); expected one that is factorised anew at every "
-            "refresh, such as kronecker() or split_kronecker()."
         )

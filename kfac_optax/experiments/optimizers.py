@@ -174,6 +174,11 @@ OPTIMIZERS = {
     "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
     "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
     "ekfac": Optimizer("EKFAC", True, _preset(ko.ekfac)),
+    "thor": Optimizer("THOR", True, _preset(ko.thor)),
+    "ingd": Optimizer("INGD", True, _preset(ko.ingd)),
+    "singd": Optimizer("SINGD", True, _preset(ko.singd)),
+    "skfac": Optimizer("SKFAC", True, _preset(ko.skfac)),
+    "hylo": Optimizer("HyLo", True, _preset(ko.hylo)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer(
