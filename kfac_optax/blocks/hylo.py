@@ -1,6 +1,5 @@
 """HyLo: the Fisher matrix of a few examples, inverted in their space. Mu et al. (2022)."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +9,15 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.batch_rows import Columns, pooled, replicate, scaled_rows
-from kfac_optax.linalg.factorize import psd_inverse, symmetrize
-from kfac_optax.linalg.interpolative import interpolate, middle_of_interpolation
+from kfac_optax.blocks.batch_rows import Columns, pooled, scaled_rows
+from kfac_optax.blocks.example_rows import (
+    Chosen,
+    ExampleRows,
+    all_of_them,
+    by_interpolation,
+    by_sampling,
+    example_rows,
+)
 
 SELECTIONS = ("kid", "kis", "switch")
 Critical = int | Callable[[Any], Any]
@@ -27,14 +32,6 @@ class ExampleInverse(NamedTuple):
     outputs: Float[Array, "r q"]
     middle: Float[Array, "r r"]
     damping: Float[Array, ""]
-
-
-class Chosen(NamedTuple):
-    """Some rows, and `C` for them."""
-
-    inputs: Float[Array, "r p"]
-    outputs: Float[Array, "r q"]
-    middle: Float[Array, "r r"]
 
 
 def hylo_block(
@@ -116,30 +113,24 @@ def hylo_block(
     def absorb(
         inverse: ExampleInverse, new: Columns, mean: Array, damping: Array, average: Average
     ) -> ExampleInverse:
-        a, g = _rows(new)
-        gram = _gram(a, g, precision)
-        shift = jnp.maximum(damping, 2 * jnp.finfo(gram.dtype).eps * jnp.trace(gram))
-        if len(a) <= rank:
-            return ExampleInverse(*_all_rows(a, g, gram, shift, rank), shift)
-        return ExampleInverse(*select(a, g, gram, shift, average.count), shift)
+        rows = example_rows(new, precision=precision)
+        shift = jnp.maximum(damping, 2 * jnp.finfo(rows.gram.dtype).eps * jnp.trace(rows.gram))
+        return ExampleInverse(*choose(rows, shift, average.count), shift)
 
-    def select(a: Array, g: Array, gram: Array, shift: Array, count: Array) -> Chosen:
-        def by_interpolation() -> Chosen:
-            found = interpolate(gram, rank)
-            middle = middle_of_interpolation(gram, found, shift)
-            return Chosen(a[found.rows], g[found.rows], middle)
-
-        def by_sampling() -> Chosen:
+    def choose(rows: ExampleRows, shift: Array, count: Array) -> Chosen:
+        def sampled() -> Chosen:
             key = jax.random.fold_in(jax.random.key(seed), count)
-            drawn, factor = _draw(key, jnp.diagonal(gram), rank)
-            kept = factor[:, None] * gram[drawn][:, drawn] * factor
-            return Chosen(a[drawn], factor[:, None] * g[drawn], psd_inverse(kept, shift))
+            return by_sampling(rows, shift, rank, key)
 
-        if selection != "switch":
-            return by_interpolation() if selection == "kid" else by_sampling()
+        if len(rows.inputs) <= rank:
+            return all_of_them(rows, shift, rank)
+        if selection == "kis":
+            return sampled()
+        if selection == "kid":
+            return by_interpolation(rows, shift, rank)
         # the count is the same for all layers: mapped over them this stays a branch
         now = critical(count) if callable(critical) else count <= critical
-        return jax.lax.cond(now, by_interpolation, by_sampling)
+        return jax.lax.cond(now, lambda: by_interpolation(rows, shift, rank), sampled)
 
     def solve(inverse: ExampleInverse, v: Array, damping: Array) -> Array:
         seen = jnp.matmul(inverse.inputs, v, precision=precision)
@@ -172,37 +163,6 @@ def _check(rank: int, selection: str, critical: Critical) -> None:
 def _counted(weights: Array) -> Array:
     """One where an example counts at all."""
     return (weights != 0).astype(weights.dtype)
-
-
-def _rows(columns: Columns) -> tuple[Array, Array]:
-    """Rows `[k n, p]` and `[k n, q]` with `u_b = vec(a_b g_b^T)`, of all pullbacks."""
-    a, g = jax.tree.map(replicate, columns)
-    pullbacks, examples, _ = g.shape
-    # both were divided by the root of the examples, of which there is one row each
-    g = g * math.sqrt(examples / pullbacks)
-    a = jnp.broadcast_to(a[0], (pullbacks, *a.shape[1:]))
-    return a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-
-
-def _gram(a: Array, g: Array, precision: jax.lax.PrecisionLike) -> Array:
-    """`K = U U^T`."""
-    of_inputs = jnp.matmul(a, a.T, precision=precision)
-    return symmetrize(of_inputs * jnp.matmul(g, g.T, precision=precision))
-
-
-def _all_rows(a: Array, g: Array, gram: Array, shift: Array, rank: int) -> Chosen:
-    """As they are, zeros behind them."""
-    behind = (0, rank - len(a))
-    middle = jnp.pad(psd_inverse(gram, shift), (behind, behind))
-    return Chosen(jnp.pad(a, (behind, (0, 0))), jnp.pad(g, (behind, (0, 0))), middle)
-
-
-def _draw(key: Array, lengths: Array, count: int) -> tuple[Array, Array]:
-    """Rows in proportion to their squared lengths, and what makes up for the others."""
-    total = jnp.sum(lengths)
-    share = jnp.where(total > 0, lengths / jnp.where(total > 0, total, 1), 1 / len(lengths))
-    drawn = jax.random.choice(key, len(lengths), (count,), p=share)
-    return drawn, jax.lax.rsqrt(count * share[drawn])
 
 
 def _no_product(mean: Array, v: Array) -> Array:

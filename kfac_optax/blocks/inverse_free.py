@@ -1,17 +1,26 @@
 """Kronecker block whose inverse factors are followed by products alone: INGD, SINGD and IKFAC."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Numeric, Use
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.inverse_root import (
+    Root,
+    Scales,
+    first_root,
+    moved_root,
+    root_force,
+    root_moments,
+    root_scales,
+    times_square,
+)
 from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.linalg.gram import homogeneous
-from kfac_optax.linalg.groups import group_gram, group_identity, group_product
-from kfac_optax.linalg.root_structures import STRUCTURES, Structure, structure_of
+from kfac_optax.linalg.root_structures import STRUCTURES, structure_of
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.weighted_rows import keep_rows
 
@@ -21,13 +30,6 @@ class Means(NamedTuple):
 
     inputs: Array
     outputs: Array
-
-
-class Root(NamedTuple):
-    """`K`, with `K K^T ~ A^{-1}`, and the momentum of its logarithm, both in a structure."""
-
-    root: Array
-    momentum: Array
 
 
 class Roots(NamedTuple):
@@ -106,52 +108,34 @@ def inverse_free(
         a, g = _rows(a, g, use)
         p, q = shape
         means = Means(_square(a, use) / use.examples / p, jnp.sum(g * g) / use.rows / q)
-        moved = [
-            _moments(form, x, held.root, weights, precision)
-            for x, held, weights in zip((a, g), roots, (use.weights, None), strict=True)
-        ]
-        return means, Means(moved[0] / use.examples, moved[1] / use.rows)
+        of_inputs = root_moments(form, roots.inputs, a, use.weights, precision)
+        of_outputs = root_moments(form, roots.outputs, g, None, precision)
+        return means, Means(of_inputs / use.examples, of_outputs / use.rows)
 
     def factorize(means: Means, damping: Array) -> Roots:
-        made = []
-        for mean, shift, d in zip(means, tikhonov_shifts(*means, damping), shape, strict=True):
-            identity = group_identity(d, form.width(d), mean.dtype)
-            root = form.compress(identity / jnp.sqrt(mean + shift))
-            made.append(Root(root, jnp.zeros_like(root)))
-        return Roots(*made)
+        shifts = tikhonov_shifts(*means, damping)
+        sides = zip(means, shifts, shape, strict=True)
+        return Roots(*(first_root(form, mean + shift, d) for mean, shift, d in sides))
 
     def refresh(roots: Roots, means: Means, damping: Array, count: Array) -> Roots:
         return roots  # statistics have moved them already
 
     def absorb(roots: Roots, new: Means, means: Means, damping: Array, average: Average) -> Roots:
-        def scales(held: Root, h: Array, d: int) -> tuple[Array | float, Array | float]:
-            if not coupled:
-                return 1.0, 1.0
-            return _trace(form.expand(h)) / d, jnp.sum(form.expand(held.root) ** 2) / d
-
+        # both sides from the old roots
         of_inputs, of_outputs = map(scales, roots, new, shape)
-        sides = zip(roots, new, (of_outputs, of_inputs), shape, strict=True)
-        return Roots(*(move(held, h, other, damping, d) for held, h, other, d in sides))
+        inputs = move(roots.inputs, new.inputs, of_outputs, damping, shape[0])
+        return Roots(inputs, move(roots.outputs, new.outputs, of_inputs, damping, shape[1]))
 
-    def move(held: Root, h: Array, other: tuple, damping: Array, d: int) -> Root:
-        curvature, length = other
-        k = form.expand(held.root)
-        square = jnp.matmul(k.mT, k, precision=precision)
-        identity = group_identity(d, form.width(d), k.dtype)
-        force = curvature * h + form.tangent(damping * length * square - identity)
-        momentum = root_momentum * held.momentum + force / 2
-        m = form.expand(momentum)
-        beta = root_rate / jnp.maximum(1, 2 * root_rate * _spectral_bound(m))
-        moved = k - beta * jnp.matmul(k, m, precision=precision)
-        dtype = held.root.dtype  # injected numbers may be wider
-        return Root(form.compress(moved).astype(dtype), momentum.astype(dtype))
+    def scales(held: Root, moments: Array, d: int) -> Scales:
+        return root_scales(form, held, moments, d) if coupled else Scales(1.0, 1.0)
+
+    def move(held: Root, moments: Array, other: Scales, damping: Array, d: int) -> Root:
+        force = root_force(form, held, moments, other, damping, d, precision)
+        return moved_root(form, held, force, root_rate, root_momentum, precision)
 
     def solve(roots: Roots, v: Array, damping: Array) -> Array:
-        left, right = (form.expand(held.root) for held in roots)
-        half = group_product(v, right, precision=precision)
-        v = group_product(half, right.mT, precision=precision)
-        half = group_product(v.T, left, precision=precision)
-        return group_product(half, left.mT, precision=precision).T
+        right = times_square(form, roots.outputs, v, precision)
+        return times_square(form, roots.inputs, right.T, precision).T
 
     return Block(
         f"inverse-free ({structure if structure != 'block' else f'blocks of {size}'})",
@@ -202,25 +186,6 @@ def _square(a: Array, use: Use) -> Array:
     """`sum_rows w |a|^2`."""
     lengths = jnp.sum(a * a, -1)
     return jnp.sum(lengths if use.weights is None else use.weights.astype(use.dtype) * lengths)
-
-
-def _moments(
-    form: Structure, x: Array, root: Array, weights: Array | None, precision: Any
-) -> Array:
-    """`P[sum_rows w (K^T x) (K^T x)^T]`, of blocks alone where the structure has some."""
-    rotated = group_product(x, form.expand(root), precision=precision)
-    size = form.width(x.shape[-1])
-    return form.tangent(group_gram(rotated, size, weights, precision=precision))
-
-
-def _trace(blocks: Float[Array, "m s s"]) -> Array:
-    return jnp.einsum("mii->", blocks)
-
-
-def _spectral_bound(blocks: Float[Array, "m s s"]) -> Array:
-    """No less than the spectral norm: the geometric mean of the largest sums of rows and columns."""
-    rows, columns = (jnp.max(jnp.sum(jnp.abs(blocks), axis)) for axis in (-1, -2))
-    return jnp.sqrt(rows * columns)
 
 
 def _no_product(means: Means, v: Array) -> Array:

@@ -10,7 +10,15 @@ from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.batch_rows import Columns, fill, of_all_pullbacks, pooled, scaled_rows
 from kfac_optax.blocks.kronecker import SHARING
-from kfac_optax.linalg.factorize import after, psd_inverse
+from kfac_optax.blocks.sample_side import (
+    DenseSide,
+    RowSide,
+    described,
+    side_of_mean,
+    side_of_rows,
+    solve_sample_side,
+)
+from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 
 
@@ -19,20 +27,6 @@ class Means(NamedTuple):
 
     inputs: Float[Array, ""]
     outputs: Float[Array, ""]
-
-
-class RowSide(NamedTuple):
-    """`X = U^T U` by its rows `U`: `(X + shift)^{-1} = (I - U^T M U) / shift`."""
-
-    rows: Float[Array, "n d"]
-    middle: Float[Array, "n n"]  # (U U^T + shift)^{-1}
-    shift: Float[Array, ""]
-
-
-class DenseSide(NamedTuple):
-    """`(X + shift)^{-1}`, of a factor with no more coordinates than rows."""
-
-    inverse: Float[Array, "d d"]
 
 
 class SampleInverse(NamedTuple):
@@ -102,7 +96,7 @@ def skfac_block(
         """What stands for a factor before its rows are known: its mean eigenvalue."""
         shifts = tikhonov_shifts(*means, damping)
         sides = zip(means, shifts, shape, strict=True)
-        return SampleInverse(*(_of_mean(mean + shift, d, rows) for mean, shift, d in sides))
+        return SampleInverse(*(side_of_mean(mean + shift, d, rows) for mean, shift, d in sides))
 
     def refresh(inverse: SampleInverse, means: Means, damping: Array, count: Array):
         return inverse  # the last statistic has made it
@@ -114,17 +108,17 @@ def skfac_block(
         # of this batch alone: the means in the statistic are averages
         mean_a, mean_g = (jnp.sum(x * x) / x.shape[1] for x in (a, g))
         shifts = tikhonov_shifts(mean_a, mean_g, damping)
-        inputs = _side(a, shifts[0], precision)
-        return SampleInverse(inputs, _side(after(g, inputs), shifts[1], precision))
+        inputs = side_of_rows(a, shifts[0], precision)
+        return SampleInverse(inputs, side_of_rows(after(g, inputs), shifts[1], precision))
 
     def solve(inverse: SampleInverse, v: Array, damping: Array) -> Array:
-        left = _solve_side(inverse.inputs, v, precision)
-        return _solve_side(inverse.outputs, left.T, precision).T
+        left = solve_sample_side(inverse.inputs, v, precision)
+        return solve_sample_side(inverse.outputs, left.T, precision).T
 
-    described = " x ".join(_described(rows, d) for d in shape)
+    sizes = " x ".join(described(rows, d) for d in shape)
     pooling = ", reduce" if sharing == "reduce" else ""
     return Block(
-        f"skfac ({described}{pooling})",
+        f"skfac ({sizes}{pooling})",
         init,
         measure,
         factorize,
@@ -136,35 +130,6 @@ def skfac_block(
         absorb=absorb,
         per_example=sharing == "reduce",
     )
-
-
-def _described(rows: int, dimension: int) -> str:
-    return f"{rows} rows of {dimension}" if rows < dimension else f"all {dimension}"
-
-
-def _of_mean(total: Array, dimension: int, rows: int) -> RowSide | DenseSide:
-    """The inverse of a multiple of the identity."""
-    if rows >= dimension:
-        return DenseSide(jnp.eye(dimension, dtype=total.dtype) / total)
-    nothing = jnp.zeros((rows, dimension), total.dtype)
-    return RowSide(nothing, jnp.zeros((rows, rows), total.dtype), total)
-
-
-def _side(rows: Array, shift: Array, precision: jax.lax.PrecisionLike) -> RowSide | DenseSide:
-    # one shift for both of its places, also where it is below rounding
-    shift = jnp.maximum(shift, 2 * jnp.finfo(rows.dtype).eps * jnp.sum(rows * rows))
-    if rows.shape[0] >= rows.shape[1]:
-        return DenseSide(psd_inverse(jnp.matmul(rows.T, rows, precision=precision), shift))
-    gram = jnp.matmul(rows, rows.T, precision=precision)
-    return RowSide(rows, psd_inverse(gram, shift), shift)
-
-
-def _solve_side(side: RowSide | DenseSide, v: Array, precision: jax.lax.PrecisionLike) -> Array:
-    if isinstance(side, DenseSide):
-        return jnp.matmul(side.inverse, v, precision=precision)
-    seen = jnp.matmul(side.rows, v, precision=precision)
-    inside = jnp.matmul(side.middle, seen, precision=precision)
-    return (v - jnp.matmul(side.rows.T, inside, precision=precision)) / side.shift
 
 
 def _no_product(means: Means, v: Array) -> Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -72,7 +72,7 @@ def middle_of_interpolation(
     pivots = jnp.diagonal(chosen)
     regular = chosen + jnp.diag(jnp.where(pivots > 0, 0, 1).astype(lower.dtype))
     weights = jax.scipy.linalg.solve_triangular(regular, lower.T, trans=1, lower=True)
-    rest = psd_inverse(matrix - _product(lower, lower.T), shift)
+    rest = psd_inverse(after(matrix - _product(lower, lower.T), weights), shift)
     m = symmetrize(_product(_product(weights, rest), weights.T))
     seen = _product(m, chosen)
     inside = psd_inverse(_product(chosen.T, seen), jnp.ones((), lower.dtype))

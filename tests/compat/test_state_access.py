@@ -142,3 +142,16 @@ def test_a_model_of_taps_without_stored_parameters_is_an_error():
     with pytest.raises(ValueError, match=r"no layer") as error:
         estimator.layers(jnp.ones(3))
     assert "as stored" in str(error.value)
+
+
+def test_diagnostics_without_matrices_leave_eigenvalues_out():
+    """Of two layers whose mean inputs, stacked, would be a square; and of scalars."""
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+
+    def predict(params, x):
+        return ko.Normal(h.dense(h.dense(x, params["a"]), params["b"]))
+
+    layers = ko.ggn(predict).layers(params, jnp.ones((3, 2)))
+    for tx in (ko.eva(layers, kl_clip=None), ko.singd(layers)):
+        numbers = ko.diagnostics(tx.init(params))
+        assert "eigenvalue_max" not in numbers and int(numbers["failed_inverses"]) == 0

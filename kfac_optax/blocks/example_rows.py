@@ -1,0 +1,68 @@
+"""Examples of a batch as rows `u_b = vec(a_b g_b^T)`, and the choice of some of them."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax.blocks.batch_rows import Columns, replicate
+from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+from kfac_optax.linalg.interpolative import interpolate, middle_of_interpolation
+
+
+class ExampleRows(NamedTuple):
+    """Rows `U` with `U^T U` the Fisher matrix, never formed, and `K = U U^T`."""
+
+    inputs: Float[Array, "n p"]
+    outputs: Float[Array, "n q"]
+    gram: Float[Array, "n n"]
+
+
+class Chosen(NamedTuple):
+    """Some rows, and `C` for them."""
+
+    inputs: Float[Array, "r p"]
+    outputs: Float[Array, "r q"]
+    middle: Float[Array, "r r"]
+
+
+def example_rows(columns: Columns, *, precision: jax.lax.PrecisionLike) -> ExampleRows:
+    """Rows of all pullbacks, of one row `a / sqrt(N)`, `g / sqrt(N)` for every example."""
+    a, g = jax.tree.map(replicate, columns)
+    pullbacks, examples, _ = g.shape
+    # both were divided by the root of N, which their product is to be divided by once
+    g = (g * math.sqrt(examples / pullbacks)).reshape(-1, g.shape[-1])
+    a = jnp.broadcast_to(a[0], (pullbacks, *a.shape[1:])).reshape(-1, a.shape[-1])
+    of_inputs = jnp.matmul(a, a.T, precision=precision)
+    of_outputs = jnp.matmul(g, g.T, precision=precision)
+    return ExampleRows(a, g, symmetrize(of_inputs * of_outputs))
+
+
+def all_of_them(rows: ExampleRows, shift: Array, rank: int) -> Chosen:
+    """As they are, zeros behind them: `C = (K + shift I)^{-1}`."""
+    behind = (0, rank - len(rows.gram))
+    inputs, outputs = (jnp.pad(x, (behind, (0, 0))) for x in (rows.inputs, rows.outputs))
+    return Chosen(inputs, outputs, jnp.pad(psd_inverse(rows.gram, shift), (behind, behind)))
+
+
+def by_interpolation(rows: ExampleRows, shift: Array, rank: int) -> Chosen:
+    """Those that the others are best written in."""
+    found = interpolate(rows.gram, rank)
+    middle = middle_of_interpolation(rows.gram, found, shift)
+    return Chosen(rows.inputs[found.rows], rows.outputs[found.rows], middle)
+
+
+def by_sampling(rows: ExampleRows, shift: Array, rank: int, key: Array) -> Chosen:
+    """Drawn in proportion to their squared lengths, with replacement, and scaled to make up for
+    the others.
+    """
+    lengths = jnp.diagonal(rows.gram)
+    total = jnp.sum(lengths)
+    share = jnp.where(total > 0, lengths / jnp.where(total > 0, total, 1), 1 / len(lengths))
+    drawn = jax.random.choice(key, len(lengths), (rank,), p=share)
+    factor = jax.lax.rsqrt(rank * share[drawn])
+    gram = factor[:, None] * rows.gram[drawn][:, drawn] * factor
+    outputs = factor[:, None] * rows.outputs[drawn]
+    return Chosen(rows.inputs[drawn], outputs, psd_inverse(gram, shift))
