@@ -243,6 +243,10 @@ class Block(NamedTuple):
         refresh has made, an eigenbasis for example.
       per_example: `measure` needs the whole gradient of an example, so it sees all uses of a layer
         that has several at once, as with `rows`; axis 0 of what it sees has to be the examples.
+      due: `(inverse, statistic, damping, count) -> (due, inverse)`, a layer's own say about its
+        refresh, asked at every one of the schedule: whether it is worth its work, and the inverse
+        to keep if not (the same but for what the rule remembers). Where no layer of a bucket is
+        due, nothing is factorised.
     """
 
     name: str

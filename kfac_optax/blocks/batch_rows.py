@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Use
-from kfac_optax.linalg.gram import homogeneous, replicated
+from kfac_optax.linalg.gram import as_replicated, homogeneous
 from kfac_optax.linalg.weighted_rows import keep_rows
 
 
@@ -65,16 +65,10 @@ def of_all_pullbacks(columns: Columns) -> Columns:
     """Rows `[n, p]` and `[k n, q]`: inputs are the same in all pullbacks, output gradients of each
     are a part of the mean.
     """
-    a, g = jax.tree.map(replicate, columns)
+    a, g = jax.tree.map(as_replicated, columns)
     if g is not None:
         g = g.reshape(-1, g.shape[-1]) / math.sqrt(len(g))
     return Columns(None if a is None else a[0], g)
-
-
-def replicate(x: Array) -> Array:
-    """A decomposition cannot be spread over explicit mesh axes."""
-    sharding = replicated(x)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def fill(x: Float[Array, "n d"], rows: int, where: str) -> Float[Array, "rows d"]:

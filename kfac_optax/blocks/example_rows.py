@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax.blocks.batch_rows import Columns, replicate
+from kfac_optax.blocks.batch_rows import Columns
 from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+from kfac_optax.linalg.gram import as_replicated
 from kfac_optax.linalg.interpolative import interpolate, middle_of_interpolation
 
 
@@ -30,7 +31,7 @@ class Chosen(NamedTuple):
 
 def example_rows(columns: Columns, *, precision: jax.lax.PrecisionLike) -> ExampleRows:
     """Rows of all pullbacks, of one row `a / sqrt(N)`, `g / sqrt(N)` for every example."""
-    a, g = jax.tree.map(replicate, columns)
+    a, g = jax.tree.map(as_replicated, columns)
     pullbacks, examples, _ = g.shape
     # both were divided by the root of N, which their product is to be divided by once
     g = (g * math.sqrt(examples / pullbacks)).reshape(-1, g.shape[-1])

@@ -14,7 +14,6 @@ from kfac_optax.blocks.batch_rows import Columns, of_all_pullbacks, scaled_rows
 from kfac_optax.blocks.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
 from kfac_optax.linalg.factorize import after, at_least_rounding
-from kfac_optax.linalg.gram import as_replicated, gram, homogeneous
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.online import brand_update, correct_directions
@@ -306,28 +305,3 @@ def _check(
 def _trace(factor: Array) -> Array:
     """Of a factor, or of the diagonal that is kept of it."""
     return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
-
-
-def _scaled_rows(a: Array, g: Array | None, use: Use) -> list[Array]:
-    """Rows `[n, p]` and `[n, q]` whose sums of products are the factors."""
-    if g is None:
-        raise ValueError(
-            "low_rank: online updates need output gradients, but this estimator measures inputs "
-            "only. Use fisher, ggn or empirical_fisher, or sketches (rs_kfac)."
-        )
-    a, g = a.astype(use.dtype), g.astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
-    if use.weights is not None:  # g has its root inside
-        a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)
-    pairs = (a, use.examples), (g, use.rows)
-    return [x.reshape(-1, x.shape[-1]) / math.sqrt(count) for x, count in pairs]
-
-
-def _of_all_pullbacks(columns: Columns) -> tuple[Array | None, Array | None]:
-    """Inputs are the same in all pullbacks; output gradients of each are a part of the mean."""
-    a, g = columns
-    if a is not None:
-        a = as_replicated(a[0])
-    if g is not None:
-        g = as_replicated(g.reshape(-1, g.shape[-1]) / math.sqrt(len(g)))
-    return a, g

@@ -70,6 +70,19 @@ def test_enough_rows_are_the_exact_inverse(rank, selection):
     np.testing.assert_allclose(got, damped_inverse(fisher(*batch())), rtol=1e-10, atol=1e-12)
 
 
+def test_with_enough_rows_it_is_the_exact_natural_gradient_of_each_layer():
+    """Of a net, with `ggn`: two columns of ten rows in all, and a bias."""
+    params, x = oracles.make_params(0, (3, 4, 2)), oracles.normal(1, (5, 3))
+    estimator = ko.ggn(lambda params, x: ko.Normal(oracles.forward(params, x)[0]))
+    tx = ko.hylo(estimator.layers(params, x), rank=10, damping=LAM)
+    update, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, curvature=estimator.at(p, x)))(params)
+    columns = jnp.broadcast_to(jnp.eye(2)[:, None], (2, 5, 2))
+    a, g = oracles.per_example(params, x, columns)
+    exact = oracles.block_diagonal(oracles.exact_fisher(a, g), oracles.block_sizes(a, g))
+    want = damped_inverse(exact) @ oracles.flatten(params)
+    np.testing.assert_allclose(oracles.flatten(update), want, rtol=1e-9, atol=1e-11)
+
+
 def test_decomposition_of_all_rows_is_exact():
     """Also of a matrix whose rank is that: eight rows of which four are copies."""
     a, g = (jnp.concatenate([x[:4], 2 * x[:4]]) for x in batch())

@@ -647,6 +647,8 @@ def samples():
             replicated = jax.device_put((params, state), P())
             batch = jax.device_put((x, weights), P("data"))
             _same(step(given)[1](*replicated, *batch), expected)
+
+
 def examples():
     """Rows that devices join, and roots that move by means over all of them: updates of the whole
     batch, under `shard_map` and on explicit axes.

@@ -22,6 +22,8 @@ from kfac_optax.testing.blocks import BLOCK_LAWS
 ROOT = pathlib.Path(__file__).parents[2]
 CATALOGUE = ko.CATALOGUE
 RANK = 2  # of what `build` makes
+# blocks whose statistic is no matrix to multiply with
+WITHOUT_AVERAGE = ("b_kfac", "ingd", "singd", "skfac", "hylo")
 every_method = pytest.mark.parametrize("name", CATALOGUE)
 
 
@@ -146,13 +148,7 @@ def test_blocks_keep_the_laws(name):
     layer = Layer("x", "dense", "w", None, p, q, Layout((p, q), (p, q), (0, 1)), rows=rows)
     block = CATALOGUE[name].block_of(layer)
     exact = block.name == "kronecker (eigh)"
-    averaged = name not in (
-        "b_kfac",
-        "ingd",
-        "singd",
-        "skfac",
-        "hylo",
-    )  # which keep diagonals, or no average
+    averaged = name not in WITHOUT_AVERAGE
     outputs = name not in ("foof", "eva_f")  # which are made of inputs alone
     kinds = dict(exact=exact, averaged=averaged, outputs=outputs)
     scales = name != "thor"  # which shares its damping out equally
