@@ -243,6 +243,10 @@ class Block(NamedTuple):
         refresh has made, an eigenbasis for example.
       per_example: `measure` needs the whole gradient of an example, so it sees all uses of a layer
         that has several at once, as with `rows`; axis 0 of what it sees has to be the examples.
+      root_solve: `(inverse, Z, damping) -> R Z`, `Z` of shape `[p, q]`, where `R R^T` is what
+        `solve` applies: it turns white noise into a sample of covariance `(F + damping I)^{-1}`.
+      logdet: `(inverse, damping, (p, q)) -> log det(F + damping I)`, of the matrix that `solve`
+        inverts; directions that `solve` leaves out as singular are not counted.
     """
 
     name: str
@@ -262,6 +266,8 @@ class Block(NamedTuple):
     absorbs: str = "columns"
     reads_inverse: bool = False
     per_example: bool = False
+    root_solve: Callable[..., jax.Array] | None = None
+    logdet: Callable[..., jax.Array] | None = None
 
 
 class Average(NamedTuple):
