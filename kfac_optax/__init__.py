@@ -28,6 +28,12 @@ from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
 from kfac_optax.inspection.problems import problems
+from kfac_optax.inspection.products import (
+    factors,
+    inverse_product,
+    log_determinant,
+    square_root_product,
+)
 from kfac_optax.likelihoods import (
     Bernoulli,
     Categorical,
@@ -113,6 +119,7 @@ __all__ = [
     "eva",
     "eva_f",
     "factor_metric",
+    "factors",
     "fisher",
     "foof",
     "foof_block",
@@ -120,12 +127,14 @@ __all__ = [
     "from_log_density",
     "ggn",
     "graft_norm",
+    "inverse_product",
     "kfac",
     "kfac_adaptive",
     "kfac_two_level",
     "kfac_two_level_adaptive",
     "kl_scale",
     "kronecker",
+    "log_determinant",
     "low_rank",
     "low_rank_blocks",
     "problems",
@@ -142,6 +151,7 @@ __all__ = [
     "soap",
     "solve_model",
     "spring",
+    "square_root_product",
     "sua",
     "tap_conv",
     "tap_dense",
