@@ -2,6 +2,8 @@
 
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax.bayes.laplace import laplace
+from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -27,6 +29,7 @@ from kfac_optax.estimators.protocol import Curvature
 from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.inspection.influence import influence, lissa, self_influence
 from kfac_optax.inspection.problems import problems
 from kfac_optax.inspection.products import (
     factors,
@@ -91,6 +94,7 @@ __all__ = [
     "Method",
     "Normal",
     "SampleJacobian",
+    "Posterior",
     "Use",
     "adapt_damping",
     "add_weight_decay",
@@ -127,6 +131,7 @@ __all__ = [
     "from_log_density",
     "ggn",
     "graft_norm",
+    "influence",
     "inverse_product",
     "kfac",
     "kfac_adaptive",
@@ -134,6 +139,8 @@ __all__ = [
     "kfac_two_level_adaptive",
     "kl_scale",
     "kronecker",
+    "laplace",
+    "lissa",
     "log_determinant",
     "low_rank",
     "low_rank_blocks",
@@ -146,6 +153,7 @@ __all__ = [
     "scale_by_curvature",
     "scale_by_shampoo",
     "scale_by_soap",
+    "self_influence",
     "shampoo",
     "smw",
     "soap",

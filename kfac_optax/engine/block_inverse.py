@@ -1,6 +1,5 @@
 """What blocks hold, as one block-diagonal operator on trees like the parameters."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -93,19 +92,37 @@ def of_state(where: str, state: CurvatureState, layers: Layers, block_of: BlockO
 
 def solve_tree(operator: BlockInverse, tree: PyTree) -> PyTree:
     """`(F + damping I)^{-1} v`."""
-    return _apply(operator, tree, lambda bucket: block_of_bucket(bucket).solve)
+    leaves, dtype = _leaves(operator, tree), wide_dtype(operator.inverses)
+    named: dict[str, jax.Array] = {}
+    for bucket in operator.buckets:
+        solve = jax.vmap(block_of_bucket(bucket).solve, (0, 0, None))
+        v = gather(bucket, leaves, dtype)
+        named |= scatter(bucket, solve(operator.inverses[bucket.name], v, operator.damping), leaves)
+    return replace_leaves(tree, named)
 
 
-def root_tree(where: str, operator: BlockInverse, tree: PyTree) -> PyTree:
-    """`R z` with `R R^T = (F + damping I)^{-1}`.
+def root_trees(where: str, operator: BlockInverse, trees: PyTree) -> PyTree:
+    """`R z` with `R R^T = (F + damping I)^{-1}`, for a stack of trees `[n, ...]`.
+
+    The stack is inside so that what blocks decompose for a root is decomposed once for all.
 
     Raises:
       ValueError: a block has no root.
     """
+    leaves, dtype = _leaves(operator, trees), wide_dtype(operator.inverses)
+    named: dict[str, jax.Array] = {}
+    solved: PyTree = ()
     for bucket in operator.buckets:
-        if block_of_bucket(bucket).root_solve is None:
+        root = block_of_bucket(bucket).root_solve
+        if root is None:
             raise _missing(where, bucket, "root_solve", "square root")
-    return _apply(operator, tree, lambda bucket: block_of_bucket(bucket).root_solve)
+        ready = after(operator.inverses[bucket.name], solved)
+        z = jax.vmap(lambda x, bucket=bucket: gather(bucket, x, dtype))(leaves)
+        # copies [*, n] outside, noise [n] inside: z is [n, copies, p, q]
+        of_copy = jax.vmap(root, (None, 0, None))
+        solved = jax.vmap(of_copy, (0, 1, None), 1)(ready, z, operator.damping)
+        named |= jax.vmap(lambda x, y, bucket=bucket: scatter(bucket, x, y))(solved, leaves)
+    return replace_leaves(trees, named)
 
 
 def logdet(where: str, operator: BlockInverse) -> jax.Array:
@@ -125,26 +142,20 @@ def logdet(where: str, operator: BlockInverse) -> jax.Array:
     return total
 
 
-def _apply(
-    operator: BlockInverse, tree: PyTree, function: Callable[[Bucket], Callable | None]
-) -> PyTree:
-    leaves, dtype = named_leaves(tree), wide_dtype(operator.inverses)
-    absent = [n for b in operator.buckets for x in b.layers for n in _names(x) if n not in leaves]
+def covered_names(operator: BlockInverse) -> list[str]:
+    """Parameters with a block, by path."""
+    return [name for bucket in operator.buckets for x in bucket.layers for name in _names(x)]
+
+
+def _leaves(operator: BlockInverse, tree: PyTree) -> dict[str, jax.Array]:
+    leaves = named_leaves(tree)
+    absent = [name for name in covered_names(operator) if name not in leaves]
     if absent:
         raise ValueError(
             f"kfac_optax: the vector has no leaf {absent[0]!r}, but {', '.join(leaves)}; expected "
             "a tree like the parameters that `layers` was made from."
         )
-    named: dict[str, jax.Array] = {}
-    previous: PyTree = ()
-    for bucket in operator.buckets:
-        apply = function(bucket)
-        assert apply is not None
-        ready = after(operator.inverses[bucket.name], previous)
-        v = gather(bucket, leaves, dtype)
-        previous = jax.vmap(apply, (0, 0, None))(ready, v, operator.damping)
-        named |= scatter(bucket, previous, leaves)
-    return replace_leaves(tree, named)
+    return leaves
 
 
 def _names(layer: Layer) -> list[str]:

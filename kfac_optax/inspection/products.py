@@ -12,7 +12,7 @@ from kfac_optax.engine.block_inverse import (
     covered_with,
     logdet,
     of_state,
-    root_tree,
+    root_trees,
 )
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.precondition import precondition
@@ -120,7 +120,9 @@ def square_root_product(
     where = "square_root_product"
     layers, block_of = covered_with(where, layers, block, normalization, uncovered)
     state = the_state(opt_state, CurvatureState, where)
-    return root_tree(where, of_state(where, state, layers, block_of), vector)
+    stack = jax.tree.map(lambda x: x[None], vector)
+    rooted = root_trees(where, of_state(where, state, layers, block_of), stack)
+    return jax.tree.map(lambda x: x[0], rooted)
 
 
 def log_determinant(

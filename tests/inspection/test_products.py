@@ -25,20 +25,6 @@ def made(block=None, **words):
     return params, x, layers, state, tx
 
 
-def dense(apply, params):
-    """Matrix of a linear map of trees, in the order of `oracles.flatten`."""
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    columns = jax.jit(jax.vmap(lambda e: apply(unravel(e))))(jnp.eye(len(flat)))
-    rows = [oracles.flatten(jax.tree.map(lambda x, i=i: x[i], columns)) for i in range(len(flat))]
-    order = [
-        int(np.argmax(oracles.flatten(unravel(jnp.zeros(len(flat)).at[i].set(1.0)))))
-        for i in range(len(flat))
-    ]
-    matrix = np.empty((len(flat), len(flat)))
-    matrix[:, order] = np.stack(rows, 1)
-    return matrix
-
-
 def reference(params, x):
     """The damped block diagonal, from per-example rows."""
     s = jnp.asarray(oracles.softmax_columns(oracles.forward(params, x)[0]))
@@ -50,9 +36,9 @@ def reference(params, x):
 def test_they_are_those_of_the_dense_block_diagonal(x64):
     params, x, layers, state, _ = made()
     a, g, matrix = reference(params, x)
-    inverse = dense(lambda v: ko.inverse_product(layers, state, v), params)
+    inverse = oracles.tree_matrix(lambda v: ko.inverse_product(layers, state, v), params)
     np.testing.assert_allclose(inverse @ matrix, np.eye(len(matrix)), atol=1e-9)
-    root = dense(lambda z: ko.square_root_product(layers, state, z), params)
+    root = oracles.tree_matrix(lambda z: ko.square_root_product(layers, state, z), params)
     np.testing.assert_allclose(root @ root.T, inverse, atol=1e-9)
     logdet = ko.log_determinant(layers, state)
     np.testing.assert_allclose(logdet, np.linalg.slogdet(matrix)[1], rtol=1e-9)
@@ -67,7 +53,9 @@ def test_factored_damping_and_other_blocks(x64):
     block = ko.kronecker("cholesky")
     params, x, layers, state, _ = made(block)
     matrix = oracles.factored_tikhonov(*reference(params, x)[:2], DAMPING)
-    root = dense(lambda z: ko.square_root_product(layers, state, z, block=block), params)
+    root = oracles.tree_matrix(
+        lambda z: ko.square_root_product(layers, state, z, block=block), params
+    )
     np.testing.assert_allclose(root @ root.T @ matrix, np.eye(len(matrix)), atol=1e-9)
     logdet = ko.log_determinant(layers, state, block=block)
     np.testing.assert_allclose(logdet, np.linalg.slogdet(matrix)[1], rtol=1e-9)
