@@ -122,5 +122,5 @@ def _measured(
 
 
 def _start(bucket: Bucket, dtype: Any) -> PyTree:
-    one = block_of_bucket(bucket).init(*bucket.shape, dtype)
+    one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
     return jax.tree.map(lambda x: jnp.repeat(x[None], bucket.copies, 0), one)

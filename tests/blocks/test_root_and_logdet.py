@@ -122,7 +122,7 @@ def test_who_has_them():
     with_both = [kronecker(), kronecker("cholesky"), ekfac_block(), low_rank(2), rank_one()]
     for block in [*with_both, diagonal(), unitwise(), foof_block(), foof_block("tied_embedding")]:
         assert block.root_solve is not None and block.logdet is not None, block.name
-    for block in (recurrent(), sua(2)):
+    for block in (recurrent(), sua()):
         assert block.root_solve is None and block.logdet is None, block.name
 
 
@@ -140,7 +140,7 @@ def test_measured_statistics_of_one_layer():
     """From rows to a root: the whole path of a block, with a bias."""
     a, g = oracles.normal(0, (6, P - 1)), oracles.normal(1, (6, Q))
     block = kronecker("eigh")
-    factors = block.measure(a, g, Use(True, Q, 6, 6, jnp.float64, None, P - 1))
+    factors = block.measure(a, g, Use(testing.dense_layer(P - 1, Q, bias=True), 6, 6, jnp.float64))
     rows = np.concatenate([a, np.ones((6, 1))], 1)
     fisher = np.kron(rows.T @ rows / 6, np.asarray(g).T @ g / 6)
     inverse = block.factorize(factors, jnp.asarray(0.1))
