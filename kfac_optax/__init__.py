@@ -2,6 +2,7 @@
 
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax.bayes.draw import sample_params
 from kfac_optax.bayes.laplace import laplace
 from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.blocks.diagonal import diagonal
@@ -61,6 +62,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.noisy import noisy_kfac
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -144,12 +146,14 @@ __all__ = [
     "log_determinant",
     "low_rank",
     "low_rank_blocks",
+    "noisy_kfac",
     "problems",
     "quadratic_step",
     "rank_one",
     "recurrent",
     "refresh_period",
     "rs_kfac",
+    "sample_params",
     "scale_by_curvature",
     "scale_by_shampoo",
     "scale_by_soap",

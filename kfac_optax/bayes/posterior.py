@@ -11,17 +11,16 @@ from kfac_optax._tree import (
     inner,
     named_leaves,
     replace_leaves,
-    wide_dtype,
 )
 from kfac_optax._types import Bucket, PyTree
 from kfac_optax._validate import check_number
+from kfac_optax.bayes.draw import draw
 from kfac_optax.bayes.measure import Measured, factorize
 from kfac_optax.bayes.outputs import Outputs, averaged, linearized
 from kfac_optax.engine.block_inverse import (
     BlockInverse,
     covered_names,
     logdet,
-    root_trees,
     solve_tree,
 )
 from kfac_optax.estimators.curvature import Spec
@@ -86,19 +85,7 @@ class Posterior:
         Raises:
           ValueError: a block has no square root.
         """
-        leaves, dtype = named_leaves(self.mean), wide_dtype(self.mean)
-        names = covered_names(self._operator)
-        noise = {}
-        for name, draw in zip(names, jax.random.split(key, len(names)), strict=True):
-            noise[name] = jax.random.normal(draw, (count, *leaves[name].shape), dtype)
-        stack = {name: jnp.zeros((count, *x.shape), dtype) for name, x in leaves.items()}
-        spread = root_trees("Posterior.sample", self._operator, stack | noise)
-
-        def moved(name: str) -> jax.Array:
-            return leaves[name] + spread[name] / jnp.sqrt(self.size)
-
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), self.mean)
-        return replace_leaves(stacked, {name: moved(name) for name in names})
+        return draw("Posterior.sample", self._operator, self.mean, key, count, 1 / self.size)
 
     def outputs(self, *args: PyTree, batch_size: int = 32) -> Outputs:
         """Gaussian over the outputs of the model linearised at the mean, `N(f, J Sigma J^T)`.
