@@ -1,5 +1,6 @@
 """The Laplace approximation: the posterior that a trained model's curvature stands for."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -111,14 +112,13 @@ def _measured(
     """Statistics of the data; where a block measures in its inverse, in a second pass."""
     reads = any(block_of_bucket(bucket).reads_inverse for bucket in buckets)
     data = tuple(data) if reads else data
+    measure = functools.partial(mean_statistics, estimator, params, data, buckets, key, dtype)
+    if not reads:
+        return measure({})
     one = jnp.ones((), dtype)
     nothing = Measured({b.name: _start(b, dtype) for b in buckets}, {}, one)
-    basis = factorize(buckets, nothing, one)
-    measured = mean_statistics(estimator, params, data, buckets, key, dtype, basis)
-    if not reads:
-        return measured
-    basis = factorize(buckets, measured._replace(moments={}), one)
-    return mean_statistics(estimator, params, data, buckets, key, dtype, basis)
+    measured = measure(factorize(buckets, nothing, one))
+    return measure(factorize(buckets, measured._replace(moments={}), one))
 
 
 def _start(bucket: Bucket, dtype: Any) -> PyTree:

@@ -1,5 +1,6 @@
 """Statistics of a whole data set at fixed parameters, and the inverses made of them."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ def mean_statistics(
     return Measured(statistics, moments, size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def factorize(
     buckets: tuple[Bucket, ...], measured: Measured, damping: jax.Array
 ) -> dict[str, PyTree]:

@@ -35,7 +35,8 @@ def solver(x, w):
     estimator = ko.ggn(predict)
     layers = estimator.layers(w, x)
     tx = ko.kfac(layers, learning_rate=1.0, damping=DECAY)
-    _, state = tx.update(w, tx.init(w), w, curvature=estimator.at(w, x))
+    update = jax.jit(lambda w: tx.update(w, tx.init(w), w, curvature=estimator.at(w, x)))
+    _, state = update(w)
     return functools.partial(ko.inverse_product, layers, (state, ()))
 
 
