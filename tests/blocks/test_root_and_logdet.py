@@ -119,7 +119,14 @@ def test_ill_conditioned_float32_stays_finite(inverse):
 
 
 def test_who_has_them():
-    with_both = [kronecker(), kronecker("cholesky"), ekfac_block(), low_rank(2), rank_one()]
+    with_both = [
+        kronecker(),
+        kronecker("cholesky"),
+        kronecker("newton"),
+        ekfac_block(),
+        low_rank(2),
+        rank_one(),
+    ]
     for block in [*with_both, diagonal(), unitwise(), foof_block(), foof_block("tied_embedding")]:
         assert block.root_solve is not None and block.logdet is not None, block.name
     for block in (recurrent(), sua()):
