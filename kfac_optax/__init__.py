@@ -2,6 +2,9 @@
 
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax.bayes.draw import sample_params
+from kfac_optax.bayes.laplace import laplace
+from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.blocks.delayed import delayed
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
@@ -34,7 +37,14 @@ from kfac_optax.estimators.protocol import Curvature
 from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
+from kfac_optax.inspection.influence import influence, lissa, self_influence
 from kfac_optax.inspection.problems import problems
+from kfac_optax.inspection.products import (
+    factors,
+    inverse_product,
+    log_determinant,
+    square_root_product,
+)
 from kfac_optax.likelihoods import (
     Bernoulli,
     Categorical,
@@ -61,6 +71,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.noisy import noisy_kfac
 from kfac_optax.methods.kfac.singd import singd
 from kfac_optax.methods.kfac.skfac import skfac
 from kfac_optax.methods.kfac.thor import thor
@@ -96,6 +107,7 @@ __all__ = [
     "Likelihood",
     "Method",
     "Normal",
+    "Posterior",
     "SampleJacobian",
     "Use",
     "adapt_damping",
@@ -126,6 +138,7 @@ __all__ = [
     "eva",
     "eva_f",
     "factor_metric",
+    "factors",
     "fisher",
     "foof",
     "foof_block",
@@ -135,25 +148,33 @@ __all__ = [
     "graft_norm",
     "hylo",
     "hylo_block",
+    "influence",
     "ingd",
     "inverse_free",
+    "inverse_product",
     "kfac",
     "kfac_adaptive",
     "kfac_two_level",
     "kfac_two_level_adaptive",
     "kl_scale",
     "kronecker",
+    "laplace",
+    "lissa",
+    "log_determinant",
     "low_rank",
     "low_rank_blocks",
+    "noisy_kfac",
     "problems",
     "quadratic_step",
     "rank_one",
     "recurrent",
     "refresh_period",
     "rs_kfac",
+    "sample_params",
     "scale_by_curvature",
     "scale_by_shampoo",
     "scale_by_soap",
+    "self_influence",
     "shampoo",
     "similarity_gate",
     "singd",
@@ -164,6 +185,7 @@ __all__ = [
     "solve_model",
     "split_kronecker",
     "spring",
+    "square_root_product",
     "sua",
     "tap_conv",
     "tap_dense",

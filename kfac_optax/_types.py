@@ -247,6 +247,10 @@ class Block(NamedTuple):
         refresh, asked at every one of the schedule: whether it is worth its work, and the inverse
         to keep if not (the same but for what the rule remembers). Where no layer of a bucket is
         due, nothing is factorised.
+      root_solve: `(inverse, Z, damping) -> R Z`, `Z` of shape `[p, q]`, where `R R^T` is what
+        `solve` applies: it turns white noise into a sample of covariance `(F + damping I)^{-1}`.
+      logdet: `(inverse, damping, (p, q)) -> log det(F + damping I)`, of the matrix that `solve`
+        inverts; directions that `solve` leaves out as singular are not counted.
     """
 
     name: str
@@ -267,6 +271,8 @@ class Block(NamedTuple):
     reads_inverse: bool = False
     per_example: bool = False
     due: Callable[..., tuple[jax.Array, PyTree]] | None = None
+    root_solve: Callable[..., jax.Array] | None = None
+    logdet: Callable[..., jax.Array] | None = None
 
 
 class Average(NamedTuple):

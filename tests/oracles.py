@@ -194,3 +194,21 @@ def dense_block(estimator, params, args, layer):
         return gather(bucket, product, jnp.float64).ravel()
 
     return np.stack([column(k) for k in range(layer.copies * p * q)])
+
+
+def tree_matrix(apply, params):
+    """Matrix of a linear map of trees like the parameters, in the order of `flatten`."""
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    eye = jax.vmap(unravel)(jnp.eye(len(flat)))
+    columns = jax.jit(jax.vmap(apply))(eye)
+
+    def rows(stack):
+        return [
+            flatten(jax.tree.map(lambda x, i=i: np.asarray(x[i]), stack)) for i in range(len(flat))
+        ]
+
+    # column j of the result belongs to the unit vector that `flatten` puts at j
+    order = [int(np.argmax(row)) for row in rows(eye)]
+    matrix = np.empty((len(flat), len(flat)))
+    matrix[:, order] = np.stack(rows(columns), 1)
+    return matrix

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
-from kfac_optax.linalg.factorize import damped_quotient
+from kfac_optax.linalg.factorize import damped_logdet, damped_quotient, damped_root
 
 
 def diagonal() -> Block:
@@ -48,4 +48,19 @@ def diagonal() -> Block:
     def multiply(statistic: Array, v: Array) -> Array:
         return statistic * v
 
-    return Block("diagonal", init, measure, factorize, solve, multiply)
+    def root_solve(inverse: Array, z: Array, damping: Array) -> Array:
+        return damped_root(z, inverse, damping, exact=True)
+
+    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+        return damped_logdet(inverse, damping, exact=True)
+
+    return Block(
+        "diagonal",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Average, Block, Use
 from kfac_optax.blocks.kronecker import EigenInverse, Factors, kronecker
 from kfac_optax.linalg.example_moments import example_moments
-from kfac_optax.linalg.factorize import Eigen, damped_quotient
+from kfac_optax.linalg.factorize import Eigen, damped_logdet, damped_quotient, damped_root
 from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.weighted_rows import finite_padding
@@ -109,6 +109,15 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
         scaled = damped_quotient(rotated, inverse.moments, damping)
         return sandwich(u_a, scaled, u_g.T, precision=precision)
 
+    def root_solve(inverse: CorrectedInverse, z: Array, damping: Array) -> Array:
+        # noise is as white in the eigenbasis as it is outside
+        scaled = damped_root(z, inverse.moments, damping)
+        u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
+        return sandwich(u_a, scaled, u_g.T, precision=precision)
+
+    def logdet(inverse: CorrectedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+        return damped_logdet(inverse.moments, damping)
+
     return Block(
         "ekfac",
         plain.init,
@@ -120,4 +129,6 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
         absorbs="means",
         reads_inverse=True,
         per_example=True,
+        root_solve=root_solve,
+        logdet=logdet,
     )

@@ -9,7 +9,15 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
-from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import (
+    Eigen,
+    damped_logdet,
+    damped_quotient,
+    damped_root,
+    psd_eigh,
+    psd_inverse,
+    psd_root,
+)
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
@@ -128,7 +136,33 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     def multiply(factors: TokenFactors, v: Array) -> Array:
         return factors.counts[:, None] * jnp.matmul(v, factors.outputs, precision=precision)
 
-    return Block(f"embedding ({inverse})", init, measure, factorize, solve, multiply)
+    def root_solve(inverse: TokenEigenInverse | TokenDenseInverse, z: Array, damping: Array):
+        if isinstance(inverse, TokenEigenInverse):
+            vectors, values = inverse.outputs
+            scaled = damped_root(z, inverse.counts[:, None] * values, damping)
+            return jnp.matmul(scaled, vectors.T, precision=precision)
+        root, _ = psd_root(inverse.outputs)
+        return jnp.sqrt(inverse.rows)[:, None] * jnp.matmul(z, root.T, precision=precision)
+
+    def logdet(
+        inverse: TokenEigenInverse | TokenDenseInverse, damping: Array, shape: tuple[int, int]
+    ) -> Array:
+        if isinstance(inverse, TokenEigenInverse):
+            return damped_logdet(inverse.counts[:, None] * inverse.outputs.values, damping)
+        _, of_outputs = psd_root(inverse.outputs)
+        p, q = shape
+        return -q * jnp.sum(jnp.log(inverse.rows)) - p * of_outputs
+
+    return Block(
+        f"embedding ({inverse})",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
+    )
 
 
 def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
@@ -212,18 +246,39 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         return TiedInverse(lookup + lookup_shift, head + head_shift, dense)
 
     def solve(inverse: TiedInverse, v: Array, damping: Array) -> Array:
-        vectors, values = inverse.dense
-        total = inverse.lookup[:, None] + inverse.head[:, None] * jnp.maximum(values, 0)
-        return jnp.matmul(
-            jnp.matmul(v, vectors, precision=precision) / total, vectors.T, precision=precision
-        )
+        rotated = jnp.matmul(v, inverse.dense.vectors, precision=precision)
+        scaled = rotated / _total(inverse)
+        return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
 
     def multiply(factors: TiedFactors, v: Array) -> Array:
         lookup, outputs, head, inputs = _terms(factors)
         first = lookup[:, None] * jnp.matmul(v, outputs, precision=precision)
         return first + head[:, None] * jnp.matmul(v, inputs, precision=precision)
 
-    return Block(f"tied embedding ({inverse})", init, measure, factorize, solve, multiply)
+    def root_solve(inverse: TiedInverse, z: Array, damping: Array) -> Array:
+        scaled = z / jnp.sqrt(_total(inverse))
+        return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
+
+    def logdet(inverse: TiedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+        _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
+        return jnp.sum(jnp.log(_total(inverse))) - 2 * shape[0] * of_vectors
+
+    return Block(
+        f"tied embedding ({inverse})",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
+    )
+
+
+def _total(inverse: TiedInverse) -> Array:
+    """`d1 + d2 s^T`, what the sum of both terms is in the pencil's basis, `[p, q]`."""
+    values = jnp.maximum(inverse.dense.values, 0)
+    return inverse.lookup[:, None] + inverse.head[:, None] * values
 
 
 def _counts(tokens: Array, use: Use) -> Array:

@@ -10,7 +10,15 @@ from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.blocks.unitwise import unitwise
-from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import (
+    Eigen,
+    damped_logdet,
+    damped_quotient,
+    damped_root,
+    psd_eigh,
+    psd_inverse,
+    psd_root,
+)
 from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.weighted_rows import index_counts, weighted_gram
 
@@ -116,6 +124,14 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
     def multiply(moment: Array, v: Array) -> Array:
         return jnp.matmul(moment, v, precision=precision)
 
+    def root_solve(inverse: Array, z: Array, damping: Array) -> Array:
+        root, _ = psd_root(inverse)
+        return jnp.matmul(root, z, precision=precision)
+
+    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+        _, of_inverse = psd_root(inverse)
+        return -shape[1] * of_inverse
+
     return Block(
         "foof" if sharing == "expand" else f"foof ({sharing})",
         init,
@@ -126,6 +142,8 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
         sharing=sharing,
         positions=positions,
         solve_rows=solve_rows,
+        root_solve=root_solve,
+        logdet=logdet,
     )
 
 
@@ -146,7 +164,22 @@ def _lookup() -> Block:
     def multiply(counts: Array, v: Array) -> Array:
         return counts[:, None] * v
 
-    return Block("foof (tokens)", init, measure, factorize, solve, multiply)
+    def root_solve(counts: Array, z: Array, damping: Array) -> Array:
+        return damped_root(z, counts[:, None], damping, exact=True)
+
+    def logdet(counts: Array, damping: Array, shape: tuple[int, int]) -> Array:
+        return shape[1] * damped_logdet(counts, damping, exact=True)
+
+    return Block(
+        "foof (tokens)",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
+    )
 
 
 def _tied(precision: jax.lax.PrecisionLike) -> Block:
@@ -179,7 +212,24 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
     def multiply(inputs: TiedInputs, v: Array) -> Array:
         return inputs.counts[:, None] * v + jnp.matmul(v, inputs.head, precision=precision)
 
-    return Block("foof (tied)", init, measure, factorize, solve, multiply)
+    def root_solve(inverse: TiedInputsInverse, z: Array, damping: Array) -> Array:
+        vectors, values = inverse.head
+        scaled = damped_root(z, inverse.counts[:, None] + values, damping)
+        return jnp.matmul(scaled, vectors.T, precision=precision)
+
+    def logdet(inverse: TiedInputsInverse, damping: Array, shape: tuple[int, int]) -> Array:
+        return damped_logdet(inverse.counts[:, None] + inverse.head.values, damping)
+
+    return Block(
+        "foof (tied)",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
+    )
 
 
 def _scale_shift() -> Block:

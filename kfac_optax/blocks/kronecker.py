@@ -11,7 +11,15 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.linalg.factorize import Eigen, after, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import (
+    Eigen,
+    after,
+    damped_logdet,
+    damped_root,
+    psd_eigh,
+    psd_inverse,
+    psd_root,
+)
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.newton import newton_inverse
@@ -151,6 +159,25 @@ def kronecker(
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
+    def root_solve(inverse: EigenInverse | DenseInverse, z: Array, damping: Array) -> Array:
+        if isinstance(inverse, EigenInverse):
+            # noise is as white in the eigenbasis as it is outside
+            values = inverse.inputs.values[:, None] * inverse.outputs.values
+            scaled = damped_root(z, values, damping)
+            u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
+            return sandwich(u_a, scaled, u_g.T, precision=precision)
+        root_a, root_g, _ = _roots(inverse)
+        return sandwich(root_a, z, root_g.T, precision=precision)
+
+    def logdet(
+        inverse: EigenInverse | DenseInverse, damping: Array, shape: tuple[int, int]
+    ) -> Array:
+        if isinstance(inverse, EigenInverse):
+            values = inverse.inputs.values[:, None] * inverse.outputs.values
+            return damped_logdet(values, damping)
+        *_, of_inverse = _roots(inverse)
+        return -of_inverse
+
     name = f"kronecker ({inverse})" if sharing == "expand" else f"kronecker ({inverse}, {sharing})"
     return Block(
         name,
@@ -163,4 +190,13 @@ def kronecker(
         positions=positions,
         refresh=refresh if inverse == "newton" else None,
         solve_rows=None if inverse == "eigh" else solve_rows,
+        root_solve=root_solve,
+        logdet=logdet,
     )
+
+
+def _roots(inverse: DenseInverse) -> tuple[Array, Array, Array]:
+    """Square roots of both inverses, and the log determinant of their Kronecker product."""
+    root_a, logdet_a = psd_root(inverse.inputs)
+    root_g, logdet_g = psd_root(after(inverse.outputs, root_a))
+    return root_a, root_g, len(root_g) * logdet_a + len(root_a) * logdet_g

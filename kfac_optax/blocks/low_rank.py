@@ -12,7 +12,13 @@ from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.batch_rows import Columns, of_all_pullbacks, scaled_rows
 from kfac_optax.blocks.kronecker import Factors, kronecker
-from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, solve_side
+from kfac_optax.blocks.low_rank_side import (
+    LowRankInverse,
+    Side,
+    logdet_side,
+    root_side,
+    solve_side,
+)
 from kfac_optax.linalg.factorize import after, at_least_rounding
 from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
@@ -252,6 +258,14 @@ def low_rank(
         )
         return jnp.matmul(thin_a, thin_g.T, precision=precision)
 
+    def root_solve(inverse: LowRankInverse, z: Array, damping: Array) -> Array:
+        left = root_side(inverse.inputs, z, precision=precision)
+        return root_side(inverse.outputs, left.T, precision=precision).T
+
+    def logdet(inverse: LowRankInverse, damping: Array, shape: tuple[int, int]) -> Array:
+        p, q = shape
+        return q * logdet_side(inverse.inputs) + p * logdet_side(inverse.outputs)
+
     def multiply(factors: Factors, v: Array) -> Array:
         if factors.inputs.ndim < 2 or factors.outputs.ndim < 2:
             raise ValueError(
@@ -274,6 +288,8 @@ def low_rank(
         refresh=refresh,
         absorb=absorb if any(online) else None,
         solve_rows=solve_rows,
+        root_solve=root_solve,
+        logdet=logdet,
     )
 
 

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.truncated_eigen import LowRank, beyond, captured_energy, low_rank_solve
+from kfac_optax.linalg.truncated_eigen import (
+    LowRank,
+    beyond,
+    captured_energy,
+    low_rank_logdet,
+    low_rank_root,
+    low_rank_solve,
+)
 
 
 class Side(NamedTuple):
@@ -40,6 +47,19 @@ def solve_side(
     """
     kept = beyond(side.low, side.used, side.rest)
     return low_rank_solve(kept, v, side.shift, rest=side.rest, precision=precision)
+
+
+def root_side(
+    side: Side, z: Float[Array, "d k"], *, precision: jax.lax.PrecisionLike = "highest"
+) -> Float[Array, "d k"]:
+    """The square root of what `solve_side` applies, times `Z`, see `low_rank_root`."""
+    kept = beyond(side.low, side.used, side.rest)
+    return low_rank_root(kept, z, side.shift, rest=side.rest, precision=precision)
+
+
+def logdet_side(side: Side) -> Float[Array, ""]:
+    """`log det` of the damped factor that `solve_side` inverts, see `low_rank_logdet`."""
+    return low_rank_logdet(beyond(side.low, side.used, side.rest), side.shift, rest=side.rest)
 
 
 class Quality(NamedTuple):

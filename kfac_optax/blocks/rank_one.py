@@ -86,10 +86,25 @@ def rank_one(
         return means
 
     def solve(means: Means, v: Array, damping: Array) -> Array:
+        return (v - multiply(means, v) / (damping + squared_norm(means))) / damping
+
+    def squared_norm(means: Means) -> Array:
         size = jnp.vdot(means.inputs, means.inputs, precision=precision)
-        if means.outputs is not None:
-            size = size * jnp.vdot(means.outputs, means.outputs, precision=precision)
-        return (v - multiply(means, v) / (damping + size)) / damping
+        if means.outputs is None:
+            return size
+        return size * jnp.vdot(means.outputs, means.outputs, precision=precision)
+
+    def root_solve(means: Means, z: Array, damping: Array) -> Array:
+        # (I - b c c^T) / sqrt(damping), whose square has to shrink c by root^2
+        total = damping + squared_norm(means)
+        root = jnp.sqrt(damping / total)
+        return (z - multiply(means, z) / (total * (1 + root))) / jnp.sqrt(damping)
+
+    def logdet(means: Means, damping: Array, shape: tuple[int, int]) -> Array:
+        p, q = shape
+        copies = q if means.outputs is None else 1  # of the direction that is not damping alone
+        alone = (p * q - copies) * jnp.log(damping)
+        return alone + copies * jnp.log(damping + squared_norm(means))
 
     def multiply(means: Means, v: Array) -> Array:
         along = jnp.matmul(means.inputs, v, precision=precision)
@@ -107,6 +122,8 @@ def rank_one(
         multiply,
         sharing=sharing,
         first_moments=outputs,
+        root_solve=root_solve,
+        logdet=logdet,
     )
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
-from kfac_optax.linalg.factorize import Eigen, damped_quotient
+from kfac_optax.linalg.factorize import Eigen, damped_logdet, damped_quotient, damped_root
 from kfac_optax.linalg.two_by_two import small_psd_eigh
 from kfac_optax.linalg.weighted_rows import keep_rows
 
@@ -98,8 +98,25 @@ def unitwise(full: bool = True) -> Block:
     def multiply(statistic: Array, v: Array) -> Array:
         return jnp.sum(statistic * v.T[:, None, :], 2).T if full else statistic.T * v
 
+    def root_solve(inverse: Eigen | Array, z: Array, damping: Array) -> Array:
+        if not isinstance(inverse, Eigen):
+            return damped_root(z, inverse.T, damping, exact=True)
+        scaled = damped_root(z.T, inverse.values, damping, exact=True)
+        return jnp.sum(inverse.vectors * scaled[:, None, :], 2).T
+
+    def logdet(inverse: Eigen | Array, damping: Array, shape: tuple[int, int]) -> Array:
+        values = inverse.values if isinstance(inverse, Eigen) else inverse
+        return damped_logdet(values, damping, exact=True)
+
     return Block(
-        "unit-wise" if full else "unit-wise (diagonal)", init, measure, factorize, solve, multiply
+        "unit-wise" if full else "unit-wise (diagonal)",
+        init,
+        measure,
+        factorize,
+        solve,
+        multiply,
+        root_solve=root_solve,
+        logdet=logdet,
     )
 
 

@@ -9,7 +9,9 @@ from kfac_optax.engine.state import block_of_bucket
 
 
 def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
-    """Checks `init`, `factorize`, `solve`, `refresh` and `due` of a block against each other.
+    """Checks the functions of a bucket's block against each other.
+
+    These are `init`, `factorize`, `solve`, `root_solve`, `refresh` and `due`.
 
     Args:
       where: for errors.
@@ -36,6 +38,9 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
     v = jax.ShapeDtypeStruct((p, q), dtype)
     solved = jax.eval_shape(block.solve, inverse, v, number)
     _check_same(f"{here}: solve(inverse, V, damping)", solved, v, "what V is")
+    if block.root_solve is not None:
+        root = jax.eval_shape(block.root_solve, inverse, v, number)
+        _check_same(f"{here}: root_solve(inverse, Z, damping)", root, v, "what Z is")
     _check_refresh(here, block, statistic, inverse, number)
     _check_due(here, block, statistic, inverse, number)
 

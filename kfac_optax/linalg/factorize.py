@@ -37,11 +37,38 @@ def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = Fa
     >>> print(damped_quotient(jnp.ones(3), jnp.array([2.0, 1e-9, 0.0]), jnp.float32(0.0)))
     [0.5 0.  0. ]
     """
+    total, known = _damped(values, damping, exact)
+    return jnp.where(known, v / total, 0)
+
+
+def damped_root(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+    """`V / sqrt(values + damping)`: what has to be applied twice to be `damped_quotient`, with its
+    zeros.
+
+    >>> print(damped_root(jnp.ones(3), jnp.array([4.0, 1.0, 0.0]), jnp.float32(0.0)))
+    [0.5 1.  0. ]
+    """
+    total, known = _damped(values, damping, exact)
+    return jnp.where(known, v / jnp.sqrt(total), 0)
+
+
+def damped_logdet(values: Array, damping: Array, *, exact: bool = False) -> Array:
+    """`sum log(values + damping)` without the entries that `damped_quotient` leaves out.
+
+    >>> print(damped_logdet(jnp.array([1.0, 1e-9, 0.0]), jnp.float32(0.0)))
+    0.0
+    """
+    total, _ = _damped(values, damping, exact)
+    return jnp.sum(jnp.log(total))
+
+
+def _damped(values: Array, damping: Array, exact: bool) -> tuple[Array, Array]:
+    """`values + damping`, one where rounding hides it, and whether it is known."""
     total = values + damping
     largest = jnp.max(values, initial=0)
     eps = jnp.finfo(values.dtype).eps
     known = total > (eps * eps if exact else _ROUNDING * eps) * largest
-    return jnp.where(known, v / jnp.where(known, total, 1), 0)
+    return jnp.where(known, total, 1), known
 
 
 def at_least_rounding(shift: Array, scale: Array) -> Array:
@@ -83,6 +110,21 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
     """
     values, vectors = jnp.linalg.eigh(symmetrize(matrix), symmetrize_input=False)
     return Eigen(vectors, jnp.maximum(values, 0))
+
+
+def psd_root(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """`R` with `R R^T = M`, and `log det M`, of a positive definite matrix.
+
+    In the determinant eigenvalues are at least rounding of the largest one. A Cholesky factor
+    would be cheaper, and NaN where rounding makes one of them negative.
+
+    >>> root, logdet = psd_root(jnp.diag(jnp.array([4.0, 0.25])))
+    >>> print(root @ root.T, logdet)
+    [[4.   0.  ]
+     [0.   0.25]] 0.0
+    """
+    vectors, values = psd_eigh(matrix)
+    return vectors * jnp.sqrt(values), jnp.sum(jnp.log(at_least_rounding(values, values[-1])))
 
 
 def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:

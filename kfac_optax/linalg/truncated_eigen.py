@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.factorize import damped_quotient
+from kfac_optax.linalg.factorize import damped_logdet, damped_quotient, damped_root
 
 
 class LowRank(NamedTuple):
@@ -106,6 +106,49 @@ def low_rank_solve(
     outside = inverses[-1]
     inside = inverses[:-1] - outside
     return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
+
+
+def low_rank_root(
+    low: LowRank,
+    z: Float[Array, "d k"],
+    shift: Any,
+    *,
+    rest: Any = 0.0,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, "d k"]:
+    """The symmetric square root of what `low_rank_solve` applies, times `Z`, at the same cost.
+
+    `= U [(D + shift)^{-1/2} - (rest + shift)^{-1/2}] U^T Z + Z / sqrt(rest + shift)`.
+
+    >>> low = LowRank(jnp.eye(2, 1), jnp.array([3.0]))
+    >>> print(low_rank_root(low, jnp.ones((2, 1)), 1.0).ravel())
+    [0.5 1. ]
+    """
+    coordinates = jnp.matmul(low.vectors.T, z, precision=precision)
+    if low.values.shape[0] == z.shape[0]:  # nothing is left out
+        scaled = damped_root(coordinates, low.values[:, None], shift)
+        return jnp.matmul(low.vectors, scaled, precision=precision)
+    values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    roots = damped_root(jnp.ones_like(values), values, shift)
+    outside = roots[-1]
+    inside = roots[:-1] - outside
+    return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * z
+
+
+def low_rank_logdet(low: LowRank, shift: Any, *, rest: Any = 0.0) -> Float[Array, ""]:
+    """`log det` of the matrix that `low_rank_solve` inverts, `sum log(D + shift)` and
+    `log(rest + shift)` for every eigenvalue that is left out.
+
+    >>> low = LowRank(jnp.eye(3, 1), jnp.array([3.0]))
+    >>> print(jnp.exp(low_rank_logdet(low, 1.0, rest=1.0)).round(3))
+    16.0
+    """
+    dimension, kept = low.vectors.shape
+    others = jnp.full(dimension - kept, rest, low.values.dtype)
+    # a column of zeros takes nothing away from what is left out
+    held = jnp.sum(jnp.square(low.vectors), 0) > 0
+    values = jnp.where(held, low.values, rest) if dimension > kept else low.values
+    return damped_logdet(jnp.append(values, others), shift)
 
 
 def beyond(low: LowRank, used: Any, value: Any) -> LowRank:

@@ -9,6 +9,7 @@ from kfac_optax.methods.kfac import (
     hylo,
     ingd,
     low_rank_records,
+    noisy,
     singd,
     skfac,
     thor,
@@ -30,5 +31,6 @@ CATALOGUE: dict[str, Method] = collect(
     singd.RECORDS,
     skfac.RECORDS,
     hylo.RECORDS,
+    noisy.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -139,6 +139,24 @@ def check_masked(case: Case, *, seed: int = 0) -> None:
     _close(case, "an example of weight zero counts as dropped", got, expected, 1e-10, 1e-12)
 
 
+@in_float64
+def check_root(case: Case, *, seed: int = 0, damping: float = 0.1) -> None:
+    """`root_solve` is linear, with a matrix `R R^T` that is that of `solve`; `logdet` is the log
+    determinant of what `solve` inverts. Both are optional.
+    """
+    block, lam = case.block, jnp.asarray(damping)
+    inverse = block.factorize(measure(case, case.rows(seed, 4), 4), lam)
+    solve = matrix(block.solve, case.shape, inverse, lam)
+    if block.root_solve is not None:
+        root = matrix(block.root_solve, case.shape, inverse, lam)
+        atol = 1e-10 * np.abs(solve).max()
+        _close(case, "root_solve is a root of solve", root @ root.T, solve, 0, atol)
+    if block.logdet is not None:
+        got = block.logdet(inverse, lam, case.shape)
+        expected = -np.linalg.slogdet(solve)[1]
+        _close(case, "logdet is that of the inverse of solve", got, expected, 1e-8, 1e-8)
+
+
 def check_start_and_zeros(case: Case) -> None:
     """Before any statistic, and after one of zeros, everything is finite; zeros leave
     `V / damping`.
@@ -191,6 +209,7 @@ BLOCK_LAWS = (
     check_start_and_zeros,
     check_operator,
     check_product,
+    check_root,
     check_large_damping,
     check_loss_scale,
     check_batch_split,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
+from kfac_optax import testing
 from kfac_optax.blocks.low_rank_side import LowRankInverse, quality
 from kfac_optax.engine.state import CurvatureState, the_state
 from kfac_optax.estimators.output_cotangents import mean_over
@@ -293,7 +294,9 @@ def test_factored_gradient_needs_a_block_that_takes_rows():
 )
 def test_rows_that_cost_more_fall_back_to_the_dense_gradient(x64, block, most):
     """Products of rows are taken exactly as long as they are no more work than the gradient's."""
-    inverse = jax.eval_shape(lambda: block.factorize(block.init(8, 6, jnp.float32), jnp.float32(1)))
+    inverse = jax.eval_shape(
+        lambda: block.factorize(block.init(testing.dense_layer(8, 6), jnp.float32), jnp.float32(1))
+    )
 
     def shape(n):
         a, g = jnp.ones((n, 8)), jnp.ones((n, 6))
@@ -414,7 +417,7 @@ def test_target_error_leaves_out_what_is_not_needed(x64):
     """With a target that two of five pairs meet, the solve is that of rank two."""
     factors = (
         ko.kronecker()
-        .init(6, 1, jnp.float64)
+        .init(testing.dense_layer(6, 1), jnp.float64)
         ._replace(inputs=jnp.diag(jnp.array([9.0, 5.0, 0.3, 0.2, 0.1, 0.05])))
     )
     v = oracles.normal(0, (6, 1))
@@ -491,7 +494,7 @@ def test_what_online_factors_cannot_do():
         )
     block = ko.low_rank_blocks("b_kfac", rank=4)(layers.layers[0])
     with pytest.raises(ValueError, match="followed online"):
-        block.multiply(block.init(40, 30, jnp.float32), jnp.ones((40, 30)))
+        block.multiply(block.init(testing.dense_layer(40, 30), jnp.float32), jnp.ones((40, 30)))
     with pytest.raises(ValueError, match="method"):
         ko.low_rank_blocks("c_kfac")
 

@@ -1,0 +1,1 @@
+"""Gaussian posteriors over the parameters, from the curvature of a trained model."""

@@ -1,0 +1,140 @@
+"""Statistics of a whole data set at fixed parameters, and the inverses made of them."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import all_finite
+from kfac_optax._types import Average, Bucket, PyTree
+from kfac_optax.engine.state import block_of_bucket
+from kfac_optax.estimators.fisher import Estimator
+from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
+from kfac_optax.estimators.plan import Plan
+from kfac_optax.linalg.factorize import after
+
+Batches = Iterable[Sequence[PyTree]]
+
+
+class Measured(NamedTuple):
+    """Means over all examples."""
+
+    statistics: dict[str, PyTree]  # by bucket
+    moments: dict[str, PyTree]  # of blocks that measure in their inverse
+    size: jax.Array  # examples, or the sum of their weights
+
+
+def mean_statistics(
+    estimator: Estimator,
+    params: PyTree,
+    batches: Batches,
+    buckets: tuple[Bucket, ...],
+    key: jax.Array | None,
+    dtype: Any,
+    inverses: dict[str, PyTree],
+) -> Measured:
+    """One pass over the batches, every example counting the same in whichever it is.
+
+    `inverses` is what blocks measure in, by bucket.
+
+    Raises:
+      ValueError: a batch gives numbers that are not finite.
+    """
+    layers = tuple(layer for bucket in buckets for layer in bucket.layers)
+    blocks = tuple(block_of_bucket(bucket) for bucket in buckets for _ in bucket.layers)
+    read = _by_layer(buckets, inverses)
+
+    @jax.jit
+    def measure(params, args, key, count, read):
+        plan = Plan(layers, blocks, None, dtype, None, count, read)
+        per_layer, _ = estimator.at(params, *args, key=key).statistics(plan)
+        weight = _weight_of(estimator.spec.kind, estimator.spec.function(params, *args))
+        return jax.tree.map(lambda x: weight * x.astype(dtype), per_layer), weight
+
+    total, size = None, jnp.zeros((), dtype)
+    for i, args in enumerate(batches):
+        drawn = None if key is None else jax.random.fold_in(key, i)
+        # the number of the batch changes random signs
+        new, weight = measure(params, tuple(args), drawn, i, read)
+        _check_finite(i, new)
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+        size = size + weight
+    statistics, moments = {}, {}
+    mean = dict(zip(layers, jax.tree.map(lambda x: x / size, total), strict=True))
+    for bucket in buckets:
+        of_layers = [mean[layer] for layer in bucket.layers]
+        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *of_layers)
+        if block_of_bucket(bucket).absorb is not None:
+            joined, moments[bucket.name] = joined
+        statistics[bucket.name] = joined
+    return Measured(statistics, moments, size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def factorize(
+    buckets: tuple[Bucket, ...], measured: Measured, damping: jax.Array
+) -> dict[str, PyTree]:
+    """What blocks make of the statistics, one batched factorisation after another."""
+    inverses: dict[str, PyTree] = {}
+    previous: PyTree = ()
+    first = Average(jnp.zeros(()), jnp.ones((), jnp.int32))  # nothing was measured before
+    for bucket in buckets:
+        block = block_of_bucket(bucket)
+        ready = after(measured.statistics[bucket.name], previous)
+        made = jax.vmap(block.factorize, (0, None))(ready, damping)
+        if bucket.name in measured.moments:
+            assert block.absorb is not None
+            absorb = jax.vmap(block.absorb, (0, 0, 0, None, None))
+            made = absorb(made, measured.moments[bucket.name], ready, damping, first)
+        previous = inverses[bucket.name] = made
+    return inverses
+
+
+def _by_layer(buckets: tuple[Bucket, ...], inverses: dict[str, PyTree]) -> tuple[PyTree, ...]:
+    """What every layer's block measures in, `[copies, ...]`; `None` for those that do not."""
+    found: list[PyTree] = []
+    for bucket in buckets:
+        start = 0
+        for layer in bucket.layers:
+            mine = slice(start, start + layer.copies)
+            start += layer.copies
+            reads = block_of_bucket(bucket).reads_inverse
+            held = inverses[bucket.name] if reads else None
+            found.append(jax.tree.map(lambda x, mine=mine: x[mine], held))
+    return tuple(found)
+
+
+def _weight_of(kind: Kind, prediction: PyTree) -> Any:
+    """Number of examples, each counting its mean weight."""
+    _, heads = split_outputs(kind, prediction)
+    examples = count_examples(kind, heads)
+    weights = [getattr(head, "weights", None) for head in heads]
+    known = [jnp.mean(x) for x in weights if x is not None]
+    return examples * sum(known) / len(known) if known else jnp.float32(examples)
+
+
+def _check_finite(i: int, statistics: PyTree) -> None:
+    good = all_finite(statistics)
+    if not isinstance(good, jax.core.Tracer) and not bool(good):
+        raise ValueError(
+            f"laplace: batch {i} gives statistics that are not finite; expected numbers. Look for "
+            "NaN or infinity in the batch or the parameters, and give padding the weight zero."
+        )
+
+
+def check_means(where: str, buckets: tuple[Bucket, ...]) -> None:
+    """Checks that all statistics are means of second moments over examples.
+
+    Raises:
+      ValueError: a block follows the batches online, or averages gradients themselves.
+    """
+    for bucket in buckets:
+        block = block_of_bucket(bucket)
+        if block.first_moments or (block.absorb is not None and block.absorbs == "columns"):
+            raise ValueError(
+                f"{where}: layer {bucket.layers[0].path!r} has block {block.name!r}, whose "
+                "statistics are no mean of second moments over the data; expected another one, "
+                "such as kronecker(), low_rank(rank) or ekfac_block()."
+            )

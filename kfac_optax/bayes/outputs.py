@@ -1,0 +1,120 @@
+"""What a Gaussian over the parameters says about the outputs of a model, linearised at its mean."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._tree import map_examples, named_leaves, replace_leaves
+from kfac_optax._types import PyTree
+from kfac_optax._validate import check_choice
+from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
+from kfac_optax.linalg.factorize import psd_root
+
+APPROXIMATIONS = ("probit", "sample")
+
+
+class Outputs(NamedTuple):
+    """Gaussian over the outputs of every example, with the outputs of one raveled to `C`."""
+
+    mean: Float[Array, "N *event"]
+    covariance: Float[Array, "N C C"]
+
+    @property
+    def variance(self) -> Float[Array, "N *event"]:
+        """Of every output on its own."""
+        diagonal = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return jnp.maximum(diagonal, 0).reshape(self.mean.shape)
+
+
+def linearized(
+    outputs: Callable[..., Array],
+    mean: PyTree,
+    names: list[str],
+    covariance: Callable[[PyTree], PyTree],
+    args: tuple[PyTree, ...],
+    batch_size: int,
+) -> Outputs:
+    """`J Sigma J^T` of every example, `J` the Jacobian of its outputs at the mean.
+
+    Args:
+      outputs: `(params, *args) -> [N, *event]`.
+      mean: parameters.
+      names: paths of those that are random.
+      covariance: `tree -> Sigma tree`.
+      args: further arguments, cut up by `map_examples`.
+      batch_size: how many at the same time.
+    """
+    random = _covered(mean, names)
+    zeros = jax.tree.map(jnp.zeros_like, mean)
+
+    def spread(row: dict[str, Array]) -> dict[str, Array]:
+        return _covered(covariance(replace_leaves(zeros, row)), names)
+
+    def of_example(*own: PyTree) -> tuple[Array, Array]:
+        def raveled(named: dict[str, Array]) -> Array:
+            return jnp.ravel(outputs(replace_leaves(mean, named), *own))
+
+        value, pull = jax.vjp(raveled, random)
+        (jacobian,) = jax.vmap(pull)(jnp.eye(len(value), dtype=value.dtype))
+        return value, _gram(jacobian, jax.vmap(spread)(jacobian))
+
+    value, form = map_examples(of_example, args, batch_size)
+    shape = jax.eval_shape(outputs, mean, *args).shape
+    return Outputs(value.reshape(shape), form)
+
+
+def _covered(tree: PyTree, names: list[str]) -> dict[str, Array]:
+    return {name: x for name, x in named_leaves(tree).items() if name in names}
+
+
+def _gram(left: dict[str, Array], right: dict[str, Array]) -> Float[Array, "C C"]:
+    """Sums over all parameters of products of rows `[C, ...]`, made symmetric."""
+    total: Any = 0.0
+    for name, x in left.items():
+        x, y = (z.reshape(len(z), -1) for z in (x, right[name]))
+        total += jnp.matmul(x, y.T, precision="highest")
+    return (total + total.T) / 2
+
+
+def averaged(
+    head: Any, outputs: Outputs, approximation: str, key: jax.Array | None, samples: int
+) -> Any:
+    """A likelihood with the spread of its outputs in it, see `Posterior.predict`.
+
+    Raises:
+      TypeError: another likelihood than `Normal`, `Categorical` or `Bernoulli`.
+      ValueError: an unknown word; no key to draw with.
+    """
+    check_choice("Posterior.predict", "approximation", approximation, APPROXIMATIONS)
+    if isinstance(head, Normal):  # exact: a Gaussian of Gaussian mean
+        scale = jnp.sqrt(jnp.square(head.scale) + outputs.variance)
+        return dataclasses.replace(head, mean=outputs.mean, scale=scale)
+    if not isinstance(head, Categorical | Bernoulli):
+        raise TypeError(
+            f"Posterior.predict: the model predicts a {type(head).__name__}; expected Normal, "
+            "Categorical or Bernoulli. Use Posterior.outputs, or average over Posterior.sample."
+        )
+    if approximation == "probit":
+        shrink = jnp.sqrt(1 + math.pi / 8 * outputs.variance)
+        return dataclasses.replace(head, logits=outputs.mean / shrink)
+    if key is None:
+        raise ValueError("Posterior.predict: got key=None with approximation='sample'; pass a key.")
+    logits = _draw(outputs, key, samples)
+    mean_of_exp = lambda x: jax.nn.logsumexp(x, axis=0) - math.log(samples)
+    if isinstance(head, Categorical):
+        return dataclasses.replace(head, logits=mean_of_exp(jax.nn.log_softmax(logits)))
+    odds = mean_of_exp(jax.nn.log_sigmoid(logits)) - mean_of_exp(jax.nn.log_sigmoid(-logits))
+    return dataclasses.replace(head, logits=odds)
+
+
+def _draw(outputs: Outputs, key: jax.Array, samples: int) -> Float[Array, "S N *event"]:
+    count = outputs.covariance.shape[:2]
+    roots, _ = jax.vmap(psd_root)(outputs.covariance)
+    noise = jax.random.normal(key, (samples, *count), roots.dtype)
+    spread = jnp.einsum("ncd,snd->snc", roots, noise, precision="highest")
+    return outputs.mean + spread.reshape(samples, *outputs.mean.shape)

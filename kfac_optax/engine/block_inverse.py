@@ -1,0 +1,171 @@
+"""What blocks hold, as one block-diagonal operator on trees like the parameters."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import (
+    gather,
+    make_buckets,
+    named_leaves,
+    replace_leaves,
+    scatter,
+    wide_dtype,
+)
+from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
+from kfac_optax._validate import check_choice
+from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.engine.choice import BlockOf, blocks_of, cover
+from kfac_optax.engine.state import CoarseState, CurvatureState, block_of_bucket
+from kfac_optax.linalg.factorize import after
+
+LINEAR = ("pass", "diagonal", "raise")  # grafting is no linear map
+
+
+class BlockInverse(NamedTuple):
+    """`(F + damping I)^{-1}` block by block, with the identity where no block is."""
+
+    buckets: tuple[Bucket, ...]
+    inverses: dict[str, PyTree]  # by bucket
+    damping: jax.Array
+
+
+def covered_with(
+    where: str,
+    layers: Layers,
+    block: Block | BlockOf | None,
+    normalization: str,
+    uncovered: str,
+) -> tuple[Layers, BlockOf]:
+    """The layers that have a block, and which one, from the words that presets have too."""
+    check_choice(where, "uncovered", uncovered, LINEAR)
+    layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
+    return layers, blocks_of(kronecker() if block is None else block, normalization=normalization)
+
+
+def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState) -> None:
+    """Checks that a state was made with these layers and blocks.
+
+    Raises:
+      ValueError: other buckets, or an inverse of another structure.
+    """
+    expected = {bucket.name for bucket in buckets}
+    advice = "Pass the layers, block, normalization and uncovered that the preconditioner had"
+    if expected != set(state.factors):
+        raise ValueError(
+            f"{where}: the state holds {', '.join(sorted(state.factors))}; expected "
+            f"{', '.join(sorted(expected))}. {advice}."
+        )
+    for bucket in buckets:
+        block, number = block_of_bucket(bucket), jnp.ones(())
+        factors, held = state.factors[bucket.name], state.inverses[bucket.name]
+        try:
+            fresh = jax.eval_shape(jax.vmap(block.factorize, (0, None)), factors, number)
+            same = jax.tree.structure(fresh) == jax.tree.structure(held)
+        except (AttributeError, TypeError, ValueError):  # factors that the block cannot read
+            same = False
+        if not same:
+            raise ValueError(
+                f"{where}: the state of {bucket.name} holds a {type(held).__name__}, which is "
+                f"not what block {block.name!r} makes. {advice}; block=kronecker('cholesky') for "
+                "inverse='cholesky', say."
+            )
+
+
+def of_state(where: str, state: CurvatureState, layers: Layers, block_of: BlockOf) -> BlockInverse:
+    """What a state holds for its layers.
+
+    Raises:
+      ValueError: it was made with other ones, or with a coupling, of which blocks know nothing.
+    """
+    if isinstance(state.coarse, CoarseState):
+        raise ValueError(
+            f"{where}: the state has a coupling between layers, which has no square root or "
+            "determinant here; expected that of a preconditioner without one, such as kfac. "
+            "inverse_product takes coupling=."
+        )
+    buckets = make_buckets(layers, block_of)
+    check_buckets(where, buckets, state)
+    return BlockInverse(buckets, state.inverses, state.damping)
+
+
+def solve_tree(operator: BlockInverse, tree: PyTree) -> PyTree:
+    """`(F + damping I)^{-1} v`."""
+    leaves, dtype = _leaves(operator, tree), wide_dtype(operator.inverses)
+    named: dict[str, jax.Array] = {}
+    for bucket in operator.buckets:
+        solve = jax.vmap(block_of_bucket(bucket).solve, (0, 0, None))
+        v = gather(bucket, leaves, dtype)
+        named |= scatter(bucket, solve(operator.inverses[bucket.name], v, operator.damping), leaves)
+    return replace_leaves(tree, named)
+
+
+def root_trees(where: str, operator: BlockInverse, trees: PyTree) -> PyTree:
+    """`R z` with `R R^T = (F + damping I)^{-1}`, for a stack of trees `[n, ...]`.
+
+    The stack is inside so that what blocks decompose for a root is decomposed once for all.
+
+    Raises:
+      ValueError: a block has no root.
+    """
+    leaves, dtype = _leaves(operator, trees), wide_dtype(operator.inverses)
+    named: dict[str, jax.Array] = {}
+    solved: PyTree = ()
+    for bucket in operator.buckets:
+        root = block_of_bucket(bucket).root_solve
+        if root is None:
+            raise _missing(where, bucket, "root_solve", "square root")
+        ready = after(operator.inverses[bucket.name], solved)
+        z = jax.vmap(lambda x, bucket=bucket: gather(bucket, x, dtype))(leaves)
+        # copies [*, n] outside, noise [n] inside: z is [n, copies, p, q]
+        of_copy = jax.vmap(root, (None, 0, None))
+        solved = jax.vmap(of_copy, (0, 1, None), 1)(ready, z, operator.damping)
+        named |= jax.vmap(lambda x, y, bucket=bucket: scatter(bucket, x, y))(solved, leaves)
+    return replace_leaves(trees, named)
+
+
+def logdet(where: str, operator: BlockInverse) -> jax.Array:
+    """`log det(F + damping I)` over all parameters with a block.
+
+    Raises:
+      ValueError: a block has no determinant.
+    """
+    total = jnp.zeros((), wide_dtype(operator.inverses))
+    for bucket in operator.buckets:
+        of_block = block_of_bucket(bucket).logdet
+        if of_block is None:
+            raise _missing(where, bucket, "logdet", "determinant")
+        shape, ready = bucket.shape, after(operator.inverses[bucket.name], total)
+        each = jax.vmap(lambda x, of=of_block, shape=shape: of(x, operator.damping, shape))(ready)
+        total = total + jnp.sum(each)
+    return total
+
+
+def covered_names(operator: BlockInverse) -> list[str]:
+    """Parameters with a block, by path."""
+    return [name for bucket in operator.buckets for x in bucket.layers for name in _names(x)]
+
+
+def _leaves(operator: BlockInverse, tree: PyTree) -> dict[str, jax.Array]:
+    leaves = named_leaves(tree)
+    absent = [name for name in covered_names(operator) if name not in leaves]
+    if absent:
+        raise ValueError(
+            f"kfac_optax: the vector has no leaf {absent[0]!r}, but {', '.join(leaves)}; expected "
+            "a tree like the parameters that `layers` was made from."
+        )
+    return leaves
+
+
+def _names(layer: Layer) -> list[str]:
+    return [name for name in (layer.kernel, layer.bias) if name is not None]
+
+
+def _missing(where: str, bucket: Bucket, field: str, what: str) -> ValueError:
+    block = block_of_bucket(bucket)
+    return ValueError(
+        f"{where}: layer {bucket.layers[0].path!r} has block {block.name!r}, which offers no {what} "
+        f"({field} is None); expected a block with one, such as kronecker(). Give it one, "
+        f"block._replace({field}=...), or the layer another block."
+    )
