@@ -36,7 +36,8 @@ from kfac_optax.likelihoods import (
     from_log_density,
 )
 from kfac_optax.methods.catalogue import CATALOGUE
-from kfac_optax.methods.gradient.presets import shampoo, soap
+from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
+from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
@@ -112,6 +113,7 @@ __all__ = [
     "empirical_fisher",
     "eva",
     "eva_f",
+    "eva_s",
     "factor_metric",
     "fisher",
     "foof",
@@ -135,6 +137,7 @@ __all__ = [
     "refresh_period",
     "rs_kfac",
     "scale_by_curvature",
+    "scale_by_eva_s",
     "scale_by_shampoo",
     "scale_by_soap",
     "shampoo",
