@@ -8,6 +8,7 @@ from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
@@ -53,6 +54,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.mkor import mkor, mkor_h
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -64,6 +66,7 @@ from kfac_optax.step_rules.graft import graft_norm
 from kfac_optax.step_rules.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.step_rules.quadratic_model import quadratic_step, solve_model
 from kfac_optax.step_rules.rms import clip_by_rms
+from kfac_optax.step_rules.stall import until_stalled
 from kfac_optax.step_rules.trust_region import clip_by_trust_region, trust_scale
 from kfac_optax.step_rules.weight_decay import add_weight_decay
 
@@ -130,6 +133,9 @@ __all__ = [
     "kronecker",
     "low_rank",
     "low_rank_blocks",
+    "mkor",
+    "mkor_block",
+    "mkor_h",
     "problems",
     "quadratic_step",
     "rank_one",
@@ -155,4 +161,5 @@ __all__ = [
     "tridiagonal",
     "trust_scale",
     "unitwise",
+    "until_stalled",
 ]

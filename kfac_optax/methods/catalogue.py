@@ -1,6 +1,6 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records
+from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, mkor
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
@@ -13,5 +13,6 @@ CATALOGUE: dict[str, Method] = collect(
     eva.RECORDS,
     smw.RECORDS,
     spring.RECORDS,
+    mkor.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -25,6 +25,7 @@ class Case(NamedTuple):
         `multiply + damping I`.
       averaged: the statistic is the whole average, which can be multiplied with.
       outputs: output gradients have a part in it; without, the scale of the loss has no influence.
+      damped: the damping has a part in it.
     """
 
     block: Block
@@ -33,6 +34,7 @@ class Case(NamedTuple):
     exact: bool = False
     averaged: bool = True
     outputs: bool = True
+    damped: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
