@@ -12,6 +12,7 @@ from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.tkfac import tekfac_block, tkfac_block
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.couplings.coarse import coarse_correction
@@ -55,6 +56,7 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     rs_kfac,
 )
 from kfac_optax.methods.kfac.mkor import mkor, mkor_h
+from kfac_optax.methods.kfac.tkfac import tekfac, tkfac
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -156,8 +158,12 @@ __all__ = [
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
+    "tekfac",
+    "tekfac_block",
     "testing",
     "tied_embedding",
+    "tkfac",
+    "tkfac_block",
     "tridiagonal",
     "trust_scale",
     "unitwise",

@@ -1,12 +1,13 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, mkor
+from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, mkor, tkfac
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     ekfac.RECORDS,
+    tkfac.RECORDS,
     adaptive.RECORDS,
     low_rank_records.RECORDS,
     foof.RECORDS,

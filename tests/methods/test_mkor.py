@@ -58,7 +58,7 @@ def test_an_update_is_the_sandwich_with_the_norm_of_the_gradient(x64):
     (taken,) = steps(lambda layers: ko.mkor(layers, decay=0.75, threshold=None), 1)
     params = oracles.make_params(0, (3, 4, 2))
     of_outputs = 2 * (oracles.forward(params, X, tapped=False)[0] - Y)
-    a, g = oracles.per_example(params, X, of_outputs[None])
+    a, g = oracles.per_example(params, X.astype(float), of_outputs[None])
     for name, ai, gi in zip(params, a, g, strict=True):
         left, right = (
             np.linalg.inv(0.75 * np.eye(len(m)) + 0.25 * np.outer(m, m))
