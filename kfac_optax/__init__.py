@@ -6,6 +6,8 @@ from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
+from kfac_optax.blocks.kpsvd import kpsvd_block
+from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.mkor import mkor_block
@@ -47,6 +49,7 @@ from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
+from kfac_optax.methods.kfac.kpsvd import kpsvd
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
@@ -132,6 +135,9 @@ __all__ = [
     "kfac_two_level",
     "kfac_two_level_adaptive",
     "kl_scale",
+    "kpsvd",
+    "kpsvd_block",
+    "kpsvd_two_block",
     "kronecker",
     "low_rank",
     "low_rank_blocks",

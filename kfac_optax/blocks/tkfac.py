@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kfac_optax._types import Block, Use
+from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number, check_unused
 from kfac_optax.blocks.ekfac import eigenvalue_corrected
 from kfac_optax.blocks.kronecker import INVERSES, DenseInverse, EigenInverse, Factors, kronecker
@@ -81,7 +81,8 @@ def tkfac_block(
     plain = kronecker(inverse, precision=precision)
     moments = _moments_of_positions if sharing == "expand" else _partial_traces
 
-    def init(p: int, q: int, dtype: jnp.dtype) -> Factors:
+    def init(layer: Layer, dtype: jnp.dtype) -> Factors:
+        p, q = layer.shape
         # both partial traces of the identity
         return Factors(q * jnp.eye(p, dtype=dtype), p * jnp.eye(q, dtype=dtype))
 

@@ -1,6 +1,16 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.kfac import adaptive, ekfac, eva, fixed, foof, low_rank_records, mkor, tkfac
+from kfac_optax.methods.kfac import (
+    adaptive,
+    ekfac,
+    eva,
+    fixed,
+    foof,
+    kpsvd,
+    low_rank_records,
+    mkor,
+    tkfac,
+)
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
@@ -8,6 +18,7 @@ CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     ekfac.RECORDS,
     tkfac.RECORDS,
+    kpsvd.RECORDS,
     adaptive.RECORDS,
     low_rank_records.RECORDS,
     foof.RECORDS,

@@ -16,10 +16,11 @@ from tests.blocks import test_ekfac as of_ekfac
 
 N, T, P, Q = 6, 3, 4, 2
 LAM = 0.3
+LAYER = ko.testing.dense_layer(P, Q)
 
 
 def use(rows=N, weights=None):
-    return Use(False, Q, N, rows, jnp.float64, weights, P)
+    return Use(LAYER, N, rows, jnp.float64, weights)
 
 
 def statistics(estimator, params, args, block):
@@ -160,7 +161,7 @@ def test_contractions_are_those_of_the_exact_block(x64):
 def corrected(block):
     """The statistic, the moments after one statistic in its basis, and the inverse."""
     a, g = oracles.normal(0, (N, P)), oracles.normal(1, (N, Q))
-    start = block.factorize(block.init(P, Q, jnp.float64), jnp.asarray(LAM))
+    start = block.factorize(block.init(LAYER, jnp.float64), jnp.asarray(LAM))
     factors, _ = block.measure(a, g, use(), start)
     inverse = block.factorize(factors, jnp.asarray(LAM))
     _, moments = block.measure(a, g, use(), inverse)
