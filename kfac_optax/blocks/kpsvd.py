@@ -121,7 +121,7 @@ def identity_term(layer: Layer, dtype: jnp.dtype) -> Term:
     return Term(inputs * eye_p, outputs * eye_q, inputs * outputs)
 
 
-def start_directions(term: Term) -> Factors:
+def start_directions(term: Term | Factors) -> Factors:
     """Identities of unit norm."""
     eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
     return Factors(*(unit(x, 0.0) for x in eyes))

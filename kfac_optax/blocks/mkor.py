@@ -103,7 +103,8 @@ def mkor_block(
     ) -> FollowedInverse:
         return FollowedInverse(*(step(j, x, average.decay) for j, x in zip(inverse, new)))
 
-    def step(kept: Array, mean: Array, decay: Any) -> Array:
+    def step(kept: Array, mean: Array | None, decay: Any) -> Array:
+        assert mean is not None  # both are measured
         e = jnp.asarray(decay, mean.dtype)
         mean = jnp.clip(mean, -largest, largest)
         j = _updated(form, kept.astype(mean.dtype), mean, e, precision)
@@ -128,7 +129,8 @@ def mkor_block(
     )
 
 
-def _identity(mean: Array, dtype: Any) -> Array:
+def _identity(mean: Array | None, dtype: Any) -> Array:
+    assert mean is not None  # both are measured
     return jnp.eye(len(mean), dtype=mean.dtype if dtype is None else dtype)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import ScalarOrSchedule
+from kfac_optax._types import Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_legal
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
@@ -98,7 +98,7 @@ def eva_s(
     learning_rate: ScalarOrSchedule,
     *,
     kl_clip: ScalarOrSchedule | None = 1e-3,
-    momentum: ScalarOrSchedule | None = 0.9,
+    momentum: Numeric | None = 0.9,
     weight_decay: ScalarOrSchedule = 0.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,7 +143,7 @@ def _with_step(
     preconditioner: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
-    momentum: ScalarOrSchedule | None = None,
+    momentum: Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The preconditioner, decoupled weight decay and momentum if there are any, and the rate."""
     check_legal(where, "learning_rate", learning_rate)
@@ -152,6 +152,8 @@ def _with_step(
     if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
         parts.append(optax.add_decayed_weights(weight_decay))
     if momentum is not None:
+        if callable(momentum):
+            raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
         check_legal(where, "momentum", momentum)
         parts.append(optax.trace(momentum))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
