@@ -14,7 +14,8 @@ from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
-from kfac_optax.blocks.tkfac import tekfac_block, tkfac_block
+from kfac_optax.blocks.tekfac import tekfac_block
+from kfac_optax.blocks.tkfac import tkfac_block
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
 from kfac_optax.couplings.coarse import coarse_correction
@@ -58,8 +59,10 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
-from kfac_optax.methods.kfac.mkor import mkor, mkor_h
-from kfac_optax.methods.kfac.tkfac import tekfac, tkfac
+from kfac_optax.methods.kfac.mkor import mkor
+from kfac_optax.methods.kfac.mkor_hybrid import mkor_h
+from kfac_optax.methods.kfac.tekfac import tekfac
+from kfac_optax.methods.kfac.tkfac import tkfac
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring

@@ -6,22 +6,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice
+from kfac_optax.blocks.kpsvd_terms import (
+    Term,
+    balanced,
+    identity_term,
+    next_directions,
+    power_step,
+    start_directions,
+    whole_rows,
+)
 from kfac_optax.blocks.kronecker import INVERSES, DenseInverse, EigenInverse, Factors, kronecker
-from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.rearrangement import contract
-
-
-class Term(NamedTuple):
-    """One power step from directions `R`, `S` of unit norm; all of it linear in the Fisher block."""
-
-    inputs: Float[Array, "p p"]  # M S
-    outputs: Float[Array, "q q"]  # M^T R
-    scale: Float[Array, ""]  # <R, M S>
 
 
 class PowerInverse(NamedTuple):
@@ -80,11 +79,11 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return power_step(a, g, inverse.directions, use.examples, precision), ()
 
     def factorize(term: Term, damping: Array) -> PowerInverse:
-        product = plain.factorize(_factors(term), damping)
+        product = plain.factorize(balanced(term), damping)
         return PowerInverse(product, start_directions(term))
 
     def refresh(kept: PowerInverse, term: Term, damping: Array, count: Array) -> PowerInverse:
-        return kept._replace(product=plain.factorize(_factors(term), damping))
+        return kept._replace(product=plain.factorize(balanced(term), damping))
 
     def absorb(
         kept: PowerInverse, new: tuple, term: Term, damping: Array, average: Average
@@ -95,7 +94,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return plain.solve(kept.product, v, damping)
 
     def multiply(term: Term, v: Array) -> Array:
-        factors = _factors(term)
+        factors = balanced(term)
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
     return Block(
@@ -111,54 +110,3 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         reads_inverse=True,
         per_example=True,
     )
-
-
-def identity_term(layer: Layer, dtype: jnp.dtype) -> Term:
-    """The step from identities where `F` is one."""
-    p, q = layer.shape
-    inputs, outputs = (jnp.sqrt(jnp.asarray(n, dtype)) for n in (q, p))
-    eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
-    return Term(inputs * eye_p, outputs * eye_q, inputs * outputs)
-
-
-def start_directions(term: Term | Factors) -> Factors:
-    """Identities of unit norm."""
-    eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
-    return Factors(*(unit(x, 0.0) for x in eyes))
-
-
-def whole_rows(where: str, a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
-    """`example_rows`, or an error where there are no output gradients."""
-    if g is None:
-        raise ValueError(
-            f"{where}: needs output gradients, but this estimator measures inputs only. Use "
-            "fisher, ggn or empirical_fisher, or another block (kronecker)."
-        )
-    return example_rows(a, g, use)
-
-
-def power_step(
-    a: Array, g: Array, directions: Factors, examples: int, precision: jax.lax.PrecisionLike
-) -> Term:
-    """Both products with the rearranged block, from rows."""
-    inputs = contract(a, g, directions.outputs, precision=precision) / examples
-    outputs = contract(g, a, directions.inputs, precision=precision) / examples
-    return Term(inputs, outputs, jnp.vdot(directions.inputs, inputs, precision="highest"))
-
-
-def next_directions(old: Factors, term: Term | Factors) -> Factors:
-    """Those of the products, in unit norm."""
-    return Factors(unit(term.inputs, old.inputs), unit(term.outputs, old.outputs))
-
-
-def unit(x: Array, otherwise: Array | float) -> Array:
-    """`x` with Frobenius norm one, or something else where it vanishes."""
-    size = jnp.linalg.norm(x)
-    return jnp.where(size > 0, x / jnp.where(size > 0, size, 1), otherwise)
-
-
-def _factors(term: Term) -> Factors:
-    """Two factors of about the same size with the product `(M S) (x) (M^T R) / <R, M S>`."""
-    usable = term.scale > 0
-    root = jnp.sqrt(jnp.where(usable, term.scale, 1))
-    return Factors(*(jnp.where(usable, x / root, 0) for x in (term.inputs, term.outputs)))

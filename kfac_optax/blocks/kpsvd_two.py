@@ -4,35 +4,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.kpsvd import (
+from kfac_optax.blocks.kpsvd_terms import (
     Term,
+    TwoTerms,
     identity_term,
     next_directions,
+    pencils_of,
     power_step,
+    products_of,
+    random_directions,
+    rest_of,
     start_directions,
-    unit,
     whole_rows,
 )
 from kfac_optax.blocks.kronecker import Factors, kronecker
-from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
-from kfac_optax.linalg.two_term import Pencil, pencil
+from kfac_optax.linalg.two_term import Pencil
 
 FIRST = ("svd", "kfac")
-
-
-class TwoTerms(NamedTuple):
-    """Both power steps; all of it linear in the Fisher block, the factors of K-FAC aside."""
-
-    first: Term | Factors
-    second: Term
-    left: Float[Array, ""]  # <R_2, first.inputs>
-    right: Float[Array, ""]  # <first.outputs, S_2>
 
 
 class TwoTermInverse(NamedTuple):
@@ -105,19 +98,19 @@ def kpsvd_two_block(
         return TwoTerms(leading, second, left, right), ()
 
     def factorize(terms: TwoTerms, damping: Array) -> TwoTermInverse:
-        last = Factors(*(unit(_random(len(x), x.dtype), 0.0) for x in terms.second[:2]))
+        last = random_directions(terms.second)
         firsts = (start_directions(terms.first),) if first == "svd" else ()
-        return TwoTermInverse(*_pencils(terms, damping, precision), (*firsts, last))
+        return TwoTermInverse(*pencils_of(terms, damping, precision), (*firsts, last))
 
     def refresh(
         kept: TwoTermInverse, terms: TwoTerms, damping: Array, count: Array
     ) -> TwoTermInverse:
-        return TwoTermInverse(*_pencils(terms, damping, precision), kept.directions)
+        return TwoTermInverse(*pencils_of(terms, damping, precision), kept.directions)
 
     def absorb(
         kept: TwoTermInverse, new: tuple, terms: TwoTerms, damping: Array, average: Average
     ) -> TwoTermInverse:
-        rest = _rest(terms)
+        rest = rest_of(terms)
         last = next_directions(kept.directions[-1], rest)
         # both sides have chains of their own, whose signs have to agree
         last = last._replace(outputs=jnp.where(rest.scale < 0, -1, 1) * last.outputs)
@@ -131,7 +124,7 @@ def kpsvd_two_block(
         return sandwich(left, rotated, right.T, precision=precision)
 
     def multiply(terms: TwoTerms, v: Array) -> Array:
-        one, two = _products(terms)
+        one, two = products_of(terms)
         added = sandwich(two.inputs, v, two.outputs, precision=precision)
         return sandwich(one.inputs, v, one.outputs, precision=precision) + added
 
@@ -148,45 +141,3 @@ def kpsvd_two_block(
         reads_inverse=True,
         per_example=True,
     )
-
-
-def _rest(terms: TwoTerms) -> Term:
-    """The power step of what the first term leaves of the block."""
-    first, second = terms.first, terms.second
-    scale = _scale(first)
-    return Term(
-        second.inputs - terms.right / scale * first.inputs,
-        second.outputs - terms.left / scale * first.outputs,
-        second.scale - terms.left / scale * terms.right,
-    )
-
-
-def _scale(first: Term | Factors) -> Array | float:
-    return jnp.where(first.scale > 0, first.scale, 1) if isinstance(first, Term) else 1.0
-
-
-def _products(terms: TwoTerms) -> tuple[Factors, Factors]:
-    """Both Kronecker products."""
-    first, rest = terms.first, _rest(terms)
-    sizes = [jnp.sqrt(jnp.linalg.norm(x)) for x in (rest.inputs, rest.outputs)]
-    # all three are sigma_2 in the end; before, <R, E S> alone may be next to nothing
-    size = jnp.maximum(jnp.abs(rest.scale), sizes[0] * sizes[1])
-    signed = jnp.where(rest.scale < 0, -1, 1) * jnp.where(size > 0, size, 1)
-    second = Factors(rest.inputs, rest.outputs / signed)
-    return Factors(first.inputs, first.outputs / _scale(first)), second
-
-
-def _pencils(
-    terms: TwoTerms, damping: Array, precision: jax.lax.PrecisionLike
-) -> tuple[Pencil, Pencil]:
-    one, two = _products(terms)
-    mean_a, mean_g = (jnp.trace(x) / len(x) for x in one)
-    shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
-    inputs = pencil(one.inputs, two.inputs, shift, precision=precision)
-    ready = after(one.outputs, inputs.values)
-    return inputs, pencil(ready, two.outputs, output_shift, precision=precision)
-
-
-def _random(n: int, dtype: jnp.dtype) -> Array:
-    """A symmetric matrix that is no special one."""
-    return symmetrize(jax.random.normal(jax.random.key(0), (n, n), dtype))

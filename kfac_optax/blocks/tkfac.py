@@ -6,7 +6,6 @@ from jaxtyping import Array
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number, check_unused
-from kfac_optax.blocks.ekfac import eigenvalue_corrected
 from kfac_optax.blocks.kronecker import INVERSES, DenseInverse, EigenInverse, Factors, kronecker
 from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
@@ -117,33 +116,6 @@ def tkfac_block(
         positions=positions,
         per_example=True,
     )
-
-
-def tekfac_block(*, sharing: str = "expand", precision: jax.lax.PrecisionLike = "highest") -> Block:
-    """`ekfac_block` in the eigenbasis of `tkfac_block` in place of that of `kronecker`.
-
-    `F ~ U diag(S) U^T` with `U = U_Phi (x) U_Psi` and
-    `S = (1/N) sum_b (U_Phi^T D_b U_Psi)^2`, entry by entry, of the gradients `D_b` of single
-    examples. Until the next statistic `S` is `delta s_Phi s_Psi^T`. The damping is exact.
-
-    Args:
-      sharing: `"expand"` or `"exact"`, of the factors, see `tkfac_block`.
-      precision: matmul precision of moments and solves.
-
-    Returns:
-      A `Block`.
-
-    Raises:
-      ValueError: unknown `sharing`.
-
-    >>> print(tekfac_block().name)
-    tekfac
-
-    Reference: Gao et al., Eigenvalue-corrected Natural Gradient Based on a New Approximation (2020).
-    """
-    plain = tkfac_block(sharing=sharing, precision=precision)
-    name = "tekfac" if sharing == "expand" else f"tekfac ({sharing})"
-    return eigenvalue_corrected(plain, name, precision)
 
 
 def _partial_traces(a: Array, g: Array, use: Use, precision: jax.lax.PrecisionLike) -> Factors:

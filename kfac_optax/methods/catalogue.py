@@ -9,6 +9,8 @@ from kfac_optax.methods.kfac import (
     kpsvd,
     low_rank_records,
     mkor,
+    mkor_hybrid,
+    tekfac,
     tkfac,
 )
 from kfac_optax.methods.record import Method, collect
@@ -18,6 +20,7 @@ CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     ekfac.RECORDS,
     tkfac.RECORDS,
+    tekfac.RECORDS,
     kpsvd.RECORDS,
     adaptive.RECORDS,
     low_rank_records.RECORDS,
@@ -26,5 +29,6 @@ CATALOGUE: dict[str, Method] = collect(
     smw.RECORDS,
     spring.RECORDS,
     mkor.RECORDS,
+    mkor_hybrid.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -15,10 +15,15 @@ from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import (
     FULL,
     IDENTITY,
-    Group,
     Rules,
     check_rules,
     make_groups,
+)
+from kfac_optax.methods.gradient.axis_means import (
+    against_product,
+    averaged,
+    between_roots,
+    zeros,
 )
 
 FORMS = ("product", "roots")
@@ -92,7 +97,7 @@ def scale_by_eva_s(
     check_legal(where, "damping", damping)
     check_legal(where, "decay", decay)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
-    solve = _against_product if form == "product" else _between_roots
+    solve = against_product if form == "product" else between_roots
 
     def init(params: PyTree) -> EvaSState:
         given = start_checked(**hyper)
@@ -100,7 +105,7 @@ def scale_by_eva_s(
             return EvaSState(gate.no_counts(), gate.placeholders()[0], given)
         leaves = named_leaves(params)
         dtype = gate.state_dtype(leaves)
-        means = {group.name: _zeros(group, dtype) for group in make_groups(where, leaves, rules)}
+        means = {group.name: zeros(group, dtype) for group in make_groups(where, leaves, rules)}
         return EvaSState(gate.no_counts(), means, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
@@ -115,7 +120,7 @@ def scale_by_eva_s(
         count = state.counts.gradient_count
         now, given = gate.checked_all(state.given, count, **hyper)
         held = jnp.minimum(1 - 1 / (count + 1).astype(dtype), jnp.asarray(now["decay"], dtype))
-        new = {g.name: _averaged(g, tensors[g.name], state.means[g.name], held) for g in groups}
+        new = {g.name: averaged(g, tensors[g.name], state.means[g.name], held) for g in groups}
         means, skipped = gate.accepted(new, state.means, finite)
         lam = jnp.asarray(now["damping"], dtype)
         out = {g.name: solve(g, tensors[g.name], means[g.name], lam) for g in groups}
@@ -124,52 +129,3 @@ def scale_by_eva_s(
         return out, EvaSState(counts, means, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _zeros(group: Group, dtype: Any) -> dict[str, jax.Array]:
-    return {str(i): jnp.zeros((group.copies, n), dtype) for i, n in enumerate(group.block)}
-
-
-def _averaged(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], held: jax.Array
-) -> dict[str, jax.Array]:
-    """Averages with the means of these tensors over all axes but one in them."""
-    out = {}
-    for i in range(len(group.block)):
-        others = tuple(axis + 1 for axis in range(len(group.block)) if axis != i)
-        out[str(i)] = held * means[str(i)] + (1 - held) * jnp.mean(tensors, others)
-    return out
-
-
-def _against_product(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
-) -> jax.Array:
-    c = jnp.ones_like(tensors)
-    for axis, v in means.items():
-        c = c * _along_axis(group, v, int(axis))
-    within = tuple(range(1, tensors.ndim))
-    along_c = jnp.sum(c * tensors, within, keepdims=True)
-    size = jnp.sum(jnp.square(c), within, keepdims=True)
-    return (tensors - along_c * c / (damping + size)) / damping
-
-
-def _between_roots(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
-) -> jax.Array:
-    power = -1 / (2 * len(group.block))
-    for axis, v in means.items():
-        size = jnp.sum(jnp.square(v), 1, keepdims=True)
-        unit = _along_axis(group, v / jnp.sqrt(jnp.where(size > 0, size, 1)), int(axis))
-        # H^r = damping^r I + [(damping + |v|^2)^r - damping^r] u u^T
-        change = (damping + size) ** power - damping**power
-        along_unit = jnp.sum(unit * tensors, int(axis) + 1, keepdims=True)
-        rest = damping**power * tensors
-        tensors = rest + change.reshape(-1, *[1] * len(group.block)) * unit * along_unit
-    return tensors
-
-
-def _along_axis(group: Group, v: jax.Array, axis: int) -> jax.Array:
-    """Vectors `[copies, n]` laid along one axis of tensors, length one along the others."""
-    shape = [group.copies] + [1] * len(group.block)
-    shape[axis + 1] = group.block[axis]
-    return v.reshape(shape)

@@ -13,7 +13,7 @@ from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
-_SET = (
+OF_THE_BLOCK = (
     "block",
     "inverse",
     "sharing",
@@ -24,7 +24,7 @@ _SET = (
 )
 
 
-@flat_signature(kfac, without=_SET)
+@flat_signature(kfac, without=OF_THE_BLOCK)
 def ekfac(
     layers: Layers,
     *,

@@ -9,25 +9,15 @@ from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kpsvd import kpsvd_block
 from kfac_optax.blocks.kpsvd_two import FIRST, kpsvd_two_block
 from kfac_optax.engine.choice import beside_blocks
-from kfac_optax.methods.kfac.ekfac import where_examples
+from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 RANKS = (1, 2)
-# Words of `kfac` that the block decides on.
-_SET = (
-    "block",
-    "inverse",
-    "sharing",
-    "positions",
-    "convolution",
-    "recurrence",
-    "factored_gradient",
-)
 
 
-@flat_signature(kfac, without=_SET)
+@flat_signature(kfac, without=OF_THE_BLOCK)
 def kpsvd(
     layers: Layers,
     *,
