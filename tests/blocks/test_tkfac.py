@@ -57,7 +57,7 @@ def test_both_partial_traces_are_those_of_the_exact_block(x64, sharing):
     check_traces(ko.ggn(predict), params, (x,), tkfac_block(sharing=sharing))
 
 
-@pytest.mark.parametrize("kind", ["positions", "convolution", "groups", "uses", "layers"])
+@pytest.mark.parametrize("kind", ["convolution", "uses", "layers"])
 def test_exact_sharing_has_the_traces_of_every_kind_of_layer(x64, kind):
     predict, params, x = of_ekfac.problem(kind)
     check_traces(ko.ggn(predict), params, (x,), tkfac_block(sharing="exact"))
