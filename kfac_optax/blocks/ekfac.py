@@ -81,7 +81,7 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
     ) -> tuple[Factors, Array]:
         if g is None:
             raise ValueError(
-                f"{name}_block: needs output gradients, but this estimator measures inputs only. "
+                f"{name}: needs output gradients, but this estimator measures inputs only. "
                 "Use fisher, ggn or empirical_fisher, or another block (kronecker)."
             )
         return plain.measure(a, g, use), moments(a, g, use, inverse)

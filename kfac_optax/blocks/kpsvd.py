@@ -75,6 +75,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return identity_term(layer, dtype)
 
     def measure(a: Array, g: Array | None, use: Use, inverse: PowerInverse) -> tuple[Term, tuple]:
+        # linear in F: means over parts of a batch, pullbacks and devices need no care
         a, g = whole_rows("kpsvd_block", a, g, use)
         return power_step(a, g, inverse.directions, use.examples, precision), ()
 
@@ -88,6 +89,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
     def absorb(
         kept: PowerInverse, new: tuple, term: Term, damping: Array, average: Average
     ) -> PowerInverse:
+        # from the average with this statistic in it, so that noise of one batch has little weight
         return kept._replace(directions=next_directions(kept.directions, term))
 
     def solve(kept: PowerInverse, v: Array, damping: Array) -> Array:

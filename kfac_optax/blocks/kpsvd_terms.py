@@ -35,6 +35,7 @@ class TwoTerms(NamedTuple):
 def identity_term(layer: Layer, dtype: jnp.dtype) -> Term:
     """The step from identities where `F` is one."""
     p, q = layer.shape
+    # M I / sqrt(q) = sqrt(q) I, M^T I / sqrt(p) = sqrt(p) I
     inputs, outputs = (jnp.sqrt(jnp.asarray(n, dtype)) for n in (q, p))
     eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
     return Term(inputs * eye_p, outputs * eye_q, inputs * outputs)
@@ -88,6 +89,7 @@ def rest_of(terms: TwoTerms) -> Term:
     """The power step of what the first term leaves of the block."""
     first, second = terms.first, terms.second
     scale = _scale(first)
+    # E = M - inputs outputs^T / scale, and <first.outputs, S_2> = <R_1, M S_2>
     return Term(
         second.inputs - terms.right / scale * first.inputs,
         second.outputs - terms.left / scale * first.outputs,
@@ -122,6 +124,7 @@ def pencils_of(
 ) -> tuple[Pencil, Pencil]:
     """What diagonalises both terms at once, the first with the damping shared out to its factors."""
     one, two = products_of(terms)
+    # the second term has no part in how the damping is shared out
     mean_a, mean_g = (jnp.trace(x) / len(x) for x in one)
     shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
     inputs = pencil(one.inputs, two.inputs, shift, precision=precision)

@@ -80,6 +80,7 @@ def kpsvd_two_block(
         p, q = layer.shape
         eyes = identity_term(layer, dtype) if first == "svd" else plain.init(layer, dtype)
         zero = jnp.zeros((), dtype)
+        # F = I is one product, and leaves nothing over
         nothing = Term(jnp.zeros((p, p), dtype), jnp.zeros((q, q), dtype), zero)
         return TwoTerms(eyes, nothing, zero, zero)
 
@@ -120,6 +121,7 @@ def kpsvd_two_block(
     def solve(kept: TwoTermInverse, v: Array, damping: Array) -> Array:
         left, right = kept.inputs.vectors, kept.outputs.vectors
         total = 1 + kept.inputs.values[:, None] * kept.outputs.values
+        # sums that are next to zero or below are no curvature to divide by
         rotated = sandwich(left.T, v, right, precision=precision) / jnp.maximum(total, floor)
         return sandwich(left, rotated, right.T, precision=precision)
 

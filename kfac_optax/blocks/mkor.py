@@ -89,6 +89,7 @@ def mkor_block(
     plain = rank_one(sharing=sharing, precision=precision)
 
     def measure(a: Array, g: Array | None, use: Any) -> tuple[Means, Means]:
+        # the average is for `multiply` alone: inverses follow the means of every batch themselves
         means = plain.measure(a, g, use)
         return means, means
 
@@ -105,6 +106,7 @@ def mkor_block(
 
     def step(kept: Array, mean: Array | None, decay: Any) -> Array:
         assert mean is not None  # both are measured
+        # in the dtype of the statistics, whatever J is kept in
         e = jnp.asarray(decay, mean.dtype)
         mean = jnp.clip(mean, -largest, largest)
         j = _updated(form, kept.astype(mean.dtype), mean, e, precision)
@@ -136,10 +138,12 @@ def _identity(mean: Array | None, dtype: Any) -> Array:
 
 def _updated(form: str, j: Array, mean: Array, e: Array, precision: Any) -> Array:
     if form == "blend":
+        # M, a step towards the identity first
         j = e * j + (1 - e) * jnp.eye(len(j), dtype=j.dtype)
     u = jnp.matmul(j, mean, precision=precision)
     size = jnp.maximum(jnp.vdot(mean, u, precision=precision), 0)  # not negative but for rounding
     if form == "blend":
+        # Sherman & Morrison, of M^{-1} + a a^T
         return j - jnp.outer(u, u) / (1 + size)
     if form == "sum":
         return e * j + (1 - e) / (e**2 * (1 + e * (1 - e) * size)) * jnp.outer(u, u)

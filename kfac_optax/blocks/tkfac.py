@@ -94,6 +94,7 @@ def tkfac_block(
         return moments(a, g, use, precision)
 
     def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
+        # delta Phi / sqrt(delta): the product of both is delta Phi (x) Psi
         root = jnp.sqrt(jnp.trace(factors.inputs))
         scaled = Factors(*(x / jnp.where(root > 0, root, 1) for x in factors))
         if inverse == "eigh" or split == "trace":
@@ -129,12 +130,13 @@ def _moments_of_positions(
 ) -> Factors:
     a, g = a.astype(use.dtype), g.astype(use.dtype)
     a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
-    rows = tuple(range(1, a.ndim - 1))
+    rows = tuple(range(1, a.ndim - 1))  # all axes between examples and features
     weights = jnp.ones((), use.dtype) if use.weights is None else use.weights.astype(use.dtype)
     weights = jnp.broadcast_to(weights, a.shape[:-1])
     # Gamma is a weighted mean: g has the root of its weight inside
     total = jnp.sum(weights, rows, keepdims=True)
     share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    # tr Lambda and tr Gamma, [n, 1, ...]
     trace_a = jnp.sum(weights * jnp.sum(a * a, -1), rows, keepdims=True)
     trace_g = share * jnp.sum(jnp.sum(g * g, -1), rows, keepdims=True)
     inputs = weighted_gram(a, weights * trace_g, precision=precision)

@@ -47,18 +47,22 @@ def contract(
     def times_middle(x: Array) -> Array:
         return x if middle is None else jnp.matmul(x, middle, precision=precision)
 
+    # sum_b (g^T M g) a a^T
     if rows == 1:
         sizes = jnp.sum(times_middle(g) * g, -1, keepdims=True)
         return gram(sizes * a, a, precision=precision)
 
+    # sum_rs (g_r^T M g_s) a_r a_s^T
     def of_pairs(a: Array, g: Array) -> Array:
         pairs = jnp.matmul(times_middle(g), g.mT, precision=precision)  # [n, rows, rows]
         return gram(jnp.matmul(pairs, a, precision=precision), a, precision=precision)
 
+    # D M D^T, with D formed
     def of_products(a: Array, g: Array) -> Array:
         products = jnp.matmul(a.mT, g, precision=precision)  # [n, p, q]
         return gram(times_middle(products).mT, products.mT, precision=precision)
 
+    # multiplications for each example
     pairwise = rows * (p * p + q * q) + rows * rows * (p + q)
     whole = p * q * (rows + p + q)
     function, formed = (of_pairs, rows * rows) if pairwise < whole else (of_products, p * q)

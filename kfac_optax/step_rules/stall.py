@@ -95,6 +95,7 @@ def until_stalled(
                 updates, state.preconditioner, params, value=value, **extra
             )
 
+        # a branch, not a choice: afterwards nothing is measured or solved for any more
         out, inner = jax.lax.cond(stalled, handed_on, preconditioned)
         return out, state._replace(preconditioner=inner, stalled=stalled)
 

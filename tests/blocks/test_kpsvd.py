@@ -11,6 +11,7 @@ import pytest
 import kfac_optax as ko
 from kfac_optax._types import Average, Use
 from kfac_optax.blocks.kpsvd import kpsvd_block
+from kfac_optax.blocks.kpsvd_terms import unit
 from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
 from kfac_optax.blocks.kronecker import Factors
 from kfac_optax.blocks.tkfac import tkfac_block
@@ -261,6 +262,26 @@ def test_distances_on_a_trained_net_are_in_order(x64):
         assert d["kpsvd"] < min(d["kfac"], d["tkfac"]), d
         assert d["two terms"] < min(d["kpsvd"], d["corrected"]), d
         assert d["corrected"] < d["kfac"], d
+
+
+def test_directions_stay_where_a_product_vanishes_or_overflows():
+    old = jnp.eye(2) / jnp.sqrt(2)
+    for x in (jnp.zeros((2, 2)), jnp.full((2, 2), 1e30)):
+        np.testing.assert_array_equal(unit(x, old), old)
+    np.testing.assert_allclose(unit(3 * jnp.eye(2), old), old, rtol=1e-6)
+
+
+def test_words_of_the_preset():
+    layers = h.plain_problem().layers
+    with pytest.raises(ValueError, match="rank=3; expected 1 or 2"):
+        ko.kpsvd(layers, kl_clip=None, rank=3)
+    with pytest.raises(ValueError, match="first='kfac', which has no effect beside rank=1"):
+        ko.kpsvd(layers, kl_clip=None, first="kfac")
+    with pytest.raises(ValueError, match="inverse='cholesky', which has no effect beside rank=2"):
+        ko.kpsvd(layers, kl_clip=None, rank=2, inverse="cholesky")
+    state = ko.kpsvd(layers, kl_clip=None, rank=2, first="kfac").init(h.plain_params())
+    (factors,) = state.preconditioner.factors.values()
+    assert isinstance(factors.first, Factors)
 
 
 def test_errors():

@@ -207,7 +207,7 @@ def test_correction_is_nearer_and_keeps_the_trace(x64):
         np.testing.assert_allclose(np.trace(matrix), np.trace(exact), rtol=1e-10)
 
 
-@pytest.mark.parametrize("preset", [ko.tkfac, ko.tekfac])
+@pytest.mark.parametrize("preset", [ko.tkfac, ko.tekfac, ko.kpsvd])
 def test_layers_without_rows_of_examples_get_the_block_of_kfac(preset):
     params, x = {"w": oracles.normal(1, (2, 3))}, oracles.normal(0, (4, 3, 2))
 

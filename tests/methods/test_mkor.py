@@ -149,6 +149,8 @@ def test_errors():
     layers = ESTIMATOR.layers(params, X, Y)
     with pytest.raises(ValueError, match="'pass', 'graft', 'raise'"):
         ko.mkor(layers, uncovered="diagonal")
+    with pytest.raises(ValueError, match="decay=0"):
+        ko.mkor(layers, decay=0)
     with pytest.raises(ValueError, match="patience=0"):
         ko.mkor_h(layers, patience=0)
     tx = ko.until_stalled(optax.identity())

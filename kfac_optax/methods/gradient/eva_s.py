@@ -123,6 +123,7 @@ def scale_by_eva_s(
         new = {g.name: averaged(g, tensors[g.name], state.means[g.name], held) for g in groups}
         means, skipped = gate.accepted(new, state.means, finite)
         lam = jnp.asarray(now["damping"], dtype)
+        # with this gradient in the means
         out = {g.name: solve(g, tensors[g.name], means[g.name], lam) for g in groups}
         out, good = gate.passed_on(updates, groups, out, finite)
         counts = gate.counted(state.counts, finite, good, skipped, 0)

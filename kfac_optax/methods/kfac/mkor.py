@@ -8,7 +8,7 @@ import optax
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_choice
+from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
@@ -83,7 +83,9 @@ def mkor(
       Optimizer Using Rank-1 Updates (2023).
     """
     check_choice("mkor", "uncovered", uncovered, UNCOVERED)
+    check_number("mkor", "decay", decay, above=0, at_most=1)  # the update divides by it
     layers = cover(layers, where="mkor")
+    # what is left out is left over, and named so, before `uncovered` decides about it
     layers = leave_out(layers, LEFT_OUT, "{kind}: no inverse factors of rank-one updates")
     layers = cover(layers, uncovered=uncovered, where="mkor")
     block = mkor_block(
@@ -104,6 +106,7 @@ def mkor(
         axis_name=axis_name,
         factor_dtype=factor_dtype,
     )
+    # a gradient that is not finite has no norm to give
     norm_of = optax.stateless(lambda updates, params: _zero_unless_finite(updates))
     return graft_norm(preconditioner, norm_of=norm_of, layers=layers)
 
