@@ -144,6 +144,15 @@ def test_inverses_in_half_precision_are_kept_as_such():
     assert {x.dtype for x in jax.tree.leaves(state.factors)} == {jnp.dtype(jnp.float32)}
 
 
+def test_diagnostics_of_what_has_no_matrix_for_a_factor():
+    params = oracles.make_params(0, (3, 4, 2))
+    state = ko.mkor(ESTIMATOR.layers(params, X, Y)).init(params)
+    found = ko.diagnostics(state)
+    assert "eigenvalue_min" not in found
+    assert found["statistics"] == 0
+    assert ko.problems(state) == []
+
+
 def test_errors():
     params = oracles.make_params(0, (3, 4, 2))
     layers = ESTIMATOR.layers(params, X, Y)
