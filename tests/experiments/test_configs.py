@@ -59,7 +59,6 @@ SMALL = [
     ("char_transformer", "adam", {"depth": 1, "width": 8, "heads": 2}),
     ("deep_tanh", "kfac", {"widths": (4, 4)}),
     ("deep_tanh", "smw", {"widths": (4, 4)}),
-    ("deep_tanh", "kpsvd_two", {"widths": (4, 4)}),
     ("uncovered:deep_linear", "adam", {"depth": 2, "width": 4}),
     ("uncovered:resnet", "adam", {}),
     ("uncovered:rms_transformer", "kfac", {"depth": 1, "width": 8, "heads": 2}),
