@@ -19,7 +19,8 @@ from kfac_optax.blocks.kpsvd_terms import (
     start_directions,
     whole_rows,
 )
-from kfac_optax.blocks.kronecker import INVERSES, DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.tkfac import INVERSES
 from kfac_optax.linalg.kronecker_products import sandwich
 
 

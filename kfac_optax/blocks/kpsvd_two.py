@@ -64,8 +64,9 @@ def kpsvd_two_block(
       ValueError: unknown `first`, `floor` out of range; at the first update, an estimator that
         measures inputs only.
 
-    >>> block = kpsvd_two_block()
-    >>> inverse = block.factorize(block.init(2, 1, jnp.float32), jnp.float32(1.0))
+    >>> import kfac_optax as ko
+    >>> block, layer = kpsvd_two_block(), ko.testing.dense_layer(2, 1)
+    >>> inverse = block.factorize(block.init(layer, jnp.float32), jnp.float32(1.0))
     >>> print(block.solve(inverse, jnp.ones((2, 1)), jnp.float32(1.0)).ravel())
     [0.25 0.25]
 

@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number, check_unused
-from kfac_optax.blocks.kronecker import INVERSES, DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse, Factors, kronecker
 from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
@@ -14,6 +14,7 @@ from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.weighted_rows import keep_rows, weighted_gram
 
+INVERSES = ("eigh", "cholesky")
 SHARING = ("expand", "exact")
 SPLIT = ("even", "trace")
 
