@@ -67,8 +67,9 @@ def kpsvd_two_block(
     >>> import kfac_optax as ko
     >>> block, layer = kpsvd_two_block(), ko.testing.dense_layer(2, 1)
     >>> inverse = block.factorize(block.init(layer, jnp.float32), jnp.float32(1.0))
-    >>> print(block.solve(inverse, jnp.ones((2, 1)), jnp.float32(1.0)).ravel())
-    [0.25 0.25]
+    >>> solved = block.solve(inverse, jnp.ones((2, 1)), jnp.float32(1.0))
+    >>> print([f"{u:.3f}" for u in solved.ravel()])
+    ['0.250', '0.250']
 
     Reference: Koroko et al., Efficient Approximations of the Fisher Matrix in Neural Networks using
       Kronecker Product Singular Value Decomposition (2022), for both forms.
