@@ -12,14 +12,19 @@ from kfac_optax.blocks.embedding import embedding, tied_embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.hylo import hylo_block
 from kfac_optax.blocks.inverse_free import inverse_free
+from kfac_optax.blocks.kpsvd import kpsvd_block
+from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.similarity_gate import similarity_gate
 from kfac_optax.blocks.skfac import skfac_block
 from kfac_optax.blocks.split_kronecker import split_kronecker
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.tekfac import tekfac_block
+from kfac_optax.blocks.tkfac import tkfac_block
 from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.capture.manual import tap_conv, tap_dense, tap_embedding, tap_scale_shift
@@ -53,7 +58,8 @@ from kfac_optax.likelihoods import (
     from_log_density,
 )
 from kfac_optax.methods.catalogue import CATALOGUE
-from kfac_optax.methods.gradient.presets import shampoo, soap
+from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
+from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
@@ -63,6 +69,7 @@ from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.hylo import hylo
 from kfac_optax.methods.kfac.ingd import ingd
+from kfac_optax.methods.kfac.kpsvd import kpsvd
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
@@ -71,10 +78,14 @@ from kfac_optax.methods.kfac.low_rank_presets import (
     b_r_kfac,
     rs_kfac,
 )
+from kfac_optax.methods.kfac.mkor import mkor
+from kfac_optax.methods.kfac.mkor_hybrid import mkor_h
 from kfac_optax.methods.kfac.noisy import noisy_kfac
 from kfac_optax.methods.kfac.singd import singd
 from kfac_optax.methods.kfac.skfac import skfac
+from kfac_optax.methods.kfac.tekfac import tekfac
 from kfac_optax.methods.kfac.thor import thor
+from kfac_optax.methods.kfac.tkfac import tkfac
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -86,6 +97,7 @@ from kfac_optax.step_rules.graft import graft_norm
 from kfac_optax.step_rules.kl_clip import clip_by_kl, kl_scale
 from kfac_optax.step_rules.quadratic_model import quadratic_step, solve_model
 from kfac_optax.step_rules.rms import clip_by_rms
+from kfac_optax.step_rules.stall import until_stalled
 from kfac_optax.step_rules.trust_region import clip_by_trust_region, trust_scale
 from kfac_optax.step_rules.weight_decay import add_weight_decay
 
@@ -137,6 +149,7 @@ __all__ = [
     "empirical_fisher",
     "eva",
     "eva_f",
+    "eva_s",
     "factor_metric",
     "factors",
     "fisher",
@@ -157,12 +170,18 @@ __all__ = [
     "kfac_two_level",
     "kfac_two_level_adaptive",
     "kl_scale",
+    "kpsvd",
+    "kpsvd_block",
+    "kpsvd_two_block",
     "kronecker",
     "laplace",
     "lissa",
     "log_determinant",
     "low_rank",
     "low_rank_blocks",
+    "mkor",
+    "mkor_block",
+    "mkor_h",
     "noisy_kfac",
     "problems",
     "quadratic_step",
@@ -172,6 +191,7 @@ __all__ = [
     "rs_kfac",
     "sample_params",
     "scale_by_curvature",
+    "scale_by_eva_s",
     "scale_by_shampoo",
     "scale_by_soap",
     "self_influence",
@@ -191,11 +211,16 @@ __all__ = [
     "tap_dense",
     "tap_embedding",
     "tap_scale_shift",
+    "tekfac",
+    "tekfac_block",
     "testing",
     "thor",
     "tied_embedding",
+    "tkfac",
+    "tkfac_block",
     "trace_gate",
     "tridiagonal",
     "trust_scale",
     "unitwise",
+    "until_stalled",
 ]

@@ -277,11 +277,12 @@ class Block(NamedTuple):
 
 class Average(NamedTuple):
     """How a new statistic is averaged in: `S <- weight S + (1 - weight) S_new`, as number `count`
-    of those accepted.
+    of those accepted. `decay` is the bound of the weight, `weight = min(1 - 1/count, decay)`.
     """
 
     weight: jax.Array
     count: jax.Array
+    decay: jax.Array
 
 
 # canonical matrices of all layers with a block, one `[copies, p, q]` for every bucket

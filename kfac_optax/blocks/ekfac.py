@@ -10,11 +10,9 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Average, Block, Use
 from kfac_optax.blocks.kronecker import EigenInverse, Factors, kronecker
-from kfac_optax.linalg.example_moments import example_moments
+from kfac_optax.linalg.example_moments import example_moments, example_rows
 from kfac_optax.linalg.factorize import Eigen, damped_logdet, damped_quotient, damped_root
-from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.weighted_rows import finite_padding
 
 
 class CorrectedInverse(NamedTuple):
@@ -66,25 +64,30 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
     Reference: George, Laurent, Bouthillier, Ballas & Vincent, Fast Approximate Natural Gradient
       Descent in a Kronecker-factored Eigenbasis (2018).
     """
-    plain = kronecker("eigh", precision=precision)
+    return eigenvalue_corrected(kronecker("eigh", precision=precision), "ekfac", precision)
+
+
+def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLike) -> Block:
+    """`ekfac_block` in the eigenbasis of another block.
+
+    Args:
+      plain: whose `factorize` gives an `EigenInverse`, and whose `measure` takes whole examples.
+      name: for the coverage table and errors.
+      precision: matmul precision of moments and solves.
+    """
 
     def measure(
         a: Array, g: Array | None, use: Use, inverse: CorrectedInverse
     ) -> tuple[Factors, Array]:
         if g is None:
             raise ValueError(
-                "ekfac_block: needs output gradients, but this estimator measures inputs only. Use "
-                "fisher, ggn or empirical_fisher, or another block (kronecker)."
+                f"{name}: needs output gradients, but this estimator measures inputs only. "
+                "Use fisher, ggn or empirical_fisher, or another block (kronecker)."
             )
         return plain.measure(a, g, use), moments(a, g, use, inverse)
 
     def moments(a: Array, g: Array, use: Use, inverse: CorrectedInverse) -> Array:
-        a, g = a.astype(use.dtype), g.astype(use.dtype)
-        if use.weights is not None:
-            # g has the root of the weight inside. A row of weight zero can carry the gradient of
-            # another row's label, so it is left out only where it holds no number.
-            a = finite_padding(a, use.weights[..., None])
-        a = homogeneous(a) if use.bias else a
+        a, g = example_rows(a, g, use)
         a = jnp.matmul(a, inverse.inputs.vectors, precision=precision)
         g = jnp.matmul(g, inverse.outputs.vectors, precision=precision)
         return example_moments(a, g, precision=precision) / use.examples
@@ -119,7 +122,7 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
         return damped_logdet(inverse.moments, damping)
 
     return Block(
-        "ekfac",
+        name,
         plain.init,
         measure,
         factorize,

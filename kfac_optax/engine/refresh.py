@@ -219,7 +219,8 @@ def accumulate(
     state = state._replace(
         factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse
     )
-    return _absorb(step, state, news, Average(weight, count), finite) if news else state
+    averaged = Average(weight, count, jnp.asarray(decay, jnp.float32))
+    return _absorb(step, state, news, averaged, finite) if news else state
 
 
 def _any_nonzero(tree: PyTree) -> jax.Array:

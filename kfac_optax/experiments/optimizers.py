@@ -12,6 +12,7 @@ from flax import linen as nn
 import kfac_optax as ko
 from kfac_optax.experiments import data, models, schedules
 from kfac_optax.experiments.likelihoods import Likelihood
+from kfac_optax.methods.signature import flat_signature
 
 # A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
 Rate = Any
@@ -105,6 +106,11 @@ def _online_two_level(layers: Any, **options: Any) -> Any:
     return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
 
 
+@flat_signature(ko.kpsvd, without=("rank", "inverse"))
+def _two_products(layers: Any, **options: Any) -> Any:
+    return ko.kpsvd(layers, rank=2, **options)
+
+
 def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
@@ -172,6 +178,7 @@ OPTIMIZERS = {
     "muon": Optimizer("Muon", False, _gradient_only(optax.contrib.muon)),
     "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
     "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
+    "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
     "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
     "ekfac": Optimizer("EKFAC", True, _preset(ko.ekfac)),
     "thor": Optimizer("THOR", True, _preset(ko.thor)),
@@ -179,6 +186,10 @@ OPTIMIZERS = {
     "singd": Optimizer("SINGD", True, _preset(ko.singd)),
     "skfac": Optimizer("SKFAC", True, _preset(ko.skfac)),
     "hylo": Optimizer("HyLo", True, _preset(ko.hylo)),
+    "tkfac": Optimizer("TKFAC", True, _preset(ko.tkfac)),
+    "tekfac": Optimizer("TEKFAC", True, _preset(ko.tekfac)),
+    "kpsvd": Optimizer("KPSVD", True, _preset(ko.kpsvd)),
+    "kpsvd_two": Optimizer("KPSVD, two terms", True, _preset(_two_products)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer(

@@ -38,8 +38,8 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     `statistics` (accepted), `skipped_statistics`, `failed_inverses`, the numbers of
     `quadratic_step` (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping`
     (`model_damping`, `reduction_ratio`, `rejected_steps`, ...) where they are used, and the range
-    of the eigenvalues of all factors that are kept as matrices, `eigenvalue_min` and
-    `eigenvalue_max` (computed on the spot).
+    of the eigenvalues of all factors, `eigenvalue_min` and `eigenvalue_max` (computed on the spot;
+    left out where no factor is a matrix).
     Where factors are held as a few eigenpairs, also the worst over all of them: `captured_energy`
     (share of the trace in the pairs in use), `inversion_error` (an estimate of how much, relative
     to what is right, the inverse may be off along a direction that is left out; damping makes it
@@ -73,6 +73,13 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     )
 
 
+def _range(spectra: list[jax.Array]) -> dict[str, jax.Array]:
+    if not spectra:
+        return {}
+    values = jnp.concatenate(spectra)
+    return {"eigenvalue_min": values.min(), "eigenvalue_max": values.max()}
+
+
 def _spectra(state: CurvatureState) -> list[jax.Array]:
     """Eigenvalues of the factors, of those with a few pairs what is held of them."""
     spectra: list[jax.Array] = []
@@ -81,7 +88,8 @@ def _spectra(state: CurvatureState) -> list[jax.Array]:
             spectra += [jnp.append(side.low.values, side.rest) for side in state.inverses[name]]
             continue
         for x in jax.tree.leaves(factors):
-            if x.ndim >= 3 and x.shape[-1] == x.shape[-2]:  # behind the copies of a bucket
+            # copies are on axis 0: as many vectors as they are long make no matrix
+            if x.ndim >= 3 and x.shape[-1] == x.shape[-2]:
                 spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
     return spectra
 

@@ -1,10 +1,13 @@
 """A batch in parts, where what is computed of all examples at once would not fit."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from kfac_optax._tree import zeros_of_type
 
 
 def count_parts(x: Float[Array, "n ..."], least: int) -> int:
@@ -28,6 +31,23 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
      [1 3]]
     """
     return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+
+def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array, "n ..."]) -> Array:
+    """`function(*rows)`, a sum over examples, as the sum of what it gives of parts of them.
+
+    >>> print(sum_of_parts(jnp.sum, 2, jnp.arange(4.0)))
+    6.0
+    """
+    if parts == 1:
+        return function(*rows)
+    split = [parts_first(x, parts) for x in rows]
+    one = jax.eval_shape(function, *(x[0] for x in split))
+
+    def add(total: Array, part: list[Array]) -> tuple[Array, None]:
+        return total + function(*part), None
+
+    return jax.lax.scan(add, zeros_of_type(one), split)[0]
 
 
 def _shards(x: Array) -> int:

@@ -4,13 +4,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import zeros_of_type
-from kfac_optax.linalg.batch_parts import count_parts, parts_first
-from kfac_optax.linalg.gram import gram
+from kfac_optax._types import Use
+from kfac_optax.linalg.batch_parts import count_parts, sum_of_parts
+from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.weighted_rows import finite_padding
 
 # Products of a whole batch may be many times its size: above this many entries they are formed for
 # a part of the examples at a time.
 ENTRIES = 1 << 25
+
+
+def example_rows(a: Array, g: Array, use: Use) -> tuple[Array, Array]:
+    """Rows whose products, added up within an example, are its gradient times the root of its
+    weight: in the dtype of the statistics, with the bias coordinate.
+    """
+    a, g = a.astype(use.dtype), g.astype(use.dtype)
+    if use.weights is not None:
+        # g has the root of the weight inside. A row of weight zero can carry the gradient of
+        # another row's label, so it is left out only where it holds no number.
+        a = finite_padding(a, use.weights[..., None])
+    return (homogeneous(a) if use.bias else a), g
 
 
 def example_moments(
@@ -45,12 +58,4 @@ def example_moments(
         return jnp.sum(jnp.square(products), 0)
 
     parts = count_parts(a, -(-n * p * q // (entries or ENTRIES)))
-    if parts == 1:
-        return squares(a, g)
-
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + squares(*part), None
-
-    split = parts_first(a, parts), parts_first(g, parts)
-    one = jax.eval_shape(squares, *(x[0] for x in split))
-    return jax.lax.scan(add, zeros_of_type(one), split)[0]
+    return sum_of_parts(squares, parts, a, g)

@@ -8,11 +8,16 @@ from kfac_optax.methods.kfac import (
     foof,
     hylo,
     ingd,
+    kpsvd,
     low_rank_records,
+    mkor,
+    mkor_hybrid,
     noisy,
     singd,
     skfac,
+    tekfac,
     thor,
+    tkfac,
 )
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
@@ -20,6 +25,9 @@ from kfac_optax.methods.sample_space import smw, spring
 CATALOGUE: dict[str, Method] = collect(
     fixed.RECORDS,
     ekfac.RECORDS,
+    tkfac.RECORDS,
+    tekfac.RECORDS,
+    kpsvd.RECORDS,
     adaptive.RECORDS,
     low_rank_records.RECORDS,
     foof.RECORDS,
@@ -32,5 +40,7 @@ CATALOGUE: dict[str, Method] = collect(
     skfac.RECORDS,
     hylo.RECORDS,
     noisy.RECORDS,
+    mkor.RECORDS,
+    mkor_hybrid.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from kfac_optax._types import Block, Layer, Layers
 
 # "losses": curvature that knows the gradient of each example's own loss
-NEEDS = ("gradient", "curvature", "losses", "rows", "value_fn")
+NEEDS = ("gradient", "curvature", "losses", "rows", "value", "value_fn")
 
 
 class Sizes(NamedTuple):

@@ -27,6 +27,7 @@ class Case(NamedTuple):
       outputs: output gradients have a part in it; without, the scale of the loss has no influence.
       scales: with a damping that follows the scale of the loss, solves do; not where it is shared
         out between factors whatever their sizes.
+      damped: the damping has a part in it.
     """
 
     block: Block
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     averaged: bool = True
     outputs: bool = True
     scales: bool = True
+    damped: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -376,9 +376,8 @@ def online():
         )
 
 
-def moments():
-    """Moments in an eigenbasis are means over all devices' examples: one row each, positions added
-    up first, a layer used twice; automatic axes, explicit ones and `shard_map`."""
+def _whole_examples():
+    """A layer of positions that is used twice, and another; estimator, parameters and batch."""
     keys = jax.random.split(jax.random.key(6), 5)
     params = {"twice": jax.random.normal(keys[0], (4, 4)), "head": h.plain_params()["last"]}
     x, weights = jax.random.normal(keys[1], (EXAMPLES, 3, 4)), _data()[2]
@@ -389,7 +388,13 @@ def moments():
         x = jnp.tanh(h.dense(x, params["head"]["w"], params["head"]["b"])).sum(1)
         return ko.Categorical(x, weights=weights)
 
-    estimator = ko.ggn(predict)
+    return ko.ggn(predict), params, (x, weights)
+
+
+def moments():
+    """Moments in an eigenbasis are means over all devices' examples: one row each, positions added
+    up first, a layer used twice; automatic axes, explicit ones and `shard_map`."""
+    estimator, params, (x, weights) = _whole_examples()
     layers = estimator.layers(params, x, weights)
 
     def step(axis_name, refresh):
@@ -419,6 +424,27 @@ def moments():
         params, state = jax.device_put((params, state), P())
         batch = jax.device_put((x, weights), P("data"))
         got = step(None, False)(params, state, *batch)
+        _same(got, expected)
+        h.assert_same_types(got[1], state)
+
+
+def power_steps():
+    """So are the products of power iterations, and the directions that follow from them."""
+    estimator, params, batch = _whole_examples()
+    layers = estimator.layers(params, *batch)
+    specs = (P(), P(), P("data"), P("data"))
+    auto = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    words = dict(learning_rate=0.1, damping=0.05, kl_clip=None)
+    tx = ko.kpsvd(layers, rank=2, **words)
+    step = _step(tx, estimator, refresh=False)
+    _, state = jax.device_get(step(params, jax.jit(tx.init)(params), *batch))
+    expected = jax.device_get(step(params, state, *batch))
+    mapped = _step(ko.kpsvd(layers, rank=2, axis_name="data", **words), estimator, refresh=False)
+    sharded = jax.shard_map(mapped, mesh=auto, in_specs=specs, out_specs=P(), check_vma=True)
+    _same(jax.jit(sharded)(params, state, *batch), expected)
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",))):
+        params, state = jax.device_put((params, state), P())
+        got = step(params, state, *jax.device_put(batch, P("data")))
         _same(got, expected)
         h.assert_same_types(got[1], state)
 
@@ -705,6 +731,7 @@ CHECKS = {
         moments,
         samples,
         examples,
+        power_steps,
     )
 }
 

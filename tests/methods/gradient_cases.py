@@ -1,4 +1,4 @@
-"""What the tests of Shampoo and SOAP share."""
+"""What the tests of Shampoo, SOAP and Eva-s share."""
 
 import functools
 
@@ -9,7 +9,18 @@ import optax
 
 import kfac_optax as ko
 
-SCALE_BY = {"shampoo": ko.scale_by_shampoo, "soap": ko.scale_by_soap}
+
+def scale_by_eva_s(inverse_every=1, **words):
+    """Nothing is factorised, so there is no period."""
+    del inverse_every
+    return ko.scale_by_eva_s(**words)
+
+
+SCALE_BY = {
+    "shampoo": ko.scale_by_shampoo,
+    "soap": ko.scale_by_soap,
+    "eva_s": scale_by_eva_s,
+}
 
 
 def draws(seed, *shape, steps=5):

@@ -1,4 +1,4 @@
-"""What Shampoo and SOAP share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
+"""What Shampoo, SOAP and Eva-s share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
 
 import functools
 
@@ -12,7 +12,7 @@ import kfac_optax as ko
 from tests import helpers as h
 from tests.methods import gradient_cases as c
 
-both = pytest.mark.parametrize("name", c.SCALE_BY)
+every = pytest.mark.parametrize("name", c.SCALE_BY)
 
 
 @functools.cache
@@ -26,7 +26,7 @@ def plain(name):
     return c.run(c.SCALE_BY[name](inverse_every=2), steps())
 
 
-@both
+@every
 def test_every_kind_of_leaf_has_an_update(name):
     for update in plain(name)[0][1:]:  # the first of SOAP finds the bases
         for leaf, like in zip(jax.tree.leaves(update), jax.tree.leaves(steps()[0]), strict=True):
@@ -36,7 +36,7 @@ def test_every_kind_of_leaf_has_an_update(name):
             assert leaf.size == 0 or np.abs(leaf).max() > 0
 
 
-@both
+@every
 def test_state_is_of_strong_types_and_stays_so(name):
     tx = c.SCALE_BY[name](inverse_every=2)
     start = tx.init(steps()[0])
@@ -44,7 +44,7 @@ def test_state_is_of_strong_types_and_stays_so(name):
     assert not any(x.weak_type for x in jax.tree.leaves(start))
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_gradients_have_a_wide_state(name, dtype):
     updates, state = c.run(c.SCALE_BY[name](inverse_every=2), steps(dtype))
@@ -57,7 +57,7 @@ def test_narrow_gradients_have_a_wide_state(name, dtype):
     h.assert_close(updates, narrowed, rtol=2e-2, atol=1e-3)
 
 
-@both
+@every
 def test_gradients_narrower_than_parameters(name):
     tx = c.SCALE_BY[name](inverse_every=2)
     narrow = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), g) for g in steps()]
@@ -65,7 +65,7 @@ def test_gradients_narrower_than_parameters(name):
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@both
+@every
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_bad_batch_is_as_if_it_had_not_been(name, bad):
     worse = jax.tree.map(lambda x: x, steps()[1]) | {"vector": steps()[1]["vector"].at[0].set(bad)}
@@ -88,7 +88,7 @@ def test_bad_batch_does_not_reach_graft_and_momentum():
     h.assert_equal([updates[i] for i in (0, 1, 3, 4)], expected)
 
 
-@both
+@every
 def test_equal_shapes_together_are_as_one_by_one(name):
     trees = [
         {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
@@ -101,7 +101,7 @@ def test_equal_shapes_together_are_as_one_by_one(name):
         h.assert_close([tree[leaf] for tree in together], alone, rtol=1e-4)
 
 
-@both
+@every
 def test_stacked_leaves_are_layers_of_their_own(name):
     stacked = [jnp.asarray(g, jnp.float32) for g in c.draws(3, 2, 3, 4)]
     tx = c.SCALE_BY[name](inverse_every=2, stacked=lambda path: 1 if path == "scanned" else 0)
@@ -113,14 +113,14 @@ def test_stacked_leaves_are_layers_of_their_own(name):
         tx.init({"scanned": jnp.float32(1.0)})
 
 
-@both
+@every
 @pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.complex64), jnp.ones(2, jnp.int32)])
 def test_leaves_that_are_not_real_raise_with_their_name(name, leaf):
     with pytest.raises(TypeError, match="'inner/odd'"):
         c.SCALE_BY[name]().init({"inner": {"odd": leaf}, "w": jnp.ones((2, 2))})
 
 
-@both
+@every
 def test_scan_and_donation(name):
     tx = c.SCALE_BY[name](inverse_every=2)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps())
@@ -134,7 +134,7 @@ def test_scan_and_donation(name):
     h.assert_close(updates, expected, rtol=1e-3, atol=1e-4)
 
 
-@both
+@every
 def test_masked_and_partition(name):
     mask = {leaf: leaf in ("dense", "conv") for leaf in steps()[0]}
     masked, _ = c.run(optax.masked(c.SCALE_BY[name](inverse_every=2), mask), steps())
@@ -153,7 +153,7 @@ def test_masked_and_partition(name):
                 h.assert_equal(divided[t][leaf], -gradient[leaf])
 
 
-@both
+@every
 def test_multi_steps(name):
     twice = [gradient for gradient in steps() for _ in range(2)]
     tx = optax.MultiSteps(c.SCALE_BY[name](inverse_every=2), every_k_schedule=2)
@@ -161,14 +161,14 @@ def test_multi_steps(name):
     h.assert_close(updates[1::2], plain(name)[0], rtol=1e-3, atol=1e-4)
 
 
-@both
+@every
 def test_map_params_finds_no_parameter_in_the_state(name):
     tx = c.SCALE_BY[name]()
     state = tx.init(steps()[0])
     h.assert_equal(optax.tree.map_params(tx, lambda x: x + 1, state), state)
 
 
-@pytest.mark.parametrize("preset", [ko.shampoo, ko.soap])
+@pytest.mark.parametrize("preset", [ko.shampoo, ko.soap, ko.eva_s])
 def test_hyperparameters_are_injected(preset):
     gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]
     tx = optax.inject_hyperparams(preset)(learning_rate=0.1)  # sizes stay Python numbers
@@ -179,7 +179,7 @@ def test_hyperparameters_are_injected(preset):
     h.assert_equal(jax.tree.map(jnp.abs, update), jax.tree.map(jnp.zeros_like, update))
 
 
-@both
+@every
 def test_schedules_follow_the_count_and_nonsense_is_counted(name):
     gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]
 
@@ -192,7 +192,7 @@ def test_schedules_follow_the_count_and_nonsense_is_counted(name):
     assert "1 values of decay made no sense" in ko.problems(state)[0]
 
 
-@both
+@every
 def test_nothing_to_precondition(name):
     tx = c.SCALE_BY[name]()
     for tree in ({}, {"none": None}):

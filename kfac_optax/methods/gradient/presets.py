@@ -4,11 +4,13 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import ScalarOrSchedule
+from kfac_optax._types import Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_legal
+from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
 from kfac_optax.methods.signature import flat_signature
+from kfac_optax.step_rules.kl_clip import clip_by_kl
 
 
 @flat_signature(scale_by_shampoo)
@@ -91,16 +93,67 @@ def soap(
     return _with_step("soap", scale_by_soap(**options), learning_rate, weight_decay)
 
 
+@flat_signature(scale_by_eva_s)
+def eva_s(
+    learning_rate: ScalarOrSchedule,
+    *,
+    kl_clip: ScalarOrSchedule | None = 1e-3,
+    momentum: Numeric | None = 0.9,
+    weight_decay: ScalarOrSchedule = 0.0,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Eva-s, a whole optimizer: `scale_by_eva_s`, KL-clip, decoupled weight decay, momentum, and
+    the step.
+
+    `theta <- theta - learning_rate M`, with `M` the trace of `nu U + weight_decay theta`, `U` the
+    preconditioned gradient and `nu` the factor of `clip_by_kl`. It needs a parameter tree and
+    gradients, nothing else.
+
+    Args:
+      learning_rate: number or schedule.
+      kl_clip: bound on `learning_rate^2 <U, V>`; `None` for none.
+      momentum: of the clipped updates; `None` for none.
+      weight_decay: decoupled; `update` needs `params` where it is not the number zero.
+      **options: as for `scale_by_eva_s`.
+
+    Returns:
+      A transformation whose updates are to be added to the parameters.
+
+    Raises:
+      TypeError: a leaf is complex or not floating; a size is no Python integer.
+      ValueError: a hyperparameter out of range.
+
+    >>> import jax.numpy as jnp
+    >>> tx = eva_s(learning_rate=0.1, damping=1.0, kl_clip=None)
+    >>> g = jnp.array([[2.0, 0.0], [0.0, 0.0]])
+    >>> updates, state = tx.update(g, tx.init(g))
+    >>> print(updates + 0)
+    [[-0.1  0. ]
+     [ 0.   0. ]]
+
+    Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
+      Approximation (2023).
+    """
+    clipped = clip_by_kl(scale_by_eva_s(**options), learning_rate=learning_rate, kl_clip=kl_clip)
+    return _with_step("eva_s", clipped, learning_rate, weight_decay, momentum)
+
+
 def _with_step(
     where: str,
     preconditioner: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
+    momentum: Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The preconditioner, decoupled weight decay if there is any, and the rate."""
+    """The preconditioner, decoupled weight decay and momentum if there are any, and the rate."""
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "weight_decay", weight_decay)
     parts = [preconditioner]
     if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
         parts.append(optax.add_decayed_weights(weight_decay))
+    if momentum is not None:
+        if callable(momentum):
+            raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
+        check_legal(where, "momentum", momentum)
+        parts.append(optax.trace(momentum))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))

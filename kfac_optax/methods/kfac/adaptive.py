@@ -205,7 +205,7 @@ def _numbers(s: Sizes) -> int:
 
 
 _SHORT: dict[str, Any] = dict(curvature_every=2, inverse_every=3, adapt_every=2)
-_NEEDS = frozenset({"gradient", "curvature", "value_fn"})
+_NEEDS = frozenset({"gradient", "curvature", "value", "value_fn"})
 
 RECORDS = (
     Method(

@@ -13,7 +13,7 @@ from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
-_SET = (
+OF_THE_BLOCK = (
     "block",
     "inverse",
     "sharing",
@@ -24,7 +24,7 @@ _SET = (
 )
 
 
-@flat_signature(kfac, without=_SET)
+@flat_signature(kfac, without=OF_THE_BLOCK)
 def ekfac(
     layers: Layers,
     *,
@@ -68,21 +68,23 @@ def ekfac(
     """
     return kfac(
         layers,
-        block=_corrected_blocks(normalization, precision),
+        block=where_examples(ekfac_block(precision=precision), normalization, precision),
         normalization=beside_blocks(normalization),
         precision=precision,
         **options,
     )
 
 
-def _corrected_blocks(normalization: str, precision: Any) -> BlockOf:
-    """`ekfac_block` for layers whose gradient is known for every example; else what `kfac` takes."""
-    corrected, plain = ekfac_block(precision=precision), kronecker(precision=precision)
-    blocks = blocks_of(corrected, normalization=normalization, precision=precision)
+def where_examples(
+    block: Block, normalization: str, precision: Any, inverse: str = "eigh"
+) -> BlockOf:
+    """A block for layers whose gradient is known for every example; else what `kfac` takes."""
+    plain = kronecker(inverse, precision=precision)
+    blocks = blocks_of(block, inverse=inverse, normalization=normalization, precision=precision)
 
     def block_of(layer: Layer) -> Block:
-        block = blocks(layer)
-        return plain if block is corrected and not layer.per_example else block
+        chosen = blocks(layer)
+        return plain if chosen is block and not layer.per_example else chosen
 
     return block_of
 

@@ -1,0 +1,132 @@
+"""Terms of the rearranged Fisher block of a layer: power steps, what they leave over, directions."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Layer, Use
+from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.linalg.example_moments import example_rows
+from kfac_optax.linalg.factorize import after, symmetrize
+from kfac_optax.linalg.rearrangement import contract
+from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.two_term import Pencil, pencil
+
+
+class Term(NamedTuple):
+    """One power step from directions `R`, `S` of unit norm; all of it linear in the Fisher block."""
+
+    inputs: Float[Array, "p p"]  # M S
+    outputs: Float[Array, "q q"]  # M^T R
+    scale: Float[Array, ""]  # <R, M S>
+
+
+class TwoTerms(NamedTuple):
+    """Both power steps; all of it linear in the Fisher block, the factors of K-FAC aside."""
+
+    first: Term | Factors
+    second: Term
+    left: Float[Array, ""]  # <R_2, first.inputs>
+    right: Float[Array, ""]  # <first.outputs, S_2>
+
+
+def identity_term(layer: Layer, dtype: jnp.dtype) -> Term:
+    """The step from identities where `F` is one."""
+    p, q = layer.shape
+    # M I / sqrt(q) = sqrt(q) I, M^T I / sqrt(p) = sqrt(p) I
+    inputs, outputs = (jnp.sqrt(jnp.asarray(n, dtype)) for n in (q, p))
+    eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
+    return Term(inputs * eye_p, outputs * eye_q, inputs * outputs)
+
+
+def start_directions(term: Term | Factors) -> Factors:
+    """Identities of unit norm."""
+    eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
+    return Factors(*(unit(x, 0.0) for x in eyes))
+
+
+def whole_rows(where: str, a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
+    """`example_rows`, or an error where there are no output gradients."""
+    if g is None:
+        raise ValueError(
+            f"{where}: needs output gradients, but this estimator measures inputs only. Use "
+            "fisher, ggn or empirical_fisher, or another block (kronecker)."
+        )
+    return example_rows(a, g, use)
+
+
+def power_step(
+    a: Array, g: Array, directions: Factors, examples: int, precision: jax.lax.PrecisionLike
+) -> Term:
+    """Both products with the rearranged block, from rows."""
+    inputs = contract(a, g, directions.outputs, precision=precision) / examples
+    outputs = contract(g, a, directions.inputs, precision=precision) / examples
+    return Term(inputs, outputs, jnp.vdot(directions.inputs, inputs, precision="highest"))
+
+
+def next_directions(old: Factors, term: Term | Factors) -> Factors:
+    """Those of the products, in unit norm."""
+    return Factors(unit(term.inputs, old.inputs), unit(term.outputs, old.outputs))
+
+
+def unit(x: Array, otherwise: Array | float) -> Array:
+    """`x` with Frobenius norm one, or something else where that vanishes or overflows."""
+    size = jnp.linalg.norm(x)
+    usable = jnp.isfinite(size) & (size > 0)
+    return jnp.where(usable, x / jnp.where(usable, size, 1), otherwise)
+
+
+def balanced(term: Term) -> Factors:
+    """Two factors of about the same size with the product `(M S) (x) (M^T R) / <R, M S>`."""
+    usable = term.scale > 0
+    root = jnp.sqrt(jnp.where(usable, term.scale, 1))
+    return Factors(*(jnp.where(usable, x / root, 0) for x in (term.inputs, term.outputs)))
+
+
+def rest_of(terms: TwoTerms) -> Term:
+    """The power step of what the first term leaves of the block."""
+    first, second = terms.first, terms.second
+    scale = _scale(first)
+    # E = M - inputs outputs^T / scale, and <first.outputs, S_2> = <R_1, M S_2>
+    return Term(
+        second.inputs - terms.right / scale * first.inputs,
+        second.outputs - terms.left / scale * first.outputs,
+        second.scale - terms.left / scale * terms.right,
+    )
+
+
+def _scale(first: Term | Factors) -> Array | float:
+    return jnp.where(first.scale > 0, first.scale, 1) if isinstance(first, Term) else 1.0
+
+
+def products_of(terms: TwoTerms) -> tuple[Factors, Factors]:
+    """Both Kronecker products."""
+    first, rest = terms.first, rest_of(terms)
+    sizes = [jnp.sqrt(jnp.linalg.norm(x)) for x in (rest.inputs, rest.outputs)]
+    # all three are sigma_2 in the end; before, <R, E S> alone may be next to nothing
+    size = jnp.maximum(jnp.abs(rest.scale), sizes[0] * sizes[1])
+    signed = jnp.where(rest.scale < 0, -1, 1) * jnp.where(size > 0, size, 1)
+    second = Factors(rest.inputs, rest.outputs / signed)
+    return Factors(first.inputs, first.outputs / _scale(first)), second
+
+
+def random_directions(term: Term) -> Factors:
+    """Symmetric matrices of unit norm that are no special ones."""
+    key = jax.random.key(0)
+    draws = (jax.random.normal(key, x.shape, x.dtype) for x in (term.inputs, term.outputs))
+    return Factors(*(unit(symmetrize(x), 0.0) for x in draws))
+
+
+def pencils_of(
+    terms: TwoTerms, damping: Array, precision: jax.lax.PrecisionLike
+) -> tuple[Pencil, Pencil]:
+    """What diagonalises both terms at once, the first with the damping shared out to its factors."""
+    one, two = products_of(terms)
+    # the second term has no part in how the damping is shared out
+    mean_a, mean_g = (jnp.trace(x) / len(x) for x in one)
+    shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
+    inputs = pencil(one.inputs, two.inputs, shift, precision=precision)
+    ready = after(one.outputs, inputs.values)
+    return inputs, pencil(ready, two.outputs, output_shift, precision=precision)

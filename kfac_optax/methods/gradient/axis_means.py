@@ -1,0 +1,60 @@
+"""One vector for every axis of a tensor: the mean over all others, and what Eva-s solves with it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax.methods.gradient.axes import Group
+
+
+def zeros(group: Group, dtype: Any) -> dict[str, jax.Array]:
+    """A vector for every axis of a group's tensors."""
+    return {str(i): jnp.zeros((group.copies, n), dtype) for i, n in enumerate(group.block)}
+
+
+def averaged(
+    group: Group, tensors: jax.Array, means: dict[str, jax.Array], held: jax.Array
+) -> dict[str, jax.Array]:
+    """Averages with the means of these tensors over all axes but one in them."""
+    out = {}
+    for i in range(len(group.block)):
+        others = tuple(axis + 1 for axis in range(len(group.block)) if axis != i)
+        out[str(i)] = held * means[str(i)] + (1 - held) * jnp.mean(tensors, others)
+    return out
+
+
+def against_product(
+    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+) -> jax.Array:
+    """`(c c^T + damping I)^{-1} G`, `c` the product of the means of all axes."""
+    c = jnp.ones_like(tensors)
+    for axis, v in means.items():
+        c = c * _along_axis(group, v, int(axis))
+    within = tuple(range(1, tensors.ndim))
+    along_c = jnp.sum(c * tensors, within, keepdims=True)
+    size = jnp.sum(jnp.square(c), within, keepdims=True)
+    return (tensors - along_c * c / (damping + size)) / damping
+
+
+def between_roots(
+    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+) -> jax.Array:
+    """`G x_1 H_1^r ... x_k H_k^r`, `H = v v^T + damping I` and `r = -1 / (2 k)`."""
+    power = -1 / (2 * len(group.block))
+    for axis, v in means.items():
+        size = jnp.sum(jnp.square(v), 1, keepdims=True)
+        unit = _along_axis(group, v / jnp.sqrt(jnp.where(size > 0, size, 1)), int(axis))
+        # H^r = damping^r I + [(damping + |v|^2)^r - damping^r] u u^T
+        change = (damping + size) ** power - damping**power
+        along_unit = jnp.sum(unit * tensors, int(axis) + 1, keepdims=True)
+        rest = damping**power * tensors
+        tensors = rest + change.reshape(-1, *[1] * len(group.block)) * unit * along_unit
+    return tensors
+
+
+def _along_axis(group: Group, v: jax.Array, axis: int) -> jax.Array:
+    """Vectors `[copies, n]` laid along one axis of tensors, length one along the others."""
+    shape = [group.copies] + [1] * len(group.block)
+    shape[axis + 1] = group.block[axis]
+    return v.reshape(shape)
