@@ -79,7 +79,8 @@ def factorize(
     """What blocks make of the statistics, one batched factorisation after another."""
     inverses: dict[str, PyTree] = {}
     previous: PyTree = ()
-    first = Average(jnp.zeros(()), jnp.ones((), jnp.int32))  # nothing was measured before
+    zero = jnp.zeros(())
+    first = Average(zero, jnp.ones((), jnp.int32), zero)  # nothing was measured before
     for bucket in buckets:
         block = block_of_bucket(bucket)
         ready = after(measured.statistics[bucket.name], previous)
