@@ -54,6 +54,7 @@ from kfac_optax.likelihoods import (
     Bernoulli,
     Categorical,
     Likelihood,
+    LogAmplitude,
     Normal,
     from_log_density,
 )
@@ -117,6 +118,7 @@ __all__ = [
     "LayerRows",
     "Layers",
     "Likelihood",
+    "LogAmplitude",
     "Method",
     "Normal",
     "Posterior",

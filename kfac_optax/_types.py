@@ -114,7 +114,8 @@ class Layers:
 
     Made by `fisher.layers(params, ...)`; `print(layers)` shows the coverage table, with blocks and
     bytes where `coverage` has added them. With `graft` the gradients of the
-    parameters left over get the size of the updates that blocks make.
+    parameters left over get the size of the updates that blocks make. What the statistics of all
+    layers leave out is said in the lines `remarks` at its end.
     """
 
     layers: tuple[Layer, ...]
@@ -124,6 +125,7 @@ class Layers:
     coupling: str = ""
     coupling_bytes: int = 0
     graft: bool = False
+    remarks: tuple[str, ...] = ()
 
     def __iter__(self):
         return iter(self.layers)
@@ -152,7 +154,7 @@ class Layers:
         if self.uncovered:
             left = [(u.path, _shape(*u.shape), self._gets(u), u.reason) for u in self.uncovered]
             text += "\n\n" + _columns(("not covered", "shape", "gets", "reason"), left)
-        return text
+        return "\n\n".join((text, *self.remarks))
 
     def _geometry(self, layer: Layer) -> tuple[str, ...]:
         """What the layer is, whatever block it gets."""

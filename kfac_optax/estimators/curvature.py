@@ -11,6 +11,7 @@ from jax.extend import core as jex
 
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.layers import Traced
+from kfac_optax.estimators.centring import centred_cotangents
 from kfac_optax.estimators.heads import (
     Kind,
     count_examples,
@@ -217,7 +218,8 @@ def collect_statistics(
     def output_cotangents(heads: Sequence[Any]) -> OutputCotangents:
         if own is not None:
             return own
-        return kind.output_cotangents(heads, weights.roots, key, spec.samples)
+        made = kind.output_cotangents(heads, weights.roots, key, spec.samples)
+        return made if kind.losses else centred_cotangents(made, heads, weights.roots)
 
     examples = count_examples(kind, heads)
     return collect(plan, traced, linearize, kind, output_cotangents, examples, weights.rows)

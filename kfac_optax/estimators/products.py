@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import inner, varying_axes
 from kfac_optax._types import PyTree
+from kfac_optax.estimators.centring import about_mean, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.estimators.reductions import devices_of, sum_over_devices
 from kfac_optax.linalg.gram import replicated
@@ -41,8 +42,11 @@ def _linearize(
         return [read_terms(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
 
     def hessian(tangents: Any) -> Any:
+        triples = zip(heads, tangents, roots, strict=True)
         products = [
-            head.hessian_product(tangent) for head, tangent in zip(heads, tangents, strict=True)
+            # one centring is enough: `C^T W C = W C` for `C = I - 1 w^T / N`
+            head.hessian_product(about_mean(t, root, axis_name) if is_centred(head) else t)
+            for head, t, root in triples
         ]
         return [_weighted(p, root) for p, root in zip(products, roots, strict=True)]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from kfac_optax._types import PyTree
 from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
+from kfac_optax.estimators.centring import with_remark
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 
 
@@ -59,7 +60,11 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
 def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
     """The traced model with what the number of examples says about its layers."""
     _, heads = split_outputs(kind, prediction)
-    return with_examples(traced, count_examples(kind, heads), kind.gradients and not kind.labels)
+    signs = kind.gradients and not kind.labels
+    traced = with_examples(traced, count_examples(kind, heads), signs)
+    if kind.losses or not kind.gradients:
+        return traced
+    return traced._replace(layers=with_remark(traced.layers, heads))
 
 
 def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:

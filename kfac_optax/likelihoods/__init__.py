@@ -2,6 +2,7 @@
 
 from kfac_optax.likelihoods.bernoulli import Bernoulli
 from kfac_optax.likelihoods.categorical import Categorical
+from kfac_optax.likelihoods.log_amplitude import LogAmplitude
 from kfac_optax.likelihoods.log_density import from_log_density
 from kfac_optax.likelihoods.normal import Normal
 from kfac_optax.likelihoods.protocol import (
@@ -15,6 +16,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Likelihood",
+    "LogAmplitude",
     "Normal",
     "check_members",
     "check_shapes",

@@ -22,7 +22,8 @@ class Likelihood(Protocol):
     Any class with these members will do, no base class is needed; it has to be a pytree
     (`jax.tree_util.register_dataclass`), since it is what `predict` returns under tracing. Where
     log density and samples are at hand, `from_log_density` makes one. `H` is the Fisher information
-    of one term in its natural arrays, `H = S S^T`.
+    of one term in its natural arrays, `H = S S^T`. A class that sets `centred = True` has its
+    scores taken about their weighted mean over the batch, as `LogAmplitude` has.
     """
 
     @property
