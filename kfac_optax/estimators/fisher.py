@@ -82,7 +82,8 @@ class Estimator:
     def vector_product(self, params: PyTree, vector: PyTree, *args: PyTree) -> PyTree:
         """Product of the curvature matrix with a tree like `params`; the matrix is never formed.
 
-        `fisher` and `ggn`: `(1/N) sum_b J_b^T H_b J_b v`, exact, no labels drawn.
+        `fisher` and `ggn`: `(1/N) sum_b J_b^T H_b J_b v`, exact, no labels drawn, with `J_b` about
+        its weighted mean where a head has centred scores (`LogAmplitude`).
         `empirical_fisher`: `(1/N) sum_b g_b g_b^T v`. `forward_only`: `(A_i (x) I) v_i` for every
         layer, zero for other parameters. Of complex parameters it is a cotangent, as `jax.grad`
         gives them: `v^T F v` is the real part of the sum of `v * (F v)`.

@@ -30,7 +30,8 @@ def check_real(name: str, **arrays: Any) -> None:
             raise TypeError(
                 f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the "
                 "head real and imaginary part as two real outputs, for example "
-                "Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z."
+                "Normal(jnp.stack([z.real, z.imag], -1)) for a complex output z, or LogAmplitude(z) "
+                "where z is the logarithm of a wave function."
             )
 
 

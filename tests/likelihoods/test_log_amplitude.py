@@ -272,8 +272,10 @@ def test_one_walker_says_nothing():
 def test_the_table_says_what_is_not_centred():
     params, x = problem()
     for make in (ko.ggn, ko.fisher):
-        table = str(estimator(True, make).layers(params, x))
+        layers = estimator(True, make).layers(params, x)
+        table = str(layers)
         assert table.endswith("rows of single walkers are second moments about zero")
+        assert str(ko.coverage(layers)).endswith(layers.remarks[0])
         assert "LogAmplitude: exact products and sums over the batch are centred" in table
     normal = ko.ggn(lambda p, x: ko.Normal(log_psi(p, x, False)))
     for other in (normal, estimator(True, ko.forward_only)):
