@@ -110,7 +110,7 @@ def small(**changes):
 
 def test_kfac_finds_helium():
     """Two independent electrons in the best orbital have -2.848; the energy is an upper bound."""
-    config = small(walkers=256, steps=120, moves=5)
+    config = small(walkers=256, steps=300, moves=5)
     train = jax.jit(functools.partial(vmc.train, config, vmc.METHODS["kfac"]))
     found = train(jnp.float32(0.1), jax.random.key(0))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))

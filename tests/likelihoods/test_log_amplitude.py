@@ -107,9 +107,8 @@ def test_products_on_part_of_the_walkers_are_centred_there():
     at = estimator(True).at(params, x)
     v = jax.tree.map(jnp.cos, params)
     flat = jax.flatten_util.ravel_pytree(v)[0]
-    np.testing.assert_allclose(
-        at.quadratic_form([v], subsample=1 / 3)[0, 0], flat @ want @ flat, rtol=1e-10
-    )
+    form = jax.jit(lambda v: at.quadratic_form([v], subsample=1 / 3))(v)
+    np.testing.assert_allclose(form[0, 0], flat @ want @ flat, rtol=1e-10)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -118,13 +117,13 @@ def test_products_of_devices_are_those_of_all_walkers(weighted):
     v = jax.tree.map(jnp.cos, params)
     w = jnp.asarray(WEIGHTS["masked"]) if weighted else None
     mine = estimator(True)
-    want = mine.vector_product(params, v, x, w)
+    want = jax.jit(mine.vector_product)(params, v, x, w)
 
     def device(x, w):
         return mine.at(params, x, w).vector_product(v, axis_name="devices")
 
     split = lambda a: None if a is None else a.reshape(2, 3, *a.shape[1:])
-    run = jax.vmap(device, (0, 0 if weighted else None), axis_name="devices")
+    run = jax.jit(jax.vmap(device, (0, 0 if weighted else None), axis_name="devices"))
     for got in jax.tree.leaves(jax.tree.map(lambda g, t: g - t, run(split(x), split(w)), want)):
         np.testing.assert_allclose(got, 0, atol=1e-12)
 
@@ -258,14 +257,42 @@ def test_statistics_are_what_they_are_said_to_be(make, phase):
     )
 
 
+def test_diagonals_of_devices_are_centred_on_each():
+    params, x = problem()
+    mine = estimator(False, ko.fisher)
+    tx = ko.scale_by_curvature(
+        mine.layers(params, x),
+        block=ko.kronecker(),
+        damping=1.0,
+        uncovered="diagonal",
+        axis_name="devices",
+    )
+
+    def device(x, key):
+        at = mine.at(params, x, key=key)
+        return tx.update(params, tx.init(params), params, curvature=at)[1].factors
+
+    devices = jax.vmap(device, (0, None), axis_name="devices")
+    run = jax.jit(jax.vmap(devices, (None, 0)))
+    factors = run(x.reshape(2, 3, 3), jax.random.split(jax.random.key(0), 4000))
+    apart = [
+        np.diag(covariance(scores(params, part, False), np.ones(3))) for part in (x[:3], x[3:])
+    ]
+    want = np.mean(apart, 0)[NORM:]
+    names = [name for name in factors if name.startswith("diagonal")]
+    got = np.concatenate([factors[name].mean(0)[0].ravel() for name in names])
+    np.testing.assert_allclose(np.sort(got), np.sort(want), atol=0.1 * want.max())
+
+
 def test_one_walker_says_nothing():
     """Its score is its own mean."""
     params, x = problem(1)
     mine = estimator(True)
-    product = mine.vector_product(params, params, x)
+    product = jax.jit(mine.vector_product)(params, params, x)
     assert all((v == 0).all() for v in jax.tree.leaves(product))
     tx = ko.kfac(mine.layers(params, x), learning_rate=0.1, damping=0.5)
-    updates, _ = tx.update(params, tx.init(params), params, curvature=mine.at(params, x))
+    update = jax.jit(lambda state: tx.update(params, state, params, curvature=mine.at(params, x)))
+    updates, _ = update(tx.init(params))
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(updates))
 
 
