@@ -187,13 +187,16 @@ def measure(
 def evaluate(
     config: ml_collections.ConfigDict, params: Any, walkers: Walkers, key: jax.Array
 ) -> Log:
-    """Energies under fixed parameters, not clipped, `config.evaluations` rounds of moves."""
+    """Energies under fixed parameters, not clipped, `config.evaluations` rounds of moves.
+
+    The width of the moves is settled beforehand: one that follows the walkers would bias them.
+    """
     atom = ferminet.Atom(**config.atom.to_dict())
     log_psi = functools.partial(_log_modulus, params, atom=atom)
 
     def step(walkers: Walkers, key: jax.Array) -> tuple[Walkers, Log]:
-        walkers, _, log = measure(config, log_psi, walkers, key)
-        return walkers, log
+        moved, _, log = measure(config, log_psi, walkers, key)
+        return moved._replace(width=walkers.width), log
 
     settle_key, key = jax.random.split(key)
     walkers = settle(config, log_psi, walkers, settle_key)
