@@ -36,29 +36,39 @@ def about_mean(values: Natural, root: Any, axis_name: Any) -> Natural:
 
 
 def centred_cotangents(
-    cotangents: OutputCotangents, heads: Sequence[Any], roots: Sequence[Any]
+    cotangents: OutputCotangents,
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    axis_name: Any = None,
 ) -> OutputCotangents:
-    """The same cotangents `sqrt(w) s`, less what their pullback has of the mean score.
+    """The same cotangents `c`, less what their pullback has of the mean score.
 
-    `sum_b sqrt(w_b) s_b (O_b - mean O) = sum_b (sqrt(w_b) s_b - w_b sum(sqrt(w) s) / sum(w)) O_b`.
-    Each device takes the mean of its own walkers, since it squares sums of its own.
+    `sum_b c_b (O_b - mean O) = sum_b (c_b - w_b sum(c) / sum(w)) O_b`.
+
+    Args:
+      cotangents: cotangents.
+      heads: of the prediction.
+      roots: of the weights `w` of each of them, or `None`.
+      axis_name: of devices, where the mean is that of all of them; without it each takes that of
+        its own walkers, as is right where it squares sums of its own.
     """
     if not any(map(is_centred, heads)):
         return cotangents
 
     def make(k: Any) -> Naturals:
         triples = zip(cotangents.make(k), heads, roots, strict=True)
-        return [_without_mean(c, root) if is_centred(h) else c for c, h, root in triples]
+        return [_without_mean(c, root, axis_name) if is_centred(h) else c for c, h, root in triples]
 
     return OutputCotangents(cotangents.count, make)
 
 
-def _without_mean(cotangent: Natural, root: Any) -> Natural:
+def _without_mean(cotangent: Natural, root: Any, axis_name: Any) -> Natural:
     def apply(c: jax.Array) -> jax.Array:
         wide = c.astype(jnp.promote_types(c.dtype, jnp.float32))
         weights = jnp.ones_like(wide) if root is None else jnp.square(root)
-        total = jnp.sum(weights)
-        mean = jnp.sum(wide) / jnp.where(total > 0, total, 1)
+        sums = jnp.stack([jnp.sum(wide), jnp.sum(weights)])
+        found, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+        mean = found / jnp.where(total > 0, total, 1)
         return (wide - weights * mean).astype(c.dtype)
 
     return tuple(map(apply, cotangent))

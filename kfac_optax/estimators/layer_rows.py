@@ -14,6 +14,7 @@ from kfac_optax.capture.geometry import Lookup, to_rows
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.row_axes import steps_in_a_row
 from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.centring import is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.estimators.plan import Plan, set_up
 from kfac_optax.estimators.sample_jacobian import columns_of
@@ -58,7 +59,7 @@ def layer_rows(
       axis_name: mapped axis over which the batch is split.
 
     Raises:
-      ValueError: a layer has no rows that its gradient could be made of.
+      ValueError: a layer has no rows that its gradient could be made of, or scores are centred.
     """
     # of the plan only its layers are read: nothing is measured, rows are kept as they are
     owner = set_up(Plan(tuple(layers), (), None, None), traced, 0, None, kind.name).owner
@@ -66,6 +67,8 @@ def layer_rows(
     measures = [None if i is None else rows_measure for i in owner]
     linearize = linearize_now(traced, inputs, lambda out: split_outputs(kind, out))
     pull, heads = linearize(Asked(measures, [None] * len(measures), None, ()))
+    if not kind.losses:
+        _check_centred(kind.name, heads)
     cotangents, counted = _cotangents(kind, heads, key, samples, axis_name)
 
     def pulled(k: jax.Array) -> list[PyTree]:
@@ -92,6 +95,15 @@ def _check(where: str, layers: Sequence[Layer]) -> None:
                 f"made of: {reason}. Expected layers that see every example on its own; for "
                 "others use linearize(), which is right for every model."
             )
+
+
+def _check_centred(where: str, heads: Sequence[Any]) -> None:
+    for head in filter(is_centred, heads):
+        raise ValueError(
+            f"{where}: {type(head).__name__} has scores about their mean over the batch, of which "
+            "a row is not made of what one example does; expected no `layers=` (smw, spring), so "
+            "that the kernel is made by linearize(), which centres."
+        )
 
 
 class _Cotangents(NamedTuple):

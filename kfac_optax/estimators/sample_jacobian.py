@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import varying_axes, wide_dtype
 from kfac_optax._types import PyTree
+from kfac_optax.estimators.centring import about_mean, centred_cotangents, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.estimators.output_cotangents import Naturals, sampled_scores
 from kfac_optax.estimators.products import read_terms
@@ -98,8 +99,8 @@ def sample_jacobian(
         columns = columns_of(heads, roots, key, samples)
 
         def rows_of(direction: PyTree) -> Samples:
-            pairs = zip(columns, tangents_of(direction), strict=True)
-            return [_rows(head, tangents) for head, tangents in pairs]
+            triples = zip(heads, columns, tangents_of(direction), strict=True)
+            return [_rows(c, _centred(h, c.root, t, axis_name)) for h, c, t in triples]
 
     return SampleJacobian(rows_of, _transposed(rows_of, params, axis_name), examples)
 
@@ -119,6 +120,11 @@ def columns_of(
 
 def _part_of(make: Callable[[Any], Naturals], i: int, k: Any) -> tuple[jax.Array, ...]:
     return make(k)[i]
+
+
+def _centred(head: Any, root: Any, tangents: tuple[jax.Array, ...], axis_name: Any) -> Any:
+    """Tangents about their mean, where the scores of the head are taken so."""
+    return about_mean(read_terms(tangents, root), root, axis_name) if is_centred(head) else tangents
 
 
 def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
@@ -191,6 +197,7 @@ def sampled_gradient(
     roots = find_weights(kind, heads, axis_name).roots
     weights = [None if root is None else jnp.square(root) for root in roots]
     scores = sampled_scores(heads, weights, key, samples)
+    scores = centred_cotangents(scores, heads, roots, axis_name)
     cotangents = jax.tree.map(lambda x: x.mean(0), jax.vmap(scores.make)(jnp.arange(samples)))
     (gradient,) = pull(cotangents)
     if axis_name is not None:

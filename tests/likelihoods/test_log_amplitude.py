@@ -202,6 +202,84 @@ def test_walkers_that_do_not_count_are_not_read():
         assert f(spoil(u), spoil(e), jnp.zeros(N)) == 0
 
 
+# --- sample space ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("phase", [False, True])
+def test_rows_of_sample_space_are_centred(phase, weights):
+    """`J^T J / N` is the covariance, also at drawn signs where there is one column."""
+    params, x = problem()
+    w = WEIGHTS[weights]
+    shares = np.ones(N) if w is None else w
+    args = (x,) if w is None else (x, jnp.asarray(w))
+    want = covariance(scores(params, x, phase), shares)
+    mine = estimator(phase, ko.fisher)
+    for sampled in {False, not phase}:
+        j = mine.at(params, *args, key=jax.random.key(0)).linearize(sampled=sampled)
+        got = matrix(lambda v, j=j: jax.tree.map(lambda g: g / N, j.vjp(j.jvp(v))), params)
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("phase", [False, True])
+def test_natural_gradients_of_sample_space_are_exact(phase):
+    """From the gradient as from the residual whose `J^T r / N` it is."""
+    params, x = problem()
+    shares, mine = WEIGHTS["unequal"], estimator(phase)
+    w = jnp.asarray(shares)
+    want = covariance(scores(params, x, phase), shares)
+    energies = oracles.normal(7, (N,)) + (1j * oracles.normal(8, (N,)) if phase else 0)
+    head = lambda p: ko.LogAmplitude(log_psi(p, x, phase), w)
+    grads = jax.grad(lambda p: head(p).energy(energies))(params)
+    about = energies - np.average(energies, weights=shares)
+    parts = jnp.stack([about.real, about.imag][: 1 + phase], -1)
+    residual = [parts * jnp.sqrt(shares / shares.mean())[:, None]]
+    tx = ko.smw(damping=0.1)
+    flat = jax.flatten_util.ravel_pytree(grads)[0]
+    expected = np.linalg.solve(want + 0.1 * np.eye(len(want)), flat)
+
+    @jax.jit
+    def update(grads, residual):
+        at = mine.at(params, x, w)
+        return tx.update(grads, tx.init(params), params, curvature=at, residual=residual)[0]
+
+    for given in (None, residual):
+        updates = update(grads, given)
+        got = jax.flatten_util.ravel_pytree(updates)[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_sample_space_of_devices_is_that_of_all_walkers():
+    params, x = problem()
+    w = jnp.asarray(WEIGHTS["masked"])
+    mine, v = estimator(True, ko.fisher), jax.tree.map(jnp.cos, params)
+
+    @jax.jit
+    def both(x, w):
+        def device(x, w):
+            at = mine.at(params, x, w, key=jax.random.key(0))
+            j = at.linearize(axis_name="devices")
+            return j.vjp(j.jvp(v)), at.sampled_gradient(axis_name="devices")
+
+        split = (a.reshape(2, 3, *a.shape[1:]) for a in (x, w))
+        return jax.vmap(device, axis_name="devices")(*split)
+
+    product, gradient = both(x, w)
+    want = jax.jit(mine.vector_product)(params, v, x, w)
+    for got, expected in zip(*map(jax.tree.leaves, (product, want)), strict=True):
+        np.testing.assert_allclose(got[0] / N, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gradient["norm"], 0, atol=1e-12)
+    assert np.abs(gradient["s"]).min() > 1e-3
+
+
+def test_kernels_of_rows_are_refused():
+    params, x = problem()
+    mine = estimator(False)
+    layers = mine.layers(params, x)
+    with pytest.raises(ValueError, match="LogAmplitude has scores about their mean.*no `layers=`"):
+        mine.at(params, x).rows(tuple(layers))
+
+
 # --- statistics -----------------------------------------------------------------------------------
 
 
