@@ -114,7 +114,8 @@ class LogAmplitude:
         The value is `E = sum(w e) / sum(w)`, the real part. The gradient is not its derivative at
         fixed walkers but that of the expectation over moving ones,
         `2 Re sum(w conj(e - E) d log psi) / sum(w)`. Local energies are constants here, so
-        clipping them beforehand is up to the caller.
+        clipping them beforehand is up to the caller. On several devices each takes the mean of its
+        own walkers for `E`.
 
         Args:
             local_energies: `e_b = (H psi)(x_b) / psi(x_b)`, `[N]`, real or complex; any value where
