@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 from kfac_optax._tree import select
 from kfac_optax._types import Block, PyTree
 from kfac_optax._validate import check_number
-from kfac_optax.blocks.own_rules import check_without_rules
+from kfac_optax.blocks.own_rules import check_without_rules, uses_of_inverse
 
 
 class Delayed(NamedTuple):
@@ -63,14 +63,11 @@ def delayed(block: Block, *, every: int, steps: int) -> Block:
         active = select(phase == steps, old.pending, old.active)
         return phase == 0, Delayed(active, old.pending, old.looks + 1)
 
-    def solve(held: Delayed, v: Array, damping: Array) -> Array:
-        return block.solve(held.active, v, damping)
-
     return block._replace(
         name=f"{block.name}, {steps} steps late",
         factorize=factorize,
         refresh=refresh,
         due=due,
-        solve=solve,
         solve_rows=None,
+        **uses_of_inverse(block, lambda held: held.active),
     )

@@ -128,6 +128,9 @@ def mkor_block(
         refresh=refresh,
         absorb=absorb,
         absorbs="means",
+        # those of `rank_one` are of another inverse
+        root_solve=None,
+        logdet=None,
     )
 
 

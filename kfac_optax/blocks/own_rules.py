@@ -1,6 +1,11 @@
 """What blocks have in common that put a rule for refreshes around another block."""
 
-from kfac_optax._types import Block
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kfac_optax._types import Block, PyTree
 
 
 def check_without_rules(where: str, block: Block) -> None:
@@ -22,3 +27,29 @@ def check_without_rules(where: str, block: Block) -> None:
             f"({', '.join(own)}); expected one that is factorised anew at every refresh, such as "
             "kronecker() or split_kronecker()."
         )
+
+
+def uses_of_inverse(block: Block, inner: Callable[[Any], PyTree]) -> dict[str, Any]:
+    """`solve`, `root_solve` and `logdet` of a block around another, whose inverse is in its own.
+
+    Args:
+      block: the one inside.
+      inner: its inverse, of that of the block around it.
+    """
+
+    def solve(held: Any, v: jax.Array, damping: jax.Array) -> jax.Array:
+        return block.solve(inner(held), v, damping)
+
+    def root_solve(held: Any, z: jax.Array, damping: jax.Array) -> jax.Array:
+        assert block.root_solve is not None
+        return block.root_solve(inner(held), z, damping)
+
+    def logdet(held: Any, damping: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        assert block.logdet is not None
+        return block.logdet(inner(held), damping, shape)
+
+    return {
+        "solve": solve,
+        "root_solve": None if block.root_solve is None else root_solve,
+        "logdet": None if block.logdet is None else logdet,
+    }

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from kfac_optax._types import Block, Numeric, PyTree
 from kfac_optax._validate import check_number
-from kfac_optax.blocks.own_rules import check_without_rules
+from kfac_optax.blocks.own_rules import check_without_rules, uses_of_inverse
 
 
 class Watched(NamedTuple):
@@ -87,16 +87,13 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
         worth = (old.refreshes == 0) | (waited >= old.interval)
         return worth, old._replace(statistics=count, waited=waited)
 
-    def solve(watched: Watched, v: Array, damping: Array) -> Array:
-        return block.solve(watched.inverse, v, damping)
-
     return block._replace(
         name=f"{block.name}, similarity gate",
         factorize=factorize,
         refresh=refresh,
         due=due,
-        solve=solve,
         solve_rows=None,
+        **uses_of_inverse(block, lambda watched: watched.inverse),
     )
 
 

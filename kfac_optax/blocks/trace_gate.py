@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kfac_optax._types import Block, Numeric, PyTree
 from kfac_optax._validate import check_number
-from kfac_optax.blocks.own_rules import check_without_rules
+from kfac_optax.blocks.own_rules import check_without_rules, uses_of_inverse
 
 
 class Gated(NamedTuple):
@@ -93,16 +93,13 @@ def trace_gate(
         kept = gated._replace(statistics=count, frozen=frozen)
         return worth & (gated.frozen == 0), kept
 
-    def solve(gated: Gated, v: Array, damping: Array) -> Array:
-        return block.solve(gated.inverse, v, damping)
-
     return block._replace(
         name=f"{block.name}, trace gate",
         factorize=factorize,
         refresh=refresh,
         due=due,
-        solve=solve,
         solve_rows=None,
+        **uses_of_inverse(block, lambda gated: gated.inverse),
     )
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_optax import testing
+from kfac_optax.blocks.delayed import delayed
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -15,7 +16,9 @@ from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
+from kfac_optax.blocks.similarity_gate import similarity_gate
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.testing import Case, dense_layer
 from kfac_optax.testing.blocks import BLOCK_LAWS
@@ -79,6 +82,9 @@ CASES = {
     "foof-unitwise": of_inputs(
         "scale_shift", dense_layer(1, 3, bias=True), dense_rows(2, p=3, q=3)
     ),
+    "late": Case(delayed(kronecker(), every=4, steps=2), DENSE, dense_rows(2), exact=True),
+    "similarity": Case(similarity_gate(kronecker()), DENSE, dense_rows(2), exact=True),
+    "trace": Case(trace_gate(kronecker(), (3, 2)), DENSE, dense_rows(2), exact=True),
     "sua": Case(sua(), CHANNELS, dense_rows(3, p=2)),
 }
 CASES = {name: compiled(case) for name, case in CASES.items()}

@@ -35,7 +35,7 @@ def compiled(block):
     @jax.jit
     def absorb(statistic, new, damping, count):
         start = block.factorize(statistic, damping)
-        average = Average(jnp.float32(0.5), count)
+        average = Average(jnp.float32(0.5), count, jnp.float32(0.5))
         return block.absorb(start, new, statistic, damping, average)
 
     return absorb
@@ -175,7 +175,7 @@ def test_sampled_rows_have_the_fisher_matrix_for_mean():
     @jax.jit
     @jax.vmap
     def sample(count):
-        average = Average(jnp.float32(0.5), count)
+        average = Average(jnp.float32(0.5), count, jnp.float32(0.5))
         start = block.factorize(statistic, jnp.asarray(LAM))
         inverse = block.absorb(start, new, statistic, jnp.asarray(LAM), average)
         rows = jnp.einsum("bp,bq->bpq", inverse.inputs, inverse.outputs).reshape(3, -1)
@@ -220,7 +220,7 @@ def test_the_switch_is_a_branch_for_all_layers_together():
     def absorb(count):
         new, statistic = Columns(a, g), jnp.ones(1)
         start = jax.vmap(block.factorize, (0, None))(statistic, jnp.asarray(LAM))
-        average = Average(jnp.float32(0.5), count)
+        average = Average(jnp.float32(0.5), count, jnp.float32(0.5))
         both = jax.vmap(block.absorb, (0, 0, 0, None, None))
         return both(start, new, statistic, jnp.asarray(LAM), average)
 

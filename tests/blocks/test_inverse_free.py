@@ -15,7 +15,7 @@ from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, P, Q, LAM = 8, 5, 4, 0.3
-NEVER = Average(jnp.float32(0), jnp.int32(1))
+NEVER = Average(jnp.float32(0), jnp.int32(1), jnp.float32(0))
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
 

@@ -12,7 +12,7 @@ from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
 P, Q, LAM = 7, 5, 0.3
-NEVER = Average(jnp.float32(0.5), jnp.int32(1))
+NEVER = Average(jnp.float32(0.5), jnp.int32(1), jnp.float32(0.5))
 
 
 def make_use(examples, rows, weights=None, bias=False):
