@@ -17,6 +17,7 @@ from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.mkor import mkor_block
+from kfac_optax.blocks.per_equation import per_equation
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.similarity_gate import similarity_gate
@@ -185,6 +186,7 @@ __all__ = [
     "mkor_block",
     "mkor_h",
     "noisy_kfac",
+    "per_equation",
     "problems",
     "quadratic_step",
     "rank_one",

@@ -182,17 +182,20 @@ class Use(NamedTuple):
 
     Attributes:
       layer: whose use it is.
-      examples: N of the batch.
-      rows: rows of input summed over all uses of the layer.
+      examples: N of the batch, of the heads that this use serves.
+      rows: rows of input summed over all uses of the layer, if all had as many examples as this.
       dtype: of the statistics, float32 or wider.
       weights: `[*rows of this use]`, mean one; already inside `g`, still missing in `a`.
+      head: the only head of the prediction that this use serves, by its order in the tree; `None`
+        if it serves several.
     """
 
     layer: Layer
     examples: int
-    rows: int
+    rows: float
     dtype: Any
     weights: jax.Array | None = None
+    head: int | None = None
 
     @property
     def bias(self) -> bool:

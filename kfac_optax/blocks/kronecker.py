@@ -2,7 +2,6 @@
 sections 3 and 6.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.newton import newton_inverse
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
-from kfac_optax.linalg.weighted_rows import weighted_gram
+from kfac_optax.linalg.weighted_rows import count_rows, weighted_gram
 
 INVERSES = ("eigh", "cholesky", "newton")
 SHARING = ("expand", "reduce")
@@ -116,7 +115,7 @@ def kronecker(
         a = homogeneous(a) if use.bias else a
         inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
-            share = math.prod(a.shape[:-1]) / use.rows
+            share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
             return Factors(inputs, share * jnp.eye(use.outputs, dtype=use.dtype))
         g = g.astype(use.dtype)
         return Factors(inputs, gram(g, g, precision=precision) / use.rows)

@@ -28,6 +28,7 @@ from kfac_optax.estimators.sample_jacobian import (
     sample_jacobian,
     sampled_gradient,
 )
+from kfac_optax.estimators.served_heads import served_of
 from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
 from kfac_optax.estimators.statistics import Linearize, collect, linearize_now
 
@@ -222,4 +223,13 @@ def collect_statistics(
         return made if kind.losses else centred_cotangents(made, heads, weights.roots)
 
     examples = count_examples(kind, heads)
-    return collect(plan, traced, linearize, kind, output_cotangents, examples, weights.rows)
+    return collect(
+        plan,
+        traced,
+        linearize,
+        kind,
+        output_cotangents,
+        examples,
+        weights.rows,
+        served_of(kind, traced, heads),
+    )

@@ -43,6 +43,7 @@ def site_measure(
     weights: Any,
     gradients: bool,
     at_once: bool = False,
+    share: float = 1.0,
 ) -> Measure:
     """The measure of one site:
     `Zeros((block statistic, coupling statistic), (rows of the block, of the coupling))`.
@@ -62,6 +63,8 @@ def site_measure(
       gradients: whether output gradients are meaningful.
       at_once: whether the layer has several uses, which a block that needs the whole gradient of an
         example sees at once.
+      share: examples of the head that the site serves, for one of the batch. `g` carries its
+        inverse, which is taken out: `use` counts the examples of the head.
 
     Raises:
       ValueError: the coupling or the block needs rows of examples, and there are none.
@@ -78,6 +81,7 @@ def site_measure(
 
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
+    scale = share if block.first_moments else math.sqrt(share)
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None, inverse: PyTree) -> Zeros:
         # rows of all examples weigh what those do on average
@@ -88,6 +92,7 @@ def site_measure(
             g = finite_padding(g, over_output(geometry, per_row, g.ndim))
         if shared and block.first_moments:  # such a row has the sum of the examples' gradients
             g = g / use.examples
+        g = g if share == 1 else g * scale
         g_or_none = g if gradients else None
         statistic = rows = across = seen = None
         if late or keep:

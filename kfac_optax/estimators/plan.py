@@ -1,5 +1,6 @@
 """What to measure, and where in a traced model it is found."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.served_heads import Served
 
 
 class Plan(NamedTuple):
@@ -89,18 +91,52 @@ class Setting(NamedTuple):
     found: dict[int, Layer]  # the layers as this trace found them, by position in the plan
     examples: int
     weights: jax.Array | None
+    served: tuple[Served, ...] = ()  # of each site; none where only the owners are asked for
 
     def uses(self, i: int) -> int:
         """How often layer `i` of the plan runs in this trace."""
         return self.found[i].uses
 
-    def use(self, plan: Plan, layer: Layer) -> Use:
-        """What a block has to know of one of its layer's uses, without weights."""
-        other = self.found[plan.layers.index(layer)]
-        return Use(layer, self.examples, other.rows, plan.dtype)
+    def use(self, plan: Plan, index: int) -> Use:
+        """What a block has to know of the use at a site, without weights.
+
+        The batch is that of the head that the site serves, so that every statistic is a mean over
+        the examples of its head, and that of a layer their sum over heads.
+        """
+        i = self.owner[index]
+        assert i is not None
+        layer, (head, examples) = plan.layers[i], self.served[index]
+        rows = self._rows(i) * examples / self.examples
+        return Use(layer, examples, rows, plan.dtype, head=head)
+
+    def _rows(self, i: int) -> float:
+        """Rows of a layer if all heads had as many examples as the first."""
+        if all(served.examples == self.examples for served in self.served):
+            return self.found[i].rows
+        triples = zip(self.sites, self.owner, self.served, strict=True)
+        return sum(
+            math.prod((*site.loops, *site.row_shape)) * self.examples / served.examples
+            for site, owner, served in triples
+            if owner == i
+        )
+
+    def share(self, index: int) -> float:
+        """Examples of the head that a site serves, for one of the first head.
+
+        Cotangents carry its inverse (its root where products are measured): all heads are divided
+        by the number of examples of the first.
+        """
+        return self.served[index].examples / self.examples
 
 
-def set_up(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) -> Setting:
+def set_up(
+    plan: Plan,
+    traced: Traced,
+    examples: int,
+    weights: Any,
+    where: str,
+    served: Sequence[Served] = (),
+) -> Setting:
     """Finds the layers of a plan in a traced model.
 
     Raises:
@@ -111,7 +147,7 @@ def set_up(plan: Plan, traced: Traced, examples: int, weights: Any, where: str) 
     position = dict(zip(matched, with_sites, strict=True))
     owner = tuple(position.get(i) for i in traced.owner)
     found = {i: traced.layers.layers[j] for j, i in position.items()}
-    return Setting(traced.sites, owner, found, examples, weights)
+    return Setting(traced.sites, owner, found, examples, weights, tuple(served))
 
 
 def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:

@@ -10,6 +10,7 @@ from kfac_optax._types import PyTree
 from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
 from kfac_optax.estimators.centring import with_remark
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
+from kfac_optax.estimators.served_heads import rows_of_own_heads, served_of
 
 
 class Spec(NamedTuple):
@@ -62,6 +63,7 @@ def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
     _, heads = split_outputs(kind, prediction)
     signs = kind.gradients and not kind.labels
     traced = with_examples(traced, count_examples(kind, heads), signs)
+    traced = rows_of_own_heads(traced, served_of(kind, traced, heads))
     if kind.losses or not kind.gradients:
         return traced
     return traced._replace(layers=with_remark(traced.layers, heads))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._types import Coupling, Layer, PyTree
+from kfac_optax._types import Block, Coupling, Layer, PyTree
 from kfac_optax.capture.evaluate import (
     Measure,
     Probe,
@@ -27,6 +27,7 @@ from kfac_optax.estimators.heads import Kind
 from kfac_optax.estimators.measure import measure_rows, row_weights, site_measure
 from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
 from kfac_optax.estimators.plan import Plan, Setting, set_up
+from kfac_optax.estimators.served_heads import Served
 from kfac_optax.linalg.weighted_rows import finite_padding
 
 
@@ -117,6 +118,7 @@ def collect(
     output_cotangents: Callable[[Any], OutputCotangents],
     examples: int,
     weights: jax.Array | None,
+    served: Sequence[Served],
 ) -> tuple[list[PyTree], PyTree]:
     """Statistics of every layer of the plan, `[copies, ...]` each, and that of the coupling (or
     `None`).
@@ -132,8 +134,9 @@ def collect(
       output_cotangents: output cotangents, given the heads.
       examples: N.
       weights: example or term weights with mean one, or `None`.
+      served: what every site serves.
     """
-    setting = set_up(plan, traced, examples, weights, kind.name)
+    setting = set_up(plan, traced, examples, weights, kind.name, served)
     measures = [
         None
         if i is None
@@ -142,12 +145,13 @@ def collect(
             plan.layers[i],
             plan.blocks[i],
             plan.coupling if plan.layers[i].coupled else None,
-            setting.use(plan, plan.layers[i]),
+            setting.use(plan, index),
             weights,
             kind.gradients,
             at_once=setting.uses(i) > 1,
+            share=setting.share(index),
         )
-        for site, i in zip(traced.sites, setting.owner, strict=True)
+        for index, (site, i) in enumerate(zip(traced.sites, setting.owner, strict=True))
     ]
     inverses = [
         None if i is None else _of_site(site, plan.inverse(i))
@@ -273,15 +277,27 @@ def _late(plan: Plan, setting: Setting, i: int, kept: list) -> list[PyTree]:
         return []
     layer, block = plan.layers[i], plan.blocks[i]
     weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
+    uses = [setting.use(plan, index) for index, owner in enumerate(setting.owner) if owner == i]
+    _check_batches(layer, block, [use.examples for use in uses])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
     if weights is not None and g is not None:
         g = finite_padding(g, weights[..., None])
-    use = setting.use(plan, layer)._replace(weights=weights)
+    heads = {use.head for use in uses}
+    use = uses[0]._replace(weights=weights, head=heads.pop() if len(heads) == 1 else None)
     return [
         jax.vmap(lambda a, g, inverse: measure_rows(block, a, g, use, inverse))(
             a, g, plan.inverse(i)
         )
     ]
+
+
+def _check_batches(layer: Layer, block: Block, examples: Sequence[int]) -> None:
+    if len(set(examples)) > 1:
+        raise ValueError(
+            f"layer {layer.path!r}: block {block.name!r} sees all uses of a layer at once, but "
+            f"these serve heads of {sorted(set(examples))} examples. Expected heads of the same "
+            "number of examples, or a block that adds its uses up, such as kronecker()."
+        )
 
 
 def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Measured]) -> PyTree:

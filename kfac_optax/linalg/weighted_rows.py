@@ -1,5 +1,7 @@
 """Rows that count differently."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -16,6 +18,17 @@ def keep_rows(
     [1. 0.]
     """
     return x if weights is None else jnp.where(weights[..., None] != 0, x, jnp.zeros((), x.dtype))
+
+
+def count_rows(
+    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+) -> Float[Array, ""] | int:
+    """How many rows `x` stands for: its own, or the sum of their weights.
+
+    >>> print(count_rows(jnp.ones((2, 3)), None), count_rows(jnp.ones((2, 3)), jnp.array([1.0, 4.0])))
+    2 5.0
+    """
+    return math.prod(x.shape[:-1]) if weights is None else jnp.sum(weights)
 
 
 def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, "..."]:
