@@ -157,8 +157,9 @@ def _damped(matrices: Array, shifts: Array) -> Array:
 def _check(use: Use) -> None:
     if use.head is None or use.head >= EQUATIONS:
         got = "several heads" if use.head is None else f"head {use.head} (counted from 0)"
+        path = use.layer.path or "(root)"
         raise ValueError(
-            f"per_equation: a use of layer {use.layer.path or '(root)'} serves {got}; expected one of two "
-            "heads. Return two likelihoods from predict, and call the network once for each "
-            "of them, or use kronecker(), which adds all uses up."
+            f"per_equation: a use of layer {path} serves {got}; expected one of two heads. Return "
+            "two likelihoods from predict, and call the network once for each of them, or use "
+            "kronecker(), which adds all uses up."
         )

@@ -10,7 +10,7 @@ import kfac_optax as ko
 from kfac_optax.blocks.per_equation import EquationFactors, per_equation
 from kfac_optax.experiments import jets
 from kfac_optax.testing import Case
-from kfac_optax.testing.case import matrix
+from kfac_optax.testing.case import dense_layer, matrix
 from tests import oracles
 
 P, Q = 3, 2
@@ -36,7 +36,7 @@ def rows_of_two(seed, n):
 
 
 def test_it_keeps_the_laws_of_a_block():
-    ko.testing.check_block(Case(told(per_equation()), (P, Q), rows_of_two, inputs=P))
+    ko.testing.check_block(Case(told(per_equation()), dense_layer(P, Q), rows_of_two))
 
 
 def random_factors(seed=0):
@@ -153,7 +153,9 @@ def test_a_use_has_to_serve_one_of_two_heads():
     def three(w, x):
         return [ko.Normal(ko.tap_dense(x @ w, x, w)) for _ in range(3)]
 
-    with pytest.raises(ValueError, match="layer 2x1 serves several heads; expected one of two"):
+    with pytest.raises(
+        ValueError, match=r"layer \(root\) serves several heads; expected one of two"
+    ):
         measure(shared)
     with pytest.raises(ValueError, match=r"serves head 2 \(counted from 0\)"):
         measure(three)
