@@ -96,7 +96,7 @@ def per_equation(
 
     def measure(a: Array, g: Array | None, use: Use) -> EquationFactors:
         _check(use)
-        mine = (jnp.arange(EQUATIONS) == use.head).astype(use.dtype)
+        mine = jnp.zeros(EQUATIONS, use.dtype).at[use.head].set(1)  # nothing for the other one
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
         share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
@@ -121,9 +121,10 @@ def per_equation(
 
     def multiply(factors: EquationFactors, v: Array) -> Array:
         inputs, outputs = _terms(factors)
-        return sum(
-            sandwich(inputs[k], v, outputs[k], precision=precision) for k in range(EQUATIONS)
+        first, second = (
+            sandwich(a, v, g, precision=precision) for a, g in zip(inputs, outputs, strict=True)
         )
+        return first + second
 
     words = "" if sharing == "expand" else f" ({sharing})"
     return Block(

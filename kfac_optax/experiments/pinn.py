@@ -141,7 +141,8 @@ def loss_of(equation: Equation, params: jets.Params, batch: Batch) -> jax.Array:
 
     Not the negative log-likelihood, whose constant would drown what is left in the end.
     """
-    return sum(0.5 * jnp.mean(jnp.square(x)) for x in residuals(equation, params, batch))
+    edge, inside = residuals(equation, params, batch)
+    return 0.5 * jnp.mean(jnp.square(edge)) + 0.5 * jnp.mean(jnp.square(inside))
 
 
 def error_of(equation: Equation, params: jets.Params, x: jax.Array) -> jax.Array:
@@ -223,15 +224,15 @@ def train(
     test = equations.inside(
         jax.random.key(7), config.test_points, equation_of(config), dtype_of(config)
     )
-    batch, rate = draw(config, batch_key), jnp.asarray(rate, dtype_of(config))
-    carry = trainer.start(key, rate)
+    batch, eta = draw(config, batch_key), jnp.asarray(rate, dtype_of(config))
+    carry = trainer.start(key, eta)
     # compiled, twice where the types of a state are settled by its first update, and thrown away
-    warm = trainer.advance(trainer.advance(carry, rate, batch), rate, batch)
+    warm = trainer.advance(trainer.advance(carry, eta, batch), eta, batch)
     jax.block_until_ready(warm)
     rows, seconds = [trainer.evaluate(carry, batch, test)], [0.0]
     for _ in range(config.steps[name] // config.report_every):
         began = time.perf_counter()
-        carry = jax.block_until_ready(trainer.advance(carry, rate, batch))
+        carry = jax.block_until_ready(trainer.advance(carry, eta, batch))
         seconds.append(seconds[-1] + time.perf_counter() - began)
         rows.append(trainer.evaluate(carry, batch, test))
         tick(config.report_every)
