@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
@@ -112,9 +113,12 @@ def per_equation(
 
     def factorize(factors: EquationFactors, damping: Array) -> EquationInverse:
         inputs, outputs = _terms(factors)
+        # factored Tikhonov in each of the two terms, [2] shifts of each side
         shifts = jax.vmap(_shifts, (0, 0, None))(inputs, outputs, damping / EQUATIONS)
-        damped = [_damped(x, shift) for x, shift in zip((inputs, outputs), shifts, strict=True)]
-        return EquationInverse(*(pencil(*pair, precision=precision) for pair in damped))
+        # one basis diagonalises both matrices of a side at the same time
+        left = pencil(*_damped(inputs, shifts[0]), precision=precision)
+        damped = after(_damped(outputs, shifts[1]), left.values)
+        return EquationInverse(left, pencil(*damped, precision=precision))
 
     def solve(inverse: EquationInverse, v: Array, damping: Array) -> Array:
         return two_term_solve(inverse.inputs, inverse.outputs, v, precision=precision)

@@ -211,7 +211,8 @@ def fisher(
     extra backward pass per draw; the forward pass is shared between draws.
 
     Args:
-      predict: `(params, *args) -> likelihood`, or a tree of likelihoods (heads).
+      predict: `(params, *args) -> likelihood`, or a tree of likelihoods (heads), each of which may
+        have a batch of its own: every head is a mean over its own examples.
       samples: draws per example.
       subsample: measure on a part of the batch only: a fraction in (0, 1] (evenly spaced examples
         of every argument whose axis 0 is the batch) or a function of the arguments that returns

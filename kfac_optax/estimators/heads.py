@@ -168,7 +168,8 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
         raise ValueError(
             f"{kind.name}: heads have weights of shapes {sorted(shapes, key=str)}; expected the "
             "same shape, or none, for all heads, since the weights also apply to the inputs of the "
-            "layers that heads share."
+            "layers that heads share. Where heads have batches of their own, multiply each "
+            "residual by the root of its weight instead."
         )
     examples = count_examples(kind, heads)
     rows, roots = [], []

@@ -68,6 +68,7 @@ def _adaptive(preset: Callable[..., Any], **fixed: Any) -> Build:
     return build
 
 
+# a block is made with its optimizer, not when this module is read
 def _made(fixed: dict[str, Any]) -> dict[str, Any]:
     return {name: value() if callable(value) else value for name, value in fixed.items()}
 
@@ -168,7 +169,7 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     def abstract() -> tuple[Any, Batch]:
         return jets.init(jax.random.key(0), sizes, dtype), draw(config, jax.random.key(0))
 
-    layers = estimator.layers(*jax.eval_shape(abstract))
+    layers = estimator.layers(*jax.eval_shape(abstract))  # nothing is computed
 
     def make(rate: Any) -> Any:
         return optax.with_extra_args_support(method.build(config, layers, rate))
@@ -180,7 +181,7 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     def step(carry: Any, rate: jax.Array, batch: Batch) -> Any:
         params, state = carry
         value_fn = lambda params: loss_of(equation, params, batch)
-        value, grad = jax.value_and_grad(value_fn)(params)
+        value, grad = jax.value_and_grad(value_fn)(params)  # full batch, nothing drawn
         extra = {"value": value, "grad": grad, "value_fn": value_fn}
         extra |= {"curvature": estimator.at(params, batch)} if method.curvature else {}
         updates, state = make(rate).update(grad, state, params, **extra)
@@ -225,7 +226,7 @@ def train(
         jax.random.key(7), config.test_points, equation_of(config), dtype_of(config)
     )
     batch, eta = draw(config, batch_key), jnp.asarray(rate, dtype_of(config))
-    carry = trainer.start(key, eta)
+    carry = trainer.start(key, eta)  # parameters and state of the optimizer
     # compiled, twice where the types of a state are settled by its first update, and thrown away
     warm = trainer.advance(trainer.advance(carry, eta, batch), eta, batch)
     jax.block_until_ready(warm)

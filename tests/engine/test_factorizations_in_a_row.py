@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "gated": lambda layers: ko.thor(layers, size=8),
     "examples": lambda layers: ko.hylo(layers, rank=3),
     "rows": lambda layers: ko.skfac(layers),
+    "per equation": lambda layers: ko.kfac(layers, block=ko.per_equation(), **COMMON),
     "sketched": lambda layers: ko.rs_kfac(layers, **RANK),
     "symmetric": lambda layers: ko.rs_kfac(layers, variant="symmetric", **RANK),
     "online": lambda layers: ko.b_kfac(layers, **RANK),
