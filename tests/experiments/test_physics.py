@@ -150,8 +150,8 @@ def test_the_table_compares_best_rates_at_equal_steps_and_seconds():
         console.print(physics.table(config, runs))
     rows = [" ".join(line.split()) for line in capture.get().splitlines()]
     adam, seconds = "2.0e-02 / 3.0e-02", "1.0e-04 / 1.0e-04"
-    assert f"Adam 0.01* {adam} {adam} {adam} 4 2.0" in rows
-    assert f"K-FAC own 1.0e-05 / 1.0e-05 {seconds} 1.0e-05 / 1.0e-05 4 4.0" in rows
+    assert f"Adam 0.01* {adam} {adam} {adam} 4 2.0 500.0" in rows
+    assert f"K-FAC own 1.0e-05 / 1.0e-05 {seconds} 1.0e-05 / 1.0e-05 4 4.0 1000.0" in rows
 
 
 @pytest.mark.parametrize(
