@@ -1,7 +1,8 @@
 """Physics-informed networks: the heat equation in one dimension of space.
 
 Initial and boundary values are one equation, so that there are two: more points inside than on the
-boundary, each a mean of its own. Without the two-level methods, which need as many of both.
+boundary, each a mean of its own. Without the two-level methods, which need as many of both, and the natural
+gradient, whose kernel is cheap to make where they are as many.
 """
 
 import ml_collections
@@ -32,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "kfac_adaptive": 500,
                 "kfac_equations_adaptive": 500,
                 "two_level_adaptive": 500,
+                "natural_adaptive": 60,
             },
             "grid": {  # learning rates; one entry for those that find their own, () leaves one out
                 "adam": (1e-2, 3e-3, 1e-3),
@@ -42,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "kfac_adaptive": (1.0,),
                 "kfac_equations_adaptive": (1.0,),
                 "two_level_adaptive": (),
+                "natural_adaptive": (),
             },
             "kfac": {
                 "damping": 1e-2,

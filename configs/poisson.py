@@ -36,6 +36,7 @@ def get_config(variant: str = "2d") -> ml_collections.ConfigDict:
                 "kfac_adaptive": kfac_steps,
                 "kfac_equations_adaptive": kfac_steps,
                 "two_level_adaptive": kfac_steps,
+                "natural_adaptive": 60,
             },
             "grid": {  # learning rates; one entry for those that find their own, () leaves one out
                 "adam": (1e-2, 3e-3, 1e-3),
@@ -46,6 +47,7 @@ def get_config(variant: str = "2d") -> ml_collections.ConfigDict:
                 "kfac_adaptive": (1.0,),
                 "kfac_equations_adaptive": (1.0,),
                 "two_level_adaptive": (1.0,),
+                "natural_adaptive": (1.0,),
             },
             "kfac": {
                 "damping": 1e-2,

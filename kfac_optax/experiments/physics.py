@@ -31,6 +31,7 @@ _STYLES = {
     "two_level": plots.STYLES["two_level"],
     "kfac_adaptive": plots.STYLES["kfac_adaptive"],
     "kfac_equations_adaptive": ("#CC79A7", (0, (6, 2))),
+    "natural_adaptive": ("#000000", "-"),
     "two_level_adaptive": plots.STYLES["two_level_adaptive"],
 }
 

@@ -82,6 +82,14 @@ def _lbfgs(config: ml_collections.ConfigDict, layers: Any, rate: Any) -> Any:
     return optax.lbfgs(memory_size=config.lbfgs_memory)
 
 
+def _natural(config: ml_collections.ConfigDict, layers: Any, rate: Any) -> Any:
+    # the kernel of rows needs as many examples in both equations, products with J do not
+    paired = config.inside_points == config.boundary_points
+    natural = ko.smw(layers if paired else None)
+    step = optax.chain(natural, ko.quadratic_step())
+    return ko.adapt_damping(step, **config.adaptive.to_dict())
+
+
 METHODS = {
     "adam": Method("Adam", True, _adam, curvature=False),
     "lbfgs": Method("L-BFGS", False, _lbfgs, curvature=False),
@@ -97,6 +105,7 @@ METHODS = {
     "two_level_adaptive": Method(
         "two-level, adaptive", False, _adaptive(ko.kfac_two_level_adaptive), coupled=True
     ),
+    "natural_adaptive": Method("natural gradient, adaptive", False, _natural),
 }
 
 

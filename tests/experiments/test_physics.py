@@ -89,8 +89,8 @@ def test_the_gauss_newton_matrix_is_that_of_the_loss(x64):
     np.testing.assert_allclose(product, exact.sum(1), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["kfac_equations_adaptive", "kfac"])
-def test_kfac_solves_the_heat_equation(name):
+@pytest.mark.parametrize("name", ["kfac_equations_adaptive", "kfac", "natural_adaptive"])
+def test_natural_gradients_solve_the_heat_equation(name):
     """Single precision and few points: far below the start, and below a loss of zero slope."""
     config = small("heat", widths=(8, 8), inside_points=40, boundary_points=20, float64=False)
     config.steps[name], config.report_every = 60, 20
