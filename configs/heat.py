@@ -1,8 +1,8 @@
 """Physics-informed networks: the heat equation in one dimension of space.
 
 Initial and boundary values are one equation, so that there are two: more points inside than on the
-boundary, each a mean of its own. Without the two-level methods, which need as many of both, and the natural
-gradient, whose kernel is cheap to make where they are as many.
+boundary, each a mean of its own. Without the two-level methods, which need as many of both, and
+the natural gradient, whose kernel is cheap to make where there are as many.
 """
 
 import ml_collections
