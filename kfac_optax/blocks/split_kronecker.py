@@ -1,6 +1,5 @@
 """Kronecker block whose factors are cut into small blocks on their diagonals."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
 from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.groups import group_gram, group_identity, group_product
+from kfac_optax.linalg.weighted_rows import count_rows
 
 
 class SplitFactors(NamedTuple):
@@ -71,7 +71,7 @@ def split_kronecker(
         a = homogeneous(a) if use.bias else a
         inputs = group_gram(a, size, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
-            share = math.prod(a.shape[:-1]) / use.rows
+            share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
             return SplitFactors(inputs, share * group_identity(use.outputs, size, use.dtype))
         outputs = group_gram(g.astype(use.dtype), size, precision=precision) / use.rows
         return SplitFactors(inputs, outputs)

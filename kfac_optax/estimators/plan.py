@@ -106,7 +106,9 @@ class Setting(NamedTuple):
         i = self.owner[index]
         assert i is not None
         layer, (head, examples) = plan.layers[i], self.served[index]
-        rows = self._rows(i) * examples / self.examples
+        rows = self._rows(i)
+        if examples != self.examples:  # a whole number otherwise
+            rows = rows * examples / self.examples
         return Use(layer, examples, rows, plan.dtype, head=head)
 
     def _rows(self, i: int) -> float:

@@ -170,3 +170,13 @@ def test_both_heads_of_one_call_and_a_trunk():
 
     # the trunk has the rows of no head alone: it counts as the first
     assert heads_of_sites(predict, edge, inside) == [(None, 3), (0, 3), (1, 7)]
+
+
+@pytest.mark.parametrize("make", [ko.kronecker, lambda **words: ko.split_kronecker(2, **words)])
+def test_thinned_positions_have_unit_output_factors_too(make):
+    """Of inputs alone: positions that are kept count for those left out."""
+    w, x = oracles.normal(3, (2, 2)), oracles.normal(0, (3, 4, 2))
+    estimator = ko.forward_only(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    plan = oracles.plan(estimator.layers(w, x), block=make(positions=2))
+    (factors,), _ = jax.jit(lambda: estimator.at(w, x).statistics(plan))()
+    np.testing.assert_allclose(jnp.squeeze(factors.outputs), np.eye(2), rtol=1e-12)
