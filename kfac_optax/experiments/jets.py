@@ -1,9 +1,8 @@
 """A tanh network with its derivatives in one forward pass, every row of which meets the weights.
 
 Of each point the value, the directional derivatives and the Laplacian go through a layer as rows of
-one product, so that K-FAC measures all of them (a Hessian taken by automatic differentiation would
-leave it only the values). Weights are `[inputs + 1, outputs]`, the bias in the last row: only
-values meet it, so their last input is 1 and that of derivatives 0.
+one product, so that K-FAC measures all of them. Weights are `[inputs + 1, outputs]`, the bias in
+the last row: only values meet it, so their last input is 1 and that of derivatives 0.
 """
 
 import itertools
