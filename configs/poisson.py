@@ -39,7 +39,7 @@ def get_config(variant: str = "2d") -> ml_collections.ConfigDict:
                 "natural_adaptive": 60,
             },
             "grid": {  # learning rates; one entry for those that find their own, () leaves one out
-                "adam": (1e-2, 3e-3, 1e-3),
+                "adam": (3e-2, 1e-2, 3e-3),
                 "lbfgs": (1.0,),
                 "kfac": (1.0,),
                 "kfac_equations": (1.0,),
