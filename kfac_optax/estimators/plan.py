@@ -1,5 +1,6 @@
 """What to measure, and where in a traced model it is found."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,9 +95,16 @@ class Setting(NamedTuple):
         """How often layer `i` of the plan runs in this trace."""
         return self.found[i].uses
 
+    def layer(self, plan: Plan, i: int) -> Layer:
+        """Layer `i` of the plan, with what this trace says about its uses."""
+        found = self.found[i]
+        return dataclasses.replace(plan.layers[i], mixed=found.mixed, swapped=found.swapped)
+
     def use(self, plan: Plan, layer: Layer) -> Use:
         """What a block has to know of one of its layer's uses, without weights."""
         other = self.found[plan.layers.index(layer)]
+        if other.given_rows and layer.bias is not None:  # the rows have its coordinate in them
+            layer = dataclasses.replace(layer, bias=None, inputs=layer.inputs + 1)
         return Use(layer, self.examples, other.rows, plan.dtype)
 
 
