@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 # Calls that run their body once with the operands in order.
-_CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"])
+_CALLS = frozenset(
+    ["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "eval_jaxpr"]
+)
 # Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they
 # are never entered.
 RULES = {
