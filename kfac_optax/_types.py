@@ -69,6 +69,9 @@ class Layer:
       per_example: whether axis 0 of its rows is the examples, in all uses. A table of positions has
         rows that all examples share: a block can measure it, a coupling cannot.
       partly: its parameters with uses that the statistics do not see.
+      mixed: some of its uses have no part in the bias.
+      swapped: some of its uses multiply by the transposed weight, as cotangents of an inner
+        derivative do.
     """
 
     path: str
@@ -86,6 +89,8 @@ class Layer:
     notes: tuple[str, ...] = ()
     per_example: bool = True
     partly: tuple[Uncovered, ...] = ()
+    mixed: bool = False
+    swapped: bool = False
 
     @property
     def copies(self) -> int:
@@ -96,6 +101,11 @@ class Layer:
     def coupled(self) -> bool:
         """Whether a coupling sees the layer: it has rows of examples, and weights between units."""
         return self.between_units and self.per_example
+
+    @property
+    def given_rows(self) -> bool:
+        """Whether its uses differ, so that blocks are given rows with the bias coordinate in them."""
+        return (self.mixed or self.swapped) and self.kind != "scale_shift"
 
     @property
     def between_units(self) -> bool:

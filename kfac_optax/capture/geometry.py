@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._types import Layout
 from kfac_optax.capture import patches
 from kfac_optax.linalg.gram import homogeneous
 
@@ -33,7 +32,9 @@ class Contraction:
     Attributes:
       a, s, kernel: axes of each array, counted from the end, in the order rows, groups, inputs (or
         groups, outputs).
-      rows, groups, inputs, outputs: number of axes of each sort.
+      rows, groups, inputs, outputs: number of axes of each sort. Axes of length one may be missing
+        in `a` or `s`, or be there in addition.
+      kind: `"dense"` where there is one axis of each sort and no group.
     """
 
     a: tuple[int, ...]
@@ -43,7 +44,7 @@ class Contraction:
     groups: int
     inputs: int
     outputs: int
-    kind = "einsum"
+    kind: str = "einsum"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,13 @@ class ScaleShift:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """What has been brought to rows already, `[groups, N, *positions, p or q]`."""
+
+    kind = "rows"
+
+
+@dataclasses.dataclass(frozen=True)
 class Unsupported:
     """A layer whose parameters cannot be covered; the reason goes into the coverage table."""
 
@@ -91,68 +99,7 @@ class Unsupported:
     kind = "unsupported"
 
 
-Geometry = Dense | Contraction | Conv | Lookup | ScaleShift | Unsupported
-
-
-def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int] = ()) -> Layout:
-    """Layout of the stored weight, given the shape the layer sees and how that was transposed from
-    the stored one.
-
-    Args:
-      geometry: of the layer.
-      kernel: shape of the weight as the layer uses it.
-      permutation: stored axes (from the end) of its trailing axes; `()` if used as stored.
-    """
-    rank = len(kernel)
-    parts: list[tuple[int, ...]] = [(n,) for n in kernel]
-    match geometry:
-        case Contraction():
-            order = [rank + axis for axis in geometry.kernel]
-        case Conv(groups=groups) if groups > 1:
-            parts[-1] = (groups, kernel[-1] // groups)
-            order = [rank - 1, *range(rank - 1), rank]
-        case Conv(flipped=True):
-            order = [*range(rank - 2), rank - 1, rank - 2]
-        case ScaleShift():
-            parts.insert(0, (1,))
-            order = list(range(rank + 1))
-        case _:
-            order = list(range(rank))
-    if not permutation or isinstance(geometry, ScaleShift):
-        return Layout(tuple(kernel), tuple(n for part in parts for n in part), tuple(order))
-    # parts in the order in which they are stored, and where each part of the used weight is found
-    # there
-    source = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
-    starts = [sum(len(p) for p in parts[:i]) for i in range(rank)]
-    stored: list[int] = []
-    for axis in range(rank):
-        used = source.index(axis)
-        stored += range(starts[used], starts[used] + len(parts[used]))
-    flat = [n for part in parts for n in part]
-    shape = tuple(kernel[source.index(axis)] for axis in range(rank))
-    return Layout(shape, tuple(flat[i] for i in stored), tuple(stored.index(i) for i in order))
-
-
-def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, int]:
-    """`(groups, inputs, outputs)` of the weight the layer uses."""
-    match geometry:
-        case Contraction():
-            sizes = [kernel[axis] for axis in geometry.kernel]
-            inner = geometry.groups + geometry.inputs
-            return (
-                math.prod(sizes[: geometry.groups]),
-                math.prod(sizes[geometry.groups : inner]),
-                math.prod(sizes[inner:]),
-            )
-        case Conv():
-            inputs, outputs = (
-                (kernel[-1], kernel[-2]) if geometry.flipped else (kernel[-2], kernel[-1])
-            )
-            return geometry.groups, math.prod(kernel[:-2]) * inputs, outputs // geometry.groups
-        case ScaleShift():
-            return 1, 1, math.prod(kernel)
-        case _:
-            return 1, kernel[0], kernel[1]
+Geometry = Dense | Contraction | Conv | Lookup | ScaleShift | Rows | Unsupported
 
 
 def rows_shape(geometry: Geometry, a: Sequence[int], s: Sequence[int]) -> tuple[int, ...]:
@@ -162,7 +109,10 @@ def rows_shape(geometry: Geometry, a: Sequence[int], s: Sequence[int]) -> tuple[
             return tuple(a)
         case Contraction():
             front = len(a) - len(geometry.a)
-            return (*a[:front], *(a[axis] for axis in geometry.a[: geometry.rows]))
+            # a product without rows is one row
+            return (*a[:front], *(a[axis] for axis in geometry.a[: geometry.rows])) or (1,)
+        case Rows():
+            return tuple(a[1:-1])
         case ScaleShift():
             return tuple(n for i, n in enumerate(s) if i - len(s) not in geometry.axes)
         case _:
@@ -214,6 +164,8 @@ def _plain_rows(
             n = geometry.rows
             a = _grouped(a, geometry.a, n, geometry.groups)
             return a, None if g is None else _grouped(g, geometry.s, n, geometry.groups)
+        case Rows():
+            return a, g
         case ScaleShift():
             return _channels_last(a, geometry.axes)[None], None if g is None else _channels_last(
                 g, geometry.axes
@@ -226,7 +178,7 @@ def _grouped(x: jax.Array, axes: Sequence[int], rows: int, groups: int) -> jax.A
     """Axes to the order groups, rows in front of them, features; groups and features flattened."""
     front = x.ndim - len(axes)
     x = x.transpose(*range(front), *(x.ndim + axis for axis in axes))
-    lead, middle = x.shape[: front + rows], x.shape[front + rows : front + rows + groups]
+    lead, middle = x.shape[: front + rows] or (1,), x.shape[front + rows : front + rows + groups]
     x = x.reshape(*lead, math.prod(middle), -1)
     return jnp.moveaxis(x, -2, 0)
 

@@ -1,5 +1,5 @@
-"""Taps for models that are neither linen nor NNX: put around a layer's output, they say what
-computed it.
+"""Taps for what neither modules nor the traced program show: put around a layer's output, they say
+what computed it.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def tap_dense(
     *,
     name: str = "",
 ) -> Float[Array, "*batch q"]:
-    """Marks `s = a @ kernel + bias` as a dense layer, for Equinox, Haiku and plain JAX models.
+    """Marks `s = a @ kernel + bias` as a dense layer, where the program does not show it by itself.
 
     An identity: returns `s`. Outside an estimator it does nothing at all.
 

@@ -5,7 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._types import Layer
+from kfac_optax.capture.geometry import ScaleShift, to_rows
 from kfac_optax.capture.sites import Site
+from kfac_optax.linalg.gram import homogeneous
 
 
 def stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
@@ -35,3 +38,54 @@ def without_examples(site: Site, examples: int) -> bool:
     be.
     """
     return not site.varies or math.prod(site.row_shape) < examples
+
+
+def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> tuple:
+    """Rows `[groups, N, *positions, p]`, the bias coordinate among them, and `[..., q]` of one use
+    of a layer whose uses differ.
+
+    A use without part in the bias has a zero there. One that multiplies by the transposed weight,
+    `s = x W^T`, has `dL/dW = g^T x` for its cotangent `g`: its rows are `g` and `x`. So that inputs
+    and gradients of different scale do not mix, all rows of a layer with such a use are divided by
+    their length, `a / |a|` and `|a| g`: no outer product changes, and the trace of `A (x) G` is
+    that of `(1/N) sum_rows a a^T (x) g g^T`. Without `g` such a use has zeros.
+    """
+    if isinstance(site.geometry, ScaleShift):
+        return _without_shift(*to_rows(site.geometry, a, g))
+    rows, gradients = to_rows(site.geometry, a, g)
+    if site.swapped:
+        if gradients is None:
+            rows = jnp.zeros((*rows.shape[:-1], layer.inputs), rows.dtype)
+        else:
+            rows, gradients = gradients, rows
+    if layer.bias is not None:
+        rows = homogeneous(rows) if site.bias is not None else _with_zero(rows)
+    return (
+        _balanced(rows, gradients) if layer.swapped and gradients is not None else (rows, gradients)
+    )
+
+
+def _with_zero(rows: jax.Array) -> jax.Array:
+    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], 1), rows.dtype)], -1)
+
+
+def _balanced(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dtype = jnp.promote_types(jnp.result_type(a, g), jnp.float32)
+    a, g = a.astype(dtype), g.astype(dtype)
+    # in two steps, so that squares of tiny numbers do not vanish
+    largest = jnp.max(jnp.abs(a), -1, keepdims=True, initial=0)
+    used = largest > 0  # of padding, zero times what it holds need not be zero
+    scaled = a / jnp.where(used, largest, 1)
+    norm = jnp.sqrt(jnp.sum(scaled**2, -1, keepdims=True))
+    unit = scaled / jnp.where(used, norm, 1)
+    return unit, jnp.where(used, g * (largest * norm), 0)
+
+
+def _without_shift(a: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Rows of a scale without the shift that others of its uses have: two positions in which `g`
+    cancels.
+    """
+    if g is None:
+        return a, None
+    half = a / 2
+    return jnp.stack([half, -half], -2), jnp.stack([g, -g], -2)

@@ -9,54 +9,31 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
-
-# One output per input, values (not shapes) kept or merely rounded: a parameter stays the same
-# parameter.
-_TRANSPARENT = frozenset(
-    [
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "optimization_barrier",
-        "sharding_constraint",
-        "layout_constraint",
-        "mesh_cast",
-        "reshard",
-        "pvary",
-        "pcast",
-        "reduce_precision",
-        "name",
-    ]
+from kfac_optax.capture.views import (
+    View,
+    parameter_views,
+    passed_on,
+    scan_views,
+    views_behind_scan,
 )
+
 # behind it a parameter is a constant: no use that a gradient or a statistic sees
 STOPPED = "stop_gradient"
-_RESHAPING = frozenset(["broadcast_in_dim", "reshape", "squeeze", "expand_dims"])
-# Calls that run their body once with the operands in order.
-_CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"])
-# Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they
-# are never entered.
-_RULES = {
-    "custom_jvp_call": "custom_jvp",
-    "custom_vjp_call": "custom_vjp",
-    "custom_vjp_call_jaxpr": "custom_vjp",
-    "custom_linear_solve": "custom_linear_solve",
-}
 
 
 class Origin(NamedTuple):
-    """Which parameter leaf a value is: `depth` leading axes already taken by scans.
+    """Which parameter leaf the operand of a layer is: `depth` leading axes already taken by scans.
 
     `permutation` says which stored axes (from the end) its trailing axes are; `()` if none has
-    moved. Once reshaped or broadcast the value is no longer `whole`: not a layer's parameter, but
-    still worth naming its consumer.
+    moved.
     """
 
     leaf: int
     depth: int = 0
     permutation: tuple[int, ...] = ()
-    whole: bool = True
 
 
 class Site(NamedTuple):
@@ -70,6 +47,9 @@ class Site(NamedTuple):
       stacked: leading axes of stacked parameters (from `vmap` over parameters).
       scans: for every enclosing scan, outermost first: (length, whether the parameters are scanned
         over).
+      found: whether it was found in the program, not tapped.
+      swapped: whether it uses the layer's matrix the other way round, so that what its rows are is
+        exchanged: the output's gradient is the input side's.
       varies: whether input or output depend on arrays among the arguments of the model, not on
         constants and parameters only; true where it has none.
     """
@@ -82,7 +62,15 @@ class Site(NamedTuple):
     s: Any
     stacked: int
     scans: tuple[tuple[int, bool], ...]
+    found: bool = False
+    swapped: bool = False
     varies: bool = True
+
+    @property
+    def bias(self) -> int | None:
+        """Leaf of the bias operand, or `None`."""
+        origin = self.params[1] if len(self.params) > 1 else None
+        return None if origin is None else origin.leaf
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -107,11 +95,6 @@ class Analysis(NamedTuple):
     consumers: dict[int, list[str]]
 
 
-def bodies(eqn: Any) -> list[Any]:
-    """Jaxprs an equation contains."""
-    return list(jex.jaxprs_in_params(eqn.params))
-
-
 def count_taps(jaxpr: Any) -> int:
     """Number of taps in a jaxpr, bodies included."""
     return sum(map(count_taps_of, jaxpr.eqns))
@@ -121,52 +104,7 @@ def count_taps_of(eqn: Any) -> int:
     """Taps in one equation; those inside a call with its own derivative rule are none."""
     if eqn.primitive is tap_p:
         return 1
-    return 0 if eqn.primitive.name in _RULES else sum(map(count_taps, bodies(eqn)))
-
-
-def own_rule(eqn: Any) -> str | None:
-    """Which derivative rule of its own an equation has, by the name of what it was made from; else
-    `None`.
-    """
-    word = _RULES.get(eqn.primitive.name)
-    inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
-    if word is None or inner is None:
-        return word
-    name = getattr(getattr(inner, "jaxpr", inner).debug_info, "func_name", "")
-    return f"{word} `{name}`" if name else word
-
-
-def is_rule(consumer: str) -> bool:
-    """Whether a consumer, as named in an `Analysis`, is a call with its own derivative rule."""
-    return consumer.partition(" ")[0] in _RULES.values()
-
-
-def call_body(eqn: Any) -> Any | None:
-    """The closed body of an equation that runs it once (`jit`, `remat`), else `None`."""
-    if eqn.primitive.name not in _CALLS:
-        return None
-    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
-
-
-class ScanBody(NamedTuple):
-    """A scan's closed body and how its operands divide: `constants`, then `carried`, then scanned
-    over.
-    """
-
-    body: Any
-    constants: int
-    carried: int
-
-
-def scan_body(eqn: Any) -> ScanBody:
-    """Layout of a scan equation; JAX 0.11 replaced two counts by one tree of operands."""
-    inner = eqn.params["jaxpr"]
-    body = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
-    if "num_consts" in eqn.params:
-        return ScanBody(body, eqn.params["num_consts"], eqn.params["num_carry"])
-    constants, carried, _ = map(len, eqn.params["ft_in"].unpack())
-    return ScanBody(body, constants, carried)
+    return 0 if eqn.primitive.name in RULES else sum(map(count_taps, bodies(eqn)))
 
 
 def analyse(jaxpr: Any, leaves: int) -> Analysis:
@@ -178,8 +116,8 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     """
     sites: list[Site] = []
     consumers: dict[int, list[str]] = {}
-    origins = [Origin(i) if i < leaves else None for i in range(len(jaxpr.invars))]
-    _note(_walk(jaxpr, origins, (), sites, consumers), "the prediction itself", consumers)
+    views = parameter_views(jaxpr, leaves)
+    _note(_walk(jaxpr, views, (), sites, consumers), "the prediction itself", consumers)
     data = [i >= leaves and _may_hold_examples(v.aval) for i, v in enumerate(jaxpr.invars)]
     flags: list[bool] = []
     dependence(jaxpr, data, flags)
@@ -228,19 +166,19 @@ def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[b
 
 def _walk(
     jaxpr: Any,
-    origins: Sequence[Origin | None],
+    views: Sequence[View | None],
     scans: tuple,
     sites: list[Site],
     consumers: dict[int, list[str]],
-) -> list[Origin | None]:
-    known: dict[Any, Origin | None] = dict(zip(jaxpr.invars, origins, strict=True))
+) -> list[View | None]:
+    known: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
 
-    def source(v: Any) -> Origin | None:
+    def source(v: Any) -> View | None:
         return None if isinstance(v, jex.Literal) else known.get(v)
 
     for eqn in jaxpr.eqns:
         inputs = [source(v) for v in eqn.invars]
-        outputs: Sequence[Origin | None] = [None] * len(eqn.outvars)
+        outputs: Sequence[View | None] = [None] * len(eqn.outvars)
         if eqn.primitive is tap_p:
             _add_site(eqn, inputs, scans, sites)
         elif (body := call_body(eqn)) is not None:
@@ -251,14 +189,8 @@ def _walk(
             _note(inputs, rule, consumers)
         elif eqn.primitive.name == STOPPED:
             _note(inputs, STOPPED, consumers)
-        elif eqn.primitive.name in _TRANSPARENT:
-            outputs = inputs[: len(eqn.outvars)]
-        elif eqn.primitive.name in _RESHAPING:
-            outputs = [None if inputs[0] is None else inputs[0]._replace(whole=False)]
-        elif eqn.primitive.name == "transpose":
-            outputs = [
-                None if inputs[0] is None else _transposed(inputs[0], eqn.params["permutation"])
-            ]
+        elif (passed := passed_on(eqn, inputs)) is not None:
+            outputs = passed
         else:
             _refuse_taps(eqn, eqn.primitive.name)
             _note(inputs, eqn.primitive.name, consumers)
@@ -266,44 +198,39 @@ def _walk(
     return [source(v) for v in jaxpr.outvars]
 
 
-def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[Origin | None]:
-    closed, constants, carried = scan_body(eqn)
-    body, length = closed.jaxpr, eqn.params["length"]
-    first = constants + carried
-    # a carry that every step hands on untouched is a constant of the scan
-    kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
-    carry = [o if keep else None for o, keep in zip(inputs[constants:first], kept, strict=True)]
-    slices = [
-        _sliced(o, v.aval.ndim) for o, v in zip(inputs[first:], eqn.invars[first:], strict=True)
-    ]
-    _note(
-        [o for o, keep in zip(inputs[constants:first], kept, strict=True) if not keep],
-        "scan",
-        consumers,
-    )
+def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[View | None]:
+    closed, _, carried = scan_body(eqn)
+    length, depth = eqn.params["length"], len(scans)
+    given = scan_views(eqn, inputs)
+    _note(given.spent, "scan", consumers)
     start = len(sites)
-    outs = _walk(body, [*inputs[:constants], *carry, *slices], (*scans, length), sites, consumers)
-    _note([o for o, keep in zip(outs[:carried], kept, strict=True) if not keep], "scan", consumers)
-    depth = len(scans)
+    outs = _walk(closed.jaxpr, given.inside, (*scans, length), sites, consumers)
+    written = [view for view, keep in zip(outs[:carried], given.kept, strict=True) if not keep]
+    _note(written, "scan", consumers)
     # now it is known for each layer whether this scan goes over its parameters
     for i in range(start, len(sites)):
         leaf = sites[i].params[0]
-        rides = leaf is not None and any(o is not None and o.leaf == leaf.leaf for o in slices)
         marked = list(sites[i].scans)
-        marked[depth] = (length, rides)
+        marked[depth] = (length, leaf is not None and leaf.leaf in given.riding)
         sites[i] = sites[i]._replace(scans=tuple(marked))
-    # stacked steps of a parameter (residuals of an inner derivative, say) are no longer it as
-    # stored
-    stacked = [None if o is None else o._replace(whole=False) for o in outs[carried:]]
-    return [*carry, *stacked]
+    return views_behind_scan(eqn, given, outs)
 
 
 def _add_site(eqn, inputs, scans, sites) -> None:
     p = eqn.params
     s, a = (v.aval for v in eqn.invars[:2])
-    params = tuple(o if o is not None and o.whole else None for o in inputs[2:])
-    kernel = tuple(eqn.invars[2].aval.shape[p["stacked"] :])
-    sites.append(Site(p["name"], p["geometry"], params, kernel, a, s, p["stacked"], scans))
+    if p["origins"]:  # found in the program, which knows more than the operands say
+        params, kernel = p["origins"], p["kernel"]
+    else:
+        params = tuple(
+            Origin(view.leaf, view.depth, view.permutation)
+            if view is not None and view.whole
+            else None
+            for view in inputs[2:]
+        )
+        kernel = tuple(eqn.invars[2].aval.shape[p["stacked"] :])
+    found = bool(p["origins"])
+    sites.append(Site(p["name"], p["geometry"], params, kernel, a, s, p["stacked"], scans, found))
 
 
 def _refuse_taps(eqn, where: str) -> None:
@@ -321,26 +248,6 @@ def _refuse_taps(eqn, where: str) -> None:
 
 
 def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:
-    for origin in inputs:
-        if origin is not None:
-            consumers.setdefault(origin.leaf, []).append(primitive)
-
-
-def _transposed(origin: Origin, permutation: Sequence[int]) -> Origin:
-    n = len(permutation)
-    before = [*range(-n, -len(origin.permutation)), *origin.permutation]
-    now = [before[axis] for axis in permutation]
-    while now and now[0] == -len(now):
-        del now[0]
-    return origin._replace(permutation=tuple(now))
-
-
-def _sliced(origin: Origin | None, rank: int) -> Origin | None:
-    """Inside a scan over it a value has lost its first axis; if that was no longer the first one
-    stored, it is lost.
-    """
-    if origin is None:
-        return None
-    return origin._replace(
-        depth=origin.depth + 1, whole=origin.whole and len(origin.permutation) < rank
-    )
+    for view in inputs:
+        if view is not None:
+            consumers.setdefault(view.leaf, []).append(primitive)

@@ -72,4 +72,4 @@ def place(s: Array, a: Array, *params: Array, geometry: Geometry, name: str) -> 
     """Binds the tap; front ends call this once they know that `s` is the output of a supported
     layer.
     """
-    return tap_p.bind(s, a, *params, geometry=geometry, name=name, stacked=0)
+    return tap_p.bind(s, a, *params, geometry=geometry, name=name, stacked=0, origins=(), kernel=())

@@ -10,7 +10,7 @@ from kfac_optax._types import Layer
 from kfac_optax.capture.evaluate import Zeros, from_cotangent
 from kfac_optax.capture.geometry import Conv, to_rows
 from kfac_optax.capture.layers import Traced
-from kfac_optax.capture.row_axes import steps_in_a_row
+from kfac_optax.capture.row_axes import rows_of_use, steps_in_a_row
 from kfac_optax.estimators.plan import Plan, set_up
 from kfac_optax.linalg.gram import homogeneous
 
@@ -23,15 +23,19 @@ def rows_of_layers(
 
     Those of dense layers: `R` counts examples, positions and uses.
     """
-    owner = set_up(plan, traced, 0, None, where).owner
+    setting = set_up(plan, traced, 0, None, where)
     uses: dict[Layer, list] = {}
-    for site, i, kept in zip(traced.sites, owner, sites, strict=True):
+    for site, i, kept in zip(traced.sites, setting.owner, sites, strict=True):
         # with notes, something besides the rows has a part in the gradient
         if i is None or kept is None or plan.blocks[i].solve_rows is None or plan.layers[i].notes:
             continue
         if isinstance(site.geometry, Conv):
             continue
+        layer = setting.layer(plan, i)
+        given = layer.given_rows
         as_rows = functools.partial(to_rows, site.geometry)
+        if given:
+            as_rows = functools.partial(rows_of_use, site, layer)
         for _ in range(len(site.scans) + site.stacked):
             as_rows = jax.vmap(as_rows)
         a, g = as_rows(*from_cotangent(site, kept.rows))
@@ -40,7 +44,7 @@ def rows_of_layers(
             for x in (steps_in_a_row(a, site, 1), steps_in_a_row(g, site, 1))
         )
         uses.setdefault(plan.layers[i], []).append(
-            (homogeneous(a) if plan.layers[i].bias is not None else a, g)
+            (homogeneous(a) if layer.bias is not None and not given else a, g)
         )
     return {
         layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine)

@@ -12,7 +12,7 @@ from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros, from_cotangent
 from kfac_optax.capture.geometry import Lookup, to_rows
 from kfac_optax.capture.layers import Traced
-from kfac_optax.capture.row_axes import steps_in_a_row
+from kfac_optax.capture.row_axes import rows_of_use, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.centring import is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
@@ -62,8 +62,10 @@ def layer_rows(
       ValueError: a layer has no rows that its gradient could be made of, or scores are centred.
     """
     # of the plan only its layers are read: nothing is measured, rows are kept as they are
-    owner = set_up(Plan(tuple(layers), (), None, None), traced, 0, None, kind.name).owner
-    _check(kind.name, layers)
+    plan = Plan(tuple(layers), (), None, None)
+    setting = set_up(plan, traced, 0, None, kind.name)
+    owner, used = setting.owner, [setting.layer(plan, i) for i in range(len(layers))]
+    _check(kind.name, used)
     measures = [None if i is None else rows_measure for i in owner]
     linearize = linearize_now(traced, inputs, lambda out: split_outputs(kind, out))
     pull, heads = linearize(Asked(measures, [None] * len(measures), None, ()))
@@ -72,14 +74,21 @@ def layer_rows(
     cotangents, counted = _cotangents(kind, heads, key, samples, axis_name)
 
     def pulled(k: jax.Array) -> list[PyTree]:
-        pairs = zip(traced.sites, pull(cotangents.make(k)).sites, strict=True)
-        return [_of_site(site, kept) for site, kept in pairs if kept is not None]
+        each = zip(traced.sites, owner, pull(cotangents.make(k)).sites, strict=True)
+        return [
+            _of_site(site, used[i], kept)
+            for site, i, kept in each
+            if i is not None and kept is not None
+        ]
 
     found = jax.lax.map(pulled, jnp.arange(cotangents.count), batch_size=_CHUNK)
     uses: dict[Layer, list] = {layer: [] for layer in layers}
     for i, (a, g) in zip([i for i in owner if i is not None], found, strict=True):
         uses[layers[i]].append((a[0], g))  # inputs are the same for all columns
-    return {layer: _joined(layer, mine, counted) for layer, mine in uses.items()}
+    return {
+        layer: _joined(layer, mine, counted, as_used.given_rows)
+        for (layer, mine), as_used in zip(uses.items(), used, strict=True)
+    }
 
 
 def _check(where: str, layers: Sequence[Layer]) -> None:
@@ -87,6 +96,8 @@ def _check(where: str, layers: Sequence[Layer]) -> None:
         reason = "; ".join(layer.notes)
         if layer.kind in ("tied_embedding", "diagonal"):
             reason = f"a layer of kind {layer.kind!r} has none"
+        elif layer.swapped and not reason:
+            reason = "what multiplies by its transposed weight has a cotangent for its input"
         elif not layer.per_example and not reason:
             reason = "axis 0 of its inputs is not the examples"
         if reason:
@@ -142,9 +153,11 @@ def _cotangents(
     return _Cotangents(sum(counts), make), counted.any(0)
 
 
-def _of_site(site: Site, kept: Zeros) -> tuple[jax.Array, jax.Array]:
+def _of_site(site: Site, layer: Layer, kept: Zeros) -> tuple[jax.Array, jax.Array]:
     """Rows of one use, `[copies, N, T, ...]`."""
     as_rows = functools.partial(to_rows, site.geometry)
+    if layer.given_rows or (layer.mixed and site.bias is None):
+        as_rows = functools.partial(rows_of_use, site, layer)
     for _ in range(len(site.scans) + site.stacked):
         as_rows = jax.vmap(as_rows)
     a, g = as_rows(*from_cotangent(site, kept.rows))
@@ -152,8 +165,8 @@ def _of_site(site: Site, kept: Zeros) -> tuple[jax.Array, jax.Array]:
     return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
 
 
-def _joined(layer: Layer, uses: list, counted: jax.Array | None) -> LayerRows:
-    """All uses on the axis of steps, padding taken out."""
+def _joined(layer: Layer, uses: list, counted: jax.Array | None, given: bool) -> LayerRows:
+    """All uses on the axis of steps, padding taken out; `given` rows have the bias coordinate."""
     a = jnp.concatenate([a for a, _ in uses], 2)
     g = jnp.concatenate([g for _, g in uses], 3)
     if counted is not None:  # a cotangent of zero that met a NaN on its way back is a NaN
@@ -161,7 +174,7 @@ def _joined(layer: Layer, uses: list, counted: jax.Array | None) -> LayerRows:
         g = jnp.where(kept, g, 0)
     if layer.kind == "embedding":
         return LayerRows(a, g)
-    if layer.bias is not None and layer.kind != "scale_shift":
+    if layer.bias is not None and layer.kind != "scale_shift" and not given:
         a = homogeneous(a)
     # where nothing comes back the input has no part, whatever it holds
     return LayerRows(jnp.where((g == 0).all((0, -1))[..., None], 0, a), g)

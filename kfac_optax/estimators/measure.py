@@ -15,6 +15,7 @@ from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
 from kfac_optax.capture.geometry import (
     Conv,
     Geometry,
+    Rows,
     ScaleShift,
     bias_rows,
     channel_sums,
@@ -24,7 +25,7 @@ from kfac_optax.capture.geometry import (
     thinning,
     to_rows,
 )
-from kfac_optax.capture.row_axes import without_examples
+from kfac_optax.capture.row_axes import rows_of_use, without_examples
 from kfac_optax.capture.sites import Site
 from kfac_optax.linalg.batch_parts import count_parts, parts_first
 from kfac_optax.linalg.weighted_rows import finite_padding
@@ -69,7 +70,7 @@ def site_measure(
     Raises:
       ValueError: the coupling or the block needs rows of examples, and there are none.
     """
-    shape, geometry = site.row_shape, site.geometry
+    shape = site.row_shape
     if block.per_example:
         _check_examples(block, layer, shape, use.examples)
     keep = block.rows or (block.per_example and at_once)
@@ -79,6 +80,7 @@ def site_measure(
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
+    alike = not layer.given_rows and (site.bias is not None or not layer.mixed)
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
     scale = share if block.first_moments else math.sqrt(share)
@@ -89,11 +91,18 @@ def site_measure(
             weights = jnp.broadcast_to(weights.mean(), shape)
         per_row = None if weights is None or late else row_weights(weights, shape, layer.path)
         if per_row is not None:  # zero times what the padding holds need not be zero
-            g = finite_padding(g, over_output(geometry, per_row, g.ndim))
+            g = finite_padding(g, over_output(site.geometry, per_row, g.ndim))
         if shared and block.first_moments:  # such a row has the sum of the examples' gradients
             g = g / use.examples
         g = g if share == 1 else g * scale
-        g_or_none = g if gradients else None
+        geometry = site.geometry
+        if alike:
+            g_or_none = g if gradients else None
+        else:
+            a, g_or_none = rows_of_use(site, layer, a, g if gradients else None)
+            geometry, g = Rows(), g_or_none
+            if isinstance(site.geometry, ScaleShift) and per_row is not None and gradients:
+                per_row = jnp.stack([per_row, per_row], -1)
         statistic = rows = across = seen = None
         if late or keep:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))

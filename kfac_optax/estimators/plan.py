@@ -1,5 +1,6 @@
 """What to measure, and where in a traced model it is found."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -106,6 +107,9 @@ class Setting(NamedTuple):
         i = self.owner[index]
         assert i is not None
         layer, (head, examples) = plan.layers[i], self.served[index]
+        if self.found[i].given_rows and layer.bias is not None:
+            # the rows have its coordinate in them
+            layer = dataclasses.replace(layer, bias=None, inputs=layer.inputs + 1)
         rows = self._rows(i)
         if examples != self.examples:  # a whole number otherwise
             rows = rows * examples / self.examples
@@ -129,6 +133,11 @@ class Setting(NamedTuple):
         by the number of examples of the first.
         """
         return self.served[index].examples / self.examples
+
+    def layer(self, plan: Plan, i: int) -> Layer:
+        """Layer `i` of the plan, with what this trace says about its uses."""
+        found = self.found[i]
+        return dataclasses.replace(plan.layers[i], mixed=found.mixed, swapped=found.swapped)
 
 
 def set_up(

@@ -35,7 +35,7 @@ class Spec(NamedTuple):
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
     traced = trace(
-        spec.function, params, args, spec.kind.name, lambda out: split_outputs(spec.kind, out)
+        spec.function, params, args, spec.kind.name, lambda out: _examples(spec.kind, out)
     )
     return _with_examples(spec.kind, traced, traced.out_shape)
 
@@ -49,8 +49,8 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
     if spec.with_aux is None:
         return trace_model(spec, params, args), False
 
-    def check(out_shape: PyTree) -> None:
-        split_outputs(spec.kind, pair_of(spec.kind, out_shape)[0])
+    def check(out_shape: PyTree) -> int:
+        return _examples(spec.kind, pair_of(spec.kind, out_shape)[0])
 
     traced = trace(spec.with_aux, params, args, spec.kind.name, check)
     if serve_all(traced, lambda out: out[0]):
@@ -67,6 +67,10 @@ def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
     if kind.losses or not kind.gradients:
         return traced
     return traced._replace(layers=with_remark(traced.layers, heads))
+
+
+def _examples(kind: Kind, prediction: PyTree) -> int:
+    return count_examples(kind, split_outputs(kind, prediction)[1])
 
 
 def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:

@@ -142,7 +142,7 @@ def collect(
         if i is None
         else site_measure(
             site,
-            plan.layers[i],
+            setting.layer(plan, i),
             plan.blocks[i],
             plan.coupling if plan.layers[i].coupled else None,
             setting.use(plan, index),

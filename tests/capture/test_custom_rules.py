@@ -126,6 +126,16 @@ RULES = {
 }
 
 
+# what is also used outside the rule
+PARTLY = {
+    "in scan": "custom_vjp `reversal`",
+    "in scan, beside a layer": "custom_vjp `reversal`",
+    "in a linear solve": "custom_linear_solve",
+    "tapped in a linear solve": "custom_linear_solve",
+    "in a root": "custom_jvp",
+}
+
+
 @functools.cache
 def problem():
     params = {"a": oracles.normal(0, (3, 4)), "b": oracles.normal(1, (4, 2))}
@@ -139,11 +149,9 @@ def test_the_rule_is_kept_and_what_is_inside_is_not_covered(name):
     want = jax.jit(jax.value_and_grad(lambda p: predict(p, x).mean_nll(y)))(params)
     estimator = ko.ggn(predict)
     layers = estimator.layers(params, x)
-    assert [layer.kernel for layer in layers] == (
-        ["a", "b"] if name.startswith("in scan") else ["b"]
-    )
-    if name.startswith("in scan"):
-        assert "also used by custom_vjp `reversal`" in layers.layers[0].notes[0]
+    assert [layer.kernel for layer in layers] == (["a", "b"] if name in PARTLY else ["b"])
+    if name in PARTLY:
+        assert f"also used by {PARTLY[name]}" in layers.layers[0].notes[0]
     else:
         (left,) = layers.uncovered
         assert left.path == "a" and ("custom" in left.reason)

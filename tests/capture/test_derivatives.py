@@ -1,5 +1,5 @@
-"""Models whose output is a derivative of the network in its inputs: what the taps do not see is
-named.
+"""Models whose output is a derivative of the network in its inputs: what it makes of the layers is
+measured as further uses of theirs.
 """
 
 import flax.linen as nn
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax._tree import named_leaves
 from tests import oracles
+from tests.layers.gradients import assert_gradients
 
 N = 5
 
@@ -28,6 +28,10 @@ class Network(nn.Module):
         else:
             x = nn.tanh(nn.LayerNorm(name="middle")(x))
         return nn.Dense(1, name="last")(x)[..., 0]
+
+
+def wide(params, x):
+    return jax.tree.map(lambda v: v.astype(jnp.float64), (params, x))
 
 
 def laplacian(f, x):
@@ -55,62 +59,92 @@ def problem(output, scanned=False):
 
 @pytest.mark.parametrize("scanned", [False, True], ids=["", "scan over layers"])
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_no_use_besides_the_tap_is_silent(name, scanned):
-    """Every parameter with a derivative of the output in it is covered without a note, noted, or
-    left out by name.
-    """
-    values, estimator, params, x = problem(OUTPUTS[name], scanned)
-    layers = estimator.layers(params, x)
-    noted = {layer.path: layer.notes for layer in layers}
-    middle = "middle/kernel" if scanned else "middle/scale"
-    assert set(noted) == {"first", "middle"}
-    assert noted["first"] == ("kernel also used by dot_general: not measured",)
-    assert noted["middle"][0].startswith(f"{middle.rpartition('/')[2]} also used by ")
+def test_every_use_in_a_derivative_is_measured(x64, name, scanned):
+    """`sum a g^T` over layer, tangents and cotangents is the gradient of every parameter."""
+    values, _, params, x = problem(OUTPUTS[name], scanned)
+    layers = assert_gradients(
+        lambda p, x: (values(p, x) - 1) ** 2 / 2,
+        *wide(params, x),
+        uncovered=["last/bias"],  # a derivative does not depend on it
+        rtol=1e-10,
+    )
     reasons = {u.path: u.reason for u in layers.uncovered}
-    assert (
-        reasons["last/kernel"].startswith("only used by ")
-        and "a derivative of it" in reasons["last/kernel"]
-    )
-    gradients = named_leaves(jax.grad(lambda p: jnp.sum(values(p, x) ** 2))(params))
-    unused = [path for path, reason in reasons.items() if reason == "not used"]
-    assert unused == ["last/bias"]
-    for path, g in gradients.items():  # and nothing that matters is called unused
-        assert (np.abs(g).max() > 0) == (path not in unused), path
+    assert reasons == {"last/bias": "not used"}
+    assert not any(layer.partly for layer in layers)
+    ko.kfac(layers, learning_rate=0.1)
 
 
-def test_the_bypassed_layer_raises_or_passes():
-    """Of a Laplacian, the last kernel: its tap would measure G = 0."""
-    values, estimator, params, x = problem(laplacian)
-    layers, at = estimator.layers(params, x), estimator.at(params, x)
-    with pytest.raises(
-        ValueError, match="last/kernel .*: only used by dot_general, not by the output of its layer"
-    ):
-        ko.kfac(layers, learning_rate=0.1, uncovered="raise")
-    grads = jax.grad(lambda p: jnp.mean((values(p, x) - 1) ** 2) / 2)(params)
-    tx = ko.kfac(layers, learning_rate=0.1, kl_clip=None)
-    updates, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, curvature=at))(grads, params)
-    np.testing.assert_allclose(updates["last"]["kernel"], grads["last"]["kernel"], rtol=0)
-
-
-def test_measured_alone_it_has_the_diagonal_of_its_block(x64):
-    """Of one example, where no random sign takes part: the squared derivative of the Laplacian."""
-    values, estimator, params, x = problem(laplacian)
-    params, x = jax.tree.map(lambda v: v.astype(jnp.float64), (params, x[:1]))
-    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, uncovered="diagonal")
-    _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p, curvature=estimator.at(p, x)))(params)
-    want = jax.grad(lambda p: values(p, x)[0])(params)["last"]["kernel"] ** 2
-    np.testing.assert_allclose(
-        state.preconditioner.factors["diagonal_1x3"].ravel(), want.ravel(), rtol=1e-10
-    )
-
-
-def test_value_and_derivative_together_note_every_kernel():
-    """Sobolev training: all layers have a part in the value, so all are measured, in part."""
+def test_value_and_derivative_together(x64):
+    """Sobolev training: rows of the value, with bias, and rows of the derivative, without."""
     both = lambda f, x: jnp.sum(jax.value_and_grad(f)(x)[1]) + f(x)
-    _, estimator, params, x = problem(both)
+    values, _, params, x = problem(both)
+    layers = assert_gradients(
+        lambda p, x: (values(p, x) - 1) ** 2 / 2, *wide(params, x), rtol=1e-10
+    )
+    assert {layer.path: (layer.mixed, layer.swapped) for layer in layers} == {
+        "first": (True, True),
+        "middle/scale": (False, False),
+        "middle/bias": (False, False),
+        "last": (True, True),
+    }
+
+
+def plain_network(params, z):
+    hidden = jnp.tanh(z @ params["first"]["w"] + params["first"]["b"])
+    return (hidden @ params["last"]["w"])[0]
+
+
+def plain_params():
+    first = {"w": oracles.normal(0, (2, 6)), "b": 0.3 * oracles.normal(1, (6,))}
+    return {"first": first, "last": {"w": oracles.normal(2, (6, 1)) / 2}}
+
+
+def test_the_blocks_of_a_laplacian_point_where_the_exact_ones_do(x64):
+    """Of a net for a partial differential equation: cosine to the blocks of the exact matrix, and
+    their trace.
+    """
+    params, x = plain_params(), oracles.normal(3, (12, 2))
+    values = lambda p, x: jax.vmap(lambda z: laplacian(lambda z: plain_network(p, z), z))(x)
+    estimator = ko.ggn(lambda p, x: ko.Normal(values(p, x)[:, None]))
     layers = estimator.layers(params, x)
-    assert not layers.uncovered
-    assert [layer.path for layer in layers if layer.notes] == ["first", "middle", "last"]
+    plan = oracles.plan(layers)
+
+    @jax.jit
+    def measured(counts):
+        step = lambda count: estimator.at(params, x).statistics(plan._replace(count=count))[0]
+        return jax.tree.map(lambda v: v.mean((0, 1)), jax.lax.map(step, counts))
+
+    for layer, factors in zip(layers, measured(jnp.arange(100)), strict=True):
+        exact = oracles.dense_block(estimator, params, (x,), layer)
+        got = np.kron(factors.inputs, factors.outputs)
+        cosine = np.sum(got * exact) / np.linalg.norm(got) / np.linalg.norm(exact)
+        assert cosine > 0.6, (layer.path, cosine)
+        assert 0.5 < np.trace(got) / np.trace(exact) < 2, layer.path
+
+
+def test_rows_of_a_use_the_other_way_round_are_balanced(x64):
+    """No outer product changes, and `tr(A) tr(G)` is the sum of their squares."""
+    params, x = {"w": oracles.normal(0, (3, 2))}, oracles.normal(1, (N, 3))
+    estimator = ko.ggn(lambda p, x: ko.Normal(jnp.tanh(x @ p["w"]) @ p["w"].T))
+    layers = estimator.layers(params, x)
+    (layer,) = layers
+    assert (layer.swapped, layer.uses, layer.rows) == (True, 2, 2 * N)
+    plan = oracles.plan(layers)
+    factors = jax.jit(lambda x: estimator.at(params, x).statistics(plan)[0][0])(x)
+    rows = laid_out_rows(params["w"], x)
+    squares = sum(np.einsum("cnp,cnq->cn", a**2, g**2).sum() for a, g in rows) / N
+    np.testing.assert_allclose(
+        np.trace(factors.inputs[0]) * np.trace(factors.outputs[0]), squares, rtol=1e-10
+    )
+
+
+def laid_out_rows(w, x):
+    """`(a, g)` of both uses of `tanh(x w) w^T`, for every output column."""
+    hidden = jnp.tanh(x @ w)
+    columns = jnp.broadcast_to(jnp.eye(3)[:, None], (3, len(x), 3))
+    inner = jnp.einsum("cnp,pq->cnq", columns, w) * (1 - hidden**2)
+    first = jnp.broadcast_to(x, (3, *x.shape)), inner
+    return [first, (columns, jnp.broadcast_to(hidden, (3, *hidden.shape)))]
 
 
 def test_a_layer_without_part_in_the_prediction_is_not_used():

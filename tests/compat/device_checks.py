@@ -518,7 +518,7 @@ def _zoo(params, x, tokens):
             params["table"].at[tokens].get(out_sharding=_like(s)), tokens, params["table"]
         )
     )
-    s = s.sum(1) * params["gain"]
+    s = s.sum(1) * h.computed(params["gain"])
     return ko.Categorical(ko.tap_dense(s @ params["head"], s, params["head"]))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import kfac_optax as ko
 from tests import oracles
+from tests.helpers import computed
 
 DAMPING = 0.05
 CHAIN = ("w0", "w1", "w2", "w3")  # in order of execution; w0 and w3 are of one bucket
@@ -39,7 +40,7 @@ def predict(params, x):
     x = jnp.tanh(ko.tap_dense(x @ params["w1"] + params["b1"], x, params["w1"], params["b1"]))
     x = jnp.tanh(ko.tap_dense(x @ params["w2"], x, params["w2"]))
     return ko.Categorical(
-        params["gain"]
+        computed(params["gain"])
         * ko.tap_dense(x @ params["w3"] + params["b3"], x, params["w3"], params["b3"])
     )
 

@@ -14,6 +14,7 @@ from kfac_optax.couplings.spaces import SPACES
 from kfac_optax.engine.state import CurvatureState, find_states
 from tests import oracles
 from tests.engine.test_factorizations_in_a_row import FISHER, SIZES, N, side_by_side
+from tests.helpers import computed
 
 DAMPING = 0.05
 SHAPES = {
@@ -49,7 +50,7 @@ def predict(p, x):
         return jnp.tanh(ko.tap_dense(h @ w + b, h, w, b)), None
 
     x, _ = jax.lax.scan(layer, x, (p["stack"], p["stack_bias"]))
-    return ko.Normal(p["gain"] * ko.tap_dense(x @ p["head"], x, p["head"]))
+    return ko.Normal(computed(p["gain"]) * ko.tap_dense(x @ p["head"], x, p["head"]))
 
 
 ESTIMATOR = ko.ggn(predict)

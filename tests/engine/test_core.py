@@ -11,6 +11,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._tree import tree_bytes
+from tests import helpers as h
 from tests import oracles
 
 SIZES = (3, 4, 4, 2)
@@ -188,7 +189,7 @@ def test_zero_gradients_dead_layers_batch_of_one_and_rank_deficiency_stay_finite
 
 def test_uncovered_parameters_pass_through_unscaled_and_unsummed():
     def with_scale(params, x):
-        return ko.Categorical(params["scale"] * oracles.forward(params["net"], x)[0])
+        return ko.Categorical(h.computed(params["scale"]) * oracles.forward(params["net"], x)[0])
 
     net, x, _ = problem()
     params = {"net": net, "scale": jnp.full((2,), 3.0)}

@@ -18,7 +18,7 @@ COVERED, LEFT, IDLE = ("w", "b", "head"), ("gain", "temperature"), ("idle",)
 
 
 def predict(p, x):
-    hidden = h.dense(x, p["w"], p["b"]) * p["gain"] * jnp.exp(p["temperature"])
+    hidden = h.dense(x, p["w"], p["b"]) * h.computed(p["gain"]) * jnp.exp(p["temperature"])
     return ko.Normal(h.dense(jnp.tanh(hidden), p["head"]))
 
 

@@ -377,7 +377,9 @@ ERRORS = [
         "one loss per example",
     ),
     (
-        lambda p, x: ko.fisher(lambda p, x: ko.Normal(x @ p["layer0"]["kernel"])).layers(p, x),
+        lambda p, x: ko.fisher(lambda p, x: ko.Normal(x @ jnp.sin(p["layer0"]["kernel"]))).layers(
+            p, x
+        ),
         ValueError,
         "no layer found.*tap_dense",
     ),

@@ -9,7 +9,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.estimators.output_cotangents import OutputCotangents, fisher_columns, signed
-from tests import oracles
+from tests import helpers, oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, DRAWS = 5, 3000
@@ -175,7 +175,9 @@ def test_left_over_parameters_without_a_key_converge_to_their_diagonal():
     """
     x, z = oracles.normal(0, (64, 2)), oracles.normal(1, (64, 6))
     params = {"w": jnp.ones((2, 1)), "s": jnp.ones(6)}
-    estimator = ko.ggn(lambda p, x: ko.Normal(dense(x, p["w"]) + (z @ p["s"])[:, None]))
+    estimator = ko.ggn(
+        lambda p, x: ko.Normal(dense(x, p["w"]) + (z @ helpers.computed(p["s"]))[:, None])
+    )
     tx = ko.kfac(
         estimator.layers(params, x),
         learning_rate=0.1,

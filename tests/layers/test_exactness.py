@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
-from tests import oracles
+from tests import helpers, oracles
 from tests.layers.gradients import x64_params
 
 
@@ -246,7 +246,9 @@ def test_a_shared_forward_pass_gives_the_same_statistics(x64):
 
     def predict(p, t, m):
         net = {k: v for k, v in p.items() if k != "gain"}
-        return ko.Categorical(model.apply({"params": net}, t, m > 0) * p["gain"], weights=m)
+        return ko.Categorical(
+            model.apply({"params": net}, t, m > 0) * helpers.computed(p["gain"]), weights=m
+        )
 
     estimator = ko.ggn(predict)
     tx = ko.kfac_two_level(
@@ -295,7 +297,9 @@ def test_left_over_parameters_get_the_diagonal(x64):
     params = {"w": oracles.normal(0, (2, 3)), "gain": oracles.normal(1, (3,)), "idle": jnp.ones(2)}
 
     def predict(p, x):
-        return ko.Normal(jnp.tanh(ko.tap_dense(x @ p["w"], x, p["w"])) * p["gain"])
+        return ko.Normal(
+            jnp.tanh(ko.tap_dense(x @ p["w"], x, p["w"])) * helpers.computed(p["gain"])
+        )
 
     estimator = ko.ggn(predict)
     x = oracles.normal(2, (1, 2))

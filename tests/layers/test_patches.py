@@ -10,7 +10,8 @@ import pytest
 import kfac_optax as ko
 from kfac_optax._types import Use
 from kfac_optax.capture import patches
-from kfac_optax.capture.geometry import Conv, Dense, channel_sums, layout, reduced, to_rows
+from kfac_optax.capture.geometry import Conv, Dense, channel_sums, reduced, to_rows
+from kfac_optax.capture.layouts import layout
 from kfac_optax.estimators import measure
 from kfac_optax.testing import dense_layer
 from tests import oracles

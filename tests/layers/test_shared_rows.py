@@ -7,7 +7,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.engine.state import CurvatureState, the_state
-from tests import oracles
+from tests import helpers, oracles
 
 
 def dense(x, w):
@@ -124,7 +124,7 @@ def test_raise_names_parameters_that_are_measured_in_part():
 
 
 def test_the_table_says_what_a_parameter_without_block_gets():
-    estimator = ko.ggn(lambda p, x: ko.Normal(dense(x, p["w"]) * p["scale"]))
+    estimator = ko.ggn(lambda p, x: ko.Normal(dense(x, p["w"]) * helpers.computed(p["scale"])))
     params = {"w": jnp.ones((3, 2)), "scale": jnp.ones(2), "idle": jnp.ones(5)}
     lines = str(ko.coverage(estimator.layers(params, jnp.ones((4, 3))))).splitlines()
     of = {line.split()[0]: line for line in lines if line}

@@ -14,6 +14,7 @@ from kfac_optax.linalg.smw import kernel_of
 from kfac_optax.methods.sample_space.from_rows import kernel_of_rows, rows_of_gradient
 from kfac_optax.methods.sample_space.space import sample_space
 from tests import oracles
+from tests.helpers import computed
 
 N = 4
 SHAPES = {
@@ -78,6 +79,22 @@ def _problem_of_stacks():
     return params, (oracles.normal(2, (N, 4)),)
 
 
+def _uneven(params, x):
+    """By hand: a weight with and without its bias, a scale with and without its shift."""
+    h = jnp.tanh(x @ params["w"] + params["b"]) * jnp.cos(2 * x @ params["w"])
+    h = jnp.tanh(h * params["scale"] + params["shift"]) * params["scale"]
+    return ko.Normal(h + params["offset"])
+
+
+def _problem_of_uses():
+    shapes = {"w": (4, 3), "b": (3,), "scale": (3,), "shift": (3,), "offset": (3,)}
+    params = {name: oracles.normal(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+    return params, (oracles.normal(9, (N, 4)),)
+
+
+_PROBLEMS = {_stacked: _problem_of_stacks, _uneven: _problem_of_uses}
+
+
 def _kernels(estimator, params, args, others):
     """By products, and of the rows of other inputs."""
     layers = estimator.layers(params, *args)
@@ -97,13 +114,14 @@ def _kernels(estimator, params, args, others):
     return both(params)
 
 
-CASES = [(_two_heads, 1), (_padded, 1), (_stacked, 1), (_stacked, 2)]
+CASES = [(_two_heads, 1), (_padded, 1), (_stacked, 1), (_stacked, 2), (_uneven, 1)]
 
 
 @pytest.mark.parametrize(("predict", "samples"), CASES)
 def test_rows_of_every_kind_of_layer_make_the_kernel(predict, samples, x64):
     """Two heads with terms of positions, all columns and drawn labels; padding may hold anything."""
-    params, args = _problem_of_stacks() if predict is _stacked else _problem(predict)
+    make = _PROBLEMS.get(predict, lambda: _problem(predict))
+    params, args = make()
     others = args
     if predict is _padded:
         others = (args[0].at[1].set(jnp.nan), args[1])
@@ -121,12 +139,16 @@ def test_many_steps_go_by_gradients(x64):
 
 
 def _loose(params, x):
-    return ko.Normal(params["gain"] * ko.tap_dense(x @ params["w"], x, params["w"]))
+    return ko.Normal(computed(params["gain"]) * ko.tap_dense(x @ params["w"], x, params["w"]))
 
 
 def _tied(params, x):
     h = ko.tap_embedding(params["table"][x], x, params["table"])
     return ko.Categorical(ko.tap_dense(h @ params["table"].T, h, params["table"].T))
+
+
+def _both_ways(params, x):
+    return ko.Normal(jnp.tanh(x @ params["w"]) @ params["w"].T)
 
 
 def _shared(params, x):
@@ -139,6 +161,7 @@ def _shared(params, x):
     [
         (_loose, {"gain": jnp.ones(2), "w": jnp.ones((3, 2))}, jnp.ones((N, 3)), "gain belongs"),
         (_tied, {"table": jnp.ones((3, 2))}, jnp.zeros(N, jnp.int32), "'tied_embedding' has none"),
+        (_both_ways, {"w": jnp.ones((3, 2))}, jnp.ones((N, 3)), "by its transposed weight"),
         (_shared, {"w": jnp.ones((3, 2))}, jnp.ones((N, 3)), "rows shared by the examples"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Uses of one parameter brought to the roles that its axes have in the layer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kfac_optax._types import Layout
+from kfac_optax.capture.geometry import Contraction, Dense, Lookup
+from kfac_optax.capture.layouts import layout, matrix_shape
+from kfac_optax.capture.sites import Site
+
+
+class _Roles(NamedTuple):
+    """Stored axes that batch the layer, are summed over, and are its outputs."""
+
+    groups: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def at_least_two(self, stored: Sequence[int]) -> "_Roles":
+        """Without axes of length one, which have no role."""
+        return _Roles(*(tuple(i for i in axes if stored[i] > 1) for axes in self))
+
+
+def layout_of(site: Site) -> Layout:
+    """Layout of the kernel of a site, which is a parameter."""
+    origin = site.params[0]
+    assert origin is not None
+    return layout(site.geometry, site.kernel, origin.permutation)
+
+
+def aligned(site: Site, lead: Site) -> Site | None:
+    """A use found in the program as a use of the layer that `lead` is one of, `None` if it is none.
+
+    The matrix of a product may be there the other way round: `g W^T` beside `x W`. Its rows are
+    swapped then: the gradient in `W` is the outer product of the product's cotangent and `g`.
+    """
+    if isinstance(lead.geometry, Lookup) and not isinstance(site.geometry, Lookup):
+        return site if _is_head(site, lead) else None
+    products = (Contraction, Dense)
+    if not (isinstance(site.geometry, Contraction) and isinstance(lead.geometry, products)):
+        return site if _same_matrix(site, lead) else None
+    mine, wanted = _roles(site), _roles(lead)
+    if len(mine.groups) != len(wanted.groups):
+        return None
+    stored = site.kernel  # a use that was found names the stored axes themselves
+    sets = [set(axes) for axes in mine.at_least_two(stored)]
+    groups, inputs, outputs = wanted.at_least_two(stored)
+    if sets == [set(groups), set(inputs), set(outputs)]:
+        return _reordered(site, mine, wanted)
+    if sets == [set(groups), set(outputs), set(inputs)]:
+        other_way = _Roles(wanted.groups, wanted.outputs, wanted.inputs)
+        return _reordered(site, mine, other_way)._replace(swapped=True)
+    return None
+
+
+def _same_matrix(site: Site, lead: Site) -> bool:
+    return (
+        site.geometry.kind == lead.geometry.kind
+        and matrix_shape(site.geometry, site.kernel) == matrix_shape(lead.geometry, lead.kernel)
+        and layout_of(site) == layout_of(lead)
+    )
+
+
+def _is_head(site: Site, table: Site) -> bool:
+    """Whether a product is `h @ table.T`."""
+    return site.geometry.kind == "dense" and _roles(site) == _Roles((), (1,), (0,))
+
+
+def _roles(site: Site) -> _Roles:
+    origin, rank = site.params[0], len(site.kernel)
+    permutation = () if origin is None else origin.permutation
+    stored = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
+    if isinstance(site.geometry, Dense):
+        return _Roles((), (stored[0],), (stored[1],))
+    assert isinstance(site.geometry, Contraction)
+    axes = [stored[rank + axis] for axis in site.geometry.kernel]
+    first, inner = site.geometry.groups, site.geometry.groups + site.geometry.inputs
+    return _Roles(tuple(axes[:first]), tuple(axes[first:inner]), tuple(axes[inner:]))
+
+
+def _reordered(site: Site, mine: _Roles, wanted: _Roles) -> Site:
+    geometry = site.geometry
+    assert isinstance(geometry, Contraction)
+    rank, rows, groups = len(site.kernel), geometry.rows, geometry.groups
+    kernel = tuple(axis - rank for axes in wanted for axis in axes)
+
+    def arranged(axes: Sequence[int], role: int) -> tuple[int, ...]:
+        batch = _sorted_by(axes[rows : rows + groups], mine.groups, wanted.groups)
+        features = _sorted_by(axes[rows + groups :], mine[role], wanted[role])
+        return (*axes[:rows], *batch, *features)
+
+    geometry = dataclasses.replace(
+        geometry,
+        a=arranged(geometry.a, 1),
+        s=arranged(geometry.s, 2),
+        kernel=kernel,
+        inputs=len(wanted.inputs),
+        outputs=len(wanted.outputs),
+    )
+    return site._replace(geometry=geometry)
+
+
+def _sorted_by(axes: Sequence[int], mine: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Axes of an array, given which stored axes the first of them are, in the order wanted.
+
+    What is left over has length one.
+    """
+    place = dict(zip(mine, axes, strict=False))
+    first = [place[axis] for axis in wanted if axis in place]
+    return first + [axis for axis in axes if axis not in first]

@@ -1,0 +1,66 @@
+"""Equations that contain others: calls that are entered, scans, and rules that are not."""
+
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+# Calls that run their body once with the operands in order.
+_CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call"])
+# Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they
+# are never entered.
+RULES = {
+    "custom_jvp_call": "custom_jvp",
+    "custom_vjp_call": "custom_vjp",
+    "custom_vjp_call_jaxpr": "custom_vjp",
+    "custom_linear_solve": "custom_linear_solve",
+}
+
+
+def bodies(eqn: Any) -> list[Any]:
+    """Jaxprs an equation contains."""
+    return list(jex.jaxprs_in_params(eqn.params))
+
+
+def own_rule(eqn: Any) -> str | None:
+    """Which derivative rule of its own an equation has, by the name of what it was made from; else
+    `None`.
+    """
+    word = RULES.get(eqn.primitive.name)
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+    if word is None or inner is None:
+        return word
+    name = getattr(getattr(inner, "jaxpr", inner).debug_info, "func_name", "")
+    return f"{word} `{name}`" if name else word
+
+
+def is_rule(consumer: str) -> bool:
+    """Whether a consumer, as named in an `Analysis`, is a call with its own derivative rule."""
+    return consumer.partition(" ")[0] in RULES.values()
+
+
+def call_body(eqn: Any) -> Any | None:
+    """The closed body of an equation that runs it once (`jit`, `remat`), else `None`."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+
+
+class ScanBody(NamedTuple):
+    """A scan's closed body and how its operands divide: `constants`, then `carried`, then scanned
+    over.
+    """
+
+    body: Any
+    constants: int
+    carried: int
+
+
+def scan_body(eqn: Any) -> ScanBody:
+    """Layout of a scan equation; JAX 0.11 replaced two counts by one tree of operands."""
+    inner = eqn.params["jaxpr"]
+    body = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+    if "num_consts" in eqn.params:
+        return ScanBody(body, eqn.params["num_consts"], eqn.params["num_carry"])
+    constants, carried, _ = map(len, eqn.params["ft_in"].unpack())
+    return ScanBody(body, constants, carried)

@@ -1,0 +1,109 @@
+"""Which axis of a value holds the examples, followed through a program.
+
+`None` is said of constants, `UNKNOWN` of values that depend on the batch in an axis that is no
+longer known.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+UNKNOWN = -1
+Axis = int | None
+
+
+def of_inputs(jaxpr: Any, leaves: int, examples: int | None) -> list[Axis]:
+    """Axes of a jaxpr's inputs, of which the first `leaves` are parameters: arguments as long as
+    the batch have their examples on axis 0.
+    """
+    return [
+        None if i < leaves else _of_argument(v.aval, examples) for i, v in enumerate(jaxpr.invars)
+    ]
+
+
+def _of_argument(aval: Any, examples: int | None) -> Axis:
+    if aval.ndim == 0 or jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return None
+    return 0 if aval.shape[0] == examples else UNKNOWN
+
+
+def sliced(axis: Axis) -> Axis:
+    """Of one step of a scan over a value."""
+    return UNKNOWN if axis in (0, UNKNOWN) else None if axis is None else axis - 1
+
+
+def stacked(axis: Axis) -> Axis:
+    """Of all steps of a scan together."""
+    return axis if axis in (None, UNKNOWN) else axis + 1
+
+
+def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
+    """Axes of an equation's outputs, given those of its operands."""
+    if all(axis is None for axis in axes):
+        return [None] * len(eqn.outvars)
+    if eqn.primitive.name == "optimization_barrier":
+        return list(axes)
+    return [_checked(_moved(eqn, axes, v), v.aval, examples) for v in eqn.outvars]
+
+
+def _checked(axis: int, aval: Any, examples: int | None) -> int:
+    """The axis, or the only one that is as long as the batch."""
+    shape = getattr(aval, "shape", ())
+    if 0 <= axis < len(shape) and shape[axis] == examples:
+        return axis
+    long = [i for i, n in enumerate(shape) if n == examples]
+    return long[0] if len(long) == 1 else UNKNOWN
+
+
+def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
+    """Where the examples' axis of an operand goes; anything, where that is not known."""
+    p, name = eqn.params, eqn.primitive.name
+    side, axis = next(
+        ((i, x) for i, x in enumerate(axes) if x not in (None, UNKNOWN)), (0, UNKNOWN)
+    )
+    if axis == UNKNOWN or axis is None:
+        return UNKNOWN
+    if name == "transpose":
+        return list(p["permutation"]).index(axis)
+    if name == "broadcast_in_dim":
+        return int(p["broadcast_dimensions"][axis])
+    if name == "reshape":
+        return _reshaped(axis, eqn.invars[0].aval.shape, out.aval.shape)
+    if name == "squeeze":
+        return axis - sum(d < axis for d in p["dimensions"])
+    if name == "dot_general":
+        return axes_of_product(eqn)[side].get(axis, UNKNOWN)
+    if name == "conv_general_dilated" and side == 0:
+        numbers = p["dimension_numbers"]
+        return numbers.out_spec[0] if axis == numbers.lhs_spec[0] else UNKNOWN
+    if name == "gather" and side == 1:
+        offset = p["dimension_numbers"].offset_dims
+        return [i for i in range(out.aval.ndim) if i not in offset][axis]
+    if name.startswith(("reduce_", "arg")) and "axes" in p:
+        return UNKNOWN if axis in p["axes"] else axis - sum(d < axis for d in p["axes"])
+    same_rank = getattr(out.aval, "ndim", 0) == eqn.invars[side].aval.ndim
+    return axis if same_rank else UNKNOWN
+
+
+def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
+    """The axis with as many numbers in front of it as before."""
+    front = math.prod(before[:axis])
+    fits = (i for i, n in enumerate(after) if n == before[axis] and math.prod(after[:i]) == front)
+    return next(fits, UNKNOWN)
+
+
+def axes_of_product(eqn: Any) -> tuple[dict[int, int], dict[int, int]]:
+    """Where the axes of both operands of a `dot_general` are in its output; not those summed over."""
+    summed, batched = eqn.params["dimension_numbers"]
+    found: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    position = len(batched[0])
+    for side in (0, 1):
+        found[side].update((axis, i) for i, axis in enumerate(batched[side]))
+        for axis in range(eqn.invars[side].aval.ndim):
+            if axis not in summed[side] and axis not in batched[side]:
+                found[side][axis] = position
+                position += 1
+    return found

@@ -1,0 +1,94 @@
+"""Products with a parameter: which of its axes batch, are summed over, and are outputs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kfac_optax.capture.example_axis import axes_of_product
+from kfac_optax.capture.geometry import Contraction
+from kfac_optax.capture.views import View
+
+
+class Roles(NamedTuple):
+    """Axes of the parameter's operand in a product, and those of the other operand beside them.
+
+    Attributes:
+      groups, inputs, outputs: of the parameter's operand, in the order in which they are stored.
+      rows: from axes of the other operand to axes of the product.
+      theirs: from axes of the parameter's operand to axes of the other.
+      own: from axes of the parameter's operand to axes of the product.
+    """
+
+    groups: list[int]
+    inputs: list[int]
+    outputs: list[int]
+    rows: dict[int, int]
+    theirs: dict[int, int]
+    own: dict[int, int]
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Axes of the product that are groups and outputs of the layer."""
+        return tuple(self.own[i] for i in self.groups + self.outputs)
+
+
+def roles_in_product(eqn: Any, operand: int, view: View) -> Roles | None:
+    """Roles of the axes of a parameter in a `dot_general`, `None` where it is repeated along one
+    that is no row.
+    """
+    summed, batched = eqn.params["dimension_numbers"]
+    mine, other = axes_of_product(eqn)[operand], axes_of_product(eqn)[1 - operand]
+    contracting, batch = list(summed[operand]), list(batched[operand])
+    sizes = eqn.invars[operand].aval.shape
+    free = [i for i in range(len(sizes)) if i not in contracting and i not in batch]
+    if any(view.axes[i] is None and sizes[i] > 1 for i in contracting + free):
+        return None
+    theirs = dict(zip(contracting, summed[1 - operand], strict=True))
+    theirs |= dict(zip(batch, batched[1 - operand], strict=True))
+    rows = {axis: i for axis, i in other.items() if axis not in batched[1 - operand]}
+    # a parameter repeated along a batched axis is the same one in every row
+    repeated = [i for i in batch if view.axes[i] is None]
+    rows |= {theirs[i]: mine[i] for i in repeated}
+
+    def as_stored(axes: Sequence[int]) -> list[int]:
+        order = {i: axis for i, axis in enumerate(view.axes) if axis is not None}
+        return sorted(axes, key=lambda i: order.get(i, len(view.stored)))
+
+    groups = as_stored([i for i in batch if i not in repeated])
+    return Roles(groups, as_stored(contracting), as_stored(free), rows, theirs, mine)
+
+
+def contraction_of(
+    eqn: Any, operand: int, view: View, roles: Roles, examples: Sequence[int]
+) -> Contraction:
+    """The product as a layer whose kernel is the parameter as stored."""
+    stored = [
+        [view.axes[i] for i in axes if view.axes[i] is not None]
+        for axes in (roles.groups, roles.inputs, roles.outputs)
+    ]
+    # of length one, wherever they are
+    stored[1] += [i for i in range(len(view.stored)) if i not in view.axes]
+    kernel = [axis for axes in stored for axis in axes if axis is not None]
+    in_product = {i: axis for axis, i in roles.rows.items()}
+    rows = examples_first(sorted(in_product), examples)
+    a = [*(in_product[i] for i in rows), *(roles.theirs[i] for i in roles.groups + roles.inputs)]
+    return Contraction(
+        a=from_end(a, eqn.invars[1 - operand].aval.ndim),
+        s=from_end([*rows, *roles.features], eqn.outvars[0].aval.ndim),
+        kernel=from_end(kernel, len(view.stored)),
+        rows=len(rows),
+        groups=len(roles.groups),
+        inputs=len(stored[1]),
+        outputs=len(stored[2]),
+        kind="dense" if not roles.groups and max(map(len, stored)) <= 1 else "einsum",
+    )
+
+
+def examples_first(rows: Sequence[int], examples: Sequence[int]) -> list[int]:
+    """Axes in order, but that of the examples in front."""
+    first = [axis for axis in examples if axis in rows][:1]
+    return first + [axis for axis in rows if axis not in first]
+
+
+def from_end(axes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Axes counted from the end."""
+    return tuple(int(axis) - rank for axis in axes)

@@ -1,0 +1,203 @@
+"""Where a traced program uses its parameters, and which of these uses a tap accounts for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core as jex
+
+from kfac_optax.capture import example_axis
+from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.shifts import find_shift
+from kfac_optax.capture.sites import Origin
+from kfac_optax.capture.tap import tap_p
+from kfac_optax.capture.uses import Use, find_use
+from kfac_optax.capture.views import (
+    View,
+    parameter_views,
+    passed_on,
+    scan_views,
+    views_behind_scan,
+)
+
+Path = tuple[int, ...]  # of an equation: its number in every jaxpr on the way to it
+
+
+class Found(NamedTuple):
+    """One use: where it is, and the bias behind it where it has one."""
+
+    path: Path
+    equation: str  # its primitive
+    use: Use
+    bias: tuple[Path, Origin, Use] | None  # where it is added, whose, and the use as seen there
+
+
+class _Survey:
+    """Uses in order of execution, and which of them (a mask of bits) a tap accounts for."""
+
+    def __init__(self, examples: int | None, batched: bool):
+        self.examples = examples
+        self.batched = batched  # an argument has the examples
+        self.found: list[Found] = []
+        self.taps: dict[Path, tuple[int, set[int]]] = {}  # uses that each accounts for, its leaves
+        self.carried = 0  # uses whose results a scan hands from step to step
+
+    def add(self, found: Found) -> int:
+        """Notes a use; its bit."""
+        self.found.append(found)
+        return 1 << (len(self.found) - 1)
+
+    def claim(self, path: Path, leaves: set[int], between: int) -> int:
+        """A tap knows of all uses of its parameters between its input and its output."""
+        mine = sum(
+            1 << i
+            for i, found in enumerate(self.found)
+            if between >> i & 1 and found.use.origin.leaf in leaves
+        )
+        self.taps[path] = mine, leaves
+        return mine
+
+    def axes(self, known: example_axis.Axis, shape: Sequence[int]) -> list[int]:
+        """Axes that may be the examples', where the program does not tell."""
+        if known is not None and known != example_axis.UNKNOWN:
+            return [known]
+        if known is None and self.batched:
+            return []
+        return [i for i, n in enumerate(shape) if n == self.examples]
+
+
+class _Known(NamedTuple):
+    """What is known of a value."""
+
+    view: View | None = None
+    uses: int = 0  # a bit for every use it depends on, not through the tap that accounts for it
+    axis: example_axis.Axis = None  # of the examples
+
+
+def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found], set[Path]]:
+    """Uses of parameters that no tap accounts for, and taps that account for a part only.
+
+    Of a normalisation, a derivative reads what is between the scale and the tapped output: the tap
+    sees the gradient of the output alone. Such a tap is of no use, its parameters' uses are.
+
+    Args:
+      jaxpr: its first `leaves` inputs are the parameter leaves.
+      leaves: how many.
+      examples: N.
+    """
+    axes = example_axis.of_inputs(jaxpr, leaves, examples)
+    survey = _Survey(examples, any(axis is not None for axis in axes))
+    views = parameter_views(jaxpr, leaves)
+    given = [_Known(view, 0, axis) for view, axis in zip(views, axes, strict=True)]
+    leaking = 0
+    for known in _survey(jaxpr, given, (), survey):
+        leaking |= known.uses
+    leaking |= survey.carried
+    partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking}
+    touched = {leaf for path in partial for leaf in survey.taps[path][1]}
+    # all taps of a parameter or none: its layer is one
+    partial |= {path for path, (_, mine) in survey.taps.items() if mine & touched}
+    claimed = 0
+    for path, (uses, _) in survey.taps.items():
+        claimed |= 0 if path in partial else uses
+    free = [found for i, found in enumerate(survey.found) if not claimed >> i & 1]
+    return free, partial
+
+
+def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+    """Notes all uses in a jaxpr; what is known of its outputs."""
+    known: dict[Any, _Known] = dict(zip(jaxpr.invars, given, strict=True))
+    readers = _readers(jaxpr)
+    products: list[int] = []
+
+    def look(v: Any) -> _Known:
+        return _Known() if isinstance(v, jex.Literal) else known.get(v, _Known())
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        inputs = [look(v) for v in eqn.invars]
+        outs = _entered_or_passed(eqn, inputs, (*path, i), survey)
+        if outs is None:
+            outs = _plain(eqn, inputs, survey)
+            views = [x.view for x in inputs]
+            axes = survey.axes(outs[0].axis, eqn.outvars[0].aval.shape) if any(views) else []
+            use = None if _is_cut(jaxpr, eqn, readers) else find_use(eqn, views, axes)
+            if use is not None:
+                products.append(len(survey.found))
+                bit = survey.add(Found((*path, i), eqn.primitive.name, use, None))
+                outs = [outs[0]._replace(uses=outs[0].uses | bit)]
+        known.update(zip(eqn.outvars, outs, strict=True))
+    views_here = {v: x.view for v, x in known.items()}
+    for number in products:
+        found = survey.found[number]
+        shift = find_shift(jaxpr, found.path[-1], found.use, views_here, readers)
+        if shift is not None:
+            bias = ((*path, shift.index), shift.origin, shift.use)
+            survey.found[number] = found._replace(bias=bias)
+    return [look(v) for v in jaxpr.outvars]
+
+
+def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
+    uses = 0
+    for x in inputs:
+        uses |= x.uses
+    axes = example_axis.behind(eqn, [x.axis for x in inputs], survey.examples)
+    return [_Known(None, uses, axis) for axis in axes]
+
+
+def _entered_or_passed(
+    eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey
+) -> list[_Known] | None:
+    """What is known behind an equation that is no use itself; `None` where it may be one."""
+    views = [x.view for x in inputs]
+    if eqn.primitive is tap_p:
+        leaves = {view.leaf for view in views[2:] if view is not None}
+        mine = survey.claim(path, leaves, inputs[0].uses & ~inputs[1].uses)
+        return [inputs[0]._replace(view=None, uses=inputs[0].uses & ~mine)]
+    if (body := call_body(eqn)) is not None:
+        return _survey(body.jaxpr, inputs, path, survey)
+    if eqn.primitive.name == "scan":
+        return _survey_scan(eqn, inputs, path, survey)
+    passed = passed_on(eqn, views)
+    if passed is None:
+        return None
+    plain = _plain(eqn, inputs, survey)
+    return [x._replace(view=view) for x, view in zip(plain, passed, strict=True)]
+
+
+def _survey_scan(eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+    """What an earlier step has written is no part of this one, so one step says all."""
+    closed, constants, carried = scan_body(eqn)
+    first = constants + carried
+    views = scan_views(eqn, [x.view for x in inputs])
+    steps = [
+        *inputs[:first],
+        *(x._replace(axis=example_axis.sliced(x.axis)) for x in inputs[first:]),
+    ]
+    inside = [x._replace(view=view) for x, view in zip(steps, views.inside, strict=True)]
+    outs = _survey(closed.jaxpr, inside, path, survey)
+    for x in outs[:carried]:
+        survey.carried |= x.uses
+    behind = views_behind_scan(eqn, views, [x.view for x in outs])
+    axes = [x.axis for x in outs[:carried]]
+    axes += [example_axis.stacked(x.axis) for x in outs[carried:]]
+    return [_Known(view, x.uses, axis) for view, x, axis in zip(behind, outs, axes, strict=True)]
+
+
+def _readers(jaxpr: Any) -> dict[Any, list[int]]:
+    """Equations that read each value, -1 for a value that the jaxpr returns."""
+    readers: dict[Any, list[int]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for v in eqn.invars:
+            if not isinstance(v, jex.Literal):
+                readers.setdefault(v, []).append(i)
+    for v in jaxpr.outvars:
+        if not isinstance(v, jex.Literal):
+            readers.setdefault(v, []).append(-1)
+    return readers
+
+
+def _is_cut(jaxpr: Any, eqn: Any, readers: Mapping[Any, Sequence[int]]) -> bool:
+    """Whether a slice is part of a kernel, not rows of a table."""
+    if eqn.primitive.name != "slice":
+        return False
+    names = {jaxpr.eqns[i].primitive.name for i in readers.get(eqn.outvars[0], ()) if i >= 0}
+    return not names.isdisjoint(("dot_general", "conv_general_dilated", "transpose"))

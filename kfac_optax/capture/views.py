@@ -1,0 +1,208 @@
+"""Values that are a parameter seen through casts, transposes, broadcasts: what each of their axes
+is.
+
+The derivative of such a value in the parameter does nothing but move numbers, so where it meets a
+row of data in a product, that product is a layer's use.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from kfac_optax.capture.calls import scan_body
+
+# One output per input, values (not shapes) kept or merely rounded: a parameter stays the same
+# parameter.
+_TRANSPARENT = frozenset(
+    [
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "optimization_barrier",
+        "sharding_constraint",
+        "layout_constraint",
+        "mesh_cast",
+        "reshard",
+        "pvary",
+        "pcast",
+        "reduce_precision",
+        "name",
+    ]
+)
+_RESHAPING = frozenset(["reshape", "squeeze", "expand_dims"])
+
+
+class View(NamedTuple):
+    """Which parameter leaf a value is, and how.
+
+    Attributes:
+      leaf: number of the leaf.
+      stored: shape of the leaf without the axes already taken by scans.
+      axes: for each axis of the value the stored axis it is, `None` for one along which the value
+        is repeated.
+      depth: leading axes already taken by scans.
+      known: once sliced or merged the axes are no longer known: not a layer's parameter, but still
+        worth naming its consumer.
+    """
+
+    leaf: int
+    stored: tuple[int, ...]
+    axes: tuple[int | None, ...]
+    depth: int = 0
+    known: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether every stored axis is there, and nothing else."""
+        return self.known and sorted(x for x in self.axes if x is not None) == list(
+            range(len(self.stored))
+        ) == sorted(range(len(self.axes)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every number of the leaf is there; only axes of length one may be missing."""
+        return self.known and all(i in self.axes or n == 1 for i, n in enumerate(self.stored))
+
+    @property
+    def permutation(self) -> tuple[int, ...]:
+        """Stored axes (from the end) of the trailing axes of a whole view; `()` if none has moved."""
+        n = len(self.axes)
+        now = [axis - n for axis in self.axes if axis is not None]
+        while now and now[0] == -len(now):
+            del now[0]
+        return tuple(now)
+
+    def lost(self) -> "View":
+        """The same parameter, its axes no longer known."""
+        return self._replace(known=False)
+
+    def sliced(self) -> "View":
+        """What one step of a scan over it sees; unknown where its first axis is not the first
+        stored, but one of others.
+        """
+        if self.known and self.axes[:1] == (None,):
+            return self._replace(axes=self.axes[1:])
+        inside = self._replace(stored=self.stored[1:], depth=self.depth + 1)
+        if not self.known or self.axes[:1] != (0,):
+            return inside.lost()
+        return inside._replace(axes=tuple(None if x is None else x - 1 for x in self.axes[1:]))
+
+    def stacked(self, length: int) -> "View":
+        """All steps of a scan, where each hands out what it has seen."""
+        outside = self._replace(stored=(length, *self.stored), depth=self.depth - 1)
+        axes = (0, *(None if x is None else x + 1 for x in self.axes))
+        return outside._replace(axes=axes) if self.known else outside.lost()
+
+
+def of_parameter(leaf: int, shape: Sequence[int]) -> View:
+    """The leaf as stored."""
+    return View(leaf, tuple(shape), tuple(range(len(shape))))
+
+
+def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | None:
+    """The views that an equation's outputs are, if it does no more than move a parameter's numbers;
+    else `None`.
+
+    `1 + scale` is one: its derivative in the parameter is the same.
+    """
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    if not any(views):
+        return None
+    if name in _TRANSPARENT:
+        kept = jnp.issubdtype(out.dtype, jnp.inexact)
+        return list(views[: len(eqn.outvars)]) if kept else None
+    if name in ("add", "add_any", "sub"):
+        view = _shifted(eqn, views)
+    elif views[0] is None or any(views[1:]):
+        return None
+    elif name == "transpose":
+        axes = tuple(views[0].axes[i] for i in eqn.params["permutation"])
+        view = views[0]._replace(axes=axes)
+    elif name == "broadcast_in_dim":
+        view = _broadcast(views[0], eqn)
+    elif name in _RESHAPING:
+        view = _reshaped(views[0], eqn.invars[0].aval.shape, out.shape)
+    else:
+        return None
+    return None if view is None else [view]
+
+
+def _shifted(eqn: Any, views: Sequence[View | None]) -> View | None:
+    """A parameter plus or minus a number; with data it would be the shift of a layer."""
+    view = views[0] if eqn.primitive.name == "sub" else views[0] or views[1]
+    if view is None or not any(isinstance(v, jex.Literal) for v in eqn.invars):
+        return None
+    return view
+
+
+def _broadcast(view: View, eqn: Any) -> View:
+    shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    axes: list[int | None] = [None] * len(shape)
+    for old, new in enumerate(eqn.params["broadcast_dimensions"]):
+        if before[old] == shape[new]:
+            axes[new] = view.axes[old]
+    return view._replace(axes=tuple(axes))
+
+
+def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
+    """Axes of length one come and go; merged or split, the others are lost."""
+    kept = [i for i, n in enumerate(before) if n != 1]
+    if [before[i] for i in kept] != [n for n in after if n != 1]:
+        return view._replace(axes=(None,) * len(after)).lost()
+    source = iter(kept)
+    return view._replace(axes=tuple(None if n == 1 else view.axes[next(source)] for n in after))
+
+
+def parameter_views(jaxpr: Any, leaves: int) -> list[View | None]:
+    """Views of the inputs of a jaxpr whose first `leaves` are the parameter leaves."""
+    shapes = [v.aval.shape for v in jaxpr.invars]
+    return [of_parameter(i, n) if i < leaves else None for i, n in enumerate(shapes)]
+
+
+class ScanViews(NamedTuple):
+    """What one step of a scan sees, and which of its carries every step hands on untouched."""
+
+    inside: list[View | None]
+    kept: list[bool]
+    spent: list[View | None]  # parameters that the carry starts from and then changes
+    riding: set[int]  # leaves that the scan goes over
+
+
+def scan_views(eqn: Any, inputs: Sequence[View | None]) -> ScanViews:
+    """Views of the inputs of a scan's body."""
+    closed, constants, carried = scan_body(eqn)
+    body, first = closed.jaxpr, constants + carried
+    # a carry that every step hands on untouched is a constant of the scan
+    kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
+    starts = list(zip(inputs[constants:first], kept, strict=True))
+    carry = [view if keep else None for view, keep in starts]
+    slices = [None if view is None else view.sliced() for view in inputs[first:]]
+    spent = [view for view, keep in starts if not keep]
+    before = zip(inputs[first:], slices, strict=True)
+    riding = {new.leaf for old, new in before if old and new and new.depth > old.depth}
+    return ScanViews([*inputs[:constants], *carry, *slices], kept, spent, riding)
+
+
+def views_behind_scan(eqn: Any, given: ScanViews, outs: Sequence[View | None]) -> list[View | None]:
+    """Views of the outputs of a scan: of a parameter that is scanned over, all slices are the
+    parameter again (a residual of an inner derivative, say).
+    """
+    _, constants, carried = scan_body(eqn)
+    carry = [
+        view if keep else None
+        for view, keep in zip(
+            given.inside[constants : constants + carried], given.kept, strict=True
+        )
+    ]
+    length = eqn.params["length"]
+    stacked = [
+        None
+        if view is None
+        else view.stacked(length)
+        if view.leaf in given.riding
+        else view._replace(axes=(None, *view.axes))
+        for view in outs[carried:]
+    ]
+    return [*carry, *stacked]
