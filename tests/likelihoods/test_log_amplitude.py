@@ -15,6 +15,7 @@ from kfac_optax.estimators.centring import centred_cotangents
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.likelihoods import is_likelihood
 from tests import oracles
+from tests.helpers import computed
 
 pytestmark = pytest.mark.usefixtures("x64")
 N = 6
@@ -28,7 +29,7 @@ def dense(x, w):
 def log_psi(p, x, phase):
     """A tapped layer, a parameter without one, a factor that changes nothing but the norm."""
     out = dense(jnp.tanh(dense(x, p["a"])), p["b"])
-    modulus = out[:, 0] + jnp.sin(x) @ p["s"] + p["norm"]
+    modulus = out[:, 0] + jnp.sin(x) @ computed(p["s"]) + computed(p["norm"])
     return jax.lax.complex(modulus, out[:, 1]) if phase else modulus
 
 
