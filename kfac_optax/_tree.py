@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._types import NOT_USED, Block, Bucket, Layer, Layers, PyTree
+from kfac_optax._reasons import NOT_USED
+from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
 
 
 def path_name(path: tuple) -> str:

@@ -11,18 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kfac_optax._table import coverage_table
+
 PyTree = Any
 Numeric = float | int | jax.Array
 ScalarOrSchedule = Numeric | Callable[[Any], Numeric]
-NOT_USED = "not used"  # reason of a parameter that the model does not touch
-COMPLEX = (  # reason of a parameter that no block and no diagonal is for
-    "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the "
-    "direction of ascent); make its real and imaginary part real parameters to have them measured"
-)
-COMPLEX_LAYER = (
-    "its layer computes with complex numbers: not measured"  # reason of a real parameter
-)
-NO_EXAMPLES = "no row per example: not in the coupling"
 
 
 class Layout(NamedTuple):
@@ -144,47 +137,7 @@ class Layers:
         return len(self.layers)
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "kernel", "bias", "uses")
-        rows = [self._geometry(layer) for layer in self.layers]
-        notes = [(*x.notes, *self._outside(x)) for x in self.layers]
-        if self.blocks:
-            header += ("block", "state bytes")
-            triples = zip(self.blocks, notes, self.state_bytes, strict=True)
-            made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
-            rows = [row + more for row, more in zip(rows, made, strict=True)]
-            if self.coupling:
-                bytes_across = f"{self.coupling_bytes:,}"
-                rows.append(("(all layers)", "coupling", "", "", "", self.coupling, bytes_across))
-            total = f"{sum(self.state_bytes) + self.coupling_bytes:,}"
-            rows.append(("total", "", "", "", "", "", total))
-        elif any(notes):
-            header += ("notes",)
-            rows = [(*row, "; ".join(said)) for row, said in zip(rows, notes, strict=True)]
-        text = _columns(header, rows)
-        if self.uncovered:
-            left = [(u.path, _shape(*u.shape), self._gets(u), u.reason) for u in self.uncovered]
-            text += "\n\n" + _columns(("not covered", "shape", "gets", "reason"), left)
-        return "\n\n".join((text, *self.remarks))
-
-    def _geometry(self, layer: Layer) -> tuple[str, ...]:
-        """What the layer is, whatever block it gets."""
-        groups = (layer.groups,) if layer.groups > 1 else ()
-        shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
-        bias = "no" if layer.bias is None else "yes"
-        return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
-
-    def _gets(self, parameter: Uncovered) -> str:
-        """What becomes of the gradient of a parameter that no block owns."""
-        if parameter.reason == NOT_USED:
-            return "no gradient"
-        return (
-            "gradient with the size of the preconditioned updates"
-            if self.graft
-            else "gradient passed on"
-        )
-
-    def _outside(self, layer: Layer) -> tuple[str, ...]:
-        return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
+        return coverage_table(self)
 
 
 class Use(NamedTuple):
@@ -411,17 +364,3 @@ class Bucket(NamedTuple):
     @property
     def copies(self) -> int:
         return sum(layer.copies for layer in self.layers)
-
-
-def _shape(*sizes: int) -> str:
-    return "x".join(map(str, sizes)) or "()"
-
-
-def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

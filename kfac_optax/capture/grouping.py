@@ -8,7 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_optax._types import COMPLEX, COMPLEX_LAYER, NOT_USED, Layer, Layers, Uncovered
+from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_USED
+from kfac_optax._types import Layer, Layers, Uncovered
 from kfac_optax.capture.align import aligned, layout_of
 from kfac_optax.capture.calls import is_rule
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from kfac_optax._types import COMPLEX, NOT_USED, Block, Layer, Layers, Layout, Uncovered
+from kfac_optax._reasons import COMPLEX, NOT_USED
+from kfac_optax._types import Block, Layer, Layers, Layout, Uncovered
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_optax._reasons import NOT_USED
 from kfac_optax._tree import present
-from kfac_optax._types import NOT_USED, Layer, Layers
+from kfac_optax._types import Layer, Layers
 from kfac_optax.linalg.factorize import symmetrize
 from kfac_optax.linalg.gram import as_replicated
 from kfac_optax.linalg.row_kernel import channel_kernel, row_kernel, token_kernel

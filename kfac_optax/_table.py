@@ -1,0 +1,81 @@
+"""The coverage table, as text."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kfac_optax._reasons import NO_EXAMPLES, NOT_USED
+
+if TYPE_CHECKING:
+    from kfac_optax._types import Layer, Layers, Uncovered
+
+
+def coverage_table(layers: "Layers") -> str:
+    """Every layer with its kind, shape and uses, then every parameter that is left over.
+
+    With blocks and bytes of state where they are known; what the statistics leave out stands beside
+    its layer.
+    """
+    header = ("layer", "kind", "kernel", "bias", "uses")
+    rows = [_geometry(layer) for layer in layers]
+    notes = [(*layer.notes, *_outside(layer)) for layer in layers]
+    if layers.blocks:
+        header += ("block", "state bytes")
+        rows = _with_blocks(layers, rows, notes)
+    elif any(notes):
+        header += ("notes",)
+        rows = [(*row, "; ".join(said)) for row, said in zip(rows, notes, strict=True)]
+    parts = [_columns(header, rows)]
+    if layers.uncovered:
+        left = [(u.path, _shape(*u.shape), _gets(layers, u), u.reason) for u in layers.uncovered]
+        parts.append(_columns(("not covered", "shape", "gets", "reason"), left))
+    return "\n\n".join((*parts, *layers.remarks))
+
+
+def _with_blocks(
+    layers: "Layers", rows: list[tuple[str, ...]], notes: list[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """The rows of layers with block and bytes, that of the coupling, and the total."""
+    triples = zip(layers.blocks, notes, layers.state_bytes, strict=True)
+    made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
+    rows = [row + more for row, more in zip(rows, made, strict=True)]
+    if layers.coupling:
+        across = f"{layers.coupling_bytes:,}"
+        rows.append(("(all layers)", "coupling", "", "", "", layers.coupling, across))
+    total = f"{sum(layers.state_bytes) + layers.coupling_bytes:,}"
+    rows.append(("total", "", "", "", "", "", total))
+    return rows
+
+
+def _geometry(layer: "Layer") -> tuple[str, ...]:
+    """What the layer is, whatever block it gets."""
+    groups = (layer.groups,) if layer.groups > 1 else ()
+    shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
+    bias = "no" if layer.bias is None else "yes"
+    return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
+
+
+def _gets(layers: "Layers", parameter: "Uncovered") -> str:
+    """What becomes of the gradient of a parameter that no block owns."""
+    if parameter.reason == NOT_USED:
+        return "no gradient"
+    if layers.graft:
+        return "gradient with the size of the preconditioned updates"
+    return "gradient passed on"
+
+
+def _outside(layer: "Layer") -> tuple[str, ...]:
+    return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
+
+
+def _shape(*sizes: int) -> str:
+    return "x".join(map(str, sizes)) or "()"
+
+
+def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
