@@ -113,7 +113,7 @@ def test_the_state_may_be_wrapped(name):
 
 def test_what_no_block_covers_passes_on():
     def predict(p, x):
-        return ko.Normal(ko.tap_dense(x @ p["w"], x, p["w"]) + p["free"])
+        return ko.Normal(ko.tap_dense(x @ p["w"], x, p["w"]) + h.computed(p["free"]))
 
     params, x = {"w": jnp.ones((2, 3)), "free": jnp.ones(3)}, jnp.ones((4, 2))
     estimator = ko.ggn(predict)
