@@ -118,6 +118,23 @@ def computed(parameter: jax.Array) -> jax.Array:
     return (2 * parameter) / 2
 
 
+class counted_jit:
+    """`jax.jit`, and how often the function was traced: sizes of JAX's caches are no public number."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self.traces = 0
+
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.traces += 1  # runs when it is traced only
+            return function(*args, **kwargs)
+
+        self._compiled = jax.jit(counted, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiled(*args, **kwargs)
+
+
 def make_step(
     tx: optax.GradientTransformation, problem: Problem
 ) -> Callable[..., tuple[Any, Any, Any]]:

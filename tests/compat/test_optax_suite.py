@@ -17,7 +17,7 @@ both = pytest.mark.parametrize("preset", h.PRESETS)
 def test_unknown_extra_arguments_are_ignored_and_nothing_recompiles(preset):
     problem = h.plain_problem()
     tx = h.make_tx(preset, problem)
-    step = jax.jit(h.make_step(tx, problem))
+    step = h.counted_jit(h.make_step(tx, problem))
     params, state = problem.params, h.initial_state(preset)
     unknown = {"value": jnp.float32(1.0), "nobody_knows_this": {"a": jnp.arange(3)}}
     params, state, first = step(params, state, **unknown)
@@ -26,7 +26,7 @@ def test_unknown_extra_arguments_are_ignored_and_nothing_recompiles(preset):
         for _ in range(198):
             params, state, _ = step(params, state, **unknown)
     assert compiled.names == []
-    assert step._cache_size() == 1
+    assert step.traces == 1
     _, _, expected = h.reference_run(preset)
     h.assert_close(
         jax.tree.map(lambda *us: jnp.stack(us), first, second),
@@ -151,12 +151,12 @@ def test_an_injected_value_takes_effect_without_recompiling():
     tx = optax.inject_hyperparams(ko.kfac)(
         problem.layers, learning_rate=0.1, damping=0.05, kl_clip=None
     )
-    step = jax.jit(lambda *args: h.make_step(tx, problem)(*args, refresh=True))
+    step = h.counted_jit(lambda *args: h.make_step(tx, problem)(*args, refresh=True))
     state = jax.jit(tx.init)(problem.params)
     _, _, small = step(problem.params, state)
     state.hyperparams["damping"] = jnp.float32(1e6)
     _, _, large = step(problem.params, state)
-    assert step._cache_size() == 1
+    assert step.traces == 1
     # under damping far above the curvature the update is gradient / damping
     h.assert_close(jax.tree.map(lambda u: 1e6 * u, large), h.plain_grads())
     assert optax.tree.norm(small) > 100 * optax.tree.norm(large)

@@ -12,7 +12,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._tree import tree_bytes
-from tests import oracles
+from tests import helpers, oracles
 
 COUPLINGS = {
     "additive": ko.coarse_correction(),
@@ -54,7 +54,7 @@ def test_schedule_state_and_inspection(name):
     )
     tx = optax.chain(curvature, optax.sgd(0.1, momentum=0.9))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(helpers.counted_jit, donate_argnums=(0, 1))
     def step(params, state, key, bad):
         grads = jax.grad(lambda p: predict(p, x).mean_nll(jnp.zeros(6, int)))(params)
         at = ESTIMATOR.at(params, jnp.where(bad, jnp.nan, x), key=key)
@@ -66,7 +66,7 @@ def test_schedule_state_and_inspection(name):
     for i in range(4):
         params, state, before = step(params, state, jax.random.key(i), False)
         kept.append((before, jax.tree.map(np.asarray, state[0].coarse)))
-    assert step._cache_size() == 1
+    assert step.traces == 1
     assert jax.tree.map(jax.typeof, state) == types
     same = [all(jax.tree.leaves(jax.tree.map(np.array_equal, *pair))) for pair in kept]
     assert same == [False, True, False, True]  # statistics and inverses are due every other step

@@ -245,7 +245,7 @@ def test_no_recompilation_and_a_stable_state_over_200_steps():
         optax.sgd(0.1, momentum=0.9),
     )
 
-    @jax.jit
+    @h.counted_jit
     def step(params, state, x):
         grads = jax.grad(lambda p: predict(p, x).mean_nll(jnp.zeros(N, int)))(params)
         updates, state = tx.update(grads, state, params, curvature=ESTIMATOR.at(params, x))
@@ -255,7 +255,7 @@ def test_no_recompilation_and_a_stable_state_over_200_steps():
     types = jax.tree.map(jax.typeof, state)
     for _ in range(200):
         params, state = step(params, state, x)
-    assert step._cache_size() == 1
+    assert step.traces == 1
     assert jax.tree.map(jax.typeof, state) == types
     assert not any(t.weak_type for t in jax.tree.leaves(types))
     assert float(predict(params, x).mean_nll(jnp.zeros(N, int))) < 0.01

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import kfac_optax as ko
 from kfac_optax.engine.stagger import cost, divide
-from tests import oracles
+from tests import helpers, oracles
 
 SIZES = (3, 4, 4, 4)  # one bucket of a single matrix pair, one of two that a part can cut
 EVERY = 4
@@ -39,7 +39,7 @@ def setup(stagger, inverse="eigh", every=EVERY, dtype="float32"):
         inverse_every=every,
         stagger=stagger,
     )
-    step = jax.jit(
+    step = helpers.counted_jit(
         lambda state, refresh=None: tx.update(params, state, curvature=None, refresh=refresh),
         static_argnames="refresh",
     )
@@ -131,7 +131,7 @@ def test_each_part_is_refreshed_once_a_period_and_nothing_else_changes():
     assert [coarse for _, coarse in seen] == [False, False, False, True] * 2  # with part 0
     assert names[:4] == names[4:]
     assert len(names[1] | names[3]) == 3
-    assert step._cache_size() == 1
+    assert step.traces == 1
 
 
 @pytest.mark.parametrize(("stagger", "inverse"), [(2, "eigh"), (3, "cholesky"), (5, "eigh")])

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
-from tests import oracles
+from tests import helpers, oracles
 
 
 class Problem:
@@ -43,7 +43,7 @@ class Problem:
     def step(self, tx, value_fn=None):
         value_fn = self.loss if value_fn is None else value_fn
 
-        @functools.partial(jax.jit, static_argnames="adapt")
+        @functools.partial(helpers.counted_jit, static_argnames="adapt")
         def step(params, state, adapt=None):
             value, grads = jax.value_and_grad(self.loss)(params)
             updates, state = tx.update(
@@ -319,7 +319,7 @@ def test_presets_train_without_any_setting(x64, preset):
     types = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     for _ in range(30):
         params, state = step(params, state)
-    assert step._cache_size() == 1
+    assert step.traces == 1
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == types
     adam = optax.adam(0.05)
     other, adam_state = problem.params, adam.init(problem.params)
