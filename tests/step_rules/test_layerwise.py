@@ -41,7 +41,7 @@ def stack():
             return jnp.tanh(ko.tap_dense(x @ w["w"] + w["b"], x, w["w"], w["b"])), None
 
         x, _ = jax.lax.scan(layer, x, p["stack"])
-        return ko.Normal(ko.tap_dense(x @ p["last"], x, p["last"]) + p["free"])
+        return ko.Normal(ko.tap_dense(x @ p["last"], x, p["last"]) + h.computed(p["free"]))
 
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
