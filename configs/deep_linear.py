@@ -2,16 +2,18 @@
 
 Tselepidis, Kohler and Orvieto (2020), Appendix B.1. The paper runs 100 epochs and 5 seeds:
 `--config.epochs=100 --config.seeds=5`. `--config=configs/deep_linear.py:paper` leaves the norm
-layers alone, as the paper does.
+layers alone, as the paper does; `:early` inverts every 10 steps during the first 100.
 """
 
 import ml_collections
 
 
 def get_config(variant: str = "default") -> ml_collections.ConfigDict:
-    """Returns the settings of the experiment; `variant` is `default` or `paper`."""
-    if variant not in ("default", "paper"):
-        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected 'default' or 'paper'")
+    """Returns the settings of the experiment; `variant` is `default`, `paper` or `early`."""
+    if variant not in ("default", "paper", "early"):
+        raise ValueError(
+            f"--config=...:{variant}: got {variant!r}, expected 'default', 'paper' or 'early'"
+        )
     config = ml_collections.ConfigDict(
         {
             "name": "deep_linear",
@@ -56,6 +58,11 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "out": "",  # results/<name> when empty
         }
     )
+    if variant == "early":
+        config.name = "deep_linear_early"
+        config.title = "64-layer linear MLP, planted targets, first inverses every 10 steps"
+        warmup = {"regular": 100, "warmup_steps": 100, "first": 10}
+        config.kfac = config.kfac.to_dict() | {"inverse_every": warmup}
     if variant == "paper":
         config.name, config.title = (
             "deep_linear_paper",
