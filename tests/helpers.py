@@ -123,6 +123,7 @@ class counted_jit:
 
     def __init__(self, function: Callable[..., Any], **options: Any):
         self.traces = 0
+        functools.update_wrapper(self, function)
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
