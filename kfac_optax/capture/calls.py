@@ -15,6 +15,7 @@ RULES = {
     "custom_vjp_call": "custom_vjp",
     "custom_vjp_call_jaxpr": "custom_vjp",
     "custom_linear_solve": "custom_linear_solve",
+    "call_hi_primitive": "custom_rule",  # from JAX 0.12 on, custom_root for one
 }
 
 
@@ -28,6 +29,8 @@ def own_rule(eqn: Any) -> str | None:
     `None`.
     """
     word = RULES.get(eqn.primitive.name)
+    if word is not None and "_prim" in eqn.params:
+        return f"{word} `{type(eqn.params['_prim']).__name__}`"
     inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
     if word is None or inner is None:
         return word
