@@ -4,40 +4,24 @@ As `helium`, with a determinant of two electrons of one spin. The settings are t
 have not been tuned here.
 """
 
+import importlib.util
+from pathlib import Path
+
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the settings of the experiment."""
-    return ml_collections.ConfigDict(
-        {
-            "name": "lithium",
-            "title": "lithium, 512 walkers",
-            "atom": {"charge": 3, "up": 2, "down": 1},
-            "exact": -7.478060,  # hartree
-            "network": {"one": 32, "two": 8, "depth": 2, "determinants": 4},
-            "seeds": 3,
-            "first_seed": 100,
-            "walkers": 512,
-            "steps": 1000,
-            "moves": 10,  # Metropolis steps between two steps of training
-            "burn_in": 100,  # rounds of moves before training, and before the evaluation
-            "move_width": 0.5,  # in bohr, at first
-            "evaluations": 1000,  # rounds of the final evaluation
-            "clip": 5.0,  # local energies, in mean absolute deviations from the median
-            "points": 20,  # of a curve; each is the mean over its part of the run
-            "delay": 1000.0,  # steps until the learning rate is halved
-            "grid": {  # learning rates at the start; () leaves an optimizer out
-                "kfac": (0.1, 0.03),
-                "adam": (3e-2, 1e-2),
-            },
-            "kfac": {
-                "damping": 1e-3,
-                "kl_clip": 1e-3,
-                "decay": 0.95,
-                "curvature_every": 1,
-                "inverse_every": 5,
-            },
-            "out": "",  # results/<name> when empty
-        }
-    )
+    config = _helium()
+    config.name, config.title = "lithium", "lithium, 512 walkers"
+    config.atom = {"charge": 3, "up": 2, "down": 1}
+    config.exact = -7.478060  # hartree
+    return config
+
+
+def _helium() -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location("helium", Path(__file__).with_name("helium.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()

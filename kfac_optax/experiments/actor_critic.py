@@ -4,7 +4,6 @@ and draws a figure.
 python -m kfac_optax.experiments.actor_critic --config=configs/cartpole_acktr.py
 """
 
-import csv
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,10 @@ import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kfac_optax.experiments import a2c, command_line, data, plots, tables
-from kfac_optax.experiments.results import interval, write_json
+from kfac_optax.experiments import a2c, command_line, data, plots, results, tables
+from kfac_optax.experiments.results import interval, write_json, write_rows
 
 _STYLES = {
     "acktr": plots.STYLES["kfac"],
@@ -74,14 +72,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
     """
     validate(config)
     count = config.seeds * sum(map(len, config.grid.values()))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    progress = command_line.runs_bar(console)
     bar = progress.add_task("compiling", total=count)
     runs: dict[tuple[str, float], list[Run]] = {}
     with progress:
@@ -122,14 +113,12 @@ def _train(config: ml_collections.ConfigDict) -> Iterator[tuple[str, float, Run]
 
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the highest return, averaged over the whole run and the seeds."""
-    score = {
-        key: np.mean([np.nanmean(run.returns) for run in group]) for key, group in runs.items()
-    }
-    names = dict.fromkeys(name for name, _ in runs)
-    return {
-        name: max((rate for n, rate in runs if n == name), key=lambda r, n=name: score[n, r])
-        for name in names
-    }
+    return results.best_rates(
+        {
+            key: -float(np.mean([np.nanmean(run.returns) for run in group]))
+            for key, group in runs.items()
+        }
+    )
 
 
 def env_steps(config: ml_collections.ConfigDict) -> np.ndarray:
@@ -141,14 +130,18 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
     """Prints the table; writes curves.csv, summary.csv, summary.json and returns.png."""
     out.mkdir(parents=True, exist_ok=True)
     rows = _summary(config, runs)
-    _write_csv(out / "curves.csv", _curves(config, runs))
-    _write_csv(out / "summary.csv", rows)
+    write_rows(out / "curves.csv", _curves(config, runs))
+    write_rows(out / "summary.csv", rows)
     settings = {k: v for k, v in config.to_dict().items() if k != "out"}
     device = jax.devices()[0].device_kind
-    known = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
     write_json(
         out / "summary.json",
-        {"settings": settings, "device": device, "jax": jax.__version__, "summary": known},
+        {
+            "settings": settings,
+            "device": device,
+            "jax": jax.__version__,
+            "summary": results.without_nan(rows),
+        },
     )
     draw(out / "returns.png", config, runs)
     console.print(table(config, runs))
@@ -257,15 +250,6 @@ def _summary(config: ml_collections.ConfigDict, runs: Runs) -> list[dict[str, An
         row["seconds"], row["seconds_ci95"] = interval([run.seconds for run in group])
         rows.append(row)
     return rows
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
 
 
 if __name__ == "__main__":

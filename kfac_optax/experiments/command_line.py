@@ -9,8 +9,21 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
+
+
+def runs_bar(console: Console) -> Progress:
+    """A bar that counts finished runs; nothing without a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) -> None:

@@ -19,7 +19,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kfac_optax.experiments import command_line, data, equations, estimate, pinn, plots, tables
+from kfac_optax.experiments import (
+    command_line,
+    data,
+    equations,
+    estimate,
+    pinn,
+    plots,
+    results,
+    tables,
+)
 from kfac_optax.experiments.pinn import METHODS, History
 from kfac_optax.experiments.results import write_json
 
@@ -165,12 +174,9 @@ def median_worst(errors: Sequence[float]) -> str:
 
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the lowest median error in the end."""
-    score = {key: np.median([at(run) for run in group]) for key, group in runs.items()}
-    names = dict.fromkeys(name for name, _ in runs)
-    return {
-        name: min((rate for n, rate in runs if n == name), key=lambda r, n=name: score[n, r])
-        for name in names
-    }
+    return results.best_rates(
+        {key: float(np.median([at(run) for run in group])) for key, group in runs.items()}
+    )
 
 
 def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs: Runs) -> None:

@@ -60,6 +60,34 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(draft, path)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV file with the columns of the first row."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def without_nan(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with None for NaN, which JSON does not have."""
+    return [{k: None if v != v else v for k, v in row.items()} for row in rows]
+
+
+def best_rates(scores: Mapping[tuple[str, float], float]) -> dict[str, float]:
+    """Per optimizer the rate with the lowest score; one that is not finite is worse than any.
+
+    >>> best_rates({("adam", 0.1): math.nan, ("adam", 0.01): 2.0, ("sgd", 0.1): math.inf})
+    {'adam': 0.01, 'sgd': 0.1}
+    """
+    ranks = {key: x if math.isfinite(x) else math.inf for key, x in scores.items()}
+    best: dict[str, float] = {}
+    for name, rate in ranks:
+        if name not in best or ranks[name, rate] < ranks[name, best[name]]:
+            best[name] = rate
+    return best
+
+
 def record(
     directory: Path,
     settings: Mapping[str, Any],
@@ -234,8 +262,5 @@ def write_summary(path: Path, runs: Runs, *, targets: Sequence[float]) -> None:
             row[f"epochs_to_{target:g}"] = interval(epochs)[0]
             row[f"steps_to_{target:g}"] = interval([epoch * group[0].steps for epoch in epochs])[0]
             row[f"seconds_to_{target:g}"], row[f"seconds_to_{target:g}_ci95"] = interval(seconds)
-        rows.append({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append(row)
+    write_rows(path, rows)

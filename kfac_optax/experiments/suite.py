@@ -6,7 +6,6 @@ Run it again to continue: finished runs with the same settings, in `results/suit
 are kept.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -239,10 +238,7 @@ def _write_csv(path: Path, best: Mapping[str, results.Runs], targets: Mapping[st
                 "ratio_of_means": one.ratio if one else "",
             }
             rows.append(row)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    results.write_rows(path, rows)
 
 
 def _draw(path: Path, best: Mapping[str, results.Runs]) -> None:

@@ -4,7 +4,6 @@ prints a table and draws a figure.
 python -m kfac_optax.experiments.wavefunction --config=configs/helium.py
 """
 
-import csv
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +16,10 @@ import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kfac_optax.experiments import command_line, data, plots, tables, vmc
-from kfac_optax.experiments.results import interval, write_json
+from kfac_optax.experiments import command_line, data, plots, results, tables, vmc
+from kfac_optax.experiments.results import interval, write_json, write_rows
 
 BLOCKS = 20  # of the final evaluation; means of them are taken for independent
 
@@ -73,14 +71,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
         ValueError: the settings make no comparison.
     """
     validate(config)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    progress = command_line.runs_bar(console)
     count = config.seeds * sum(map(len, config.grid.values()))
     bar = progress.add_task("compiling", total=count)
     runs: dict[tuple[str, float], list[Run]] = {}
@@ -125,25 +116,22 @@ def _of_run(
 
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the lowest final energy, averaged over the seeds."""
-    score = {key: np.mean([run.energy for run in group]) for key, group in runs.items()}
-    score = {key: value if np.isfinite(value) else np.inf for key, value in score.items()}
-    names = dict.fromkeys(name for name, _ in runs)
-    return {
-        name: min((rate for n, rate in runs if n == name), key=lambda r, n=name: score[n, r])
-        for name in names
-    }
+    return results.best_rates(
+        {key: float(np.mean([run.energy for run in group])) for key, group in runs.items()}
+    )
 
 
 def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs: Runs) -> None:
     """Prints the table; writes curves.csv, summary.csv, summary.json and energy.png."""
     out.mkdir(parents=True, exist_ok=True)
     rows = _summary(runs)
-    _write_csv(out / "curves.csv", _curves(config, runs))
-    _write_csv(out / "summary.csv", rows)
+    write_rows(out / "curves.csv", _curves(config, runs))
+    write_rows(out / "summary.csv", rows)
     settings = {k: v for k, v in config.to_dict().items() if k != "out"}
-    known = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    write_json(out / "summary.json", {"settings": settings, **about, "runs": known})
+    write_json(
+        out / "summary.json", {"settings": settings, **about, "runs": results.without_nan(rows)}
+    )
     draw(out / "energy.png", config, runs)
     console.print(table(config, runs))
     console.print(f"{out}: curves.csv, summary.csv, summary.json, energy.png", soft_wrap=True)
@@ -224,15 +212,6 @@ def _summary(runs: Runs) -> list[dict[str, Any]]:
             row |= {"deviation": run.deviation, "seconds": run.seconds}
             rows.append(shared | row | {"energy_mean": mean, "energy_ci95": half})
     return rows
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
 
 
 if __name__ == "__main__":
