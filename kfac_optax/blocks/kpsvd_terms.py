@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Layer, Use
+from kfac_optax._types import Layer
 from kfac_optax.blocks.kronecker import Factors
-from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
@@ -45,16 +44,6 @@ def start_directions(term: Term | Factors) -> Factors:
     """Identities of unit norm."""
     eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
     return Factors(*(unit(x, 0.0) for x in eyes))
-
-
-def whole_rows(where: str, a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
-    """`example_rows`, or an error where there are no output gradients."""
-    if g is None:
-        raise ValueError(
-            f"{where}: needs output gradients, but this estimator measures inputs only. Use "
-            "fisher, ggn or empirical_fisher, or another block (kronecker)."
-        )
-    return example_rows(a, g, use)
 
 
 def power_step(

@@ -185,7 +185,7 @@ def test_layers_without_such_rows_get_the_block_of_kfac():
         (lambda: ko.skfac_block((2, 2), 1, sharing="pool"), "sharing='pool'"),
         (lambda: ko.skfac_block((2, 2), 1).multiply(None, None), "no average of the factors"),
         (lambda: too_many(), r"a batch has 68 rows .* made for 4.* pass rows=68"),
-        (lambda: inputs_alone(), "skfac_block needs output gradients.*measures inputs only"),
+        (lambda: inputs_alone(), "skfac_block: needs output gradients.*measures inputs only"),
     ],
 )
 def test_wrong_settings_raise(call, message):
