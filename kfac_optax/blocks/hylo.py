@@ -19,6 +19,7 @@ from kfac_optax.blocks.example_rows import (
     example_rows,
 )
 from kfac_optax.blocks.refusals import without_product
+from kfac_optax.linalg.factorize import shift_for
 
 SELECTIONS = ("kid", "kis", "switch")
 Critical = int | Callable[[Any], Any]
@@ -114,7 +115,7 @@ def hylo_block(
         inverse: ExampleInverse, new: Columns, mean: Array, damping: Array, average: Average
     ) -> ExampleInverse:
         rows = example_rows(new, precision=precision)
-        shift = jnp.maximum(damping, 2 * jnp.finfo(rows.gram.dtype).eps * jnp.trace(rows.gram))
+        shift = shift_for(damping, jnp.trace(rows.gram))
         return ExampleInverse(*choose(rows, shift, average.count), shift)
 
     def choose(rows: ExampleRows, shift: Array, count: Array) -> Chosen:
