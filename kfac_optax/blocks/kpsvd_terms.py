@@ -10,7 +10,7 @@ from kfac_optax._types import Layer
 from kfac_optax.blocks.kronecker import Factors
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.rearrangement import contract
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
 
 
@@ -114,8 +114,7 @@ def pencils_of(
     """What diagonalises both terms at once, the first with the damping shared out to its factors."""
     one, two = products_of(terms)
     # the second term has no part in how the damping is shared out
-    mean_a, mean_g = (jnp.trace(x) / len(x) for x in one)
-    shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
+    shift, output_shift = factor_shifts(*one, damping)
     inputs = pencil(one.inputs, two.inputs, shift, precision=precision)
     ready = after(one.outputs, inputs.values)
     return inputs, pencil(ready, two.outputs, output_shift, precision=precision)
