@@ -4,12 +4,13 @@ compilation counter.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import optax
 
@@ -264,3 +265,11 @@ class Compilations(logging.Handler):
     def __exit__(self, *exception: Any) -> None:
         logging.getLogger("jax").removeHandler(self)
         self._logging.__exit__(*exception)
+
+
+def equations(program: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of branches, loops and calls included."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jex.jaxprs_in_params(equation.params):
+            yield from equations(inner)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Use
+from kfac_optax.blocks.refusals import INSTEAD, given_outputs
 from kfac_optax.linalg.gram import as_replicated, homogeneous
 from kfac_optax.linalg.weighted_rows import keep_rows
 
@@ -21,18 +22,15 @@ class Columns(NamedTuple):
     outputs: Float[Array, "k n q"] | None
 
 
-def scaled_rows(a: Array, g: Array | None, use: Use, *, where: str, instead: str) -> list[Array]:
+def scaled_rows(
+    a: Array, g: Array | None, use: Use, *, where: str, instead: str = INSTEAD
+) -> list[Array]:
     """Rows `[n, p]` and `[n, q]` whose sums of products are the factors.
 
     Raises:
-      ValueError: there are no output gradients, in a block `where`; `instead` is what takes none.
+      ValueError: there are no output gradients, see `given_outputs`.
     """
-    if g is None:
-        raise ValueError(
-            f"{where} needs output gradients, but this estimator measures inputs only. Use fisher, "
-            f"ggn or empirical_fisher, or {instead}."
-        )
-    a, g = a.astype(use.dtype), g.astype(use.dtype)
+    a, g = a.astype(use.dtype), given_outputs(where, g, instead).astype(use.dtype)
     a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
     if use.weights is not None:  # g has its root inside
         a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)

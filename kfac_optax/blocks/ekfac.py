@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Average, Block, Use
 from kfac_optax.blocks.kronecker import EigenInverse, Factors, kronecker
+from kfac_optax.blocks.refusals import given_outputs
 from kfac_optax.linalg.example_moments import example_moments, example_rows
 from kfac_optax.linalg.factorize import Eigen, damped_logdet, damped_quotient, damped_root
 from kfac_optax.linalg.kronecker_products import sandwich
@@ -79,11 +80,7 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
     def measure(
         a: Array, g: Array | None, use: Use, inverse: CorrectedInverse
     ) -> tuple[Factors, Array]:
-        if g is None:
-            raise ValueError(
-                f"{name}: needs output gradients, but this estimator measures inputs only. "
-                "Use fisher, ggn or empirical_fisher, or another block (kronecker)."
-            )
+        g = given_outputs(name, g)
         return plain.measure(a, g, use), moments(a, g, use, inverse)
 
     def moments(a: Array, g: Array, use: Use, inverse: CorrectedInverse) -> Array:

@@ -18,6 +18,8 @@ from kfac_optax.blocks.example_rows import (
     by_sampling,
     example_rows,
 )
+from kfac_optax.blocks.refusals import without_product
+from kfac_optax.linalg.factorize import shift_for
 
 SELECTIONS = ("kid", "kis", "switch")
 Critical = int | Callable[[Any], Any]
@@ -97,8 +99,7 @@ def hylo_block(
         a, g, use = pooled(a, g, use)
         # the weight of an example is in g already, as its root: that of u_b
         plain = use if use.weights is None else use._replace(weights=_counted(use.weights))
-        instead = "another block (kronecker)"
-        a, g = scaled_rows(a, g, plain, where="hylo_block", instead=instead)
+        a, g = scaled_rows(a, g, plain, where="hylo_block")
         lengths = jnp.sum(a * a, -1) * jnp.sum(g * g, -1)
         return use.examples * jnp.sum(lengths) / (p * q), Columns(a, g)
 
@@ -114,7 +115,7 @@ def hylo_block(
         inverse: ExampleInverse, new: Columns, mean: Array, damping: Array, average: Average
     ) -> ExampleInverse:
         rows = example_rows(new, precision=precision)
-        shift = jnp.maximum(damping, 2 * jnp.finfo(rows.gram.dtype).eps * jnp.trace(rows.gram))
+        shift = shift_for(damping, jnp.trace(rows.gram))
         return ExampleInverse(*choose(rows, shift, average.count), shift)
 
     def choose(rows: ExampleRows, shift: Array, count: Array) -> Chosen:
@@ -145,7 +146,7 @@ def hylo_block(
         measure,
         factorize,
         solve,
-        _no_product,
+        without_product("hylo_block", "no average"),
         sharing="reduce",
         refresh=refresh,
         absorb=absorb,
@@ -163,10 +164,3 @@ def _check(rank: int, selection: str, critical: Critical) -> None:
 def _counted(weights: Array) -> Array:
     """One where an example counts at all."""
     return (weights != 0).astype(weights.dtype)
-
-
-def _no_product(mean: Array, v: Array) -> Array:
-    raise ValueError(
-        "hylo_block: no average is kept to multiply with. Ask the exact curvature instead (a trust "
-        "region in the exact metric), or take kfac."
-    )

@@ -19,6 +19,7 @@ from kfac_optax.blocks.inverse_root import (
     times_square,
 )
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.refusals import given_outputs, without_product
 from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.root_structures import STRUCTURES, structure_of
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
@@ -143,7 +144,7 @@ def inverse_free(
         measure,
         factorize,
         solve,
-        _no_product,
+        without_product("inverse_free"),
         sharing=sharing,
         positions=positions,
         refresh=refresh,
@@ -172,11 +173,7 @@ def _check(
 
 
 def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
-    if g is None:
-        raise ValueError(
-            "inverse_free: needs output gradients, but this estimator measures inputs only. Use "
-            "fisher, ggn or empirical_fisher, or another block (kronecker)."
-        )
+    g = given_outputs("inverse_free", g)
     a = a.astype(use.dtype)
     a = homogeneous(a) if use.bias else a
     return keep_rows(a, use.weights), g.astype(use.dtype)
@@ -186,10 +183,3 @@ def _square(a: Array, use: Use) -> Array:
     """`sum_rows w |a|^2`."""
     lengths = jnp.sum(a * a, -1)
     return jnp.sum(lengths if use.weights is None else use.weights.astype(use.dtype) * lengths)
-
-
-def _no_product(means: Means, v: Array) -> Array:
-    raise ValueError(
-        "inverse_free: no average of the factors is kept to multiply with. Ask the exact curvature "
-        "instead (a trust region in the exact metric), or take kfac."
-    )

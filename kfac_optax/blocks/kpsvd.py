@@ -5,10 +5,9 @@ it.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from kfac_optax._types import Average, Block, Layer, Use
+from kfac_optax._types import Average, Block, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kpsvd_terms import (
     Term,
@@ -17,10 +16,11 @@ from kfac_optax.blocks.kpsvd_terms import (
     next_directions,
     power_step,
     start_directions,
-    whole_rows,
 )
 from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.refusals import given_outputs
 from kfac_optax.blocks.tkfac import INVERSES
+from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.kronecker_products import sandwich
 
 
@@ -60,6 +60,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
     Raises:
       ValueError: unknown `inverse`; at the first update, an estimator that measures inputs only.
 
+    >>> import jax.numpy as jnp
     >>> block = kpsvd_block()
     >>> term = Term(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(1), jnp.float32(1.0))
     >>> inverse = block.factorize(term, jnp.float32(1.0))
@@ -72,12 +73,9 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
     check_choice("kpsvd_block", "inverse", inverse, INVERSES)
     plain = kronecker(inverse, precision=precision)
 
-    def init(layer: Layer, dtype: jnp.dtype) -> Term:
-        return identity_term(layer, dtype)
-
     def measure(a: Array, g: Array | None, use: Use, inverse: PowerInverse) -> tuple[Term, tuple]:
         # linear in F: means over parts of a batch, pullbacks and devices need no care
-        a, g = whole_rows("kpsvd_block", a, g, use)
+        a, g = example_rows(a, given_outputs("kpsvd_block", g), use)
         return power_step(a, g, inverse.directions, use.examples, precision), ()
 
     def factorize(term: Term, damping: Array) -> PowerInverse:
@@ -102,7 +100,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
 
     return Block(
         f"kpsvd ({inverse})",
-        init,
+        identity_term,
         measure,
         factorize,
         solve,

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._types import Layer, Use
+from kfac_optax._types import Layer
 from kfac_optax.blocks.kronecker import Factors
-from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.rearrangement import contract
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
 
 
@@ -45,16 +44,6 @@ def start_directions(term: Term | Factors) -> Factors:
     """Identities of unit norm."""
     eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
     return Factors(*(unit(x, 0.0) for x in eyes))
-
-
-def whole_rows(where: str, a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
-    """`example_rows`, or an error where there are no output gradients."""
-    if g is None:
-        raise ValueError(
-            f"{where}: needs output gradients, but this estimator measures inputs only. Use "
-            "fisher, ggn or empirical_fisher, or another block (kronecker)."
-        )
-    return example_rows(a, g, use)
 
 
 def power_step(
@@ -125,8 +114,7 @@ def pencils_of(
     """What diagonalises both terms at once, the first with the damping shared out to its factors."""
     one, two = products_of(terms)
     # the second term has no part in how the damping is shared out
-    mean_a, mean_g = (jnp.trace(x) / len(x) for x in one)
-    shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping)
+    shift, output_shift = factor_shifts(*one, damping)
     inputs = pencil(one.inputs, two.inputs, shift, precision=precision)
     ready = after(one.outputs, inputs.values)
     return inputs, pencil(ready, two.outputs, output_shift, precision=precision)

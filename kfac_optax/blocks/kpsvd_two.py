@@ -19,9 +19,10 @@ from kfac_optax.blocks.kpsvd_terms import (
     random_directions,
     rest_of,
     start_directions,
-    whole_rows,
 )
 from kfac_optax.blocks.kronecker import Factors, kronecker
+from kfac_optax.blocks.refusals import given_outputs
+from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.two_term import Pencil
 
@@ -54,7 +55,7 @@ def kpsvd_two_block(
 
     Args:
       first: `"svd"` or `"kfac"`.
-      floor: in (0, 1): how far below the first term the sum may be in any direction.
+      floor: in (0, 1]: how far below the first term the sum may be in any direction.
       precision: matmul precision of statistics and solves.
 
     Returns:
@@ -89,7 +90,7 @@ def kpsvd_two_block(
     def measure(
         a: Array, g: Array | None, use: Use, inverse: TwoTermInverse
     ) -> tuple[TwoTerms, tuple]:
-        rows = whole_rows("kpsvd_two_block", a, g, use)
+        rows = example_rows(a, given_outputs("kpsvd_two_block", g), use)
         if first == "svd":
             leading = power_step(*rows, inverse.directions[0], use.examples, precision)
         else:

@@ -22,7 +22,7 @@ from kfac_optax.linalg.factorize import (
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.newton import newton_inverse
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.weighted_rows import count_rows, weighted_gram
 
 INVERSES = ("eigh", "cholesky", "newton")
@@ -120,15 +120,11 @@ def kronecker(
         g = g.astype(use.dtype)
         return Factors(inputs, gram(g, g, precision=precision) / use.rows)
 
-    def shifts(factors: Factors, damping: Array) -> tuple[Array, Array]:
-        mean_a, mean_g = (jnp.trace(x) / len(x) for x in factors)
-        return tikhonov_shifts(mean_a, mean_g, damping)
-
     def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
             return EigenInverse(inputs, psd_eigh(after(factors.outputs, inputs.values)))
-        shift, output_shift = shifts(factors, damping)
+        shift, output_shift = factor_shifts(*factors, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
         return DenseInverse(
             inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift)
@@ -136,7 +132,7 @@ def kronecker(
 
     def refresh(held: DenseInverse, factors: Factors, damping: Array, count: Array) -> DenseInverse:
         del count
-        shift, output_shift = shifts(factors, damping)
+        shift, output_shift = factor_shifts(*factors, damping)
         inputs = newton_inverse(factors.inputs, shift, held.inputs)
         outputs = after(factors.outputs, inputs)
         return DenseInverse(inputs, newton_inverse(outputs, output_shift, held.outputs))

@@ -145,7 +145,7 @@ def low_rank(
     def measure(a: Array, g: Array | None, use: Use) -> Any:
         if not any(online):
             return plain.measure(a, g, use)
-        rows = scaled_rows(a, g, use, where="low_rank: online", instead="sketches (rs_kfac)")
+        rows = scaled_rows(a, g, use, where="low_rank (online)", instead="sketches (rs_kfac)")
         factors = [
             gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0)
             for y, r in zip(rows, rules)

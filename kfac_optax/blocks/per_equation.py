@@ -14,7 +14,7 @@ from kfac_optax.blocks.kronecker import SHARING
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve
 from kfac_optax.linalg.weighted_rows import count_rows, weighted_gram
 
@@ -114,7 +114,7 @@ def per_equation(
     def factorize(factors: EquationFactors, damping: Array) -> EquationInverse:
         inputs, outputs = _terms(factors)
         # factored Tikhonov in each of the two terms, [2] shifts of each side
-        shifts = jax.vmap(_shifts, (0, 0, None))(inputs, outputs, damping / EQUATIONS)
+        shifts = jax.vmap(factor_shifts, (0, 0, None))(inputs, outputs, damping / EQUATIONS)
         # one basis diagonalises both matrices of a side at the same time
         left = pencil(*_damped(inputs, shifts[0]), precision=precision)
         damped = after(_damped(outputs, shifts[1]), left.values)
@@ -147,12 +147,6 @@ def _terms(factors: EquationFactors) -> tuple[Array, Array]:
     """`A [2, p, p]` and `G [2, q, q]`; an equation that was never measured is a term of zeros."""
     inputs, outputs, share = factors
     return inputs, outputs / jnp.where(share > 0, share, 1)[:, None, None]
-
-
-def _shifts(inputs: Array, outputs: Array, damping: Array) -> tuple[Array, Array]:
-    return tikhonov_shifts(
-        jnp.trace(inputs) / len(inputs), jnp.trace(outputs) / len(outputs), damping
-    )
 
 
 def _damped(matrices: Array, shifts: Array) -> Array:

@@ -11,7 +11,7 @@ from kfac_optax._validate import check_choice
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
+from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, inverse_root, two_term_solve
 from kfac_optax.linalg.weighted_rows import keep_rows
 
@@ -144,9 +144,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
 
     def factorize(factors: TemporalFactors, damping: Array) -> SymmetricInverse | GeneralInverse:
         steps, length = _lengths(factors)
-        mean_a = jnp.trace(factors.inputs) / len(factors.inputs)
-        mean_g = jnp.trace(factors.outputs) / len(factors.outputs)
-        shift, output_shift = tikhonov_shifts(mean_a, mean_g, damping / steps)
+        shift, output_shift = factor_shifts(factors.inputs, factors.outputs, damping / steps)
         root = inverse_root(factors.inputs, shift)
         output_root = inverse_root(after(factors.outputs, root), output_shift)
         if option == "option1":

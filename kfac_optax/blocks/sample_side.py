@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax.linalg.factorize import psd_inverse
+from kfac_optax.linalg.factorize import psd_inverse, shift_for
 
 
 class RowSide(NamedTuple):
@@ -45,7 +45,7 @@ def side_of_rows(
 ) -> RowSide | DenseSide:
     """`(U^T U + shift I)^{-1}`, the shift not below rounding of the trace."""
     # one for both of its places
-    shift = jnp.maximum(shift, 2 * jnp.finfo(rows.dtype).eps * jnp.sum(rows * rows))
+    shift = shift_for(shift, jnp.sum(rows * rows))
     if rows.shape[0] >= rows.shape[1]:
         return DenseSide(psd_inverse(jnp.matmul(rows.T, rows, precision=precision), shift))
     gram = jnp.matmul(rows, rows.T, precision=precision)

@@ -10,6 +10,7 @@ from kfac_optax._types import Average, Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.batch_rows import Columns, fill, of_all_pullbacks, pooled, scaled_rows
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.refusals import without_product
 from kfac_optax.blocks.sample_side import (
     DenseSide,
     RowSide,
@@ -87,8 +88,7 @@ def skfac_block(
     def measure(a: Array, g: Array | None, use: Use) -> tuple[Means, Columns]:
         if sharing == "reduce":
             a, g, use = pooled(a, g, use)
-        instead = "another block (kronecker)"
-        scaled = scaled_rows(a, g, use, where="skfac_block", instead=instead)
+        scaled = scaled_rows(a, g, use, where="skfac_block")
         sizes = zip(scaled, shape, strict=True)
         return Means(*(jnp.sum(x * x) / d for x, d in sizes)), Columns(*scaled)
 
@@ -123,17 +123,10 @@ def skfac_block(
         measure,
         factorize,
         solve,
-        _no_product,
+        without_product("skfac_block"),
         rows=sharing == "expand",
         sharing=sharing,
         refresh=refresh,
         absorb=absorb,
         per_example=sharing == "reduce",
-    )
-
-
-def _no_product(means: Means, v: Array) -> Array:
-    raise ValueError(
-        "skfac_block: no average of the factors is kept to multiply with. Ask the exact curvature "
-        "instead (a trust region in the exact metric), or take kfac."
     )

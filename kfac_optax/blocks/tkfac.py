@@ -7,6 +7,7 @@ from jaxtyping import Array
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number, check_unused
 from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.refusals import given_outputs
 from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
@@ -87,12 +88,7 @@ def tkfac_block(
         return Factors(q * jnp.eye(p, dtype=dtype), p * jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
-        if g is None:
-            raise ValueError(
-                "tkfac_block: needs output gradients, but this estimator measures inputs only. Use "
-                "fisher, ggn or empirical_fisher, or another block (kronecker)."
-            )
-        return moments(a, g, use, precision)
+        return moments(a, given_outputs(where, g), use, precision)
 
     def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
         # delta Phi / sqrt(delta): the product of both is delta Phi (x) Psi

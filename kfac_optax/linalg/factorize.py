@@ -140,13 +140,22 @@ def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[A
     return cholesky_inverse(damped(matrix, shift))
 
 
+def shift_for(shift: Float[Array, ""], trace: Float[Array, ""]) -> Float[Array, ""]:
+    """A shift of at least `2 eps tr M`, with which `M` has a Cholesky factor.
+
+    >>> print(shift_for(jnp.float32(0.5), jnp.float32(1.0)))
+    0.5
+    """
+    return jnp.maximum(shift, 2 * jnp.finfo(trace.dtype).eps * trace)
+
+
 def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
-    """`M + shift I`, made symmetric, with a shift of at least `2 eps tr M`.
+    """`M + shift I`, made symmetric, with a shift as in `shift_for`.
 
     >>> print(damped(jnp.zeros((1, 1)), jnp.float32(0.5)))
     [[0.5]]
     """
-    shift = jnp.maximum(shift, 2 * jnp.finfo(matrix.dtype).eps * jnp.trace(matrix))
+    shift = shift_for(shift, jnp.trace(matrix))
     return symmetrize(matrix) + shift * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 

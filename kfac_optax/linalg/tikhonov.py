@@ -27,3 +27,14 @@ def tikhonov_shifts(
     """
     pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
     return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)
+
+
+def factor_shifts(
+    a: Float[Array, "p p"], g: Float[Array, "q q"], damping: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`tikhonov_shifts` of two factors.
+
+    >>> print(*factor_shifts(4 * jnp.eye(3), jnp.eye(2), jnp.float32(0.25)))
+    1.0 0.25
+    """
+    return tikhonov_shifts(jnp.trace(a) / len(a), jnp.trace(g) / len(g), damping)

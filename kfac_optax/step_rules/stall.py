@@ -9,6 +9,7 @@ import optax
 from kfac_optax._tree import all_finite
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_number
+from kfac_optax.step_rules.reduction_ratio import mean_over
 
 
 class StallState(NamedTuple):
@@ -82,7 +83,7 @@ def until_stalled(
                 f"{where}.update: got no `value`; whether the loss still falls is seen from it. "
                 "Pass tx.update(grads, state, params, value=loss, ...) with the loss of the batch."
             )
-        state = _seen(state, value if axis_name is None else jax.lax.pmean(value, axis_name), decay)
+        state = _seen(state, mean_over(value, axis_name), decay)
         slow = (state.values_seen > patience) & (state.decrease < threshold)
         stalled = state.stalled | slow
 

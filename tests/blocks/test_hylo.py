@@ -255,7 +255,7 @@ def test_layers_without_examples_get_the_block_of_kfac():
         (lambda: ko.hylo_block((P, Q)).multiply(None, None), "no average is kept"),
         (
             lambda: ko.hylo_block((P, Q)).measure(batch()[0], None, make_use()),
-            "hylo_block needs output gradients.*measures inputs only",
+            "hylo_block: needs output gradients.*measures inputs only",
         ),
     ],
 )

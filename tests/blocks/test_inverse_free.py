@@ -1,7 +1,6 @@
 """Roots of inverse factors that products alone move: formulas, fixed points, structures."""
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from kfac_optax._types import Average, Use
 from kfac_optax.blocks.inverse_free import Means, Roots
 from kfac_optax.blocks.inverse_root import Root
 from kfac_optax.linalg.root_structures import STRUCTURES, structure_of
-from tests import oracles
+from tests import helpers, oracles
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, P, Q, LAM = 8, 5, 4, 0.3
@@ -198,13 +197,6 @@ def test_a_huge_curvature_leaves_roots_that_can_be_inverted():
     assert np.vdot(v, block.solve(roots, v, jnp.asarray(LAM))) > 0
 
 
-def primitives(program):
-    for equation in program.eqns:
-        yield equation.primitive.name
-        for inner in jex.jaxprs_in_params(equation.params):
-            yield from primitives(inner)
-
-
 @every_structure
 def test_a_step_of_an_optimizer_factorises_nothing(structure):
     estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -215,7 +207,7 @@ def test_a_step_of_an_optimizer_factorises_nothing(structure):
         return tx.update(w, state, w, curvature=estimator.at(w, x))
 
     state = jax.eval_shape(tx.init, w)
-    names = set(primitives(jax.make_jaxpr(step)(w, state).jaxpr))
+    names = {e.primitive.name for e in helpers.equations(jax.make_jaxpr(step)(w, state).jaxpr)}
     assert "dot_general" in names
     assert not names & {"cholesky", "eigh", "lu", "triangular_solve", "qr", "svd", "householder"}
 

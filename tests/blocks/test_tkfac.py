@@ -131,7 +131,9 @@ def test_one_example_is_exact(x64):
         np.testing.assert_allclose(got, exact, atol=1e-10 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize(("inverse", "split"), [("eigh", "even"), ("cholesky", "even")])
+@pytest.mark.parametrize(
+    ("inverse", "split"), [("eigh", "even"), ("cholesky", "even"), ("cholesky", "trace")]
+)
 def test_the_solve_is_the_damped_inverse(x64, inverse, split):
     a, g, v = oracles.normal(0, (N, P)), oracles.normal(1, (N, Q)), oracles.normal(2, (P, Q))
     block = tkfac_block(inverse, split=split)
@@ -142,7 +144,10 @@ def test_the_solve_is_the_damped_inverse(x64, inverse, split):
     if inverse == "eigh":
         damped = np.kron(left, right) + LAM * np.eye(P * Q)
     else:
-        damped = np.kron(left + np.sqrt(LAM) * np.eye(P), right + np.sqrt(LAM) * np.eye(Q))
+        # the traces are equal: mean eigenvalues are as 1 / P to 1 / Q
+        pi = np.sqrt(Q / P) if split == "trace" else 1
+        shifts = pi * np.sqrt(LAM), np.sqrt(LAM) / pi
+        damped = np.kron(left + shifts[0] * np.eye(P), right + shifts[1] * np.eye(Q))
     np.testing.assert_allclose(np.ravel(got), np.linalg.solve(damped, np.ravel(v)), rtol=1e-9)
 
 

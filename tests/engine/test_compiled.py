@@ -14,7 +14,7 @@ PERIODS = {"curvature_every": 2, "inverse_every": 4}
 
 
 @functools.cache
-def _tx(**settings):
+def _tx():
     return optax.chain(h.make_tx("kfac", h.plain_problem(), **PERIODS), optax.sgd(0.05, 0.9))
 
 
