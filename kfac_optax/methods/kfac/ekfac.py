@@ -9,7 +9,7 @@ from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
@@ -95,8 +95,6 @@ def _numbers(sizes: Sizes) -> int:
     return 2 * (p * p + q * q) + p + q + p * q + 1
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="ekfac",
@@ -110,7 +108,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p q + p + q + 1",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_ekfac.py::test_every_way_to_use_a_layer",
-        build=lambda layers, **options: ekfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: ekfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: ekfac_block(),
     ),
 )

@@ -10,7 +10,7 @@ from kfac_optax.blocks.hylo import Critical, hylo_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
@@ -113,7 +113,7 @@ def _numbers(sizes: Sizes) -> int:
     return sizes.r * (sizes.p + sizes.q) + sizes.r**2 + 2
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3, rank=2, critical=1)
+_SHORT = SHORT | {"rank": 2, "critical": 1}
 
 RECORDS = (
     Method(

@@ -9,7 +9,7 @@ from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_legal, resolve
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.weight_decay import add_weight_decay
 
@@ -91,8 +91,6 @@ def _numbers(sizes: Sizes) -> int:
     return 2 * (sizes.p**2 + sizes.q**2) + sizes.p + sizes.q
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="noisy_kfac",
@@ -106,7 +104,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p + q",
         cost=("O(d³)", "O(d³)"),
         test="tests/methods/test_noisy.py::test_it_finds_the_posterior_of_a_linear_model",
-        build=lambda layers, **options: noisy_kfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: noisy_kfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kronecker(),
     ),
 )

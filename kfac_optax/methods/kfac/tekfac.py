@@ -9,7 +9,7 @@ from kfac_optax.blocks.tekfac import tekfac_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 
@@ -67,7 +67,6 @@ def _corrected_numbers(s: Sizes) -> int:
     return eigen_numbers(s) + s.p * s.q + 1
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
 RECORDS = (
     Method(
         name="tekfac",
@@ -80,7 +79,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p q + p + q + 1",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_tkfac.py::test_corrected_eigenvalues_are_those_of_ekfac",
-        build=lambda layers, **options: tekfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: tekfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: tekfac_block(),
     ),
 )
