@@ -56,6 +56,11 @@ def test_only_ratios_and_counts_are_compared(capsys):
     assert len(compare.report(OLD, OLD, 1.2)) == 1
 
 
+def test_what_was_never_measured_is_not_gone():
+    old = {"parts": {"steps": [{"name": "late", "left_out": "out of time"}, {"name": "plain"}]}}
+    assert compare.missing(old, {"parts": {"steps": []}}) == ["steps: plain"]
+
+
 def test_another_device_is_said():
     new = _new()
     new["environment"] |= {"device": "gpu"}
