@@ -45,19 +45,21 @@ def _positive(value: Any) -> bool:
 
 def missing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Measurements of the old record that the new one has not, or has an error for."""
-    good = {
+    good = _measured(new)
+    return [
+        f"{part}: {name}"
+        for part, name in _measured(old)
+        if part in new["parts"] and (part, name) not in good
+    ]
+
+
+def _measured(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Part and name of what has numbers."""
+    return [
         (part, row["name"])
-        for part, rows in new["parts"].items()
+        for part, rows in record["parts"].items()
         for row in rows
         if "error" not in row and "left_out" not in row
-    }
-    ran = [
-        (part, row) for part, rows in old["parts"].items() if part in new["parts"] for row in rows
-    ]
-    return [
-        f"{part}: {row['name']}"
-        for part, row in ran
-        if "error" not in row and (part, row["name"]) not in good
     ]
 
 
@@ -73,9 +75,9 @@ def report(old: dict[str, Any], new: dict[str, Any], beyond: float) -> list[str]
     lines = [f"{len(found)} ratios and counts, {len(slower)} worse, {len(faster)} better"]
     lines += table(shown) if shown else []
     lines += [f"gone: {name}" for name in missing(old, new)]
-    for side, name in ((old, "old"), (new, "new")):
-        if side["environment"]["device"] != new["environment"]["device"]:
-            lines.append(f"the {name} record is of another device: {side['environment']['device']}")
+    device = old["environment"]["device"]
+    if device != new["environment"]["device"]:
+        lines.append(f"the old record is of another device: {device}")
     print("\n".join(lines))
     return lines
 

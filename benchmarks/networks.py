@@ -20,13 +20,12 @@ import numpy as np
 import optax
 
 import kfac_optax as ko
-from benchmarks.ratios import paired, ratio, table
+from benchmarks.ratios import KINDS, amortised, paired, ratio, table
 from kfac_optax.experiments.nets_conv import ResNet
 from kfac_optax.experiments.nets_dense import Autoencoder
 from kfac_optax.experiments.nets_text import CharTransformer
 
 PERIODS = ((10, 100), (200, 2000))
-STEPS = {"plain": (False, False), "statistics": (True, False), "inverses": (True, True)}
 
 
 class Network(NamedTuple):
@@ -163,7 +162,7 @@ def runner(step: Step) -> Callable[[], None]:
 def measure(network: Network, rounds: int) -> dict[str, dict[str, float]]:
     """Rows of the table of one network: each kind of step, then averages over the periods."""
     steps = {"SGD": make_step(network, sgd=True)}
-    steps |= {label: make_step(network, measure=m, refresh=r) for label, (m, r) in STEPS.items()}
+    steps |= {label: make_step(network, measure=m, refresh=r) for label, (m, r) in KINDS.items()}
     traced = make_step(network)
     times = paired({label: runner(step) for label, step in steps.items()}, rounds)
     rows = {label: costs(step, steps["SGD"]) for label, step in steps.items()}
@@ -172,15 +171,7 @@ def measure(network: Network, rounds: int) -> dict[str, dict[str, float]]:
         rows[label] = {"seconds": statistics.median(spent), "/ SGD": share.median} | rows[label]
     rows["traced schedule"] = costs(traced, steps["SGD"])
     for every, inverse in PERIODS:
-        weights = {
-            "inverses": 1 / inverse,
-            "statistics": 1 / every - 1 / inverse,
-            "plain": 1 - 1 / every,
-        }
-        amortised = [
-            sum(w * times[label][i] for label, w in weights.items()) for i in range(rounds)
-        ]
-        found = ratio(amortised, times["SGD"])
+        found = ratio(amortised(times, every, inverse), times["SGD"])
         rows[f"amortised {every}/{inverse}"] = {"/ SGD": found.median} | found.quartiles()
     return rows
 

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# kinds of a static step: whether it measures statistics, and refreshes inverses
+KINDS = {"plain": (False, False), "statistics": (True, False), "inverses": (True, True)}
+
 
 class Ratio(NamedTuple):
     """Median over rounds of `a / b`, with its quartiles."""
@@ -41,6 +44,17 @@ def ratio(a: list[float], b: list[float]) -> Ratio:
     values = sorted(x / y for x, y in zip(a, b))
     low, _, high = statistics.quantiles(values, n=4)
     return Ratio(statistics.median(values), low, high)
+
+
+def amortised(times: dict[str, list[float]], every: int, inverse: int) -> list[float]:
+    """Seconds of a step round by round, on average with statistics every so many steps and inverses
+    too every `inverse`; times of all `KINDS`.
+    """
+    kinds = zip(*(times[kind] for kind in KINDS), strict=True)
+    return [
+        plain * (1 - 1 / every) + measured * (1 / every - 1 / inverse) + inverted / inverse
+        for plain, measured, inverted in kinds
+    ]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks import deep_net, networks, parts, scaling
 from benchmarks.accelerator import __main__ as accelerator
 from benchmarks.parts import Case
-from benchmarks.ratios import paired, ratio
+from benchmarks.ratios import KINDS, amortised, paired, ratio
 
 ROUNDS, STEPS = 7, 20
 PERIODS = (10, 100)
@@ -24,27 +24,21 @@ def deep(small: bool) -> Iterable[Case]:
     sgd = functools.cache(lambda: make("sgd"))
 
     def measure(name: str) -> dict[str, float]:
-        kinds = {label: make(name, measure=m, refresh=r) for label, (m, r) in _KINDS.items()}
+        kinds = {label: make(name, measure=m, refresh=r) for label, (m, r) in KINDS.items()}
         steps = {"SGD": sgd()} | kinds
         times = paired(
             {label: functools.partial(deep_net.run, step, repeat) for label, step in steps.items()},
             _rounds(small),
         )
-        every, inverse = PERIODS
-        average = [
-            p * (1 - 1 / every) + m * (1 / every - 1 / inverse) + i / inverse
-            for p, m, i in zip(*(times[label] for label in _KINDS), strict=True)
-        ]
-        found = {f"{label} / SGD": ratio(times[label], times["SGD"]).median for label in _KINDS} | {
-            "amortised / SGD": ratio(average, times["SGD"]).median
+        times["amortised"] = amortised(times, *PERIODS)
+        found = {
+            f"{label} / SGD": ratio(times[label], times["SGD"]).median
+            for label in (*KINDS, "amortised")
         }
         return found | {"compile plain / SGD": kinds["plain"].compile_s / sgd().compile_s}
 
     for name in ("kfac", "two_level", "two_level_exact"):
         yield Case(name, functools.partial(measure, name))
-
-
-_KINDS = {"plain": (False, False), "statistics": (True, False), "inverses": (True, True)}
 
 
 def adaptive(small: bool) -> Iterable[Case]:

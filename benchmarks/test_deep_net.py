@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from benchmarks.deep_net import make_step, run
-from benchmarks.ratios import paired, ratio
+from benchmarks.ratios import KINDS, amortised, paired, ratio
 
 ROUNDS, STEPS = 15, 20
 PERIODS = (10, 100)
@@ -20,13 +20,6 @@ def step(name, measure=None, refresh=None):
 
 def timed(times=STEPS, **sides):
     return paired({name: functools.partial(run, s, times) for name, s in sides.items()}, ROUNDS)
-
-
-def amortised(times, plain, measure, refresh):
-    """Seconds per step with statistics every 10 and inverses every 100 steps, round by round."""
-    every, inverse = PERIODS
-    weights = {refresh: 1 / inverse, measure: 1 / every - 1 / inverse, plain: 1 - 1 / every}
-    return [sum(w * times[name][i] for name, w in weights.items()) for i in range(ROUNDS)]
 
 
 def test_two_level_over_one_level(benchmark, report):
@@ -46,11 +39,10 @@ def test_two_level_over_one_level(benchmark, report):
 
 @pytest.mark.parametrize("name", ["kfac", "two_level", "two_level_exact"])
 def test_amortised_over_sgd(benchmark, report, name):
-    sides = {"plain": (False, False), "measure": (True, False), "refresh": (True, True)}
-    times = timed(sgd=step("sgd"), **{k: step(name, *flags) for k, flags in sides.items()})
+    times = timed(sgd=step("sgd"), **{k: step(name, *flags) for k, flags in KINDS.items()})
     report(
         f"{name} / SGD, static schedule 10/100",
-        ratio(amortised(times, *sides), times["sgd"]),
+        ratio(amortised(times, *PERIODS), times["sgd"]),
         "1.35",
     )
     times = timed(100, sgd=step("sgd"), traced=step(name))

@@ -16,16 +16,11 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from benchmarks.ratios import paired, ratio, table
+from benchmarks.ratios import KINDS, amortised, paired, ratio, table
 from kfac_optax.experiments import settings, steps, train
 
 CONFIG = "configs/wide_mlp.py"
 PRESETS = ["kfac", "rs_kfac", "b_kfac", "b_r_kfac", "b_kfac_c", "b_r_c"]
-KINDS = {
-    "plain": {"measure": False, "refresh": False},
-    "statistics": {"measure": True, "refresh": False},
-    "inverses": {"measure": True, "refresh": True},
-}
 
 
 def settings_of(small: bool = False) -> Any:
@@ -64,7 +59,7 @@ def calls(name: str, factored: bool, small: bool = False) -> dict[str, Callable[
 
     if problem.method.due is None:
         return {"plain": made({})}
-    return {kind: made(due) for kind, due in KINDS.items()}
+    return {kind: made({"measure": m, "refresh": r}) for kind, (m, r) in KINDS.items()}
 
 
 def measure(
@@ -73,14 +68,8 @@ def measure(
     """One row of the table: seconds by kind of step, and their average over SGD's."""
     config = settings_of(small)
     every, inverse = config.kfac.curvature_every, config.kfac.inverse_every
-    shares = {
-        "inverses": 1 / inverse,
-        "statistics": 1 / every - 1 / inverse,
-        "plain": 1 - 1 / every,
-    }
     times = paired({"SGD": sgd} | calls(name, factored, small), rounds)
-    average = [sum(share * times[kind][i] for kind, share in shares.items()) for i in range(rounds)]
-    found = ratio(average, times["SGD"])
+    found = ratio(amortised(times, every, inverse), times["SGD"])
     seconds = {kind: statistics.median(spent) for kind, spent in times.items()}
     return seconds | {"on average / SGD": found.median} | found.quartiles()
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import Average, Bucket, PyTree
+from kfac_optax.engine.refresh import inverses_read
 from kfac_optax.engine.state import block_of_bucket
 from kfac_optax.estimators.fisher import Estimator
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
@@ -44,7 +45,7 @@ def mean_statistics(
     """
     layers = tuple(layer for bucket in buckets for layer in bucket.layers)
     blocks = tuple(block_of_bucket(bucket) for bucket in buckets for _ in bucket.layers)
-    read = _by_layer(buckets, inverses)
+    read = inverses_read(layers, buckets, inverses)
 
     @jax.jit
     def measure(params, args, key, count, read):
@@ -91,20 +92,6 @@ def factorize(
             made = absorb(made, measured.moments[bucket.name], ready, damping, first)
         previous = inverses[bucket.name] = made
     return inverses
-
-
-def _by_layer(buckets: tuple[Bucket, ...], inverses: dict[str, PyTree]) -> tuple[PyTree, ...]:
-    """What every layer's block measures in, `[copies, ...]`; `None` for those that do not."""
-    found: list[PyTree] = []
-    for bucket in buckets:
-        start = 0
-        for layer in bucket.layers:
-            mine = slice(start, start + layer.copies)
-            start += layer.copies
-            reads = block_of_bucket(bucket).reads_inverse
-            held = inverses[bucket.name] if reads else None
-            found.append(jax.tree.map(lambda x, mine=mine: x[mine], held))
-    return tuple(found)
 
 
 def _weight_of(kind: Kind, prediction: PyTree) -> Any:

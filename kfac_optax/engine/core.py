@@ -213,7 +213,7 @@ def scale_by_curvature(
         measured_every, given = checked(given, "curvature_every", curvature_every, count)
         inverted_every, given = checked(given, "inverse_every", inverse_every, count)
         step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
-        read = inverses_read(step, state)
+        read = inverses_read(mine, step.buckets, state.inverses)
         plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count, read)
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)

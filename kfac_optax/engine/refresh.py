@@ -97,20 +97,22 @@ def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTre
     }
 
 
-def inverses_read(step: Step, state: CurvatureState) -> tuple[PyTree, ...]:
+def inverses_read(
+    layers: tuple[Layer, ...], buckets: tuple[Bucket, ...], inverses: dict[str, PyTree]
+) -> tuple[PyTree, ...]:
     """What is held for every layer whose block measures in it, `[copies, ...]`; `None` for
     others.
     """
     found: dict[Layer, PyTree] = {}
-    for bucket in step.buckets:
+    for bucket in buckets:
         if not block_of_bucket(bucket).reads_inverse:
             continue
         start = 0
         for layer in bucket.layers:
             mine = slice(start, start + layer.copies)
-            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], state.inverses[bucket.name])
+            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], inverses[bucket.name])
             start += layer.copies
-    return tuple(found.get(layer) for layer in step.layers)
+    return tuple(found.get(layer) for layer in layers)
 
 
 def due_at(count: jax.Array, every: Any) -> jax.Array:

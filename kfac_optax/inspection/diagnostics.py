@@ -73,13 +73,6 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     )
 
 
-def _range(spectra: list[jax.Array]) -> dict[str, jax.Array]:
-    if not spectra:
-        return {}
-    values = jnp.concatenate(spectra)
-    return {"eigenvalue_min": values.min(), "eigenvalue_max": values.max()}
-
-
 def _spectra(state: CurvatureState) -> list[jax.Array]:
     """Eigenvalues of the factors, of those with a few pairs what is held of them."""
     spectra: list[jax.Array] = []

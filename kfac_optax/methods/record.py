@@ -8,6 +8,9 @@ from kfac_optax._types import Block, Layer, Layers
 
 # "losses": curvature that knows the gradient of each example's own loss
 NEEDS = ("gradient", "curvature", "losses", "rows", "value", "value_fn")
+# what `build` gives presets: periods so short that few steps see every branch; with KL-clip a rate
+SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
+SHORT_CLIPPED = SHORT | {"learning_rate": 0.1}
 
 
 class Sizes(NamedTuple):

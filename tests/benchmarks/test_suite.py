@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compare, suite
+from benchmarks import compare, ratios, suite
 
 OLD = {
     "environment": {
@@ -56,10 +56,22 @@ def test_only_ratios_and_counts_are_compared(capsys):
     assert len(compare.report(OLD, OLD, 1.2)) == 1
 
 
+def test_what_was_never_measured_is_not_gone():
+    old = {"parts": {"steps": [{"name": "late", "left_out": "out of time"}, {"name": "plain"}]}}
+    assert compare.missing(old, {"parts": {"steps": []}}) == ["steps: plain"]
+
+
 def test_another_device_is_said():
     new = _new()
     new["environment"] |= {"device": "gpu"}
     assert compare.report(OLD, new, 1.2)[-1] == "the old record is of another device: cpu"
+
+
+def test_a_step_on_average_is_the_mean_over_a_period():
+    times = {"SGD": [9.0, 9.0], "inverses": [10.0, 20.0], "plain": [1.0, 2.0]}
+    times["statistics"] = [3.0, 6.0]
+    average = (90 * 1.0 + 9 * 3.0 + 10.0) / 100
+    assert ratios.amortised(times, 10, 100) == pytest.approx([average, 2 * average])
 
 
 def test_page_of_a_record():

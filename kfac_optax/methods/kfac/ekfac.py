@@ -8,8 +8,8 @@ from kfac_optax._types import Block, Layer, Layers
 from kfac_optax.blocks.ekfac import ekfac_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
-from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
@@ -76,26 +76,27 @@ def ekfac(
 
 
 def where_examples(
-    block: Block, normalization: str, precision: Any, inverse: str = "eigh"
+    block: Block | BlockOf, normalization: str, precision: Any, inverse: str = "eigh"
 ) -> BlockOf:
-    """A block for layers whose gradient is known for every example; else what `kfac` takes."""
+    """A block, or one for every layer, where the gradient is known for every example; else what
+    `kfac` takes.
+    """
     plain = kronecker(inverse, precision=precision)
-    blocks = blocks_of(block, inverse=inverse, normalization=normalization, precision=precision)
+    others = blocks_of(plain, inverse=inverse, normalization=normalization, precision=precision)
 
     def block_of(layer: Layer) -> Block:
-        chosen = blocks(layer)
-        return plain if chosen is block and not layer.per_example else chosen
+        other = others(layer)
+        if other is not plain or not layer.per_example:
+            return other
+        return block if isinstance(block, Block) else block(layer)
 
     return block_of
 
 
-def _numbers(sizes: Sizes) -> int:
-    p, q = sizes.p, sizes.q
-    # factors; their eigendecompositions, the moments in that basis and their count
-    return 2 * (p * p + q * q) + p + q + p * q + 1
+def corrected_numbers(s: Sizes) -> int:
+    """Those of K-FAC, the moments in its basis and their count."""
+    return eigen_numbers(s) + s.p * s.q + 1
 
-
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
 
 RECORDS = (
     Method(
@@ -106,11 +107,11 @@ RECORDS = (
         paper="George, Laurent, Bouthillier, Ballas & Vincent (2018)",
         equation="U = U_A [(U_Aᵀ V U_G) / (S + λ)] U_Gᵀ, S = E[(U_Aᵀ a gᵀ U_G)²]",
         needs=frozenset({"gradient", "curvature"}),
-        state=_numbers,
+        state=corrected_numbers,
         state_text="2 (p² + q²) + p q + p + q + 1",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_ekfac.py::test_every_way_to_use_a_layer",
-        build=lambda layers, **options: ekfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: ekfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: ekfac_block(),
     ),
 )

@@ -11,7 +11,7 @@ from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.core import scale_by_curvature
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
@@ -266,8 +266,6 @@ def coarse_numbers(layers: int) -> int:
     return 3 * layers**2 + 3 * layers
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="kfac",
@@ -281,7 +279,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p + q",
         cost=("O(d³)", "O(d³)"),
         test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
-        build=lambda layers, **options: kfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: kfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kronecker(),
     ),
     Method(
@@ -298,7 +296,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p + q, and 3 L² + 3 L",
         cost=("O(d³ + L³)", "O(d³ + L²)"),
         test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
-        build=lambda layers, **options: kfac_two_level(layers, **(_SHORT | options)),
+        build=lambda layers, **options: kfac_two_level(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kronecker(),
         across=coarse_numbers,
     ),

@@ -9,7 +9,7 @@ from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.foof import OF, foof_block
 from kfac_optax.engine.core import scale_by_curvature
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 UNCOVERED = ("pass", "graft", "raise")
@@ -107,8 +107,6 @@ def _numbers(sizes: Sizes) -> int:
     return 2 * sizes.p**2
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="foof",
@@ -122,7 +120,7 @@ RECORDS = (
         state_text="2 p²",
         cost=("O(p³)", "O(p² q)"),
         test="tests/blocks/test_foof.py::test_it_is_kfac_with_the_identity_for_outputs",
-        build=lambda layers, **options: foof(layers, **(_SHORT | options)),
+        build=lambda layers, **options: foof(layers, **(SHORT | options)),
         block_of=lambda layer: foof_block(),
     ),
 )

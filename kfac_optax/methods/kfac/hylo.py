@@ -5,27 +5,16 @@ from typing import Any
 
 import optax
 
-from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
+from kfac_optax._types import Layers, ScalarOrSchedule
 from kfac_optax.blocks.hylo import Critical, hylo_block
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
+from kfac_optax.engine.choice import beside_blocks
+from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
-# Words of `kfac` that the block decides on.
-_SET = (
-    "block",
-    "inverse",
-    "sharing",
-    "positions",
-    "convolution",
-    "recurrence",
-    "factored_gradient",
-)
 
-
-@flat_signature(kfac, without=_SET)
+@flat_signature(kfac, without=OF_THE_BLOCK)
 def hylo(
     layers: Layers,
     *,
@@ -83,10 +72,11 @@ def hylo(
       Gradient Descent Method (2022).
     """
     words: dict[str, Any] = dict(selection=selection, critical=critical, seed=seed)
-    make = functools.partial(hylo_block, rank=rank, precision=precision, **words)
+    made = functools.cache(functools.partial(hylo_block, rank=rank, precision=precision, **words))
+    made((1, 1))  # checks what it is given
     return kfac(
         layers,
-        block=_blocks(make, normalization, precision),
+        block=where_examples(lambda layer: made(layer.shape), normalization, precision),
         normalization=beside_blocks(normalization),
         kl_clip=kl_clip,
         precision=precision,
@@ -94,26 +84,12 @@ def hylo(
     )
 
 
-def _blocks(make: Any, normalization: str, precision: Any) -> BlockOf:
-    """The block of examples where a layer has some; what `kfac` gives to others."""
-    made = functools.cache(make)
-    made((1, 1))  # checks what it is given
-    plain = kronecker(precision=precision)
-    others = blocks_of(plain, normalization=normalization, precision=precision)
-
-    def block_of(layer: Layer) -> Block:
-        other = others(layer)
-        return made(layer.shape) if other is plain and layer.per_example else other
-
-    return block_of
-
-
 def _numbers(sizes: Sizes) -> int:
     """Rows, the matrix between them, the damping and the mean eigenvalue."""
     return sizes.r * (sizes.p + sizes.q) + sizes.r**2 + 2
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3, rank=2, critical=1)
+_SHORT = SHORT | {"rank": 2, "critical": 1}
 
 RECORDS = (
     Method(

@@ -7,7 +7,7 @@ import optax
 from kfac_optax._types import Layers
 from kfac_optax.blocks.inverse_free import inverse_free
 from kfac_optax.methods.kfac.singd import TEST, singd
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 
@@ -37,9 +37,6 @@ def ingd(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArg
     return singd(layers, structure="dense", **options)
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
-
-
 def _dense_numbers(sizes: Sizes) -> int:
     """Roots and momenta of both sides, and the two means."""
     return 2 * (sizes.p**2 + sizes.q**2) + 2
@@ -58,7 +55,7 @@ RECORDS = (
         state_text="2 (p² + q²) + 2",
         cost=("O(d³) at every statistic", "O(d³)"),
         test=TEST,
-        build=lambda layers, **options: ingd(layers, **(_SHORT | options)),
+        build=lambda layers, **options: ingd(layers, **(SHORT | options)),
         block_of=lambda layer: inverse_free(layer.shape),
     ),
 )

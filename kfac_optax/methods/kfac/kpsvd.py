@@ -11,7 +11,7 @@ from kfac_optax.blocks.kpsvd_two import FIRST, kpsvd_two_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 RANKS = (1, 2)
@@ -100,8 +100,6 @@ def _numbers(s: Sizes) -> int:
     return 3 * (s.p**2 + s.q**2) + s.p + s.q + 1
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="kpsvd",
@@ -116,7 +114,7 @@ RECORDS = (
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_kpsvd.py::"
         "test_the_error_is_that_of_the_singular_value_decomposition",
-        build=lambda layers, **options: kpsvd(layers, **(_SHORT | options)),
+        build=lambda layers, **options: kpsvd(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kpsvd_block(),
     ),
 )

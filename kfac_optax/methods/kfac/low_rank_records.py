@@ -4,7 +4,7 @@ from typing import Any
 
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import b_kfac, b_kfac_c, b_r_c, b_r_kfac, rs_kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 
 
 def _follows(d: int, s: Sizes) -> bool:
@@ -26,9 +26,7 @@ def _without_averages(s: Sizes) -> int:
     return sum((d if _follows(d, s) else d * d) + _pairs(d, s) for d in (s.p, s.q))
 
 
-_SHORT: dict[str, Any] = dict(
-    learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3, rank=2
-)
+_SHORT = SHORT_CLIPPED | {"rank": 2}
 _COMMON: dict[str, Any] = dict(
     kind="preconditioner", needs=frozenset({"gradient", "curvature"}), state=_with_averages
 )

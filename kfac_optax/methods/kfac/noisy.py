@@ -8,8 +8,8 @@ import optax
 from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_legal, resolve
 from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
+from kfac_optax.methods.record import SHORT_CLIPPED, Method
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.weight_decay import add_weight_decay
 
@@ -87,12 +87,6 @@ def _total(first: ScalarOrSchedule, second: ScalarOrSchedule) -> ScalarOrSchedul
     return first + second
 
 
-def _numbers(sizes: Sizes) -> int:
-    return 2 * (sizes.p**2 + sizes.q**2) + sizes.p + sizes.q
-
-
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
-
 RECORDS = (
     Method(
         name="noisy_kfac",
@@ -102,11 +96,11 @@ RECORDS = (
         paper="Zhang, Sun, Duvenaud & Grosse (2018)",
         equation="W ~ N(M, (t/N) (F + w I)⁻¹), U = (F + (w + λ) I)⁻¹ (V + w M)",
         needs=frozenset({"gradient", "curvature"}),
-        state=_numbers,
+        state=eigen_numbers,
         state_text="2 (p² + q²) + p + q",
         cost=("O(d³)", "O(d³)"),
         test="tests/methods/test_noisy.py::test_it_finds_the_posterior_of_a_linear_model",
-        build=lambda layers, **options: noisy_kfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: noisy_kfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kronecker(),
     ),
 )

@@ -9,7 +9,7 @@ from kfac_optax._types import Block, Layer, Layers, Numeric, ScalarOrSchedule
 from kfac_optax.blocks.inverse_free import inverse_free
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on; its roots move with the statistics, not at refreshes.
@@ -101,7 +101,6 @@ def _blocks(make: Any, normalization: str, precision: Any) -> BlockOf:
     return block_of
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
 TEST = "tests/blocks/test_inverse_free.py::test_steps_are_the_dense_formula"
 
 
@@ -122,7 +121,7 @@ RECORDS = (
         state_text="2 (p + q) + 2 with diagonal roots",
         cost=("O(d) with diagonal roots", "O(d²)"),
         test=TEST,
-        build=lambda layers, **options: singd(layers, **(_SHORT | options)),
+        build=lambda layers, **options: singd(layers, **(SHORT | options)),
         block_of=lambda layer: inverse_free(layer.shape, "diagonal"),
     ),
 )

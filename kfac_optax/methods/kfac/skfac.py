@@ -12,7 +12,7 @@ from kfac_optax.blocks.kronecker import SHARING, kronecker
 from kfac_optax.blocks.skfac import skfac_block
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
@@ -120,7 +120,7 @@ def _twice(layer: Layer) -> int:
     return 2 * layer.rows
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3, rows=_twice)
+_SHORT = SHORT | {"rows": _twice}
 
 RECORDS = (
     Method(

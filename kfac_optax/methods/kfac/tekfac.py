@@ -7,9 +7,9 @@ import optax
 from kfac_optax._types import Layers
 from kfac_optax.blocks.tekfac import tekfac_block
 from kfac_optax.engine.choice import beside_blocks
-from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
-from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, corrected_numbers, where_examples
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.record import SHORT_CLIPPED, Method
 from kfac_optax.methods.signature import flat_signature
 
 
@@ -63,11 +63,6 @@ def tekfac(
     )
 
 
-def _corrected_numbers(s: Sizes) -> int:
-    return eigen_numbers(s) + s.p * s.q + 1
-
-
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
 RECORDS = (
     Method(
         name="tekfac",
@@ -76,11 +71,11 @@ RECORDS = (
         paper="Gao et al. (2020)",
         equation="U = U_Φ [(U_Φᵀ V U_Ψ) / (S + λ)] U_Ψᵀ, S = E[(U_Φᵀ a gᵀ U_Ψ)²]",
         needs=frozenset({"gradient", "curvature"}),
-        state=_corrected_numbers,
+        state=corrected_numbers,
         state_text="2 (p² + q²) + p q + p + q + 1",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_tkfac.py::test_corrected_eigenvalues_are_those_of_ekfac",
-        build=lambda layers, **options: tekfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: tekfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: tekfac_block(),
     ),
 )

@@ -11,7 +11,7 @@ from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.linalg.groups import group_sizes
 from kfac_optax.methods.kfac.fixed import kfac
-from kfac_optax.methods.record import Method, Sizes
+from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 # Words of `kfac` that the block decides on.
@@ -120,7 +120,7 @@ def _numbers(sizes: Sizes) -> int:
     return 2 * factors + 4
 
 
-_SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3, size=2)
+_SHORT = SHORT | {"size": 2}
 
 
 def _short_block(layer: Layer) -> Block:

@@ -9,7 +9,7 @@ from kfac_optax.blocks.tkfac import tkfac_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
-from kfac_optax.methods.record import Method
+from kfac_optax.methods.record import SHORT_CLIPPED, Method
 from kfac_optax.methods.signature import flat_signature
 
 
@@ -74,7 +74,6 @@ def tkfac(
     )
 
 
-_SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2, inverse_every=3)
 RECORDS = (
     Method(
         name="tkfac",
@@ -87,7 +86,7 @@ RECORDS = (
         state_text="2 (p² + q²) + p + q",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_tkfac.py::test_both_partial_traces_are_those_of_the_exact_block",
-        build=lambda layers, **options: tkfac(layers, **(_SHORT | options)),
+        build=lambda layers, **options: tkfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: tkfac_block(),
     ),
 )
