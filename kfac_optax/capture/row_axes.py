@@ -1,5 +1,6 @@
 """Rows as a site gives them, laid out as its layer needs them."""
 
+import functools
 import math
 
 import jax
@@ -38,6 +39,21 @@ def without_examples(site: Site, examples: int) -> bool:
     be.
     """
     return not site.varies or math.prod(site.row_shape) < examples
+
+
+def differs(site: Site, layer: Layer) -> bool:
+    """Whether the rows of a use are those of `rows_of_use`, since uses of its layer differ."""
+    return layer.given_rows or (layer.mixed and site.bias is None)
+
+
+def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
+    """Rows of a use whose input and gradient have the axes of its scans and stack in front."""
+    as_rows = functools.partial(to_rows, site.geometry)
+    if differs(site, layer):
+        as_rows = functools.partial(rows_of_use, site, layer)
+    for _ in range(len(site.scans) + site.stacked):
+        as_rows = jax.vmap(as_rows)
+    return as_rows(a, g)
 
 
 def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> tuple:

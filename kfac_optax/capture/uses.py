@@ -197,6 +197,8 @@ def _lookup(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use 
 
     def arrange(s: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens = jax.lax.squeeze(indices, [indices.ndim - 1])
+        if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            tokens = jnp.minimum(jnp.maximum(tokens, 0), view.stored[0] - 1)
         return jnp.moveaxis(s, first, 0), jnp.moveaxis(tokens, first, 0)
 
     return Use(

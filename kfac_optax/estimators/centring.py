@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Layers
 from kfac_optax.estimators.output_cotangents import Naturals, OutputCotangents
+from kfac_optax.estimators.reductions import devices_of
 
 Natural = tuple[jax.Array, ...]
 
@@ -24,13 +25,13 @@ def is_centred(head: Any) -> bool:
 
 
 def about_mean(values: Natural, root: Any, axis_name: Any) -> Natural:
-    """`v - mean(w v)`, the mean over all devices; `root` is the root of the weights, or `None`."""
+    """`v - sum(w v) / sum(w)`, the sums over all devices; `root` is that of the weights up to a
+    factor, or `None`.
+    """
 
     def apply(v: jax.Array) -> jax.Array:
         wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-        mean = jnp.mean(wide if root is None else jnp.square(root) * wide)
-        mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
-        return (wide - mean).astype(v.dtype)
+        return (wide - _sum(_shares(wide, root, axis_name) * wide, axis_name)).astype(v.dtype)
 
     return tuple(map(apply, values))
 
@@ -63,15 +64,30 @@ def centred_cotangents(
 
 
 def _without_mean(cotangent: Natural, root: Any, axis_name: Any) -> Natural:
+    """The transpose of `about_mean`."""
+
     def apply(c: jax.Array) -> jax.Array:
         wide = c.astype(jnp.promote_types(c.dtype, jnp.float32))
-        weights = jnp.ones_like(wide) if root is None else jnp.square(root)
-        sums = jnp.stack([jnp.sum(wide), jnp.sum(weights)])
-        found, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-        mean = found / jnp.where(total > 0, total, 1)
-        return (wide - weights * mean).astype(c.dtype)
+        return (wide - _shares(wide, root, axis_name) * _sum(wide, axis_name)).astype(c.dtype)
 
     return tuple(map(apply, cotangent))
+
+
+def _shares(x: jax.Array, root: Any, axis_name: Any) -> jax.Array:
+    """`w / sum(w)`; zeros where no term counts.
+
+    The root of a head has a factor that stands for the number of its terms.
+    """
+    if root is None or jnp.ndim(root) == 0:
+        return jnp.full(x.shape, 1 / max(x.size * devices_of(axis_name), 1), x.dtype)
+    weights = jnp.square(root)
+    total = _sum(weights, axis_name)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def _sum(x: jax.Array, axis_name: Any) -> jax.Array:
+    total = jnp.sum(x)
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def with_remark(layers: Layers, heads: Sequence[Any]) -> Layers:

@@ -85,8 +85,9 @@ class LazyCurvature:
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
           axis_name: mapped axis over which the batch is split.
         """
-        return _quadratic_form(
-            self.spec, self.params, self.args, directions, count, subsample, axis_name
+        spec, args = _exact(self.spec, self.args, subsample)
+        return quadratic_form(
+            spec.kind, spec.function, self.params, directions, args, axis_name, count
         )
 
     def vector_product(
@@ -191,11 +192,6 @@ def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
             "fisher(predict).at(params, *args, key=jax.random.key(...)), a new key in every step."
         )
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-
-def _quadratic_form(spec, params, args, directions, count, subsample, axis_name) -> jax.Array:
-    spec, args = _exact(spec, args, subsample)
-    return quadratic_form(spec.kind, spec.function, params, directions, args, axis_name, count)
 
 
 def collect_statistics(

@@ -1,6 +1,5 @@
 """The rows whose products are the gradients of layers, for blocks that precondition these instead."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -8,9 +7,9 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Layer
 from kfac_optax.capture.evaluate import Zeros, from_cotangent
-from kfac_optax.capture.geometry import Conv, to_rows
+from kfac_optax.capture.geometry import Conv
 from kfac_optax.capture.layers import Traced
-from kfac_optax.capture.row_axes import rows_of_use, steps_in_a_row
+from kfac_optax.capture.row_axes import rows_of_site, steps_in_a_row
 from kfac_optax.estimators.plan import Plan, set_up
 from kfac_optax.linalg.gram import homogeneous
 
@@ -32,19 +31,13 @@ def rows_of_layers(
         if isinstance(site.geometry, Conv):
             continue
         layer = setting.layer(plan, i)
-        given = layer.given_rows
-        as_rows = functools.partial(to_rows, site.geometry)
-        if given:
-            as_rows = functools.partial(rows_of_use, site, layer)
-        for _ in range(len(site.scans) + site.stacked):
-            as_rows = jax.vmap(as_rows)
-        a, g = as_rows(*from_cotangent(site, kept.rows))
+        a, g = rows_of_site(site, layer, *from_cotangent(site, kept.rows))
         a, g = (
             x.reshape(len(x), -1, x.shape[-1])
             for x in (steps_in_a_row(a, site, 1), steps_in_a_row(g, site, 1))
         )
         uses.setdefault(plan.layers[i], []).append(
-            (homogeneous(a) if layer.bias is not None and not given else a, g)
+            (homogeneous(a) if layer.bias is not None and not layer.given_rows else a, g)
         )
     return {
         layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine)

@@ -1,6 +1,5 @@
 """The rows of layers that the matrix behind a curvature is made of, for all its columns."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros, from_cotangent
-from kfac_optax.capture.geometry import Lookup, to_rows
+from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.layers import Traced
-from kfac_optax.capture.row_axes import rows_of_use, steps_in_a_row
+from kfac_optax.capture.row_axes import rows_of_site, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.centring import is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
@@ -155,12 +154,7 @@ def _cotangents(
 
 def _of_site(site: Site, layer: Layer, kept: Zeros) -> tuple[jax.Array, jax.Array]:
     """Rows of one use, `[copies, N, T, ...]`."""
-    as_rows = functools.partial(to_rows, site.geometry)
-    if layer.given_rows or (layer.mixed and site.bias is None):
-        as_rows = functools.partial(rows_of_use, site, layer)
-    for _ in range(len(site.scans) + site.stacked):
-        as_rows = jax.vmap(as_rows)
-    a, g = as_rows(*from_cotangent(site, kept.rows))
+    a, g = rows_of_site(site, layer, *from_cotangent(site, kept.rows))
     tokens = isinstance(site.geometry, Lookup)  # rows of integers have no axis of features
     return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
 

@@ -25,7 +25,7 @@ from kfac_optax.capture.geometry import (
     thinning,
     to_rows,
 )
-from kfac_optax.capture.row_axes import rows_of_use, without_examples
+from kfac_optax.capture.row_axes import differs, rows_of_use, without_examples
 from kfac_optax.capture.sites import Site
 from kfac_optax.linalg.batch_parts import count_parts, parts_first
 from kfac_optax.linalg.weighted_rows import finite_padding
@@ -80,7 +80,6 @@ def site_measure(
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
-    alike = not layer.given_rows and (site.bias is not None or not layer.mixed)
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
     scale = share if block.first_moments else math.sqrt(share)
@@ -96,10 +95,9 @@ def site_measure(
             g = g / use.examples
         g = g if share == 1 else g * scale
         geometry = site.geometry
-        if alike:
-            g_or_none = g if gradients else None
-        else:
-            a, g_or_none = rows_of_use(site, layer, a, g if gradients else None)
+        g_or_none = g if gradients else None
+        if differs(site, layer):
+            a, g_or_none = rows_of_use(site, layer, a, g_or_none)
             geometry, g = Rows(), g_or_none
             if isinstance(site.geometry, ScaleShift) and per_row is not None and gradients:
                 per_row = jnp.stack([per_row, per_row], -1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import inner, varying_axes
+from kfac_optax._tree import inner
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.centring import about_mean, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
@@ -67,9 +67,7 @@ def vector_product(
     model = _linearize(kind, function, params, args, axis_name)
     tangents = model.jvp(vector)
     (product,) = jax.linear_transpose(model.jvp, params)(model.hessian(tangents))
-    if axis_name is not None:
-        split = {name for x in jax.tree.leaves(tangents) for name in varying_axes(jax.typeof(x))}
-        product = sum_over_devices(product, axis_name, split)
+    product = sum_over_devices(product, axis_name, tangents)
     examples = model.examples * devices_of(axis_name)
     return jax.tree.map(lambda x: x / examples, product)
 

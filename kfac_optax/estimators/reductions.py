@@ -1,7 +1,6 @@
 """Sums over the devices that share a batch."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,10 +15,10 @@ def devices_of(axis_name: Any) -> int:
     >>> print(devices_of(None))
     1
     """
-    return math.prod(jax.lax.axis_size(name) for name in _names(axis_name))
+    return math.prod(jax.lax.axis_size(name) for name in names_of(axis_name))
 
 
-def sum_over_devices(tree: PyTree, axis_name: Any, split: Iterable[str]) -> PyTree:
+def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
     """Sums what a pullback through a split batch gave over the devices, once.
 
     Where varying axes are tracked, the transpose of a model on a split batch has summed already.
@@ -27,19 +26,27 @@ def sum_over_devices(tree: PyTree, axis_name: Any, split: Iterable[str]) -> PyTr
     Args:
       tree: what each device has.
       axis_name: mapped axis, or several.
-      split: axes over which the model's outputs were seen to differ.
+      outputs: of the model, arrays or shapes, which show the axes over which the batch is split.
     """
-    split = frozenset(split)
+    names = names_of(axis_name)
+    if not names:
+        return tree
+    split = {name for x in jax.tree.leaves(outputs) for name in varying_axes(_type(x))}
 
     def total(x: jax.Array) -> jax.Array:
         mine = varying_axes(jax.typeof(x))
-        rest = [name for name in _names(axis_name) if name in mine or name not in split]
+        rest = [name for name in names if name in mine or name not in split]
         return jax.lax.psum(x, tuple(rest)) if rest else x
 
     return jax.tree.map(total, tree)
 
 
-def _names(axis_name: Any) -> tuple[Any, ...]:
+def names_of(axis_name: Any) -> tuple[Any, ...]:
+    """The names of a mapped axis: one, several or none."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def _type(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import varying_axes, wide_dtype
+from kfac_optax._tree import wide_dtype
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.centring import about_mean, centred_cotangents, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
@@ -159,10 +159,7 @@ def _transposed(
     def vjp(rows: Samples) -> PyTree:
         rows = jax.tree.map(_like, rows, shapes)
         (product,) = backward(rows)
-        if axis_name is None:
-            return product
-        split = {name for x in shapes for name in varying_axes(x)}
-        return sum_over_devices(product, axis_name, split)
+        return sum_over_devices(product, axis_name, shapes)
 
     return vjp
 
@@ -200,8 +197,6 @@ def sampled_gradient(
     scores = centred_cotangents(scores, heads, roots, axis_name)
     cotangents = jax.tree.map(lambda x: x.mean(0), jax.vmap(scores.make)(jnp.arange(samples)))
     (gradient,) = pull(cotangents)
-    if axis_name is not None:
-        split = {name for x in jax.tree.leaves(values) for name in varying_axes(jax.typeof(x))}
-        gradient = sum_over_devices(gradient, axis_name, split)
+    gradient = sum_over_devices(gradient, axis_name, values)
     examples = count_examples(kind, heads) * devices_of(axis_name)
     return jax.tree.map(lambda x: x / examples, gradient)

@@ -16,6 +16,7 @@ from kfac_optax.estimators.heads import count_examples
 from kfac_optax.estimators.layer_rows import LayerRows
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.reductions import names_of
 from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.estimators.spec import Spec
 from kfac_optax.estimators.statistics import Asked, Pulled, apply_to_rows
@@ -49,10 +50,11 @@ class SharedCurvature(NamedTuple):
         """What turns rows of a loss that was averaged over devices, where JAX knows of it, into
         those of each device's own.
         """
-        names = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
         split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
         return math.prod(
-            jax.lax.axis_size(name) for name in names if name in split and name not in same
+            jax.lax.axis_size(name)
+            for name in names_of(axis_name)
+            if name in split and name not in same
         )
 
     @property

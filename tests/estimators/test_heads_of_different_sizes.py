@@ -56,6 +56,30 @@ def test_products_are_those_of_the_loss(sizes):
     np.testing.assert_allclose(form[0, 0], v @ exact @ v, rtol=1e-10)
 
 
+@every_size
+def test_centred_heads_have_a_mean_of_their_own(sizes):
+    """`4 Cov[O]` of every state over its own walkers, in products and in rows; and a gradient at
+    drawn signs does not see the norms.
+    """
+    w, v, batch = oracles.normal(3, (3, 1)), oracles.normal(4, (3, 1)), points(sizes, 3)
+    states = lambda w, *xs: [ko.LogAmplitude(jnp.tanh(x @ w)[:, 0]) for x in xs]
+    scores = [x * (1 - jnp.tanh(x @ w) ** 2) for x in batch]
+    exact = sum(4 * np.cov(o, rowvar=False, bias=True) for o in scores)
+
+    @jax.jit
+    def compute(w, v):
+        curvature = ko.ggn(states).at(w, *batch)
+        jacobian = curvature.linearize()
+        square = jacobian.vjp(jacobian.jvp(v)) / jacobian.examples
+        return curvature.vector_product(v), square
+
+    for got in compute(w, v):
+        np.testing.assert_allclose(got, exact @ v, rtol=1e-10)
+    norms = lambda c, *xs: [ko.LogAmplitude(x[:, 0] + c) for x in xs]
+    drawn = ko.fisher(norms).at(jnp.zeros(()), *batch, key=jax.random.key(0))
+    np.testing.assert_allclose(jax.jit(drawn.sampled_gradient)(), 0, atol=1e-12)
+
+
 def linear(w, edge, inside):
     """One layer, two uses of it, two outputs each."""
     value, residual = (ko.tap_dense(x @ w, x, w) for x in (edge, inside))
