@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ def trace(
     ):
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with "
-            f"parameters {', '.join(names[:5])}{', …' if len(names) > 5 else ''}. Supported: "
+            f"parameters {_named(names, analysis.consumers)}. Supported: "
             f"{', '.join(linen.SUPPORTED + nnx.SUPPORTED)}; in other code, parameters as stored in "
             "`x @ kernel + bias`, einsums, convolutions, `table[tokens]`, `x * scale`; anything "
             "else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, "
@@ -96,6 +96,15 @@ def trace(
             f"([inputs, outputs] or its transpose). {reasons}."
         )
     return Traced(names, jaxpr, out_shape, sites, owner, layers)
+
+
+def _named(names: Sequence[str], consumers: Mapping[int, Sequence[str]]) -> str:
+    """The first parameters, and what uses them."""
+    words = [
+        f"{name or '(root)'} (used by {', '.join(dict.fromkeys(consumers.get(i, ['nothing'])))})"
+        for i, name in enumerate(names[:5])
+    ]
+    return ", ".join(words) + (", …" if len(names) > 5 else "")
 
 
 def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:

@@ -197,8 +197,12 @@ def _lookup(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use 
 
     def arrange(s: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         tokens = jax.lax.squeeze(indices, [indices.ndim - 1])
-        if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-            tokens = jnp.minimum(jnp.maximum(tokens, 0), view.stored[0] - 1)
+        match eqn.params["mode"]:
+            case jax.lax.GatherScatterMode.CLIP:
+                tokens = jnp.clip(tokens, 0, view.stored[0] - 1)
+            case jax.lax.GatherScatterMode.FILL_OR_DROP:
+                # those that still are negative are dropped, as beyond the end; an index would wrap
+                tokens = jnp.where(tokens < 0, view.stored[0], tokens)
         return jnp.moveaxis(s, first, 0), jnp.moveaxis(tokens, first, 0)
 
     return Use(
