@@ -68,5 +68,5 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "deep_linear_paper",
             "64-layer linear MLP, planted targets, norm layers left alone",
         )
-        config.kfac = config.kfac.to_dict() | {"normalization": "pass"}
+        config.kfac = config.kfac.to_dict() | {"normalization": "pass", "uncovered": "pass"}
     return config

@@ -50,7 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
                 "curvature_every": 200,
                 "inverse_every": 2000,
                 "inverse": "cholesky",  # factored Tikhonov damping
-                "normalization": "pass",  # norm layers are left alone, as in the papers
+                # norm layers are left alone, as in the papers
+                "normalization": "pass",
+                "uncovered": "pass",
             },
             "tune": False,
             "grid": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3),

@@ -1,5 +1,5 @@
 """What becomes of parameters without a block:
-`--config=configs/uncovered.py:NAME --config.kfac.uncovered=diagonal`.
+`--config=configs/uncovered.py:NAME --config.kfac.uncovered=pass`.
 
 NAME is one of deep_linear and resnet (batch norm that gets no block), rms_transformer and lstm
 (bare parameters).
@@ -51,7 +51,7 @@ def get_config(variant: str = "rms_transformer") -> ml_collections.ConfigDict:
                 "curvature_every": 10,
                 "inverse_every": 20,
                 "inverse": "eigh",
-                "uncovered": "pass",
+                "uncovered": "graft",
             },
             "adaptive": {},  # options of the optimizers that tune themselves
             "tune": True,

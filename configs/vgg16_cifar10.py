@@ -67,7 +67,9 @@ def get_config(variant: str = "cifar10") -> ml_collections.ConfigDict:
                 "curvature_every": 10,
                 "inverse_every": 50,
                 "inverse": "eigh",
-                "normalization": "pass",  # norm layers are left alone, as in the papers
+                # norm layers are left alone, as in the papers
+                "normalization": "pass",
+                "uncovered": "pass",
             },
             # What comes on top for inverses of low rank; of the size the papers use. Online are the
             # fully connected layers.

@@ -17,7 +17,7 @@ def coverage(
     *,
     block: Block | BlockOf | None = None,
     coupling: Coupling | None = None,
-    uncovered: str = "pass",
+    uncovered: str = "graft",
     normalization: str = "unitwise",
     dtype: jnp.dtype = jnp.float32,
 ) -> Layers:

@@ -195,7 +195,7 @@ def test_uncovered_parameters_pass_through_unscaled_and_unsummed():
     params = {"net": net, "scale": jnp.full((2,), 3.0)}
     estimator = ko.ggn(with_scale)
     layers = estimator.layers(params, x)
-    tx = ko.kfac(layers, learning_rate=10.0, kl_clip=1e-4)
+    tx = ko.kfac(layers, learning_rate=10.0, kl_clip=1e-4, uncovered="pass")
     updates, state = jax.jit(tx.update)(
         params, tx.init(params), params, curvature=estimator.at(params, x)
     )

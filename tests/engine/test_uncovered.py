@@ -214,7 +214,8 @@ def test_the_table_and_the_errors_say_so():
     for name in LEFT:
         assert "gradient with the size of the preconditioned updates" in row[name]
     assert "no gradient" in row["idle"]
-    assert "gradient passed on" in str(ko.coverage(LAYERS))
+    assert str(ko.coverage(LAYERS)).splitlines() == lines  # the presets' default
+    assert "gradient passed on" in str(ko.coverage(LAYERS, uncovered="pass"))
     with pytest.raises(ValueError, match="'graft' to give it the size"):
         ko.kfac(LAYERS, kl_clip=None, uncovered="raise")
     with pytest.raises(

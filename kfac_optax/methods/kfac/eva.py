@@ -28,7 +28,7 @@ def _preset(
     kl_clip: ScalarOrSchedule | None = 1e-3,
     decay: ScalarOrSchedule = 0.05,
     curvature_every: ScalarOrSchedule = 1,
-    uncovered: str = "pass",
+    uncovered: str = "graft",
     sharing: str = "expand",
     axis_name: Any = None,
     factor_dtype: Any = None,
@@ -83,8 +83,8 @@ def eva(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs
         the weight 0.95.
       curvature_every: period of the means.
       uncovered: parameters without a block, among them scales and shifts of normalisation layers
-        and tables that are softmax heads too: `"pass"` (their gradient on), `"graft"` (with the
-        size of the others' updates) or `"raise"`.
+        and tables that are softmax heads too: `"graft"` (their gradient with the size of
+        the others' updates), `"pass"` (as it is) or `"raise"`.
       sharing: `"expand"` (means over positions, the paper) or `"reduce"` (output gradients of an
         example added up), see `rank_one`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.

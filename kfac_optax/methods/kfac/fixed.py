@@ -35,7 +35,7 @@ def kfac(
     inverse_every: ScalarOrSchedule = 100,
     stagger: int | None = None,
     inverse: str = "eigh",
-    uncovered: str = "pass",
+    uncovered: str = "graft",
     normalization: str = "unitwise",
     sharing: str = "expand",
     positions: int | None = None,
@@ -75,9 +75,9 @@ def kfac(
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping), or `"newton"`
         (the same, refreshed by matrix products from the last inverse; for accelerators).
-      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
-        of the others' updates, and clipped with them), `"diagonal"` (diagonal of the Fisher) or
-        `"raise"`.
+      uncovered: parameters without a block: `"graft"` (their gradient with the size of the others'
+        updates, and clipped with them), `"pass"` (their gradient as it is), `"diagonal"` (diagonal
+        of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every
         channel), `"diagonal"` or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per

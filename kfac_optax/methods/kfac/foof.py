@@ -24,7 +24,7 @@ def foof(
     curvature_every: ScalarOrSchedule = 5,
     inverse_every: ScalarOrSchedule = 50,
     stagger: int | None = None,
-    uncovered: str = "pass",
+    uncovered: str = "graft",
     normalization: str = "unitwise",
     sharing: str = "expand",
     positions: int | None = None,
@@ -49,8 +49,9 @@ def foof(
       curvature_every: period of the statistics.
       inverse_every: period of the inverses.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
-      uncovered: parameters without a block: `"pass"` (their gradient on), `"graft"` (with the size
-        of the others' updates) or `"raise"`; they have no inputs, hence no block here.
+      uncovered: parameters without a block: `"graft"` (their gradient with the size of the
+        others' updates), `"pass"` (as it is) or `"raise"`; they have no inputs, hence no block
+        here.
       normalization: scale and shift of normalisation layers: `"unitwise"` (second moment of
         `(x, 1)` of every channel) or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, added up) or `"reduce"`

@@ -30,7 +30,7 @@ def mkor(
     threshold: float | None = 2.0,
     mixing: float = 0.9,
     largest: float = 100.0,
-    uncovered: str = "pass",
+    uncovered: str = "graft",
     sharing: str = "expand",
     axis_name: Any = None,
     factor_dtype: Any = None,
@@ -55,8 +55,8 @@ def mkor(
       mixing: weight of the inverse then.
       largest: entries of the means are cut to this size.
       uncovered: parameters without a block, among them embeddings, whose inverse would be as large
-        as the square of the vocabulary, scales and shifts: `"pass"` (their gradient on), `"graft"`
-        (with the size of the others' updates) or `"raise"`.
+        as the square of the vocabulary, scales and shifts: `"graft"` (their gradient with the
+        size of the others' updates), `"pass"` (as it is) or `"raise"`.
       sharing: `"expand"` or `"reduce"`, see `rank_one`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       factor_dtype: dtype of the statistics, default float32 or the parameters' if wider.
