@@ -19,6 +19,7 @@ def count_parts(x: Float[Array, "n ..."], least: int) -> int:
     >>> print(count_parts(jnp.ones((6, 2)), 1), count_parts(jnp.ones((6, 2)), 4))
     1 6
     """
+    # examples of one device; the fewest parts, but no fewer than `least`, that divide them evenly
     n = x.shape[0] // _shards(x)
     return next(k for k in range(max(1, min(least, n)), n + 1) if n % k == 0)
 
@@ -30,6 +31,7 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
     [[0 2]
      [1 3]]
     """
+    # [n, ...] -> [m, parts, ...] -> [parts, m, ...]: part k has the examples k, k + parts, ...
     return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
 
@@ -41,7 +43,9 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
     """
     if parts == 1:
         return function(*rows)
+    # all rows `[parts, m, ...]`: the scan below takes one part at a time
     split = [parts_first(x, parts) for x in rows]
+    # shape and dtype of the sum, of which nothing is computed: where the scan starts
     one = jax.eval_shape(function, *(x[0] for x in split))
 
     def add(total: Array, part: list[Array]) -> tuple[Array, None]:
@@ -53,6 +57,7 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
 def _shards(x: Array) -> int:
     """Over how many devices axis 0 is divided, as far as the type says so."""
     sharding = jax.typeof(x).sharding
+    # names of the mesh axes that divide axis 0; a tuple where there are several
     names = sharding.spec[0] if len(sharding.spec) else None
     if names is None:
         return 1

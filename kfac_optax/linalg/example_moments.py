@@ -49,13 +49,17 @@ def example_moments(
     [[1.]] [[9.]]
     """
     n, p, q = a.shape[0], a.shape[-1], g.shape[-1]
+    # positions, patches and steps on one axis: [n, rows, p] and [n, rows, q]
     a, g = (x.reshape(n, -1, x.shape[-1]) for x in (a, g))
+    # (a_i g_j)^2 = a_i^2 g_j^2
     if a.shape[1] == 1:
         return gram(jnp.square(a), jnp.square(g), precision=precision)
 
     def squares(a: Array, g: Array) -> Array:
+        # D_b = sum_r a_br g_br^T for every example b of the part, [m, p, q]
         products = jax.lax.dot_general(a, g, (((1,), (1,)), ((0,), (0,))), precision=precision)
         return jnp.sum(jnp.square(products), 0)
 
+    # so many parts that the D_b of one have at most `entries` entries
     parts = count_parts(a, -(-n * p * q // (entries or ENTRIES)))
     return sum_of_parts(squares, parts, a, g)

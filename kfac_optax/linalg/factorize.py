@@ -67,6 +67,7 @@ def _damped(values: Array, damping: Array, exact: bool) -> tuple[Array, Array]:
     total = values + damping
     largest = jnp.max(values, initial=0)
     eps = jnp.finfo(values.dtype).eps
+    # sums over rows carry rounding of their largest entry; diagonals measured entry by entry do not
     known = total > (eps * eps if exact else _ROUNDING * eps) * largest
     return jnp.where(known, total, 1), known
 
@@ -90,6 +91,7 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     waiting, and the step never returns. An optimisation barrier would be gone before scheduling,
     hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
+    # false at run time, which the compiler cannot know: adding them orders without changing
     marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
     if not marks:
         return tree
@@ -108,6 +110,7 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
     >>> print(eigen.values)
     [0. 2.]
     """
+    # eigenvalues in rising order
     values, vectors = jnp.linalg.eigh(symmetrize(matrix), symmetrize_input=False)
     return Eigen(vectors, jnp.maximum(values, 0))
 
@@ -124,6 +127,7 @@ def psd_root(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Ar
      [0.   0.25]] 0.0
     """
     vectors, values = psd_eigh(matrix)
+    # R = U diag(sqrt(d)), log det M = sum_i log d_i
     return vectors * jnp.sqrt(values), jnp.sum(jnp.log(at_least_rounding(values, values[-1])))
 
 
@@ -166,6 +170,7 @@ def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     [[0.25]]
     """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # M = C C^T, so M^{-1} = (C^{-1})^T C^{-1}: symmetric by construction
     lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
     return jnp.matmul(half.T, half, precision=jax.lax.Precision.HIGHEST)

@@ -16,6 +16,7 @@ def gram(
     >>> print(gram(jnp.ones((3, 2, 1)), jnp.ones((3, 2, 2))))
     [[6. 6.]]
     """
+    # contracts examples, positions and steps at once; the feature axes stay: [p, q]
     leading = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(
         x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x)
@@ -27,6 +28,7 @@ def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
     sharding.
     """
     sharding = jax.typeof(x).sharding
+    # one device, or mesh axes that the compiler handles itself
     if all(part is None for part in sharding.spec):
         return None
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*[None] * ndim))

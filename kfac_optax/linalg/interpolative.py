@@ -33,15 +33,19 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
       (2005).
     """
     n, dtype = len(matrix), matrix.dtype
+    # what remains of a diagonal entry below this is rounding
     tolerance = n * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(matrix))
 
     def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rows, lower, left = state
+        # the row with the largest remainder, `left` being the diagonal of K - L L^T
         pivot = jnp.argmax(left).astype(jnp.int32)
         good = left[pivot] > tolerance
         # columns not made yet are zeros
         column = matrix[:, pivot] - _product(lower, lower[pivot])
+        # l_j = (K - L L^T) e_pivot / sqrt(remainder)
         column = jnp.where(good, column / jnp.sqrt(jnp.where(good, left[pivot], 1)), 0)
+        # the pivot's own remainder is zero exactly, whatever rounding left there
         left = (left - column**2).at[pivot].set(0)
         return rows.at[j].set(pivot), lower.at[:, j].set(column), left
 
@@ -67,13 +71,18 @@ def middle_of_interpolation(
            [0.  , 0.5 ]], dtype=float32)
     """
     lower = found.lower
+    # L_S [r, r]
     chosen = jnp.tril(lower[found.rows])
     # a column of zeros belongs to no row: its part of P is zero
     pivots = jnp.diagonal(chosen)
     regular = chosen + jnp.diag(jnp.where(pivots > 0, 0, 1).astype(lower.dtype))
+    # P^T = L_S^{-T} L^T, [r, n]
     weights = jax.scipy.linalg.solve_triangular(regular, lower.T, trans=1, lower=True)
+    # (E + shift I)^{-1}
     rest = psd_inverse(after(matrix - _product(lower, lower.T), weights), shift)
+    # M = P^T (E + shift I)^{-1} P, [r, r]
     m = symmetrize(_product(_product(weights, rest), weights.T))
     seen = _product(m, chosen)
+    # (I + L_S^T M L_S)^{-1}
     inside = psd_inverse(_product(chosen.T, seen), jnp.ones((), lower.dtype))
     return symmetrize(m - _product(_product(seen, inside), seen.T))

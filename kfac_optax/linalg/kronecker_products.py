@@ -43,6 +43,7 @@ def eigen_solve(
     [[0.5 0.5]
      [0.5 0.5]]
     """
+    # in the eigenbasis A (x) G is diagonal, with entries s_A s_G^T [p, q]
     rotated = sandwich(a.vectors.T, v, g.vectors, precision=precision)
     scaled = damped_quotient(rotated, a.values[:, None] * g.values, damping)
     return sandwich(a.vectors, scaled, g.vectors.T, precision=precision)
@@ -65,6 +66,7 @@ def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Arra
     >>> print(mean_ratio(jnp.float32(4.0), jnp.float32(1.0)))
     2.0
     """
+    # a factor of zeros, before the first statistic, has no scale to balance
     usable = (mean_a > 0) & (mean_g > 0)
     ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
     return jnp.clip(jnp.sqrt(ratio), *_PI_RANGE)

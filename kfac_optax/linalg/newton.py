@@ -104,6 +104,7 @@ def _inverses(count: int, batched: list[bool], matrix: Array, start: Array) -> t
         x if has_axis else jnp.broadcast_to(x, (count, *x.shape))
         for x, has_axis in zip((matrix, start), batched, strict=True)
     )
+    # all matrices iterate together, until the slowest is done
     x, good = jax.vmap(_iterated)(matrix, start)
 
     def mended() -> Array:

@@ -59,6 +59,7 @@ def brand_update(
     check_number("brand_update", "rank", rank, at_least=1)
     if keep is not None:
         check_number("brand_update", "keep", keep, at_least=1)
+    # Z = [sqrt(decay D_r) U_r, sqrt(1 - decay) Y], [d, rank + n]
     kept = truncate(low, rank)
     decay = jnp.asarray(decay, low.values.dtype)
     old, new = (
@@ -67,12 +68,15 @@ def brand_update(
     )
     z = jnp.concatenate([old, new], 1)
     pairs = min(*z.shape, z.shape[1] if keep is None else keep)
+    # Z^T Z = V L V^T, no larger than [rank + n, rank + n]
     values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(z.T, z, precision=precision)))
     top = largest(values, rotation, pairs)
+    # U = Z V L^{-1/2}; where L is rounding its column becomes zero
     certain = top.values > _ROUNDING * jnp.finfo(values.dtype).eps * top.values[0]
     values = jnp.where(certain, top.values, 0)
     scale = jnp.where(certain, 1 / jnp.sqrt(jnp.where(certain, values, 1)), 0)
     vectors = jnp.matmul(z, top.vectors * scale, precision=precision)
+    # Newton and Schulz: U <- U (3 I - U^T U) / 2
     inner = jnp.matmul(vectors.T, vectors, precision=precision)
     return LowRank(1.5 * vectors - 0.5 * jnp.matmul(vectors, inner, precision=precision), values)
 
@@ -108,11 +112,14 @@ def correct_directions(
     """
     check_number("correct_directions", "count", count, at_least=1)
     held = low.values.shape[0]
+    # without replacement
     chosen = jax.random.permutation(key, held)[: min(count, held)]
     part = low.vectors[:, chosen]
+    # U_c^T X U_c = W L W^T
     middle = jnp.matmul(part.T, jnp.matmul(matrix, part, precision=precision), precision=precision)
     values, rotation = jnp.linalg.eigh(symmetrize(middle))
     vectors = low.vectors.at[:, chosen].set(jnp.matmul(part, rotation, precision=precision))
     corrected = low.values.at[chosen].set(jnp.maximum(values, 0))
+    # the largest first again
     order = jnp.argsort(-corrected)
     return LowRank(vectors[:, order], corrected[order])

@@ -53,7 +53,9 @@ def inverse_root(
     check_number("inverse_root", "ridge", ridge, at_least=0)
     if not isinstance(p, int) or p < 1:
         raise ValueError(f"inverse_root: p={p!r}; expected a positive integer.")
+    # half precision has no eigendecomposition
     matrix = symmetrize(jnp.asarray(matrix, jnp.promote_types(matrix.dtype, jnp.float32)))
+    # entries near one: (2^e M)^(-1/p) = 2^(-e/p) M^(-1/p), with no over- or underflow in the powers
     exponent = _exponent(matrix)
     scaled = times_power(matrix, -exponent)
     root = (_by_eigh if method == "eigh" else _by_newton)(scaled, p, ridge)
@@ -81,6 +83,7 @@ def _exponent(matrix: Array) -> Array:
 
 
 def _power(total: Array, known: Array, p: int) -> Array:
+    # a divisor that is safe where it is not used; NaN stays NaN
     return jnp.where(known, jnp.where(known, total, 1) ** (-1 / p), jnp.where(total > 0, 0, total))
 
 
@@ -88,6 +91,7 @@ def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
     vectors, values = psd_eigh(matrix)
     largest = values[-1]
     total = values + jnp.asarray(ridge, values.dtype) * largest
+    # U diag((d + ridge d_max)^(-1/p)) U^T; a singular direction has no part in it
     known = (total >= at_least_rounding(jnp.zeros_like(largest), largest)) & (total > 0)
     scaled = vectors * _power(total, known, p)
     return jnp.matmul(scaled, vectors.T, precision=jax.lax.Precision.HIGHEST)
@@ -97,6 +101,7 @@ def _largest(matrix: Array) -> Array:
     """`||M^(2^m)||^(1/2^m)`, Frobenius norm: an upper bound of the largest eigenvalue."""
     bound = jnp.ones((), matrix.dtype)
     weight = 1.0
+    # M <- (M / ||M||)^2; the product of ||M||^(1/2^k) is the norm of M^(2^m) to the power 1/2^m
     for _ in range(_SQUARINGS):
         norm = jnp.linalg.norm(matrix)
         bound = bound * norm**weight
@@ -112,11 +117,13 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
     The step before is kept where rounding makes the residual grow.
     """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # the iteration converges where the eigenvalues of c A are below p + 1
     bound = _largest(matrix)
     zero = bound == 0
     shift = at_least_rounding(jnp.asarray(ridge, matrix.dtype) * bound, bound)
     shifted = jnp.where(zero, identity, matrix + shift * identity)
     c = (1 + p) / (2 * jnp.where(zero, 1, bound + shift))
+    # the largest entry of M - I that rounding allows
     tolerance = 32 * jnp.finfo(matrix.dtype).eps
 
     def residual(m: Array) -> Array:
@@ -137,8 +144,10 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
         kept = jnp.where(grows, x, new_x)
         return i + 1, new_m, kept, jnp.where(grows, error, new_error), grows
 
+    # M_0 = c A, X_0 = c^(1/p) I
     start = c * shifted
     first = (jnp.int32(0), start, c ** (1 / p) * identity, residual(start), jnp.bool_(False))
     _, _, root, error, _ = jax.lax.while_loop(goes_on, step, first)
+    # NaN says that there is no root, so that no caller takes a bad one for good
     good = error <= _FAILED
     return jnp.where(zero, 0, jnp.where(good, root, math.nan))

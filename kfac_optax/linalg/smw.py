@@ -47,6 +47,7 @@ def kernel_of(
     """
 
     def column(i: jax.Array) -> jax.Array:
+        # J J^T e_i
         return forward(adjoint((jnp.arange(n) == i).astype(dtype)))
 
     return symmetrize(jax.lax.map(column, jnp.arange(n), batch_size=min(chunk, n)))
@@ -68,9 +69,11 @@ def factor_kernel(
       (2024), for the smooth cutoff.
     """
     damping = jnp.asarray(damping, kernel.dtype)
+    # K + damping I = L L^T
     if cutoff is None:
         damped = kernel + damping * jnp.eye(len(kernel), dtype=kernel.dtype)
         return KernelInverse(jnp.linalg.cholesky(damped, symmetrize_input=False), None, damping)
+    # K = U diag(s) U^T
     values, vectors = jnp.linalg.eigh(kernel, symmetrize_input=False)
     return KernelInverse(vectors, jnp.maximum(values, 0), damping, cutoff)
 
@@ -124,16 +127,19 @@ def solve_in_parameters(
     Reference: Ren & Goldfarb, Efficient Subsampled Gauss-Newton and Natural Gradient Methods for
       Training Neural Networks (2019).
     """
+    # with K = U diag(s) U^T, J^T K^+ (K + damping I)^+ J g: one more division by s
     if inverse.values is not None:
         some = inverse.values > 0
         once_more = jnp.where(some, _shares(inverse) / jnp.where(some, inverse.values, 1), 0)
         return adjoint(_along_eigenvectors(inverse, forward(g), once_more))
 
     def once(g: PyTree) -> PyTree:
+        # (g - J^T (J J^T + damping I)^{-1} J g) / damping
         back = adjoint(kernel_solve(inverse, forward(g)))
         return jax.tree.map(lambda x, y: (x - y) / inverse.damping, g, back)
 
     x = once(g)
+    # x <- x + (J^T J + damping I)^{-1} residual
     for _ in range(refine):
         left = residual_of(forward, adjoint, inverse.damping, x, g)
         x = jax.tree.map(jnp.add, x, once(left))
@@ -148,6 +154,7 @@ def residual_of(
 
 
 def _along_eigenvectors(inverse: KernelInverse, b: jax.Array, factors: jax.Array) -> jax.Array:
+    # U diag(factors) U^T b
     rotated = jnp.matmul(inverse.factor.T, b, precision="highest")
     return jnp.matmul(inverse.factor, factors * rotated, precision="highest")
 
@@ -157,6 +164,7 @@ def _shares(inverse: KernelInverse) -> jax.Array:
     values = inverse.values
     assert values is not None
     tiny = jnp.finfo(values.dtype).tiny
+    # r = s / max(s)
     relative = values / jnp.maximum(jnp.max(values, initial=0), tiny)
     cutoff = jnp.asarray(inverse.cutoff, values.dtype)
     # r^6 / (r^6 + c^6) by logarithms: sixth powers of small numbers are zero in single precision

@@ -25,6 +25,7 @@ def tikhonov_shifts(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), section 6.3.
     """
+    # A + pi sqrt(damping) I and G + sqrt(damping) / pi I
     pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
     return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)
 

@@ -41,6 +41,7 @@ def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
      [1. 0.]
      [0. 1.]]
     """
+    # eigenvectors of a diagonal matrix are unit vectors
     values, order = jax.lax.top_k(diagonal, min(rank, len(diagonal)))
     return LowRank(jax.nn.one_hot(order, len(diagonal), axis=0, dtype=diagonal.dtype), values)
 
@@ -97,10 +98,13 @@ def low_rank_solve(
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
       (2022); spectrum continuation: Puiu, Brand New K-FACs (2022).
     """
+    # U^T V, [m, k]
     coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
     if low.values.shape[0] == v.shape[0]:  # nothing is left out
         scaled = damped_quotient(coordinates, low.values[:, None], shift)
         return jnp.matmul(low.vectors, scaled, precision=precision)
+    # the eigenvalue of everything left out comes last, so that rounding is judged by the largest of
+    # all
     values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
     inverses = damped_quotient(jnp.ones_like(values), values, shift)
     outside = inverses[-1]
@@ -124,11 +128,13 @@ def low_rank_root(
     >>> print(low_rank_root(low, jnp.ones((2, 1)), 1.0).ravel())
     [0.5 1. ]
     """
+    # as `low_rank_solve`, with roots of the quotients
     coordinates = jnp.matmul(low.vectors.T, z, precision=precision)
     if low.values.shape[0] == z.shape[0]:  # nothing is left out
         scaled = damped_root(coordinates, low.values[:, None], shift)
         return jnp.matmul(low.vectors, scaled, precision=precision)
     values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    # (D + shift)^{-1/2}, and (rest + shift)^{-1/2} behind it
     roots = damped_root(jnp.ones_like(values), values, shift)
     outside = roots[-1]
     inside = roots[:-1] - outside
@@ -144,6 +150,7 @@ def low_rank_logdet(low: LowRank, shift: Any, *, rest: Any = 0.0) -> Float[Array
     16.0
     """
     dimension, kept = low.vectors.shape
+    # one eigenvalue for every direction that the columns do not span
     others = jnp.full(dimension - kept, rest, low.values.dtype)
     # a column of zeros takes nothing away from what is left out
     held = jnp.sum(jnp.square(low.vectors), 0) > 0
@@ -167,6 +174,7 @@ def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""
     >>> print(rank_for(LowRank(jnp.eye(3), jnp.array([3.0, 0.9, 0.1])), jnp.float32(4.0), 0.05))
     2
     """
+    # the trace that the first k pairs hold, for k = 1, 2, ..., against the share that is asked for
     enough = jnp.cumsum(low.values) >= (1 - error) * trace
     return jnp.where(enough.any(), jnp.argmax(enough) + 1, low.values.shape[0]).astype(jnp.int32)
 
@@ -178,6 +186,7 @@ def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Arr
     >>> print(mean_left_out(LowRank(jnp.eye(3, 1), jnp.array([3.0])), jnp.float32(4.0), 1))
     0.5
     """
+    # rounding can make the difference negative, and nothing left out is above the last one in use
     rest = trace - jnp.sum(beyond(low, used, 0).values)
     return jnp.clip(rest / jnp.maximum(low.vectors.shape[0] - used, 1), 0, low.values[used - 1])
 

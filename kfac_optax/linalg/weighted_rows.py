@@ -56,6 +56,7 @@ def weighted_gram(
     [[2.]]
     """
     x = keep_rows(x, weights)
+    # the weight goes into one side only: sum_rows (w x) x^T
     return gram(
         x if weights is None else x * weights[..., None].astype(x.dtype), x, precision=precision
     )
@@ -69,6 +70,7 @@ def index_counts(
     >>> print(index_counts(jnp.array([0, 2, 2, 5]), 3, None, jnp.float32))
     [1. 0. 2.]
     """
+    # a scatter-add: the one-hot matrix [*rows, size] is never formed
     amounts = jnp.ones((), dtype) if weights is None else weights.astype(dtype)
     sharded = replicated(indices)  # None, or for a matrix
     one_axis = None if sharded is None else sharded.update(spec=jax.sharding.PartitionSpec(None))
