@@ -31,9 +31,11 @@ def scaled_rows(
       ValueError: there are no output gradients, see `given_outputs`.
     """
     a, g = a.astype(use.dtype), given_outputs(where, g, instead).astype(use.dtype)
+    # [*rows, p]: the rows of a factor have the bias coordinate
     a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
     if use.weights is not None:  # g has its root inside
         a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)
+    # A = (1/N) sum a a^T and G = (1/rows) sum g g^T, with the divisors as roots in the rows
     pairs = (a, use.examples), (g, use.rows)
     return [x.reshape(-1, x.shape[-1]) / math.sqrt(count) for x, count in pairs]
 
@@ -50,9 +52,12 @@ def pooled(a: Array, g: Array | None, use: Use) -> tuple[Array, Array | None, Us
     """
     positions = tuple(range(1, a.ndim - 1))
     a = a.astype(use.dtype)
+    # [N, *positions, q] -> [N, q]: gradients of the positions add up to that of the example
     g = None if g is None else g.astype(use.dtype).sum(positions)
     if use.weights is None:
         return a.mean(positions), g, use._replace(rows=use.examples)
+    # a weighted mean over positions, sum_t w_t a_t / sum_t w_t; what weight an example has as a
+    # whole stays in `share`
     share = use.weights.mean(positions)
     relative = use.weights / jnp.where(share > 0, share, 1).reshape(-1, *(1,) * len(positions))
     mean = (keep_rows(a, use.weights) * relative[..., None].astype(use.dtype)).mean(positions)
@@ -63,6 +68,7 @@ def of_all_pullbacks(columns: Columns) -> Columns:
     """Rows `[n, p]` and `[k n, q]`: inputs are the same in all pullbacks, output gradients of each
     are a part of the mean.
     """
+    # [k, n, p] and [k, n, q] for k pullbacks
     a, g = jax.tree.map(as_replicated, columns)
     if g is not None:
         g = g.reshape(-1, g.shape[-1]) / math.sqrt(len(g))

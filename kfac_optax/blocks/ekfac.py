@@ -84,12 +84,14 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         return plain.measure(a, g, use), moments(a, g, use, inverse)
 
     def moments(a: Array, g: Array, use: Use, inverse: CorrectedInverse) -> Array:
+        # rows in the eigenbasis, U_A^T a and U_G^T g: D_b becomes U_A^T D_b U_G
         a, g = example_rows(a, g, use)
         a = jnp.matmul(a, inverse.inputs.vectors, precision=precision)
         g = jnp.matmul(g, inverse.outputs.vectors, precision=precision)
         return example_moments(a, g, precision=precision) / use.examples
 
     def factorize(factors: Factors, damping: Array) -> CorrectedInverse:
+        # S = s_A s_G^T until a statistic is measured in the new basis
         basis: EigenInverse = plain.factorize(factors, damping)
         product = basis.inputs.values[:, None] * basis.outputs.values
         return CorrectedInverse(*basis, product, jnp.zeros((), product.dtype))
@@ -104,6 +106,7 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         return inverse._replace(moments=blended, measured=measured)
 
     def solve(inverse: CorrectedInverse, v: Array, damping: Array) -> Array:
+        # U_A [(U_A^T V U_G) / (S + damping)] U_G^T
         u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
         rotated = sandwich(u_a.T, v, u_g, precision=precision)
         scaled = damped_quotient(rotated, inverse.moments, damping)

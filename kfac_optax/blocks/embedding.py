@@ -117,15 +117,18 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
         return TokenFactors(_counts(a, use), _output_moment(a, g, use, precision))
 
     def factorize(factors: TokenFactors, damping: Array) -> TokenEigenInverse | TokenDenseInverse:
+        # A = diag(counts), so only G is factorised
         counts, outputs = factors
         if inverse == "eigh":
             return TokenEigenInverse(counts, psd_eigh(outputs))
+        # the mean eigenvalue of a diagonal matrix is its mean entry
         shift, output_shift = tikhonov_shifts(
             counts.mean(), jnp.trace(outputs) / len(outputs), damping
         )
         return TokenDenseInverse(1 / (counts + shift), psd_inverse(outputs, output_shift))
 
     def solve(inverse: TokenEigenInverse | TokenDenseInverse, v: Array, damping: Array) -> Array:
+        # [(V U) / (counts s^T + damping)] U^T: A is diagonal already
         if isinstance(inverse, TokenEigenInverse):
             vectors, values = inverse.outputs
             rotated = jnp.matmul(v, vectors, precision=precision)
@@ -142,6 +145,7 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
             scaled = damped_root(z, inverse.counts[:, None] * values, damping)
             return jnp.matmul(scaled, vectors.T, precision=precision)
         root, _ = psd_root(inverse.outputs)
+        # a root of both inverses, `psd_root` having R R^T = (G + shift I)^{-1}
         return jnp.sqrt(inverse.rows)[:, None] * jnp.matmul(z, root.T, precision=precision)
 
     def logdet(
@@ -149,6 +153,7 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     ) -> Array:
         if isinstance(inverse, TokenEigenInverse):
             return damped_logdet(inverse.counts[:, None] * inverse.outputs.values, damping)
+        # log det(A (x) G) = q log det A + p log det G, and inverses have the negative of it
         _, of_outputs = psd_root(inverse.outputs)
         p, q = shape
         return -q * jnp.sum(jnp.log(inverse.rows)) - p * of_outputs
@@ -214,11 +219,14 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         return TiedFactors(halves, eye, one, halves, eye, one)
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
+        # the same table is used in two ways; integers are tokens to look up
         lookup = jnp.issubdtype(a.dtype, jnp.integer)
         _check_lookup("tied_embedding", a, use) if lookup else _check_head(a, g, use)
         rows = math.prod(a.shape if lookup else a.shape[:-1])
         q = use.outputs
+        # of the rows of the layer, the part that is of this sort
         share = jnp.asarray(rows / use.rows, use.dtype)
+        # nothing for the other term: uses are added up
         empty = (
             jnp.zeros(use.inputs, use.dtype),
             jnp.zeros((q, q), use.dtype),
@@ -226,26 +234,32 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         )
         if lookup:
             return TiedFactors(_counts(a, use), _output_moment(a, g, use, precision), share, *empty)
+        # the head computes h E^T: its inputs h are on the side of q, its output gradients on that
+        # of p
         inputs = weighted_gram(a.astype(use.dtype), use.weights, precision=precision) / use.rows
         if g is None:  # forward only: unit output gradients, summed over rows like D2
             counts = jnp.full(use.inputs, rows / use.examples, use.dtype)
         else:
+            # the diagonal of sum g g^T, [p]; its off-diagonal [p, p] is never formed
             counts = jnp.sum(jnp.square(g.astype(use.dtype)), range(g.ndim - 1)) / use.examples
         return TiedFactors(*empty, counts, inputs, share)
 
     def factorize(factors: TiedFactors, damping: Array) -> TiedInverse:
         lookup, outputs, head, inputs = _terms(factors)
+        # each of the two terms has half of the damping
         half = damping / 2
         size = len(outputs)
         lookup_shift, outputs_shift = tikhonov_shifts(
             lookup.mean(), jnp.trace(outputs) / size, half
         )
         head_shift, inputs_shift = tikhonov_shifts(head.mean(), jnp.trace(inputs) / size, half)
+        # K^T (G1 + shift I) K = I and K^T (H2 + shift I) K = diag(s)
         damped = inputs + inputs_shift * jnp.eye(size, dtype=inputs.dtype)
         dense = pencil(outputs, damped, outputs_shift, precision=precision)
         return TiedInverse(lookup + lookup_shift, head + head_shift, dense)
 
     def solve(inverse: TiedInverse, v: Array, damping: Array) -> Array:
+        # V -> [(V K) / (d1 + d2 s^T)] K^T
         rotated = jnp.matmul(v, inverse.dense.vectors, precision=precision)
         scaled = rotated / _total(inverse)
         return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
@@ -256,10 +270,12 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         return first + head[:, None] * jnp.matmul(v, inputs, precision=precision)
 
     def root_solve(inverse: TiedInverse, z: Array, damping: Array) -> Array:
+        # R Z = (Z / sqrt(d1 + d2 s^T)) K^T, and R R^T is what `solve` applies
         scaled = z / jnp.sqrt(_total(inverse))
         return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
 
     def logdet(inverse: TiedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+        # K is not orthogonal: det(K)^2 comes in once for each of p rows
         _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
         return jnp.sum(jnp.log(_total(inverse))) - 2 * shape[0] * of_vectors
 
@@ -277,6 +293,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
 
 def _total(inverse: TiedInverse) -> Array:
     """`d1 + d2 s^T`, what the sum of both terms is in the pencil's basis, `[p, q]`."""
+    # rounding may leave eigenvalues of a singular H2 below zero
     values = jnp.maximum(inverse.dense.values, 0)
     return inverse.lookup[:, None] + inverse.head[:, None] * values
 
@@ -300,6 +317,7 @@ def _terms(factors: TiedFactors) -> tuple[Array, Array, Array, Array]:
     def mean(total: Array, share: Array) -> Array:
         return total / jnp.where(share > 0, share, 1)
 
+    # means over the rows of each sort: totals over all rows, divided by the sort's share of them
     return (
         factors.lookup_counts,
         mean(factors.lookup_outputs, factors.lookup_share),

@@ -34,8 +34,10 @@ def example_rows(columns: Columns, *, precision: jax.lax.PrecisionLike) -> Examp
     a, g = jax.tree.map(as_replicated, columns)
     pullbacks, examples, _ = g.shape
     # both were divided by the root of N, which their product is to be divided by once
+    # [k, N, q] -> [k N, q], a row for every example and pullback
     g = (g * math.sqrt(examples / pullbacks)).reshape(-1, g.shape[-1])
     a = jnp.broadcast_to(a[0], (pullbacks, *a.shape[1:])).reshape(-1, a.shape[-1])
+    # <vec(a g^T), vec(b h^T)> = (a^T b) (g^T h)
     of_inputs = jnp.matmul(a, a.T, precision=precision)
     of_outputs = jnp.matmul(g, g.T, precision=precision)
     return ExampleRows(a, g, symmetrize(of_inputs * of_outputs))
@@ -43,6 +45,7 @@ def example_rows(columns: Columns, *, precision: jax.lax.PrecisionLike) -> Examp
 
 def all_of_them(rows: ExampleRows, shift: Array, rank: int) -> Chosen:
     """As they are, zeros behind them: `C = (K + shift I)^{-1}`."""
+    # the state has room for `rank` rows, whatever the batch
     behind = (0, rank - len(rows.gram))
     inputs, outputs = (jnp.pad(x, (behind, (0, 0))) for x in (rows.inputs, rows.outputs))
     return Chosen(inputs, outputs, jnp.pad(psd_inverse(rows.gram, shift), (behind, behind)))
@@ -59,10 +62,13 @@ def by_sampling(rows: ExampleRows, shift: Array, rank: int, key: Array) -> Chose
     """Drawn in proportion to their squared lengths, with replacement, and scaled to make up for
     the others.
     """
+    # |u_b|^2
     lengths = jnp.diagonal(rows.gram)
     total = jnp.sum(lengths)
+    # all alike where nothing was measured
     share = jnp.where(total > 0, lengths / jnp.where(total > 0, total, 1), 1 / len(lengths))
     drawn = jax.random.choice(key, len(lengths), (rank,), p=share)
+    # E[sum_drawn u u^T / (rank share)] = sum_b u_b u_b^T
     factor = jax.lax.rsqrt(rank * share[drawn])
     gram = factor[:, None] * rows.gram[drawn][:, drawn] * factor
     outputs = factor[:, None] * rows.outputs[drawn]

@@ -91,6 +91,7 @@ def foof_block(
     check_choice("foof_block", "sharing", sharing, SHARING)
     if positions is not None:
         check_number("foof_block", "positions", positions, at_least=1)
+    # what the inputs of a layer are decides how A is held
     match of:
         case "embedding":
             return _lookup()
@@ -108,6 +109,7 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a = a.astype(use.dtype)
+        # A = (1/N) sum_rows w a a^T, with the bias coordinate
         a = homogeneous(a) if use.bias else a
         return weighted_gram(a, use.weights, precision=precision) / use.examples
 
@@ -116,6 +118,7 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
 
     def solve_rows(inverse: Array, a: Array, g: Array, damping: Array) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
+        # multiplications: n p^2 + n p q from rows, p^2 q from the gradient that is there already
         if n * (p + q) > p * q:  # more than `solve` takes
             return None
         thin = jnp.matmul(a, inverse, precision=precision)
@@ -125,10 +128,12 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
         return jnp.matmul(moment, v, precision=precision)
 
     def root_solve(inverse: Array, z: Array, damping: Array) -> Array:
+        # R R^T = (A + damping I)^{-1}, on the side of the inputs alone
         root, _ = psd_root(inverse)
         return jnp.matmul(root, z, precision=precision)
 
     def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+        # log det (A (x) I_q) = q log det A
         _, of_inverse = psd_root(inverse)
         return -shape[1] * of_inverse
 
@@ -152,6 +157,7 @@ def _lookup() -> Block:
         return jnp.ones(layer.inputs, dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
+        # A = diag(counts), [p]
         _check_tokens(a)
         return index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
 
@@ -159,6 +165,7 @@ def _lookup() -> Block:
         return counts
 
     def solve(counts: Array, v: Array, damping: Array) -> Array:
+        # rows of tokens that never occurred have the damping alone
         return damped_quotient(v, counts[:, None], damping, exact=True)
 
     def multiply(counts: Array, v: Array) -> Array:
@@ -185,10 +192,12 @@ def _lookup() -> Block:
 def _tied(precision: jax.lax.PrecisionLike) -> Block:
     def init(layer: Layer, dtype: jnp.dtype) -> TiedInputs:
         p, q = layer.shape
+        # the two terms add up to the identity
         return TiedInputs(jnp.full(p, 0.5, dtype), 0.5 * jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedInputs:
         q = use.outputs
+        # a look-up, integer tokens: diag(counts) V
         if jnp.issubdtype(a.dtype, jnp.integer):
             counts = index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
             return TiedInputs(counts, jnp.zeros((q, q), use.dtype))
@@ -197,6 +206,7 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
                 f"foof_block: measure got head inputs of size {a.shape[-1]}; expected {q} for a "
                 f"table {use.inputs}x{q}. Pass h [*rows, {q}] of h @ table.T."
             )
+        # a use as head, V H: its inputs h [*rows, q] are on the other side of the table
         moment = weighted_gram(a.astype(use.dtype), use.weights, precision=precision)
         return TiedInputs(jnp.zeros(use.inputs, use.dtype), moment / use.examples)
 
@@ -205,6 +215,8 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
 
     def solve(inverse: TiedInputsInverse, v: Array, damping: Array) -> Array:
         vectors, values = inverse.head
+        # with H = U diag(s) U^T, diag(counts) X + X H + damping X = V is solved entry by entry in X
+        # U
         rotated = jnp.matmul(v, vectors, precision=precision)
         scaled = damped_quotient(rotated, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
@@ -214,6 +226,7 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
 
     def root_solve(inverse: TiedInputsInverse, z: Array, damping: Array) -> Array:
         vectors, values = inverse.head
+        # R Z = (Z / sqrt(counts + s^T + damping)) U^T
         scaled = damped_root(z, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
 

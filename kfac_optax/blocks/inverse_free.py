@@ -108,12 +108,16 @@ def inverse_free(
     def measure(a: Array, g: Array | None, use: Use, roots: Roots) -> tuple[Means, Means]:
         a, g = _rows(a, g, use)
         p, q = shape
+        # tr(A) / p and tr(G) / q, for the size of the first roots
         means = Means(_square(a, use) / use.examples / p, jnp.sum(g * g) / use.rows / q)
+        # P[K^T A K] and P[C^T G C] of this batch
         of_inputs = root_moments(form, roots.inputs, a, use.weights, precision)
         of_outputs = root_moments(form, roots.outputs, g, None, precision)
         return means, Means(of_inputs / use.examples, of_outputs / use.rows)
 
     def factorize(means: Means, damping: Array) -> Roots:
+        # K K^T = (A + pi sqrt(damping))^{-1} for a factor that is its mean eigenvalue times the
+        # identity
         shifts = tikhonov_shifts(*means, damping)
         sides = zip(means, shifts, shape, strict=True)
         return Roots(*(first_root(form, mean + shift, d) for mean, shift, d in sides))
@@ -128,6 +132,7 @@ def inverse_free(
         return Roots(inputs, move(roots.outputs, new.outputs, of_inputs, damping, shape[1]))
 
     def scales(held: Root, moments: Array, d: int) -> Scales:
+        # tr(H_C) / q and tr(C^T C) / q for K, the same of K for C; one each for IKFAC
         return root_scales(form, held, moments, d) if coupled else Scales(1.0, 1.0)
 
     def move(held: Root, moments: Array, other: Scales, damping: Array, d: int) -> Root:
@@ -135,6 +140,7 @@ def inverse_free(
         return moved_root(form, held, force, root_rate, root_momentum, precision)
 
     def solve(roots: Roots, v: Array, damping: Array) -> Array:
+        # K K^T V C C^T, by rows of V first
         right = times_square(form, roots.outputs, v, precision)
         return times_square(form, roots.inputs, right.T, precision).T
 
@@ -174,6 +180,7 @@ def _check(
 
 def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
     g = given_outputs("inverse_free", g)
+    # rows with the bias coordinate, those of weight zero never read
     a = a.astype(use.dtype)
     a = homogeneous(a) if use.bias else a
     return keep_rows(a, use.weights), g.astype(use.dtype)

@@ -27,6 +27,7 @@ class Scales(NamedTuple):
 
 def first_root(form: Structure, total: Float[Array, ""], dimension: int) -> Root:
     """That of a multiple of the identity, at rest."""
+    # [m, s, s], the blocks of I
     identity = group_identity(dimension, form.width(dimension), total.dtype)
     root = form.compress(identity / jnp.sqrt(total))
     return Root(root, jnp.zeros_like(root))
@@ -40,6 +41,7 @@ def root_moments(
     precision: jax.lax.PrecisionLike,
 ) -> Array:
     """`P[H]` with `H = sum_rows w (K^T x) (K^T x)^T`, of blocks alone where the structure has some."""
+    # K^T x for every row
     rotated = group_product(x, form.expand(held.root), precision=precision)
     size = form.width(x.shape[-1])
     return form.tangent(group_gram(rotated, size, weights, precision=precision))
@@ -47,6 +49,7 @@ def root_moments(
 
 def root_scales(form: Structure, held: Root, moments: Array, dimension: int) -> Scales:
     """Of one side, from its moments: their diagonal is that of `H`."""
+    # P keeps the trace of H
     trace = jnp.einsum("mii->", form.expand(moments))
     return Scales(trace / dimension, jnp.sum(form.expand(held.root) ** 2) / dimension)
 
@@ -64,6 +67,7 @@ def root_force(
     is the damped inverse.
     """
     k = form.expand(held.root)
+    # K^T K
     square = jnp.matmul(k.mT, k, precision=precision)
     identity = group_identity(dimension, form.width(dimension), k.dtype)
     return other.curvature * moments + form.tangent(damping * other.length * square - identity)
@@ -82,6 +86,7 @@ def moved_root(
     """
     velocity = momentum * held.momentum + force / 2
     k, m = form.expand(held.root), form.expand(velocity)
+    # |beta m| <= 1/2, so that I - beta m stays invertible
     beta = rate / jnp.maximum(1, 2 * rate * _spectral_bound(m))
     moved = form.compress(k - beta * jnp.matmul(k, m, precision=precision))
     dtype = held.root.dtype  # injected numbers may be wider

@@ -79,10 +79,12 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return power_step(a, g, inverse.directions, use.examples, precision), ()
 
     def factorize(term: Term, damping: Array) -> PowerInverse:
+        # first refresh: identities of unit norm as directions
         product = plain.factorize(balanced(term), damping)
         return PowerInverse(product, start_directions(term))
 
     def refresh(kept: PowerInverse, term: Term, damping: Array, count: Array) -> PowerInverse:
+        # directions follow the statistics, not the refreshes
         return kept._replace(product=plain.factorize(balanced(term), damping))
 
     def absorb(
@@ -95,6 +97,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return plain.solve(kept.product, v, damping)
 
     def multiply(term: Term, v: Array) -> Array:
+        # (A (x) G) V = A V G
         factors = balanced(term)
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 

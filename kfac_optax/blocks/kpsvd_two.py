@@ -91,18 +91,22 @@ def kpsvd_two_block(
         a: Array, g: Array | None, use: Use, inverse: TwoTermInverse
     ) -> tuple[TwoTerms, tuple]:
         rows = example_rows(a, given_outputs("kpsvd_two_block", g), use)
+        # the leading term: a power step of M, or the factors of K-FAC
         if first == "svd":
             leading = power_step(*rows, inverse.directions[0], use.examples, precision)
         else:
             leading = plain.measure(a, g, use)
         last = inverse.directions[-1]
         second = power_step(*rows, last, use.examples, precision)
+        # what the first term has along the directions of the second, to be taken off later
         left = jnp.vdot(last.inputs, leading.inputs, precision="highest")
         right = jnp.vdot(last.outputs, leading.outputs, precision="highest")
         return TwoTerms(leading, second, left, right), ()
 
     def factorize(terms: TwoTerms, damping: Array) -> TwoTermInverse:
+        # identities would be near the first term, of which the second has nothing
         last = random_directions(terms.second)
+        # K-FAC's factors need no directions
         firsts = (start_directions(terms.first),) if first == "svd" else ()
         return TwoTermInverse(*pencils_of(terms, damping, precision), (*firsts, last))
 
@@ -114,6 +118,7 @@ def kpsvd_two_block(
     def absorb(
         kept: TwoTermInverse, new: tuple, terms: TwoTerms, damping: Array, average: Average
     ) -> TwoTermInverse:
+        # the second chain follows what the first leaves over, E = M - A_1 G_1^T
         rest = rest_of(terms)
         last = next_directions(kept.directions[-1], rest)
         # both sides have chains of their own, whose signs have to agree
@@ -122,6 +127,7 @@ def kpsvd_two_block(
         return kept._replace(directions=(*firsts, last))
 
     def solve(kept: TwoTermInverse, v: Array, damping: Array) -> Array:
+        # K [(K^T V L) / (1 + s t^T)] L^T
         left, right = kept.inputs.vectors, kept.outputs.vectors
         total = 1 + kept.inputs.values[:, None] * kept.outputs.values
         # sums that are next to zero or below are no curvature to divide by

@@ -111,19 +111,23 @@ def kronecker(
         return Factors(jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
+        # A = (1/N) sum_rows w a a^T, rows with the bias coordinate
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
         inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
             share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
             return Factors(inputs, share * jnp.eye(use.outputs, dtype=use.dtype))
+        # G = (1/rows) sum_rows g g^T, the root of the weight being inside g
         g = g.astype(use.dtype)
         return Factors(inputs, gram(g, g, precision=precision) / use.rows)
 
     def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
+        # undamped: the damping enters in every solve
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
             return EigenInverse(inputs, psd_eigh(after(factors.outputs, inputs.values)))
+        # pi sqrt(damping) for A and sqrt(damping) / pi for G
         shift, output_shift = factor_shifts(*factors, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
         return DenseInverse(
@@ -133,6 +137,7 @@ def kronecker(
     def refresh(held: DenseInverse, factors: Factors, damping: Array, count: Array) -> DenseInverse:
         del count
         shift, output_shift = factor_shifts(*factors, damping)
+        # the factors have moved little since the last refresh: its inverses are near
         inputs = newton_inverse(factors.inputs, shift, held.inputs)
         outputs = after(factors.outputs, inputs)
         return DenseInverse(inputs, newton_inverse(outputs, output_shift, held.outputs))
@@ -146,6 +151,7 @@ def kronecker(
         (n, p), q = a.shape, g.shape[1]
         if n * (p * p + q * q + p * q) > p * q * (p + q):  # more than `solve` takes
             return None
+        # a^T g = V: (A^{-1} a^T) (g G^{-1}) never forms V before it is preconditioned
         thin_a = jnp.matmul(a, inverse.inputs, precision=precision)
         return jnp.matmul(
             thin_a.T, jnp.matmul(g, inverse.outputs, precision=precision), precision=precision
@@ -161,6 +167,7 @@ def kronecker(
             scaled = damped_root(z, values, damping)
             u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
             return sandwich(u_a, scaled, u_g.T, precision=precision)
+        # R Z = R_A Z R_G^T with R_A R_A^T = A^{-1}, R_G R_G^T = G^{-1}
         root_a, root_g, _ = _roots(inverse)
         return sandwich(root_a, z, root_g.T, precision=precision)
 
@@ -170,6 +177,7 @@ def kronecker(
         if isinstance(inverse, EigenInverse):
             values = inverse.inputs.values[:, None] * inverse.outputs.values
             return damped_logdet(values, damping)
+        # of the inverses that are held, hence the sign
         *_, of_inverse = _roots(inverse)
         return -of_inverse
 
@@ -194,4 +202,5 @@ def _roots(inverse: DenseInverse) -> tuple[Array, Array, Array]:
     """Square roots of both inverses, and the log determinant of their Kronecker product."""
     root_a, logdet_a = psd_root(inverse.inputs)
     root_g, logdet_g = psd_root(after(inverse.outputs, root_a))
+    # log det(A (x) G) = q log det A + p log det G
     return root_a, root_g, len(root_g) * logdet_a + len(root_a) * logdet_g

@@ -136,6 +136,7 @@ def low_rank(
 
     def init(layer: Layer, dtype: jnp.dtype) -> Factors:
         p, q = layer.shape
+        # the identity, or its diagonal where only that is kept
         starts = (
             jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype)
             for d, rule in zip((p, q), rules)
@@ -143,9 +144,11 @@ def low_rank(
         return Factors(*starts)
 
     def measure(a: Array, g: Array | None, use: Use) -> Any:
+        # sketches alone read averages as `kronecker` measures them
         if not any(online):
             return plain.measure(a, g, use)
         rows = scaled_rows(a, g, use, where="low_rank (online)", instead="sketches (rs_kfac)")
+        # U^T U of the scaled rows, or its diagonal
         factors = [
             gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0)
             for y, r in zip(rows, rules)
@@ -153,6 +156,7 @@ def low_rank(
         return Factors(*factors), Columns(*(y if r.online else None for y, r in zip(rows, rules)))
 
     def draws(count: Array) -> Array:
+        # other draws for every statistic and for both factors
         return jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
 
     def sketch(matrix: Array, key: Array) -> LowRank:
@@ -169,6 +173,7 @@ def low_rank(
     def follow(
         low: LowRank, columns: Array, matrix: Array, average: Average, key: Array
     ) -> LowRank:
+        # U D U^T <- decay U D U^T + (1 - decay) sum_rows y y^T, cut off at the same rank
         kept = low.values.shape[0]
         new = brand_update(
             low, columns.T, average.weight, rank=kept, keep=kept, precision=precision
@@ -180,22 +185,27 @@ def low_rank(
             count = int(correct_share * low.values.shape[0]) + 1
             return correct_directions(low, matrix, key, count=count, precision=precision)
 
+        # the count is the same for all layers: mapped over them this stays a branch
         return jax.lax.cond(average.count % correct_every == 0, correct, lambda low: low, new)
 
     def shifts(factors: Factors, lows: list[LowRank], damping: Array) -> tuple[Array, Array]:
+        # pi sqrt(damping) and sqrt(damping) / pi, by mean eigenvalues
         if damping_rule == "tikhonov":
             mean_a, mean_g = (_trace(x) / len(x) for x in factors)
             return tikhonov_shifts(mean_a, mean_g, damping)
+        # or in proportion to the largest eigenvalue of each factor
         top_a, top_g = (low.values[0] for low in lows)
         scales = (jnp.where(top > 0, top, 1) for top in (top_a, top_g))
         shift, output_shift = (at_least_rounding(damping * scale, scale) for scale in scales)
         return shift, output_shift
 
     def side(low: LowRank, trace: Array, shift: Array) -> Side:
+        # all pairs, or the fewest that hold the share of the trace that is asked for
         used = jnp.full((), low.values.shape[0], jnp.int32)
         if target_error is not None:
             used = rank_for(low, trace, target_error)
         smallest = low.values[used - 1]
+        # what eigenvalues are taken for that are not in use
         others = {
             "mean": mean_left_out(low, trace, used),
             "smallest": smallest,
@@ -207,6 +217,7 @@ def low_rank(
         old: LowRankInverse | None, factors: Factors, damping: Array, count: Array
     ) -> LowRankInverse:
         keys, lows = draws(count), []
+        # one factor after another, see `after`
         for i, (factor, rule) in enumerate(zip(factors, rules)):
             if rule.sketches:
                 lows.append(sketch(after(factor, lows), keys[i]))
@@ -215,6 +226,7 @@ def low_rank(
             # no rows yet: the diagonal is all there is, that of the identity before any statistic
             else:
                 lows.append(of_diagonal(jnp.diag(factor) if factor.ndim == 2 else factor, rank))
+        # traces of the factors themselves, whatever part of them the pairs hold
         traces = map(_trace, factors)
         return LowRankInverse(*map(side, lows, traces, shifts(factors, lows, damping)))
 
@@ -228,12 +240,15 @@ def low_rank(
         damping: Array,
         average: Average,
     ) -> LowRankInverse:
+        # what is followed online takes the rows of all pullbacks and devices
         keys, lows = draws(average.count), []
         for i, (old, rows, factor) in enumerate(zip(inverse, of_all_pullbacks(columns), factors)):
             low = old.low
             lows.append(
                 low if rows is None else follow(low, after(rows, lows), factor, average, keys[i])
             )
+        # a factor that is decomposed at refreshes keeps its pairs until then; its damping may
+        # change
         new = []
         for rule, old, low, factor, shift in zip(
             rules, inverse, lows, factors, shifts(factors, lows, damping)
@@ -244,10 +259,13 @@ def low_rank(
         return LowRankInverse(*new)
 
     def solve(inverse: LowRankInverse, v: Array, damping: Array) -> Array:
+        # A^{-1} V G^{-1}, the second on rows of V
         left = solve_side(inverse.inputs, v, precision=precision)
         return solve_side(inverse.outputs, left.T, precision=precision).T
 
     def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
+        # with k and l pairs, 2 n (p k + q l) for the rows and n p q for their product, against 2 p
+        # q (k + l)
         p, q, n = a.shape[1], g.shape[1], len(a)
         of_a, of_g = (side.low.values.shape[0] for side in inverse)
         # more than `solve` takes
@@ -259,6 +277,7 @@ def low_rank(
         return jnp.matmul(thin_a, thin_g.T, precision=precision)
 
     def root_solve(inverse: LowRankInverse, z: Array, damping: Array) -> Array:
+        # R_A Z R_G, roots that are symmetric
         left = root_side(inverse.inputs, z, precision=precision)
         return root_side(inverse.outputs, left.T, precision=precision).T
 

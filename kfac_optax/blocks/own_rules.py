@@ -20,6 +20,7 @@ def check_without_rules(where: str, block: Block) -> None:
     ValueError: here: block 'low rank (2)' has a rule of its own for what it holds (refresh); expected one that ...
     """
     words = ("refresh", "absorb", "due", "reads_inverse")
+    # what a block leaves out is `None`, or `False`
     own = [word for word in words if getattr(block, word) not in (None, False)]
     if own:
         raise ValueError(
@@ -37,6 +38,7 @@ def uses_of_inverse(block: Block, inner: Callable[[Any], PyTree]) -> dict[str, A
       inner: its inverse, of that of the block around it.
     """
 
+    # each takes the inner inverse out of what is held around it
     def solve(held: Any, v: jax.Array, damping: jax.Array) -> jax.Array:
         return block.solve(inner(held), v, damping)
 
@@ -48,6 +50,7 @@ def uses_of_inverse(block: Block, inner: Callable[[Any], PyTree]) -> dict[str, A
         assert block.logdet is not None
         return block.logdet(inner(held), damping, shape)
 
+    # what the inner block cannot do, the outer one cannot either
     return {
         "solve": solve,
         "root_solve": None if block.root_solve is None else root_solve,

@@ -98,6 +98,7 @@ def per_equation(
     def measure(a: Array, g: Array | None, use: Use) -> EquationFactors:
         _check(use)
         mine = jnp.zeros(EQUATIONS, use.dtype).at[use.head].set(1)  # nothing for the other one
+        # A_k and G_k as in `kronecker`, over the rows of one equation
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
         share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
@@ -112,6 +113,7 @@ def per_equation(
         )
 
     def factorize(factors: EquationFactors, damping: Array) -> EquationInverse:
+        # [2, p, p] and [2, q, q]
         inputs, outputs = _terms(factors)
         # factored Tikhonov in each of the two terms, [2] shifts of each side
         shifts = jax.vmap(factor_shifts, (0, 0, None))(inputs, outputs, damping / EQUATIONS)
@@ -121,10 +123,12 @@ def per_equation(
         return EquationInverse(left, pencil(*damped, precision=precision))
 
     def solve(inverse: EquationInverse, v: Array, damping: Array) -> Array:
+        # (A_0 (x) G_0 + A_1 (x) G_1)^{-1} V in the basis that both terms share
         return two_term_solve(inverse.inputs, inverse.outputs, v, precision=precision)
 
     def multiply(factors: EquationFactors, v: Array) -> Array:
         inputs, outputs = _terms(factors)
+        # A_0 V G_0 + A_1 V G_1
         first, second = (
             sandwich(a, v, g, precision=precision) for a, g in zip(inputs, outputs, strict=True)
         )

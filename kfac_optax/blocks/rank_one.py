@@ -72,6 +72,7 @@ def rank_one(
         return Means(jnp.zeros(p, dtype), jnp.zeros(q, dtype) if outputs else None)
 
     def measure(a: Array, g: Array | None, use: Use) -> Means:
+        # a = mean_rows w a_r, b = mean_rows g_r, whose whole weight is in g already
         inputs = _sum_of_inputs(a, use) / use.rows
         if not outputs:
             return Means(inputs, None)
@@ -86,9 +87,12 @@ def rank_one(
         return means
 
     def solve(means: Means, v: Array, damping: Array) -> Array:
+        # Sherman and Morrison: (c c^T + damping I)^{-1} V = (V - c c^T V / (damping + |c|^2)) /
+        # damping
         return (v - multiply(means, v) / (damping + squared_norm(means))) / damping
 
     def squared_norm(means: Means) -> Array:
+        # |c|^2 = |a|^2 |b|^2
         size = jnp.vdot(means.inputs, means.inputs, precision=precision)
         if means.outputs is None:
             return size
@@ -107,9 +111,11 @@ def rank_one(
         return alone + copies * jnp.log(damping + squared_norm(means))
 
     def multiply(means: Means, v: Array) -> Array:
+        # a^T V [q], and for Eva (a^T V b) b
         along = jnp.matmul(means.inputs, v, precision=precision)
         if means.outputs is not None:
             along = jnp.vdot(along, means.outputs, precision=precision) * means.outputs
+        # c c^T V = a (a^T V b) b^T, [p, q]
         return jnp.outer(means.inputs, along)
 
     said = (() if outputs else ("inputs",)) + ((sharing,) if sharing != "expand" else ())
@@ -129,6 +135,7 @@ def rank_one(
 
 def _sum_of_inputs(a: Array, use: Use) -> Array:
     """`sum_rows w a`, with the bias coordinate."""
+    # one-hot inputs: the sum of rows counts tokens
     if jnp.issubdtype(a.dtype, jnp.integer):
         return index_counts(a, use.inputs, use.weights, use.dtype)
     if use.inputs and a.shape[-1] != use.inputs:

@@ -112,6 +112,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     def init(layer: Layer, dtype: jnp.dtype) -> TemporalFactors:
         p, q = layer.shape
         eye_p, eye_q, one = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype), jnp.ones((), dtype)
+        # steps that do not correlate, in sequences of length one
         return TemporalFactors(eye_p, eye_q, jnp.zeros_like(eye_p), jnp.zeros_like(eye_q), one, one)
 
     def measure(a: Array, g: Array | None, use: Use) -> TemporalFactors:
@@ -128,8 +129,10 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
             if use.weights is None
             else use.weights.astype(use.dtype)
         )
+        # both factors carry the root: products of neighbours have sqrt(w_{t+1} w_t)
         root = jnp.sqrt(weights)
         a = keep_rows(a, use.weights) * root[..., None]
+        # zero inside a stretch of equal weights, so it counts its two ends
         jumps = jnp.diff(jnp.pad(root, ((0, 0), (1, 1))), axis=1)
         steps, ends = (
             jnp.sum(weights) / use.examples,
@@ -137,14 +140,17 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         )
         inputs, inputs_lag = _moments(a, count, precision)
         if g is None:
+            # forward only: G0 := I, and no correlation of output gradients
             eye = jnp.eye(use.outputs, dtype=use.dtype)
             return TemporalFactors(inputs, eye, inputs_lag, jnp.zeros_like(eye), steps, ends)
         outputs, outputs_lag = _moments(g.astype(use.dtype), count, precision)
         return TemporalFactors(inputs, outputs, inputs_lag, outputs_lag, steps, ends)
 
     def factorize(factors: TemporalFactors, damping: Array) -> SymmetricInverse | GeneralInverse:
+        # F is of the order of T times the block of one step, which therefore has damping / T
         steps, length = _lengths(factors)
         shift, output_shift = factor_shifts(factors.inputs, factors.outputs, damping / steps)
+        # W with W^T C0 W = I; Psi_C = W^T C1 W in these coordinates
         root = inverse_root(factors.inputs, shift)
         output_root = inverse_root(after(factors.outputs, root), output_shift)
         if option == "option1":
@@ -153,14 +159,18 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
             return SymmetricInverse(left, right, 1 / (steps / length * eta(x[:, None] * y, length)))
         left = _squared(root, after(factors.inputs_lag, output_root))
         right = _squared(output_root, after(factors.outputs_lag, left.vectors))
+        # P = C1^T C0^{-1}
         transfer = _product(factors.inputs_lag.T, root, root.T)
         output_transfer = _product(factors.outputs_lag.T, output_root, output_root.T)
         return GeneralInverse(transfer, output_transfer, left, right, steps)
 
     def solve(inverse: SymmetricInverse | GeneralInverse, v: Array, damping: Array) -> Array:
         if isinstance(inverse, SymmetricInverse):
+            # L_A [(L_A^T V L_G) / eta] L_G^T
             rotated = _product(inverse.inputs.T, v, inverse.outputs)
             return _product(inverse.inputs, inverse.scale * rotated, inverse.outputs.T)
+        # both factors of the chain, V - P_A V P_G^T first and its transpose last, and between them
+        # the noise V0 - Psi V0 Psi^T
         z = v - _product(inverse.inputs, v, inverse.outputs.T)
         z = two_term_solve(
             inverse.inputs_pencil, inverse.outputs_pencil, z, minus=True, precision=precision
@@ -194,11 +204,13 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         return sandwich(left, middle, right, precision=precision)
 
     def _symmetric(root: Array, lag: Array, rotate_only: bool = False) -> tuple[Array, Array]:
+        # the symmetric part is what a time-reversible chain has
         values, rotation = jnp.linalg.eigh(symmetrize(_product(root.T, lag, root)))
         basis = rotation if rotate_only else jnp.matmul(root, rotation, precision=precision)
         return basis, jnp.clip(values, -_LARGEST, _LARGEST)
 
     def _squared(root: Array, lag: Array) -> Pencil:
+        # Psi^T Psi in whitened coordinates, whose eigenvalues m are squared singular values
         psi = _product(root.T, lag, root)
         values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(psi.T, psi, precision=precision)))
         return Pencil(jnp.matmul(root, rotation, precision=precision), values)
@@ -208,6 +220,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
 
         def double(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             left, right, total = carry
+            # S_{2n} = S_n + left^n S_n (right^T)^n
             total = total + _product(left, total, right.T)
             square = (
                 jnp.matmul(left, left, precision=precision),
@@ -232,6 +245,7 @@ def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Ar
     Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent
       Neural Networks (2018).
     """
+    # mean lengths are no whole numbers
     lower = jnp.floor(length)
     part = length - lower
     return (1 - part) * _eta(x, lower) + part * _eta(x, lower + 1)
@@ -239,9 +253,11 @@ def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Ar
 
 def _eta(x: Array, t: Array) -> Array:
     gap = 1 - x
+    # the closed form is 0 / 0 at x = 1
     near = gap * t < _NEAR_ONE
     safe = jnp.where(near, 1, gap)
     power = jnp.exp(t * jnp.log(jnp.abs(x)))
+    # 1 - x^T, of negative x by its sign: logarithms know |x| only
     one_minus_power = jnp.where(
         (x < 0) & (t % 2 == 1), 1 + power, -jnp.expm1(t * jnp.log(jnp.abs(x)))
     )

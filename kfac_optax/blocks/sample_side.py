@@ -34,8 +34,10 @@ def described(rows: int, dimension: int) -> str:
 
 def side_of_mean(total: Array, dimension: int, rows: int) -> RowSide | DenseSide:
     """The inverse of a multiple of the identity."""
+    # the smaller of the two matrices is inverted
     if rows >= dimension:
         return DenseSide(jnp.eye(dimension, dtype=total.dtype) / total)
+    # X = total I: no rows, so that the inverse is 1 / shift
     nothing = jnp.zeros((rows, dimension), total.dtype)
     return RowSide(nothing, jnp.zeros((rows, rows), total.dtype), total)
 
@@ -58,6 +60,7 @@ def solve_sample_side(
     """`(X + shift)^{-1} V`, of columns `V [d, k]`."""
     if isinstance(side, DenseSide):
         return jnp.matmul(side.inverse, v, precision=precision)
+    # (V - U^T (U U^T + shift I)^{-1} U V) / shift
     seen = jnp.matmul(side.rows, v, precision=precision)
     inside = jnp.matmul(side.middle, seen, precision=precision)
     return (v - jnp.matmul(side.rows.T, inside, precision=precision)) / side.shift

@@ -67,12 +67,14 @@ def split_kronecker(
         return SplitFactors(group_identity(p, size, dtype), group_identity(q, size, dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> SplitFactors:
+        # A_k = (1/N) sum_rows w a_k a_k^T for every group, [m, s, s]
         a = a.astype(use.dtype)
         a = homogeneous(a) if use.bias else a
         inputs = group_gram(a, size, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
             share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
             return SplitFactors(inputs, share * group_identity(use.outputs, size, use.dtype))
+        # the root of the weight is inside g
         outputs = group_gram(g.astype(use.dtype), size, precision=precision) / use.rows
         return SplitFactors(inputs, outputs)
 

@@ -79,6 +79,7 @@ def tkfac_block(
         check_number(where, "positions", positions, at_least=1)
     if sharing == "exact":
         check_unused(where, "sharing='exact', of whole examples", positions=(positions, None))
+    # delta Phi (x) Psi is a Kronecker product like any other once it is scaled
     plain = kronecker(inverse, precision=precision)
     moments = _moments_of_positions if sharing == "expand" else _partial_traces
 
@@ -96,11 +97,13 @@ def tkfac_block(
         scaled = Factors(*(x / jnp.where(root > 0, root, 1) for x in factors))
         if inverse == "eigh" or split == "trace":
             return plain.factorize(scaled, damping)
+        # sqrt(damping) on both sides, since both have the trace sqrt(delta)
         shift = at_least_rounding(jnp.sqrt(damping), root)
         inputs = psd_inverse(scaled.inputs, shift)
         return DenseInverse(inputs, psd_inverse(after(scaled.outputs, inputs), shift))
 
     def multiply(factors: Factors, v: Array) -> Array:
+        # Phi V Psi delta = (delta Phi) V (delta Psi) / delta
         delta = jnp.trace(factors.inputs)
         product = sandwich(factors.inputs, v, factors.outputs, precision=precision)
         return product / jnp.where(delta > 0, delta, 1)
@@ -117,6 +120,7 @@ def tkfac_block(
 
 
 def _partial_traces(a: Array, g: Array, use: Use, precision: jax.lax.PrecisionLike) -> Factors:
+    # (1/N) sum_b D_b D_b^T and (1/N) sum_b D_b^T D_b
     a, g = example_rows(a, g, use)
     inputs = contract(a, g, precision=precision)
     return Factors(inputs / use.examples, contract(g, a, precision=precision) / use.examples)

@@ -51,6 +51,7 @@ def unitwise(full: bool = True) -> Block:
                 f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). "
                 "Use it for normalisation layers only."
             )
+        # [C, p, p], a block for every channel; or only their diagonals [C, p]
         return (
             jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p))
             if full
@@ -59,6 +60,7 @@ def unitwise(full: bool = True) -> Block:
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a, weights = a.astype(use.dtype), use.weights
+        # a single example without an axis of its own
         if a.ndim == 1:
             a, g, weights = (
                 a[None],
@@ -66,13 +68,16 @@ def unitwise(full: bool = True) -> Block:
                 None if weights is None else weights[None],
             )
         positions = tuple(range(1, a.ndim - 1))
+        # forward only: x and 1 are the columns of d for unit gradients, [N, *positions, C]
         if g is None:
             a, one = keep_rows(a, weights), jnp.ones_like(a) if use.bias else None
             columns = [a, one] if use.bias else [a]
             scale = jnp.ones((), a.dtype) if weights is None else weights[..., None].astype(a.dtype)
             axes = tuple(range(a.ndim - 1))
             return _moments(columns, lambda x, y: jnp.sum(scale * x * y, axes) / use.examples)
+        # d_b = (sum_pos g x, sum_pos g), two columns of [N, C]
         g = _drop_examples(g.astype(use.dtype), weights)
+        # zero times an input that is NaN is NaN
         products = g * jnp.where(g == 0, jnp.zeros((), a.dtype), a)
         columns = (
             [products.sum(positions), g.sum(positions)] if use.bias else [products.sum(positions)]
@@ -80,22 +85,27 @@ def unitwise(full: bool = True) -> Block:
         return _moments(columns, lambda x, y: jnp.sum(x * y, 0) / use.examples)
 
     def _moments(columns, product) -> Array:
+        # p diagonals [C] -> [C, p]
         if not full:
             return jnp.stack([product(x, x) for x in columns], -1)
+        # p x p products [C] -> [C, p, p]
         return jnp.stack([jnp.stack([product(x, y) for y in columns], -1) for x in columns], -2)
 
     def factorize(statistic: Array, damping: Array) -> Eigen | Array:
+        # closed form, no LAPACK call for every channel
         return small_psd_eigh(statistic) if full else jnp.maximum(statistic, 0)
 
     def solve(inverse: Eigen | Array, v: Array, damping: Array) -> Array:
         if not isinstance(inverse, Eigen):
             return damped_quotient(v, inverse.T, damping, exact=True)
+        # U^T V_c, V^T being [C, p], then U [...]: back to [p, C]
         rotated = damped_quotient(
             jnp.sum(inverse.vectors * v.T[:, :, None], 1), inverse.values, damping, exact=True
         )
         return jnp.sum(inverse.vectors * rotated[:, None, :], 2).T
 
     def multiply(statistic: Array, v: Array) -> Array:
+        # F_c V_c for every channel
         return jnp.sum(statistic * v.T[:, None, :], 2).T if full else statistic.T * v
 
     def root_solve(inverse: Eigen | Array, z: Array, damping: Array) -> Array:
@@ -128,5 +138,6 @@ def _drop_examples(
     """
     if weights is None:
         return g
+    # [N, 1, ...]: some position of the example counts
     kept = jnp.any(weights != 0, tuple(range(1, weights.ndim)), keepdims=True)
     return jnp.where(kept[..., None], g, jnp.zeros((), g.dtype))
