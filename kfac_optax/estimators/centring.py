@@ -30,6 +30,7 @@ def about_mean(values: Natural, root: Any, axis_name: Any) -> Natural:
     """
 
     def apply(v: jax.Array) -> jax.Array:
+        # sums over the batch in float32 at least, whatever the model computes in
         wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
         return (wide - _sum(_shares(wide, root, axis_name) * wide, axis_name)).astype(v.dtype)
 
@@ -53,6 +54,7 @@ def centred_cotangents(
       axis_name: of devices, where the mean is that of all of them; without it each takes that of
         its own walkers, as is right where it squares sums of its own.
     """
+    # most predictions have no such head: their cotangents are left as they are
     if not any(map(is_centred, heads)):
         return cotangents
 
@@ -67,6 +69,7 @@ def _without_mean(cotangent: Natural, root: Any, axis_name: Any) -> Natural:
     """The transpose of `about_mean`."""
 
     def apply(c: jax.Array) -> jax.Array:
+        # c_b - w_b sum(c) / sum(w)
         wide = c.astype(jnp.promote_types(c.dtype, jnp.float32))
         return (wide - _shares(wide, root, axis_name) * _sum(wide, axis_name)).astype(c.dtype)
 
@@ -78,20 +81,24 @@ def _shares(x: jax.Array, root: Any, axis_name: Any) -> jax.Array:
 
     The root of a head has a factor that stands for the number of its terms.
     """
+    # all terms count the same, on all devices
     if root is None or jnp.ndim(root) == 0:
         return jnp.full(x.shape, 1 / max(x.size * devices_of(axis_name), 1), x.dtype)
+    # the factor in the root goes out in the quotient
     weights = jnp.square(root)
     total = _sum(weights, axis_name)
     return weights / jnp.where(total > 0, total, 1)
 
 
 def _sum(x: jax.Array, axis_name: Any) -> jax.Array:
+    # of this device, then of all
     total = jnp.sum(x)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def with_remark(layers: Layers, heads: Sequence[Any]) -> Layers:
     """The layers with a line under their table that says which statistics are not centred."""
+    # each name once, in the order of the heads
     names = dict.fromkeys(type(head).__name__ for head in heads if is_centred(head))
     if not names or not layers.layers:
         return layers

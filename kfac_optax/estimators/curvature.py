@@ -59,9 +59,11 @@ class LazyCurvature:
             _, heads = split_outputs(
                 kind, jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
             )
+        # one forward pass with probes; every pullback measures on its way back
         linearize = linearize_now(
             traced, inputs, lambda prediction: split_outputs(kind, prediction)
         )
+        # blocks of first moments want the gradients of the losses themselves, without signs
         own = None
         if averages_gradients(kind, plan):
             own = own_cotangents(kind, heads, plan.blocks[0].name)
@@ -85,6 +87,7 @@ class LazyCurvature:
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
           axis_name: mapped axis over which the batch is split.
         """
+        # every product is exact on the part of the batch that is asked for
         spec, args = _exact(self.spec, self.args, subsample)
         return quadratic_form(
             spec.kind, spec.function, self.params, directions, args, axis_name, count
@@ -109,6 +112,7 @@ class LazyCurvature:
           axis_name: mapped axis over which the batch is split.
         """
         spec, args = _exact(self.spec, self.args, subsample)
+        # without a key all columns of the output Fisher are taken
         key = _label_key(spec.kind, self.key, axis_name) if sampled else None
         return sample_jacobian(
             spec.kind,
@@ -204,6 +208,7 @@ def collect_statistics(
     own: OutputCotangents | None = None,
 ) -> tuple[list[PyTree], PyTree]:
     """Statistics of a plan; `own` are the cotangents of the losses, for blocks that average output gradients."""
+    # the losses of `value_and_grad` have output gradients whatever the estimator measures
     kind = spec.kind if own is None else spec.kind._replace(gradients=True)
     # signs need no key, but others in every step: products of different terms cancel over the steps
     if not kind.labels:
@@ -212,12 +217,14 @@ def collect_statistics(
         key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
     weights = find_weights(kind, heads, plan.axis_name)
 
+    # the heads that the forward pass returns, since their arrays are needed here
     def output_cotangents(heads: Sequence[Any]) -> OutputCotangents:
         if own is not None:
             return own
         made = kind.output_cotangents(heads, weights.roots, key, spec.samples)
         return made if kind.losses else centred_cotangents(made, heads, weights.roots)
 
+    # N of the first head, to which the others are related by `served`
     examples = count_examples(kind, heads)
     return collect(
         plan,

@@ -58,6 +58,7 @@ class Estimator:
         """
         kind = self.spec.kind
         traced = trace_model(self.spec, params, part_of_batch(self.spec, args))
+        # shapes of a likelihood of the user's own are checked before anything runs
         if kind.gradients and not kind.losses:
             for head in split_outputs(kind, traced.out_shape)[1]:
                 check_shapes(kind.name, head, labels=kind.labels, columns=not kind.labels)
@@ -143,6 +144,7 @@ class Estimator:
 
 
 def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
+    # rows are kept as they are: what blocks measure is known only when the update asks
     traced, aux_apart = trace_shared(spec, params, args)
     measures = [rows_measure if owner >= 0 else None for owner in traced.owner]
     zeros = [
@@ -155,35 +157,43 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
         probes = [None if z is None else Probe(z, None) for z in zeros]
         flat = evaluate(traced.jaxpr, inputs, traced.sites, measures, None, probes)
         out = jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
+        # what comes with the prediction rides along, unless it runs layers of its own
         prediction, aux = (
             (out, None) if spec.with_aux is None or aux_apart else pair_of(spec.kind, out)
         )
         return split_outputs(spec.kind, prediction)[0], (prediction, aux)
 
+    # one forward pass for both: the loss is differentiated at its outputs, and the pullback of that
+    # gradient is the gradient in the parameters
     naturals, pull, (prediction, aux) = jax.vjp(forward, params, zeros, has_aux=True)
     loss, output_cotangents = jax.value_and_grad(
         lambda n: loss_fn(with_naturals(prediction, n), targets)
     )(naturals)
+    # by a pass of its own, of which XLA shares what it can
     if aux_apart and spec.with_aux is not None:
         aux = pair_of(spec.kind, spec.with_aux(params, *args))[1]
     heads = split_outputs(spec.kind, prediction)[1]
+    # rows come with `g` of the loss, for blocks that precondition rows
     gradient, rows = pull(output_cotangents)
     curvature = SharedCurvature(spec, traced, pull, heads, key, params, args, loss, rows)
     return loss if spec.with_aux is None else (loss, aux), gradient, curvature
 
 
 def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
+    # A (x) I of every layer with weights between units: `G := I` of a forward pass
     found = trace_model(spec, params, args).layers.layers
     layers = tuple(layer for layer in found if layer.between_units)
     blocks = tuple(map(_block_of_inputs, layers))
     leaves = named_leaves(vector)
     dtype = jnp.result_type(jnp.float32, *(leaves[layer.kernel] for layer in layers))
     whole = spec._replace(subsample=None)  # the part has been taken
+    # the same statistics as an update would get, of one batch
     factors, _ = LazyCurvature(params, tuple(args), None, whole).statistics(
         Plan(layers, blocks, None, dtype)
     )
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}
     for layer, block, factor in zip(layers, blocks, factors, strict=True):
+        # one layer at a time: matrices [copies, p, q] and back to its leaves
         (bucket,) = make_buckets([layer])
         out |= scatter(
             bucket, jax.vmap(block.multiply)(factor, gather(bucket, leaves, dtype)), leaves
@@ -331,6 +341,7 @@ def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
         )
     if subsample is not None and not callable(subsample):
         check_number(where, "subsample", subsample, above=0, at_most=1)
+    # everything but `value_and_grad` sees a function of the predictions alone
     if has_aux:
         spec = spec._replace(function=_first_of(spec.kind, spec.function), with_aux=spec.function)
     return Estimator(spec)

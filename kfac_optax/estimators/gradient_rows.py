@@ -28,17 +28,21 @@ def rows_of_layers(
         # with notes, something besides the rows has a part in the gradient
         if i is None or kept is None or plan.blocks[i].solve_rows is None or plan.layers[i].notes:
             continue
+        # the rows are patches, which would take more than the gradient they save
         if isinstance(site.geometry, Conv):
             continue
+        # [copies, N, positions and steps, p]; then all rows of a copy on one axis
         layer = setting.layer(plan, i)
         a, g = rows_of_site(site, layer, *from_cotangent(site, kept.rows))
         a, g = (
             x.reshape(len(x), -1, x.shape[-1])
             for x in (steps_in_a_row(a, site, 1), steps_in_a_row(g, site, 1))
         )
+        # a^T g is the gradient of kernel and bias together, [p, q]
         uses.setdefault(plan.layers[i], []).append(
             (homogeneous(a) if layer.bias is not None and not layer.given_rows else a, g)
         )
+    # several uses of one layer, rows behind one another: their products add up
     return {
         layer: jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *mine)
         for layer, mine in uses.items()

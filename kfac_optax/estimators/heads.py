@@ -41,16 +41,19 @@ class Kind(NamedTuple):
 def _signed_columns(
     heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
 ) -> OutputCotangents:
+    # columns of all terms at once, told apart by signs
     return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
 
 
 def _signed_losses(
     losses: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
 ) -> OutputCotangents:
+    # the cotangent of a loss is one: its pullback is the gradient of the example
     ones = OutputCotangents(1, lambda k: [(jnp.ones_like(x),) for x in losses])
     return signed(ones, [x.shape for x in losses], key)
 
 
+# name, labels drawn, losses, output gradients
 FISHER = Kind("fisher", True, False, True, sampled_scores)
 GGN = Kind("ggn", False, False, True, _signed_columns)
 EMPIRICAL = Kind("empirical_fisher", False, True, True, _signed_losses)
@@ -78,6 +81,7 @@ def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotan
             "empirical_fisher(per_example_loss).at(params, *args), or the curvature that "
             f"{kind.name}.value_and_grad(loss_fn) hands out next to the gradient."
         )
+    # ones with the sharding of the losses, and no dependence on them
     return OutputCotangents(1, lambda k: [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads])
 
 
@@ -88,6 +92,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
       TypeError: the function does not return what this kind of estimator needs.
     """
     if kind.losses:
+        # one loss for every example, or terms could not be told apart
         if len(getattr(prediction, "shape", ())) != 1:
             got = (
                 f"an array {list(prediction.shape)}"
@@ -100,6 +105,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             )
         _check_real(kind, "per_example_loss returned", prediction)
         return [(prediction,)], [prediction]
+    # several heads in any tree, in its order
     heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
     for head in heads or [prediction]:
         if not is_likelihood(head):
@@ -111,6 +117,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             )
         check_members(kind.name, head)
         for x in head.natural:
+            # products of complex numbers would come out with wrong signs
             _check_real(kind, f"predict returned {type(head).__name__} of", x)
     return [head.natural for head in heads], heads
 
@@ -163,6 +170,7 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     """
     if kind.losses:
         return Weights(None, [None] * len(heads))
+    # inputs of shared layers have one weight, whichever head they serve
     shapes = {None if head.weights is None else head.weights.shape for head in heads}
     if len(shapes) > 1:
         raise ValueError(
@@ -174,10 +182,12 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     examples = count_examples(kind, heads)
     rows, roots = [], []
     for head in heads:
+        # the terms of an example share its weight, N / terms for each, as roots in the cotangents
         share = examples / max(math.prod(head.batch_shape), 1)
         if head.weights is None:
             roots.append(None if share == 1 else math.sqrt(share))
             continue
+        # mean one over all devices, so that dividing by N makes a weighted mean
         weights = head.weights.astype(jnp.result_type(jnp.float32, head.weights, *head.natural))
         mean = jnp.mean(weights)
         mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)

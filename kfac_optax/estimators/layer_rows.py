@@ -65,6 +65,7 @@ def layer_rows(
     setting = set_up(plan, traced, 0, None, kind.name)
     owner, used = setting.owner, [setting.layer(plan, i) for i in range(len(layers))]
     _check(kind.name, used)
+    # probes hand the rows back as cotangents
     measures = [None if i is None else rows_measure for i in owner]
     linearize = linearize_now(traced, inputs, lambda out: split_outputs(kind, out))
     pull, heads = linearize(Asked(measures, [None] * len(measures), None, ()))
@@ -80,6 +81,7 @@ def layer_rows(
             if i is not None and kept is not None
         ]
 
+    # [K, copies, N, T, q] of every use; a few columns exist at a time
     found = jax.lax.map(pulled, jnp.arange(cotangents.count), batch_size=_CHUNK)
     uses: dict[Layer, list] = {layer: [] for layer in layers}
     for i, (a, g) in zip([i for i in owner if i is not None], found, strict=True):
@@ -130,12 +132,14 @@ def _cotangents(
     examples = count_examples(kind, heads)
     roots = find_weights(kind, heads, axis_name).roots
     columns = columns_of(heads, roots, key, samples)
+    # a cotangent for every term of an example and column of it, of all heads one after another
     terms = [math.prod(head.batch_shape[1:]) for head in heads]
     counts = [n * column.count for n, column in zip(terms, columns, strict=True)]
 
     def make(k: jax.Array) -> list[tuple[jax.Array, ...]]:
         out, start = [], 0
         for head, column, count in zip(heads, columns, counts, strict=True):
+            # zero for all heads but the one that column k belongs to
             mine = (k >= start) & (k < start + count)
             # columns of a term next to each other, as they are in a vector in sample space
             term, c = jnp.divmod(jnp.clip(k - start, 0, count - 1), column.count)
@@ -145,6 +149,7 @@ def _cotangents(
             start += count
         return out
 
+    # weights of zero say which rows are padding
     of_terms = [jnp.asarray(root) for root in roots if root is not None and jnp.ndim(root)]
     if not of_terms:
         return _Cotangents(sum(counts), make), None
@@ -161,6 +166,7 @@ def _of_site(site: Site, layer: Layer, kept: Zeros) -> tuple[jax.Array, jax.Arra
 
 def _joined(layer: Layer, uses: list, counted: jax.Array | None, given: bool) -> LayerRows:
     """All uses on the axis of steps, padding taken out; `given` rows have the bias coordinate."""
+    # uses behind one another on the axis of steps, a [copies, N, T, p] and g [K, copies, N, T, q]
     a = jnp.concatenate([a for a, _ in uses], 2)
     g = jnp.concatenate([g for _, g in uses], 3)
     if counted is not None:  # a cotangent of zero that met a NaN on its way back is a NaN

@@ -76,12 +76,14 @@ def site_measure(
     keep = block.rows or (block.per_example and at_once)
     if coupling is not None:
         _check_rows(coupling, layer, shape, use.examples)
+    # each step in time has a weight of its own, which a probe inside the scan does not see
     late = weights is not None and bool(site.loops) and weights.ndim > len(shape)
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
+    # cotangents carry the inverse: whole for first moments, as a root for products
     scale = share if block.first_moments else math.sqrt(share)
 
     def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None, inverse: PyTree) -> Zeros:
@@ -95,18 +97,22 @@ def site_measure(
             g = g / use.examples
         g = g if share == 1 else g * scale
         geometry = site.geometry
+        # of an estimator that runs forward only the cotangents are zeros, which mean nothing
         g_or_none = g if gradients else None
         if differs(site, layer):
             a, g_or_none = rows_of_use(site, layer, a, g_or_none)
             geometry, g = Rows(), g_or_none
+            # a use without shift is two rows for every one, see `rows_of_use`
             if isinstance(site.geometry, ScaleShift) and per_row is not None and gradients:
                 per_row = jnp.stack([per_row, per_row], -1)
         statistic = rows = across = seen = None
+        # kept as they are, for a measure of all uses at once; or measured here and now
         if late or keep:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
             one_use = use._replace(weights=per_row)
             statistic = measure_use(geometry, block, a, g_or_none, one_use, inverse)
+        # what crosses layers: channel sums, or the rows themselves
         if coupling is not None:
             seen = (None, None)
             if gradients:
@@ -165,14 +171,17 @@ def measure_use(
     batch at a time.
     """
     if block.raw:
+        # maps of a convolution as they are; the axis of groups is put back
         one = jax.tree.map(lambda x: x[0], inverse)  # such layers have no groups
         return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, one))
     if isinstance(geometry, ScaleShift):
         a, g = to_rows(geometry, a, g)
         return over_groups(block, a, g, use, inverse)
+    # one row for every example before the block sees any
     if block.sharing == "reduce":
         a, g, weights = reduced(geometry, a, g, use.weights)
         return over_groups(block, a, g, use._replace(weights=weights), inverse)
+    # every position a row; patches of a large batch in parts
     parts = _parts(geometry, a, block)
     if parts == 1:
         return _expanded(geometry, block, a, g, use, inverse)
@@ -183,10 +192,12 @@ def _expanded(
     geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree
 ) -> PyTree:
     """Every position is a row; of many, some are left out and the others count more."""
+    # of many positions every `step`-th along each axis
     positions = rows_shape(geometry, a.shape, _output_shape(geometry, a))[1:]
     step = thinning(positions, block.positions)
     a, g = to_rows(geometry, a, g, step)
     if step is not None:
+        # each that is left counts for those left out: a by its weight, g by the root of it
         share = math.prod(positions) / math.prod(
             -(-n // k) for n, k in zip(positions, step, strict=True)
         )
@@ -203,6 +214,7 @@ def over_groups(
     block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
 ) -> PyTree:
     """The block's measure for rows `[groups, ...]`, and inverses likewise."""
+    # no batching of a single group: LAPACK and matmuls of one matrix stay what they are
     if a.shape[0] == 1:
         a, g, inverse = jax.tree.map(lambda x: x[0], (a, g, inverse))
         return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, inverse))
@@ -211,6 +223,7 @@ def over_groups(
 
 def _output_shape(geometry: Geometry, a: jax.Array) -> tuple[int, ...]:
     if isinstance(geometry, Conv):
+        # [*rows, *spatial, C] -> [*rows, *out, q], of which q is not looked at
         return (*a.shape[: -1 - len(geometry.window.size)], *geometry.window.outputs(a.shape), 0)
     return a.shape
 
@@ -219,6 +232,7 @@ def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
     """In how many parts the batch is unfolded: a divisor of it."""
     if not isinstance(geometry, Conv) or a.ndim != len(geometry.window.size) + 2:
         return 1
+    # patches of one example times bytes of one patch
     positions = math.prod(geometry.window.outputs(a.shape))
     kept = positions if block.positions is None else min(positions, block.positions)
     patch = math.prod(geometry.window.size) * a.shape[-1] * a.dtype.itemsize
@@ -239,6 +253,7 @@ def _in_parts(
         a, g, weights = part
         return _expanded(geometry, block, a, g, use._replace(weights=weights), inverse)
 
+    # [parts, m, ...]: a scan adds up the statistics of the parts
     whole = jax.tree.map(lambda x: parts_first(x, parts), (a, g, use.weights))
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], whole))
     start = jax.tree.map(zeros_of_type, shapes)
@@ -255,6 +270,7 @@ def row_weights(weights: jax.Array | None, rows: Sequence[int], path: str) -> ja
     """
     if weights is None:
         return None
+    # one weight for an example, or for each of its terms
     if weights.ndim > len(rows) or weights.shape != tuple(rows[: weights.ndim]):
         raise ValueError(
             f"layer {path!r}: weights of shape {weights.shape} do not fit its rows {tuple(rows)}; "

@@ -31,6 +31,7 @@ def sampled_scores(
     """Gradients of the negative log-likelihood at labels drawn from the model."""
 
     def make(k: Any) -> Naturals:
+        # other labels in every draw and for every head
         keys = jax.random.split(jax.random.fold_in(key, k), len(heads))
         return [
             _scale(_score(head, head.sample(key)), scale)
@@ -41,6 +42,7 @@ def sampled_scores(
 
 
 def _score(head: Any, labels: Any) -> tuple[jax.Array, ...]:
+    # terms are independent, so that one gradient of their sum has the score of each
     return jax.grad(lambda natural: jnp.sum(head.with_natural(natural).nll(labels)))(head.natural)
 
 
@@ -49,6 +51,7 @@ def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> OutputCotange
 
     Scaled by the root of their number, since they are averaged where the GGN is their sum.
     """
+    # column k of all heads together is column k - start of one of them
     counts = [head.num_columns for head in heads]
     total = sum(counts)
 
@@ -57,6 +60,7 @@ def fisher_columns(heads: Sequence[Any], scales: Sequence[Any]) -> OutputCotange
         for head, scale, count in zip(heads, scales, counts, strict=True):
             mine = (k >= start) & (k < start + count)
             column = head.fisher_sqrt_column(jnp.clip(k - start, 0, count - 1))
+            # zeros for the other heads; sqrt(total) makes the mean over k the sum of columns
             output_cotangents.append(
                 _scale(
                     tuple(jnp.where(mine, math.sqrt(total) * c, 0).astype(c.dtype) for c in column),
@@ -89,6 +93,7 @@ def signed(
     """
 
     def make(k: Any) -> Naturals:
+        # other signs for every column
         keys = jax.random.split(jax.random.fold_in(key, k), len(shapes))
         triples = zip(output_cotangents.make(k), shapes, keys, strict=True)
         return [_signed_head(natural, shape, key) for natural, shape, key in triples]
@@ -99,6 +104,7 @@ def signed(
 def _signed_head(
     natural: tuple[jax.Array, ...], shape: tuple[int, ...], key: jax.Array
 ) -> tuple[jax.Array, ...]:
+    # [*terms] -> [*terms, 1, ...], beside the event axes
     signs = _signs(key, shape)
     return tuple(
         x * signs.reshape(*shape, *(1,) * (x.ndim - len(shape))).astype(x.dtype) for x in natural
@@ -111,6 +117,7 @@ def _signs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if len(shape) < 2:
         return jax.random.rademacher(key, shape, jnp.float32)
+    # a key for every example, whatever their number
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
     return jax.vmap(lambda key: _signs(key, shape[1:]))(keys)
 
@@ -123,6 +130,7 @@ def _scale(cotangent: tuple[jax.Array, ...], scale: Any) -> tuple[jax.Array, ...
         return cotangent
 
     def apply(x: jax.Array) -> jax.Array:
+        # [*batch] -> [*batch, 1, ...]; a choice where it is zero: zero times NaN is NaN
         s = jnp.asarray(scale)
         s = s.reshape(s.shape + (1,) * (x.ndim - s.ndim))
         return jnp.where(s > 0, x * s, 0).astype(x.dtype)
@@ -138,12 +146,15 @@ def mean_over(
 
     `chunk` pullbacks at a time, so memory for statistics does not grow with the count.
     """
+    # nothing to average, and no axis to batch over
     if count == 1:
         statistics, columns = function(jnp.int32(0))
         return statistics, jax.tree.map(lambda x: x[None], columns)
+    # all at once
     if count <= chunk:
         statistics, columns = jax.vmap(function)(jnp.arange(count))
         return jax.tree.map(lambda x: x.mean(0), statistics), columns
+    # the last chunk is filled up with repetitions that count nothing
     steps = -(-count // chunk)
 
     def add(total: Any, start: jax.Array) -> tuple[Any, Any]:
@@ -156,5 +167,6 @@ def mean_over(
     shapes, _ = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
     zeros = jax.tree.map(zeros_of_type, shapes)
     total, columns = jax.lax.scan(add, zeros, chunk * jnp.arange(steps))
+    # [steps, chunk, ...] -> [count, ...]
     stacked = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], columns)
     return jax.tree.map(lambda x: x / count, total), stacked

@@ -63,6 +63,7 @@ def of_first_moments(
     Raises:
       ValueError: some do and some do not, or a coupling asks for products.
     """
+    # one sort needs gradients as they are, the other random signs of the terms
     wanted = [block.first_moments for block in blocks]
     if not any(wanted):
         return False
@@ -100,6 +101,7 @@ class Setting(NamedTuple):
 
     def layer(self, plan: Plan, i: int) -> Layer:
         """Layer `i` of the plan, with what this trace says about its uses."""
+        # what differs between traces of one model: whether uses differ
         found = self.found[i]
         return dataclasses.replace(plan.layers[i], mixed=found.mixed, swapped=found.swapped)
 
@@ -122,6 +124,7 @@ class Setting(NamedTuple):
 
     def _rows(self, i: int) -> float:
         """Rows of a layer if all heads had as many examples as the first."""
+        # the usual case: one batch for all heads
         if all(served.examples == self.examples for served in self.served):
             return self.found[i].rows
         triples = zip(self.sites, self.owner, self.served, strict=True)
@@ -153,8 +156,10 @@ def set_up(
     Raises:
       ValueError: one is missing or has another shape.
     """
+    # a parameter on its own has no rows, and so no site
     with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
     matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
+    # from positions among the traced layers to positions in the plan
     position = dict(zip(matched, with_sites, strict=True))
     owner = tuple(position.get(i) for i in traced.owner)
     found = {i: traced.layers.layers[j] for j, i in position.items()}
@@ -178,6 +183,7 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
                 "parameter tree than `layers`: use the same estimator for both."
             )
         other = found.layers[positions[layer.kernel]]
+        # the same parameter with another shape is another model
         mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
         if mine != theirs or (layer.bias is not None and layer.bias != other.bias):
             raise ValueError(

@@ -32,8 +32,10 @@ def _linearize(
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # tangents of the natural arrays, J_b d
     _, jvp, heads = jax.linearize(naturals, params, has_aux=True)
     examples = count_examples(kind, heads)
+    # the Hessian in the losses is the identity: sum_b g_b g_b^T
     if kind.losses:
         return _Linear(jvp, lambda tangents: tangents, examples)
     roots = find_weights(kind, heads, axis_name).roots
@@ -43,6 +45,7 @@ def _linearize(
 
     def hessian(tangents: Any) -> Any:
         triples = zip(heads, tangents, roots, strict=True)
+        # H_b J_b d of every term, then times the weight of the term
         products = [
             # one centring is enough: `C^T W C = W C` for `C = I - 1 w^T / N`
             head.hessian_product(about_mean(t, root, axis_name) if is_centred(head) else t)
@@ -64,6 +67,7 @@ def vector_product(
     """`(1/N) sum_b J_b^T H_b J_b v`, a tree like `params`; a mean over devices too where
     `axis_name` is given.
     """
+    # J^T H J v: forward, output Hessian, transpose of the forward map
     model = _linearize(kind, function, params, args, axis_name)
     tangents = model.jvp(vector)
     (product,) = jax.linear_transpose(model.jvp, params)(model.hessian(tangents))
@@ -98,6 +102,7 @@ def quadratic_form(
         return form if axis_name is None else jax.lax.pmean(form, axis_name)
     tangents = [model.jvp(direction) for direction in directions]
     products = [model.hessian(tangent) for tangent in tangents]
+    # symmetric: the upper triangle only
     m = len(directions)
     entries = {
         (i, j): inner(tangents[i], products[j]) / model.examples
@@ -113,6 +118,7 @@ def quadratic_form(
 def _form_of_many(
     model: _Linear, direction: Callable[[jax.Array], PyTree], count: int
 ) -> jax.Array:
+    # [steps, chunk] indices, the last ones repeated
     chunk = min(count, _CHUNK)
     steps = -(-count // chunk)
     indices = jnp.minimum(jnp.arange(steps * chunk), count - 1).reshape(steps, chunk)
@@ -122,6 +128,7 @@ def _form_of_many(
         return tangents, model.hessian(tangents)
 
     def products_of(x: jax.Array, y: jax.Array) -> jax.Array:
+        # [steps, chunk, *tangent] twice -> [steps, chunk, steps, chunk]
         wide, axes = jnp.promote_types(x.dtype, jnp.float32), tuple(range(2, x.ndim))
         return jax.lax.dot_general(
             x.astype(wide),
@@ -132,6 +139,7 @@ def _form_of_many(
         )
 
     tangents, products = jax.lax.map(jax.vmap(one), indices)
+    # a sum over the natural arrays of all heads
     pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(products), strict=True)
     form = sum((products_of(x, y) for x, y in pairs), jnp.zeros(()))
     return form.reshape(steps * chunk, -1)[:count, :count] / model.examples
@@ -140,6 +148,7 @@ def _form_of_many(
 def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
     if root is None:
         return product
+    # the Hessian of a term times its weight
     weight = jnp.square(jnp.asarray(root))
     return tuple((x * _beside(weight, x)).astype(x.dtype) for x in read_terms(product, root))
 

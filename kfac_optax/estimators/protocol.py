@@ -22,6 +22,7 @@ class Curvature(Protocol):
     for, since most steps ask for nothing.
     """
 
+    # read by rules that bring masked updates to the whole tree
     params: PyTree  # where it was taken, all of them
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:

@@ -31,9 +31,11 @@ def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
     names = names_of(axis_name)
     if not names:
         return tree
+    # axes over which the outputs are split: the transpose sums over those itself
     split = {name for x in jax.tree.leaves(outputs) for name in varying_axes(_type(x))}
 
     def total(x: jax.Array) -> jax.Array:
+        # a value that still varies has not been summed; nor has one where nothing is tracked
         mine = varying_axes(jax.typeof(x))
         rest = [name for name in names if name in mine or name not in split]
         return jax.lax.psum(x, tuple(rest)) if rest else x

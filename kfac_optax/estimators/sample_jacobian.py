@@ -55,6 +55,7 @@ class Columns(NamedTuple):
     def weighted(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
         """One array of a column with the weights of its terms, zero where they are not chosen."""
         beside = (*chosen.shape, *(1,) * (x.ndim - chosen.ndim))
+        # all terms count the same
         if self.root is None:
             return jnp.where(chosen.reshape(beside), x, 0)
         root = jnp.broadcast_to(jnp.asarray(self.root, wide_dtype(x)), chosen.shape)
@@ -88,6 +89,7 @@ def sample_jacobian(
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # J v = S^T (d natural) v for every term
     _, tangents_of, heads = jax.linearize(naturals, params, has_aux=True)
     examples = count_examples(kind, heads) * devices_of(axis_name)
     if kind.losses:
@@ -95,6 +97,7 @@ def sample_jacobian(
         def rows_of(direction: PyTree) -> Samples:
             return [tangent.astype(wide_dtype(tangent)) for (tangent,) in tangents_of(direction)]
     else:
+        # a row of J carries the root of its term's weight
         roots = find_weights(kind, heads, axis_name).roots
         columns = columns_of(heads, roots, key, samples)
 
@@ -109,6 +112,7 @@ def columns_of(
     heads: Sequence[Any], roots: Sequence[Any], key: jax.Array | None, samples: int
 ) -> list[Columns]:
     """All columns of `S`; with a key scores at drawn labels, divided by the root of their number."""
+    # with a key the scores at drawn labels stand for the columns of S
     counts = [head.num_columns if key is None else samples for head in heads]
     makers = [head.fisher_sqrt_column for head in heads]
     if key is not None:
@@ -190,6 +194,7 @@ def sampled_gradient(
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # scores of all draws averaged at the outputs, then one pullback
     values, pull, heads = jax.vjp(naturals, params, has_aux=True)
     roots = find_weights(kind, heads, axis_name).roots
     weights = [None if root is None else jnp.square(root) for root in roots]

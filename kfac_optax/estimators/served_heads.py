@@ -42,6 +42,7 @@ def served(traced: Traced, leaves: Sequence[int], examples: Sequence[int]) -> li
         returns behind them belongs to no head.
       examples: of each head, axis 0 of its terms.
     """
+    # outputs of the model: arrays of each head, then what belongs to none
     owners = [frozenset([head]) for head, count in enumerate(leaves) for _ in range(count)]
     owners += [_NONE] * (len(traced.jaxpr.jaxpr.outvars) - len(owners))
     heads_of_taps, _ = _walk_back(traced.jaxpr.jaxpr, owners)
@@ -50,6 +51,7 @@ def served(traced: Traced, leaves: Sequence[int], examples: Sequence[int]) -> li
 
 
 def _served(rows: tuple[int, ...], heads: Heads, examples: Sequence[int]) -> Served:
+    # rows that are the examples of all its heads, which agree on their number
     lengths = {examples[head] for head in heads}
     own = len(lengths) == 1 and rows[:1] == tuple(lengths)
     (head,) = heads if len(heads) == 1 else (None,)
@@ -70,6 +72,7 @@ def _walk_back(jaxpr: Any, outputs: Sequence[Heads]) -> tuple[list[Heads], list[
                 needed[v] = needed.get(v, _NONE) | mine
 
     need(jaxpr.outvars, outputs)
+    # from outputs to inputs, so that every reader is seen before what it reads
     for eqn in reversed(jaxpr.eqns):
         out = [needed.get(v, _NONE) for v in eqn.outvars]
         together = _NONE.union(*out)
@@ -88,6 +91,7 @@ def rows_of_own_heads(traced: Traced, served: Sequence[Served]) -> Traced:
     """The model without the note of random signs on layers whose rows are examples after all, of
     the heads that they serve.
     """
+    # a layer keeps the note where one of its uses has other rows
     pairs = zip(traced.sites, traced.owner, served, strict=True)
     apart = {owner for site, owner, s in pairs if not _of_examples(site, s.examples)}
     layers = [

@@ -50,6 +50,7 @@ class SharedCurvature(NamedTuple):
         """What turns rows of a loss that was averaged over devices, where JAX knows of it, into
         those of each device's own.
         """
+        # axes over which rows differ and the loss does not: it was averaged over those
         split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
         return math.prod(
             jax.lax.axis_size(name)
@@ -86,6 +87,7 @@ class SharedCurvature(NamedTuple):
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`; first moments are those of the loss that was given."""
+        # the pullback of the loss has been made with the gradient: no cotangents are needed
         own = (
             OutputCotangents(1, lambda k: []) if averages_gradients(self.spec.kind, plan) else None
         )
@@ -97,6 +99,7 @@ class SharedCurvature(NamedTuple):
                     leaves = named_leaves(gradients)
                 else:  # the gradient's pullback has run already
                     leaves, pulled = {}, self._own_rows(plan.axis_name)
+                # as probes would have measured, from the rows that were kept
                 each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
                 sites = [
                     None
@@ -114,6 +117,7 @@ class SharedCurvature(NamedTuple):
 
     def _own_rows(self, axis_name: Any) -> list[Zeros | None]:
         """Rows of every site, `g` that of the examples' losses, of which the loss is the mean."""
+        # the gradient of a mean over N is 1/N of that of an example
         examples = count_examples(self.spec.kind, self.heads)
 
         def per_example(kept: Zeros) -> Zeros:

@@ -53,6 +53,7 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
         return _examples(spec.kind, pair_of(spec.kind, out_shape)[0])
 
     traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    # the prediction depends on all layers: one trace serves both
     if serve_all(traced, lambda out: out[0]):
         return _with_examples(spec.kind, traced, traced.out_shape[0]), False
     return trace_model(spec, params, args), True
@@ -60,6 +61,7 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
 
 def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
     """The traced model with what the number of examples says about its layers."""
+    # random signs tell examples apart that share rows; labels do so by themselves
     _, heads = split_outputs(kind, prediction)
     signs = kind.gradients and not kind.labels
     traced = with_examples(traced, count_examples(kind, heads), signs)
@@ -107,9 +109,11 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     )
     if keep >= size:
         return args
+    # evenly spaced
     index = np.arange(keep) * size // keep
 
     def take(x: Any) -> Any:
+        # no examples on axis 0
         if getattr(x, "ndim", 0) == 0 or x.shape[0] != size:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):

@@ -65,10 +65,12 @@ def linearize_now(
 
     def linearize(asked: Asked):
         measures, inverses, extra, names = asked
+        # cotangents of the probes are the statistics: zeros of their types stand in for them
         zeros = [
             None if m is None else make_zeros(s, m, extra, inverse)
             for s, m, inverse in zip(traced.sites, measures, inverses, strict=True)
         ]
+        # inputs of the jaxpr whose own gradients are asked for
         positions = {name: traced.names.index(name) for name in names}
 
         def run(zeros, leaves):
@@ -82,6 +84,7 @@ def linearize_now(
             flat = evaluate(traced.jaxpr, mine, traced.sites, measures, extra, probes)
             return outputs(jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat))
 
+        # one forward pass, as many pullbacks as there are cotangents
         _, pull, heads = jax.vjp(
             run, zeros, {name: inputs[i] for name, i in positions.items()}, has_aux=True
         )
@@ -101,11 +104,14 @@ def apply_to_rows(
     site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree, inverse: PyTree
 ) -> Zeros:
     """The statistics of a site from its stored rows, as its probe would have measured them."""
+    # axes of the rows from the inside out: stack, then scans, in some of which parameters stay the
+    # same
     for _ in range(site.stacked):
         measure = jax.vmap(measure, in_axes=(0, 0, None, 0))
     for _, over_layers in reversed(site.scans):
         measure = jax.vmap(measure, in_axes=(0, 0, None, 0 if over_layers else None))
     measured = measure(*from_cotangent(site, rows), extra, inverse)
+    # uses in the steps of a scan over time add up
     loops = tuple(i for i, (_, over_layers) in enumerate(site.scans) if not over_layers)
     return Zeros(jax.tree.map(lambda x: x.sum(loops), measured.summed), measured.rows)
 
@@ -137,6 +143,7 @@ def collect(
       served: what every site serves.
     """
     setting = set_up(plan, traced, examples, weights, kind.name, served)
+    # one measure for every site of a layer in the plan
     measures = [
         None
         if i is None
@@ -153,10 +160,12 @@ def collect(
         )
         for index, (site, i) in enumerate(zip(traced.sites, setting.owner, strict=True))
     ]
+    # [copies, ...] -> [*stack, groups, ...], as the site sees its layer
     inverses = [
         None if i is None else _of_site(site, plan.inverse(i))
         for site, i in zip(traced.sites, setting.owner, strict=True)
     ]
+    # parameters without a layer are measured by their gradients
     single = [layer for layer in plan.layers if layer.kind == "diagonal"]
     if single and not kind.gradients:
         raise ValueError(
@@ -165,6 +174,7 @@ def collect(
         )
     with jax.named_scope("kfac/measure"):
         names = [layer.kernel for layer in single]
+        # linear in k: everything below is averaged over pullbacks, then over devices
         pull, heads = linearize(Asked(measures, inverses, weights, names))
         cotangents = output_cotangents(heads)
 
@@ -172,6 +182,7 @@ def collect(
             pulled = pull(cotangents.make(k))
             blocks, across = _per_layer(plan, setting, pulled.sites)
             columns = {}
+            # rows of the batch are joined, not averaged
             for i, block in enumerate(plan.blocks):
                 if block.absorb is not None and block.absorbs == "columns":
                     blocks[i], columns[i] = blocks[i]
@@ -192,6 +203,7 @@ def collect(
         if plan.axis_name is not None:
             blocks, across = jax.lax.pmean((blocks, across), plan.axis_name)
             columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
+        # [pullbacks, copies, ...] -> [copies, pullbacks, ...]
         for i, mine in columns.items():
             blocks[i] = blocks[i], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), mine)
         return blocks, across
@@ -208,6 +220,7 @@ def rows_of_all_devices(x: jax.Array, axis_name: Any) -> jax.Array:
     """
     devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     # a sum, unlike all_gather, gives what shard_map knows to be the same on all devices
+    # [devices, ..., n, d], the own rows in their place and zeros elsewhere
     apart = jnp.zeros((devices, *x.shape), x.dtype).at[mine].set(x)
     together = jnp.moveaxis(jax.lax.psum(apart, axis_name), 0, -3)
     return together.reshape(*x.shape[:-2], -1, x.shape[-1]) / math.sqrt(devices)
@@ -230,6 +243,7 @@ def _per_layer(
     """Statistics of the layers that have sites, in the order of the plan (`None` for others), and
     of the coupling.
     """
+    # sites of one layer: its uses
     uses: list[list[_Measured]] = [[] for _ in plan.layers]
     for site, owner, zeros in zip(setting.sites, setting.owner, pulled, strict=True):
         if owner is not None and zeros is not None:
@@ -239,6 +253,7 @@ def _per_layer(
         if not mine:
             blocks.append(None)
             continue
+        # statistics add up over uses; rows that were kept are measured of all uses at once
         late = _late(plan, setting, i, [m.rows for m in mine if m.rows is not None])
         blocks.append(_sum([m.block for m in mine if m.block is not None] + late))
         if plan.coupling is not None and layer.coupled:
@@ -255,6 +270,7 @@ def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
 
     if rows is not None:
+        # [*stack, groups, N, ...] -> [copies, N, T, ...]
         a, g = from_cotangent(site, rows)
         tokens = isinstance(site.geometry, Lookup)
         rows = (
@@ -276,12 +292,14 @@ def _late(plan: Plan, setting: Setting, i: int, kept: list) -> list[PyTree]:
     if not kept:
         return []
     layer, block = plan.layers[i], plan.blocks[i]
+    # weights [N, T] of all uses in the order of their rows
     weights = _weights_in_a_row(setting, layer, [a.shape[1:3] for a, _ in kept])
     uses = [setting.use(plan, index) for index, owner in enumerate(setting.owner) if owner == i]
     _check_batches(layer, block, [use.examples for use in uses])
     a, g = jax.tree.map(lambda *xs: jnp.concatenate(xs, 2), *kept)
     if weights is not None and g is not None:
         g = finite_padding(g, weights[..., None])
+    # a block sees one head, or that there are several
     heads = {use.head for use in uses}
     use = uses[0]._replace(weights=weights, head=heads.pop() if len(heads) == 1 else None)
     return [
@@ -307,6 +325,7 @@ def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Meas
     parts = [m.across for m in uses if m.across is not None]
     seen, features = [m.seen for m in uses if m.seen is not None], _features(coupling)
     if seen:
+        # (N, *positions) of each use
         shapes = [a.shape[1 : a.ndim - features] for a, _ in seen if a is not None]
         weights = _weights_in_a_row(setting, layer, shapes) if shapes else None
         if len(seen) > 1:
@@ -332,6 +351,7 @@ def _weights_in_a_row(
     """
     if setting.weights is None:
         return None
+    # [N, *positions] of every use, then [N, T]
     spread = [row_weights(setting.weights, shape, layer.path) for shape in rows]
     if len(spread) == 1:
         return spread[0]
