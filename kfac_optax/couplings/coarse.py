@@ -101,6 +101,7 @@ def coarse_correction(
     galerkin, select = damping == "galerkin", RESAMPLE[resample]
 
     def init(layers: Sequence[Layer], dtype: jnp.dtype) -> PyTree:
+        # before the first statistic the coarse level corrects nothing
         zeros = jnp.zeros((sum(layer.copies for layer in layers),) * 2, dtype)
         return Grams(zeros, jnp.zeros_like(zeros)) if coarse == "factored" else Exact(zeros)
 
@@ -110,16 +111,19 @@ def coarse_correction(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix "
                 "needs. Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
+        # padding may hold anything, in the sums of its rows too
         if weights is not None:
             alpha, gamma = finite_padding(alpha, weights), finite_padding(gamma, weights)
         # gamma carries the root of the weight, which is what one row of u u^T needs
         if coarse == "exact":
+            # u_i = sum_t alpha_it gamma_it, [copies, N]
             return jnp.sum(alpha * gamma, tuple(range(2, alpha.ndim)))
         return _Sums(
             alpha if weights is None else alpha * jnp.sqrt(weights).astype(alpha.dtype), gamma
         )
 
     def reduce(measured: Sequence[PyTree], examples: int) -> PyTree:
+        # rows of all layers one after another: u [L, N]
         if coarse == "exact":
             u = jnp.concatenate(measured)
             return Exact(_product(u, u, precision) / examples)
@@ -129,6 +133,7 @@ def coarse_correction(
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=galerkin)
 
     def apply(inverse: Eigen, system: System) -> list[Vector]:
+        # r = Z V, one number for each row
         restricted = system.restrict(system.gradient)
         correction = coarse_solve(
             inverse,
@@ -138,6 +143,7 @@ def coarse_correction(
             galerkin=galerkin,
             precision=precision,
         )
+        # coarse_weight Z^T (F_c + damping)^{-1} r beside the weighted fine part
         shift = jnp.asarray(coarse_weight, correction.dtype) * correction
         fine = [jnp.asarray(fine_weight, u.dtype) * u for u in system.fine(system.gradient)]
         return [fine, system.prolong(shift)]
@@ -193,6 +199,8 @@ def coarse_solve(
     >>> print(coarse_solve(inverse, jnp.array([4.0, 8.0]), jnp.float32(1.0), jnp.ones(2)))
     [1. 2.]
     """
+    # with D = diag(sqrt(n)): (F_c + damping D^2)^{-1} = D^{-1} (D^{-1} F_c D^{-1} + damping I)^{-1}
+    # D^{-1}
     scale = jnp.sqrt(sizes) if galerkin else jnp.ones_like(sizes)
     rotated = jnp.matmul(inverse.vectors.T, restricted / scale, precision=precision)
     rotated = damped_quotient(rotated, inverse.values, damping)
@@ -203,6 +211,7 @@ def _grams(
     measured: Sequence[_Sums], examples: int, select: Resample, precision: jax.lax.PrecisionLike
 ) -> Grams:
     """Both Grams, block by block for layers with different maps of positions."""
+    # layers by the shape of their maps: those of one group need no resampling
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, sums in enumerate(measured):
         groups.setdefault(sums.inputs.shape[2:], []).append(i)
@@ -211,10 +220,12 @@ def _grams(
         for shape, members in groups.items()
     }
     rows_in, rows_out = [], []
+    # block rows of both Grams, one for each group
     for left in stacks.values():
         blocks = [_cross(left, right, examples, select, precision) for right in stacks.values()]
         rows_in.append(jnp.concatenate([b.inputs for b in blocks], 1))
         rows_out.append(jnp.concatenate([b.outputs for b in blocks], 1))
+    # back from the order of the groups to that of execution
     order = _order(measured, groups)
     if order is None:
         return Grams(jnp.concatenate(rows_in), jnp.concatenate(rows_out))
@@ -229,6 +240,7 @@ def _cross(
     themselves.
     """
     left, right = common_positions(left, right, select)
+    # A sums over positions, G averages over them: as in `kronecker`
     positions = math.prod(left.inputs.shape[2:])
     inputs = _product(left.inputs, right.inputs, precision) / examples
     return Grams(inputs, _product(left.outputs, right.outputs, precision) / (examples * positions))
@@ -242,6 +254,7 @@ def common_positions(left: _Sums, right: _Sums, select: Resample) -> tuple[_Sums
         left, right = (
             _Sums(*(x.reshape(*x.shape[:2], -1) for x in sums)) for sums in (left, right)
         )
+    # axis 0 is the copies, axis 1 the examples
     for axis in range(2, left.inputs.ndim):
         size = min(left.inputs.shape[axis], right.inputs.shape[axis])
         left, right = (_Sums(*(select(x, axis, size) for x in sums)) for sums in (left, right))
@@ -260,6 +273,7 @@ def _area(x: Array, axis: int, size: int) -> Array:
     have = x.shape[axis]
     if have == size:
         return x
+    # column i averages over the cells that overlap the i-th of `size` equal parts
     cells = np.zeros((have, size))
     for i in range(size):
         first, last = i * have // size, -(-(i + 1) * have // size)
@@ -286,6 +300,7 @@ def _order(measured: Sequence[_Sums], groups: dict[tuple[int, ...], list[int]]) 
     copies = [sums.inputs.shape[0] for sums in measured]
     grouped = [i for members in groups.values() for i in members]
     starts, position = {}, 0
+    # where the copies of a layer begin in the grouped order
     for i in grouped:
         starts[i] = position
         position += copies[i]

@@ -33,6 +33,7 @@ def a_def1(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> Py
     >>> print(a_def1(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # Q g
     first = coarse(g)
     return _add(fine(_subtract(g, product(first))), first)
 
@@ -47,6 +48,7 @@ def a_def2(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> Py
     >>> print(a_def2(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # x0 = M^{-1} g
     first = fine(g)
     return _add(first, coarse(_subtract(g, product(first))))
 
@@ -57,6 +59,7 @@ def balanced(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> 
     >>> print(balanced(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # P g = g - F Q g, then P^T y = y - Q F y
     first = coarse(g)
     second = fine(_subtract(g, product(first)))
     return _add(first, _subtract(second, coarse(product(second))))
@@ -167,6 +170,7 @@ def deflated(
             f"{where}: space={space!r} with coarse_operator={coarse_operator!r}, which is measured "
             "for sums of layers only; expected coarse_operator='batch', or space='sums'."
         )
+    # measures the averaged coarse Fisher, and knows how it is factorised
     level = coarse_correction(
         coarse,
         damping="galerkin",
@@ -182,12 +186,14 @@ def deflated(
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=True)
 
     def apply(inverse: PyTree, system: System) -> list[Vector]:
+        # M^{-1} g is needed several times, and solved for once
         gradient = system.gradient
         system = system._replace(fine=_known(system.fine, gradient, system.fine(gradient)))
 
         def weighted(v: Vector) -> Vector:
             return [jnp.asarray(fine_weight, x.dtype) * x for x in system.fine(v)]
 
+        # F_lambda v = F v + lambda v, one exact product on the batch
         def product(v: Vector) -> Vector:
             return [fx + system.damping * x for fx, x in zip(system.product(v), v, strict=True)]
 
@@ -201,6 +207,7 @@ def deflated(
             form = system.coarse(chosen.prolong, len(chosen.squares))
             inverse = factorize_space(chosen, after(form, alone))
 
+        # Q v = Z^T E^{-1} Z v
         def correct(v: Vector) -> Vector:
             solved = solve_space(
                 inverse, chosen, chosen.restrict(v), system.damping, precision=precision

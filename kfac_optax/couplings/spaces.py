@@ -51,6 +51,7 @@ def make_space(word: str, system: System, left: Callable[[], Vector]) -> Space:
     Raises:
       ValueError: `"spectral"` where a layer holds no eigenvectors.
     """
+    # vectors of ones: no basis has to be made
     if word == "sums":
         return Space(system.restrict, system.prolong, system.sizes)
     if word == "updates":
@@ -60,6 +61,7 @@ def make_space(word: str, system: System, left: Callable[[], Vector]) -> Space:
     if word == "krylov":
         ones = system.prolong(jnp.ones_like(system.sizes))
         return span(system, [ones, system.fine(system.gradient)])
+    # eigenvectors of the last refresh, one matrix a row
     vectors = [leading_vector(system.inverses(row)) for row in range(len(system.sizes))]
     return span(system, [system.replace(system.gradient, vectors)])
 
@@ -79,17 +81,21 @@ def span(system: System, columns: Sequence[Vector]) -> Space:
       A space of `k L` vectors.
     """
     rows = len(system.sizes)
+    # ones where couplings look, zeros elsewhere
     seen = system.prolong(jnp.ones_like(system.sizes))
     inside = [[jnp.where(s != 0, x, 0) for s, x in zip(seen, v, strict=True)] for v in columns]
+    # vectors of one row share a bucket, in which all copies are treated at once
     by_bucket = [orthonormal(list(vectors)) for vectors in zip(*inside, strict=True)]
     basis = [list(vector) for vector in zip(*by_bucket, strict=True)]
 
+    # (z_j, v) of every row, the first vectors of all rows in front
     def restrict(vector: Vector) -> jax.Array:
         return jnp.concatenate([system.restrict(_times(z, vector)) for z in basis])
 
     def prolong(values: jax.Array) -> Vector:
         terms = [
             _times(z, system.prolong(part))
+            # [k L] -> k vectors of [L] coefficients
             for z, part in zip(basis, values.reshape(len(basis), rows), strict=True)
         ]
         return [sum(xs[1:], xs[0]) for xs in zip(*terms, strict=True)]
@@ -112,6 +118,7 @@ def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, 
     """
     basis: list[Array] = []
     for vector in vectors:
+        # lengths compare with one
         rest = _unit(vector)
         for other in basis + basis:  # the second round takes what rounding left in the first
             rest = rest - _inner(other, rest) * other
@@ -123,6 +130,7 @@ def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, 
 
 def factorize_space(space: Space, form: Float[Array, "m m"]) -> Eigen:
     """Eigendecomposition of `Z F Z^T` for vectors of unit length, negative eigenvalues clamped."""
+    # D^{-1} Z F Z^T D^{-1} with D the lengths of the vectors
     lengths = _known(space.squares)
     return psd_eigh(form / jnp.sqrt(lengths[:, None] * lengths))
 
@@ -155,6 +163,7 @@ def solve_space(
     """
     scale = jnp.sqrt(_known(space.squares))
     values = inverse.values + damping
+    # as for unit vectors, so that the scale of Z does not matter
     kept = values > jnp.finfo(values.dtype).eps * jnp.max(values)
     rotated = jnp.matmul(inverse.vectors.T, restricted / scale, precision=precision)
     rotated = jnp.where(kept, rotated / jnp.where(kept, values, 1), 0)
@@ -172,6 +181,7 @@ def leading_vector(inverse: PyTree) -> Float[Array, "p q"]:
     [[0. 0.]
      [0. 1.]]
     """
+    # eigenvalues rise: the last column of both factors
     if isinstance(inverse, EigenInverse):
         return inverse.inputs.vectors[:, -1:] * inverse.outputs.vectors[:, -1]
     if isinstance(inverse, TokenEigenInverse):  # A is diagonal: its eigenvectors are the tokens
@@ -201,6 +211,7 @@ _EXPECTED = (
 
 
 def _held(layer: Layer, block: Block) -> PyTree:
+    # by shapes alone, nothing is computed
     def inverse() -> PyTree:
         return block.factorize(block.init(layer, jnp.float32), jnp.ones(()))
 

@@ -97,8 +97,10 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     """
 
     def reduce(measured: Sequence[_Rows], examples: int) -> CrossFactors:
+        # links of equal shapes are stacked, so that one batched call serves them
         groups = _groups([(x.inputs.shape[-1], x.outputs.shape[-1]) for x in measured]).items()
 
+        # E[x_i x_{i+1}^T] of every link, on the side of the inputs or outputs
         def cross(side: str, members: list[int]) -> Array:
             pairs = ((getattr(measured[i], side), getattr(measured[i + 1], side)) for i in members)
             return jnp.stack([gram(x, y, precision=precision) / examples for x, y in pairs])
@@ -111,7 +113,9 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
         factors = [fine.factors(i) for i in range(len(fine.sizes))]
         inverse: dict[str, Link] = {}
         previous: PyTree = statistic  # comes after the factorisations of the blocks
+        # one group after another, see `after`
         for name, members in _groups([(len(f.inputs), len(f.outputs)) for f in factors]).items():
+            # undamped factors of layer i, damped inverses of layer i + 1
             own = [factors[i] for i in members]
             following = [fine.inverses(i + 1) for i in members]
             own, following = (
@@ -123,6 +127,7 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
         return inverse
 
     def apply(inverse: dict[str, Link], system: System) -> list[Vector]:
+        # the solve of the last layer is that of its block; the others are replaced
         fine = system.fine(system.gradient)
         update = system.replace(
             fine,
@@ -162,6 +167,7 @@ def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
     if weights is None:
         return _Rows(a, g)
     weights = weights.reshape(1, -1)
+    # g carries the root of the weight, a gets the other one
     a = keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype)
     return _Rows(a, finite_padding(g, weights[..., None]))
 
@@ -174,14 +180,18 @@ def _link(
     damping: Array,
     precision: jax.lax.PrecisionLike,
 ) -> Link:
+    # the damping of the layer's own block: pi sqrt(damping) and sqrt(damping) / pi
     pi, root = trace_ratio(*own), jnp.sqrt(damping)
+    # Psi = A_{i,i+1} A_{i+1}^{-1} and Phi = G_{i,i+1} G_{i+1}^{-1}
     psi, phi = (
         jnp.matmul(c, inverse, precision=precision)
         for c, inverse in zip(cross, following, strict=True)
     )
+    # Psi A_{i+1} Psi^T = C A_{i+1}^{-1} C^T, what the next layer explains of this one
     explained = [
         sandwich(c, x, c.T, precision=precision) for c, x in zip(cross, following, strict=True)
     ]
+    # both sides of A (x) G - (Psi A Psi^T) (x) (Phi G Phi^T), diagonalised
     inputs = pencil(own.inputs, explained[0], pi * root, precision=precision)
     return Link(
         psi,
@@ -195,12 +205,15 @@ def _solve(inverse: dict[str, Link], v: list[Array], last: Array, precision) -> 
     """`X_i` of all layers; the last one's own solve is given."""
 
     def first_two(link: Link, v: Array, following: Array) -> tuple[Array, Array]:
+        # U_i = V_i - Psi_i V_{i+1} Phi_i^T, then Y_i
         u = v - sandwich(link.inputs, following, link.outputs.T, precision=precision)
         y = two_term_solve(
             link.inputs_pencil, link.outputs_pencil, u, minus=True, precision=precision
         )
+        # Psi_i^T Y_i Phi_i, to be taken off X_{i+1}
         return y, sandwich(link.inputs.T, y, link.outputs, precision=precision)
 
+    # all links are independent of one another: no recursion along the chain
     y, explained = [*v[:-1], last], [jnp.zeros((), last.dtype)] * len(v)
     for name, members in _groups([x.shape for x in v]).items():
         stacked = (jnp.stack([v[i + step] for i in members]) for step in (0, 1))

@@ -26,6 +26,7 @@ def check_real(name: str, **arrays: Any) -> None:
     with wrong signs.
     """
     for field, x in arrays.items():
+        # conjugates would be missing in every product
         if has_shape(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the "
@@ -37,6 +38,7 @@ def check_real(name: str, **arrays: Any) -> None:
 
 def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
     """Raises ValueError instead of letting [n] targets broadcast against [n, 1] outputs."""
+    # [n] against [n, 1] would broadcast to [n, n] without a word
     if jnp.shape(targets) != shape:
         raise ValueError(
             f"{name}: targets have shape {jnp.shape(targets)}, expected {shape}. "
@@ -52,9 +54,11 @@ def split_axes(
     The number of event axes is what a likelihood remembers: `vmap` and `scan` add or remove
     leading axes, and the trailing ones keep their meaning.
     """
+    # placeholders of pytree code keep what they say
     if not has_shape(array):
         return batch_ndim, event_ndim
     ndim = len(array.shape)
+    # event axes are counted from the end, so that `vmap` may add or remove others
     if event_ndim is not None:
         return max(ndim - event_ndim, 0), event_ndim
     if not 0 <= batch_ndim <= ndim:
@@ -88,6 +92,7 @@ def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
     """
     if weights is None:
         return x
+    # [*batch] -> [*batch, 1, ...] beside the event axes
     keep = jnp.asarray(weights) != 0
     keep = keep.reshape(keep.shape + (1,) * (jnp.ndim(x) - keep.ndim))
     return jnp.where(keep, x, jnp.asarray(fill, jnp.result_type(x)))
@@ -95,6 +100,7 @@ def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
 
 def weighted_mean(nll: jax.Array, *, weights: Any) -> jax.Array:
     """Returns sum(w * nll) / sum(w) of finite terms; 0 for zero weights or an empty batch."""
+    # a batch of padding alone has the mean zero, not 0 / 0
     w = jnp.ones_like(nll) if weights is None else jnp.asarray(weights, nll.dtype)
     w = jnp.broadcast_to(w, nll.shape)
     total = jnp.sum(w)

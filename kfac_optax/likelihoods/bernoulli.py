@@ -54,6 +54,7 @@ class Bernoulli:
             batch_ndim=self.batch_ndim,
             event_ndim=self.event_ndim,
         )
+        # fields of a frozen dataclass, set once
         object.__setattr__(self, "batch_ndim", batch_ndim)
         object.__setattr__(self, "event_ndim", event_ndim)
         if _common.has_shape(self.logits):
@@ -109,6 +110,7 @@ class Bernoulli:
         Args:
             targets: `[*batch, *event]`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         logits = _common.mask_out(self.logits, weights=self.weights, fill=0.0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0.0)
         nll = self.with_natural((logits,)).nll(targets)
@@ -144,5 +146,6 @@ class Bernoulli:
             `([*batch, *event],)` in the dtype of the logits.
         """
         x = _common.widen(self.logits)
+        # y (1 - y) without the difference 1 - y
         variance = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
         return ((variance * _common.widen(v[0])).astype(self.logits.dtype),)

@@ -87,6 +87,7 @@ class Categorical:
             )
         # A select, not a gather: it shards along the classes and never wraps a label of -1.
         log_p = _select(jax.nn.log_softmax(_common.widen(self.logits)), targets)
+        # a label that is out of range has no likelihood; NaN shows it
         valid = (targets >= 0) & (targets < self.num_columns)
         return jnp.where(valid, -log_p, jnp.nan)
 
@@ -96,6 +97,7 @@ class Categorical:
         Args:
             targets: Integer classes, `[*batch]`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         logits = _common.mask_out(self.logits, weights=self.weights, fill=0.0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0)
         nll = self.with_natural((logits,)).nll(targets)

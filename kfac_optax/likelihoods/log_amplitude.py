@@ -89,12 +89,14 @@ class LogAmplitude:
                 "per walker. Flatten axes of walkers; give each state of several a LogAmplitude of "
                 "its own, since each has a norm of its own."
             )
+        # real and imaginary part of log psi: amplitude and phase
         if jnp.iscomplexobj(self.log_psi):
             return _part(jnp.real, self.log_psi), _part(jnp.imag, self.log_psi)
         return (self.log_psi,)
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "LogAmplitude":
         """Returns the same likelihood at another `log psi`, given by its real arrays."""
+        # back from the real arrays
         log_psi = natural[0] if len(natural) == 1 else jax.lax.complex(*natural)
         return dataclasses.replace(self, log_psi=log_psi)
 
@@ -158,6 +160,7 @@ class LogAmplitude:
         Args:
             targets: `[N]`, as of `nll`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         log_psi = _common.mask_out(self.log_psi, weights=self.weights, fill=0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0)
         nll = dataclasses.replace(self, log_psi=log_psi).nll(targets)
@@ -168,6 +171,7 @@ class LogAmplitude:
 
         Scores with such signs have the metric for second moment: walkers do not mix.
         """
+        # a sign for the amplitude and one for the phase
         shape = (self.num_columns, *self.batch_shape)
         signs = jax.random.rademacher(key, shape, _common.widen(self.natural[0]).dtype)
         return signs[0] if len(signs) == 1 else jax.lax.complex(signs[0], signs[1])
@@ -181,6 +185,7 @@ class LogAmplitude:
         Returns:
             Like `natural`.
         """
+        # S is 2 on its diagonal, so that S S^T = 4 I
         parts = enumerate(self.natural)
         return tuple(jnp.where(c == i, jnp.full_like(x, 2), jnp.zeros_like(x)) for i, x in parts)
 
@@ -193,6 +198,7 @@ class LogAmplitude:
         return tuple((4 * u).astype(x.dtype) for x, u in zip(self.natural, v, strict=True))
 
     def _mean(self, x: jax.Array) -> jax.Array:
+        # a batch of padding alone has the mean zero, not 0 / 0
         w = jnp.ones(self.batch_shape, x.real.dtype) if self.weights is None else self.weights
         total = jnp.sum(w)
         return jnp.where(total != 0, jnp.sum(w * x) / jnp.where(total != 0, total, 1), 0)

@@ -34,6 +34,7 @@ class FromLogDensity:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Shape of the terms."""
+        # event axes are counted from the end, since `vmap` takes others away
         first = self.natural[0].shape
         return first[: len(first) - self.event_ndims[0]]
 
@@ -58,6 +59,7 @@ class FromLogDensity:
                 scalar for one term.
         """
         batch = self.batch_shape
+        # targets are a tree; each of its arrays has the batch in front
         for x in jax.tree.leaves(targets):
             if jnp.shape(x)[: len(batch)] != batch:
                 raise ValueError(
@@ -72,12 +74,14 @@ class FromLogDensity:
         What a term of weight zero holds is not read: ones stand for its natural arrays and targets.
         """
         fill = functools.partial(_common.mask_out, weights=self.weights, fill=1)
+        # masked at the inputs, with ones: a scale of zero would be no distribution
         natural, targets = jax.tree.map(fill, (self.natural, targets))
         nll = self.with_natural(natural).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
     def sample(self, key: jax.Array) -> Any:
         """Targets drawn from the model, a key of its own for every term."""
+        # one for every term, [*batch]
         keys = jax.random.split(key, self.batch_shape)
         drawn = self._of_terms(lambda natural, key: self.draw(key, *natural))(self._wide(), keys)
         return jax.lax.stop_gradient(drawn)
@@ -87,6 +91,7 @@ class FromLogDensity:
 
         def one(natural: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             flat, unravel = jax.flatten_util.ravel_pytree(natural)
+            # column c of the symmetric root U diag(sqrt(d)) U^T
             values, vectors = jnp.linalg.eigh(self._matrix(natural, flat.size))
             root = jnp.sqrt(jnp.maximum(values, 0))
             return unravel(jnp.matmul(vectors, root * vectors[c], precision="highest"))
@@ -97,18 +102,21 @@ class FromLogDensity:
         """Fisher information times `v`, term by term and unweighted."""
 
         def one(natural: tuple[jax.Array, ...], v: tuple[jax.Array, ...]) -> tuple:
+            # natural arrays of a term one after another, as `fisher` has its rows
             flat, unravel = jax.flatten_util.ravel_pytree(v)
             return unravel(jnp.matmul(self._matrix(natural, flat.size), flat, precision="highest"))
 
         return self._like_natural(self._of_terms(one)(self._wide(), tuple(map(_common.widen, v))))
 
     def _of_terms(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # functions of one term, mapped over every axis of the batch
         for _ in self.batch_shape:
             function = jax.vmap(function)
         return function
 
     def _log_density_of_one(self, natural: tuple[jax.Array, ...], target: Any) -> jax.Array:
         value = self.log_density(target, *natural)
+        # entries that are not added up would count as terms
         if jnp.shape(value) != ():
             raise ValueError(
                 f"{self.name}: log_density returned shape {jnp.shape(value)} for one term; "
@@ -117,6 +125,7 @@ class FromLogDensity:
         return value
 
     def _matrix(self, natural: tuple[jax.Array, ...], size: int) -> jax.Array:
+        # only what is exact needs it, so it is missed where it is used
         if self.fisher is None:
             raise ValueError(
                 f"{self.name}: the exact Fisher information of a term is needed (by ggn, products, "
@@ -125,6 +134,7 @@ class FromLogDensity:
                 f"[{size}, {size}], or use the estimator fisher without exact products."
             )
         matrix = self.fisher(*natural)
+        # one row and column for every entry of the natural arrays
         if jnp.shape(matrix) != (size, size):
             raise ValueError(
                 f"{self.name}: fisher returned shape {jnp.shape(matrix)} for one term; expected "
@@ -190,6 +200,7 @@ def from_log_density(
     if not natural:
         raise ValueError(f"{name}: got no natural arrays; expected the outputs of the model.")
     _common.check_real(name, **{f"natural[{i}]": x for i, x in enumerate(natural)})
+    # all natural arrays describe the same terms
     batch = jnp.shape(natural[0])[:batch_ndim]
     for i, x in enumerate(natural):
         if jnp.ndim(x) < batch_ndim or jnp.shape(x)[:batch_ndim] != batch:

@@ -66,6 +66,7 @@ class Normal:
 
     def __post_init__(self) -> None:
         _common.check_real("Normal", mean=self.mean, scale=self.scale)
+        # fields of a frozen dataclass, set once
         batch_ndim, event_ndim = _common.split_axes(
             "Normal", array=self.mean, batch_ndim=self.batch_ndim, event_ndim=self.event_ndim
         )
@@ -87,6 +88,7 @@ class Normal:
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "Normal":
         """Returns the same likelihood at another mean (and scale, if that is learned)."""
+        # a known scale is no natural array
         names = ("mean", "scale")[: len(self.natural)]
         return dataclasses.replace(self, **dict(zip(names, natural, strict=True)))
 
@@ -114,6 +116,7 @@ class Normal:
         """
         _common.check_targets("Normal", targets=targets, shape=self.mean.shape)
         scale = self._wide_scale()
+        # (t - m) / s, before squares that might overflow
         z = (_common.widen(targets) - _common.widen(self.mean)) / scale
         log_scale = math.log(scale) if isinstance(scale, float) else jnp.log(scale)
         terms = 0.5 * z**2 + (log_scale + 0.5 * math.log(2 * math.pi))
@@ -156,7 +159,9 @@ class Normal:
         Returns:
             Like `natural`, each `[*batch, *event]` in the dtype of that array.
         """
+        # one column after another: those of the mean, then those of the scale
         hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
+        # 1 / s in the mean, sqrt(2) / s in the scale
         return tuple(
             jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(
                 x.dtype
@@ -189,6 +194,7 @@ class Normal:
 
 def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
     """Marks a number as known; broadcasts an array to `shape`; leaves placeholders alone."""
+    # known noise is structure: it has no directions in the Fisher
     if isinstance(scale, numbers.Real):
         number = float(scale)
         if not 0 < number < math.inf:
@@ -197,6 +203,7 @@ def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
                 f"For a learned scale pass an array, for instance jax.nn.softplus(output)."
             )
         return _KnownScale(number)
+    # placeholders of pytree code stay as they are
     if not isinstance(scale, jax.Array | np.ndarray) or scale.shape == shape:
         return scale
     try:

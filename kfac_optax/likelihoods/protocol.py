@@ -87,6 +87,7 @@ def is_likelihood(x: Any) -> bool:
     >>> print(is_likelihood(Categorical(jnp.zeros([2, 3]))), is_likelihood(jnp.zeros([2, 3])))
     True False
     """
+    # instances only: a class has the methods too
     return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in METHODS)
 
 
@@ -119,18 +120,22 @@ def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
         ValueError: a method returns another shape than the protocol asks for.
     """
     here = f"{where}: {type(head).__name__}"
+    # abstract arrays: methods are run for their shapes alone
     natural = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in head.natural]
     batch = tuple(head.batch_shape)
+    # a batch axis that is missing would broadcast somewhere
     for i, x in enumerate(natural):
         if x.shape[: len(batch)] != batch:
             raise ValueError(
                 f"{here}.natural[{i}] has shape {x.shape}; expected the batch shape {batch} of "
                 "batch_shape in front."
             )
+    # `fisher` draws labels and differentiates the nll of each term
     if labels:
         key = jax.eval_shape(lambda: jax.random.key(0))
         losses = jax.eval_shape(lambda head, key: head.nll(head.sample(key)), head, key)
         _expect(f"{here}.nll(sample(key))", [losses], [batch])
+    # `ggn` and products need S and H in the shapes of the natural arrays
     if columns:
         like = [x.shape for x in natural]
         column = jax.eval_shape(lambda head: tuple(head.fisher_sqrt_column(0)), head)
