@@ -40,6 +40,7 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     largest = jnp.max(
         jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(wide) for x in leaves.values()])
     )
+    # without a usable size there is nothing to divide by: 2^0
     usable = jnp.isfinite(largest) & (largest > 0)
     return jnp.frexp(jnp.where(usable, largest, 0.5))[1].astype(jnp.int32)
 
@@ -54,6 +55,7 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
     >>> print(products.values * 2.0**products.exponent)
     [ 2. -1.]
     """
+    # parameters without a block have no part in the product
     u, v = covered_leaves(left, layers), covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
     if layers is not None:
@@ -61,11 +63,13 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
         # net and scales each
         buckets = make_buckets(present(layers, v))
         u, v = ({b.name: gather(b, side, dtype) for b in buckets} for side in (u, v))
+    # entries of both sides at most one; the exponents go along apart from the products
     of_u, of_v = exponent_of(u), exponent_of(v)
     u, v = (
         {n: times_power(_widened(x, dtype), -e) for n, x in side.items()}
         for side, e in ((u, of_u), (v, of_v))
     )
+    # one number for every leaf, or for every matrix [copies, p, q]
     if layers is None:
         parts = [jnp.sum(jnp.real(u[n] * jnp.conj(v[n])))[None].astype(dtype) for n in v]
     else:
@@ -80,6 +84,7 @@ def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: An
     >>> print(inverse_root_of(jnp.float32(25.0), jnp.int32(0), 1.0, 1.0))
     0.2
     """
+    # sqrt(bound / (rate^2 v 2^(e - 2h))) 2^-h: the power leaves the root
     half = exponent >> 1
     square = jnp.square(jnp.asarray(rate, values.dtype)) * times_power(values, exponent - 2 * half)
     usable = jnp.isfinite(square) & (square > 0)
@@ -94,6 +99,7 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     >>> print(norms(jnp.full((1, 2, 2), 1e30)))
     [2.e+30]
     """
+    # a power of two near the largest entry of each matrix, [copies, 1, 1]
     sizes = jnp.abs(x)
     largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
     usable = jnp.isfinite(largest) & (largest > 0)
@@ -110,6 +116,7 @@ def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
     >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
     3e+30
     """
+    # one power of two for all leaves together
     sizes = {n: jnp.abs(x).astype(_wide(leaves)) for n, x in leaves.items()}
     exponent = exponent_of(sizes)
     squares = sum(jnp.sum(jnp.square(times_power(x, -exponent))) for x in sizes.values())
@@ -141,6 +148,7 @@ def map_layers(
     Returns:
       A tree like the first, and the reports, `[number of matrices]`.
     """
+    # kernel and bias of equal layers as one array of matrices
     leaves = [named_leaves(tree) for tree in trees]
     dtype = _wide(leaves[0])
     new: dict[str, jax.Array] = {}
@@ -150,6 +158,7 @@ def map_layers(
         matrices, report = function(*(gather(bucket, x, dtype) for x in leaves))
         new |= scatter(bucket, matrices, leaves[0])
         reports.append(report)
+    # what belongs to no layer is a matrix of one row
     for name in [n for n in leaves[0] if n not in new]:
         matrix, report = function(*(_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves))
         new[name] = matrix.reshape(leaves[0][name].shape)
@@ -166,6 +175,7 @@ def within(x: jax.Array, dtype: Any) -> jax.Array:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         return x
+    # NaN and infinity stay, to be seen
     end = jnp.finfo(dtype).max.astype(x.dtype)
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x).astype(dtype)
 

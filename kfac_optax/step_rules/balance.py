@@ -85,6 +85,7 @@ def balance_parts(
         # handed on as they came: the preconditioner tells a forgotten curvature from none
         curvature, damping = extra.get("curvature"), extra.get("damping")
         new, after = preconditioner.update(updates, state.preconditioner, params, **extra)
+        # a damping that makes no sense leaves the last good one
         lam, given = checked(
             state.given, "damping", own_damping if damping is None else damping, state.balance_count
         )
@@ -96,6 +97,7 @@ def balance_parts(
                     weight = _agreed(
                         directions, updates, curvature, lam, examples, axis_name
                     ).astype(weight.dtype)
+            # -(U_fine + w U_coarse), from the negative parts
             ones = jnp.ones((), weight.dtype)
             new = combine(directions, -jnp.stack([ones, weight][: len(directions)]))
         return new, BalanceState(after, optax.safe_increment(state.balance_count), weight, given)
@@ -109,6 +111,7 @@ def _agreed(
     """Weight of the second direction relative to the first where the model is smallest, within [0,
     1].
     """
+    # K_ij = d_i^T (F + damping I) d_j and b_i = grad^T d_i
     whole = [like_parameters(curvature.params, named_leaves(direction)) for direction in directions]
     form = curvature.quadratic_form(whole, subsample=examples, axis_name=axis_name)
     form = form + jnp.asarray(damping, form.dtype) * inner_products_of(directions).astype(

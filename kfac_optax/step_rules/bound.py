@@ -127,6 +127,7 @@ def bound_step(
         def number(value: float) -> jax.Array:
             return jnp.full((), value, dtype)  # a new array each time: no buffer occurs twice
 
+        # hyperparameters are checked when they are used: schedules and injected values too
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip, damping=damping)
         return BoundState(
             preconditioner.init(params),
@@ -154,6 +155,7 @@ def bound_step(
                 f"{where}.update: got no params; the bound is one on how the parameters really "
                 "move. Pass them: tx.update(grads, opt_state, params, curvature=...)."
             )
+        # numbers of this step, in place of those that make no sense
         dtype = state.step_rate.dtype
         rate, given = checked(state.given, "learning_rate", learning_rate, state.bound_count)
         bound, given = checked(given, "kl_clip", kl_clip, state.bound_count)
@@ -161,6 +163,7 @@ def bound_step(
             given, "damping", own_damping if damping is None else damping, state.bound_count
         )
         rate, bound, lam = (jnp.asarray(x, dtype) for x in (rate, bound, lam))
+        # a schedule that lowers the rate shortens the step that the model wants
         peak = jnp.maximum(state.peak_rate, rate)
         share = rate / jnp.where(peak > 0, peak, 1)  # what a schedule has left of the rate
         carried = momentum * rate / jnp.where(state.last_rate > 0, state.last_rate, 1)
@@ -227,15 +230,19 @@ def _decide(
     room: jax.Array,
 ) -> _Step:
     """Rates that minimise the model behind the momentum, and what the bound leaves of the step."""
+    # b_i = grad^T d_i and K_ij = d_i^T (F + damping I) d_j, the last direction being T0
     slopes = jnp.stack([inner(grads, d) for d in directions]).astype(form.dtype)
     damped = form + damping * inner_products_of(directions).astype(form.dtype)
+    # shares of the parts, with the momentum term as part of the slope
     mix = agreed_mix(damped[:-1, :-1], slopes[:-1] + momentum * damped[:-1, -1])
+    # columns: the mixed update and the last step, so that one rate is left to find
     joined = jnp.zeros((len(directions), 2), form.dtype).at[:-1, 0].set(mix).at[-1, 1].set(1)
     model = _between(damped, joined)
     rate = solve_model(model, jnp.sum(joined * slopes[:, None], axis=0), momentum=momentum).rate
     # the step may not turn back; without a model momentum goes on
     rates = jnp.where(rate > 0, share * rate, 0) * mix
     whole = jnp.append(rates, momentum)
+    # T^T F T without the damping, of the whole step
     square = jnp.sum(whole * jnp.sum(form * whole, axis=1))
     usable = jnp.isfinite(square) & (square > 0)
     scale = jnp.minimum(1, share * jnp.sqrt(room / jnp.where(usable, square, 1)))
@@ -259,11 +266,14 @@ def _as_before(
     """Rates of the last exact product, less where the slope has grown; those of KL-clip where there
     was none.
     """
+    # sizes of the slope along the step, now and when a product decided
     slopes = jnp.stack([inner(grads, d) for d in parts]).astype(state.step_rate.dtype)
     rates = jnp.stack([state.step_rate, state.coarse_rate])[: len(parts)]
     slope, known = jnp.abs(jnp.sum(rates * slopes)), jnp.abs(state.known_slope)
+    # a longer slope in the same metric is a longer step: shortened by its root
     grown = (slope > known) & (slope > 0)
     again = rates * jnp.where(grown, jnp.sqrt(known / jnp.where(grown, slope, 1)), 1)
+    # without any product yet: nu = sqrt(kl_clip / (rate^2 |<U, V>|))
     square = jnp.square(learning_rate) * jnp.abs(jnp.sum(slopes))
     usable = jnp.isfinite(square) & (square > 0)
     clip = jnp.where(

@@ -64,6 +64,7 @@ def cold_start(
         return ColdStartState(warm.init(params), cold.init(params), jnp.zeros((), jnp.int32), given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # both run in every step, so that both states go on
         later, warm_state = warm.update(updates, state.preconditioner, params, **extra)
         first, cold_state = cold.update(updates, state.cold, params, **extra)
         last, given = checked(state.given, "steps", steps, state.cold_count)

@@ -18,6 +18,7 @@ def search(
     if rule.search_every is None:
         gamma = state.model_damping + jnp.asarray(rule.weight_decay, state.model_damping.dtype)
         return *attempt(gamma), gamma
+    # gamma^2, smaller and larger by one factor
     factor = rule.decay**rule.search_every if rule.search_decay is None else rule.search_decay
     now = state.preconditioner_damping
 
@@ -27,6 +28,7 @@ def search(
             jnp.maximum(now * factor, rule.damping_min),
             jnp.minimum(now / factor, rule.damping_max),
         ]
+        # each candidate solves anew from the same statistics
         tried = [(*attempt(gamma), gamma) for gamma in gammas]
         changes = [_damped_change(rule.where, after) for _, after, _ in tried]
         chosen, lowest = tried[0], changes[0]

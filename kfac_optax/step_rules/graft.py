@@ -58,6 +58,7 @@ def graft_norm(
         return GraftState(direction_of.init(params), length_of.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # both see the same gradient
         direction, inner = direction_of.update(updates, state.preconditioner, params, **extra)
         lengths, graft = length_of.update(updates, state.graft, params, **extra)
 
@@ -70,6 +71,7 @@ def exchange_norms(direction: PyTree, lengths: PyTree, layers: Layers | None = N
     """`S_i ||Q_i|| / ||S_i||`, layer by layer, see `graft_norm`."""
 
     def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # [copies] Frobenius norms of the matrices [copies, p, q]
         norm, wanted = (norms(x) for x in (s, q))
         # of many large entries; NaN stays
         wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)

@@ -70,8 +70,10 @@ def solve_model(
       Curvature (2015), section 7, for two directions.
     """
     finite = jnp.all(jnp.isfinite(form)) & jnp.all(jnp.isfinite(slope))
+    # d^T (F + damping I) d of the update; where it vanishes the slope has to vanish too
     first = form[0, 0]
     convex = (first > 0) | ((first == 0) & (slope[0] == 0))
+    # the parts between the first and the last are always solved for
     given = [learning_rate, *[None] * (len(slope) - 2), momentum]
     weights = _minimise(form, slope, given)
     finite = finite & jnp.all(jnp.isfinite(weights))  # what is given may be anything
@@ -89,11 +91,13 @@ def _minimise(form: jax.Array, slope: jax.Array, given: Sequence[Any]) -> jax.Ar
     zero = jnp.zeros((), form.dtype)
     fixed = jnp.stack([zero if x is None else jnp.asarray(x, form.dtype) for x in given])
     free = [i for i, x in enumerate(given) if x is None]
+    # K w = -b for the free weights, those that are fixed on the right-hand side
     slope = slope + jnp.sum(form * fixed, axis=1)
     limit = 64 * jnp.finfo(form.dtype).eps
     rows = {i: form[i] for i in free}
     right = {i: -slope[i] for i in free}
     usable: dict[int, jax.Array] = {}
+    # forward elimination; a pivot that is rounding of its row depends on those before it
     for n, i in enumerate(free):
         pivot = rows[i][i]  # what is left of the curvature, a Schur complement
         usable[i] = pivot > limit * form[i, i]
@@ -102,6 +106,7 @@ def _minimise(form: jax.Array, slope: jax.Array, given: Sequence[Any]) -> jax.Ar
             rows[j] = rows[j] - factor * rows[i]
             right[j] = right[j] - factor * right[i]
     weights = list(fixed)
+    # back substitution
     for n, i in reversed(list(enumerate(free))):
         rest = right[i] - sum((rows[i][j] * weights[j] for j in free[n + 1 :]), zero)
         weights[i] = jnp.where(usable[i], rest / jnp.where(usable[i], rows[i][i], 1), 0)
@@ -120,10 +125,12 @@ def agreed_mix(form: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[Ar
     [1.   0.25]
     """
     one = jnp.ones((1,), form.dtype)
+    # the fine part alone
     if len(slope) == 1:
         return one
     fine, coarse = _minimise(form, slope, [None, None])
     usable = (fine > 0) & jnp.isfinite(fine) & jnp.isfinite(coarse)
+    # w_2 / w_1 in [0, 1]; nothing of the coarse part where the fine one would go backwards
     share = jnp.where(usable, jnp.clip(coarse / jnp.where(usable, fine, 1), 0, 1), 0)
     return jnp.append(one, share)
 
@@ -193,6 +200,7 @@ def quadratic_step(
     Reference: Martens & Grosse (2015), sections 6.4 and 7.
     """
     where = "quadratic_step"
+    # what is not given is solved for
     for name, number in (("learning_rate", learning_rate), ("momentum", momentum)):
         if number is not None:
             check_number(where, name, number, at_least=0)
@@ -201,6 +209,7 @@ def quadratic_step(
     own_damping = damping
 
     def init(params: PyTree) -> QuadraticState:
+        # the count, five numbers, two counters of failures
         dtypes = (jnp.int32, *(wide_dtype(params),) * 5, jnp.int32, jnp.int32)
         return QuadraticState(
             jax.tree.map(jnp.zeros_like, params), *(jnp.zeros((), dtype) for dtype in dtypes)
@@ -223,14 +232,17 @@ def quadratic_step(
             return updates, state
         _check(where, curvature, grad, value_fn, params)
         count = state.quadratic_count
+        # of `adapt_damping`: lambda for the model, gamma^2 for the preconditioner
         damping = damping if model_damping is None else model_damping
         lam = resolve(own_damping if damping is None else damping, count)
         fixed = {"learning_rate": learning_rate, "momentum": momentum}
         with jax.named_scope("kfac/quadratic_model"):
+            # -U part by part, and last delta_0
             directions = (*negative_parts(updates), state.previous_update)
             form = curvature.quadratic_form(directions, subsample=subsample, axis_name=axis_name)
             slope = _slopes(directions, params, grad, value_fn, axis_name).astype(form.dtype)
             squares = inner_products_of(directions).astype(form.dtype)
+            # F + weight_decay I is the model; its damping is kept apart, for the reduction ratio
             form = form + jnp.asarray(resolve(weight_decay, count), form.dtype) * squares
             damped = form + jnp.asarray(lam, form.dtype) * squares
             solution = solve_model(
@@ -266,6 +278,7 @@ def _slopes(
     """Gradient of the objective along each direction."""
     if grad is not None:
         return jnp.stack([inner(grad, direction) for direction in directions])
+    # of the objective on this batch: one forward pass, one product for each direction
     _, slope = jax.linearize(value_fn, params)
     slopes = jnp.stack([slope(direction) for direction in directions])
     return slopes if axis_name is None else jax.lax.pmean(slopes, axis_name)
@@ -276,6 +289,7 @@ def negative_parts(updates: PyTree) -> tuple[PyTree, ...]:
     is added to it.
     """
     parts = updates.parts if isinstance(updates, Directions) else (updates,)
+    # all that is added to the fine level counts as one direction
     if len(parts) > 2:
         parts = (parts[0], jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts[1:]))
     return tuple(jax.tree.map(jnp.negative, part) for part in parts)
@@ -284,6 +298,7 @@ def negative_parts(updates: PyTree) -> tuple[PyTree, ...]:
 def inner_products_of(directions: Sequence[PyTree]) -> jax.Array:
     """`<d_i, d_j>` of all pairs, `[k, k]`."""
     k = len(directions)
+    # symmetric: the upper triangle only
     known = {(i, j): inner(directions[i], directions[j]) for i in range(k) for j in range(i, k)}
     rows = [jnp.stack([known[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)]
     return jnp.stack(rows)
@@ -305,6 +320,7 @@ def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
 
 def _next_state(state, step, solution: ModelSolution, form, damped, slope) -> QuadraticState:
     weights = solution.weights
+    # M(delta) - M(0) = b^T w + w^T K w / 2
     coarse = weights[1] if len(weights) > 2 else jnp.zeros((), form.dtype)
     usable = solution.finite & solution.convex
 

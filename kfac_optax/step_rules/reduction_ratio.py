@@ -78,6 +78,7 @@ def model_change_of(
     """`M(step) - M(0)`, from the state of `quadratic_step` or else from one more product."""
     if known is not None:
         return known.damped_change if rule.include_damping else known.model_change
+    # grad^T delta + delta^T (F + shift I) delta / 2
     form = curvature.quadratic_form((step,), axis_name=rule.axis_name)[0, 0].astype(lam.dtype)
     shift = rule.weight_decay + (lam if rule.include_damping else 0)
     return (
@@ -101,6 +102,7 @@ def promise(
     """
     if known is None:
         return Promise(jnp.bool_(False), jnp.bool_(False))
+    # M(delta) - M(0) = slope + curvature / 2, and the damped change has damping |delta|^2 / 2 more
     slope = mean_over(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
     moves = known.damped_change != 0
     limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
@@ -112,5 +114,6 @@ def promise(
 
 def lowest_ratio(rule: DampingRule, promised: Promise) -> jax.Array:
     """Ratios below this one reject the step."""
+    # a step that promised too much has to keep more of its promise
     usual = -jnp.inf if rule.reject_below is None else rule.reject_below
     return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)

@@ -73,6 +73,7 @@ def clip_by_rms(
         bound, given = checked(state.given, "max_rms", max_rms, state.rms_count)
 
         def clip(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # min(1, max_rms / rms) for every matrix; what is not finite stays, to be seen
             rms = norms(u, mean=True)
             usable = jnp.isfinite(rms) & (rms > 0)
             scale = jnp.where(

@@ -108,11 +108,13 @@ def clip_by_trust_region(
         state: PyTree, updates: PyTree, gradients: PyTree, extra: dict[str, Any]
     ) -> tuple[Any, jax.Array]:
         """The product and a power of two that multiplies it."""
+        # U^T F U by the user, by the raw gradients, or exact
         if callable(metric):
             return metric(state, updates), jnp.zeros((), jnp.int32)
         if metric == "damped":
             products = inner_products(updates, gradients, layers)
             return jnp.sum(products.values), products.exponent
+        # one product with the exact curvature of the batch
         curvature = require_curvature(where, 'metric="exact"', extra.get("curvature"))
         mine = covered_leaves(updates, layers)
         exponent = exponent_of(mine)
@@ -131,6 +133,7 @@ def clip_by_trust_region(
         preconditioned, inner = preconditioner.update(
             updates, state.preconditioner, params, **extra
         )
+        # values that make no sense leave the last good ones
         rate, given = checked(state.given, "learning_rate", learning_rate, state.trust_count)
         bound, given = checked(given, "radius", radius, state.trust_count)
         with jax.named_scope("kfac/trust_region"):
@@ -149,6 +152,7 @@ def trust_scale(product: Any, learning_rate: Any, radius: Any, *, exponent: Any 
     >>> print(trust_scale(25.0, 1.0, 0.5))
     0.2
     """
+    # no narrower than float32, so that the root has digits
     product = jnp.asarray(product)
     product = product.astype(jnp.result_type(jnp.float32, product))
     bound = 2 * jnp.asarray(radius, product.dtype)

@@ -103,8 +103,10 @@ def add_weight_decay(
                 f"{where}.update got no `params`; expected tx.update(grads, opt_state, params, "
                 "...)."
             )
+        # a value that makes no sense leaves the last good one
         weight, given = checked(state.given, "weight_decay", weight_decay, state.decay_count)
         decayed = _masked(params, mask)
+        # F theta, exact on the batch, in place of theta
         if mode == "fisher":
             curvature = require_curvature(where, 'mode="fisher"', extra.get("curvature"))
             vector = like_parameters(curvature.params, named_leaves(decayed))
@@ -114,12 +116,14 @@ def add_weight_decay(
             decayed = _masked(
                 like_parameters(params, {n: product[n] for n in named_leaves(params)}), mask
             )
+        # a part of the objective: whatever runs inside sees it in the gradient
         if mode != "decoupled":
             updates = _plus(updates, weight, decayed)
             extra = _augmented(
                 extra, weight, decayed, lambda p: _penalty(p, weight, mask), whole=mode == "loss"
             )
         new, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
+        # behind the preconditioner: P V + w theta
         if mode == "decoupled":
             new = _plus(new, weight, decayed)
         return new, WeightDecayState(inner, optax.safe_increment(state.decay_count), given)
@@ -131,6 +135,7 @@ def _masked(params: PyTree, mask: Mask | None) -> PyTree:
     """The parameters, zero where the mask is false."""
     if mask is None:
         return params
+    # a mask may stop above the leaves, as a prefix of the tree
     kept = mask(params) if callable(mask) else mask
     zero = functools.partial(jax.tree.map, jnp.zeros_like)
     return jax.tree.map(lambda keep, part: part if keep else zero(part), kept, params)
@@ -150,6 +155,7 @@ def _augmented(
     extra: dict[str, Any], weight: Any, decayed: PyTree, penalty: Callable, *, whole: bool
 ) -> dict[str, Any]:
     """Extra arguments about the loss, turned into those about the whole objective."""
+    # gradient, value and function of the loss become those of the objective
     extra = dict(extra)
     if extra.get("grad") is not None:
         extra["grad"] = _plus(extra["grad"], weight, decayed)
