@@ -28,11 +28,14 @@ def draw(
     Raises:
       ValueError: a block has no square root.
     """
+    # in the dtype of the inverses, which may be wider than the parameters
     leaves, dtype = named_leaves(mean), wide_dtype(operator.inverses)
     names = covered_names(operator)
+    # white noise [count, *shape] for what has a block, zeros for the rest
     noise = {name: jnp.zeros((count, *x.shape), dtype) for name, x in leaves.items()}
     for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
         noise[name] = jax.random.normal(own, noise[name].shape, dtype)
+    # R z, with R R^T = (F + damping I)^{-1}
     spread = root_trees(where, operator, noise)
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), mean)
     moved = {name: leaves[name] + jnp.sqrt(variance) * spread[name] for name in names}
@@ -92,6 +95,7 @@ def sample_params(
     check_number(where, "weight_decay", weight_decay, above=0)
     check_number(where, "temperature", temperature, at_least=0)
     layers, block_of = covered_with(where, layers, None, normalization, uncovered)
+    # the inverses that the optimizer holds, with the weight decay of the posterior as damping
     state = the_state(opt_state, CurvatureState, where)
     operator = of_state(where, state, layers, block_of)
     damping = jnp.asarray(weight_decay, wide_dtype(operator.inverses))

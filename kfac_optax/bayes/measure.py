@@ -43,12 +43,14 @@ def mean_statistics(
     Raises:
       ValueError: a batch gives numbers that are not finite.
     """
+    # layers in the order of the buckets, each with its block
     layers = tuple(layer for bucket in buckets for layer in bucket.layers)
     blocks = tuple(block_of_bucket(bucket) for bucket in buckets for _ in bucket.layers)
     read = inverses_read(layers, buckets, inverses)
 
     @jax.jit
     def measure(params, args, key, count, read):
+        # weighted by its examples, so that batches of different size make one mean
         plan = Plan(layers, blocks, None, dtype, None, count, read)
         per_layer, _ = estimator.at(params, *args, key=key).statistics(plan)
         weight = _weight_of(estimator.spec.kind, estimator.spec.function(params, *args))
@@ -62,6 +64,7 @@ def mean_statistics(
         _check_finite(i, new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
         size = size + weight
+    # [copies, ...] of every layer -> [copies of the bucket, ...]
     statistics, moments = {}, {}
     mean = dict(zip(layers, jax.tree.map(lambda x: x / size, total), strict=True))
     for bucket in buckets:
@@ -84,8 +87,10 @@ def factorize(
     first = Average(zero, jnp.ones((), jnp.int32), zero)  # nothing was measured before
     for bucket in buckets:
         block = block_of_bucket(bucket)
+        # all matrices of a bucket at once, one bucket after another
         ready = after(measured.statistics[bucket.name], previous)
         made = jax.vmap(block.factorize, (0, None))(ready, damping)
+        # moments replace the product of the eigenvalues as a whole
         if bucket.name in measured.moments:
             assert block.absorb is not None
             absorb = jax.vmap(block.absorb, (0, 0, 0, None, None))
@@ -98,12 +103,14 @@ def _weight_of(kind: Kind, prediction: PyTree) -> Any:
     """Number of examples, each counting its mean weight."""
     _, heads = split_outputs(kind, prediction)
     examples = count_examples(kind, heads)
+    # mean weight of an example, over the heads that have some
     weights = [getattr(head, "weights", None) for head in heads]
     known = [jnp.mean(x) for x in weights if x is not None]
     return examples * sum(known) / len(known) if known else jnp.float32(examples)
 
 
 def _check_finite(i: int, statistics: PyTree) -> None:
+    # under tracing there is no value to look at
     good = all_finite(statistics)
     if not isinstance(good, jax.core.Tracer) and not bool(good):
         raise ValueError(

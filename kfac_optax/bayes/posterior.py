@@ -69,6 +69,7 @@ class Posterior:
         """`(F + (prior_precision / size) I)^{-1} v`, the inverse curvature of the mean objective;
         zero where no block is.
         """
+        # a block-diagonal solve; what no block covers is fixed, so it is zero
         zeros = jax.tree.map(jnp.zeros_like, vector)
         solved = named_leaves(solve_tree(self._operator, vector))
         names = covered_names(self._operator)
@@ -76,6 +77,7 @@ class Posterior:
 
     def covariance_product(self, vector: PyTree) -> PyTree:
         """Covariance times a tree like the parameters, zero where no block is."""
+        # (N F + prior I)^{-1} = (F + prior / N I)^{-1} / N
         solved = self.inverse_product(vector)
         return jax.tree.map(lambda x: (x / self.size).astype(x.dtype), solved)
 
@@ -106,6 +108,7 @@ class Posterior:
         Reference: Immer, Korzepa & Bauer, Improving predictions of Bayesian neural nets via local
           linearization (2021).
         """
+        # the first natural array as function of the parameters
         names = covered_names(self._operator)
 
         def first(params: PyTree, *args: PyTree) -> jax.Array:
@@ -163,6 +166,7 @@ class Posterior:
 
         Reference: MacKay, A practical Bayesian framework for backpropagation networks (1992).
         """
+        # log det(N F + prior I) = P log N + log det(F + prior / N I)
         random = {name: named_leaves(self.mean)[name] for name in covered_names(self._operator)}
         count = sum(x.size for x in random.values())
         prior = count * jnp.log(self.prior_precision) - self.prior_precision * inner(random, random)
@@ -173,6 +177,7 @@ class Posterior:
         """The posterior with another prior; the mean and the statistics stay."""
         check_number("Posterior", "prior_precision", prior_precision, above=0)
         precision = jnp.asarray(prior_precision, self.prior_precision.dtype)
+        # another damping: the statistics are factorised anew
         inverses = factorize(self.buckets, self.measured, precision / self.size)
         return dataclasses.replace(self, prior_precision=precision, inverses=inverses)
 
@@ -184,6 +189,7 @@ class Posterior:
         """
         check_number("Posterior.with_best_prior_precision", "low", low, above=0)
         check_number("Posterior.with_best_prior_precision", "high", high, above=low)
+        # the evidence is a smooth function of the logarithm
         left, right = (jnp.asarray(math.log(x), self.prior_precision.dtype) for x in (low, high))
         for _ in range(_ROUNDS):
             left, right = _narrowed(self, left, right)
@@ -196,6 +202,7 @@ class Posterior:
             raise TypeError(
                 f"Posterior: {self.spec.kind.name} knows losses only; expected one likelihood. {advice}"
             )
+        # one likelihood, whose first natural array is the output
         _, heads = split_outputs(self.spec.kind, self.spec.function(params, *args))
         if len(heads) != 1:
             raise TypeError(
@@ -209,6 +216,7 @@ def _narrowed(
     posterior: Posterior, left: jax.Array, right: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The grid's neighbours of its best point."""
+    # the loss does not depend on the prior: any number will do
     grid = jnp.linspace(left, right, _GRID)
     of = lambda x: posterior.with_prior_precision(jnp.exp(x)).log_evidence(0.0)
     best = jnp.argmax(jax.vmap(of)(grid))

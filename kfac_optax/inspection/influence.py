@@ -49,6 +49,7 @@ def influence(
     Reference: Koh & Liang, Understanding Black-box Predictions via Influence Functions (2017),
       equations 1 and 2, with the sign of leaving out.
     """
+    # H^{-1} grad objective once, then its slope along every loss in one pass
     direction = solve(jax.grad(objective)(params))
     _, slopes = jax.jvp(losses, (params,), (direction,))
     if slopes.ndim != 1:
@@ -92,6 +93,7 @@ def self_influence(
     """
 
     def of_example(*own: PyTree) -> jax.Array:
+        # each example against its own solve
         gradient = jax.grad(lambda p: _the_loss(losses(p, *own)))(params)
         return inner(gradient, solve(gradient))
 
@@ -141,6 +143,7 @@ def lissa(
     check_number("lissa", "steps", steps, at_least=2)
 
     def residual(v: PyTree, x: PyTree, step: Any) -> PyTree:
+        # v - (H + damping I) x
         curved = product(x, step) if stochastic else product(x)
         return jax.tree.map(lambda b, c, y: b - c - damping * y, v, curved, x)
 
@@ -150,6 +153,7 @@ def lissa(
     def solve(v: PyTree) -> PyTree:
         wide = wide_dtype(v)
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), v)
+        # two loops, since a stochastic residual is judged from the middle on
         half = steps // 2
         middle = jax.lax.fori_loop(0, half, lambda i, x: move(v, x, i), start)
         end = jax.lax.fori_loop(half, steps, lambda i, x: move(v, x, i), middle)
