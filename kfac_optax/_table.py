@@ -16,8 +16,10 @@ def coverage_table(layers: "Layers") -> str:
     its layer.
     """
     header = ("layer", "kind", "kernel", "bias", "uses")
+    # one line for every layer, in order of execution
     rows = [_geometry(layer) for layer in layers]
     notes = [(*layer.notes, *_outside(layer)) for layer in layers]
+    # blocks and bytes are known after `coverage`; before, notes have a column of their own
     if layers.blocks:
         header += ("block", "state bytes")
         rows = _with_blocks(layers, rows, notes)
@@ -35,6 +37,7 @@ def _with_blocks(
     layers: "Layers", rows: list[tuple[str, ...]], notes: list[tuple[str, ...]]
 ) -> list[tuple[str, ...]]:
     """The rows of layers with block and bytes, that of the coupling, and the total."""
+    # a block with what its statistics leave out
     triples = zip(layers.blocks, notes, layers.state_bytes, strict=True)
     made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
     rows = [row + more for row, more in zip(rows, made, strict=True)]
@@ -48,6 +51,7 @@ def _with_blocks(
 
 def _geometry(layer: "Layer") -> tuple[str, ...]:
     """What the layer is, whatever block it gets."""
+    # [*stack, groups, inputs, outputs]
     groups = (layer.groups,) if layer.groups > 1 else ()
     shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
     bias = "no" if layer.bias is None else "yes"
@@ -73,6 +77,7 @@ def _shape(*sizes: int) -> str:
 
 def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = [header, *rows]
+    # every column as wide as its longest cell
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -44,6 +44,7 @@ def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
     replaces.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    # states of masked transformations have other leaves: only what is named is replaced
     leaves = [
         new[n].astype(leaf.dtype) if (n := path_name(path)) in new else leaf for path, leaf in paths
     ]
@@ -55,6 +56,7 @@ def make_buckets(
 ) -> tuple[Bucket, ...]:
     """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
+    # dictionaries keep the order of execution
     for layer in layers:
         block = None if block_of is None else block_of(layer)
         # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart, and
@@ -77,6 +79,7 @@ def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) ->
     input side.
     """
     _, q = bucket.shape
+    # [copies, inputs, q] of every layer, one after another
     kernels = [_matrices(leaves[x.kernel].astype(dtype), x) for x in bucket.layers]
     matrices = jnp.concatenate(kernels)
     if bucket.layers[0].bias is None:
@@ -91,6 +94,7 @@ def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) ->
 
 def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
     n, layout = len(layer.stack), layer.layout
+    # [*stack, *split] -> [*stack, *order] -> [copies, p, q]
     kernel = kernel.reshape(*layer.stack, *layout.split)
     kernel = kernel.transpose(*range(n), *(n + axis for axis in layout.order))
     return kernel.reshape(layer.copies, layer.inputs, layer.outputs)
@@ -98,6 +102,7 @@ def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
 
 def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
     n, layout = len(layer.stack), layer.layout
+    # the same backwards: [copies, p, q] -> [*stack, *order] -> [*stack, *split] -> as stored
     kernel = matrices.reshape(*layer.stack, *(layout.split[axis] for axis in layout.order))
     kernel = kernel.transpose(*range(n), *(n + int(axis) for axis in np.argsort(layout.order)))
     return kernel.reshape(*layer.stack, *layout.shape)
@@ -109,6 +114,7 @@ def scatter(
     """Inverse of `gather`: leaves by name, in the shapes found in `leaves`."""
     out, start = {}, 0
     for x in bucket.layers:
+        # the copies of this layer; its bias is the last row of each
         mine = matrices[start : start + x.copies]
         start += x.copies
         out[x.kernel] = _as_stored(mine[:, : x.inputs], x)
@@ -142,9 +148,11 @@ def map_examples(function: Callable, args: Sequence[PyTree], batch_size: int) ->
             "model, such as the inputs x [N, ...]."
         )
     size = arrays[0].shape[0]
+    # arrays with the examples on axis 0; others are the same for all
     cut = [getattr(x, "ndim", 0) > 0 and x.shape[0] == size for x in leaves]
 
     def of_example(rows: list[jax.Array]) -> PyTree:
+        # the rows of one example in the places of the arrays they were cut from
         left = iter(rows)
         own = [next(left)[None] if is_cut else x for x, is_cut in zip(leaves, cut, strict=True)]
         return function(*jax.tree.unflatten(treedef, own))
@@ -167,12 +175,14 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     """
     shape: tuple[int, ...] = (*leading, *aval.shape)
     sharding: Any = getattr(aval, "sharding", None)
+    # explicit mesh axes: the new ones in front are not sharded
     spec = getattr(sharding, "spec", ())
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
         return jnp.zeros(
             shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec)
         )
+    # inside of `shard_map`: zeros that vary like what they stand for
     zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
@@ -209,7 +219,10 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(
-            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+            # [n] -> [n, 1, ...]
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)),
+            a,
+            b,
         )
 
     return jax.tree.map(pick, new, old)
@@ -222,6 +235,7 @@ def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[L
     Under `optax.masked` and `optax.partition` a transformation sees only its own part of the
     parameters.
     """
+    # a bias that is masked leaves a layer without one
     found = (layer for layer in layers if layer.kernel in leaves)
     return tuple(
         x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None)
@@ -247,6 +261,7 @@ def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:
     """
     if not layers.graft:
         return {}
+    # what has a block, and what has no gradient
     left = covered_leaves(tree, layers).keys() | {
         u.path for u in layers.uncovered if u.reason == NOT_USED
     }

@@ -67,16 +67,19 @@ class Layer:
         derivative do.
     """
 
+    # its leaves in the parameter tree
     path: str
     kind: str
     kernel: str
     bias: str | None
+    # as matrices [copies, inputs, outputs]
     inputs: int
     outputs: int
     layout: Layout
     stack: tuple[int, ...] = ()
     groups: int = 1
     channels: int = 0
+    # what this trace has seen of it
     uses: int = 1
     rows: int = 0
     notes: tuple[str, ...] = ()
@@ -121,8 +124,10 @@ class Layers:
     layers leave out is said in the lines `remarks` at its end.
     """
 
+    # what tracing found
     layers: tuple[Layer, ...]
     uncovered: tuple[Uncovered, ...] = ()
+    # added by `coverage`
     blocks: tuple[str, ...] = ()
     state_bytes: tuple[int, ...] = ()
     coupling: str = ""
@@ -221,23 +226,28 @@ class Block(NamedTuple):
         inverts; directions that `solve` leaves out as singular are not counted.
     """
 
+    # what every block has
     name: str
     init: Callable[..., PyTree]
     measure: Callable[..., PyTree]
     factorize: Callable[..., PyTree]
     solve: Callable[..., jax.Array]
     multiply: Callable[..., jax.Array]
+    # what it is given to measure
     rows: bool = False
     sharing: str = "expand"
     positions: int | None = None
     raw: bool = False
+    # rules of its own for what it holds
     refresh: Callable[..., PyTree] | None = None
     absorb: Callable[..., PyTree] | None = None
+    # shortcuts and demands that only some blocks have
     solve_rows: Callable[..., jax.Array | None] | None = None
     first_moments: bool = False
     absorbs: str = "columns"
     reads_inverse: bool = False
     per_example: bool = False
+    # its own say about refreshes, and what posteriors need of it
     due: Callable[..., tuple[jax.Array, PyTree]] | None = None
     root_solve: Callable[..., jax.Array] | None = None
     logdet: Callable[..., jax.Array] | None = None
@@ -305,12 +315,14 @@ class System(NamedTuple):
       sizes: `[L]`, number of parameters of each row.
     """
 
+    # the right-hand side and both levels
     gradient: Vector
     fine: Callable[[Vector], Vector]
     restrict: Callable[[Vector], jax.Array]
     prolong: Callable[[jax.Array], Vector]
     matrices: Callable[[Vector], list[jax.Array]]
     replace: Callable[[Vector, Sequence[jax.Array]], Vector]
+    # exact, on the batch of the step
     product: Callable[[Vector], Vector]
     coarse: Callable[[Callable[[jax.Array], Vector], int], jax.Array]
     inverses: Callable[[int], PyTree]
@@ -347,6 +359,7 @@ class Coupling(NamedTuple):
     factorize: Callable[..., PyTree]
     apply: Callable[..., list[Vector]]
     check: Callable[..., None] = lambda layers, blocks: None
+    # what it is given to measure
     sees: str = "sums"
     late: bool = False
 

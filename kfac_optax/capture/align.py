@@ -35,15 +35,18 @@ def aligned(site: Site, lead: Site) -> Site | None:
     The matrix of a product may be there the other way round: `g W^T` beside `x W`. Its rows are
     swapped then: the gradient in `W` is the outer product of the product's cotangent and `g`.
     """
+    # a table may also be the head, h E^T
     if isinstance(lead.geometry, Lookup) and not isinstance(site.geometry, Lookup):
         return site if _is_head(site, lead) else None
     products = (Contraction, Dense)
     if not (isinstance(site.geometry, Contraction) and isinstance(lead.geometry, products)):
         return site if _same_matrix(site, lead) else None
+    # stored axes by role, in this use and in the layer
     mine, wanted = _roles(site), _roles(lead)
     if len(mine.groups) != len(wanted.groups):
         return None
     stored = site.kernel  # a use that was found names the stored axes themselves
+    # the same axes in each role, or inputs and outputs exchanged
     sets = [set(axes) for axes in mine.at_least_two(stored)]
     groups, inputs, outputs = wanted.at_least_two(stored)
     if sets == [set(groups), set(inputs), set(outputs)]:
@@ -70,10 +73,12 @@ def _is_head(site: Site, table: Site) -> bool:
 def _roles(site: Site) -> _Roles:
     origin, rank = site.params[0], len(site.kernel)
     permutation = () if origin is None else origin.permutation
+    # which stored axis each axis of the operand is
     stored = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
     if isinstance(site.geometry, Dense):
         return _Roles((), (stored[0],), (stored[1],))
     assert isinstance(site.geometry, Contraction)
+    # axes of the kernel in the order groups, inputs, outputs
     axes = [stored[rank + axis] for axis in site.geometry.kernel]
     first, inner = site.geometry.groups, site.geometry.groups + site.geometry.inputs
     return _Roles(tuple(axes[:first]), tuple(axes[first:inner]), tuple(axes[inner:]))
@@ -83,9 +88,11 @@ def _reordered(site: Site, mine: _Roles, wanted: _Roles) -> Site:
     geometry = site.geometry
     assert isinstance(geometry, Contraction)
     rank, rows, groups = len(site.kernel), geometry.rows, geometry.groups
+    # as stored, in the order of roles of the layer
     kernel = tuple(axis - rank for axes in wanted for axis in axes)
 
     def arranged(axes: Sequence[int], role: int) -> tuple[int, ...]:
+        # rows stay; groups and features in the order of the layer
         batch = _sorted_by(axes[rows : rows + groups], mine.groups, wanted.groups)
         features = _sorted_by(axes[rows + groups :], mine[role], wanted[role])
         return (*axes[:rows], *batch, *features)

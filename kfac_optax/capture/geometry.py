@@ -62,6 +62,7 @@ class Conv:
 
     def plain_channels(self, kernel: Sequence[int]) -> int:
         """Input channels, where every output position sees a window of the input as it is; else 0."""
+        # SUA takes moments of the input map, which must be what every window sees
         plain = self.groups == 1 and not self.flipped and set(self.window.input_dilation) == {1}
         return kernel[-2] if plain else 0
 
@@ -108,6 +109,7 @@ def rows_shape(geometry: Geometry, a: Sequence[int], s: Sequence[int]) -> tuple[
         case Lookup():
             return tuple(a)
         case Contraction():
+            # axes in front, of `vmap` over examples say, are rows too
             front = len(a) - len(geometry.a)
             # a product without rows is one row
             return (*a[:front], *(a[axis] for axis in geometry.a[: geometry.rows])) or (1,)
@@ -129,12 +131,14 @@ def to_rows(
     """
     if isinstance(geometry, Conv):
         window = geometry.window
+        # some of the output positions only: larger strides, and the same positions of g
         if step is not None:
             front = a.ndim - len(window.size) - 1
             g = None if g is None else _every(g, 0, step)
             a, window = _every(a, 0, step[: front - 1]), window.strided(step[front - 1 :])
         unfolded = patches.unfold(a, window, geometry.groups, reverse=geometry.flipped)
         return unfolded, None if g is None else _split_last(g, geometry.groups)
+    # [groups, N, *positions, p or q]
     a, g = _plain_rows(geometry, a, g)
     if step is None:
         return a, g
@@ -148,6 +152,7 @@ def thinning(positions: Sequence[int], keep: int | None) -> tuple[int, ...] | No
     total = math.prod(positions)
     if keep is None or total <= keep:
         return None
+    # the same step along every axis, so that about total / step^axes are left
     step = math.ceil((total / keep) ** (1 / len(positions)))
     return tuple(min(step, n) for n in positions)
 
@@ -177,13 +182,16 @@ def _plain_rows(
 def _grouped(x: jax.Array, axes: Sequence[int], rows: int, groups: int) -> jax.Array:
     """Axes to the order groups, rows in front of them, features; groups and features flattened."""
     front = x.ndim - len(axes)
+    # [front, rows, groups, features], whatever the order in the array
     x = x.transpose(*range(front), *(x.ndim + axis for axis in axes))
     lead, middle = x.shape[: front + rows] or (1,), x.shape[front + rows : front + rows + groups]
+    # a product without rows has one, without groups one
     x = x.reshape(*lead, math.prod(middle), -1)
     return jnp.moveaxis(x, -2, 0)
 
 
 def _channels_last(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    # the axes of scale and shift behind all others, flattened
     last = [x.ndim + axis for axis in axes]
     rest = [i for i in range(x.ndim) if i not in last]
     return x.transpose(*rest, *last).reshape(*(x.shape[i] for i in rest), -1)
@@ -205,15 +213,18 @@ def reduced(
     each example.
     """
     if isinstance(geometry, Conv) and weights is None:  # the mean of patches needs no unfolding
+        # [groups, N, p] -> [groups, N, 1, p]
         mean = patches.mean_patch(a, geometry.window, geometry.groups, reverse=geometry.flipped)
         g = None if g is None else _split_last(g, geometry.groups)
         return mean[:, :, None], None if g is None else _sum_positions(g), None
     a, g = to_rows(geometry, a, g)
+    # all positions; groups and examples are in front of them
     axes = tuple(range(2, a.ndim - 1))
     total = None if g is None else _sum_positions(g)
     if weights is None:
         return a.mean(axes)[:, :, None], total, None
     per_example = weights.reshape(len(weights), -1).sum(1)
+    # sum_t w_t a_t / sum_t w_t; where nothing counts, zero
     share = weights / jnp.where(per_example > 0, per_example, 1).reshape(
         -1, *(1,) * (weights.ndim - 1)
     )
@@ -230,9 +241,11 @@ def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
     that rank.
     """
     match geometry:
+        # weights have no axis for the channels: length one there
         case ScaleShift():
             return jnp.expand_dims(weights, [rank + axis for axis in geometry.axes])
         case Contraction():
+            # axes of the output in the order rows, groups, outputs; then back to its own order
             order = [*range(rank - len(geometry.s)), *(rank + axis for axis in geometry.s)]
             weights = weights.reshape(*weights.shape, *(1,) * (rank - weights.ndim))
             return weights.transpose([order.index(axis) for axis in range(rank)])
@@ -247,10 +260,12 @@ def channel_sums(
     `[groups, N, *positions]`.
     """
     if isinstance(geometry, Conv):
+        # sum_j a_j over a patch, plus the one of the bias coordinate
         alpha = patches.window_sums(a.astype(dtype), geometry.window, geometry.groups)
         return alpha + bias, jnp.sum(_split_last(g, geometry.groups), -1, dtype=dtype)
     rows, gradients = _plain_rows(geometry, a, g)
     assert gradients is not None
+    # a one-hot row sums to one
     one_hot = isinstance(geometry, Lookup)
     alpha = jnp.ones(rows.shape, dtype) if one_hot else jnp.sum(rows, -1, dtype=dtype)
     return alpha + bias, jnp.sum(gradients, -1, dtype=dtype)

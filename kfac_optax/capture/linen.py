@@ -31,6 +31,7 @@ SUPPORTED = (
 
 def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
     def handle(module, next_fun, params, inputs, *args, **kwargs):
+        # what the layer sees as rows, and how it is a dense layer
         a, geometry = describe(module, inputs, *args, **kwargs)
         return _tap(
             module, next_fun(inputs, *args, **kwargs), a, geometry, params, "kernel", "bias"
@@ -45,6 +46,7 @@ def _embed(module, next_fun, params, inputs):
 
 
 def _attend(module, next_fun, params, query):
+    # logits = query E^T: a dense layer with the transposed table
     return place(
         next_fun(query), query, params["embedding"].T, geometry=Dense(), name=_name(module)
     )
@@ -57,6 +59,7 @@ def _norm(module, next_fun, params, x, *args, **kwargs):
     # the same normalisation once more without its parameters; compiled, both share mean and
     # variance
     bare = {"use_scale": False} | ({"use_bias": False} if hasattr(module, "use_bias") else {})
+    # batch statistics are read, and what is written to them is dropped
     statistics = {k: v for k, v in module.variables.items() if k == "batch_stats"}
     plain = module.clone(parent=None, name=None, **bare)
     a, _ = plain.apply(statistics, x, *args, mutable=["batch_stats"], **kwargs)

@@ -33,15 +33,18 @@ def dense(module: Any, inputs: jax.Array) -> Described:
 def dense_general(module: Any, inputs: jax.Array) -> Described:
     """`DenseGeneral`, `LinearGeneral`: contracts some axes, may batch over leading ones."""
     n = inputs.ndim
+    # linen and NNX have other words for the same
     batch = getattr(module, "batch_dims", None)
     batch = tuple(module.batch_axis) if batch is None else batch
     features = getattr(module, "features", None)
     features = _tuple(module.out_features if features is None else features)
     axes = [axis % n for axis in _tuple(module.axis)]
     batch = [axis % n for axis in _tuple(batch)]
+    # what is neither contracted nor batched
     rows = [axis for axis in range(n) if axis not in axes and axis not in batch]
     if not batch and axes == [n - 1] and len(features) == 1:
         return inputs, Dense()
+    # the kernel has the axes batch, inputs, outputs; the output batch, rows, outputs
     outputs = len(features)
     kernel = len(batch) + len(axes) + outputs
     s = len(batch) + len(rows) + outputs
@@ -75,6 +78,7 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     >>> contraction("ntd,dhk->nthk", 3, 3).inputs
     1
     """
+    # labels of both operands and of the result; letters that are free stand for `...`
     operands, result = equation.replace(" ", "").split("->")
     left, right = operands.split(",")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
@@ -82,18 +86,21 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     left, result = left.replace("...", dots), result.replace("...", dots)
     if "." in right or len(right) != kernel_rank or len(left) != a_rank:
         return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
+    # each axis has one role, or the product is no matrix product
     if any(len(set(labels)) != len(labels) for labels in (left, right, result)):
         return Unsupported(f"einsum {equation!r} takes a diagonal")
     if any(c not in right and c not in result for c in left) or any(
         c not in left and c not in result for c in right
     ):
         return Unsupported(f"einsum {equation!r} sums over an axis of one operand alone")
+    # roles of the axes
     rows = [c for c in left if c not in right]
     groups = [c for c in result if c in left and c in right]
     inputs = [c for c in left if c in right and c not in result]
     outputs = [c for c in result if c in right and c not in left]
     if not outputs or not inputs:
         return Unsupported(f"einsum {equation!r} is no matrix product")
+    # a dense layer where the axes are in its order already
     plain = "".join(rows + inputs), "".join(inputs + outputs), "".join(rows + outputs)
     if not groups and len(inputs) == len(outputs) == 1 and (left, right, result) == plain:
         return Dense()
@@ -114,6 +121,7 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
 
 def conv(module: Any, inputs: jax.Array) -> Described:
     """`Conv`: padding that is not zeros is applied here, so that the geometry sees zeros only."""
+    # what is no convolution with one kernel is left out, with the reason
     if getattr(module, "shared_weights", True) is False:
         return inputs, Unsupported("its weights are not shared over positions")
     custom = getattr(module, "conv_general_dilated", None)
@@ -126,9 +134,11 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     size = _tuple(module.kernel_size)
     per_axis = functools.partial(_per_axis, axes=len(size))
     spread, dilation = per_axis(module.kernel_dilation), per_axis(module.input_dilation)
+    # extent of the kernel with its dilation
     reach = [(k - 1) * d + 1 for k, d in zip(size, spread, strict=True)]
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     front = inputs.ndim - len(size) - 1
+    # other values than zeros, or more on one side: padded here, as Flax does
     if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
         causal = padding == "CAUSAL"
         pads = [(k - 1, 0) if causal else ((k - 1) // 2, k // 2) for k in reach]
@@ -149,6 +159,7 @@ def resolve_padding(
 ) -> tuple[tuple[int, int], ...]:
     """Padding as pairs; `reach` is the size of the dilated window."""
     if isinstance(padding, str):
+        # extent of the input with zeros between its values
         spread = [(n - 1) * d + 1 for n, d in zip(spatial, dilation, strict=True)]
         padding = jax.lax.padtype_to_pads(spread, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in padding)
@@ -158,6 +169,7 @@ def conv_transpose(module: Any, inputs: jax.Array) -> Described:
     """`ConvTranspose`: an ordinary convolution of the input with zeros between its values."""
     if module.mask is not None:
         return inputs, Unsupported("its weights are masked")
+    # wraps around after the transposed convolution, which is no window of the input
     if module.padding == "CIRCULAR":
         return inputs, Unsupported("a transposed convolution with circular padding")
     size = _tuple(module.kernel_size)
@@ -186,6 +198,7 @@ def transposed(
         rhs_dilation=spread,
         transpose_kernel=flipped,
     )
+    # traced, not computed: JAX writes the convolution that it makes of it into the jaxpr
     example = jax.ShapeDtypeStruct((1, *(math.prod(size) + 1,) * n, 1), jnp.float32)
     made = jax.make_jaxpr(call)(example, jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32))
     (eqn,) = [e for e in made.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
@@ -209,6 +222,7 @@ def embedding(module: Any, inputs: jax.Array) -> Described:
 
 def norm(module: Any, inputs: jax.Array) -> Geometry:
     """Geometry of scale and shift of a normalisation layer."""
+    # linen and NNX again; axes from the end, in rising order
     axes = getattr(module, "feature_axes", None)
     axes = getattr(module, "axis", -1) if axes is None else axes
     return ScaleShift(tuple(sorted(axis % inputs.ndim - inputs.ndim for axis in _tuple(axes))))

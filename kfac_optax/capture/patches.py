@@ -27,17 +27,21 @@ class Window(NamedTuple):
         spatial = a[-1 - len(self.size) : -1]
         out = []
         for n, k, stride, (low, high), dilation, spread in zip(spatial, *self, strict=True):
+            # n values with dilation - 1 zeros between them, padding on both sides; a window reaches
+            # (k - 1) spread + 1 of them
             padded = (n - 1) * dilation + 1 + low + high if n else 0
             out.append(max(0, (padded - (k - 1) * spread - 1) // stride + 1))
         return tuple(out)
 
     def strided(self, step: Sequence[int]) -> "Window":
         """The window at every `step`-th output position."""
+        # kernel and dilation stay, the window moves further
         return self._replace(strides=tuple(s * k for s, k in zip(self.strides, step, strict=True)))
 
 
 def _padded(a: jax.Array, window: Window) -> jax.Array:
     front = a.ndim - len(window.size) - 1
+    # (low, high, zeros between): what the convolution would see
     spatial = [
         (low, high, d - 1)
         for (low, high), d in zip(window.padding, window.input_dilation, strict=True)
@@ -56,10 +60,13 @@ def _windows(
     """
     n = len(window.size)
     out = window.outputs(a.shape[:-1])
+    # the last spatial axis first: its offsets vary fastest in a patch, as in a stored kernel
     for i in reversed(range(n)):
         axis = a.ndim - 2 - n + i
+        # where each offset of the kernel begins, and how far it moves
         starts = [k * window.kernel_dilation[i] for k in range(window.size[i])]
         extent = (out[i] - 1) * window.strides[i] + 1
+        # one strided view for every offset
         parts = [
             jax.lax.slice_in_dim(a, start, start + extent, window.strides[i], axis)
             for start in (starts[::-1] if reverse else starts)
@@ -72,10 +79,12 @@ def _over_windows(
     a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False
 ) -> jax.Array:
     """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
+    # padding and zeros between values are in the array now, so that the window is without them
     padded = _padded(a, window)
     bare = window._replace(
         padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size)
     )
+    # [..., *spatial, C] -> [..., *spatial, groups, C / groups], and groups to the front
     made = _windows(padded.reshape(*padded.shape[:-1], groups, -1), bare, join, reverse)
     return made.squeeze(-2)[None] if groups == 1 else jnp.moveaxis(made, -2, 0)
 
@@ -95,6 +104,7 @@ def mean_patch(
     """
 
     def join(parts: list[jax.Array], axis: int) -> jax.Array:
+        # the mean over output positions of every offset, before any patch is formed
         return jnp.concatenate([x.mean(axis, keepdims=True) for x in parts], -1)
 
     return _over_windows(a, window, groups, join, reverse).squeeze(
@@ -104,6 +114,7 @@ def mean_patch(
 
 def window_sums(a: jax.Array, window: Window, groups: int = 1) -> jax.Array:
     """The sum of all entries of every patch, `[groups, ..., *out]`: no patch is formed."""
+    # the sum over channels first: one number for every position and group
     per_group = a.reshape(*a.shape[:-1], groups, -1).sum(-1)
     return _over_windows(per_group, window, groups, lambda parts, axis: sum(parts[1:], parts[0]))[
         ..., 0

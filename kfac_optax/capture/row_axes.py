@@ -18,6 +18,7 @@ def stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
 
     The steps in time of a layer are further positions.
     """
+    # steps of scans over time behind the positions; what is left in front is copies
     loops = [i for i, (_, over_layers) in enumerate(site.scans) if not over_layers]
     end = x.ndim - features
     x = jnp.moveaxis(x, loops, range(end - len(loops), end))
@@ -48,6 +49,7 @@ def differs(site: Site, layer: Layer) -> bool:
 
 def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
     """Rows of a use whose input and gradient have the axes of its scans and stack in front."""
+    # one use without the axes in front of it, then mapped over them
     as_rows = functools.partial(to_rows, site.geometry)
     if differs(site, layer):
         as_rows = functools.partial(rows_of_use, site, layer)
@@ -68,12 +70,14 @@ def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> 
     """
     if isinstance(site.geometry, ScaleShift):
         return _without_shift(*to_rows(site.geometry, a, g))
+    # s = x W^T has dL/dW = g^T x: the cotangent is the input side
     rows, gradients = to_rows(site.geometry, a, g)
     if site.swapped:
         if gradients is None:
             rows = jnp.zeros((*rows.shape[:-1], layer.inputs), rows.dtype)
         else:
             rows, gradients = gradients, rows
+    # the bias coordinate, zero in a use that has no bias
     if layer.bias is not None:
         rows = homogeneous(rows) if site.bias is not None else _with_zero(rows)
     return (
@@ -103,5 +107,6 @@ def _without_shift(a: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Ar
     """
     if g is None:
         return a, None
+    # a g = (a/2) g + (-a/2)(-g), while g - g = 0
     half = a / 2
     return jnp.stack([half, -half], -2), jnp.stack([g, -g], -2)

@@ -37,12 +37,14 @@ def find_shift(
     """
     if isinstance(use.geometry, Lookup) or use.other is None:
         return None
+    # follows the value through transposes and casts, as long as one equation reads it
     value = jaxpr.eqns[index].outvars[0]
     place = list(range(value.aval.ndim))  # where each axis of the product is now
     while len(readers.get(value, ())) == 1 and readers[value][0] >= 0:
         index = readers[value][0]
         eqn = jaxpr.eqns[index]
         if eqn.primitive.name == "add":
+            # the first addition: a bias, or something else that is added
             seen = use.behind_transpose(place)
             bias = _added(eqn, value, views)
             if seen is None or bias is None or not _fits(eqn, value, bias, seen):
@@ -58,6 +60,7 @@ def find_shift(
 
 def _added(eqn: Any, value: Any, views: Mapping[Any, View | None]) -> View | None:
     """What is added to a value, if it is a parameter and changes no shape."""
+    # addition has no order
     first, second = eqn.invars
     other = second if first is value else first
     if isinstance(other, jex.Literal) or eqn.outvars[0].aval.shape != value.aval.shape:
@@ -70,6 +73,7 @@ def _fits(eqn: Any, value: Any, bias: View, use: Use) -> bool:
     shape = value.aval.shape
     first, second = eqn.invars
     mine = (second if first is value else first).aval.shape
+    # along which axes of the product its numbers differ
     places = places_of(bias, mine, shape) if bias.complete else None
     outputs = tuple(axis for axis in use.features if shape[axis] > 1)
     return places == outputs and bias.depth == use.origin.depth

@@ -75,6 +75,7 @@ class Site(NamedTuple):
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes along which the parameters differ."""
+        # scans over parameters, then `vmap` over parameters
         return tuple(n for n, rides in self.scans if rides) + self.a.shape[: self.stacked]
 
     @property
@@ -116,8 +117,10 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     """
     sites: list[Site] = []
     consumers: dict[int, list[str]] = {}
+    # what each value is of a parameter, if it is one as stored
     views = parameter_views(jaxpr, leaves)
     _note(_walk(jaxpr, views, (), sites, consumers), "the prediction itself", consumers)
+    # arrays among the arguments, but no keys: what may hold examples
     data = [i >= leaves and _may_hold_examples(v.aval) for i, v in enumerate(jaxpr.invars)]
     flags: list[bool] = []
     dependence(jaxpr, data, flags)
@@ -135,6 +138,7 @@ def _may_hold_examples(aval: Any) -> bool:
 
 def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
     """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
+    # one pass forward: an output depends on what any input of its equation depends on
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for eqn in jaxpr.eqns:
         marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
@@ -173,12 +177,14 @@ def _walk(
 ) -> list[View | None]:
     known: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
 
+    # literals are no parameters
     def source(v: Any) -> View | None:
         return None if isinstance(v, jex.Literal) else known.get(v)
 
     for eqn in jaxpr.eqns:
         inputs = [source(v) for v in eqn.invars]
         outputs: Sequence[View | None] = [None] * len(eqn.outvars)
+        # a tap; then calls and scans, whose bodies are walked; then what passes a parameter on
         if eqn.primitive is tap_p:
             _add_site(eqn, inputs, scans, sites)
         elif (body := call_body(eqn)) is not None:
@@ -203,6 +209,7 @@ def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[View | None]:
     length, depth = eqn.params["length"], len(scans)
     given = scan_views(eqn, inputs)
     _note(given.spent, "scan", consumers)
+    # the scan's place in `scans` is its length until all its sites are known
     start = len(sites)
     outs = _walk(closed.jaxpr, given.inside, (*scans, length), sites, consumers)
     written = [view for view, keep in zip(outs[:carried], given.kept, strict=True) if not keep]
@@ -234,6 +241,7 @@ def _add_site(eqn, inputs, scans, sites) -> None:
 
 
 def _refuse_taps(eqn, where: str) -> None:
+    # taps in a branch or a loop of unknown length
     for body in bodies(eqn):
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
