@@ -137,6 +137,7 @@ class LazyCurvature:
         spec, args = _exact(self.spec, self.args, None)
         return layer_rows(
             spec.kind,
+            # rows are kept where the probes of these layers see them
             trace_model(spec, self.params, args),
             jax.tree.leaves((self.params, args)),
             tuple(layers),

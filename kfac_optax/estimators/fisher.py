@@ -121,6 +121,7 @@ class Estimator:
         >>> print(grads.ravel())
         [-1. -1.]
         """
+        # one pass serves both, so that both see the same examples
         if self.spec.subsample is not None:
             raise ValueError(
                 "value_and_grad: got subsample; a forward pass on part of the batch cannot be "
@@ -192,6 +193,7 @@ def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[
         Plan(layers, blocks, None, dtype)
     )
     out = {name: jnp.zeros_like(x) for name, x in leaves.items()}
+    # A (x) I has no output gradients in it
     for layer, block, factor in zip(layers, blocks, factors, strict=True):
         # one layer at a time: matrices [copies, p, q] and back to its leaves
         (bucket,) = make_buckets([layer])

@@ -25,12 +25,14 @@ class Curvature(Protocol):
     # read by rules that bring masked updates to the whole tree
     params: PyTree  # where it was taken, all of them
 
+    # averages of blocks
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """What the plan's blocks measure, `[copies, ...]` for every layer, and its coupling (or
         `None`): means over the examples.
         """
         ...
 
+    # exact products, for step rules and solvers
     def quadratic_form(
         self,
         directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],

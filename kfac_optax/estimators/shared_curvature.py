@@ -92,6 +92,7 @@ class SharedCurvature(NamedTuple):
             OutputCotangents(1, lambda k: []) if averages_gradients(self.spec.kind, plan) else None
         )
 
+        # the forward pass has run: what is left of it is its pullback
         def linearize(asked: Asked):
             def pull(cotangents):
                 if own is None:

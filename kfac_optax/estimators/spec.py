@@ -34,6 +34,7 @@ class Spec(NamedTuple):
 
 def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
     """Traces the user's function and checks what it returns."""
+    # checks run on shapes, while the function is traced
     traced = trace(
         spec.function, params, args, spec.kind.name, lambda out: _examples(spec.kind, out)
     )
@@ -98,6 +99,7 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     """
     if spec.subsample is None:
         return args
+    # only the user knows where examples are
     if callable(spec.subsample):
         return tuple(spec.subsample(*args))
     arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]

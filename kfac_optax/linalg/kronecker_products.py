@@ -57,6 +57,7 @@ def trace_ratio(a: Float[Array, "p p"], g: Float[Array, "q q"]) -> Float[Array, 
     >>> print(trace_ratio(4 * jnp.eye(3), jnp.eye(2)))
     2.0
     """
+    # mean eigenvalues, so that factors of different size compare
     return mean_ratio(jnp.trace(a) / a.shape[0], jnp.trace(g) / g.shape[0])
 
 

@@ -15,6 +15,7 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     0.75
     """
     first, second = _powers(x.dtype, exponent)
+    # bits are those of real numbers: both parts on their own
     if jnp.iscomplexobj(x):
         return jax.lax.complex(x.real * first * second, x.imag * first * second)
     return x * first * second

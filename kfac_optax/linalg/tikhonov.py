@@ -38,4 +38,5 @@ def factor_shifts(
     >>> print(*factor_shifts(4 * jnp.eye(3), jnp.eye(2), jnp.float32(0.25)))
     1.0 0.25
     """
+    # a trace is the sum of the eigenvalues
     return tikhonov_shifts(jnp.trace(a) / len(a), jnp.trace(g) / len(g), damping)

@@ -40,6 +40,7 @@ def search(
     def keep() -> tuple[PyTree, PyTree, jax.Array]:
         return *attempt(now), now
 
+    # the period's last step, so that the state has seen a whole one
     due = state.damping_count % rule.search_every == rule.search_every - 1
     return jax.lax.cond(due, best, keep)
 
