@@ -19,7 +19,12 @@ from kfac_optax.engine.state import CurvatureState, the_state
 
 
 def draw(
-    where: str, operator: BlockInverse, mean: PyTree, key: jax.Array, count: int, variance: Any
+    where: str,
+    operator: BlockInverse,
+    mean: PyTree,
+    key: jax.Array,
+    count: int,
+    variance: Any,
 ) -> PyTree:
     """`mean + sqrt(variance) R z`, `R R^T` the operator, `count` times on a new axis 0.
 

@@ -86,7 +86,11 @@ def _gram(left: dict[str, Array], right: dict[str, Array]) -> Float[Array, "C C"
 
 
 def averaged(
-    head: Any, outputs: Outputs, approximation: str, key: jax.Array | None, samples: int
+    head: Any,
+    outputs: Outputs,
+    approximation: str,
+    key: jax.Array | None,
+    samples: int,
 ) -> Any:
     """A likelihood with the spread of its outputs in it, see `Posterior.predict`.
 

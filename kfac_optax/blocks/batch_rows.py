@@ -23,7 +23,12 @@ class Columns(NamedTuple):
 
 
 def scaled_rows(
-    a: Array, g: Array | None, use: Use, *, where: str, instead: str = INSTEAD
+    a: Array,
+    g: Array | None,
+    use: Use,
+    *,
+    where: str,
+    instead: str = INSTEAD,
 ) -> list[Array]:
     """Rows `[n, p]` and `[n, q]` whose sums of products are the factors.
 

@@ -83,7 +83,12 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         g = given_outputs(name, g)
         return plain.measure(a, g, use), moments(a, g, use, inverse)
 
-    def moments(a: Array, g: Array, use: Use, inverse: CorrectedInverse) -> Array:
+    def moments(
+        a: Array,
+        g: Array,
+        use: Use,
+        inverse: CorrectedInverse,
+    ) -> Array:
         # rows in the eigenbasis, U_A^T a and U_G^T g: D_b becomes U_A^T D_b U_G
         a, g = example_rows(a, g, use)
         a = jnp.matmul(a, inverse.inputs.vectors, precision=precision)

@@ -303,7 +303,10 @@ def _counts(tokens: Array, use: Use) -> Array:
 
 
 def _output_moment(
-    tokens: Array, g: Array | None, use: Use, precision: jax.lax.PrecisionLike
+    tokens: Array,
+    g: Array | None,
+    use: Use,
+    precision: jax.lax.PrecisionLike,
 ) -> Array:
     if g is None:  # forward only: G := I, shared out over the uses, which are added up
         return math.prod(tokens.shape) / use.rows * jnp.eye(use.outputs, dtype=use.dtype)

@@ -58,7 +58,12 @@ def by_interpolation(rows: ExampleRows, shift: Array, rank: int) -> Chosen:
     return Chosen(rows.inputs[found.rows], rows.outputs[found.rows], middle)
 
 
-def by_sampling(rows: ExampleRows, shift: Array, rank: int, key: Array) -> Chosen:
+def by_sampling(
+    rows: ExampleRows,
+    shift: Array,
+    rank: int,
+    key: Array,
+) -> Chosen:
     """Drawn in proportion to their squared lengths, with replacement, and scaled to make up for
     the others.
     """

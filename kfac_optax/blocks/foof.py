@@ -116,7 +116,12 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
     def solve(inverse: Array, v: Array, damping: Array) -> Array:
         return jnp.matmul(inverse, v, precision=precision)
 
-    def solve_rows(inverse: Array, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: Array,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
         # multiplications: n p^2 + n p q from rows, p^2 q from the gradient that is there already
         if n * (p + q) > p * q:  # more than `solve` takes

@@ -105,7 +105,12 @@ def inverse_free(
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         return Means(jnp.ones((), dtype), jnp.ones((), dtype))
 
-    def measure(a: Array, g: Array | None, use: Use, roots: Roots) -> tuple[Means, Means]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+        roots: Roots,
+    ) -> tuple[Means, Means]:
         a, g = _rows(a, g, use)
         p, q = shape
         # tr(A) / p and tr(G) / q, for the size of the first roots
@@ -122,10 +127,21 @@ def inverse_free(
         sides = zip(means, shifts, shape, strict=True)
         return Roots(*(first_root(form, mean + shift, d) for mean, shift, d in sides))
 
-    def refresh(roots: Roots, means: Means, damping: Array, count: Array) -> Roots:
+    def refresh(
+        roots: Roots,
+        means: Means,
+        damping: Array,
+        count: Array,
+    ) -> Roots:
         return roots  # statistics have moved them already
 
-    def absorb(roots: Roots, new: Means, means: Means, damping: Array, average: Average) -> Roots:
+    def absorb(
+        roots: Roots,
+        new: Means,
+        means: Means,
+        damping: Array,
+        average: Average,
+    ) -> Roots:
         # both sides from the old roots
         of_inputs, of_outputs = map(scales, roots, new, shape)
         inputs = move(roots.inputs, new.inputs, of_outputs, damping, shape[0])
@@ -135,7 +151,13 @@ def inverse_free(
         # tr(H_C) / q and tr(C^T C) / q for K, the same of K for C; one each for IKFAC
         return root_scales(form, held, moments, d) if coupled else Scales(1.0, 1.0)
 
-    def move(held: Root, moments: Array, other: Scales, damping: Array, d: int) -> Root:
+    def move(
+        held: Root,
+        moments: Array,
+        other: Scales,
+        damping: Array,
+        d: int,
+    ) -> Root:
         force = root_force(form, held, moments, other, damping, d, precision)
         return moved_root(form, held, force, root_rate, root_momentum, precision)
 

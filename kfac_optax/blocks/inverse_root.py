@@ -47,7 +47,12 @@ def root_moments(
     return form.tangent(group_gram(rotated, size, weights, precision=precision))
 
 
-def root_scales(form: Structure, held: Root, moments: Array, dimension: int) -> Scales:
+def root_scales(
+    form: Structure,
+    held: Root,
+    moments: Array,
+    dimension: int,
+) -> Scales:
     """Of one side, from its moments: their diagonal is that of `H`."""
     # P keeps the trace of H
     trace = jnp.einsum("mii->", form.expand(moments))
@@ -94,7 +99,10 @@ def moved_root(
 
 
 def times_square(
-    form: Structure, held: Root, x: Float[Array, "*rows d"], precision: jax.lax.PrecisionLike
+    form: Structure,
+    held: Root,
+    x: Float[Array, "*rows d"],
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "*rows d"]:
     """`x K K^T`."""
     k = form.expand(held.root)

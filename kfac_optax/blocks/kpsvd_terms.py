@@ -47,7 +47,11 @@ def start_directions(term: Term | Factors) -> Factors:
 
 
 def power_step(
-    a: Array, g: Array, directions: Factors, examples: int, precision: jax.lax.PrecisionLike
+    a: Array,
+    g: Array,
+    directions: Factors,
+    examples: int,
+    precision: jax.lax.PrecisionLike,
 ) -> Term:
     """Both products with the rearranged block, from rows."""
     inputs = contract(a, g, directions.outputs, precision=precision) / examples

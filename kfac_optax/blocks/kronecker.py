@@ -134,7 +134,12 @@ def kronecker(
             inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift)
         )
 
-    def refresh(held: DenseInverse, factors: Factors, damping: Array, count: Array) -> DenseInverse:
+    def refresh(
+        held: DenseInverse,
+        factors: Factors,
+        damping: Array,
+        count: Array,
+    ) -> DenseInverse:
         del count
         shift, output_shift = factor_shifts(*factors, damping)
         # the factors have moved little since the last refresh: its inverses are near
@@ -147,7 +152,12 @@ def kronecker(
             return eigen_solve(inverse.inputs, inverse.outputs, v, damping, precision=precision)
         return sandwich(inverse.inputs, v, inverse.outputs, precision=precision)
 
-    def solve_rows(inverse: DenseInverse, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: DenseInverse,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
         if n * (p * p + q * q + p * q) > p * q * (p + q):  # more than `solve` takes
             return None

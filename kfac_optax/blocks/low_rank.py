@@ -263,7 +263,12 @@ def low_rank(
         left = solve_side(inverse.inputs, v, precision=precision)
         return solve_side(inverse.outputs, left.T, precision=precision).T
 
-    def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: LowRankInverse,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         # with k and l pairs, 2 n (p k + q l) for the rows and n p q for their product, against 2 p
         # q (k + l)
         p, q, n = a.shape[1], g.shape[1], len(a)

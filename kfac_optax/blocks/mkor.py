@@ -139,7 +139,13 @@ def _identity(mean: Array | None, dtype: Any) -> Array:
     return jnp.eye(len(mean), dtype=mean.dtype if dtype is None else dtype)
 
 
-def _updated(form: str, j: Array, mean: Array, e: Array, precision: Any) -> Array:
+def _updated(
+    form: str,
+    j: Array,
+    mean: Array,
+    e: Array,
+    precision: Any,
+) -> Array:
     if form == "blend":
         # M, a step towards the identity first
         j = e * j + (1 - e) * jnp.eye(len(j), dtype=j.dtype)

@@ -66,7 +66,12 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
         made = block.factorize(statistic, damping)
         return Watched(made, zeros, zeros, none, none, none, one, one)
 
-    def refresh(old: Watched, statistic: PyTree, damping: Array, count: Array) -> Watched:
+    def refresh(
+        old: Watched,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> Watched:
         # d_1 + d_2 where similar to both, d_1 to the last alone, else half of d_1
         near = _similar(statistic, old.last, tolerance)
         both = near & _similar(statistic, old.before, tolerance)
@@ -83,7 +88,12 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
             previous=old.interval,
         )
 
-    def due(old: Watched, statistic: PyTree, damping: Array, count: Array) -> tuple[Array, Watched]:
+    def due(
+        old: Watched,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> tuple[Array, Watched]:
         # a look without a new statistic has nothing to compare
         waited = old.waited + (count > old.statistics).astype(jnp.int32)
         worth = (old.refreshes == 0) | (waited >= old.interval)

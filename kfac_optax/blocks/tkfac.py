@@ -119,7 +119,12 @@ def tkfac_block(
     )
 
 
-def _partial_traces(a: Array, g: Array, use: Use, precision: jax.lax.PrecisionLike) -> Factors:
+def _partial_traces(
+    a: Array,
+    g: Array,
+    use: Use,
+    precision: jax.lax.PrecisionLike,
+) -> Factors:
     # (1/N) sum_b D_b D_b^T and (1/N) sum_b D_b^T D_b
     a, g = example_rows(a, g, use)
     inputs = contract(a, g, precision=precision)

@@ -78,13 +78,23 @@ def trace_gate(
         nothing, none = jnp.zeros((), damping.dtype), jnp.zeros((), jnp.int32)
         return Gated(block.factorize(statistic, damping), nothing, none, none, none)
 
-    def refresh(gated: Gated, statistic: PyTree, damping: Array, count: Array) -> Gated:
+    def refresh(
+        gated: Gated,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> Gated:
         # an inverse of no statistic is none to compare with
         now = jnp.where(count > 0, trace(statistic, damping), 0)
         made = block.factorize(statistic, damping)
         return Gated(made, now, count, gated.refreshes + 1, gated.frozen)
 
-    def due(gated: Gated, statistic: PyTree, damping: Array, count: Array) -> tuple[Array, Gated]:
+    def due(
+        gated: Gated,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> tuple[Array, Gated]:
         # |t - t_0|, against shares of t_0
         change = jnp.abs(trace(statistic, damping) - gated.trace)
         first = gated.trace == 0

@@ -122,7 +122,10 @@ def rows_shape(geometry: Geometry, a: Sequence[int], s: Sequence[int]) -> tuple[
 
 
 def to_rows(
-    geometry: Geometry, a: jax.Array, g: jax.Array | None, step: Sequence[int] | None = None
+    geometry: Geometry,
+    a: jax.Array,
+    g: jax.Array | None,
+    step: Sequence[int] | None = None,
 ) -> tuple:
     """Input rows `[groups, N, *positions, p]` and output gradients `[groups, N, *positions, q]`.
 
@@ -179,7 +182,12 @@ def _plain_rows(
             return a[None], None if g is None else g[None]
 
 
-def _grouped(x: jax.Array, axes: Sequence[int], rows: int, groups: int) -> jax.Array:
+def _grouped(
+    x: jax.Array,
+    axes: Sequence[int],
+    rows: int,
+    groups: int,
+) -> jax.Array:
     """Axes to the order groups, rows in front of them, features; groups and features flattened."""
     front = x.ndim - len(axes)
     # [front, rows, groups, features], whatever the order in the array
@@ -204,7 +212,10 @@ def _split_last(g: jax.Array, groups: int) -> jax.Array:
 
 
 def reduced(
-    geometry: Geometry, a: jax.Array, g: jax.Array | None, weights: jax.Array | None
+    geometry: Geometry,
+    a: jax.Array,
+    g: jax.Array | None,
+    weights: jax.Array | None,
 ) -> tuple:
     """Inputs averaged and output gradients added over the positions of each example,
     `[groups, N, 1, p or q]`.
@@ -254,7 +265,11 @@ def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
 
 
 def channel_sums(
-    geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype
+    geometry: Geometry,
+    a: jax.Array,
+    g: jax.Array,
+    bias: bool,
+    dtype: jnp.dtype,
 ) -> tuple:
     """Sums of all entries of every input row (its bias coordinate included) and gradient row,
     `[groups, N, *positions]`.
@@ -272,7 +287,11 @@ def channel_sums(
 
 
 def bias_rows(
-    geometry: Geometry, a: jax.Array, g: jax.Array, bias: bool, dtype: jnp.dtype
+    geometry: Geometry,
+    a: jax.Array,
+    g: jax.Array,
+    bias: bool,
+    dtype: jnp.dtype,
 ) -> tuple:
     """As `channel_sums`, the rows themselves: `[groups, N, *positions, p]` and
     `[groups, N, *positions, q]`.

@@ -50,7 +50,10 @@ def _padded(a: jax.Array, window: Window) -> jax.Array:
 
 
 def _windows(
-    a: jax.Array, window: Window, join: Callable[[list[jax.Array], int], jax.Array], reverse: bool
+    a: jax.Array,
+    window: Window,
+    join: Callable[[list[jax.Array], int], jax.Array],
+    reverse: bool,
 ) -> jax.Array:
     """Joins the views of each axis's offsets,
     `[..., *spatial, groups, C] -> [..., *out, groups, ...]`.
@@ -76,7 +79,11 @@ def _windows(
 
 
 def _over_windows(
-    a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False
+    a: jax.Array,
+    window: Window,
+    groups: int,
+    join: Callable,
+    reverse: bool = False,
 ) -> jax.Array:
     """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
     # padding and zeros between values are in the array now, so that the window is without them
@@ -89,7 +96,13 @@ def _over_windows(
     return made.squeeze(-2)[None] if groups == 1 else jnp.moveaxis(made, -2, 0)
 
 
-def unfold(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
+def unfold(
+    a: jax.Array,
+    window: Window,
+    groups: int = 1,
+    *,
+    reverse: bool = False,
+) -> jax.Array:
     """Patches `[groups, ..., *out, offsets * C / groups]` of a map `[..., *spatial, C]`, channels
     varying fastest.
     """
@@ -97,7 +110,11 @@ def unfold(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = Fal
 
 
 def mean_patch(
-    a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False
+    a: jax.Array,
+    window: Window,
+    groups: int = 1,
+    *,
+    reverse: bool = False,
 ) -> jax.Array:
     """The mean of all patches of an example, `[groups, ..., offsets * C / groups]`: no patch is
     formed.

@@ -47,7 +47,12 @@ def differs(site: Site, layer: Layer) -> bool:
     return layer.given_rows or (layer.mixed and site.bias is None)
 
 
-def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
+def rows_of_site(
+    site: Site,
+    layer: Layer,
+    a: jax.Array,
+    g: jax.Array,
+) -> tuple:
     """Rows of a use whose input and gradient have the axes of its scans and stack in front."""
     # one use without the axes in front of it, then mapped over them
     as_rows = functools.partial(to_rows, site.geometry)
@@ -58,7 +63,12 @@ def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
     return as_rows(a, g)
 
 
-def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> tuple:
+def rows_of_use(
+    site: Site,
+    layer: Layer,
+    a: jax.Array,
+    g: jax.Array | None,
+) -> tuple:
     """Rows `[groups, N, *positions, p]`, the bias coordinate among them, and `[..., q]` of one use
     of a layer whose uses differ.
 

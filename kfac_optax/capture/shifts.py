@@ -68,7 +68,12 @@ def _added(eqn: Any, value: Any, views: Mapping[Any, View | None]) -> View | Non
     return views.get(other)
 
 
-def _fits(eqn: Any, value: Any, bias: View, use: Use) -> bool:
+def _fits(
+    eqn: Any,
+    value: Any,
+    bias: View,
+    use: Use,
+) -> bool:
     """Whether the parameter has one number for each output of the layer, in its order."""
     shape = value.aval.shape
     first, second = eqn.invars

@@ -204,7 +204,13 @@ def _walk(
     return [source(v) for v in jaxpr.outvars]
 
 
-def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[View | None]:
+def _walk_scan(
+    eqn,
+    inputs,
+    scans,
+    sites,
+    consumers,
+) -> list[View | None]:
     closed, _, carried = scan_body(eqn)
     length, depth = eqn.params["length"], len(scans)
     given = scan_views(eqn, inputs)

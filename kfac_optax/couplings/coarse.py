@@ -208,7 +208,10 @@ def coarse_solve(
 
 
 def _grams(
-    measured: Sequence[_Sums], examples: int, select: Resample, precision: jax.lax.PrecisionLike
+    measured: Sequence[_Sums],
+    examples: int,
+    select: Resample,
+    precision: jax.lax.PrecisionLike,
 ) -> Grams:
     """Both Grams, block by block for layers with different maps of positions."""
     # layers by the shape of their maps: those of one group need no resampling
@@ -234,7 +237,11 @@ def _grams(
 
 
 def _cross(
-    left: _Sums, right: _Sums, examples: int, select: Resample, precision: jax.lax.PrecisionLike
+    left: _Sums,
+    right: _Sums,
+    examples: int,
+    select: Resample,
+    precision: jax.lax.PrecisionLike,
 ) -> Grams:
     """Positions are summed in the input side and averaged in the output side, as in the factors
     themselves.

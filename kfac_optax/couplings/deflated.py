@@ -26,7 +26,12 @@ Operator = Callable[[PyTree], PyTree]
 COARSE_OPERATOR = ("batch", "averaged")
 
 
-def a_def1(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def a_def1(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = M^{-1}(g - F Q g) + Q g`: the coarse level first, the fine one on what is left. One
     product.
 
@@ -38,7 +43,12 @@ def a_def1(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> Py
     return _add(fine(_subtract(g, product(first))), first)
 
 
-def a_def2(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def a_def2(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = x0 + Q (g - F x0)`, `x0 = M^{-1} g`: the fine level first, the coarse one on what is
     left. One product.
 
@@ -53,7 +63,12 @@ def a_def2(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> Py
     return _add(first, coarse(_subtract(g, product(first))))
 
 
-def balanced(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def balanced(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = Q g + P^T M^{-1} P g`, `P = I - F Q`: symmetric balancing (BNN). Two products.
 
     >>> print(balanced(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))

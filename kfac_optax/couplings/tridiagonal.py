@@ -201,7 +201,12 @@ def _link(
     )
 
 
-def _solve(inverse: dict[str, Link], v: list[Array], last: Array, precision) -> list[Array]:
+def _solve(
+    inverse: dict[str, Link],
+    v: list[Array],
+    last: Array,
+    precision,
+) -> list[Array]:
     """`X_i` of all layers; the last one's own solve is given."""
 
     def first_two(link: Link, v: Array, following: Array) -> tuple[Array, Array]:

@@ -101,7 +101,11 @@ class LazyCurvature:
         return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
     def linearize(
-        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+        self,
+        *,
+        sampled: bool = False,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> SampleJacobian:
         """`J` with `F = (1/N) J^T J` as products in both directions, from one linearisation.
 
@@ -125,7 +129,11 @@ class LazyCurvature:
         )
 
     def rows(
-        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+        self,
+        layers: Sequence[Layer],
+        *,
+        sampled: bool = False,
+        axis_name: Any = None,
     ) -> dict[Layer, LayerRows]:
         """Rows `a` and `g` of these layers, of which `J` is made where examples do not interact.
 

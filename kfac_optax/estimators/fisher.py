@@ -180,7 +180,12 @@ def _shared_step(spec: Spec, loss_fn, params, args, targets, key):
     return loss if spec.with_aux is None else (loss, aux), gradient, curvature
 
 
-def _forward_product(spec: Spec, params: PyTree, vector: PyTree, args: Sequence[PyTree]) -> PyTree:
+def _forward_product(
+    spec: Spec,
+    params: PyTree,
+    vector: PyTree,
+    args: Sequence[PyTree],
+) -> PyTree:
     # A (x) I of every layer with weights between units: `G := I` of a forward pass
     found = trace_model(spec, params, args).layers.layers
     layers = tuple(layer for layer in found if layer.between_units)

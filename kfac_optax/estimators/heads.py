@@ -39,14 +39,20 @@ class Kind(NamedTuple):
 
 
 def _signed_columns(
-    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
 ) -> OutputCotangents:
     # columns of all terms at once, told apart by signs
     return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
 
 
 def _signed_losses(
-    losses: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+    losses: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
 ) -> OutputCotangents:
     # the cotangent of a loss is one: its pullback is the gradient of the example
     ones = OutputCotangents(1, lambda k: [(jnp.ones_like(x),) for x in losses])

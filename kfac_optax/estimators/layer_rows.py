@@ -124,7 +124,11 @@ class _Cotangents(NamedTuple):
 
 
 def _cotangents(
-    kind: Kind, heads: Sequence[Any], key: Any, samples: int, axis_name: Any
+    kind: Kind,
+    heads: Sequence[Any],
+    key: Any,
+    samples: int,
+    axis_name: Any,
 ) -> tuple[_Cotangents, jax.Array | None]:
     """One for every term of an example and column, of all examples at once; which examples count."""
     if kind.losses:
@@ -164,7 +168,12 @@ def _of_site(site: Site, layer: Layer, kept: Zeros) -> tuple[jax.Array, jax.Arra
     return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
 
 
-def _joined(layer: Layer, uses: list, counted: jax.Array | None, given: bool) -> LayerRows:
+def _joined(
+    layer: Layer,
+    uses: list,
+    counted: jax.Array | None,
+    given: bool,
+) -> LayerRows:
     """All uses on the axis of steps, padding taken out; `given` rows have the bias coordinate."""
     # uses behind one another on the axis of steps, a [copies, N, T, p] and g [K, copies, N, T, q]
     a = jnp.concatenate([a for a, _ in uses], 2)

@@ -86,7 +86,12 @@ def site_measure(
     # cotangents carry the inverse: whole for first moments, as a root for products
     scale = share if block.first_moments else math.sqrt(share)
 
-    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None, inverse: PyTree) -> Zeros:
+    def measure(
+        a: jax.Array,
+        g: jax.Array,
+        weights: jax.Array | None,
+        inverse: PyTree,
+    ) -> Zeros:
         # rows of all examples weigh what those do on average
         if shared and weights is not None and not late:
             weights = jnp.broadcast_to(weights.mean(), shape)
@@ -125,7 +130,12 @@ def site_measure(
     return measure
 
 
-def _check_examples(block: Block, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+def _check_examples(
+    block: Block,
+    layer: Layer,
+    shape: tuple[int, ...],
+    examples: int,
+) -> None:
     if not layer.per_example or not shape or shape[0] != examples:
         raise ValueError(
             f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples, "
@@ -136,7 +146,12 @@ def _check_examples(block: Block, layer: Layer, shape: tuple[int, ...], examples
         )
 
 
-def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+def _check_rows(
+    coupling: Coupling,
+    layer: Layer,
+    shape: tuple[int, ...],
+    examples: int,
+) -> None:
     if not shape or shape[0] != examples:
         raise ValueError(
             f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples. "
@@ -153,7 +168,11 @@ def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], exampl
 
 
 def measure_rows(
-    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
+    block: Block,
+    a: jax.Array,
+    g: jax.Array | None,
+    use: Use,
+    inverse: PyTree = None,
 ) -> PyTree:
     """The block's measure of one matrix, with what is held for it where the block reads that."""
     return block.measure(a, g, use, inverse) if block.reads_inverse else block.measure(a, g, use)
@@ -189,7 +208,12 @@ def measure_use(
 
 
 def _expanded(
-    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree
+    geometry: Geometry,
+    block: Block,
+    a: jax.Array,
+    g: jax.Array | None,
+    use: Use,
+    inverse: PyTree,
 ) -> PyTree:
     """Every position is a row; of many, some are left out and the others count more."""
     # of many positions every `step`-th along each axis
@@ -211,7 +235,11 @@ def _expanded(
 
 
 def over_groups(
-    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
+    block: Block,
+    a: jax.Array,
+    g: jax.Array | None,
+    use: Use,
+    inverse: PyTree = None,
 ) -> PyTree:
     """The block's measure for rows `[groups, ...]`, and inverses likewise."""
     # no batching of a single group: LAPACK and matmuls of one matrix stay what they are

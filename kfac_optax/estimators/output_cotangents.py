@@ -26,7 +26,10 @@ class OutputCotangents(NamedTuple):
 
 
 def sampled_scores(
-    heads: Sequence[Any], scales: Sequence[Any], key: jax.Array, samples: int
+    heads: Sequence[Any],
+    scales: Sequence[Any],
+    key: jax.Array,
+    samples: int,
 ) -> OutputCotangents:
     """Gradients of the negative log-likelihood at labels drawn from the model."""
 

@@ -54,7 +54,10 @@ class Plan(NamedTuple):
 
 
 def of_first_moments(
-    layers: Sequence[Layer], blocks: Sequence[Block], coupling: Coupling | None, where: str
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    coupling: Coupling | None,
+    where: str,
 ) -> bool:
     """Whether the blocks average output gradients themselves, in place of their products.
 

@@ -27,7 +27,11 @@ class _Linear(NamedTuple):
 
 
 def _linearize(
-    kind: Kind, function: Callable, params: PyTree, args: Sequence[PyTree], axis_name: Any = None
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    args: Sequence[PyTree],
+    axis_name: Any = None,
 ) -> _Linear:
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))

@@ -51,7 +51,11 @@ class Curvature(Protocol):
         ...
 
     def linearize(
-        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+        self,
+        *,
+        sampled: bool = False,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> SampleJacobian:
         """`J` as products in both directions, from one linearisation: of the exact `F`, or of
         scores at drawn labels.
@@ -59,7 +63,11 @@ class Curvature(Protocol):
         ...
 
     def rows(
-        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+        self,
+        layers: Sequence[Layer],
+        *,
+        sampled: bool = False,
+        axis_name: Any = None,
     ) -> dict[Layer, LayerRows]:
         """Inputs and output gradients of layers, of which `J` is made where examples do not
         interact.

@@ -109,7 +109,10 @@ def sample_jacobian(
 
 
 def columns_of(
-    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array | None, samples: int
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array | None,
+    samples: int,
 ) -> list[Columns]:
     """All columns of `S`; with a key scores at drawn labels, divided by the root of their number."""
     # with a key the scores at drawn labels stand for the columns of S
@@ -126,7 +129,12 @@ def _part_of(make: Callable[[Any], Naturals], i: int, k: Any) -> tuple[jax.Array
     return make(k)[i]
 
 
-def _centred(head: Any, root: Any, tangents: tuple[jax.Array, ...], axis_name: Any) -> Any:
+def _centred(
+    head: Any,
+    root: Any,
+    tangents: tuple[jax.Array, ...],
+    axis_name: Any,
+) -> Any:
     """Tangents about their mean, where the scores of the head are taken so."""
     return about_mean(read_terms(tangents, root), root, axis_name) if is_centred(head) else tangents
 

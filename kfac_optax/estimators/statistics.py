@@ -93,7 +93,12 @@ def linearize_now(
     return linearize
 
 
-def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
+def rows_measure(
+    a: jax.Array,
+    g: jax.Array,
+    extra: PyTree,
+    inverse: PyTree,
+) -> Zeros:
     """Keeps the rows themselves, for a forward pass that is shared before it is known what to
     measure.
     """
@@ -101,7 +106,11 @@ def rows_measure(a: jax.Array, g: jax.Array, extra: PyTree, inverse: PyTree) -> 
 
 
 def apply_to_rows(
-    site: Site, measure: Measure, rows: tuple[jax.Array, jax.Array], extra: PyTree, inverse: PyTree
+    site: Site,
+    measure: Measure,
+    rows: tuple[jax.Array, jax.Array],
+    extra: PyTree,
+    inverse: PyTree,
 ) -> Zeros:
     """The statistics of a site from its stored rows, as its probe would have measured them."""
     # axes of the rows from the inside out: stack, then scans, in some of which parameters stay the
@@ -285,7 +294,12 @@ def _arranged(coupling: Coupling | None, site: Site, zeros: Zeros) -> _Measured:
     )
 
 
-def _late(plan: Plan, setting: Setting, i: int, kept: list) -> list[PyTree]:
+def _late(
+    plan: Plan,
+    setting: Setting,
+    i: int,
+    kept: list,
+) -> list[PyTree]:
     """Statistic of layer `i` from the rows of all its uses, one after another on the axis of
     steps.
     """
@@ -318,7 +332,12 @@ def _check_batches(layer: Layer, block: Block, examples: Sequence[int]) -> None:
         )
 
 
-def _across(coupling: Coupling, setting: Setting, layer: Layer, uses: list[_Measured]) -> PyTree:
+def _across(
+    coupling: Coupling,
+    setting: Setting,
+    layer: Layer,
+    uses: list[_Measured],
+) -> PyTree:
     """The coupling's statistic of one layer; maps of several uses are laid out on one axis, one
     after another.
     """

@@ -67,7 +67,12 @@ def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
     return layer.copies * tree_bytes(jax.eval_shape(state))
 
 
-def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype: jnp.dtype) -> int:
+def _coupling_bytes(
+    layers: Layers,
+    block_of: BlockOf,
+    coupling: Coupling,
+    dtype: jnp.dtype,
+) -> int:
     check_coupled(layers, "coverage")
     coupling.check(layers.layers, tuple(map(block_of, layers)))
     coupled = [layer for layer in layers if layer.coupled]

@@ -12,7 +12,13 @@ def has_shape(x: Any) -> bool:
     return isinstance(getattr(x, "shape", None), tuple)
 
 
-def check_weights(name: str, *, weights: Any, batch_shape: tuple[int, ...], advice: str) -> None:
+def check_weights(
+    name: str,
+    *,
+    weights: Any,
+    batch_shape: tuple[int, ...],
+    advice: str,
+) -> None:
     """Raises ValueError unless `weights` has one entry per term (or is no array at all)."""
     if has_shape(weights) and weights.shape != batch_shape:
         raise ValueError(

@@ -107,7 +107,13 @@ def check_members(where: str, head: Any) -> None:
         )
 
 
-def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
+def check_shapes(
+    where: str,
+    head: Any,
+    *,
+    labels: bool,
+    columns: bool,
+) -> None:
     """Checks what the methods of a likelihood return, from shapes alone: nothing is computed.
 
     Args:

@@ -19,7 +19,13 @@ class Eigen(NamedTuple):
 _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
 
 
-def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_quotient(
+    v: Array,
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the
     largest eigenvalue.
 
@@ -41,7 +47,13 @@ def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = Fa
     return jnp.where(known, v / total, 0)
 
 
-def damped_root(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_root(
+    v: Array,
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`V / sqrt(values + damping)`: what has to be applied twice to be `damped_quotient`, with its
     zeros.
 

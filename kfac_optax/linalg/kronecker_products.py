@@ -15,7 +15,11 @@ _PI_RANGE = (1e-6, 1e6)
 
 
 def sandwich(
-    left: Array, middle: Array, right: Array, *, precision: jax.lax.PrecisionLike = "highest"
+    left: Array,
+    middle: Array,
+    right: Array,
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Array:
     """`left @ middle @ right`."""
     return jnp.matmul(jnp.matmul(left, middle, precision=precision), right, precision=precision)

@@ -98,7 +98,12 @@ def _inverse(matrix: Array, start: Array) -> Array:
 
 
 @_inverse.def_vmap
-def _inverses(count: int, batched: list[bool], matrix: Array, start: Array) -> tuple[Array, bool]:
+def _inverses(
+    count: int,
+    batched: list[bool],
+    matrix: Array,
+    start: Array,
+) -> tuple[Array, bool]:
     """One decision for all: `vmap` of a branch would run both sides of it."""
     matrix, start = (
         x if has_axis else jnp.broadcast_to(x, (count, *x.shape))

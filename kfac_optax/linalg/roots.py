@@ -19,7 +19,11 @@ _SQUARINGS = 6
 
 
 def inverse_root(
-    matrix: Float[Array, "n n"], p: int, *, ridge: Numeric = 1e-6, method: str = "eigh"
+    matrix: Float[Array, "n n"],
+    p: int,
+    *,
+    ridge: Numeric = 1e-6,
+    method: str = "eigh",
 ) -> Float[Array, "n n"]:
     """`(M + ridge lambda_max I)^(-1/p)` of a symmetric PSD matrix.
 

@@ -29,7 +29,12 @@ class KernelInverse(NamedTuple):
 
 
 def kernel_of(
-    forward: Forward, adjoint: Adjoint, n: int, dtype: Any, *, chunk: int = 8
+    forward: Forward,
+    adjoint: Adjoint,
+    n: int,
+    dtype: Any,
+    *,
+    chunk: int = 8,
 ) -> Float[Array, "n n"]:
     """`J J^T`, one product in both directions for each of its `n` columns.
 
@@ -103,7 +108,12 @@ def solve_in_samples(inverse: KernelInverse, adjoint: Adjoint, b: Float[Array, "
 
 
 def solve_in_parameters(
-    inverse: KernelInverse, forward: Forward, adjoint: Adjoint, g: PyTree, *, refine: int = 1
+    inverse: KernelInverse,
+    forward: Forward,
+    adjoint: Adjoint,
+    g: PyTree,
+    *,
+    refine: int = 1,
 ) -> PyTree:
     """`(J^T J + damping I)^{-1} g` for any `g`, by the Sherman-Morrison-Woodbury formula.
 
@@ -147,7 +157,11 @@ def solve_in_parameters(
 
 
 def residual_of(
-    forward: Forward, adjoint: Adjoint, damping: jax.Array, x: PyTree, g: PyTree
+    forward: Forward,
+    adjoint: Adjoint,
+    damping: jax.Array,
+    x: PyTree,
+    g: PyTree,
 ) -> PyTree:
     """`g - (J^T J + damping I) x`."""
     return jax.tree.map(lambda g, y, x: g - y - damping * x, g, adjoint(forward(x)), x)

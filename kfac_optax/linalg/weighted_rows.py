@@ -63,7 +63,10 @@ def weighted_gram(
 
 
 def index_counts(
-    indices: Int[Array, "*rows"], size: int, weights: Float[Array, "*rows"] | None, dtype: jnp.dtype
+    indices: Int[Array, "*rows"],
+    size: int,
+    weights: Float[Array, "*rows"] | None,
+    dtype: jnp.dtype,
 ) -> Float[Array, " size"]:
     """`sum_rows w e_index`: how often every index below `size` occurs; larger ones are not counted.
 

@@ -77,7 +77,12 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
     return Scaled(jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype), of_u + of_v)
 
 
-def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: Any) -> jax.Array:
+def inverse_root_of(
+    values: jax.Array,
+    exponent: jax.Array,
+    rate: Any,
+    bound: Any,
+) -> jax.Array:
     """`min(1, sqrt(bound / (rate^2 values 2^exponent)))`; one where the divisor is not a positive
     finite number.
 

@@ -106,7 +106,12 @@ def balance_parts(
 
 
 def _agreed(
-    directions, grads: PyTree, curvature: Any, damping: Any, examples: int, axis_name: Any
+    directions,
+    grads: PyTree,
+    curvature: Any,
+    damping: Any,
+    examples: int,
+    axis_name: Any,
 ) -> jax.Array:
     """Weight of the second direction relative to the first where the model is smallest, within [0,
     1].

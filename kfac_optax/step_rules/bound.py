@@ -214,7 +214,12 @@ def _moved(params: PyTree, state: BoundState) -> PyTree:
     return jax.tree.map(difference, params, state.previous_params)
 
 
-def _form(curvature: Any, directions: Sequence[PyTree], examples: int, axis_name: Any) -> jax.Array:
+def _form(
+    curvature: Any,
+    directions: Sequence[PyTree],
+    examples: int,
+    axis_name: Any,
+) -> jax.Array:
     """`d_i^T F d_j` on some examples; parameters that are masked have no part in a direction."""
     whole = [like_parameters(curvature.params, named_leaves(direction)) for direction in directions]
     return curvature.quadratic_form(whole, subsample=examples, axis_name=axis_name)

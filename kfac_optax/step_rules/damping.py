@@ -214,7 +214,13 @@ def adapt_damping(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_fn: Any) -> None:
+def _check_arguments(
+    where: str,
+    params: Any,
+    curvature: Any,
+    value: Any,
+    value_fn: Any,
+) -> None:
     # all that the ratio is made of
     missing = {"params": params, "value": value, "value_fn": value_fn}
     missing = [name for name, x in missing.items() if x is None]
@@ -244,7 +250,13 @@ def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any
     return jax.lax.cond(due, measure, nothing)
 
 
-def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value: jax.Array):
+def _reject(
+    step: PyTree,
+    after: PyTree,
+    before: PyTree,
+    found: tuple,
+    new_value: jax.Array,
+):
     """Takes the step back where its ratio says so; curvature that was measured stays."""
     ratio, failed, due, lowest = found
     # NaN counts as too low; -inf switches rejection off
@@ -264,7 +276,14 @@ def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value
 
 
 def _next_state(
-    rule: DampingRule, state: Any, after: PyTree, gamma: jax.Array, ratio, due, failed, rejected
+    rule: DampingRule,
+    state: Any,
+    after: PyTree,
+    gamma: jax.Array,
+    ratio,
+    due,
+    failed,
+    rejected,
 ) -> DampingState:
     # omega = decay^every: lambda / omega where rho is low, lambda omega where it is high
     due, lam = jnp.asarray(due), state.model_damping

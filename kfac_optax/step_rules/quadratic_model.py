@@ -256,7 +256,13 @@ def quadratic_step(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(where: str, curvature: Any, grad: Any, value_fn: Any, params: Any) -> None:
+def _check(
+    where: str,
+    curvature: Any,
+    grad: Any,
+    value_fn: Any,
+    params: Any,
+) -> None:
     if curvature is None or not hasattr(curvature, "quadratic_form"):
         raise ValueError(
             NO_CURVATURE.format(where=where)
@@ -273,7 +279,11 @@ def _check(where: str, curvature: Any, grad: Any, value_fn: Any, params: Any) ->
 
 
 def _slopes(
-    directions: Sequence[PyTree], params: PyTree, grad: PyTree, value_fn: Any, axis_name: Any
+    directions: Sequence[PyTree],
+    params: PyTree,
+    grad: PyTree,
+    value_fn: Any,
+    axis_name: Any,
 ) -> jax.Array:
     """Gradient of the objective along each direction."""
     if grad is not None:

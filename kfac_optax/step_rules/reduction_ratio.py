@@ -95,7 +95,11 @@ class Promise(NamedTuple):
 
 
 def promise(
-    rule: DampingRule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array
+    rule: DampingRule,
+    known: QuadraticState | None,
+    step: PyTree,
+    grad: PyTree,
+    value: jax.Array,
 ) -> Promise:
     """Costs an inner product; without `quadratic_step` there is no model before the ratio is
     measured.

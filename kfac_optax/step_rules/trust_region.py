@@ -146,7 +146,13 @@ def clip_by_trust_region(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def trust_scale(product: Any, learning_rate: Any, radius: Any, *, exponent: Any = 0) -> jax.Array:
+def trust_scale(
+    product: Any,
+    learning_rate: Any,
+    radius: Any,
+    *,
+    exponent: Any = 0,
+) -> jax.Array:
     """The factor `nu = min(1, sqrt(2 radius / (learning_rate^2 product 2^exponent)))`.
 
     >>> print(trust_scale(25.0, 1.0, 0.5))

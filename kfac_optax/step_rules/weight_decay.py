@@ -152,7 +152,12 @@ def _penalty(params: PyTree, weight: Any, mask: Mask | None) -> jax.Array:
 
 
 def _augmented(
-    extra: dict[str, Any], weight: Any, decayed: PyTree, penalty: Callable, *, whole: bool
+    extra: dict[str, Any],
+    weight: Any,
+    decayed: PyTree,
+    penalty: Callable,
+    *,
+    whole: bool,
 ) -> dict[str, Any]:
     """Extra arguments about the loss, turned into those about the whole objective."""
     # gradient, value and function of the loss become those of the objective
