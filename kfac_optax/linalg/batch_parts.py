@@ -21,7 +21,10 @@ def count_parts(x: Float[Array, "n ..."], least: int) -> int:
     """
     # examples of one device; the fewest parts, but no fewer than `least`, that divide them evenly
     n = x.shape[0] // _shards(x)
-    return next(k for k in range(max(1, min(least, n)), n + 1) if n % k == 0)
+    parts = max(1, min(least, n))
+    while n % parts:
+        parts += 1
+    return parts
 
 
 def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m ..."]:
@@ -32,7 +35,8 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
      [1 3]]
     """
     # [n, ...] -> [m, parts, ...] -> [parts, m, ...]: part k has the examples k, k + parts, ...
-    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    split = x.reshape(-1, parts, *x.shape[1:])
+    return jnp.moveaxis(split, 1, 0)
 
 
 def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array, "n ..."]) -> Array:
@@ -46,12 +50,14 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
     # all rows `[parts, m, ...]`: the scan below takes one part at a time
     split = [parts_first(x, parts) for x in rows]
     # shape and dtype of the sum, of which nothing is computed: where the scan starts
-    one = jax.eval_shape(function, *(x[0] for x in split))
+    first = [x[0] for x in split]
+    one = jax.eval_shape(function, *first)
 
     def add(total: Array, part: list[Array]) -> tuple[Array, None]:
         return total + function(*part), None
 
-    return jax.lax.scan(add, zeros_of_type(one), split)[0]
+    total, _ = jax.lax.scan(add, zeros_of_type(one), split)
+    return total
 
 
 def _shards(x: Array) -> int:
@@ -61,5 +67,7 @@ def _shards(x: Array) -> int:
     names = sharding.spec[0] if len(sharding.spec) else None
     if names is None:
         return 1
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    if not isinstance(names, tuple):
+        names = (names,)
+    sizes = sharding.mesh.shape
+    return math.prod(sizes[name] for name in names)

@@ -80,7 +80,8 @@ def _damped(values: Array, damping: Array, exact: bool) -> tuple[Array, Array]:
     largest = jnp.max(values, initial=0)
     eps = jnp.finfo(values.dtype).eps
     # sums over rows carry rounding of their largest entry; diagonals measured entry by entry do not
-    known = total > (eps * eps if exact else _ROUNDING * eps) * largest
+    relative = eps * eps if exact else _ROUNDING * eps
+    known = total > relative * largest
     return jnp.where(known, total, 1), known
 
 
@@ -91,7 +92,8 @@ def at_least_rounding(shift: Array, scale: Array) -> Array:
     >>> print(at_least_rounding(jnp.float32(0.5), jnp.float32(1.0)))
     0.5
     """
-    return jnp.maximum(shift, _ROUNDING * jnp.finfo(shift.dtype).eps * scale)
+    eps = jnp.finfo(shift.dtype).eps
+    return jnp.maximum(shift, _ROUNDING * eps * scale)
 
 
 def after(tree: PyTree, previous: PyTree) -> PyTree:
@@ -107,7 +109,11 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
     if not marks:
         return tree
-    return jax.tree.map(lambda x: x + jnp.stack(marks).any().astype(x.dtype), tree)
+
+    def later(x: jax.Array) -> jax.Array:
+        return x + jnp.stack(marks).any().astype(x.dtype)
+
+    return jax.tree.map(later, tree)
 
 
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -140,7 +146,9 @@ def psd_root(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Ar
     """
     vectors, values = psd_eigh(matrix)
     # R = U diag(sqrt(d)), log det M = sum_i log d_i
-    return vectors * jnp.sqrt(values), jnp.sum(jnp.log(at_least_rounding(values, values[-1])))
+    root = vectors * jnp.sqrt(values)
+    known = at_least_rounding(values, values[-1])
+    return root, jnp.sum(jnp.log(known))
 
 
 def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
@@ -162,7 +170,8 @@ def shift_for(shift: Float[Array, ""], trace: Float[Array, ""]) -> Float[Array, 
     >>> print(shift_for(jnp.float32(0.5), jnp.float32(1.0)))
     0.5
     """
-    return jnp.maximum(shift, 2 * jnp.finfo(trace.dtype).eps * trace)
+    eps = jnp.finfo(trace.dtype).eps
+    return jnp.maximum(shift, 2 * eps * trace)
 
 
 def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
@@ -172,7 +181,8 @@ def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array,
     [[0.5]]
     """
     shift = shift_for(shift, jnp.trace(matrix))
-    return symmetrize(matrix) + shift * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return symmetrize(matrix) + shift * identity
 
 
 def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

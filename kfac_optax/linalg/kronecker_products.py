@@ -22,7 +22,8 @@ def sandwich(
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Array:
     """`left @ middle @ right`."""
-    return jnp.matmul(jnp.matmul(left, middle, precision=precision), right, precision=precision)
+    product = jnp.matmul(left, middle, precision=precision)
+    return jnp.matmul(product, right, precision=precision)
 
 
 def eigen_solve(
@@ -49,7 +50,8 @@ def eigen_solve(
     """
     # in the eigenbasis A (x) G is diagonal, with entries s_A s_G^T [p, q]
     rotated = sandwich(a.vectors.T, v, g.vectors, precision=precision)
-    scaled = damped_quotient(rotated, a.values[:, None] * g.values, damping)
+    values = a.values[:, None] * g.values
+    scaled = damped_quotient(rotated, values, damping)
     return sandwich(a.vectors, scaled, g.vectors.T, precision=precision)
 
 
@@ -62,7 +64,9 @@ def trace_ratio(a: Float[Array, "p p"], g: Float[Array, "q q"]) -> Float[Array, 
     2.0
     """
     # mean eigenvalues, so that factors of different size compare
-    return mean_ratio(jnp.trace(a) / a.shape[0], jnp.trace(g) / g.shape[0])
+    mean_a = jnp.trace(a) / a.shape[0]
+    mean_g = jnp.trace(g) / g.shape[0]
+    return mean_ratio(mean_a, mean_g)
 
 
 def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Array, ""]:

@@ -85,8 +85,15 @@ def _iterated(
     # eigenvalues of M X are positive and at most 1 + ||R||: below two after the division
     r = residual(start)
     part = 1 / (1 + jnp.linalg.norm(r) / 2)
-    r = (1 - part) * jnp.eye(len(r), dtype=r.dtype) + part * r  # of `part * start`
-    first = _Iterate(part * start, r, jnp.linalg.norm(r), jnp.bool_(True), jnp.int32(0))
+    identity = jnp.eye(len(r), dtype=r.dtype)
+    r = (1 - part) * identity + part * r  # of `part * start`
+    first = _Iterate(
+        x=part * start,
+        residual=r,
+        size=jnp.linalg.norm(r),
+        shrinks=jnp.bool_(True),
+        steps=jnp.int32(0),
+    )
     last = jax.lax.while_loop(unfinished, step, first)
     return better(last.x, last.residual), last.size < _FAILED
 
@@ -105,10 +112,11 @@ def _inverses(
     start: Array,
 ) -> tuple[Array, bool]:
     """One decision for all: `vmap` of a branch would run both sides of it."""
-    matrix, start = (
-        x if has_axis else jnp.broadcast_to(x, (count, *x.shape))
-        for x, has_axis in zip((matrix, start), batched, strict=True)
-    )
+
+    def with_axis(x: Array, has_axis: bool) -> Array:
+        return x if has_axis else jnp.broadcast_to(x, (count, *x.shape))
+
+    matrix, start = map(with_axis, (matrix, start), batched)
     # all matrices iterate together, until the slowest is done
     x, good = jax.vmap(_iterated)(matrix, start)
 

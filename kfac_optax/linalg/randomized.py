@@ -30,9 +30,11 @@ def range_finder(
     [1. 0. 0.]
     """
     # Omega [d, size]
-    draw = jax.random.normal(key, (matrix.shape[0], size), matrix.dtype)
+    dimension = matrix.shape[0]
+    draw = jax.random.normal(key, (dimension, size), matrix.dtype)
     for _ in range(1 + power_iterations):
-        draw, _ = jnp.linalg.qr(jnp.matmul(matrix, draw, precision=precision))
+        image = jnp.matmul(matrix, draw, precision=precision)
+        draw, _ = jnp.linalg.qr(image)
     return draw
 
 
@@ -94,10 +96,11 @@ def randomized_eigh(
     image = jnp.matmul(matrix, basis, precision=precision)
     # Q^T X Q = W diag(d) W^T, eigenvectors Q W
     if variant == "symmetric":
-        values, rotation = jnp.linalg.eigh(
-            symmetrize(jnp.matmul(basis.T, image, precision=precision))
-        )
-        return largest(values, jnp.matmul(basis, rotation, precision=precision), rank)
+        middle = symmetrize(jnp.matmul(basis.T, image, precision=precision))
+        values, rotation = jnp.linalg.eigh(middle)
+        vectors = jnp.matmul(basis, rotation, precision=precision)
+        return largest(values, vectors, rank)
     orthonormal, triangle = jnp.linalg.qr(image)  # image = (Q^T X)^T, so its left singular vectors
     left, values, _ = jnp.linalg.svd(after(triangle, orthonormal))
-    return LowRank(jnp.matmul(orthonormal, left[:, :rank], precision=precision), values[:rank])
+    vectors = jnp.matmul(orthonormal, left[:, :rank], precision=precision)
+    return LowRank(vectors, values[:rank])

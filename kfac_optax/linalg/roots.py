@@ -58,12 +58,15 @@ def inverse_root(
     if not isinstance(p, int) or p < 1:
         raise ValueError(f"inverse_root: p={p!r}; expected a positive integer.")
     # half precision has no eigendecomposition
-    matrix = symmetrize(jnp.asarray(matrix, jnp.promote_types(matrix.dtype, jnp.float32)))
+    wide = jnp.promote_types(matrix.dtype, jnp.float32)
+    matrix = symmetrize(jnp.asarray(matrix, wide))
     # entries near one: (2^e M)^(-1/p) = 2^(-e/p) M^(-1/p), with no over- or underflow in the powers
     exponent = _exponent(matrix)
     scaled = times_power(matrix, -exponent)
-    root = (_by_eigh if method == "eigh" else _by_newton)(scaled, p, ridge)
-    return symmetrize(root) * jnp.exp2(-exponent.astype(matrix.dtype) / p)
+    solve = _by_eigh if method == "eigh" else _by_newton
+    root = solve(scaled, p, ridge)
+    scale = jnp.exp2(-exponent.astype(matrix.dtype) / p)
+    return symmetrize(root) * scale
 
 
 def inverse_root_of_values(
@@ -75,7 +78,8 @@ def inverse_root_of_values(
     [0.5 0. ]
     """
     values = jnp.maximum(values, 0)
-    total = values + jnp.asarray(ridge, values.dtype) * jnp.max(values, initial=0)
+    largest = jnp.max(values, initial=0)
+    total = values + jnp.asarray(ridge, values.dtype) * largest
     return _power(total, total > 0, p)
 
 
@@ -88,7 +92,9 @@ def _exponent(matrix: Array) -> Array:
 
 def _power(total: Array, known: Array, p: int) -> Array:
     # a divisor that is safe where it is not used; NaN stays NaN
-    return jnp.where(known, jnp.where(known, total, 1) ** (-1 / p), jnp.where(total > 0, 0, total))
+    power = jnp.where(known, total, 1) ** (-1 / p)
+    unknown = jnp.where(total > 0, 0, total)
+    return jnp.where(known, power, unknown)
 
 
 def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
@@ -96,9 +102,10 @@ def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
     largest = values[-1]
     total = values + jnp.asarray(ridge, values.dtype) * largest
     # U diag((d + ridge d_max)^(-1/p)) U^T; a singular direction has no part in it
-    known = (total >= at_least_rounding(jnp.zeros_like(largest), largest)) & (total > 0)
+    rounding = at_least_rounding(jnp.zeros_like(largest), largest)
+    known = (total >= rounding) & (total > 0)
     scaled = vectors * _power(total, known, p)
-    return jnp.matmul(scaled, vectors.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(scaled, vectors.T, precision="highest")
 
 
 def _largest(matrix: Array) -> Array:
@@ -110,7 +117,7 @@ def _largest(matrix: Array) -> Array:
         norm = jnp.linalg.norm(matrix)
         bound = bound * norm**weight
         matrix = matrix / jnp.where(norm == 0, 1, norm)
-        matrix = jnp.matmul(matrix, matrix, precision=jax.lax.Precision.HIGHEST)
+        matrix = jnp.matmul(matrix, matrix, precision="highest")
         weight /= 2
     return bound * jnp.linalg.norm(matrix) ** weight
 
@@ -126,7 +133,8 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
     zero = bound == 0
     shift = at_least_rounding(jnp.asarray(ridge, matrix.dtype) * bound, bound)
     shifted = jnp.where(zero, identity, matrix + shift * identity)
-    c = (1 + p) / (2 * jnp.where(zero, 1, bound + shift))
+    largest = jnp.where(zero, 1, bound + shift)
+    c = (1 + p) / (2 * largest)
     # the largest entry of M - I that rounding allows
     tolerance = 32 * jnp.finfo(matrix.dtype).eps
 
@@ -146,12 +154,16 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
         new_error = residual(new_m)
         grows = new_error > _GROWTH * error
         kept = jnp.where(grows, x, new_x)
-        return i + 1, new_m, kept, jnp.where(grows, error, new_error), grows
+        its_error = jnp.where(grows, error, new_error)
+        return i + 1, new_m, kept, its_error, grows
 
     # M_0 = c A, X_0 = c^(1/p) I
     start = c * shifted
-    first = (jnp.int32(0), start, c ** (1 / p) * identity, residual(start), jnp.bool_(False))
-    _, _, root, error, _ = jax.lax.while_loop(goes_on, step, first)
+    root = c ** (1 / p) * identity
+    first = (jnp.int32(0), start, root, residual(start), jnp.bool_(False))
+    last = jax.lax.while_loop(goes_on, step, first)
+    _, _, root, error, _ = last
     # NaN says that there is no root, so that no caller takes a bad one for good
     good = error <= _FAILED
-    return jnp.where(zero, 0, jnp.where(good, root, math.nan))
+    found = jnp.where(good, root, math.nan)
+    return jnp.where(zero, 0, found)

@@ -21,12 +21,15 @@ def row_kernel(
      [ 6.  1.]]
     """
     g = jnp.moveaxis(g, 0, 2)  # [copies, N, K, T, q]
-    (_, n, steps, p), (k, q) = a.shape, (g.shape[2], g.shape[4])
+    _, n, steps, p = a.shape
+    k, q = g.shape[2], g.shape[4]
     # numbers formed: inner products of steps, or whole gradients of examples
     if steps == 1 or n * k * steps**2 <= p * q:
         # inner products of inputs, x the copies, t and s the steps of examples b and c
-        return _by_products(jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT), g)
-    return _by_gradients(jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT))
+        of_inputs = jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT)
+        return _by_products(of_inputs, g)
+    gradients = jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT)
+    return _by_gradients(gradients)
 
 
 def token_kernel(
@@ -41,8 +44,9 @@ def token_kernel(
      [0. 0. 9.]]
     """
     # e_s^T e_t = 1 for the same token, 0 otherwise: [copies, N, T, N, T]
-    same = tokens[:, :, :, None, None] == tokens[:, None, None, :, :]
-    return _by_products(same.astype(g.dtype), jnp.moveaxis(g, 0, 2))
+    here, there = tokens[:, :, :, None, None], tokens[:, None, None, :, :]
+    same = (here == there).astype(g.dtype)
+    return _by_products(same, jnp.moveaxis(g, 0, 2))
 
 
 def channel_kernel(
@@ -63,7 +67,8 @@ def channel_kernel(
     gradients = jnp.sum(g * a[:, :, None], 3)
     if scale_and_shift:
         # and sum_t g behind it, [copies, N, K, 2 q]
-        gradients = jnp.concatenate([gradients, jnp.sum(g, 3)], -1)
+        of_shift = jnp.sum(g, 3)
+        gradients = jnp.concatenate([gradients, of_shift], -1)
     return _by_gradients(jnp.moveaxis(gradients, 0, 2))
 
 

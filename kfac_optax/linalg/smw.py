@@ -53,9 +53,11 @@ def kernel_of(
 
     def column(i: jax.Array) -> jax.Array:
         # J J^T e_i
-        return forward(adjoint((jnp.arange(n) == i).astype(dtype)))
+        unit = (jnp.arange(n) == i).astype(dtype)
+        return forward(adjoint(unit))
 
-    return symmetrize(jax.lax.map(column, jnp.arange(n), batch_size=min(chunk, n)))
+    kernel = jax.lax.map(column, jnp.arange(n), batch_size=min(chunk, n))
+    return symmetrize(kernel)
 
 
 def factor_kernel(
@@ -76,8 +78,10 @@ def factor_kernel(
     damping = jnp.asarray(damping, kernel.dtype)
     # K + damping I = L L^T
     if cutoff is None:
-        damped = kernel + damping * jnp.eye(len(kernel), dtype=kernel.dtype)
-        return KernelInverse(jnp.linalg.cholesky(damped, symmetrize_input=False), None, damping)
+        identity = jnp.eye(len(kernel), dtype=kernel.dtype)
+        damped = kernel + damping * identity
+        lower = jnp.linalg.cholesky(damped, symmetrize_input=False)
+        return KernelInverse(lower, None, damping)
     # K = U diag(s) U^T
     values, vectors = jnp.linalg.eigh(kernel, symmetrize_input=False)
     return KernelInverse(vectors, jnp.maximum(values, 0), damping, cutoff)
@@ -140,7 +144,8 @@ def solve_in_parameters(
     # with K = U diag(s) U^T, J^T K^+ (K + damping I)^+ J g: one more division by s
     if inverse.values is not None:
         some = inverse.values > 0
-        once_more = jnp.where(some, _shares(inverse) / jnp.where(some, inverse.values, 1), 0)
+        divisor = jnp.where(some, inverse.values, 1)
+        once_more = jnp.where(some, _shares(inverse) / divisor, 0)
         return adjoint(_along_eigenvectors(inverse, forward(g), once_more))
 
     def once(g: PyTree) -> PyTree:
@@ -164,7 +169,11 @@ def residual_of(
     g: PyTree,
 ) -> PyTree:
     """`g - (J^T J + damping I) x`."""
-    return jax.tree.map(lambda g, y, x: g - y - damping * x, g, adjoint(forward(x)), x)
+
+    def left(g: Array, product: Array, x: Array) -> Array:
+        return g - product - damping * x
+
+    return jax.tree.map(left, g, adjoint(forward(x)), x)
 
 
 def _along_eigenvectors(inverse: KernelInverse, b: jax.Array, factors: jax.Array) -> jax.Array:
@@ -179,9 +188,12 @@ def _shares(inverse: KernelInverse) -> jax.Array:
     assert values is not None
     tiny = jnp.finfo(values.dtype).tiny
     # r = s / max(s)
-    relative = values / jnp.maximum(jnp.max(values, initial=0), tiny)
+    largest = jnp.max(values, initial=0)
+    relative = values / jnp.maximum(largest, tiny)
     cutoff = jnp.asarray(inverse.cutoff, values.dtype)
     # r^6 / (r^6 + c^6) by logarithms: sixth powers of small numbers are zero in single precision
-    distance = jnp.log(jnp.maximum(relative, tiny)) - jnp.log(jnp.maximum(cutoff, tiny))
+    log_relative = jnp.log(jnp.maximum(relative, tiny))
+    distance = log_relative - jnp.log(jnp.maximum(cutoff, tiny))
     total = jnp.where(values > 0, values + inverse.damping, 1)
-    return jnp.where(values > 0, jax.nn.sigmoid(6 * distance) / total, 0)
+    share = jax.nn.sigmoid(6 * distance)
+    return jnp.where(values > 0, share / total, 0)

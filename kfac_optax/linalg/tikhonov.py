@@ -27,7 +27,9 @@ def tikhonov_shifts(
     """
     # A + pi sqrt(damping) I and G + sqrt(damping) / pi I
     pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
-    return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)
+    shift_a = at_least_rounding(pi * root, mean_a)
+    shift_g = at_least_rounding(root / pi, mean_g)
+    return shift_a, shift_g
 
 
 def factor_shifts(
@@ -39,4 +41,6 @@ def factor_shifts(
     1.0 0.25
     """
     # a trace is the sum of the eigenvalues
-    return tikhonov_shifts(jnp.trace(a) / len(a), jnp.trace(g) / len(g), damping)
+    mean_a = jnp.trace(a) / len(a)
+    mean_g = jnp.trace(g) / len(g)
+    return tikhonov_shifts(mean_a, mean_g, damping)

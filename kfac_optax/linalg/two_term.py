@@ -45,10 +45,13 @@ def inverse_root(
     eigen = psd_eigh(matrix)
     values = eigen.values + shift
     if not singular:
-        return eigen.vectors / jnp.sqrt(at_least_rounding(values, values[-1]))
+        positive = at_least_rounding(values, values[-1])
+        return eigen.vectors / jnp.sqrt(positive)
     # below n eps of the largest a direction is singular to working precision
-    kept = values > values[-1] * (values.size * jnp.finfo(values.dtype).eps)
-    return jnp.where(kept, eigen.vectors / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+    rounding = values.size * jnp.finfo(values.dtype).eps
+    kept = values > values[-1] * rounding
+    roots = jnp.sqrt(jnp.where(kept, values, 1))
+    return jnp.where(kept, eigen.vectors / roots, 0)
 
 
 def pencil(
@@ -68,7 +71,8 @@ def pencil(
     """
     # W^T (M + shift I) W = I, so the eigenvectors E of W^T N W diagonalise both
     root = inverse_root(m, shift)
-    values, rotation = jnp.linalg.eigh(symmetrize(sandwich(root.T, n, root, precision=precision)))
+    whitened = sandwich(root.T, n, root, precision=precision)
+    values, rotation = jnp.linalg.eigh(symmetrize(whitened))
     return Pencil(jnp.matmul(root, rotation, precision=precision), values)
 
 
@@ -100,7 +104,9 @@ def two_term_solve(
     """
     # with `-`, 1 - s1 s2^T must stay positive
     upper = _LARGEST if minus else None
-    product = jnp.clip(left.values, 0, upper)[:, None] * jnp.clip(right.values, 0, upper)
+    of_left = jnp.clip(left.values, 0, upper)
+    of_right = jnp.clip(right.values, 0, upper)
+    product = of_left[:, None] * of_right
     # in the common eigenbasis the operator is the diagonal 1 +- s1 s2^T
     rotated = sandwich(left.vectors.T, v, right.vectors, precision=precision)
     scaled = rotated / (1 - product if minus else 1 + product)
