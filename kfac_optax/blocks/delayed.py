@@ -62,7 +62,8 @@ def delayed(block: Block, *, every: int, steps: int) -> Block:
         made = block.factorize(statistic, damping)
         # the first inverse is used at once: before it there is none worth keeping
         at_once = (old.looks == 0) | (steps == 0)
-        return Delayed(select(at_once, made, old.active), made, old.looks + 1)
+        active = select(at_once, made, old.active)
+        return Delayed(active, made, old.looks + 1)
 
     def due(
         old: Delayed,

@@ -81,7 +81,8 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         a: Array, g: Array | None, use: Use, inverse: CorrectedInverse
     ) -> tuple[Factors, Array]:
         g = given_outputs(name, g)
-        return plain.measure(a, g, use), moments(a, g, use, inverse)
+        factors = plain.measure(a, g, use)
+        return factors, moments(a, g, use, inverse)
 
     def moments(
         a: Array,
@@ -106,8 +107,10 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
     ) -> CorrectedInverse:
         measured = inverse.measured + 1
         # of all statistics there are at least as many: the second is one of this basis, or `decay`
-        weight = jnp.minimum(1 - 1 / measured, average.weight.astype(measured.dtype))
-        blended = weight * inverse.moments + (1 - weight) * new.astype(measured.dtype)
+        usual = average.weight.astype(measured.dtype)
+        weight = jnp.minimum(1 - 1 / measured, usual)
+        new = new.astype(measured.dtype)
+        blended = weight * inverse.moments + (1 - weight) * new
         return inverse._replace(moments=blended, measured=measured)
 
     def solve(inverse: CorrectedInverse, v: Array, damping: Array) -> Array:

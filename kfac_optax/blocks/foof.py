@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.token_moments import token_counts
 from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.factorize import (
     Eigen,
     damped_logdet,
@@ -19,8 +21,7 @@ from kfac_optax.linalg.factorize import (
     psd_inverse,
     psd_root,
 )
-from kfac_optax.linalg.gram import homogeneous
-from kfac_optax.linalg.weighted_rows import index_counts, weighted_gram
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 OF = ("linear", "embedding", "tied_embedding", "scale_shift")
 
@@ -108,10 +109,9 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
         return jnp.eye(layer.shape[0], dtype=dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
-        a = a.astype(use.dtype)
-        # A = (1/N) sum_rows w a a^T, with the bias coordinate
-        a = homogeneous(a) if use.bias else a
-        return weighted_gram(a, use.weights, precision=precision) / use.examples
+        # A = (1/N) sum_rows w a a^T
+        total = weighted_gram(input_rows(a, use), use.weights, precision=precision)
+        return total / use.examples
 
     def solve(inverse: Array, v: Array, damping: Array) -> Array:
         return jnp.matmul(inverse, v, precision=precision)
@@ -164,7 +164,7 @@ def _lookup() -> Block:
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         # A = diag(counts), [p]
         _check_tokens(a)
-        return index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
+        return token_counts(a, use)
 
     def factorize(counts: Array, damping: Array) -> Array:
         return counts
@@ -198,22 +198,25 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
     def init(layer: Layer, dtype: jnp.dtype) -> TiedInputs:
         p, q = layer.shape
         # the two terms add up to the identity
-        return TiedInputs(jnp.full(p, 0.5, dtype), 0.5 * jnp.eye(q, dtype=dtype))
+        halves = jnp.full(p, 0.5, dtype)
+        return TiedInputs(halves, 0.5 * jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedInputs:
         q = use.outputs
         # a look-up, integer tokens: diag(counts) V
         if jnp.issubdtype(a.dtype, jnp.integer):
-            counts = index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
-            return TiedInputs(counts, jnp.zeros((q, q), use.dtype))
+            no_head = jnp.zeros((q, q), use.dtype)
+            return TiedInputs(token_counts(a, use), no_head)
         if a.shape[-1] != q:
             raise ValueError(
                 f"foof_block: measure got head inputs of size {a.shape[-1]}; expected {q} for a "
                 f"table {use.inputs}x{q}. Pass h [*rows, {q}] of h @ table.T."
             )
         # a use as head, V H: its inputs h [*rows, q] are on the other side of the table
-        moment = weighted_gram(a.astype(use.dtype), use.weights, precision=precision)
-        return TiedInputs(jnp.zeros(use.inputs, use.dtype), moment / use.examples)
+        h = a.astype(use.dtype)
+        moment = weighted_gram(h, use.weights, precision=precision)
+        no_counts = jnp.zeros(use.inputs, use.dtype)
+        return TiedInputs(no_counts, moment / use.examples)
 
     def factorize(inputs: TiedInputs, damping: Array) -> TiedInputsInverse:
         return TiedInputsInverse(inputs.counts, psd_eigh(inputs.head))
@@ -227,7 +230,8 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
         return jnp.matmul(scaled, vectors.T, precision=precision)
 
     def multiply(inputs: TiedInputs, v: Array) -> Array:
-        return inputs.counts[:, None] * v + jnp.matmul(v, inputs.head, precision=precision)
+        of_head = jnp.matmul(v, inputs.head, precision=precision)
+        return inputs.counts[:, None] * v + of_head
 
     def root_solve(inverse: TiedInputsInverse, z: Array, damping: Array) -> Array:
         vectors, values = inverse.head

@@ -114,7 +114,9 @@ def inverse_free(
         a, g = _rows(a, g, use)
         p, q = shape
         # tr(A) / p and tr(G) / q, for the size of the first roots
-        means = Means(_square(a, use) / use.examples / p, jnp.sum(g * g) / use.rows / q)
+        mean_a = _square(a, use) / use.examples / p
+        mean_g = jnp.sum(g * g) / use.rows / q
+        means = Means(mean_a, mean_g)
         # P[K^T A K] and P[C^T G C] of this batch
         of_inputs = root_moments(form, roots.inputs, a, use.weights, precision)
         of_outputs = root_moments(form, roots.outputs, g, None, precision)
@@ -124,8 +126,9 @@ def inverse_free(
         # K K^T = (A + pi sqrt(damping))^{-1} for a factor that is its mean eigenvalue times the
         # identity
         shifts = tikhonov_shifts(*means, damping)
-        sides = zip(means, shifts, shape, strict=True)
-        return Roots(*(first_root(form, mean + shift, d) for mean, shift, d in sides))
+        totals = (mean + shift for mean, shift in zip(means, shifts, strict=True))
+        roots = (first_root(form, total, d) for total, d in zip(totals, shape, strict=True))
+        return Roots(*roots)
 
     def refresh(
         roots: Roots,
@@ -144,8 +147,10 @@ def inverse_free(
     ) -> Roots:
         # both sides from the old roots
         of_inputs, of_outputs = map(scales, roots, new, shape)
-        inputs = move(roots.inputs, new.inputs, of_outputs, damping, shape[0])
-        return Roots(inputs, move(roots.outputs, new.outputs, of_inputs, damping, shape[1]))
+        p, q = shape
+        inputs = move(roots.inputs, new.inputs, of_outputs, damping, p)
+        outputs = move(roots.outputs, new.outputs, of_inputs, damping, q)
+        return Roots(inputs, outputs)
 
     def scales(held: Root, moments: Array, d: int) -> Scales:
         # tr(H_C) / q and tr(C^T C) / q for K, the same of K for C; one each for IKFAC
@@ -211,4 +216,6 @@ def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
 def _square(a: Array, use: Use) -> Array:
     """`sum_rows w |a|^2`."""
     lengths = jnp.sum(a * a, -1)
-    return jnp.sum(lengths if use.weights is None else use.weights.astype(use.dtype) * lengths)
+    if use.weights is not None:
+        lengths = use.weights.astype(use.dtype) * lengths
+    return jnp.sum(lengths)

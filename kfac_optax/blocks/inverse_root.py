@@ -56,7 +56,8 @@ def root_scales(
     """Of one side, from its moments: their diagonal is that of `H`."""
     # P keeps the trace of H
     trace = jnp.einsum("mii->", form.expand(moments))
-    return Scales(trace / dimension, jnp.sum(form.expand(held.root) ** 2) / dimension)
+    square = jnp.sum(form.expand(held.root) ** 2)
+    return Scales(trace / dimension, square / dimension)
 
 
 def root_force(
@@ -75,7 +76,8 @@ def root_force(
     # K^T K
     square = jnp.matmul(k.mT, k, precision=precision)
     identity = group_identity(dimension, form.width(dimension), k.dtype)
-    return other.curvature * moments + form.tangent(damping * other.length * square - identity)
+    rest = damping * other.length * square - identity
+    return other.curvature * moments + form.tangent(rest)
 
 
 def moved_root(
@@ -93,7 +95,8 @@ def moved_root(
     k, m = form.expand(held.root), form.expand(velocity)
     # |beta m| <= 1/2, so that I - beta m stays invertible
     beta = rate / jnp.maximum(1, 2 * rate * _spectral_bound(m))
-    moved = form.compress(k - beta * jnp.matmul(k, m, precision=precision))
+    product = jnp.matmul(k, m, precision=precision)
+    moved = form.compress(k - beta * product)
     dtype = held.root.dtype  # injected numbers may be wider
     return Root(moved.astype(dtype), velocity.astype(dtype))
 
@@ -106,10 +109,13 @@ def times_square(
 ) -> Float[Array, "*rows d"]:
     """`x K K^T`."""
     k = form.expand(held.root)
-    return group_product(group_product(x, k, precision=precision), k.mT, precision=precision)
+    product = group_product(x, k, precision=precision)
+    return group_product(product, k.mT, precision=precision)
 
 
 def _spectral_bound(blocks: Float[Array, "m s s"]) -> Array:
     """No less than the spectral norm: the geometric mean of the largest sums of rows and columns."""
-    rows, columns = (jnp.max(jnp.sum(jnp.abs(blocks), axis)) for axis in (-1, -2))
+    sizes = jnp.abs(blocks)
+    rows = jnp.max(jnp.sum(sizes, -1))
+    columns = jnp.max(jnp.sum(sizes, -2))
     return jnp.sqrt(rows * columns)

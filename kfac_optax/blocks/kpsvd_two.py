@@ -81,10 +81,12 @@ def kpsvd_two_block(
 
     def init(layer: Layer, dtype: jnp.dtype) -> TwoTerms:
         p, q = layer.shape
-        eyes = identity_term(layer, dtype) if first == "svd" else plain.init(layer, dtype)
+        init_first = identity_term if first == "svd" else plain.init
+        eyes = init_first(layer, dtype)
         zero = jnp.zeros((), dtype)
         # F = I is one product, and leaves nothing over
-        nothing = Term(jnp.zeros((p, p), dtype), jnp.zeros((q, q), dtype), zero)
+        no_inputs, no_outputs = jnp.zeros((p, p), dtype), jnp.zeros((q, q), dtype)
+        nothing = Term(no_inputs, no_outputs, zero)
         return TwoTerms(eyes, nothing, zero, zero)
 
     def measure(
@@ -122,8 +124,10 @@ def kpsvd_two_block(
         rest = rest_of(terms)
         last = next_directions(kept.directions[-1], rest)
         # both sides have chains of their own, whose signs have to agree
-        last = last._replace(outputs=jnp.where(rest.scale < 0, -1, 1) * last.outputs)
-        firsts = tuple(next_directions(x, terms.first) for x in kept.directions[:-1])
+        sign = jnp.where(rest.scale < 0, -1, 1)
+        last = last._replace(outputs=sign * last.outputs)
+        others = kept.directions[:-1]
+        firsts = tuple(next_directions(x, terms.first) for x in others)
         return kept._replace(directions=(*firsts, last))
 
     def solve(kept: TwoTermInverse, v: Array, damping: Array) -> Array:
@@ -131,8 +135,9 @@ def kpsvd_two_block(
         left, right = kept.inputs.vectors, kept.outputs.vectors
         total = 1 + kept.inputs.values[:, None] * kept.outputs.values
         # sums that are next to zero or below are no curvature to divide by
-        rotated = sandwich(left.T, v, right, precision=precision) / jnp.maximum(total, floor)
-        return sandwich(left, rotated, right.T, precision=precision)
+        rotated = sandwich(left.T, v, right, precision=precision)
+        scaled = rotated / jnp.maximum(total, floor)
+        return sandwich(left, scaled, right.T, precision=precision)
 
     def multiply(terms: TwoTerms, v: Array) -> Array:
         one, two = products_of(terms)

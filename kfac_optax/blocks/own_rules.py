@@ -21,7 +21,8 @@ def check_without_rules(where: str, block: Block) -> None:
     """
     words = ("refresh", "absorb", "due", "reads_inverse")
     # what a block leaves out is `None`, or `False`
-    own = [word for word in words if getattr(block, word) not in (None, False)]
+    has = {word: getattr(block, word) for word in words}
+    own = [word for word, rule in has.items() if rule not in (None, False)]
     if own:
         raise ValueError(
             f"{where}: block {block.name!r} has a rule of its own for what it holds "

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import SHARING
-from kfac_optax.linalg.gram import homogeneous
+from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.weighted_rows import index_counts, keep_rows
 
 
@@ -69,7 +69,8 @@ def rank_one(
 
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         p, q = layer.shape
-        return Means(jnp.zeros(p, dtype), jnp.zeros(q, dtype) if outputs else None)
+        of_outputs = jnp.zeros(q, dtype) if outputs else None
+        return Means(jnp.zeros(p, dtype), of_outputs)
 
     def measure(a: Array, g: Array | None, use: Use) -> Means:
         # a = mean_rows w a_r, b = mean_rows g_r, whose whole weight is in g already
@@ -81,7 +82,8 @@ def rank_one(
                 "rank_one: measure got no output gradients, since this estimator measures inputs "
                 "only. Use empirical_fisher, or rank_one(outputs=False) (eva_f)."
             )
-        return Means(inputs, _sum_of_rows(g.astype(use.dtype)) / use.rows)
+        total = _sum_of_rows(g.astype(use.dtype))
+        return Means(inputs, total / use.rows)
 
     def factorize(means: Means, damping: Array) -> Means:
         return means
@@ -89,7 +91,8 @@ def rank_one(
     def solve(means: Means, v: Array, damping: Array) -> Array:
         # Sherman and Morrison: (c c^T + damping I)^{-1} V = (V - c c^T V / (damping + |c|^2)) /
         # damping
-        return (v - multiply(means, v) / (damping + squared_norm(means))) / damping
+        total = damping + squared_norm(means)
+        return (v - multiply(means, v) / total) / damping
 
     def squared_norm(means: Means) -> Array:
         # |c|^2 = |a|^2 |b|^2
@@ -102,7 +105,8 @@ def rank_one(
         # (I - b c c^T) / sqrt(damping), whose square has to shrink c by root^2
         total = damping + squared_norm(means)
         root = jnp.sqrt(damping / total)
-        return (z - multiply(means, z) / (total * (1 + root))) / jnp.sqrt(damping)
+        along = multiply(means, z) / (total * (1 + root))
+        return (z - along) / jnp.sqrt(damping)
 
     def logdet(means: Means, damping: Array, shape: tuple[int, int]) -> Array:
         p, q = shape
@@ -118,9 +122,12 @@ def rank_one(
         # c c^T V = a (a^T V b) b^T, [p, q]
         return jnp.outer(means.inputs, along)
 
-    said = (() if outputs else ("inputs",)) + ((sharing,) if sharing != "expand" else ())
+    said = [] if outputs else ["inputs"]
+    if sharing != "expand":
+        said.append(sharing)
+    name = f"rank one ({', '.join(said)})" if said else "rank one"
     return Block(
-        f"rank one ({', '.join(said)})" if said else "rank one",
+        name,
         init,
         measure,
         factorize,
@@ -144,8 +151,7 @@ def _sum_of_inputs(a: Array, use: Use) -> Array:
             "layer's weight has. Scales, shifts and tied tables have no such block: leave them "
             "out, as the presets eva and eva_f do (normalization='pass')."
         )
-    a = a.astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    a = keep_rows(input_rows(a, use), use.weights)
     if use.weights is not None:
         a = a * use.weights[..., None].astype(use.dtype)
     return _sum_of_rows(a)

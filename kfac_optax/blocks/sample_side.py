@@ -39,7 +39,8 @@ def side_of_mean(total: Array, dimension: int, rows: int) -> RowSide | DenseSide
         return DenseSide(jnp.eye(dimension, dtype=total.dtype) / total)
     # X = total I: no rows, so that the inverse is 1 / shift
     nothing = jnp.zeros((rows, dimension), total.dtype)
-    return RowSide(nothing, jnp.zeros((rows, rows), total.dtype), total)
+    middle = jnp.zeros((rows, rows), total.dtype)
+    return RowSide(nothing, middle, total)
 
 
 def side_of_rows(
@@ -49,7 +50,8 @@ def side_of_rows(
     # one for both of its places
     shift = shift_for(shift, jnp.sum(rows * rows))
     if rows.shape[0] >= rows.shape[1]:
-        return DenseSide(psd_inverse(jnp.matmul(rows.T, rows, precision=precision), shift))
+        moment = jnp.matmul(rows.T, rows, precision=precision)
+        return DenseSide(psd_inverse(moment, shift))
     gram = jnp.matmul(rows, rows.T, precision=precision)
     return RowSide(rows, psd_inverse(gram, shift), shift)
 
@@ -63,4 +65,5 @@ def solve_sample_side(
     # (V - U^T (U U^T + shift I)^{-1} U V) / shift
     seen = jnp.matmul(side.rows, v, precision=precision)
     inside = jnp.matmul(side.middle, seen, precision=precision)
-    return (v - jnp.matmul(side.rows.T, inside, precision=precision)) / side.shift
+    back = jnp.matmul(side.rows.T, inside, precision=precision)
+    return (v - back) / side.shift

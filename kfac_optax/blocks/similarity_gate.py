@@ -76,7 +76,8 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
         near = _similar(statistic, old.last, tolerance)
         both = near & _similar(statistic, old.before, tolerance)
         longer = old.interval + jnp.where(both, old.previous, 0)
-        interval = jnp.where(near, longer, jnp.maximum(1, old.interval // 2))
+        shorter = jnp.maximum(1, old.interval // 2)
+        interval = jnp.where(near, longer, shorter)
         return Watched(
             block.factorize(statistic, damping),
             last=statistic,
@@ -111,8 +112,10 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
 
 def _similar(new: PyTree, old: PyTree, tolerance: Numeric) -> Array:
     """Whether each array is near to what it was; nothing is near to zeros, those before the first."""
-    near = [
-        jnp.linalg.norm(jnp.ravel(x - y)) < tolerance * jnp.linalg.norm(jnp.ravel(y))
-        for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    ]
-    return jnp.stack(near).all()
+
+    def is_near(x: Array, y: Array) -> Array:
+        change = jnp.linalg.norm(jnp.ravel(x - y))
+        return change < tolerance * jnp.linalg.norm(jnp.ravel(y))
+
+    near = jax.tree.map(is_near, new, old)
+    return jnp.stack(jax.tree.leaves(near)).all()

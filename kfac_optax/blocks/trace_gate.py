@@ -75,8 +75,9 @@ def trace_gate(
         return total
 
     def factorize(statistic: PyTree, damping: Array) -> Gated:
+        made = block.factorize(statistic, damping)
         nothing, none = jnp.zeros((), damping.dtype), jnp.zeros((), jnp.int32)
-        return Gated(block.factorize(statistic, damping), nothing, none, none, none)
+        return Gated(made, nothing, none, none, none)
 
     def refresh(
         gated: Gated,
@@ -100,7 +101,8 @@ def trace_gate(
         first = gated.trace == 0
         # without a quotient: no change is no change of a trace of zero as well
         worth = first | (change >= refresh_above * gated.trace)
-        settled = ~first & (change < freeze_below * gated.trace) & (count > gated.statistics)
+        still = change < freeze_below * gated.trace
+        settled = ~first & still & (count > gated.statistics)
         # once frozen, always frozen
         frozen = jnp.maximum(gated.frozen, settled.astype(jnp.int32))
         kept = gated._replace(statistics=count, frozen=frozen)
