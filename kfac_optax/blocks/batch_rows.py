@@ -48,7 +48,11 @@ def scaled_rows(
     return [a, g]
 
 
-def pooled(a: Array, g: Array | None, use: Use) -> tuple[Array, Array | None, Use]:
+def pooled(
+    a: Array,
+    g: Array | None,
+    use: Use,
+) -> tuple[Array, Array | None, Use]:
     """One row for every example: inputs `[N, *positions, p]` averaged over positions, output
     gradients added up, and the use whose rows these are.
 
@@ -87,7 +91,11 @@ def of_all_pullbacks(columns: Columns) -> Columns:
     return Columns(None if a is None else a[0], g)
 
 
-def fill(x: Float[Array, "n d"], rows: int, where: str) -> Float[Array, "rows d"]:
+def fill(
+    x: Float[Array, "n d"],
+    rows: int,
+    where: str,
+) -> Float[Array, "rows d"]:
     """Rows of zeros behind the others, which add nothing to any product.
 
     Raises:

@@ -54,7 +54,11 @@ def diagonal() -> Block:
         # R = diag(S + damping)^{-1/2}
         return damped_root(z, inverse, damping, exact=True)
 
-    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse, damping, exact=True)
 
     return Block(

@@ -68,7 +68,11 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
     return eigenvalue_corrected(kronecker("eigh", precision=precision), "ekfac", precision)
 
 
-def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLike) -> Block:
+def eigenvalue_corrected(
+    plain: Block,
+    name: str,
+    precision: jax.lax.PrecisionLike,
+) -> Block:
     """`ekfac_block` in the eigenbasis of another block.
 
     Args:
@@ -126,7 +130,11 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
         return sandwich(u_a, scaled, u_g.T, precision=precision)
 
-    def logdet(inverse: CorrectedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: CorrectedInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse.moments, damping)
 
     return Block(

@@ -103,8 +103,9 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
         if inverse == "eigh":
             return TokenEigenInverse(counts, psd_eigh(outputs))
         # the mean eigenvalue of a diagonal matrix is its mean entry
+        mean_count = counts.mean()
         mean_output = jnp.trace(outputs) / len(outputs)
-        shift, output_shift = tikhonov_shifts(counts.mean(), mean_output, damping)
+        shift, output_shift = tikhonov_shifts(mean_count, mean_output, damping)
         inverse_outputs = psd_inverse(outputs, output_shift)
         return TokenDenseInverse(1 / (counts + shift), inverse_outputs)
 
@@ -134,7 +135,11 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
         right = jnp.matmul(z, root.T, precision=precision)
         return jnp.sqrt(inverse.rows)[:, None] * right
 
-    def logdet(inverse: Inverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Inverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         if isinstance(inverse, TokenEigenInverse):
             products = inverse.counts[:, None] * inverse.outputs.values
             return damped_logdet(products, damping)

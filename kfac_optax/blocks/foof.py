@@ -104,7 +104,11 @@ def foof_block(
             return _linear(sharing, positions, precision)
 
 
-def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLike) -> Block:
+def _linear(
+    sharing: str,
+    positions: int | None,
+    precision: jax.lax.PrecisionLike,
+) -> Block:
     def init(layer: Layer, dtype: jnp.dtype) -> Array:
         return jnp.eye(layer.shape[0], dtype=dtype)
 
@@ -137,7 +141,11 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
         root, _ = psd_root(inverse)
         return jnp.matmul(root, z, precision=precision)
 
-    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         # log det (A (x) I_q) = q log det A
         _, of_inverse = psd_root(inverse)
         return -shape[1] * of_inverse
@@ -179,7 +187,11 @@ def _lookup() -> Block:
     def root_solve(counts: Array, z: Array, damping: Array) -> Array:
         return damped_root(z, counts[:, None], damping, exact=True)
 
-    def logdet(counts: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        counts: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return shape[1] * damped_logdet(counts, damping, exact=True)
 
     return Block(
@@ -239,7 +251,11 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
         scaled = damped_root(z, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
 
-    def logdet(inverse: TiedInputsInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: TiedInputsInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse.counts[:, None] + inverse.head.values, damping)
 
     return Block(

@@ -95,7 +95,11 @@ def hylo_block(
     def init(layer: Layer, dtype: jnp.dtype) -> Array:
         return jnp.ones((), dtype)
 
-    def measure(a: Array, g: Array | None, use: Use) -> tuple[Array, Columns]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+    ) -> tuple[Array, Columns]:
         a, g, use = pooled(a, g, use)
         # the weight of an example is in g already, as its root: that of u_b
         plain = use

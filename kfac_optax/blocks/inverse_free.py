@@ -205,7 +205,11 @@ def _check(
         check_number(where, "positions", positions, at_least=1)
 
 
-def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
+def _rows(
+    a: Array,
+    g: Array | None,
+    use: Use,
+) -> tuple[Array, Array]:
     g = given_outputs("inverse_free", g)
     # rows with the bias coordinate, those of weight zero never read
     a = a.astype(use.dtype)

@@ -25,7 +25,11 @@ class Scales(NamedTuple):
     length: Array | float
 
 
-def first_root(form: Structure, total: Float[Array, ""], dimension: int) -> Root:
+def first_root(
+    form: Structure,
+    total: Float[Array, ""],
+    dimension: int,
+) -> Root:
     """That of a multiple of the identity, at rest."""
     # [m, s, s], the blocks of I
     identity = group_identity(dimension, form.width(dimension), total.dtype)

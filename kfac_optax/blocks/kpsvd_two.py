@@ -38,7 +38,10 @@ class TwoTermInverse(NamedTuple):
 
 
 def kpsvd_two_block(
-    first: str = "svd", *, floor: float = 0.1, precision: jax.lax.PrecisionLike = "highest"
+    first: str = "svd",
+    *,
+    floor: float = 0.1,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Block:
     """Two Kronecker products, `F ~ A_1 (x) G_1 + A_2 (x) G_2`.
 

@@ -187,7 +187,11 @@ def kronecker(
         root_a, root_g, _ = _roots(inverse)
         return sandwich(root_a, z, root_g.T, precision=precision)
 
-    def logdet(inverse: Inverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Inverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         if isinstance(inverse, EigenInverse):
             values = inverse.inputs.values[:, None] * inverse.outputs.values
             return damped_logdet(values, damping)

@@ -139,7 +139,11 @@ def low_rank(
         key = jax.random.fold_in(jax.random.key(seed), count)
         return jax.random.split(key)
 
-    def inverse_of(factors: Factors, lows: list[LowRank], damping: Array) -> LowRankInverse:
+    def inverse_of(
+        factors: Factors,
+        lows: list[LowRank],
+        damping: Array,
+    ) -> LowRankInverse:
         # traces of the factors themselves, whatever part of them the pairs hold
         traces = map(trace_of, factors)
         shifts = shifts_of(settings, factors, lows, damping)
@@ -198,7 +202,12 @@ def low_rank(
         left = solve_side(inverse.inputs, v, precision=precision)
         return solve_side(inverse.outputs, left.T, precision=precision).T
 
-    def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: LowRankInverse,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         n, p = a.shape
         q = g.shape[1]
         of_a, of_g = (side.low.values.shape[0] for side in inverse)
@@ -216,7 +225,11 @@ def low_rank(
         left = root_side(inverse.inputs, z, precision=precision)
         return root_side(inverse.outputs, left.T, precision=precision).T
 
-    def logdet(inverse: LowRankInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: LowRankInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         p, q = shape
         return q * logdet_side(inverse.inputs) + p * logdet_side(inverse.outputs)
 

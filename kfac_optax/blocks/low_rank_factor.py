@@ -74,7 +74,11 @@ def start(dimension: int, rule: Rule, dtype: Any) -> Array:
     return jnp.ones(dimension, dtype)
 
 
-def moment(rows: Float[Array, "n d"], rule: Rule, precision: jax.lax.PrecisionLike) -> Array:
+def moment(
+    rows: Float[Array, "n d"],
+    rule: Rule,
+    precision: jax.lax.PrecisionLike,
+) -> Array:
     """`U^T U` of scaled rows, or its diagonal where only that is kept."""
     if rule.dense:
         return gram(rows, rows, precision=precision)
@@ -86,7 +90,11 @@ def trace_of(factor: Array) -> Float[Array, ""]:
     return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)
 
 
-def sketch(settings: Settings, matrix: Float[Array, "d d"], key: Array) -> LowRank:
+def sketch(
+    settings: Settings,
+    matrix: Float[Array, "d d"],
+    key: Array,
+) -> LowRank:
     """The leading eigenpairs of the average, from a random sketch."""
     return randomized_eigh(
         matrix,
@@ -148,7 +156,12 @@ def shifts_of(
     return shift_a, shift_g
 
 
-def side_of(settings: Settings, low: LowRank, trace: Array, shift: Array) -> Side:
+def side_of(
+    settings: Settings,
+    low: LowRank,
+    trace: Array,
+    shift: Array,
+) -> Side:
     """A factor as it is solved with: its pairs, and what stands for the eigenvalues left out."""
     # all pairs, or the fewest that hold the share of the trace that is asked for
     used = jnp.full((), low.values.shape[0], jnp.int32)

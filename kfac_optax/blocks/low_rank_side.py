@@ -36,7 +36,10 @@ class LowRankInverse(NamedTuple):
 
 
 def solve_side(
-    side: Side, v: Float[Array, "d k"], *, precision: jax.lax.PrecisionLike = "highest"
+    side: Side,
+    v: Float[Array, "d k"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "d k"]:
     """The damped inverse of a factor times `V`, see `low_rank_solve`.
 
@@ -50,7 +53,10 @@ def solve_side(
 
 
 def root_side(
-    side: Side, z: Float[Array, "d k"], *, precision: jax.lax.PrecisionLike = "highest"
+    side: Side,
+    z: Float[Array, "d k"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "d k"]:
     """The square root of what `solve_side` applies, times `Z`, see `low_rank_root`."""
     kept = beyond(side.low, side.used, side.rest)

@@ -88,7 +88,11 @@ def mkor_block(
         check_number("mkor_block", "threshold", threshold, above=0)
     plain = rank_one(sharing=sharing, precision=precision)
 
-    def measure(a: Array, g: Array | None, use: Any) -> tuple[Means, Means]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Any,
+    ) -> tuple[Means, Means]:
         # the average is for `multiply` alone: inverses follow the means of every batch themselves
         means = plain.measure(a, g, use)
         return means, means

@@ -40,14 +40,26 @@ def uses_of_inverse(block: Block, inner: Callable[[Any], PyTree]) -> dict[str, A
     """
 
     # each takes the inner inverse out of what is held around it
-    def solve(held: Any, v: jax.Array, damping: jax.Array) -> jax.Array:
+    def solve(
+        held: Any,
+        v: jax.Array,
+        damping: jax.Array,
+    ) -> jax.Array:
         return block.solve(inner(held), v, damping)
 
-    def root_solve(held: Any, z: jax.Array, damping: jax.Array) -> jax.Array:
+    def root_solve(
+        held: Any,
+        z: jax.Array,
+        damping: jax.Array,
+    ) -> jax.Array:
         assert block.root_solve is not None
         return block.root_solve(inner(held), z, damping)
 
-    def logdet(held: Any, damping: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    def logdet(
+        held: Any,
+        damping: jax.Array,
+        shape: tuple[int, int],
+    ) -> jax.Array:
         assert block.logdet is not None
         return block.logdet(inner(held), damping, shape)
 

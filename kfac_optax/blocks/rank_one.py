@@ -108,7 +108,11 @@ def rank_one(
         along = multiply(means, z) / (total * (1 + root))
         return (z - along) / jnp.sqrt(damping)
 
-    def logdet(means: Means, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        means: Means,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         p, q = shape
         copies = q if means.outputs is None else 1  # of the direction that is not damping alone
         alone = (p * q - copies) * jnp.log(damping)

@@ -223,7 +223,11 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     def _product(left: Array, middle: Array, right: Array) -> Array:
         return sandwich(left, middle, right, precision=precision)
 
-    def _symmetric(root: Array, lag: Array, rotate_only: bool = False) -> tuple[Array, Array]:
+    def _symmetric(
+        root: Array,
+        lag: Array,
+        rotate_only: bool = False,
+    ) -> tuple[Array, Array]:
         # the symmetric part is what a time-reversible chain has
         psi = _product(root.T, lag, root)
         values, rotation = jnp.linalg.eigh(symmetrize(psi))
@@ -263,7 +267,11 @@ def _shrunk(psi: Array, squares: Array) -> Array:
     return psi * jnp.minimum(1, _LARGEST / largest)
 
 
-def _moments(x: Array, count: int, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:
+def _moments(
+    x: Array,
+    count: int,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[Array, Array]:
     """`sum x_t x_t^T` and `sum x_{t+1} x_t^T`, both divided by `count`."""
     now = gram(x, x, precision=precision) / count
     later, earlier = x[:, 1:], x[:, :-1]

@@ -8,7 +8,11 @@ from jaxtyping import Array
 INSTEAD = "another block (kronecker)"
 
 
-def given_outputs(where: str, g: Array | None, instead: str = INSTEAD) -> Array:
+def given_outputs(
+    where: str,
+    g: Array | None,
+    instead: str = INSTEAD,
+) -> Array:
     """Output gradients, of which a block makes its statistic.
 
     Args:

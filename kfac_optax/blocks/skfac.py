@@ -85,7 +85,11 @@ def skfac_block(
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         return Means(jnp.ones((), dtype), jnp.ones((), dtype))
 
-    def measure(a: Array, g: Array | None, use: Use) -> tuple[Means, Columns]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+    ) -> tuple[Means, Columns]:
         # one row for every example, positions averaged and added up
         if sharing == "reduce":
             a, g, use = pooled(a, g, use)

@@ -109,10 +109,10 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         # each of the two terms has half of the damping
         half = damping / 2
         size = len(outputs)
-        mean_output = jnp.trace(outputs) / size
-        lookup_shift, outputs_shift = tikhonov_shifts(lookup.mean(), mean_output, half)
-        mean_input = jnp.trace(inputs) / size
-        head_shift, inputs_shift = tikhonov_shifts(head.mean(), mean_input, half)
+        mean_lookup, mean_output = lookup.mean(), jnp.trace(outputs) / size
+        lookup_shift, outputs_shift = tikhonov_shifts(mean_lookup, mean_output, half)
+        mean_head, mean_input = head.mean(), jnp.trace(inputs) / size
+        head_shift, inputs_shift = tikhonov_shifts(mean_head, mean_input, half)
         # K^T (G1 + shift I) K = I and K^T (H2 + shift I) K = diag(s)
         identity = jnp.eye(size, dtype=inputs.dtype)
         damped = inputs + inputs_shift * identity
@@ -136,7 +136,11 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         scaled = z / jnp.sqrt(_total(inverse))
         return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
 
-    def logdet(inverse: TiedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: TiedInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         # K is not orthogonal: det(K)^2 comes in once for each of p rows
         _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
         p, _ = shape

@@ -121,7 +121,11 @@ def unitwise(full: bool = True) -> Block:
         scaled = damped_root(z.T, inverse.values, damping, exact=True)
         return _times_vectors(inverse, scaled)
 
-    def logdet(inverse: Eigen | Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Eigen | Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         values = inverse.values if isinstance(inverse, Eigen) else inverse
         return damped_logdet(values, damping, exact=True)
 

@@ -14,7 +14,11 @@ from kfac_optax.linalg.weighted_rows import finite_padding
 ENTRIES = 1 << 25
 
 
-def example_rows(a: Array, g: Array, use: Use) -> tuple[Array, Array]:
+def example_rows(
+    a: Array,
+    g: Array,
+    use: Use,
+) -> tuple[Array, Array]:
     """Rows whose products, added up within an example, are its gradient times the root of its
     weight: in the dtype of the statistics, with the bias coordinate.
     """

@@ -64,7 +64,12 @@ def damped_root(
     return jnp.where(known, v / jnp.sqrt(total), 0)
 
 
-def damped_logdet(values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_logdet(
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`sum log(values + damping)` without the entries that `damped_quotient` leaves out.
 
     >>> print(damped_logdet(jnp.array([1.0, 1e-9, 0.0]), jnp.float32(0.0)))
@@ -74,7 +79,11 @@ def damped_logdet(values: Array, damping: Array, *, exact: bool = False) -> Arra
     return jnp.sum(jnp.log(total))
 
 
-def _damped(values: Array, damping: Array, exact: bool) -> tuple[Array, Array]:
+def _damped(
+    values: Array,
+    damping: Array,
+    exact: bool,
+) -> tuple[Array, Array]:
     """`values + damping`, one where rounding hides it, and whether it is known."""
     total = values + damping
     largest = jnp.max(values, initial=0)

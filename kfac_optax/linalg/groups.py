@@ -36,7 +36,11 @@ def in_groups(x: Float[Array, "*rows d"], size: int) -> Float[Array, "*rows m s"
     return padded.reshape(*rows, count, width)
 
 
-def group_identity(dimension: int, size: int, dtype: jnp.dtype) -> Float[Array, "m s s"]:
+def group_identity(
+    dimension: int,
+    size: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "m s s"]:
     """The blocks of an identity, zero in the padding.
 
     >>> print(group_identity(3, 2, jnp.float32)[1])

@@ -61,7 +61,9 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
 
 
 def middle_of_interpolation(
-    matrix: Float[Array, "n n"], found: Interpolation, shift: Float[Array, ""]
+    matrix: Float[Array, "n n"],
+    found: Interpolation,
+    shift: Float[Array, ""],
 ) -> Float[Array, "r r"]:
     """`C` with `(K + shift I)^{-1} ~ C` on the chosen rows: `P^T (L L^T + E + shift I)^{-1} P`.
 

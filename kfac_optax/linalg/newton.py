@@ -16,7 +16,9 @@ _MOST = 16  # steps; each doubles the digits, or halves the largest eigenvalue t
 
 
 def newton_inverse(
-    matrix: Float[Array, "n n"], shift: Float[Array, ""], start: Float[Array, "n n"]
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""],
+    start: Float[Array, "n n"],
 ) -> Float[Array, "n n"]:
     """`(M + shift I)^{-1}` by the iteration `X <- X (2 I - (M + shift I) X)` from `start`; by
     Cholesky where that does not converge.

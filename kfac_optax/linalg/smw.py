@@ -101,7 +101,11 @@ def kernel_solve(inverse: KernelInverse, b: Float[Array, " n"]) -> Float[Array, 
     return _along_eigenvectors(inverse, b, _shares(inverse))
 
 
-def solve_in_samples(inverse: KernelInverse, adjoint: Adjoint, b: Float[Array, " n"]) -> PyTree:
+def solve_in_samples(
+    inverse: KernelInverse,
+    adjoint: Adjoint,
+    b: Float[Array, " n"],
+) -> PyTree:
     """`J^T (J J^T + damping I)^{-1} b`, which is `(J^T J + damping I)^{-1} J^T b`.
 
     >>> J = jnp.array([[2.0, 0.0]])
@@ -176,7 +180,11 @@ def residual_of(
     return jax.tree.map(left, g, adjoint(forward(x)), x)
 
 
-def _along_eigenvectors(inverse: KernelInverse, b: jax.Array, factors: jax.Array) -> jax.Array:
+def _along_eigenvectors(
+    inverse: KernelInverse,
+    b: jax.Array,
+    factors: jax.Array,
+) -> jax.Array:
     # U diag(factors) U^T b
     rotated = jnp.matmul(inverse.factor.T, b, precision="highest")
     return jnp.matmul(inverse.factor, factors * rotated, precision="highest")

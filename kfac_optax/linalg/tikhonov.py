@@ -8,7 +8,9 @@ from kfac_optax.linalg.kronecker_products import mean_ratio
 
 
 def tikhonov_shifts(
-    mean_a: Float[Array, ""], mean_g: Float[Array, ""], damping: Float[Array, ""]
+    mean_a: Float[Array, ""],
+    mean_g: Float[Array, ""],
+    damping: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(pi sqrt(damping), sqrt(damping) / pi)` with `pi = sqrt(mean_a / mean_g)`, one where either
     vanishes.
@@ -33,7 +35,9 @@ def tikhonov_shifts(
 
 
 def factor_shifts(
-    a: Float[Array, "p p"], g: Float[Array, "q q"], damping: Float[Array, ""]
+    a: Float[Array, "p p"],
+    g: Float[Array, "q q"],
+    damping: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`tikhonov_shifts` of two factors.
 

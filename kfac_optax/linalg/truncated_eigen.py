@@ -23,7 +23,11 @@ class LowRank(NamedTuple):
     values: Float[Array, " m"]
 
 
-def zero(dimension: int, rank: int, dtype: Any = jnp.float32) -> LowRank:
+def zero(
+    dimension: int,
+    rank: int,
+    dtype: Any = jnp.float32,
+) -> LowRank:
     """The zero matrix, with the first `min(rank, dimension)` unit vectors; where online updates
     start.
 
@@ -50,7 +54,11 @@ def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
     return LowRank(vectors, values)
 
 
-def largest(values: Float[Array, " n"], vectors: Float[Array, "d n"], rank: int) -> LowRank:
+def largest(
+    values: Float[Array, " n"],
+    vectors: Float[Array, "d n"],
+    rank: int,
+) -> LowRank:
     """The `rank` largest of eigenvalues in rising order, as `eigh` gives them; negative ones become
     zero.
     """
@@ -151,7 +159,12 @@ def low_rank_root(
     return jnp.matmul(low.vectors, scaled, precision=precision) + outside * z
 
 
-def low_rank_logdet(low: LowRank, shift: Any, *, rest: Any = 0.0) -> Float[Array, ""]:
+def low_rank_logdet(
+    low: LowRank,
+    shift: Any,
+    *,
+    rest: Any = 0.0,
+) -> Float[Array, ""]:
     """`log det` of the matrix that `low_rank_solve` inverts, `sum log(D + shift)` and
     `log(rest + shift)` for every eigenvalue that is left out.
 
@@ -180,7 +193,11 @@ def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
     return low._replace(values=jnp.where(first, low.values, value))
 
 
-def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""]:
+def rank_for(
+    low: LowRank,
+    trace: Float[Array, ""],
+    error: Any,
+) -> Int[Array, ""]:
     """The fewest pairs that hold the share `1 - error` of a matrix's trace; all of them where they
     hold less.
 
@@ -193,7 +210,11 @@ def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""
     return jnp.where(enough.any(), fewest, everything).astype(jnp.int32)
 
 
-def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Array, ""]:
+def mean_left_out(
+    low: LowRank,
+    trace: Float[Array, ""],
+    used: Any,
+) -> Float[Array, ""]:
     """Mean of the eigenvalues behind the first `used`, `(tr X - sum D) / (d - used)`, between zero
     and the last of those.
 

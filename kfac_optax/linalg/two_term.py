@@ -24,7 +24,10 @@ class Pencil(NamedTuple):
 
 
 def inverse_root(
-    matrix: Float[Array, "n n"], shift: Float[Array, ""] | float = 0.0, *, singular: bool = False
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""] | float = 0.0,
+    *,
+    singular: bool = False,
 ) -> Float[Array, "n n"]:
     """`W` with `W^T (M + shift I) W = I`: an inverse square root of a PSD matrix, up to a rotation
     from the right.
