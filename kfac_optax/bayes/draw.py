@@ -38,12 +38,18 @@ def draw(
     names = covered_names(operator)
     # white noise [count, *shape] for what has a block, zeros for the rest
     noise = {name: jnp.zeros((count, *x.shape), dtype) for name, x in leaves.items()}
-    for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
+    keys = jax.random.split(key, len(names))
+    for name, own in zip(names, keys, strict=True):
         noise[name] = jax.random.normal(own, noise[name].shape, dtype)
     # R z, with R R^T = (F + damping I)^{-1}
     spread = root_trees(where, operator, noise)
-    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), mean)
-    moved = {name: leaves[name] + jnp.sqrt(variance) * spread[name] for name in names}
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (count, *x.shape))
+
+    stacked = jax.tree.map(repeated, mean)
+    scale = jnp.sqrt(variance)
+    moved = {name: leaves[name] + scale * spread[name] for name in names}
     return replace_leaves(stacked, moved)
 
 

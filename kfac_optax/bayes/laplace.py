@@ -21,7 +21,7 @@ from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.engine.block_inverse import covered_with
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.state import block_of_bucket
-from kfac_optax.estimators.fisher import Estimator
+from kfac_optax.estimators.estimator import Estimator
 
 
 def laplace(
@@ -122,7 +122,8 @@ def _measured(
         return measure({})
     one = jnp.ones((), dtype)
     # first pass: factors, whose eigenbasis the second pass measures in
-    nothing = Measured({b.name: _start(b, dtype) for b in buckets}, {}, one)
+    start = {bucket.name: _start(bucket, dtype) for bucket in buckets}
+    nothing = Measured(start, {}, one)
     measured = measure(factorize(buckets, nothing, one))
     return measure(factorize(buckets, measured._replace(moments={}), one))
 

@@ -11,7 +11,7 @@ from kfac_optax._tree import all_finite
 from kfac_optax._types import Average, Bucket, PyTree
 from kfac_optax.engine.refresh import inverses_read
 from kfac_optax.engine.state import block_of_bucket
-from kfac_optax.estimators.fisher import Estimator
+from kfac_optax.estimators.estimator import Estimator
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.linalg.factorize import after
@@ -52,9 +52,12 @@ def mean_statistics(
     def measure(params, args, key, count, read):
         # weighted by its examples, so that batches of different size make one mean
         plan = Plan(layers, blocks, None, dtype, None, count, read)
-        per_layer, _ = estimator.at(params, *args, key=key).statistics(plan)
-        weight = _weight_of(estimator.spec.kind, estimator.spec.function(params, *args))
-        return jax.tree.map(lambda x: weight * x.astype(dtype), per_layer), weight
+        curvature = estimator.at(params, *args, key=key)
+        per_layer, _ = curvature.statistics(plan)
+        prediction = estimator.spec.function(params, *args)
+        weight = _weight_of(estimator.spec.kind, prediction)
+        weighted = jax.tree.map(lambda x: weight * x.astype(dtype), per_layer)
+        return weighted, weight
 
     total, size = None, jnp.zeros((), dtype)
     for i, args in enumerate(batches):
@@ -66,7 +69,8 @@ def mean_statistics(
         size = size + weight
     # [copies, ...] of every layer -> [copies of the bucket, ...]
     statistics, moments = {}, {}
-    mean = dict(zip(layers, jax.tree.map(lambda x: x / size, total), strict=True))
+    means = jax.tree.map(lambda x: x / size, total)
+    mean = dict(zip(layers, means, strict=True))
     for bucket in buckets:
         of_layers = [mean[layer] for layer in bucket.layers]
         joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *of_layers)
@@ -94,7 +98,8 @@ def factorize(
         if bucket.name in measured.moments:
             assert block.absorb is not None
             absorb = jax.vmap(block.absorb, (0, 0, 0, None, None))
-            made = absorb(made, measured.moments[bucket.name], ready, damping, first)
+            moments = measured.moments[bucket.name]
+            made = absorb(made, moments, ready, damping, first)
         previous = inverses[bucket.name] = made
     return inverses
 
@@ -106,7 +111,9 @@ def _weight_of(kind: Kind, prediction: PyTree) -> Any:
     # mean weight of an example, over the heads that have some
     weights = [getattr(head, "weights", None) for head in heads]
     known = [jnp.mean(x) for x in weights if x is not None]
-    return examples * sum(known) / len(known) if known else jnp.float32(examples)
+    if not known:
+        return jnp.float32(examples)
+    return examples * sum(known) / len(known)
 
 
 def _check_finite(i: int, statistics: PyTree) -> None:

@@ -63,7 +63,8 @@ def linearized(
 
         # rows of the Jacobian, [C, *shape] for every parameter
         value, pull = jax.vjp(raveled, random)
-        (jacobian,) = jax.vmap(pull)(jnp.eye(len(value), dtype=value.dtype))
+        columns = jnp.eye(len(value), dtype=value.dtype)
+        (jacobian,) = jax.vmap(pull)(columns)
         return value, _gram(jacobian, jax.vmap(spread)(jacobian))
 
     # J (Sigma J^T), examples one after another
@@ -73,14 +74,16 @@ def linearized(
 
 
 def _covered(tree: PyTree, names: list[str]) -> dict[str, Array]:
-    return {name: x for name, x in named_leaves(tree).items() if name in names}
+    leaves = named_leaves(tree)
+    return {name: x for name, x in leaves.items() if name in names}
 
 
 def _gram(left: dict[str, Array], right: dict[str, Array]) -> Float[Array, "C C"]:
     """Sums over all parameters of products of rows `[C, ...]`, made symmetric."""
     total: Any = 0.0
     for name, x in left.items():
-        x, y = (z.reshape(len(z), -1) for z in (x, right[name]))
+        y = right[name]
+        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
         total += jnp.matmul(x, y.T, precision="highest")
     return (total + total.T) / 2
 
@@ -115,16 +118,25 @@ def averaged(
         raise ValueError("Posterior.predict: got key=None with approximation='sample'; pass a key.")
     # averages of probabilities by their logarithms
     logits = _draw(outputs, key, samples)
-    mean_of_exp = lambda x: jax.nn.logsumexp(x, axis=0) - math.log(samples)
+
+    def mean_of_exp(x: Array) -> Array:
+        return jax.nn.logsumexp(x, axis=0) - math.log(samples)
+
     # logits of the mean probabilities
     if isinstance(head, Categorical):
-        return dataclasses.replace(head, logits=mean_of_exp(jax.nn.log_softmax(logits)))
+        log_means = mean_of_exp(jax.nn.log_softmax(logits))
+        return dataclasses.replace(head, logits=log_means)
     # log odds of the mean probability, without 1 - p
-    odds = mean_of_exp(jax.nn.log_sigmoid(logits)) - mean_of_exp(jax.nn.log_sigmoid(-logits))
-    return dataclasses.replace(head, logits=odds)
+    log_one = mean_of_exp(jax.nn.log_sigmoid(logits))
+    log_zero = mean_of_exp(jax.nn.log_sigmoid(-logits))
+    return dataclasses.replace(head, logits=log_one - log_zero)
 
 
-def _draw(outputs: Outputs, key: jax.Array, samples: int) -> Float[Array, "S N *event"]:
+def _draw(
+    outputs: Outputs,
+    key: jax.Array,
+    samples: int,
+) -> Float[Array, "S N *event"]:
     count = outputs.covariance.shape[:2]
     # f + R z with R R^T the covariance of one example, [N, C, C]
     roots, _ = jax.vmap(psd_root)(outputs.covariance)

@@ -87,7 +87,8 @@ class Posterior:
         Raises:
           ValueError: a block has no square root.
         """
-        return draw("Posterior.sample", self._operator, self.mean, key, count, 1 / self.size)
+        where, variance = "Posterior.sample", 1 / self.size
+        return draw(where, self._operator, self.mean, key, count, variance)
 
     def outputs(self, *args: PyTree, batch_size: int = 32) -> Outputs:
         """Gaussian over the outputs of the model linearised at the mean, `N(f, J Sigma J^T)`.
@@ -167,10 +168,13 @@ class Posterior:
         Reference: MacKay, A practical Bayesian framework for backpropagation networks (1992).
         """
         # log det(N F + prior I) = P log N + log det(F + prior / N I)
-        random = {name: named_leaves(self.mean)[name] for name in covered_names(self._operator)}
+        leaves = named_leaves(self.mean)
+        random = {name: leaves[name] for name in covered_names(self._operator)}
         count = sum(x.size for x in random.values())
-        prior = count * jnp.log(self.prior_precision) - self.prior_precision * inner(random, random)
-        curvature = count * jnp.log(self.size) + logdet("Posterior.log_evidence", self._operator)
+        square = self.prior_precision * inner(random, random)
+        prior = count * jnp.log(self.prior_precision) - square
+        determinant = logdet("Posterior.log_evidence", self._operator)
+        curvature = count * jnp.log(self.size) + determinant
         return -self.size * loss + (prior - curvature) / 2
 
     def with_prior_precision(self, prior_precision: Any) -> "Posterior":
@@ -190,12 +194,18 @@ class Posterior:
         check_number("Posterior.with_best_prior_precision", "low", low, above=0)
         check_number("Posterior.with_best_prior_precision", "high", high, above=low)
         # the evidence is a smooth function of the logarithm
-        left, right = (jnp.asarray(math.log(x), self.prior_precision.dtype) for x in (low, high))
+        dtype = self.prior_precision.dtype
+        left = jnp.asarray(math.log(low), dtype)
+        right = jnp.asarray(math.log(high), dtype)
         for _ in range(_ROUNDS):
             left, right = _narrowed(self, left, right)
         return self.with_prior_precision(jnp.exp((left + right) / 2))
 
-    def _head(self, params: PyTree, args: tuple[PyTree, ...]) -> Any:
+    def _head(
+        self,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+    ) -> Any:
         """The only likelihood of the model."""
         advice = "Make the posterior from ggn(predict) or fisher(predict)."
         if self.spec.kind.losses:  # of all examples together, so that it is not even called
@@ -203,7 +213,8 @@ class Posterior:
                 f"Posterior: {self.spec.kind.name} knows losses only; expected one likelihood. {advice}"
             )
         # one likelihood, whose first natural array is the output
-        _, heads = split_outputs(self.spec.kind, self.spec.function(params, *args))
+        prediction = self.spec.function(params, *args)
+        _, heads = split_outputs(self.spec.kind, prediction)
         if len(heads) != 1:
             raise TypeError(
                 f"Posterior: the model predicts {len(heads)} likelihoods; expected one. {advice}"
@@ -218,6 +229,12 @@ def _narrowed(
     """The grid's neighbours of its best point."""
     # the loss does not depend on the prior: any number will do
     grid = jnp.linspace(left, right, _GRID)
-    of = lambda x: posterior.with_prior_precision(jnp.exp(x)).log_evidence(0.0)
-    best = jnp.argmax(jax.vmap(of)(grid))
-    return grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, _GRID - 1)]
+
+    def evidence(log_precision: jax.Array) -> jax.Array:
+        other = posterior.with_prior_precision(jnp.exp(log_precision))
+        return other.log_evidence(0.0)
+
+    best = jnp.argmax(jax.vmap(evidence)(grid))
+    before = jnp.maximum(best - 1, 0)
+    after = jnp.minimum(best + 1, _GRID - 1)
+    return grid[before], grid[after]

@@ -123,8 +123,9 @@ def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
     """Whether that part of the function's result depends on every tap that was found."""
     leaves, treedef = jax.tree.flatten(traced.out_shape)
     # positions of the part's arrays among the results
-    wanted = set(jax.tree.leaves(part(treedef.unflatten(range(len(leaves))))))
-    pruned = _live(traced.jaxpr, [i in wanted for i in range(len(leaves))])
+    numbers = range(len(leaves))
+    wanted = set(jax.tree.leaves(part(treedef.unflatten(numbers))))
+    pruned = _live(traced.jaxpr, [i in wanted for i in numbers])
     return count_taps(pruned.jaxpr) == len(traced.sites)
 
 
@@ -145,20 +146,22 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     layers = []
     for index, layer in enumerate(traced.layers.layers):
         # all uses of the layer
-        mine = [
-            site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index
-        ]
+        owned = zip(traced.sites, traced.owner, strict=True)
+        mine = [site for site, owner in owned if owner == index]
         own = _per_example(mine, examples)
         drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
         layers.append(dataclasses.replace(layer, per_example=own, notes=notes))
-    return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
+    coverage = dataclasses.replace(traced.layers, layers=tuple(layers))
+    return traced._replace(layers=coverage)
 
 
 def _per_example(sites: Sequence[Site], examples: int) -> bool:
     # an unrolled recurrent layer starts from a state that is the same for every batch
     tables = [site for site in sites if isinstance(site.geometry, Lookup)]
-    flows = any(site.varies for site in sites) and all(site.varies for site in tables)
+    some = any(site.varies for site in sites)
+    flows = some and all(site.varies for site in tables)
     # rows of a constant that was found may be anything: directions of a derivative, say
     flows = flows and all(site.varies for site in sites if site.found)
-    return flows and all(site.row_shape[:1] == (examples,) for site in sites)
+    leading = [site.row_shape[:1] for site in sites]
+    return flows and all(rows == (examples,) for rows in leading)

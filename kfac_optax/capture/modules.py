@@ -41,23 +41,19 @@ def dense_general(module: Any, inputs: jax.Array) -> Described:
     axes = [axis % n for axis in _tuple(module.axis)]
     batch = [axis % n for axis in _tuple(batch)]
     # what is neither contracted nor batched
-    rows = [axis for axis in range(n) if axis not in axes and axis not in batch]
+    rows = [axis for axis in range(n) if axis not in (*axes, *batch)]
     if not batch and axes == [n - 1] and len(features) == 1:
         return inputs, Dense()
     # the kernel has the axes batch, inputs, outputs; the output batch, rows, outputs
     outputs = len(features)
     kernel = len(batch) + len(axes) + outputs
     s = len(batch) + len(rows) + outputs
+    of_rows = range(len(batch), len(batch) + len(rows))
+    order_in_s = (*of_rows, *range(len(batch)), *range(s - outputs, s))
+    order_in_a = (*rows, *batch, *axes)
     return inputs, Contraction(
-        a=tuple(axis - n for axis in (*rows, *batch, *axes)),
-        s=tuple(
-            axis - s
-            for axis in (
-                *range(len(batch), len(batch) + len(rows)),
-                *range(len(batch)),
-                *range(s - outputs, s),
-            )
-        ),
+        a=tuple(axis - n for axis in order_in_a),
+        s=tuple(axis - s for axis in order_in_s),
         kernel=tuple(range(-kernel, 0)),
         rows=len(rows),
         groups=len(batch),
@@ -66,7 +62,11 @@ def dense_general(module: Any, inputs: jax.Array) -> Described:
     )
 
 
-def einsum(module: Any, inputs: jax.Array, einsum_str: str | None = None) -> Described:
+def einsum(
+    module: Any,
+    inputs: jax.Array,
+    einsum_str: str | None = None,
+) -> Described:
     """`Einsum`: any product of two operands in which every axis has a role."""
     kernel = getattr(module, "shape", None) or module.kernel_shape
     return inputs, contraction(einsum_str or module.einsum_str, inputs.ndim, len(kernel))
@@ -82,16 +82,18 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     operands, result = equation.replace(" ", "").split("->")
     left, right = operands.split(",")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    dots = "".join(spare[: a_rank - len(left.replace("...", ""))])
-    left, result = left.replace("...", dots), result.replace("...", dots)
+    named = len(left.replace("...", ""))
+    dots = "".join(spare[: a_rank - named])
+    left = left.replace("...", dots)
+    result = result.replace("...", dots)
     if "." in right or len(right) != kernel_rank or len(left) != a_rank:
         return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
     # each axis has one role, or the product is no matrix product
-    if any(len(set(labels)) != len(labels) for labels in (left, right, result)):
+    repeats = [len(set(labels)) != len(labels) for labels in (left, right, result)]
+    if any(repeats):
         return Unsupported(f"einsum {equation!r} takes a diagonal")
-    if any(c not in right and c not in result for c in left) or any(
-        c not in left and c not in result for c in right
-    ):
+    alone = set(left) ^ set(right)
+    if alone - set(result):
         return Unsupported(f"einsum {equation!r} sums over an axis of one operand alone")
     # roles of the axes
     rows = [c for c in left if c not in right]
@@ -101,8 +103,10 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     if not outputs or not inputs:
         return Unsupported(f"einsum {equation!r} is no matrix product")
     # a dense layer where the axes are in its order already
-    plain = "".join(rows + inputs), "".join(inputs + outputs), "".join(rows + outputs)
-    if not groups and len(inputs) == len(outputs) == 1 and (left, right, result) == plain:
+    a_order, s_order = "".join(rows + inputs), "".join(rows + outputs)
+    plain = a_order, "".join(inputs + outputs), s_order
+    one_each = len(inputs) == len(outputs) == 1
+    if not groups and one_each and (left, right, result) == plain:
         return Dense()
 
     def axes(labels: str, order: Sequence[str]) -> tuple[int, ...]:
@@ -140,14 +144,17 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     front = inputs.ndim - len(size) - 1
     # other values than zeros, or more on one side: padded here, as Flax does
     if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        causal = padding == "CAUSAL"
-        pads = [(k - 1, 0) if causal else ((k - 1) // 2, k // 2) for k in reach]
+        pads = [((k - 1) // 2, k // 2) for k in reach]
+        if padding == "CAUSAL":
+            pads = [(k - 1, 0) for k in reach]
         mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]  # type: ignore[index]
-        inputs = jnp.pad(inputs, [(0, 0)] * front + pads + [(0, 0)], mode=mode)
+        widths = [(0, 0)] * front + pads + [(0, 0)]
+        inputs = jnp.pad(inputs, widths, mode=mode)
         padding = "VALID"
     strides = per_axis(module.strides)
     pads = resolve_padding(inputs.shape[front:-1], reach, strides, dilation, padding)
-    return inputs, Conv(Window(size, strides, pads, dilation, spread), module.feature_group_count)
+    window = Window(size, strides, pads, dilation, spread)
+    return inputs, Conv(window, module.feature_group_count)
 
 
 def resolve_padding(
@@ -173,10 +180,8 @@ def conv_transpose(module: Any, inputs: jax.Array) -> Described:
     if module.padding == "CIRCULAR":
         return inputs, Unsupported("a transposed convolution with circular padding")
     size = _tuple(module.kernel_size)
-    strides, spread = (
-        _per_axis(module.strides, len(size)),
-        _per_axis(module.kernel_dilation, len(size)),
-    )
+    strides = _per_axis(module.strides, len(size))
+    spread = _per_axis(module.kernel_dilation, len(size))
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     return inputs, transposed(size, strides, padding, spread, flipped=module.transpose_kernel)
 
@@ -199,9 +204,11 @@ def transposed(
         transpose_kernel=flipped,
     )
     # traced, not computed: JAX writes the convolution that it makes of it into the jaxpr
-    example = jax.ShapeDtypeStruct((1, *(math.prod(size) + 1,) * n, 1), jnp.float32)
-    made = jax.make_jaxpr(call)(example, jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32))
-    (eqn,) = [e for e in made.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    spatial = (math.prod(size) + 1,) * n
+    example = jax.ShapeDtypeStruct((1, *spatial, 1), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32)
+    equations = jax.make_jaxpr(call)(example, kernel).jaxpr.eqns
+    (eqn,) = [e for e in equations if e.primitive.name == "conv_general_dilated"]
     p = eqn.params
     window = Window(
         tuple(size),
@@ -225,7 +232,9 @@ def norm(module: Any, inputs: jax.Array) -> Geometry:
     # linen and NNX again; axes from the end, in rising order
     axes = getattr(module, "feature_axes", None)
     axes = getattr(module, "axis", -1) if axes is None else axes
-    return ScaleShift(tuple(sorted(axis % inputs.ndim - inputs.ndim for axis in _tuple(axes))))
+    rank = inputs.ndim
+    from_end = [axis % rank - rank for axis in _tuple(axes)]
+    return ScaleShift(tuple(sorted(from_end)))
 
 
 def _tuple(x: Any) -> tuple:
@@ -233,4 +242,6 @@ def _tuple(x: Any) -> tuple:
 
 
 def _per_axis(x: Any, axes: int) -> tuple[int, ...]:
-    return tuple(x) if isinstance(x, Sequence) else (1 if x is None else x,) * axes
+    if isinstance(x, Sequence):
+        return tuple(x)
+    return (1 if x is None else x,) * axes

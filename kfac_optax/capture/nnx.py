@@ -35,22 +35,23 @@ def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
         # what the layer sees as rows, and how it is a dense layer
         a, geometry = describe(self, inputs, *args, **kwargs)
-        return _tap(
-            self, original(self, inputs, *args, **sharding, **kwargs), a, geometry, "kernel", "bias"
-        )
+        out = original(self, inputs, *args, **sharding, **kwargs)
+        return _tap(self, out, a, geometry, "kernel", "bias")
 
     return handle
 
 
 def _embed(self, original, inputs, *args, **kwargs):
     tokens, geometry = modules.embedding(self, inputs)
-    return _tap(self, original(self, inputs, *args, **kwargs), tokens, geometry, "embedding")
+    out = original(self, inputs, *args, **kwargs)
+    return _tap(self, out, tokens, geometry, "embedding")
 
 
 def _attend(self, original, query, *args, **kwargs):
     out = original(self, query, *args, **kwargs)
     # logits = query E^T: a dense layer with the transposed table
-    return place(out, query, self.embedding[...].T, geometry=Dense(), name=type(self).__name__)
+    table = self.embedding[...]
+    return place(out, query, table.T, geometry=Dense(), name=type(self).__name__)
 
 
 def _norm(self, original, x, *args, **kwargs):
@@ -65,7 +66,8 @@ def _norm(self, original, x, *args, **kwargs):
     # variance
     with _without_parameters(self):
         a = original(self, x, *args, **kwargs)
-    return _tap(self, original(self, x, *args, **kwargs), a, geometry, "scale", "bias")
+    out = original(self, x, *args, **kwargs)
+    return _tap(self, out, a, geometry, "scale", "bias")
 
 
 @contextlib.contextmanager
@@ -93,7 +95,8 @@ def _without_parameters(module: Any) -> Iterator[None]:
 
 def _tap(self, out, a, geometry, *names):
     # parameters as stored, those that the module has
-    operands = [getattr(self, n)[...] for n in names if getattr(self, n, None) is not None]
+    found = [getattr(self, name, None) for name in names]
+    operands = [variable[...] for variable in found if variable is not None]
     return place(out, a, *operands, geometry=geometry, name=type(self).__name__)
 
 

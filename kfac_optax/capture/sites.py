@@ -5,11 +5,10 @@ see.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
+from kfac_optax.capture.dependence import dependence, may_hold_examples
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
 from kfac_optax.capture.views import (
@@ -76,12 +75,15 @@ class Site(NamedTuple):
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes along which the parameters differ."""
         # scans over parameters, then `vmap` over parameters
-        return tuple(n for n, rides in self.scans if rides) + self.a.shape[: self.stacked]
+        scanned = tuple(n for n, rides in self.scans if rides)
+        return scanned + self.a.shape[: self.stacked]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """`(N, *positions)` of one use."""
-        return rows_shape(self.geometry, self.a.shape[self.stacked :], self.s.shape[self.stacked :])
+        a = self.a.shape[self.stacked :]
+        s = self.s.shape[self.stacked :]
+        return rows_shape(self.geometry, a, s)
 
     @property
     def loops(self) -> tuple[int, ...]:
@@ -105,7 +107,9 @@ def count_taps_of(eqn: Any) -> int:
     """Taps in one equation; those inside a call with its own derivative rule are none."""
     if eqn.primitive is tap_p:
         return 1
-    return 0 if eqn.primitive.name in RULES else sum(map(count_taps, bodies(eqn)))
+    if eqn.primitive.name in RULES:
+        return 0
+    return sum(map(count_taps, bodies(eqn)))
 
 
 def analyse(jaxpr: Any, leaves: int) -> Analysis:
@@ -121,7 +125,8 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     views = parameter_views(jaxpr, leaves)
     _note(_walk(jaxpr, views, (), sites, consumers), "the prediction itself", consumers)
     # arrays among the arguments, but no keys: what may hold examples
-    data = [i >= leaves and _may_hold_examples(v.aval) for i, v in enumerate(jaxpr.invars)]
+    arguments = jaxpr.invars[leaves:]
+    data = [False] * leaves + [may_hold_examples(v.aval) for v in arguments]
     flags: list[bool] = []
     dependence(jaxpr, data, flags)
     # a model that closes over its batch shows no difference between data and constants
@@ -130,42 +135,6 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
         for site, varies in zip(sites, flags, strict=True)
     ]
     return Analysis(tuple(sites), consumers)
-
-
-def _may_hold_examples(aval: Any) -> bool:
-    return aval.ndim > 0 and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
-
-
-def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
-    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
-    # one pass forward: an output depends on what any input of its equation depends on
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-    for eqn in jaxpr.eqns:
-        marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
-        outputs = [any(marks)] * len(eqn.outvars)
-        if eqn.primitive is tap_p:
-            taps.append(marks[0] or marks[1])  # a shift has no input
-        elif (body := call_body(eqn)) is not None:
-            outputs = dependence(body.jaxpr, marks, taps)
-        elif eqn.primitive.name == "scan":
-            outputs = _dependence_of_scan(eqn, marks, taps)
-        known.update(zip(eqn.outvars, outputs, strict=True))
-    return [not isinstance(v, jex.Literal) and known.get(v, False) for v in jaxpr.outvars]
-
-
-def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[bool]:
-    closed, constants, carried = scan_body(eqn)
-    first = constants + carried
-    while True:  # what one step writes into the carry, the next one reads
-        inside: list[bool] = []
-        outputs = dependence(closed.jaxpr, marks, inside)
-        carry = [
-            old or new for old, new in zip(marks[constants:first], outputs[:carried], strict=True)
-        ]
-        if carry == marks[constants:first]:
-            taps.extend(inside)
-            return [*carry, *outputs[carried:]]
-        marks = [*marks[:constants], *carry, *marks[first:]]
 
 
 def _walk(
@@ -218,13 +187,15 @@ def _walk_scan(
     # the scan's place in `scans` is its length until all its sites are known
     start = len(sites)
     outs = _walk(closed.jaxpr, given.inside, (*scans, length), sites, consumers)
-    written = [view for view, keep in zip(outs[:carried], given.kept, strict=True) if not keep]
+    carries = zip(outs[:carried], given.kept, strict=True)
+    written = [view for view, keep in carries if not keep]
     _note(written, "scan", consumers)
     # now it is known for each layer whether this scan goes over its parameters
     for i in range(start, len(sites)):
         leaf = sites[i].params[0]
         marked = list(sites[i].scans)
-        marked[depth] = (length, leaf is not None and leaf.leaf in given.riding)
+        over_it = leaf is not None and leaf.leaf in given.riding
+        marked[depth] = (length, over_it)
         sites[i] = sites[i]._replace(scans=tuple(marked))
     return views_behind_scan(eqn, given, outs)
 
@@ -235,15 +206,29 @@ def _add_site(eqn, inputs, scans, sites) -> None:
     if p["origins"]:  # found in the program, which knows more than the operands say
         params, kernel = p["origins"], p["kernel"]
     else:
-        params = tuple(
-            Origin(view.leaf, view.depth, view.permutation)
-            if view is not None and view.whole
-            else None
-            for view in inputs[2:]
-        )
-        kernel = tuple(eqn.invars[2].aval.shape[p["stacked"] :])
+        params = tuple(map(_origin, inputs[2:]))
+        shape = eqn.invars[2].aval.shape
+        kernel = tuple(shape[p["stacked"] :])
     found = bool(p["origins"])
-    sites.append(Site(p["name"], p["geometry"], params, kernel, a, s, p["stacked"], scans, found))
+    site = Site(
+        name=p["name"],
+        geometry=p["geometry"],
+        params=params,
+        kernel=kernel,
+        a=a,
+        s=s,
+        stacked=p["stacked"],
+        scans=scans,
+        found=found,
+    )
+    sites.append(site)
+
+
+def _origin(view: View | None) -> Origin | None:
+    """Which parameter an operand is, if it is a whole one as stored."""
+    if view is None or not view.whole:
+        return None
+    return Origin(view.leaf, view.depth, view.permutation)
 
 
 def _refuse_taps(eqn, where: str) -> None:
@@ -261,7 +246,11 @@ def _refuse_taps(eqn, where: str) -> None:
             _refuse_taps(inner, where)
 
 
-def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:
+def _note(
+    inputs,
+    primitive: str,
+    consumers: dict[int, list[str]],
+) -> None:
     for view in inputs:
         if view is not None:
             consumers.setdefault(view.leaf, []).append(primitive)

@@ -3,6 +3,7 @@ it is due.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from kfac_optax.estimators.heads import (
     split_outputs,
 )
 from kfac_optax.estimators.layer_rows import LayerRows, layer_rows
+from kfac_optax.estimators.linearization import Linearize, as_returned, linearize_now
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
@@ -30,7 +32,7 @@ from kfac_optax.estimators.sample_jacobian import (
 )
 from kfac_optax.estimators.served_heads import served_of
 from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
-from kfac_optax.estimators.statistics import Linearize, collect, linearize_now
+from kfac_optax.estimators.statistics import collect
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +58,10 @@ class LazyCurvature:
             # Weights are needed before the forward pass. They come from the inputs: compiled, the
             # rest of this is dead code.
             flat = jex.jaxpr_as_fun(traced.jaxpr)(*inputs)
-            _, heads = split_outputs(
-                kind, jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
-            )
+            _, heads = split_outputs(kind, as_returned(traced, flat))
         # one forward pass with probes; every pullback measures on its way back
-        linearize = linearize_now(
-            traced, inputs, lambda prediction: split_outputs(kind, prediction)
-        )
+        outputs = functools.partial(split_outputs, kind)
+        linearize = linearize_now(traced, inputs, outputs)
         # blocks of first moments want the gradients of the losses themselves, without signs
         own = None
         if averages_gradients(kind, plan):
@@ -176,7 +175,11 @@ def averages_gradients(kind: Kind, plan: Plan) -> bool:
     return of_first_moments(plan.layers, plan.blocks, plan.coupling, kind.name)
 
 
-def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, tuple[PyTree, ...]]:
+def _exact(
+    spec: Spec,
+    args: tuple[PyTree, ...],
+    subsample: Any,
+) -> tuple[Spec, tuple[PyTree, ...]]:
     """The part of the batch on which products are taken."""
     if not spec.kind.gradients:
         raise ValueError(
@@ -192,7 +195,11 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
     return spec, part_of_batch(spec, args)
 
 
-def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
+def _label_key(
+    kind: Kind,
+    key: jax.Array | None,
+    axis_name: Any,
+) -> jax.Array:
     """The key by which labels are drawn, another one on every device.
 
     Raises:
@@ -204,7 +211,9 @@ def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
             f"{kind.name}: labels are to be drawn from the model, but got {got}; expected "
             "fisher(predict).at(params, *args, key=jax.random.key(...)), a new key in every step."
         )
-    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    if axis_name is None:
+        return key
+    return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def collect_statistics(
@@ -221,9 +230,11 @@ def collect_statistics(
     kind = spec.kind if own is None else spec.kind._replace(gradients=True)
     # signs need no key, but others in every step: products of different terms cancel over the steps
     if not kind.labels:
-        key = jax.random.fold_in(jax.random.key(0) if key is None else key, plan.count)
+        key = jax.random.key(0) if key is None else key
+        key = jax.random.fold_in(key, plan.count)
     if plan.axis_name is not None:  # every device draws its own labels and signs
-        key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
+        device = jax.lax.axis_index(plan.axis_name)
+        key = jax.random.fold_in(key, device)
     weights = find_weights(kind, heads, plan.axis_name)
 
     # the heads that the forward pass returns, since their arrays are needed here

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.output_cotangents import (
+    Naturals,
     OutputCotangents,
     fisher_columns,
     sampled_scores,
     signed,
 )
 from kfac_optax.likelihoods import check_members, is_likelihood
+from kfac_optax.linalg.division import positive_or_one
 
 
 class Kind(NamedTuple):
@@ -45,7 +47,8 @@ def _signed_columns(
     samples: int,
 ) -> OutputCotangents:
     # columns of all terms at once, told apart by signs
-    return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
+    terms = [head.batch_shape for head in heads]
+    return signed(fisher_columns(heads, roots), terms, key)
 
 
 def _signed_losses(
@@ -55,26 +58,38 @@ def _signed_losses(
     samples: int,
 ) -> OutputCotangents:
     # the cotangent of a loss is one: its pullback is the gradient of the example
-    ones = OutputCotangents(1, lambda k: [(jnp.ones_like(x),) for x in losses])
-    return signed(ones, [x.shape for x in losses], key)
+
+    def ones(k: Any) -> Naturals:
+        return [(jnp.ones_like(x),) for x in losses]
+
+    terms = [x.shape for x in losses]
+    return signed(OutputCotangents(1, ones), terms, key)
+
+
+def _nothing(
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
+) -> OutputCotangents:
+    def zeros(k: Any) -> Naturals:
+        return [tuple(map(jnp.zeros_like, head.natural)) for head in heads]
+
+    return OutputCotangents(1, zeros)
 
 
 # name, labels drawn, losses, output gradients
 FISHER = Kind("fisher", True, False, True, sampled_scores)
 GGN = Kind("ggn", False, False, True, _signed_columns)
 EMPIRICAL = Kind("empirical_fisher", False, True, True, _signed_losses)
-FORWARD = Kind(
-    "forward_only",
-    False,
-    False,
-    False,
-    lambda heads, *_: OutputCotangents(
-        1, lambda k: [tuple(map(jnp.zeros_like, h.natural)) for h in heads]
-    ),
-)
+FORWARD = Kind("forward_only", False, False, False, _nothing)
 
 
-def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotangents:
+def own_cotangents(
+    kind: Kind,
+    heads: Sequence[Any],
+    blocks: str,
+) -> OutputCotangents:
     """Of the examples' own losses, as they are: their pullbacks average to the gradient.
 
     Raises:
@@ -87,8 +102,12 @@ def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotan
             "empirical_fisher(per_example_loss).at(params, *args), or the curvature that "
             f"{kind.name}.value_and_grad(loss_fn) hands out next to the gradient."
         )
+
     # ones with the sharding of the losses, and no dependence on them
-    return OutputCotangents(1, lambda k: [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads])
+    def ones(k: Any) -> Naturals:
+        return [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads]
+
+    return OutputCotangents(1, ones)
 
 
 def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
@@ -168,7 +187,11 @@ class Weights(NamedTuple):
     roots: list[Any]
 
 
-def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Weights:
+def find_weights(
+    kind: Kind,
+    heads: Sequence[Any],
+    axis_name: Any = None,
+) -> Weights:
     """Normalised weights of all heads; `axis_name` for a batch split over devices.
 
     Raises:
@@ -177,7 +200,8 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     if kind.losses:
         return Weights(None, [None] * len(heads))
     # inputs of shared layers have one weight, whichever head they serve
-    shapes = {None if head.weights is None else head.weights.shape for head in heads}
+    weights = [head.weights for head in heads]
+    shapes = {None if x is None else x.shape for x in weights}
     if len(shapes) > 1:
         raise ValueError(
             f"{kind.name}: heads have weights of shapes {sorted(shapes, key=str)}; expected the "
@@ -194,9 +218,13 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
             roots.append(None if share == 1 else math.sqrt(share))
             continue
         # mean one over all devices, so that dividing by N makes a weighted mean
-        weights = head.weights.astype(jnp.result_type(jnp.float32, head.weights, *head.natural))
-        mean = jnp.mean(weights)
-        mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
-        rows.append(weights / jnp.where(mean > 0, mean, 1))
-        roots.append(jnp.sqrt(rows[-1] * share))
-    return Weights(sum(rows) / len(rows) if rows else None, roots)
+        wide = jnp.result_type(jnp.float32, head.weights, *head.natural)
+        own = head.weights.astype(wide)
+        mean = jnp.mean(own)
+        if axis_name is not None:
+            mean = jax.lax.pmean(mean, axis_name)
+        normalised = own / positive_or_one(mean)
+        rows.append(normalised)
+        roots.append(jnp.sqrt(normalised * share))
+    of_rows = sum(rows) / len(rows) if rows else None
+    return Weights(of_rows, roots)

@@ -70,13 +70,15 @@ def of_first_moments(
     wanted = [block.first_moments for block in blocks]
     if not any(wanted):
         return False
-    names = ", ".join(sorted({b.name for b in blocks if b.first_moments}))
+    averaging = {block.name for block in blocks if block.first_moments}
+    names = ", ".join(sorted(averaging))
     others = [
         f"{layer.path or '(root)'} ({block.name})"
         for layer, block in zip(layers, blocks, strict=True)
         if not block.first_moments
     ]
-    others += [] if coupling is None else [f"the coupling ({coupling.name})"]
+    if coupling is not None:
+        others.append(f"the coupling ({coupling.name})")
     if others:
         raise ValueError(
             f"{where}: {names} averages output gradients themselves, but {', '.join(others)} their "
@@ -116,7 +118,8 @@ class Setting(NamedTuple):
         """
         i = self.owner[index]
         assert i is not None
-        layer, (head, examples) = plan.layers[i], self.served[index]
+        layer = plan.layers[i]
+        head, examples = self.served[index]
         if self.found[i].given_rows and layer.bias is not None:
             # the rows have its coordinate in them
             layer = dataclasses.replace(layer, bias=None, inputs=layer.inputs + 1)
@@ -130,12 +133,12 @@ class Setting(NamedTuple):
         # the usual case: one batch for all heads
         if all(served.examples == self.examples for served in self.served):
             return self.found[i].rows
-        triples = zip(self.sites, self.owner, self.served, strict=True)
-        return sum(
-            math.prod((*site.loops, *site.row_shape)) * self.examples / served.examples
-            for site, owner, served in triples
-            if owner == i
-        )
+        total = 0
+        for site, owner, served in zip(self.sites, self.owner, self.served, strict=True):
+            if owner == i:
+                rows = math.prod((*site.loops, *site.row_shape))
+                total += rows * self.examples / served.examples
+        return total
 
     def share(self, index: int) -> float:
         """Examples of the head that a site serves, for one of the first head.
@@ -161,7 +164,8 @@ def set_up(
     """
     # a parameter on its own has no rows, and so no site
     with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
-    matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
+    wanted = [plan.layers[i] for i in with_sites]
+    matched = match_layers(wanted, traced.layers, where)
     # from positions among the traced layers to positions in the plan
     position = dict(zip(matched, with_sites, strict=True))
     owner = tuple(position.get(i) for i in traced.owner)
@@ -169,7 +173,11 @@ def set_up(
     return Setting(traced.sites, owner, found, examples, weights, tuple(served))
 
 
-def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:
+def match_layers(
+    wanted: Sequence[Layer],
+    found: Layers,
+    where: str,
+) -> list[int]:
     """Positions of the wanted layers among those of the traced model.
 
     Raises:
@@ -187,8 +195,10 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
             )
         other = found.layers[positions[layer.kernel]]
         # the same parameter with another shape is another model
-        mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
-        if mine != theirs or (layer.bias is not None and layer.bias != other.bias):
+        mine = (*layer.stack, layer.inputs, layer.outputs)
+        theirs = (*other.stack, other.inputs, other.outputs)
+        other_bias = layer.bias is not None and layer.bias != other.bias
+        if mine != theirs or other_bias:
             raise ValueError(
                 f"{where}: layer {layer.path!r} has shape "
                 f"{mine}{' with bias' if layer.bias else ''} in `layers` but {theirs}"

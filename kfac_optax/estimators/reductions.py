@@ -15,7 +15,8 @@ def devices_of(axis_name: Any) -> int:
     >>> print(devices_of(None))
     1
     """
-    return math.prod(jax.lax.axis_size(name) for name in names_of(axis_name))
+    names = names_of(axis_name)
+    return math.prod(jax.lax.axis_size(name) for name in names)
 
 
 def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
@@ -32,7 +33,9 @@ def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
     if not names:
         return tree
     # axes over which the outputs are split: the transpose sums over those itself
-    split = {name for x in jax.tree.leaves(outputs) for name in varying_axes(_type(x))}
+    split = set()
+    for x in jax.tree.leaves(outputs):
+        split.update(varying_axes(_type(x)))
 
     def total(x: jax.Array) -> jax.Array:
         # a value that still varies has not been summed; nor has one where nothing is tracked
