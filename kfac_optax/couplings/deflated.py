@@ -80,7 +80,11 @@ def balanced(
     return _add(first, _subtract(second, coarse(product(second))))
 
 
-MODES: dict[str, Callable[..., PyTree]] = {"a-def1": a_def1, "a-def2": a_def2, "bnn": balanced}
+MODES: dict[str, Callable[..., PyTree]] = {
+    "a-def1": a_def1,
+    "a-def2": a_def2,
+    "bnn": balanced,
+}
 
 
 def deflated(
@@ -203,14 +207,16 @@ def deflated(
     def apply(inverse: PyTree, system: System) -> list[Vector]:
         # M^{-1} g is needed several times, and solved for once
         gradient = system.gradient
-        system = system._replace(fine=_known(system.fine, gradient, system.fine(gradient)))
+        solved = system.fine(gradient)
+        system = system._replace(fine=_known(system.fine, gradient, solved))
 
         def weighted(v: Vector) -> Vector:
             return [jnp.asarray(fine_weight, x.dtype) * x for x in system.fine(v)]
 
         # F_lambda v = F v + lambda v, one exact product on the batch
         def product(v: Vector) -> Vector:
-            return [fx + system.damping * x for fx, x in zip(system.product(v), v, strict=True)]
+            pairs = zip(system.product(v), v, strict=True)
+            return [fx + system.damping * x for fx, x in pairs]
 
         alone = weighted(gradient)
         fine, damped = _known(weighted, gradient, alone), product
@@ -224,10 +230,10 @@ def deflated(
 
         # Q v = Z^T E^{-1} Z v
         def correct(v: Vector) -> Vector:
-            solved = solve_space(
-                inverse, chosen, chosen.restrict(v), system.damping, precision=precision
-            )
-            return chosen.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
+            restricted = chosen.restrict(v)
+            solved = solve_space(inverse, chosen, restricted, system.damping, precision=precision)
+            weight = jnp.asarray(coarse_weight, solved.dtype)
+            return chosen.prolong(weight * solved)
 
         update = MODES[mode](gradient, fine, damped, correct)
         return [alone, _subtract(update, alone)]
