@@ -12,14 +12,11 @@ import optax
 from kfac_optax._tree import inner, named_leaves, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_legal, check_number, checked, start_checked
+from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.step_rules._per_layer import like_parameters
-from kfac_optax.step_rules.quadratic_model import (
-    agreed_mix,
-    combine,
-    inner_products_of,
-    negative_parts,
-    solve_model,
-)
+from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
+from kfac_optax.step_rules.model_solution import agreed_mix, solve_model
 
 MODEL_EXAMPLES = 256
 
@@ -165,8 +162,8 @@ def bound_step(
         rate, bound, lam = (jnp.asarray(x, dtype) for x in (rate, bound, lam))
         # a schedule that lowers the rate shortens the step that the model wants
         peak = jnp.maximum(state.peak_rate, rate)
-        share = rate / jnp.where(peak > 0, peak, 1)  # what a schedule has left of the rate
-        carried = momentum * rate / jnp.where(state.last_rate > 0, state.last_rate, 1)
+        share = rate / positive_or_one(peak)  # what a schedule has left of the rate
+        carried = momentum * rate / positive_or_one(state.last_rate)
         with jax.named_scope("kfac/bound_step"):
             parts, last = negative_parts(preconditioned), _moved(params, state)
             # of a step in constant directions
@@ -178,14 +175,15 @@ def bound_step(
                 form = _form(curvature, directions, examples, axis_name).astype(dtype)
                 step = _decide(directions, form, updates, lam, carried, share, room)
             # what sgd makes of it: rate * new = carried * last - step
-            weights = jnp.append(-step.scale * step.rates, (1 - step.scale) * carried)
-            new = combine((*parts, last), weights / jnp.where(rate > 0, rate, 1))
+            of_last = (1 - step.scale) * carried
+            weights = jnp.append(-step.scale * step.rates, of_last)
+            new = combine((*parts, last), weights / positive_or_one(rate))
         # of a step that the model could not decide nothing is remembered
         decided = jnp.isfinite(step.slope) & (step.slope != 0)
         before = jnp.stack([state.step_rate, state.coarse_rate])
-        rates = jnp.where(
-            decided, jnp.pad(step.rates.astype(dtype), (0, 2 - len(step.rates))), before
-        )
+        missing = 2 - len(step.rates)
+        both = jnp.pad(step.rates.astype(dtype), (0, missing))
+        rates = jnp.where(decided, both, before)
         new_state = BoundState(
             after,
             jax.tree.map(jnp.array, params),
@@ -237,28 +235,34 @@ def _decide(
     """Rates that minimise the model behind the momentum, and what the bound leaves of the step."""
     # b_i = grad^T d_i and K_ij = d_i^T (F + damping I) d_j, the last direction being T0
     slopes = jnp.stack([inner(grads, d) for d in directions]).astype(form.dtype)
-    damped = form + damping * inner_products_of(directions).astype(form.dtype)
+    squares = inner_products_of(directions).astype(form.dtype)
+    damped = form + damping * squares
     # shares of the parts, with the momentum term as part of the slope
-    mix = agreed_mix(damped[:-1, :-1], slopes[:-1] + momentum * damped[:-1, -1])
+    of_parts = slopes[:-1] + momentum * damped[:-1, -1]
+    mix = agreed_mix(damped[:-1, :-1], of_parts)
     # columns: the mixed update and the last step, so that one rate is left to find
-    joined = jnp.zeros((len(directions), 2), form.dtype).at[:-1, 0].set(mix).at[-1, 1].set(1)
+    joined = jnp.zeros((len(directions), 2), form.dtype)
+    joined = joined.at[:-1, 0].set(mix)
+    joined = joined.at[-1, 1].set(1)
     model = _between(damped, joined)
-    rate = solve_model(model, jnp.sum(joined * slopes[:, None], axis=0), momentum=momentum).rate
+    slopes_of_both = jnp.sum(joined * slopes[:, None], axis=0)
+    rate = solve_model(model, slopes_of_both, momentum=momentum).rate
     # the step may not turn back; without a model momentum goes on
     rates = jnp.where(rate > 0, share * rate, 0) * mix
     whole = jnp.append(rates, momentum)
     # T^T F T without the damping, of the whole step
-    square = jnp.sum(whole * jnp.sum(form * whole, axis=1))
+    product = jnp.sum(form * whole, axis=1)
+    square = jnp.sum(whole * product)
     usable = jnp.isfinite(square) & (square > 0)
-    scale = jnp.minimum(1, share * jnp.sqrt(room / jnp.where(usable, square, 1)))
-    return _Step(rates, jnp.where(usable, scale, 1), jnp.sum(rates * slopes[:-1]))
+    longest = jnp.sqrt(room / jnp.where(usable, square, 1))
+    scale = jnp.minimum(1, share * longest)
+    slope = jnp.sum(rates * slopes[:-1])
+    return _Step(rates, jnp.where(usable, scale, 1), slope)
 
 
 def _between(form: jax.Array, columns: jax.Array) -> jax.Array:
     """`C^T form C`."""
-    return jnp.matmul(
-        jnp.matmul(columns.T, form, precision="highest"), columns, precision="highest"
-    )
+    return sandwich(columns.T, form, columns)
 
 
 def _as_before(
@@ -272,18 +276,22 @@ def _as_before(
     was none.
     """
     # sizes of the slope along the step, now and when a product decided
-    slopes = jnp.stack([inner(grads, d) for d in parts]).astype(state.step_rate.dtype)
-    rates = jnp.stack([state.step_rate, state.coarse_rate])[: len(parts)]
-    slope, known = jnp.abs(jnp.sum(rates * slopes)), jnp.abs(state.known_slope)
+    slopes = jnp.stack([inner(grads, d) for d in parts])
+    slopes = slopes.astype(state.step_rate.dtype)
+    rates = jnp.stack([state.step_rate, state.coarse_rate])
+    rates = rates[: len(parts)]
+    slope = jnp.abs(jnp.sum(rates * slopes))
+    known = jnp.abs(state.known_slope)
     # a longer slope in the same metric is a longer step: shortened by its root
     grown = (slope > known) & (slope > 0)
-    again = rates * jnp.where(grown, jnp.sqrt(known / jnp.where(grown, slope, 1)), 1)
+    shorter = jnp.sqrt(known / jnp.where(grown, slope, 1))
+    again = rates * jnp.where(grown, shorter, 1)
     # without any product yet: nu = sqrt(kl_clip / (rate^2 |<U, V>|))
     square = jnp.square(learning_rate) * jnp.abs(jnp.sum(slopes))
     usable = jnp.isfinite(square) & (square > 0)
-    clip = jnp.where(
-        usable, jnp.minimum(1, jnp.sqrt(kl_clip / jnp.where(usable, square, 1))), square == 0
-    )
+    longest = jnp.sqrt(kl_clip / jnp.where(usable, square, 1))
+    clip = jnp.where(usable, jnp.minimum(1, longest), square == 0)
     fresh = jnp.full(rates.shape, learning_rate * clip)
     has_model = state.known_slope != 0
-    return _Step(jnp.where(has_model, again, fresh), state.bound_scale, state.known_slope)
+    rates = jnp.where(has_model, again, fresh)
+    return _Step(rates, state.bound_scale, state.known_slope)

@@ -2,7 +2,6 @@
 over any optimizer.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from kfac_optax.step_rules.reduction_ratio import (
     promise,
     quadratic_state,
 )
+from kfac_optax.step_rules.rejection import if_due, reject
 
 
 class DampingState(NamedTuple):
@@ -203,10 +203,10 @@ def adapt_damping(
         # all devices have to measure together
         due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
         # rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0))
-        new_value, change = _if_due(due, measure)
+        new_value, change = if_due(due, measure)
         ratio = (new_value - mean_over(value, axis_name)) / change
         lowest = lowest_ratio(rule, promised)
-        step, after, rejected = _reject(
+        step, after, rejected = reject(
             step, after, state.optimizer, (ratio, failed, due, lowest), new_value
         )
         return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
@@ -238,43 +238,6 @@ def _check_arguments(
         )
 
 
-def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any:
-    if due is True:
-        return measure()
-    # a branch, so that an ordinary step costs no evaluation
-    shapes = jax.eval_shape(measure)
-
-    def nothing() -> Any:
-        return tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes)
-
-    return jax.lax.cond(due, measure, nothing)
-
-
-def _reject(
-    step: PyTree,
-    after: PyTree,
-    before: PyTree,
-    found: tuple,
-    new_value: jax.Array,
-):
-    """Takes the step back where its ratio says so; curvature that was measured stays."""
-    ratio, failed, due, lowest = found
-    # NaN counts as too low; -inf switches rejection off
-    low = (lowest > -jnp.inf) & ~(ratio >= lowest.astype(ratio.dtype))
-    bad = low | ~jnp.isfinite(new_value)
-    rejected = jnp.asarray(due) & bad & ~failed  # a step without a model is zero already
-
-    def is_curvature(node: Any) -> bool:
-        return hasattr(node, "curvature_count")
-
-    def keep(new: Any, old: Any) -> Any:
-        return new if is_curvature(new) else jnp.where(rejected, old, new)
-
-    # the curvature that was measured is good whatever became of the step
-    step = jax.tree.map(lambda x: jnp.where(rejected, 0, x).astype(x.dtype), step)
-    return step, jax.tree.map(keep, after, before, is_leaf=is_curvature), rejected
-
-
 def _next_state(
     rule: DampingRule,
     state: Any,
@@ -291,17 +254,20 @@ def _next_state(
     omega = jnp.asarray(rule.decay, lam.dtype) ** rule.every
     grow = failed | (due & ~(ratio >= rule.lower))  # NaN grows
     shrink = due & ~failed & (ratio > rule.upper)
-    wanted = jnp.where(grow, lam / omega, jnp.where(shrink, lam * omega, lam))
+    wanted = jnp.where(shrink, lam * omega, lam)
+    wanted = jnp.where(grow, lam / omega, wanted)
     damping = jnp.clip(wanted, rule.damping_min, rule.damping_max)
     at_bound = (wanted != damping) & (grow | shrink)
+    # where no search chooses it, gamma^2 follows lambda
+    if rule.search_every is None:
+        gamma = damping + jnp.asarray(rule.weight_decay, lam.dtype)
+    measured = due & ~failed & jnp.isfinite(ratio)
     return DampingState(
         after,
         optax.safe_increment(state.damping_count),
         damping,
-        gamma
-        if rule.search_every is not None
-        else damping + jnp.asarray(rule.weight_decay, lam.dtype),
-        jnp.where(due & ~failed & jnp.isfinite(ratio), ratio, state.reduction_ratio),
+        gamma,
+        jnp.where(measured, ratio, state.reduction_ratio),
         state.rejected_steps + rejected.astype(jnp.int32),
         state.damping_at_bound + at_bound.astype(jnp.int32),
     )

@@ -32,9 +32,11 @@ def search(
         tried = [(*attempt(gamma), gamma) for gamma in gammas]
         changes = [_damped_change(rule.where, after) for _, after, _ in tried]
         chosen, lowest = tried[0], changes[0]
-        for other, change in zip(tried[1:], changes[1:], strict=True):
+        others = zip(tried[1:], changes[1:], strict=True)
+        for other, change in others:
             better = change < lowest  # false for what is not finite
-            chosen, lowest = select(better, other, chosen), jnp.where(better, change, lowest)
+            chosen = select(better, other, chosen)
+            lowest = jnp.where(better, change, lowest)
         return chosen
 
     def keep() -> tuple[PyTree, PyTree, jax.Array]:

@@ -63,9 +63,8 @@ def clip_by_kl(
 
     def init(params: PyTree) -> KLClipState:
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
-        return KLClipState(
-            preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32), given
-        )
+        count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+        return KLClipState(preconditioner.init(params), count, scale, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
@@ -99,6 +98,5 @@ def kl_scale(
     """
     # <U_i, V_i> of every layer, apart from a common power of two
     products = inner_products(preconditioned, gradients, layers)
-    return inverse_root_of(
-        jnp.sum(jnp.abs(products.values)), products.exponent, learning_rate, kl_clip
-    )
+    total = jnp.sum(jnp.abs(products.values))
+    return inverse_root_of(total, products.exponent, learning_rate, kl_clip)

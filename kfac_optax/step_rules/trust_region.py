@@ -119,15 +119,13 @@ def clip_by_trust_region(
         mine = covered_leaves(updates, layers)
         exponent = exponent_of(mine)
         # products with a direction of ordinary length cannot overflow
-        shorter = {
-            n: times_power(x.astype(wide_dtype(x)), -exponent).astype(x.dtype)
-            for n, x in mine.items()
-        }
+        shorter = {}
+        for name, x in mine.items():
+            wide = x.astype(wide_dtype(x))
+            shorter[name] = times_power(wide, -exponent).astype(x.dtype)
         direction = like_parameters(curvature.params, shorter)
-        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)[
-            0, 0
-        ]
-        return form, 2 * exponent
+        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)
+        return form[0, 0], 2 * exponent
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
