@@ -42,7 +42,12 @@ def check_real(name: str, **arrays: Any) -> None:
             )
 
 
-def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
+def check_targets(
+    name: str,
+    *,
+    targets: Any,
+    shape: tuple[int, ...],
+) -> None:
     """Raises ValueError instead of letting [n] targets broadcast against [n, 1] outputs."""
     # [n] against [n, 1] would broadcast to [n, n] without a word
     if jnp.shape(targets) != shape:
@@ -77,20 +82,28 @@ def split_axes(
 
 def event_sum(x: jax.Array, *, batch_ndim: int) -> jax.Array:
     """Sums the event axes: [*batch, *event] -> [*batch]."""
-    return jnp.sum(x, axis=tuple(range(batch_ndim, x.ndim)))
+    event = tuple(range(batch_ndim, x.ndim))
+    return jnp.sum(x, axis=event)
 
 
 def unit(column: int | jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
     """Boolean array of `shape`, True at flat position `column` (which may be traced)."""
-    return (jnp.arange(math.prod(shape)) == column).reshape(shape)
+    positions = jnp.arange(math.prod(shape))
+    return (positions == column).reshape(shape)
 
 
 def widen(x: jax.Array) -> jax.Array:
     """Casts to float32 unless already wider, so that half precision never enters a log or exp."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    wide = jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jnp.asarray(x, wide)
 
 
-def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
+def mask_out(
+    x: jax.Array,
+    *,
+    weights: Any,
+    fill: float,
+) -> jax.Array:
     """Puts `fill` where the weight is zero.
 
     Masking the inputs of `nll`, not its value, keeps NaN out of every gradient, that in the weights
@@ -100,14 +113,18 @@ def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
         return x
     # [*batch] -> [*batch, 1, ...] beside the event axes
     keep = jnp.asarray(weights) != 0
-    keep = keep.reshape(keep.shape + (1,) * (jnp.ndim(x) - keep.ndim))
+    missing = (1,) * (jnp.ndim(x) - keep.ndim)
+    keep = keep.reshape(keep.shape + missing)
     return jnp.where(keep, x, jnp.asarray(fill, jnp.result_type(x)))
 
 
 def weighted_mean(nll: jax.Array, *, weights: Any) -> jax.Array:
     """Returns sum(w * nll) / sum(w) of finite terms; 0 for zero weights or an empty batch."""
     # a batch of padding alone has the mean zero, not 0 / 0
-    w = jnp.ones_like(nll) if weights is None else jnp.asarray(weights, nll.dtype)
+    w = jnp.ones_like(nll)
+    if weights is not None:
+        w = jnp.asarray(weights, nll.dtype)
     w = jnp.broadcast_to(w, nll.shape)
     total = jnp.sum(w)
-    return jnp.where(total != 0, jnp.sum(w * nll) / jnp.where(total != 0, total, 1), 0)
+    mean = jnp.sum(w * nll) / jnp.where(total != 0, total, 1)
+    return jnp.where(total != 0, mean, 0)

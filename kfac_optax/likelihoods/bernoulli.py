@@ -101,7 +101,8 @@ class Bernoulli:
         x = _common.widen(self.logits)
         t = jnp.asarray(targets, x.dtype)
         # Both tails through log_sigmoid; softplus(x) - t x would cancel for confident outputs.
-        log_p = t * jax.nn.log_sigmoid(x) + (1 - t) * jax.nn.log_sigmoid(-x)
+        log_one, log_zero = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
+        log_p = t * log_one + (1 - t) * log_zero
         return -_common.event_sum(log_p, batch_ndim=self.batch_ndim)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
@@ -132,9 +133,11 @@ class Bernoulli:
         """
         x = _common.widen(self.logits)
         # In log space: y (1 - y) underflows long before its root does.
-        root = jnp.exp(0.5 * (jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)))
-        hit = _common.unit(c, shape=self.logits.shape[self.batch_ndim :])
-        return (jnp.where(hit, root, 0).astype(self.logits.dtype),)
+        log_variance = jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)
+        root = jnp.exp(0.5 * log_variance)
+        event = self.logits.shape[self.batch_ndim :]
+        column = jnp.where(_common.unit(c, shape=event), root, 0)
+        return (column.astype(self.logits.dtype),)
 
     def hessian_product(self, v: tuple[jax.Array]) -> tuple[jax.Array]:
         """Fisher times `v`, term by term and unweighted: `y (1 - y) * v`.
@@ -148,4 +151,5 @@ class Bernoulli:
         x = _common.widen(self.logits)
         # y (1 - y) without the difference 1 - y
         variance = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
-        return ((variance * _common.widen(v[0])).astype(self.logits.dtype),)
+        product = variance * _common.widen(v[0])
+        return (product.astype(self.logits.dtype),)

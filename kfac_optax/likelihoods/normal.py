@@ -73,7 +73,8 @@ class Normal:
         object.__setattr__(self, "batch_ndim", batch_ndim)
         object.__setattr__(self, "event_ndim", event_ndim)
         if _common.has_shape(self.mean):
-            object.__setattr__(self, "scale", _settle_scale(self.scale, shape=self.mean.shape))
+            scale = _settle_scale(self.scale, shape=self.mean.shape)
+            object.__setattr__(self, "scale", scale)
             _common.check_weights(
                 "Normal",
                 weights=self.weights,
@@ -84,13 +85,16 @@ class Normal:
     @property
     def natural(self) -> tuple[jax.Array, ...]:
         """The arrays that the Fisher differentiates: `(mean,)` or `(mean, scale)`."""
-        return (self.mean,) if isinstance(self.scale, float) else (self.mean, self.scale)
+        if isinstance(self.scale, float):
+            return (self.mean,)
+        return (self.mean, self.scale)
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "Normal":
         """Returns the same likelihood at another mean (and scale, if that is learned)."""
         # a known scale is no natural array
         names = ("mean", "scale")[: len(self.natural)]
-        return dataclasses.replace(self, **dict(zip(names, natural, strict=True)))
+        named = dict(zip(names, natural, strict=True))
+        return dataclasses.replace(self, **named)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -100,7 +104,8 @@ class Normal:
     @property
     def num_columns(self) -> int:
         """Number of columns of `S`: the event size, twice that for a learned scale."""
-        return len(self.natural) * math.prod(self.mean.shape[self.batch_ndim :])
+        event = self.mean.shape[self.batch_ndim :]
+        return len(self.natural) * math.prod(event)
 
     def nll(self, targets: jax.Array) -> jax.Array:
         """Negative log-likelihood per term, constants included, summed over the event axes.
@@ -118,8 +123,9 @@ class Normal:
         scale = self._wide_scale()
         # (t - m) / s, before squares that might overflow
         z = (_common.widen(targets) - _common.widen(self.mean)) / scale
-        log_scale = math.log(scale) if isinstance(scale, float) else jnp.log(scale)
-        terms = 0.5 * z**2 + (log_scale + 0.5 * math.log(2 * math.pi))
+        log = math.log if isinstance(scale, float) else jnp.log
+        constant = 0.5 * math.log(2 * math.pi)
+        terms = 0.5 * z**2 + (log(scale) + constant)
         return _common.event_sum(terms, batch_ndim=self.batch_ndim)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
@@ -160,14 +166,15 @@ class Normal:
             Like `natural`, each `[*batch, *event]` in the dtype of that array.
         """
         # one column after another: those of the mean, then those of the scale
-        hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
+        event = self.mean.shape[self.batch_ndim :]
+        hits = _common.unit(c, shape=(len(self.natural), *event))
         # 1 / s in the mean, sqrt(2) / s in the scale
-        return tuple(
-            jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(
-                x.dtype
-            )
-            for x, hit, root in zip(self.natural, hits, self._roots(), strict=True)
-        )
+        columns = []
+        for x, hit, root in zip(self.natural, hits, self._roots(), strict=True):
+            zeros = jnp.zeros_like(_common.widen(x))
+            column = jnp.where(hit, root / self._wide_scale(), zeros)
+            columns.append(column.astype(x.dtype))
+        return tuple(columns)
 
     def hessian_product(self, v: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Fisher times `v`, term by term and unweighted: `(v_m / s^2, 2 v_s / s^2)`.
@@ -178,10 +185,12 @@ class Normal:
         Returns:
             Like `natural`, each `[*batch, *event]` in the dtype of that array.
         """
-        return tuple(
-            ((root / self._wide_scale()) ** 2 * _common.widen(u)).astype(x.dtype)
-            for x, u, root in zip(self.natural, v, self._roots(), strict=True)
-        )
+        products = []
+        for x, u, root in zip(self.natural, v, self._roots(), strict=True):
+            fisher = (root / self._wide_scale()) ** 2
+            product = fisher * _common.widen(u)
+            products.append(product.astype(x.dtype))
+        return tuple(products)
 
     def _roots(self) -> tuple[float, ...]:
         """Numerators of `S`: 1 in the mean, sqrt(2) in the scale."""
@@ -189,7 +198,9 @@ class Normal:
 
     def _wide_scale(self) -> float | jax.Array:
         # A plain float is weakly typed: it takes the precision of what it meets.
-        return float(self.scale) if isinstance(self.scale, float) else _common.widen(self.scale)
+        if isinstance(self.scale, float):
+            return float(self.scale)
+        return _common.widen(self.scale)
 
 
 def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:

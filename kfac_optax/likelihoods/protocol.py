@@ -88,7 +88,9 @@ def is_likelihood(x: Any) -> bool:
     True False
     """
     # instances only: a class has the methods too
-    return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in METHODS)
+    if isinstance(x, type):
+        return False
+    return all(callable(getattr(x, name, None)) for name in METHODS)
 
 
 def check_members(where: str, head: Any) -> None:
@@ -98,7 +100,8 @@ def check_members(where: str, head: Any) -> None:
         TypeError: a property is missing.
     """
     # of a dataclass a field is an attribute of the instance alone
-    missing = [n for n in PROPERTIES if not (hasattr(type(head), n) or hasattr(head, n))]
+    owners = (type(head), head)
+    missing = [n for n in PROPERTIES if not any(hasattr(x, n) for x in owners)]
     if missing:
         raise TypeError(
             f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "
@@ -139,18 +142,34 @@ def check_shapes(
     # `fisher` draws labels and differentiates the nll of each term
     if labels:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        losses = jax.eval_shape(lambda head, key: head.nll(head.sample(key)), head, key)
+        losses = jax.eval_shape(_sampled_losses, head, key)
         _expect(f"{here}.nll(sample(key))", [losses], [batch])
     # `ggn` and products need S and H in the shapes of the natural arrays
     if columns:
         like = [x.shape for x in natural]
-        column = jax.eval_shape(lambda head: tuple(head.fisher_sqrt_column(0)), head)
+        column = jax.eval_shape(_first_column, head)
         _expect(f"{here}.fisher_sqrt_column(c)", column, like)
-        product = jax.eval_shape(lambda head: tuple(head.hessian_product(head.natural)), head)
+        product = jax.eval_shape(_own_product, head)
         _expect(f"{here}.hessian_product(v)", product, like)
 
 
-def _expect(what: str, got: Any, expected: list[tuple[int, ...]]) -> None:
+def _sampled_losses(head: Any, key: jax.Array) -> jax.Array:
+    return head.nll(head.sample(key))
+
+
+def _first_column(head: Any) -> Natural:
+    return tuple(head.fisher_sqrt_column(0))
+
+
+def _own_product(head: Any) -> Natural:
+    return tuple(head.hessian_product(head.natural))
+
+
+def _expect(
+    what: str,
+    got: Any,
+    expected: list[tuple[int, ...]],
+) -> None:
     shapes = [tuple(x.shape) for x in got]
     if shapes != expected:
         raise ValueError(
