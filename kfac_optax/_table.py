@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from kfac_optax._reasons import NO_EXAMPLES, NOT_USED
 
 if TYPE_CHECKING:
-    from kfac_optax._types import Layer, Layers, Uncovered
+    from kfac_optax._layer_types import Layer, Layers, Uncovered
 
 
 def coverage_table(layers: "Layers") -> str:
@@ -25,22 +25,27 @@ def coverage_table(layers: "Layers") -> str:
         rows = _with_blocks(layers, rows, notes)
     elif any(notes):
         header += ("notes",)
-        rows = [(*row, "; ".join(said)) for row, said in zip(rows, notes, strict=True)]
+        pairs = zip(rows, notes, strict=True)
+        rows = [(*row, "; ".join(said)) for row, said in pairs]
     parts = [_columns(header, rows)]
     if layers.uncovered:
-        left = [(u.path, _shape(*u.shape), _gets(layers, u), u.reason) for u in layers.uncovered]
-        parts.append(_columns(("not covered", "shape", "gets", "reason"), left))
+        header = ("not covered", "shape", "gets", "reason")
+        left = [_left_over(layers, parameter) for parameter in layers.uncovered]
+        parts.append(_columns(header, left))
     return "\n\n".join((*parts, *layers.remarks))
 
 
 def _with_blocks(
-    layers: "Layers", rows: list[tuple[str, ...]], notes: list[tuple[str, ...]]
+    layers: "Layers",
+    rows: list[tuple[str, ...]],
+    notes: list[tuple[str, ...]],
 ) -> list[tuple[str, ...]]:
     """The rows of layers with block and bytes, that of the coupling, and the total."""
     # a block with what its statistics leave out
     triples = zip(layers.blocks, notes, layers.state_bytes, strict=True)
     made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
-    rows = [row + more for row, more in zip(rows, made, strict=True)]
+    pairs = zip(rows, made, strict=True)
+    rows = [row + more for row, more in pairs]
     if layers.coupling:
         across = f"{layers.coupling_bytes:,}"
         rows.append(("(all layers)", "coupling", "", "", "", layers.coupling, across))
@@ -58,6 +63,11 @@ def _geometry(layer: "Layer") -> tuple[str, ...]:
     return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
 
 
+def _left_over(layers: "Layers", parameter: "Uncovered") -> tuple[str, ...]:
+    shape, gets = _shape(*parameter.shape), _gets(layers, parameter)
+    return parameter.path, shape, gets, parameter.reason
+
+
 def _gets(layers: "Layers", parameter: "Uncovered") -> str:
     """What becomes of the gradient of a parameter that no block owns."""
     if parameter.reason == NOT_USED:
@@ -68,7 +78,9 @@ def _gets(layers: "Layers", parameter: "Uncovered") -> str:
 
 
 def _outside(layer: "Layer") -> tuple[str, ...]:
-    return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
+    if layer.between_units and not layer.per_example:
+        return (NO_EXAMPLES,)
+    return ()
 
 
 def _shape(*sizes: int) -> str:
@@ -78,9 +90,14 @@ def _shape(*sizes: int) -> str:
 def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = [header, *rows]
     # every column as wide as its longest cell
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    columns = zip(*table, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = [_line(row, widths) for row in table]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _line(row: tuple[str, ...], widths: Sequence[int]) -> str:
+    cells = zip(row, widths, strict=True)
+    padded = [cell.ljust(width) for cell, width in cells]
+    return "  ".join(padded).rstrip()

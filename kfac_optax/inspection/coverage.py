@@ -83,12 +83,14 @@ def _coupling_bytes(
         def factors(row: int):
             return block_of(rows[row]).init(rows[row], dtype)
 
+        def inverses(row: int):
+            return block_of(rows[row]).factorize(factors(row), one)
+
         one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
         # the block-diagonal level as a refresh sees it
-        fine = Fine(
-            factors, lambda row: block_of(rows[row]).factorize(factors(row), one), one, sizes
-        )
+        fine = Fine(factors, inverses, one, sizes)
         statistic = coupling.init(coupled, dtype)
-        return statistic, coupling.factorize(statistic, fine), sizes, jnp.arange(len(rows))
+        inverse = coupling.factorize(statistic, fine)
+        return statistic, inverse, sizes, jnp.arange(len(rows))
 
     return tree_bytes(jax.eval_shape(state))

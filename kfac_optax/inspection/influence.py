@@ -94,7 +94,10 @@ def self_influence(
 
     def of_example(*own: PyTree) -> jax.Array:
         # each example against its own solve
-        gradient = jax.grad(lambda p: _the_loss(losses(p, *own)))(params)
+        def loss(params: PyTree) -> jax.Array:
+            return _the_loss(losses(params, *own))
+
+        gradient = jax.grad(loss)(params)
         return inner(gradient, solve(gradient))
 
     scores = map_examples(of_example, args, batch_size)
@@ -152,18 +155,26 @@ def lissa(
 
     def solve(v: PyTree) -> PyTree:
         wide = wide_dtype(v)
+
+        def step(i: Any, x: PyTree) -> PyTree:
+            return move(v, x, i)
+
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), v)
         # two loops, since a stochastic residual is judged from the middle on
         half = steps // 2
-        middle = jax.lax.fori_loop(0, half, lambda i, x: move(v, x, i), start)
-        end = jax.lax.fori_loop(half, steps, lambda i, x: move(v, x, i), middle)
+        middle = jax.lax.fori_loop(0, half, step, start)
+        end = jax.lax.fori_loop(half, steps, step, middle)
         if stochastic:
             # the mean of the residuals since the middle: a single one is noise
             left = jax.tree.map(lambda x, y: (x - y) * scale / (steps - half), end, middle)
         else:
             left = residual(v, end, steps)
         converges = inner(left, left) <= inner(v, v)  # as x = 0 would have it
-        return jax.tree.map(lambda x, y: jnp.where(converges, x, jnp.nan).astype(y.dtype), end, v)
+
+        def checked(x: jax.Array, like: jax.Array) -> jax.Array:
+            return jnp.where(converges, x, jnp.nan).astype(like.dtype)
+
+        return jax.tree.map(checked, end, v)
 
     return solve
 

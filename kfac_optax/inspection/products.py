@@ -2,6 +2,8 @@
 factors of every layer.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -78,7 +80,8 @@ def inverse_product(
         step, state, leaves, dtype, curvature, None, None, jnp.bool_(True)
     )
     # the fine level and what the coupling adds to it
-    named = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
+    first, *others = parts
+    named = {name: sum((part[name] for part in others), x) for name, x in first.items()}
     # an update would become zero; a product that is asked for must not look like one
     named = {name: jnp.where(finite, x, jnp.nan) for name, x in named.items()}
     return replace_leaves(vector, named)
@@ -207,14 +210,11 @@ def factors(
     check_buckets(where, buckets, state)
     found: dict[str, PyTree] = {}
     for bucket in buckets:
-        # the copies of a layer are neighbours in its bucket
-        start = 0
-        for layer in bucket.layers:
-            mine = start if layer.copies == 1 else slice(start, start + layer.copies)
-            start += layer.copies
-            found[layer.path] = jax.tree.map(
-                lambda x, mine=mine: x[mine], state.factors[bucket.name]
-            )
+        of_bucket = state.factors[bucket.name]
+        for layer, copies in bucket.slices:
+            # without the axis of copies where there is one alone
+            mine = copies.start if layer.copies == 1 else copies
+            found[layer.path] = jax.tree.map(operator.itemgetter(mine), of_bucket)
     return found
 
 
