@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from kfac_optax._reasons import NO_EXAMPLES, NOT_USED
 
 if TYPE_CHECKING:
-    from kfac_optax._types import Layer, Layers, Uncovered
+    from kfac_optax._layer_types import Layer, Layers, Uncovered
 
 
 def coverage_table(layers: "Layers") -> str:
@@ -16,28 +16,36 @@ def coverage_table(layers: "Layers") -> str:
     its layer.
     """
     header = ("layer", "kind", "kernel", "bias", "uses")
+    # one line for every layer, in order of execution
     rows = [_geometry(layer) for layer in layers]
     notes = [(*layer.notes, *_outside(layer)) for layer in layers]
+    # blocks and bytes are known after `coverage`; before, notes have a column of their own
     if layers.blocks:
         header += ("block", "state bytes")
         rows = _with_blocks(layers, rows, notes)
     elif any(notes):
         header += ("notes",)
-        rows = [(*row, "; ".join(said)) for row, said in zip(rows, notes, strict=True)]
+        pairs = zip(rows, notes, strict=True)
+        rows = [(*row, "; ".join(said)) for row, said in pairs]
     parts = [_columns(header, rows)]
     if layers.uncovered:
-        left = [(u.path, _shape(*u.shape), _gets(layers, u), u.reason) for u in layers.uncovered]
-        parts.append(_columns(("not covered", "shape", "gets", "reason"), left))
+        header = ("not covered", "shape", "gets", "reason")
+        left = [_left_over(layers, parameter) for parameter in layers.uncovered]
+        parts.append(_columns(header, left))
     return "\n\n".join((*parts, *layers.remarks))
 
 
 def _with_blocks(
-    layers: "Layers", rows: list[tuple[str, ...]], notes: list[tuple[str, ...]]
+    layers: "Layers",
+    rows: list[tuple[str, ...]],
+    notes: list[tuple[str, ...]],
 ) -> list[tuple[str, ...]]:
     """The rows of layers with block and bytes, that of the coupling, and the total."""
+    # a block with what its statistics leave out
     triples = zip(layers.blocks, notes, layers.state_bytes, strict=True)
     made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
-    rows = [row + more for row, more in zip(rows, made, strict=True)]
+    pairs = zip(rows, made, strict=True)
+    rows = [row + more for row, more in pairs]
     if layers.coupling:
         across = f"{layers.coupling_bytes:,}"
         rows.append(("(all layers)", "coupling", "", "", "", layers.coupling, across))
@@ -48,10 +56,16 @@ def _with_blocks(
 
 def _geometry(layer: "Layer") -> tuple[str, ...]:
     """What the layer is, whatever block it gets."""
+    # [*stack, groups, inputs, outputs]
     groups = (layer.groups,) if layer.groups > 1 else ()
     shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
     bias = "no" if layer.bias is None else "yes"
     return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
+
+
+def _left_over(layers: "Layers", parameter: "Uncovered") -> tuple[str, ...]:
+    shape, gets = _shape(*parameter.shape), _gets(layers, parameter)
+    return parameter.path, shape, gets, parameter.reason
 
 
 def _gets(layers: "Layers", parameter: "Uncovered") -> str:
@@ -64,7 +78,9 @@ def _gets(layers: "Layers", parameter: "Uncovered") -> str:
 
 
 def _outside(layer: "Layer") -> tuple[str, ...]:
-    return (NO_EXAMPLES,) if layer.between_units and not layer.per_example else ()
+    if layer.between_units and not layer.per_example:
+        return (NO_EXAMPLES,)
+    return ()
 
 
 def _shape(*sizes: int) -> str:
@@ -73,9 +89,15 @@ def _shape(*sizes: int) -> str:
 
 def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    # every column as wide as its longest cell
+    columns = zip(*table, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    lines = [_line(row, widths) for row in table]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _line(row: tuple[str, ...], widths: Sequence[int]) -> str:
+    cells = zip(row, widths, strict=True)
+    padded = [cell.ljust(width) for cell, width in cells]
+    return "  ".join(padded).rstrip()

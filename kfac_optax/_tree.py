@@ -3,6 +3,7 @@ layout.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,21 +23,18 @@ def path_name(path: tuple) -> str:
     >>> [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['Dense_0/kernel']
     """
-    keys = list(path)
     # NNX states show `.value` in `init` but not in `update`, and partitioned linen parameters are
     # boxed too.
-    if (
-        keys
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name in ("value", "raw_value")
-    ):
-        keys.pop()
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+    last = path[-1] if path else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name in ("value", "raw_value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
     """Leaves of a tree by normalised path, in tree order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): leaf for path, leaf in pairs}
 
 
 def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
@@ -44,9 +42,11 @@ def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
     replaces.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [
-        new[n].astype(leaf.dtype) if (n := path_name(path)) in new else leaf for path, leaf in paths
-    ]
+    # states of masked transformations have other leaves: only what is named is replaced
+    leaves = []
+    for path, leaf in paths:
+        name = path_name(path)
+        leaves.append(new[name].astype(leaf.dtype) if name in new else leaf)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -55,6 +55,7 @@ def make_buckets(
 ) -> tuple[Bucket, ...]:
     """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
+    # dictionaries keep the order of execution
     for layer in layers:
         block = None if block_of is None else block_of(layer)
         # a bias row changes the factors, so 10 inputs with bias and 11 without stay apart, and
@@ -65,41 +66,54 @@ def make_buckets(
         groups.setdefault(key, []).append(layer)
     buckets: dict[str, Bucket] = {}
     for (kind, (p, q), bias, _, block, _), members in groups.items():
-        name = base = f"{kind}_{p}x{q}" + ("_bias" if bias else "")
+        suffix = "_bias" if bias else ""
+        name = base = f"{kind}_{p}x{q}{suffix}"
         while name in buckets:  # the same shapes under another block
             name = f"{base}_{len(buckets)}"
         buckets[name] = Bucket(name, tuple(members), (p, q), block)
     return tuple(buckets.values())
 
 
-def gather(bucket: Bucket, leaves: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+def gather(
+    bucket: Bucket,
+    leaves: Mapping[str, jax.Array],
+    dtype: jnp.dtype,
+) -> jax.Array:
     """Canonical matrices of a bucket, `[copies, p, q]`: kernels, with the bias as last row of the
     input side.
     """
     _, q = bucket.shape
-    kernels = [_matrices(leaves[x.kernel].astype(dtype), x) for x in bucket.layers]
+    # [copies, inputs, q] of every layer, one after another
+    kernels, biases = [], []
+    for layer in bucket.layers:
+        kernel = leaves[layer.kernel].astype(dtype)
+        kernels.append(_matrices(kernel, layer))
+        if layer.bias is not None:
+            bias = leaves[layer.bias].astype(dtype)
+            biases.append(bias.reshape(layer.copies, 1, q))
     matrices = jnp.concatenate(kernels)
-    if bucket.layers[0].bias is None:
+    if not biases:
         return matrices
-    biases = [
-        leaves[x.bias].astype(dtype).reshape(x.copies, 1, q)
-        for x in bucket.layers
-        if x.bias is not None
-    ]
-    return jnp.concatenate([matrices, jnp.concatenate(biases)], axis=1)
+    last_rows = jnp.concatenate(biases)
+    return jnp.concatenate([matrices, last_rows], axis=1)
 
 
 def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
     n, layout = len(layer.stack), layer.layout
+    # [*stack, *split] -> [*stack, *order] -> [copies, p, q]
     kernel = kernel.reshape(*layer.stack, *layout.split)
-    kernel = kernel.transpose(*range(n), *(n + axis for axis in layout.order))
+    order = [n + axis for axis in layout.order]
+    kernel = kernel.transpose(*range(n), *order)
     return kernel.reshape(layer.copies, layer.inputs, layer.outputs)
 
 
 def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
     n, layout = len(layer.stack), layer.layout
-    kernel = matrices.reshape(*layer.stack, *(layout.split[axis] for axis in layout.order))
-    kernel = kernel.transpose(*range(n), *(n + int(axis) for axis in np.argsort(layout.order)))
+    # the same backwards: [copies, p, q] -> [*stack, *order] -> [*stack, *split] -> as stored
+    ordered = [layout.split[axis] for axis in layout.order]
+    kernel = matrices.reshape(*layer.stack, *ordered)
+    back = [n + int(axis) for axis in np.argsort(layout.order)]
+    kernel = kernel.transpose(*range(n), *back)
     return kernel.reshape(*layer.stack, *layout.shape)
 
 
@@ -107,17 +121,23 @@ def scatter(
     bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name, in the shapes found in `leaves`."""
-    out, start = {}, 0
-    for x in bucket.layers:
-        mine = matrices[start : start + x.copies]
-        start += x.copies
-        out[x.kernel] = _as_stored(mine[:, : x.inputs], x)
-        if x.bias is not None:
-            out[x.bias] = mine[:, x.inputs].reshape(leaves[x.bias].shape)
+    out = {}
+    for layer, copies in bucket.slices:
+        # the copies of this layer; its bias is the last row of each
+        mine = matrices[copies]
+        weights = mine[:, : layer.inputs]
+        out[layer.kernel] = _as_stored(weights, layer)
+        if layer.bias is not None:
+            bias = mine[:, layer.inputs]
+            out[layer.bias] = bias.reshape(leaves[layer.bias].shape)
     return out
 
 
-def map_examples(function: Callable, args: Sequence[PyTree], batch_size: int) -> PyTree:
+def map_examples(
+    function: Callable,
+    args: Sequence[PyTree],
+    batch_size: int,
+) -> PyTree:
     """`function(*args)` of one example after another, the results on a new axis 0.
 
     An example keeps its axis 0, of length one. Every array with an axis 0 as long as that of the
@@ -142,11 +162,15 @@ def map_examples(function: Callable, args: Sequence[PyTree], batch_size: int) ->
             "model, such as the inputs x [N, ...]."
         )
     size = arrays[0].shape[0]
-    cut = [getattr(x, "ndim", 0) > 0 and x.shape[0] == size for x in leaves]
+    # arrays with the examples on axis 0; others are the same for all
+    with_axis = [getattr(x, "ndim", 0) > 0 for x in leaves]
+    cut = [has and x.shape[0] == size for x, has in zip(leaves, with_axis, strict=True)]
 
     def of_example(rows: list[jax.Array]) -> PyTree:
+        # the rows of one example in the places of the arrays they were cut from
         left = iter(rows)
-        own = [next(left)[None] if is_cut else x for x, is_cut in zip(leaves, cut, strict=True)]
+        pairs = zip(leaves, cut, strict=True)
+        own = [next(left)[None] if is_cut else x for x, is_cut in pairs]
         return function(*jax.tree.unflatten(treedef, own))
 
     rows = [x for x, is_cut in zip(leaves, cut, strict=True) if is_cut]
@@ -167,40 +191,48 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     """
     shape: tuple[int, ...] = (*leading, *aval.shape)
     sharding: Any = getattr(aval, "sharding", None)
+    # explicit mesh axes: the new ones in front are not sharded
     spec = getattr(sharding, "spec", ())
     if any(part is not None for part in spec):
         spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
-        return jnp.zeros(
-            shape, aval.dtype, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec)
-        )
+        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+        return jnp.zeros(shape, aval.dtype, out_sharding=sharding)
+    # inside of `shard_map`: zeros that vary like what they stand for
     zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    if not axes:
+        return zeros
+    return jax.lax.pcast(zeros, axes, to="varying")
 
 
 def wide_dtype(tree: PyTree) -> Any:
     """The widest of float32 and the dtypes of a tree: for sums, statistics and the numbers in a
     state.
     """
-    return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+    dtypes = [x.dtype for x in jax.tree.leaves(tree)]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def inner(left: PyTree, right: PyTree) -> jax.Array:
     """Sum of products of all entries of two trees, in their `wide_dtype`."""
     dtype = wide_dtype((left, right))
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return sum((jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
+    total = jnp.zeros((), dtype)
+    for x, y in pairs:
+        total = total + jnp.sum(x.astype(dtype) * y.astype(dtype))
+    return total
 
 
 def varying_axes(aval: Any) -> tuple[str, ...]:
     """Axes of a `shard_map` over which a value differs between devices, where that is tracked."""
     # the attribute has moved between JAX versions
     manual = getattr(aval, "manual_axis_type", None)
-    return tuple(getattr(manual, "varying", None) or getattr(aval, "vma", None) or ())
+    axes = getattr(manual, "varying", None) or getattr(aval, "vma", None)
+    return tuple(axes or ())
 
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
-    checks = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
     return jnp.stack(checks).all() if checks else jnp.bool_(True)
 
 
@@ -208,9 +240,10 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where `condition` (`[]` or `[n]`, matched to leading axes) holds, else `old`."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(
-            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
-        )
+        # [n] -> [n, 1, ...]
+        missing = (1,) * (a.ndim - condition.ndim)
+        beside = condition.reshape(condition.shape + missing)
+        return jnp.where(beside, a, b)
 
     return jax.tree.map(pick, new, old)
 
@@ -222,11 +255,15 @@ def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[L
     Under `optax.masked` and `optax.partition` a transformation sees only its own part of the
     parameters.
     """
-    found = (layer for layer in layers if layer.kernel in leaves)
-    return tuple(
-        x if x.bias is None or x.bias in leaves else dataclasses.replace(x, bias=None)
-        for x in found
-    )
+    # a bias that is masked leaves a layer without one
+    found = []
+    for layer in layers:
+        if layer.kernel not in leaves:
+            continue
+        if layer.bias is not None and layer.bias not in leaves:
+            layer = dataclasses.replace(layer, bias=None)
+        found.append(layer)
+    return tuple(found)
 
 
 def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
@@ -235,9 +272,7 @@ def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
     if layers is None:
         return leaves
     mine = present(layers, leaves)
-    names = {layer.kernel for layer in mine} | {
-        layer.bias for layer in mine if layer.bias is not None
-    }
+    names = set(itertools.chain.from_iterable(layer.leaves for layer in mine))
     return {name: x for name, x in leaves.items() if name in names}
 
 
@@ -247,7 +282,8 @@ def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:
     """
     if not layers.graft:
         return {}
-    left = covered_leaves(tree, layers).keys() | {
-        u.path for u in layers.uncovered if u.reason == NOT_USED
-    }
-    return {name: x for name, x in named_leaves(tree).items() if name not in left}
+    # what has a block, and what has no gradient
+    unused = {u.path for u in layers.uncovered if u.reason == NOT_USED}
+    left = covered_leaves(tree, layers).keys() | unused
+    leaves = named_leaves(tree)
+    return {name: x for name, x in leaves.items() if name not in left}

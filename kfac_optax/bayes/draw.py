@@ -19,7 +19,12 @@ from kfac_optax.engine.state import CurvatureState, the_state
 
 
 def draw(
-    where: str, operator: BlockInverse, mean: PyTree, key: jax.Array, count: int, variance: Any
+    where: str,
+    operator: BlockInverse,
+    mean: PyTree,
+    key: jax.Array,
+    count: int,
+    variance: Any,
 ) -> PyTree:
     """`mean + sqrt(variance) R z`, `R R^T` the operator, `count` times on a new axis 0.
 
@@ -28,14 +33,23 @@ def draw(
     Raises:
       ValueError: a block has no square root.
     """
+    # in the dtype of the inverses, which may be wider than the parameters
     leaves, dtype = named_leaves(mean), wide_dtype(operator.inverses)
     names = covered_names(operator)
+    # white noise [count, *shape] for what has a block, zeros for the rest
     noise = {name: jnp.zeros((count, *x.shape), dtype) for name, x in leaves.items()}
-    for name, own in zip(names, jax.random.split(key, len(names)), strict=True):
+    keys = jax.random.split(key, len(names))
+    for name, own in zip(names, keys, strict=True):
         noise[name] = jax.random.normal(own, noise[name].shape, dtype)
+    # R z, with R R^T = (F + damping I)^{-1}
     spread = root_trees(where, operator, noise)
-    stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), mean)
-    moved = {name: leaves[name] + jnp.sqrt(variance) * spread[name] for name in names}
+
+    def repeated(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (count, *x.shape))
+
+    stacked = jax.tree.map(repeated, mean)
+    scale = jnp.sqrt(variance)
+    moved = {name: leaves[name] + scale * spread[name] for name in names}
     return replace_leaves(stacked, moved)
 
 
@@ -92,6 +106,7 @@ def sample_params(
     check_number(where, "weight_decay", weight_decay, above=0)
     check_number(where, "temperature", temperature, at_least=0)
     layers, block_of = covered_with(where, layers, None, normalization, uncovered)
+    # the inverses that the optimizer holds, with the weight decay of the posterior as damping
     state = the_state(opt_state, CurvatureState, where)
     operator = of_state(where, state, layers, block_of)
     damping = jnp.asarray(weight_decay, wide_dtype(operator.inverses))

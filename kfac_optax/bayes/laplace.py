@@ -21,7 +21,7 @@ from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.engine.block_inverse import covered_with
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.state import block_of_bucket
-from kfac_optax.estimators.fisher import Estimator
+from kfac_optax.estimators.estimator import Estimator
 
 
 def laplace(
@@ -82,11 +82,13 @@ def laplace(
             f"{where}: {estimator.spec.kind.name} measures inputs of layers only, so it is no "
             "model of the loss; expected ggn(predict) or fisher(predict)."
         )
+    # the first batch shows the layers; it is measured with the others
     iterator = iter(batches)
     first = next(iterator, None)
     if first is None:
         raise ValueError(f"{where}: got no batch; expected an iterable of tuples such as [(x,)].")
     found = estimator.layers(params, *first)
+    # one batched operation for every bucket of equal layers
     layers, block_of = covered_with(where, found, block, normalization, uncovered)
     buckets = make_buckets(layers, block_of)
     check_means(where, buckets)
@@ -95,8 +97,10 @@ def laplace(
     data: Batches = itertools.chain([first], iterator)
     measured = _measured(estimator, params, data, buckets, key, dtype)
     if size is not None:
+        # a subset of the data may stand for all of it
         check_number(where, "size", size, above=0)
         measured = measured._replace(size=jnp.asarray(size, dtype))
+    # N F + prior I = N (F + prior / N I)
     inverses = factorize(buckets, measured, precision / measured.size)
     return Posterior(params, measured, inverses, precision, buckets, estimator.spec)
 
@@ -110,17 +114,21 @@ def _measured(
     dtype: Any,
 ) -> Measured:
     """Statistics of the data; where a block measures in its inverse, in a second pass."""
+    # a generator can be read once only
     reads = any(block_of_bucket(bucket).reads_inverse for bucket in buckets)
     data = tuple(data) if reads else data
     measure = functools.partial(mean_statistics, estimator, params, data, buckets, key, dtype)
     if not reads:
         return measure({})
     one = jnp.ones((), dtype)
-    nothing = Measured({b.name: _start(b, dtype) for b in buckets}, {}, one)
+    # first pass: factors, whose eigenbasis the second pass measures in
+    start = {bucket.name: _start(bucket, dtype) for bucket in buckets}
+    nothing = Measured(start, {}, one)
     measured = measure(factorize(buckets, nothing, one))
     return measure(factorize(buckets, measured._replace(moments={}), one))
 
 
 def _start(bucket: Bucket, dtype: Any) -> PyTree:
+    # the value before any statistic, [copies, ...]
     one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
     return jax.tree.map(lambda x: jnp.repeat(x[None], bucket.copies, 0), one)

@@ -11,7 +11,7 @@ from kfac_optax._tree import all_finite
 from kfac_optax._types import Average, Bucket, PyTree
 from kfac_optax.engine.refresh import inverses_read
 from kfac_optax.engine.state import block_of_bucket
-from kfac_optax.estimators.fisher import Estimator
+from kfac_optax.estimators.estimator import Estimator
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.linalg.factorize import after
@@ -43,16 +43,21 @@ def mean_statistics(
     Raises:
       ValueError: a batch gives numbers that are not finite.
     """
+    # layers in the order of the buckets, each with its block
     layers = tuple(layer for bucket in buckets for layer in bucket.layers)
     blocks = tuple(block_of_bucket(bucket) for bucket in buckets for _ in bucket.layers)
     read = inverses_read(layers, buckets, inverses)
 
     @jax.jit
     def measure(params, args, key, count, read):
+        # weighted by its examples, so that batches of different size make one mean
         plan = Plan(layers, blocks, None, dtype, None, count, read)
-        per_layer, _ = estimator.at(params, *args, key=key).statistics(plan)
-        weight = _weight_of(estimator.spec.kind, estimator.spec.function(params, *args))
-        return jax.tree.map(lambda x: weight * x.astype(dtype), per_layer), weight
+        curvature = estimator.at(params, *args, key=key)
+        per_layer, _ = curvature.statistics(plan)
+        prediction = estimator.spec.function(params, *args)
+        weight = _weight_of(estimator.spec.kind, prediction)
+        weighted = jax.tree.map(lambda x: weight * x.astype(dtype), per_layer)
+        return weighted, weight
 
     total, size = None, jnp.zeros((), dtype)
     for i, args in enumerate(batches):
@@ -62,8 +67,10 @@ def mean_statistics(
         _check_finite(i, new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
         size = size + weight
+    # [copies, ...] of every layer -> [copies of the bucket, ...]
     statistics, moments = {}, {}
-    mean = dict(zip(layers, jax.tree.map(lambda x: x / size, total), strict=True))
+    means = jax.tree.map(lambda x: x / size, total)
+    mean = dict(zip(layers, means, strict=True))
     for bucket in buckets:
         of_layers = [mean[layer] for layer in bucket.layers]
         joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *of_layers)
@@ -84,12 +91,15 @@ def factorize(
     first = Average(zero, jnp.ones((), jnp.int32), zero)  # nothing was measured before
     for bucket in buckets:
         block = block_of_bucket(bucket)
+        # all matrices of a bucket at once, one bucket after another
         ready = after(measured.statistics[bucket.name], previous)
         made = jax.vmap(block.factorize, (0, None))(ready, damping)
+        # moments replace the product of the eigenvalues as a whole
         if bucket.name in measured.moments:
             assert block.absorb is not None
             absorb = jax.vmap(block.absorb, (0, 0, 0, None, None))
-            made = absorb(made, measured.moments[bucket.name], ready, damping, first)
+            moments = measured.moments[bucket.name]
+            made = absorb(made, moments, ready, damping, first)
         previous = inverses[bucket.name] = made
     return inverses
 
@@ -98,12 +108,16 @@ def _weight_of(kind: Kind, prediction: PyTree) -> Any:
     """Number of examples, each counting its mean weight."""
     _, heads = split_outputs(kind, prediction)
     examples = count_examples(kind, heads)
+    # mean weight of an example, over the heads that have some
     weights = [getattr(head, "weights", None) for head in heads]
     known = [jnp.mean(x) for x in weights if x is not None]
-    return examples * sum(known) / len(known) if known else jnp.float32(examples)
+    if not known:
+        return jnp.float32(examples)
+    return examples * sum(known) / len(known)
 
 
 def _check_finite(i: int, statistics: PyTree) -> None:
+    # under tracing there is no value to look at
     good = all_finite(statistics)
     if not isinstance(good, jax.core.Tracer) and not bool(good):
         raise ValueError(

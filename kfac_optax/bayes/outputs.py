@@ -27,6 +27,7 @@ class Outputs(NamedTuple):
     @property
     def variance(self) -> Float[Array, "N *event"]:
         """Of every output on its own."""
+        # [N, C, C] -> [N, C] -> [N, *event]; rounding may leave a variance below zero
         diagonal = jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
         return jnp.maximum(diagonal, 0).reshape(self.mean.shape)
 
@@ -49,6 +50,7 @@ def linearized(
       args: further arguments, cut up by `map_examples`.
       batch_size: how many at the same time.
     """
+    # parameters without a block do not vary
     random = _covered(mean, names)
     zeros = jax.tree.map(jnp.zeros_like, mean)
 
@@ -59,30 +61,39 @@ def linearized(
         def raveled(named: dict[str, Array]) -> Array:
             return jnp.ravel(outputs(replace_leaves(mean, named), *own))
 
+        # rows of the Jacobian, [C, *shape] for every parameter
         value, pull = jax.vjp(raveled, random)
-        (jacobian,) = jax.vmap(pull)(jnp.eye(len(value), dtype=value.dtype))
+        columns = jnp.eye(len(value), dtype=value.dtype)
+        (jacobian,) = jax.vmap(pull)(columns)
         return value, _gram(jacobian, jax.vmap(spread)(jacobian))
 
+    # J (Sigma J^T), examples one after another
     value, form = map_examples(of_example, args, batch_size)
     shape = jax.eval_shape(outputs, mean, *args).shape
     return Outputs(value.reshape(shape), form)
 
 
 def _covered(tree: PyTree, names: list[str]) -> dict[str, Array]:
-    return {name: x for name, x in named_leaves(tree).items() if name in names}
+    leaves = named_leaves(tree)
+    return {name: x for name, x in leaves.items() if name in names}
 
 
 def _gram(left: dict[str, Array], right: dict[str, Array]) -> Float[Array, "C C"]:
     """Sums over all parameters of products of rows `[C, ...]`, made symmetric."""
     total: Any = 0.0
     for name, x in left.items():
-        x, y = (z.reshape(len(z), -1) for z in (x, right[name]))
+        y = right[name]
+        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
         total += jnp.matmul(x, y.T, precision="highest")
     return (total + total.T) / 2
 
 
 def averaged(
-    head: Any, outputs: Outputs, approximation: str, key: jax.Array | None, samples: int
+    head: Any,
+    outputs: Outputs,
+    approximation: str,
+    key: jax.Array | None,
+    samples: int,
 ) -> Any:
     """A likelihood with the spread of its outputs in it, see `Posterior.predict`.
 
@@ -100,20 +111,34 @@ def averaged(
             "Categorical or Bernoulli. Use Posterior.outputs, or average over Posterior.sample."
         )
     if approximation == "probit":
+        # E[sigmoid(f)] ~ sigmoid(f / sqrt(1 + pi s^2 / 8))
         shrink = jnp.sqrt(1 + math.pi / 8 * outputs.variance)
         return dataclasses.replace(head, logits=outputs.mean / shrink)
     if key is None:
         raise ValueError("Posterior.predict: got key=None with approximation='sample'; pass a key.")
+    # averages of probabilities by their logarithms
     logits = _draw(outputs, key, samples)
-    mean_of_exp = lambda x: jax.nn.logsumexp(x, axis=0) - math.log(samples)
+
+    def mean_of_exp(x: Array) -> Array:
+        return jax.nn.logsumexp(x, axis=0) - math.log(samples)
+
+    # logits of the mean probabilities
     if isinstance(head, Categorical):
-        return dataclasses.replace(head, logits=mean_of_exp(jax.nn.log_softmax(logits)))
-    odds = mean_of_exp(jax.nn.log_sigmoid(logits)) - mean_of_exp(jax.nn.log_sigmoid(-logits))
-    return dataclasses.replace(head, logits=odds)
+        log_means = mean_of_exp(jax.nn.log_softmax(logits))
+        return dataclasses.replace(head, logits=log_means)
+    # log odds of the mean probability, without 1 - p
+    log_one = mean_of_exp(jax.nn.log_sigmoid(logits))
+    log_zero = mean_of_exp(jax.nn.log_sigmoid(-logits))
+    return dataclasses.replace(head, logits=log_one - log_zero)
 
 
-def _draw(outputs: Outputs, key: jax.Array, samples: int) -> Float[Array, "S N *event"]:
+def _draw(
+    outputs: Outputs,
+    key: jax.Array,
+    samples: int,
+) -> Float[Array, "S N *event"]:
     count = outputs.covariance.shape[:2]
+    # f + R z with R R^T the covariance of one example, [N, C, C]
     roots, _ = jax.vmap(psd_root)(outputs.covariance)
     noise = jax.random.normal(key, (samples, *count), roots.dtype)
     spread = jnp.einsum("ncd,snd->snc", roots, noise, precision="highest")

@@ -69,6 +69,7 @@ class Posterior:
         """`(F + (prior_precision / size) I)^{-1} v`, the inverse curvature of the mean objective;
         zero where no block is.
         """
+        # a block-diagonal solve; what no block covers is fixed, so it is zero
         zeros = jax.tree.map(jnp.zeros_like, vector)
         solved = named_leaves(solve_tree(self._operator, vector))
         names = covered_names(self._operator)
@@ -76,6 +77,7 @@ class Posterior:
 
     def covariance_product(self, vector: PyTree) -> PyTree:
         """Covariance times a tree like the parameters, zero where no block is."""
+        # (N F + prior I)^{-1} = (F + prior / N I)^{-1} / N
         solved = self.inverse_product(vector)
         return jax.tree.map(lambda x: (x / self.size).astype(x.dtype), solved)
 
@@ -85,7 +87,8 @@ class Posterior:
         Raises:
           ValueError: a block has no square root.
         """
-        return draw("Posterior.sample", self._operator, self.mean, key, count, 1 / self.size)
+        where, variance = "Posterior.sample", 1 / self.size
+        return draw(where, self._operator, self.mean, key, count, variance)
 
     def outputs(self, *args: PyTree, batch_size: int = 32) -> Outputs:
         """Gaussian over the outputs of the model linearised at the mean, `N(f, J Sigma J^T)`.
@@ -106,6 +109,7 @@ class Posterior:
         Reference: Immer, Korzepa & Bauer, Improving predictions of Bayesian neural nets via local
           linearization (2021).
         """
+        # the first natural array as function of the parameters
         names = covered_names(self._operator)
 
         def first(params: PyTree, *args: PyTree) -> jax.Array:
@@ -163,16 +167,21 @@ class Posterior:
 
         Reference: MacKay, A practical Bayesian framework for backpropagation networks (1992).
         """
-        random = {name: named_leaves(self.mean)[name] for name in covered_names(self._operator)}
+        # log det(N F + prior I) = P log N + log det(F + prior / N I)
+        leaves = named_leaves(self.mean)
+        random = {name: leaves[name] for name in covered_names(self._operator)}
         count = sum(x.size for x in random.values())
-        prior = count * jnp.log(self.prior_precision) - self.prior_precision * inner(random, random)
-        curvature = count * jnp.log(self.size) + logdet("Posterior.log_evidence", self._operator)
+        square = self.prior_precision * inner(random, random)
+        prior = count * jnp.log(self.prior_precision) - square
+        determinant = logdet("Posterior.log_evidence", self._operator)
+        curvature = count * jnp.log(self.size) + determinant
         return -self.size * loss + (prior - curvature) / 2
 
     def with_prior_precision(self, prior_precision: Any) -> "Posterior":
         """The posterior with another prior; the mean and the statistics stay."""
         check_number("Posterior", "prior_precision", prior_precision, above=0)
         precision = jnp.asarray(prior_precision, self.prior_precision.dtype)
+        # another damping: the statistics are factorised anew
         inverses = factorize(self.buckets, self.measured, precision / self.size)
         return dataclasses.replace(self, prior_precision=precision, inverses=inverses)
 
@@ -184,19 +193,28 @@ class Posterior:
         """
         check_number("Posterior.with_best_prior_precision", "low", low, above=0)
         check_number("Posterior.with_best_prior_precision", "high", high, above=low)
-        left, right = (jnp.asarray(math.log(x), self.prior_precision.dtype) for x in (low, high))
+        # the evidence is a smooth function of the logarithm
+        dtype = self.prior_precision.dtype
+        left = jnp.asarray(math.log(low), dtype)
+        right = jnp.asarray(math.log(high), dtype)
         for _ in range(_ROUNDS):
             left, right = _narrowed(self, left, right)
         return self.with_prior_precision(jnp.exp((left + right) / 2))
 
-    def _head(self, params: PyTree, args: tuple[PyTree, ...]) -> Any:
+    def _head(
+        self,
+        params: PyTree,
+        args: tuple[PyTree, ...],
+    ) -> Any:
         """The only likelihood of the model."""
         advice = "Make the posterior from ggn(predict) or fisher(predict)."
         if self.spec.kind.losses:  # of all examples together, so that it is not even called
             raise TypeError(
                 f"Posterior: {self.spec.kind.name} knows losses only; expected one likelihood. {advice}"
             )
-        _, heads = split_outputs(self.spec.kind, self.spec.function(params, *args))
+        # one likelihood, whose first natural array is the output
+        prediction = self.spec.function(params, *args)
+        _, heads = split_outputs(self.spec.kind, prediction)
         if len(heads) != 1:
             raise TypeError(
                 f"Posterior: the model predicts {len(heads)} likelihoods; expected one. {advice}"
@@ -209,7 +227,14 @@ def _narrowed(
     posterior: Posterior, left: jax.Array, right: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The grid's neighbours of its best point."""
+    # the loss does not depend on the prior: any number will do
     grid = jnp.linspace(left, right, _GRID)
-    of = lambda x: posterior.with_prior_precision(jnp.exp(x)).log_evidence(0.0)
-    best = jnp.argmax(jax.vmap(of)(grid))
-    return grid[jnp.maximum(best - 1, 0)], grid[jnp.minimum(best + 1, _GRID - 1)]
+
+    def evidence(log_precision: jax.Array) -> jax.Array:
+        other = posterior.with_prior_precision(jnp.exp(log_precision))
+        return other.log_evidence(0.0)
+
+    best = jnp.argmax(jax.vmap(evidence)(grid))
+    before = jnp.maximum(best - 1, 0)
+    after = jnp.minimum(best + 1, _GRID - 1)
+    return grid[before], grid[after]

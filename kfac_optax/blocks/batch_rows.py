@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Use
 from kfac_optax.blocks.refusals import INSTEAD, given_outputs
-from kfac_optax.linalg.gram import as_replicated, homogeneous
+from kfac_optax.blocks.use_rows import input_rows
+from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.gram import as_replicated
 from kfac_optax.linalg.weighted_rows import keep_rows
 
 
@@ -23,22 +25,34 @@ class Columns(NamedTuple):
 
 
 def scaled_rows(
-    a: Array, g: Array | None, use: Use, *, where: str, instead: str = INSTEAD
+    a: Array,
+    g: Array | None,
+    use: Use,
+    *,
+    where: str,
+    instead: str = INSTEAD,
 ) -> list[Array]:
     """Rows `[n, p]` and `[n, q]` whose sums of products are the factors.
 
     Raises:
       ValueError: there are no output gradients, see `given_outputs`.
     """
-    a, g = a.astype(use.dtype), given_outputs(where, g, instead).astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    g = given_outputs(where, g, instead).astype(use.dtype)
+    a = keep_rows(input_rows(a, use), use.weights)
     if use.weights is not None:  # g has its root inside
-        a = a * jnp.sqrt(use.weights)[..., None].astype(use.dtype)
-    pairs = (a, use.examples), (g, use.rows)
-    return [x.reshape(-1, x.shape[-1]) / math.sqrt(count) for x, count in pairs]
+        root = jnp.sqrt(use.weights)[..., None]
+        a = a * root.astype(use.dtype)
+    # A = (1/N) sum a a^T and G = (1/rows) sum g g^T, with the divisors as roots in the rows
+    a = a.reshape(-1, a.shape[-1]) / math.sqrt(use.examples)
+    g = g.reshape(-1, g.shape[-1]) / math.sqrt(use.rows)
+    return [a, g]
 
 
-def pooled(a: Array, g: Array | None, use: Use) -> tuple[Array, Array | None, Use]:
+def pooled(
+    a: Array,
+    g: Array | None,
+    use: Use,
+) -> tuple[Array, Array | None, Use]:
     """One row for every example: inputs `[N, *positions, p]` averaged over positions, output
     gradients added up, and the use whose rows these are.
 
@@ -50,12 +64,18 @@ def pooled(a: Array, g: Array | None, use: Use) -> tuple[Array, Array | None, Us
     """
     positions = tuple(range(1, a.ndim - 1))
     a = a.astype(use.dtype)
-    g = None if g is None else g.astype(use.dtype).sum(positions)
+    # [N, *positions, q] -> [N, q]: gradients of the positions add up to that of the example
+    if g is not None:
+        g = g.astype(use.dtype).sum(positions)
     if use.weights is None:
         return a.mean(positions), g, use._replace(rows=use.examples)
+    # a weighted mean over positions, sum_t w_t a_t / sum_t w_t; what weight an example has as a
+    # whole stays in `share`
     share = use.weights.mean(positions)
-    relative = use.weights / jnp.where(share > 0, share, 1).reshape(-1, *(1,) * len(positions))
-    mean = (keep_rows(a, use.weights) * relative[..., None].astype(use.dtype)).mean(positions)
+    beside_positions = (-1, *(1,) * len(positions))
+    relative = use.weights / positive_or_one(share).reshape(beside_positions)
+    weighted = keep_rows(a, use.weights) * relative[..., None].astype(use.dtype)
+    mean = weighted.mean(positions)
     return mean, g, use._replace(rows=use.examples, weights=share)
 
 
@@ -63,13 +83,19 @@ def of_all_pullbacks(columns: Columns) -> Columns:
     """Rows `[n, p]` and `[k n, q]`: inputs are the same in all pullbacks, output gradients of each
     are a part of the mean.
     """
+    # [k, n, p] and [k, n, q] for k pullbacks
     a, g = jax.tree.map(as_replicated, columns)
     if g is not None:
-        g = g.reshape(-1, g.shape[-1]) / math.sqrt(len(g))
+        pullbacks = len(g)
+        g = g.reshape(-1, g.shape[-1]) / math.sqrt(pullbacks)
     return Columns(None if a is None else a[0], g)
 
 
-def fill(x: Float[Array, "n d"], rows: int, where: str) -> Float[Array, "rows d"]:
+def fill(
+    x: Float[Array, "n d"],
+    rows: int,
+    where: str,
+) -> Float[Array, "rows d"]:
     """Rows of zeros behind the others, which add nothing to any product.
 
     Raises:
@@ -86,4 +112,5 @@ def fill(x: Float[Array, "n d"], rows: int, where: str) -> Float[Array, "rows d"
             f"rows={len(x)}; ggn has a pullback for every column of the output, fisher and "
             "empirical_fisher one."
         )
-    return jnp.pad(x, ((0, rows - len(x)), (0, 0)))
+    missing = rows - len(x)
+    return jnp.pad(x, ((0, missing), (0, 0)))

@@ -53,12 +53,25 @@ def delayed(block: Block, *, every: int, steps: int) -> Block:
         made = block.factorize(statistic, damping)
         return Delayed(made, made, jnp.zeros((), jnp.int32))
 
-    def refresh(old: Delayed, statistic: PyTree, damping: Array, count: Array) -> Delayed:
+    def refresh(
+        old: Delayed,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> Delayed:
         made = block.factorize(statistic, damping)
+        # the first inverse is used at once: before it there is none worth keeping
         at_once = (old.looks == 0) | (steps == 0)
-        return Delayed(select(at_once, made, old.active), made, old.looks + 1)
+        active = select(at_once, made, old.active)
+        return Delayed(active, made, old.looks + 1)
 
-    def due(old: Delayed, statistic: PyTree, damping: Array, count: Array) -> tuple[Array, Delayed]:
+    def due(
+        old: Delayed,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> tuple[Array, Delayed]:
+        # looks since the last inverse was made
         phase = old.looks % every
         active = select(phase == steps, old.pending, old.active)
         return phase == 0, Delayed(active, old.pending, old.looks + 1)

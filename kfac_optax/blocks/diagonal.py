@@ -40,18 +40,25 @@ def diagonal() -> Block:
         )
 
     def factorize(statistic: Array, damping: Array) -> Array:
+        # the inverse is the statistic itself: the damping of the step enters in every solve
         return jnp.maximum(statistic, 0)
 
     def solve(inverse: Array, v: Array, damping: Array) -> Array:
+        # entries of S are no sums with rounding of the largest in them
         return damped_quotient(v, inverse, damping, exact=True)
 
     def multiply(statistic: Array, v: Array) -> Array:
         return statistic * v
 
     def root_solve(inverse: Array, z: Array, damping: Array) -> Array:
+        # R = diag(S + damping)^{-1/2}
         return damped_root(z, inverse, damping, exact=True)
 
-    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse, damping, exact=True)
 
     return Block(

@@ -68,7 +68,11 @@ def ekfac_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
     return eigenvalue_corrected(kronecker("eigh", precision=precision), "ekfac", precision)
 
 
-def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLike) -> Block:
+def eigenvalue_corrected(
+    plain: Block,
+    name: str,
+    precision: jax.lax.PrecisionLike,
+) -> Block:
     """`ekfac_block` in the eigenbasis of another block.
 
     Args:
@@ -81,15 +85,23 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         a: Array, g: Array | None, use: Use, inverse: CorrectedInverse
     ) -> tuple[Factors, Array]:
         g = given_outputs(name, g)
-        return plain.measure(a, g, use), moments(a, g, use, inverse)
+        factors = plain.measure(a, g, use)
+        return factors, moments(a, g, use, inverse)
 
-    def moments(a: Array, g: Array, use: Use, inverse: CorrectedInverse) -> Array:
+    def moments(
+        a: Array,
+        g: Array,
+        use: Use,
+        inverse: CorrectedInverse,
+    ) -> Array:
+        # rows in the eigenbasis, U_A^T a and U_G^T g: D_b becomes U_A^T D_b U_G
         a, g = example_rows(a, g, use)
         a = jnp.matmul(a, inverse.inputs.vectors, precision=precision)
         g = jnp.matmul(g, inverse.outputs.vectors, precision=precision)
         return example_moments(a, g, precision=precision) / use.examples
 
     def factorize(factors: Factors, damping: Array) -> CorrectedInverse:
+        # S = s_A s_G^T until a statistic is measured in the new basis
         basis: EigenInverse = plain.factorize(factors, damping)
         product = basis.inputs.values[:, None] * basis.outputs.values
         return CorrectedInverse(*basis, product, jnp.zeros((), product.dtype))
@@ -99,11 +111,14 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
     ) -> CorrectedInverse:
         measured = inverse.measured + 1
         # of all statistics there are at least as many: the second is one of this basis, or `decay`
-        weight = jnp.minimum(1 - 1 / measured, average.weight.astype(measured.dtype))
-        blended = weight * inverse.moments + (1 - weight) * new.astype(measured.dtype)
+        usual = average.weight.astype(measured.dtype)
+        weight = jnp.minimum(1 - 1 / measured, usual)
+        new = new.astype(measured.dtype)
+        blended = weight * inverse.moments + (1 - weight) * new
         return inverse._replace(moments=blended, measured=measured)
 
     def solve(inverse: CorrectedInverse, v: Array, damping: Array) -> Array:
+        # U_A [(U_A^T V U_G) / (S + damping)] U_G^T
         u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
         rotated = sandwich(u_a.T, v, u_g, precision=precision)
         scaled = damped_quotient(rotated, inverse.moments, damping)
@@ -115,7 +130,11 @@ def eigenvalue_corrected(plain: Block, name: str, precision: jax.lax.PrecisionLi
         u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
         return sandwich(u_a, scaled, u_g.T, precision=precision)
 
-    def logdet(inverse: CorrectedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: CorrectedInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse.moments, damping)
 
     return Block(

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.token_moments import token_counts
 from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.factorize import (
     Eigen,
     damped_logdet,
@@ -19,8 +21,7 @@ from kfac_optax.linalg.factorize import (
     psd_inverse,
     psd_root,
 )
-from kfac_optax.linalg.gram import homogeneous
-from kfac_optax.linalg.weighted_rows import index_counts, weighted_gram
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 OF = ("linear", "embedding", "tied_embedding", "scale_shift")
 
@@ -91,6 +92,7 @@ def foof_block(
     check_choice("foof_block", "sharing", sharing, SHARING)
     if positions is not None:
         check_number("foof_block", "positions", positions, at_least=1)
+    # what the inputs of a layer are decides how A is held
     match of:
         case "embedding":
             return _lookup()
@@ -102,20 +104,30 @@ def foof_block(
             return _linear(sharing, positions, precision)
 
 
-def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLike) -> Block:
+def _linear(
+    sharing: str,
+    positions: int | None,
+    precision: jax.lax.PrecisionLike,
+) -> Block:
     def init(layer: Layer, dtype: jnp.dtype) -> Array:
         return jnp.eye(layer.shape[0], dtype=dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
-        return weighted_gram(a, use.weights, precision=precision) / use.examples
+        # A = (1/N) sum_rows w a a^T
+        total = weighted_gram(input_rows(a, use), use.weights, precision=precision)
+        return total / use.examples
 
     def solve(inverse: Array, v: Array, damping: Array) -> Array:
         return jnp.matmul(inverse, v, precision=precision)
 
-    def solve_rows(inverse: Array, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: Array,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
+        # multiplications: n p^2 + n p q from rows, p^2 q from the gradient that is there already
         if n * (p + q) > p * q:  # more than `solve` takes
             return None
         thin = jnp.matmul(a, inverse, precision=precision)
@@ -125,10 +137,16 @@ def _linear(sharing: str, positions: int | None, precision: jax.lax.PrecisionLik
         return jnp.matmul(moment, v, precision=precision)
 
     def root_solve(inverse: Array, z: Array, damping: Array) -> Array:
+        # R R^T = (A + damping I)^{-1}, on the side of the inputs alone
         root, _ = psd_root(inverse)
         return jnp.matmul(root, z, precision=precision)
 
-    def logdet(inverse: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
+        # log det (A (x) I_q) = q log det A
         _, of_inverse = psd_root(inverse)
         return -shape[1] * of_inverse
 
@@ -152,13 +170,15 @@ def _lookup() -> Block:
         return jnp.ones(layer.inputs, dtype)
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
+        # A = diag(counts), [p]
         _check_tokens(a)
-        return index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
+        return token_counts(a, use)
 
     def factorize(counts: Array, damping: Array) -> Array:
         return counts
 
     def solve(counts: Array, v: Array, damping: Array) -> Array:
+        # rows of tokens that never occurred have the damping alone
         return damped_quotient(v, counts[:, None], damping, exact=True)
 
     def multiply(counts: Array, v: Array) -> Array:
@@ -167,7 +187,11 @@ def _lookup() -> Block:
     def root_solve(counts: Array, z: Array, damping: Array) -> Array:
         return damped_root(z, counts[:, None], damping, exact=True)
 
-    def logdet(counts: Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        counts: Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return shape[1] * damped_logdet(counts, damping, exact=True)
 
     return Block(
@@ -185,39 +209,53 @@ def _lookup() -> Block:
 def _tied(precision: jax.lax.PrecisionLike) -> Block:
     def init(layer: Layer, dtype: jnp.dtype) -> TiedInputs:
         p, q = layer.shape
-        return TiedInputs(jnp.full(p, 0.5, dtype), 0.5 * jnp.eye(q, dtype=dtype))
+        # the two terms add up to the identity
+        halves = jnp.full(p, 0.5, dtype)
+        return TiedInputs(halves, 0.5 * jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> TiedInputs:
         q = use.outputs
+        # a look-up, integer tokens: diag(counts) V
         if jnp.issubdtype(a.dtype, jnp.integer):
-            counts = index_counts(a, use.inputs, use.weights, use.dtype) / use.examples
-            return TiedInputs(counts, jnp.zeros((q, q), use.dtype))
+            no_head = jnp.zeros((q, q), use.dtype)
+            return TiedInputs(token_counts(a, use), no_head)
         if a.shape[-1] != q:
             raise ValueError(
                 f"foof_block: measure got head inputs of size {a.shape[-1]}; expected {q} for a "
                 f"table {use.inputs}x{q}. Pass h [*rows, {q}] of h @ table.T."
             )
-        moment = weighted_gram(a.astype(use.dtype), use.weights, precision=precision)
-        return TiedInputs(jnp.zeros(use.inputs, use.dtype), moment / use.examples)
+        # a use as head, V H: its inputs h [*rows, q] are on the other side of the table
+        h = a.astype(use.dtype)
+        moment = weighted_gram(h, use.weights, precision=precision)
+        no_counts = jnp.zeros(use.inputs, use.dtype)
+        return TiedInputs(no_counts, moment / use.examples)
 
     def factorize(inputs: TiedInputs, damping: Array) -> TiedInputsInverse:
         return TiedInputsInverse(inputs.counts, psd_eigh(inputs.head))
 
     def solve(inverse: TiedInputsInverse, v: Array, damping: Array) -> Array:
         vectors, values = inverse.head
+        # with H = U diag(s) U^T, diag(counts) X + X H + damping X = V is solved entry by entry in X
+        # U
         rotated = jnp.matmul(v, vectors, precision=precision)
         scaled = damped_quotient(rotated, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
 
     def multiply(inputs: TiedInputs, v: Array) -> Array:
-        return inputs.counts[:, None] * v + jnp.matmul(v, inputs.head, precision=precision)
+        of_head = jnp.matmul(v, inputs.head, precision=precision)
+        return inputs.counts[:, None] * v + of_head
 
     def root_solve(inverse: TiedInputsInverse, z: Array, damping: Array) -> Array:
         vectors, values = inverse.head
+        # R Z = (Z / sqrt(counts + s^T + damping)) U^T
         scaled = damped_root(z, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
 
-    def logdet(inverse: TiedInputsInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: TiedInputsInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         return damped_logdet(inverse.counts[:, None] + inverse.head.values, damping)
 
     return Block(

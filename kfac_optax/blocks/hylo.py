@@ -95,18 +95,29 @@ def hylo_block(
     def init(layer: Layer, dtype: jnp.dtype) -> Array:
         return jnp.ones((), dtype)
 
-    def measure(a: Array, g: Array | None, use: Use) -> tuple[Array, Columns]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+    ) -> tuple[Array, Columns]:
         a, g, use = pooled(a, g, use)
         # the weight of an example is in g already, as its root: that of u_b
-        plain = use if use.weights is None else use._replace(weights=_counted(use.weights))
+        plain = use
+        if use.weights is not None:
+            plain = use._replace(weights=_counted(use.weights))
         a, g = scaled_rows(a, g, plain, where="hylo_block")
+        # |a_b|^2 |g_b|^2 / N^2, since both rows were divided by the root of N: the trace of F is N
+        # times their sum
         lengths = jnp.sum(a * a, -1) * jnp.sum(g * g, -1)
-        return use.examples * jnp.sum(lengths) / (p * q), Columns(a, g)
+        mean = use.examples * jnp.sum(lengths) / (p * q)
+        return mean, Columns(a, g)
 
     def factorize(mean: Array, damping: Array) -> ExampleInverse:
         """What stands for the block before its rows are known: its mean eigenvalue."""
-        inputs, outputs = (jnp.zeros((rank, d), mean.dtype) for d in shape)
-        return ExampleInverse(inputs, outputs, jnp.zeros((rank, rank), mean.dtype), mean + damping)
+        inputs = jnp.zeros((rank, p), mean.dtype)
+        outputs = jnp.zeros((rank, q), mean.dtype)
+        middle = jnp.zeros((rank, rank), mean.dtype)
+        return ExampleInverse(inputs, outputs, middle, mean + damping)
 
     def refresh(inverse: ExampleInverse, mean: Array, damping: Array, count: Array):
         return inverse  # the last statistic has made it
@@ -115,6 +126,7 @@ def hylo_block(
         inverse: ExampleInverse, new: Columns, mean: Array, damping: Array, average: Average
     ) -> ExampleInverse:
         rows = example_rows(new, precision=precision)
+        # one shift for C and for the division by it
         shift = shift_for(damping, jnp.trace(rows.gram))
         return ExampleInverse(*choose(rows, shift, average.count), shift)
 
@@ -123,6 +135,7 @@ def hylo_block(
             key = jax.random.fold_in(jax.random.key(seed), count)
             return by_sampling(rows, shift, rank, key)
 
+        # shapes are known when tracing: no choice has to be made for a small batch
         if len(rows.inputs) <= rank:
             return all_of_them(rows, shift, rank)
         if selection == "kis":
@@ -134,10 +147,13 @@ def hylo_block(
         return jax.lax.cond(now, lambda: by_interpolation(rows, shift, rank), sampled)
 
     def solve(inverse: ExampleInverse, v: Array, damping: Array) -> Array:
+        # U V: a_b^T V g_b for every row, [r]
         seen = jnp.matmul(inverse.inputs, v, precision=precision)
         along = jnp.sum(seen * inverse.outputs, -1)
         inside = jnp.matmul(inverse.middle, along, precision=precision)
-        back = jnp.matmul(inverse.inputs.T, inside[:, None] * inverse.outputs, precision=precision)
+        # U^T C U V: sum_b c_b a_b g_b^T, [p, q]
+        scaled = inside[:, None] * inverse.outputs
+        back = jnp.matmul(inverse.inputs.T, scaled, precision=precision)
         return (v - back) / inverse.damping
 
     return Block(

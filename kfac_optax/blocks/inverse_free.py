@@ -105,36 +105,69 @@ def inverse_free(
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         return Means(jnp.ones((), dtype), jnp.ones((), dtype))
 
-    def measure(a: Array, g: Array | None, use: Use, roots: Roots) -> tuple[Means, Means]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+        roots: Roots,
+    ) -> tuple[Means, Means]:
         a, g = _rows(a, g, use)
         p, q = shape
-        means = Means(_square(a, use) / use.examples / p, jnp.sum(g * g) / use.rows / q)
+        # tr(A) / p and tr(G) / q, for the size of the first roots
+        mean_a = _square(a, use) / use.examples / p
+        mean_g = jnp.sum(g * g) / use.rows / q
+        means = Means(mean_a, mean_g)
+        # P[K^T A K] and P[C^T G C] of this batch
         of_inputs = root_moments(form, roots.inputs, a, use.weights, precision)
         of_outputs = root_moments(form, roots.outputs, g, None, precision)
         return means, Means(of_inputs / use.examples, of_outputs / use.rows)
 
     def factorize(means: Means, damping: Array) -> Roots:
+        # K K^T = (A + pi sqrt(damping))^{-1} for a factor that is its mean eigenvalue times the
+        # identity
         shifts = tikhonov_shifts(*means, damping)
-        sides = zip(means, shifts, shape, strict=True)
-        return Roots(*(first_root(form, mean + shift, d) for mean, shift, d in sides))
+        totals = (mean + shift for mean, shift in zip(means, shifts, strict=True))
+        roots = (first_root(form, total, d) for total, d in zip(totals, shape, strict=True))
+        return Roots(*roots)
 
-    def refresh(roots: Roots, means: Means, damping: Array, count: Array) -> Roots:
+    def refresh(
+        roots: Roots,
+        means: Means,
+        damping: Array,
+        count: Array,
+    ) -> Roots:
         return roots  # statistics have moved them already
 
-    def absorb(roots: Roots, new: Means, means: Means, damping: Array, average: Average) -> Roots:
+    def absorb(
+        roots: Roots,
+        new: Means,
+        means: Means,
+        damping: Array,
+        average: Average,
+    ) -> Roots:
         # both sides from the old roots
         of_inputs, of_outputs = map(scales, roots, new, shape)
-        inputs = move(roots.inputs, new.inputs, of_outputs, damping, shape[0])
-        return Roots(inputs, move(roots.outputs, new.outputs, of_inputs, damping, shape[1]))
+        p, q = shape
+        inputs = move(roots.inputs, new.inputs, of_outputs, damping, p)
+        outputs = move(roots.outputs, new.outputs, of_inputs, damping, q)
+        return Roots(inputs, outputs)
 
     def scales(held: Root, moments: Array, d: int) -> Scales:
+        # tr(H_C) / q and tr(C^T C) / q for K, the same of K for C; one each for IKFAC
         return root_scales(form, held, moments, d) if coupled else Scales(1.0, 1.0)
 
-    def move(held: Root, moments: Array, other: Scales, damping: Array, d: int) -> Root:
+    def move(
+        held: Root,
+        moments: Array,
+        other: Scales,
+        damping: Array,
+        d: int,
+    ) -> Root:
         force = root_force(form, held, moments, other, damping, d, precision)
         return moved_root(form, held, force, root_rate, root_momentum, precision)
 
     def solve(roots: Roots, v: Array, damping: Array) -> Array:
+        # K K^T V C C^T, by rows of V first
         right = times_square(form, roots.outputs, v, precision)
         return times_square(form, roots.inputs, right.T, precision).T
 
@@ -172,8 +205,13 @@ def _check(
         check_number(where, "positions", positions, at_least=1)
 
 
-def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
+def _rows(
+    a: Array,
+    g: Array | None,
+    use: Use,
+) -> tuple[Array, Array]:
     g = given_outputs("inverse_free", g)
+    # rows with the bias coordinate, those of weight zero never read
     a = a.astype(use.dtype)
     a = homogeneous(a) if use.bias else a
     return keep_rows(a, use.weights), g.astype(use.dtype)
@@ -182,4 +220,6 @@ def _rows(a: Array, g: Array | None, use: Use) -> tuple[Array, Array]:
 def _square(a: Array, use: Use) -> Array:
     """`sum_rows w |a|^2`."""
     lengths = jnp.sum(a * a, -1)
-    return jnp.sum(lengths if use.weights is None else use.weights.astype(use.dtype) * lengths)
+    if use.weights is not None:
+        lengths = use.weights.astype(use.dtype) * lengths
+    return jnp.sum(lengths)

@@ -25,8 +25,13 @@ class Scales(NamedTuple):
     length: Array | float
 
 
-def first_root(form: Structure, total: Float[Array, ""], dimension: int) -> Root:
+def first_root(
+    form: Structure,
+    total: Float[Array, ""],
+    dimension: int,
+) -> Root:
     """That of a multiple of the identity, at rest."""
+    # [m, s, s], the blocks of I
     identity = group_identity(dimension, form.width(dimension), total.dtype)
     root = form.compress(identity / jnp.sqrt(total))
     return Root(root, jnp.zeros_like(root))
@@ -40,15 +45,23 @@ def root_moments(
     precision: jax.lax.PrecisionLike,
 ) -> Array:
     """`P[H]` with `H = sum_rows w (K^T x) (K^T x)^T`, of blocks alone where the structure has some."""
+    # K^T x for every row
     rotated = group_product(x, form.expand(held.root), precision=precision)
     size = form.width(x.shape[-1])
     return form.tangent(group_gram(rotated, size, weights, precision=precision))
 
 
-def root_scales(form: Structure, held: Root, moments: Array, dimension: int) -> Scales:
+def root_scales(
+    form: Structure,
+    held: Root,
+    moments: Array,
+    dimension: int,
+) -> Scales:
     """Of one side, from its moments: their diagonal is that of `H`."""
+    # P keeps the trace of H
     trace = jnp.einsum("mii->", form.expand(moments))
-    return Scales(trace / dimension, jnp.sum(form.expand(held.root) ** 2) / dimension)
+    square = jnp.sum(form.expand(held.root) ** 2)
+    return Scales(trace / dimension, square / dimension)
 
 
 def root_force(
@@ -64,9 +77,11 @@ def root_force(
     is the damped inverse.
     """
     k = form.expand(held.root)
+    # K^T K
     square = jnp.matmul(k.mT, k, precision=precision)
     identity = group_identity(dimension, form.width(dimension), k.dtype)
-    return other.curvature * moments + form.tangent(damping * other.length * square - identity)
+    rest = damping * other.length * square - identity
+    return other.curvature * moments + form.tangent(rest)
 
 
 def moved_root(
@@ -82,21 +97,29 @@ def moved_root(
     """
     velocity = momentum * held.momentum + force / 2
     k, m = form.expand(held.root), form.expand(velocity)
+    # |beta m| <= 1/2, so that I - beta m stays invertible
     beta = rate / jnp.maximum(1, 2 * rate * _spectral_bound(m))
-    moved = form.compress(k - beta * jnp.matmul(k, m, precision=precision))
+    product = jnp.matmul(k, m, precision=precision)
+    moved = form.compress(k - beta * product)
     dtype = held.root.dtype  # injected numbers may be wider
     return Root(moved.astype(dtype), velocity.astype(dtype))
 
 
 def times_square(
-    form: Structure, held: Root, x: Float[Array, "*rows d"], precision: jax.lax.PrecisionLike
+    form: Structure,
+    held: Root,
+    x: Float[Array, "*rows d"],
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "*rows d"]:
     """`x K K^T`."""
     k = form.expand(held.root)
-    return group_product(group_product(x, k, precision=precision), k.mT, precision=precision)
+    product = group_product(x, k, precision=precision)
+    return group_product(product, k.mT, precision=precision)
 
 
 def _spectral_bound(blocks: Float[Array, "m s s"]) -> Array:
     """No less than the spectral norm: the geometric mean of the largest sums of rows and columns."""
-    rows, columns = (jnp.max(jnp.sum(jnp.abs(blocks), axis)) for axis in (-1, -2))
+    sizes = jnp.abs(blocks)
+    rows = jnp.max(jnp.sum(sizes, -1))
+    columns = jnp.max(jnp.sum(sizes, -2))
     return jnp.sqrt(rows * columns)

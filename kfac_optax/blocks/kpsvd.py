@@ -73,16 +73,28 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
     check_choice("kpsvd_block", "inverse", inverse, INVERSES)
     plain = kronecker(inverse, precision=precision)
 
-    def measure(a: Array, g: Array | None, use: Use, inverse: PowerInverse) -> tuple[Term, tuple]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+        inverse: PowerInverse,
+    ) -> tuple[Term, tuple]:
         # linear in F: means over parts of a batch, pullbacks and devices need no care
         a, g = example_rows(a, given_outputs("kpsvd_block", g), use)
         return power_step(a, g, inverse.directions, use.examples, precision), ()
 
     def factorize(term: Term, damping: Array) -> PowerInverse:
+        # first refresh: identities of unit norm as directions
         product = plain.factorize(balanced(term), damping)
         return PowerInverse(product, start_directions(term))
 
-    def refresh(kept: PowerInverse, term: Term, damping: Array, count: Array) -> PowerInverse:
+    def refresh(
+        kept: PowerInverse,
+        term: Term,
+        damping: Array,
+        count: Array,
+    ) -> PowerInverse:
+        # directions follow the statistics, not the refreshes
         return kept._replace(product=plain.factorize(balanced(term), damping))
 
     def absorb(
@@ -95,6 +107,7 @@ def kpsvd_block(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "hi
         return plain.solve(kept.product, v, damping)
 
     def multiply(term: Term, v: Array) -> Array:
+        # (A (x) G) V = A V G
         factors = balanced(term)
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 

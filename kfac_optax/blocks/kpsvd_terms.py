@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Layer
 from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import after, symmetrize
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.tikhonov import factor_shifts
@@ -35,43 +36,59 @@ def identity_term(layer: Layer, dtype: jnp.dtype) -> Term:
     """The step from identities where `F` is one."""
     p, q = layer.shape
     # M I / sqrt(q) = sqrt(q) I, M^T I / sqrt(p) = sqrt(p) I
-    inputs, outputs = (jnp.sqrt(jnp.asarray(n, dtype)) for n in (q, p))
-    eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
-    return Term(inputs * eye_p, outputs * eye_q, inputs * outputs)
+    root_q = jnp.sqrt(jnp.asarray(q, dtype))
+    root_p = jnp.sqrt(jnp.asarray(p, dtype))
+    inputs = root_q * jnp.eye(p, dtype=dtype)
+    outputs = root_p * jnp.eye(q, dtype=dtype)
+    return Term(inputs, outputs, root_q * root_p)
 
 
 def start_directions(term: Term | Factors) -> Factors:
     """Identities of unit norm."""
-    eyes = (jnp.eye(len(x), dtype=x.dtype) for x in (term.inputs, term.outputs))
-    return Factors(*(unit(x, 0.0) for x in eyes))
+
+    def direction(x: Array) -> Array:
+        identity = jnp.eye(len(x), dtype=x.dtype)
+        return unit(identity, 0.0)
+
+    return Factors(direction(term.inputs), direction(term.outputs))
 
 
 def power_step(
-    a: Array, g: Array, directions: Factors, examples: int, precision: jax.lax.PrecisionLike
+    a: Array,
+    g: Array,
+    directions: Factors,
+    examples: int,
+    precision: jax.lax.PrecisionLike,
 ) -> Term:
     """Both products with the rearranged block, from rows."""
     inputs = contract(a, g, directions.outputs, precision=precision) / examples
     outputs = contract(g, a, directions.inputs, precision=precision) / examples
-    return Term(inputs, outputs, jnp.vdot(directions.inputs, inputs, precision="highest"))
+    scale = jnp.vdot(directions.inputs, inputs, precision="highest")
+    return Term(inputs, outputs, scale)
 
 
 def next_directions(old: Factors, term: Term | Factors) -> Factors:
     """Those of the products, in unit norm."""
-    return Factors(unit(term.inputs, old.inputs), unit(term.outputs, old.outputs))
+    inputs = unit(term.inputs, old.inputs)
+    outputs = unit(term.outputs, old.outputs)
+    return Factors(inputs, outputs)
 
 
 def unit(x: Array, otherwise: Array | float) -> Array:
     """`x` with Frobenius norm one, or something else where that vanishes or overflows."""
     size = jnp.linalg.norm(x)
     usable = jnp.isfinite(size) & (size > 0)
-    return jnp.where(usable, x / jnp.where(usable, size, 1), otherwise)
+    divisor = jnp.where(usable, size, 1)
+    return jnp.where(usable, x / divisor, otherwise)
 
 
 def balanced(term: Term) -> Factors:
     """Two factors of about the same size with the product `(M S) (x) (M^T R) / <R, M S>`."""
     usable = term.scale > 0
-    root = jnp.sqrt(jnp.where(usable, term.scale, 1))
-    return Factors(*(jnp.where(usable, x / root, 0) for x in (term.inputs, term.outputs)))
+    root = jnp.sqrt(positive_or_one(term.scale))
+    inputs = jnp.where(usable, term.inputs / root, 0)
+    outputs = jnp.where(usable, term.outputs / root, 0)
+    return Factors(inputs, outputs)
 
 
 def rest_of(terms: TwoTerms) -> Term:
@@ -87,16 +104,20 @@ def rest_of(terms: TwoTerms) -> Term:
 
 
 def _scale(first: Term | Factors) -> Array | float:
-    return jnp.where(first.scale > 0, first.scale, 1) if isinstance(first, Term) else 1.0
+    if isinstance(first, Term):
+        return positive_or_one(first.scale)
+    return 1.0
 
 
 def products_of(terms: TwoTerms) -> tuple[Factors, Factors]:
     """Both Kronecker products."""
     first, rest = terms.first, rest_of(terms)
-    sizes = [jnp.sqrt(jnp.linalg.norm(x)) for x in (rest.inputs, rest.outputs)]
+    root_a = jnp.sqrt(jnp.linalg.norm(rest.inputs))
+    root_g = jnp.sqrt(jnp.linalg.norm(rest.outputs))
     # all three are sigma_2 in the end; before, <R, E S> alone may be next to nothing
-    size = jnp.maximum(jnp.abs(rest.scale), sizes[0] * sizes[1])
-    signed = jnp.where(rest.scale < 0, -1, 1) * jnp.where(size > 0, size, 1)
+    size = jnp.maximum(jnp.abs(rest.scale), root_a * root_g)
+    sign = jnp.where(rest.scale < 0, -1, 1)
+    signed = sign * positive_or_one(size)
     second = Factors(rest.inputs, rest.outputs / signed)
     return Factors(first.inputs, first.outputs / _scale(first)), second
 
@@ -104,8 +125,12 @@ def products_of(terms: TwoTerms) -> tuple[Factors, Factors]:
 def random_directions(term: Term) -> Factors:
     """Symmetric matrices of unit norm that are no special ones."""
     key = jax.random.key(0)
-    draws = (jax.random.normal(key, x.shape, x.dtype) for x in (term.inputs, term.outputs))
-    return Factors(*(unit(symmetrize(x), 0.0) for x in draws))
+
+    def direction(x: Array) -> Array:
+        draw = jax.random.normal(key, x.shape, x.dtype)
+        return unit(symmetrize(draw), 0.0)
+
+    return Factors(direction(term.inputs), direction(term.outputs))
 
 
 def pencils_of(

@@ -38,7 +38,10 @@ class TwoTermInverse(NamedTuple):
 
 
 def kpsvd_two_block(
-    first: str = "svd", *, floor: float = 0.1, precision: jax.lax.PrecisionLike = "highest"
+    first: str = "svd",
+    *,
+    floor: float = 0.1,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Block:
     """Two Kronecker products, `F ~ A_1 (x) G_1 + A_2 (x) G_2`.
 
@@ -81,28 +84,34 @@ def kpsvd_two_block(
 
     def init(layer: Layer, dtype: jnp.dtype) -> TwoTerms:
         p, q = layer.shape
-        eyes = identity_term(layer, dtype) if first == "svd" else plain.init(layer, dtype)
+        init_first = identity_term if first == "svd" else plain.init
+        eyes = init_first(layer, dtype)
         zero = jnp.zeros((), dtype)
         # F = I is one product, and leaves nothing over
-        nothing = Term(jnp.zeros((p, p), dtype), jnp.zeros((q, q), dtype), zero)
+        no_inputs, no_outputs = jnp.zeros((p, p), dtype), jnp.zeros((q, q), dtype)
+        nothing = Term(no_inputs, no_outputs, zero)
         return TwoTerms(eyes, nothing, zero, zero)
 
     def measure(
         a: Array, g: Array | None, use: Use, inverse: TwoTermInverse
     ) -> tuple[TwoTerms, tuple]:
         rows = example_rows(a, given_outputs("kpsvd_two_block", g), use)
+        # the leading term: a power step of M, or the factors of K-FAC
         if first == "svd":
             leading = power_step(*rows, inverse.directions[0], use.examples, precision)
         else:
             leading = plain.measure(a, g, use)
         last = inverse.directions[-1]
         second = power_step(*rows, last, use.examples, precision)
+        # what the first term has along the directions of the second, to be taken off later
         left = jnp.vdot(last.inputs, leading.inputs, precision="highest")
         right = jnp.vdot(last.outputs, leading.outputs, precision="highest")
         return TwoTerms(leading, second, left, right), ()
 
     def factorize(terms: TwoTerms, damping: Array) -> TwoTermInverse:
+        # identities would be near the first term, of which the second has nothing
         last = random_directions(terms.second)
+        # K-FAC's factors need no directions
         firsts = (start_directions(terms.first),) if first == "svd" else ()
         return TwoTermInverse(*pencils_of(terms, damping, precision), (*firsts, last))
 
@@ -114,19 +123,24 @@ def kpsvd_two_block(
     def absorb(
         kept: TwoTermInverse, new: tuple, terms: TwoTerms, damping: Array, average: Average
     ) -> TwoTermInverse:
+        # the second chain follows what the first leaves over, E = M - A_1 G_1^T
         rest = rest_of(terms)
         last = next_directions(kept.directions[-1], rest)
         # both sides have chains of their own, whose signs have to agree
-        last = last._replace(outputs=jnp.where(rest.scale < 0, -1, 1) * last.outputs)
-        firsts = tuple(next_directions(x, terms.first) for x in kept.directions[:-1])
+        sign = jnp.where(rest.scale < 0, -1, 1)
+        last = last._replace(outputs=sign * last.outputs)
+        others = kept.directions[:-1]
+        firsts = tuple(next_directions(x, terms.first) for x in others)
         return kept._replace(directions=(*firsts, last))
 
     def solve(kept: TwoTermInverse, v: Array, damping: Array) -> Array:
+        # K [(K^T V L) / (1 + s t^T)] L^T
         left, right = kept.inputs.vectors, kept.outputs.vectors
         total = 1 + kept.inputs.values[:, None] * kept.outputs.values
         # sums that are next to zero or below are no curvature to divide by
-        rotated = sandwich(left.T, v, right, precision=precision) / jnp.maximum(total, floor)
-        return sandwich(left, rotated, right.T, precision=precision)
+        rotated = sandwich(left.T, v, right, precision=precision)
+        scaled = rotated / jnp.maximum(total, floor)
+        return sandwich(left, scaled, right.T, precision=precision)
 
     def multiply(terms: TwoTerms, v: Array) -> Array:
         one, two = products_of(terms)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.blocks.use_rows import input_rows, share_of_layer
 from kfac_optax.linalg.factorize import (
     Eigen,
     after,
@@ -19,11 +20,11 @@ from kfac_optax.linalg.factorize import (
     psd_inverse,
     psd_root,
 )
-from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.newton import newton_inverse
 from kfac_optax.linalg.tikhonov import factor_shifts
-from kfac_optax.linalg.weighted_rows import count_rows, weighted_gram
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 INVERSES = ("eigh", "cholesky", "newton")
 SHARING = ("expand", "reduce")
@@ -48,6 +49,9 @@ class DenseInverse(NamedTuple):
 
     inputs: Float[Array, "p p"]
     outputs: Float[Array, "q q"]
+
+
+Inverse = EigenInverse | DenseInverse
 
 
 def kronecker(
@@ -111,71 +115,93 @@ def kronecker(
         return Factors(jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
+        # A = (1/N) sum_rows w a a^T
+        a = input_rows(a, use)
         inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
-            share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
-            return Factors(inputs, share * jnp.eye(use.outputs, dtype=use.dtype))
+            identity = jnp.eye(use.outputs, dtype=use.dtype)
+            return Factors(inputs, share_of_layer(a, use) * identity)
+        # G = (1/rows) sum_rows g g^T, the root of the weight being inside g
         g = g.astype(use.dtype)
-        return Factors(inputs, gram(g, g, precision=precision) / use.rows)
+        outputs = gram(g, g, precision=precision) / use.rows
+        return Factors(inputs, outputs)
 
-    def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
+    def factorize(factors: Factors, damping: Array) -> Inverse:
+        # undamped: the damping enters in every solve
         if inverse == "eigh":
             inputs = psd_eigh(factors.inputs)
-            return EigenInverse(inputs, psd_eigh(after(factors.outputs, inputs.values)))
+            outputs = after(factors.outputs, inputs.values)
+            return EigenInverse(inputs, psd_eigh(outputs))
+        # pi sqrt(damping) for A and sqrt(damping) / pi for G
         shift, output_shift = factor_shifts(*factors, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
-        return DenseInverse(
-            inverse_inputs, psd_inverse(after(factors.outputs, inverse_inputs), output_shift)
-        )
+        outputs = after(factors.outputs, inverse_inputs)
+        return DenseInverse(inverse_inputs, psd_inverse(outputs, output_shift))
 
-    def refresh(held: DenseInverse, factors: Factors, damping: Array, count: Array) -> DenseInverse:
+    def refresh(
+        held: DenseInverse,
+        factors: Factors,
+        damping: Array,
+        count: Array,
+    ) -> DenseInverse:
         del count
         shift, output_shift = factor_shifts(*factors, damping)
+        # the factors have moved little since the last refresh: its inverses are near
         inputs = newton_inverse(factors.inputs, shift, held.inputs)
         outputs = after(factors.outputs, inputs)
         return DenseInverse(inputs, newton_inverse(outputs, output_shift, held.outputs))
 
-    def solve(inverse: EigenInverse | DenseInverse, v: Array, damping: Array) -> Array:
+    def solve(inverse: Inverse, v: Array, damping: Array) -> Array:
         if isinstance(inverse, EigenInverse):
             return eigen_solve(inverse.inputs, inverse.outputs, v, damping, precision=precision)
         return sandwich(inverse.inputs, v, inverse.outputs, precision=precision)
 
-    def solve_rows(inverse: DenseInverse, a: Array, g: Array, damping: Array) -> Array | None:
+    def solve_rows(
+        inverse: DenseInverse,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
         (n, p), q = a.shape, g.shape[1]
-        if n * (p * p + q * q + p * q) > p * q * (p + q):  # more than `solve` takes
+        # multiplications, from the rows or from the gradient that is there already
+        from_rows = n * (p * p + q * q + p * q)
+        from_gradient = p * q * (p + q)
+        if from_rows > from_gradient:
             return None
+        # a^T g = V: (A^{-1} a^T) (g G^{-1}) never forms V before it is preconditioned
         thin_a = jnp.matmul(a, inverse.inputs, precision=precision)
-        return jnp.matmul(
-            thin_a.T, jnp.matmul(g, inverse.outputs, precision=precision), precision=precision
-        )
+        thin_g = jnp.matmul(g, inverse.outputs, precision=precision)
+        return jnp.matmul(thin_a.T, thin_g, precision=precision)
 
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)
 
-    def root_solve(inverse: EigenInverse | DenseInverse, z: Array, damping: Array) -> Array:
+    def root_solve(inverse: Inverse, z: Array, damping: Array) -> Array:
         if isinstance(inverse, EigenInverse):
             # noise is as white in the eigenbasis as it is outside
             values = inverse.inputs.values[:, None] * inverse.outputs.values
             scaled = damped_root(z, values, damping)
             u_a, u_g = inverse.inputs.vectors, inverse.outputs.vectors
             return sandwich(u_a, scaled, u_g.T, precision=precision)
+        # R Z = R_A Z R_G^T with R_A R_A^T = A^{-1}, R_G R_G^T = G^{-1}
         root_a, root_g, _ = _roots(inverse)
         return sandwich(root_a, z, root_g.T, precision=precision)
 
     def logdet(
-        inverse: EigenInverse | DenseInverse, damping: Array, shape: tuple[int, int]
+        inverse: Inverse,
+        damping: Array,
+        shape: tuple[int, int],
     ) -> Array:
         if isinstance(inverse, EigenInverse):
             values = inverse.inputs.values[:, None] * inverse.outputs.values
             return damped_logdet(values, damping)
+        # of the inverses that are held, hence the sign
         *_, of_inverse = _roots(inverse)
         return -of_inverse
 
-    name = f"kronecker ({inverse})" if sharing == "expand" else f"kronecker ({inverse}, {sharing})"
+    words = inverse if sharing == "expand" else f"{inverse}, {sharing}"
     return Block(
-        name,
+        f"kronecker ({words})",
         init,
         measure,
         factorize,
@@ -194,4 +220,6 @@ def _roots(inverse: DenseInverse) -> tuple[Array, Array, Array]:
     """Square roots of both inverses, and the log determinant of their Kronecker product."""
     root_a, logdet_a = psd_root(inverse.inputs)
     root_g, logdet_g = psd_root(after(inverse.outputs, root_a))
-    return root_a, root_g, len(root_g) * logdet_a + len(root_a) * logdet_g
+    # log det(A (x) G) = q log det A + p log det G
+    p, q = len(root_a), len(root_g)
+    return root_a, root_g, q * logdet_a + p * logdet_g

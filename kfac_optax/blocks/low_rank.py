@@ -2,51 +2,36 @@
 online.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Use
-from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.batch_rows import Columns, of_all_pullbacks, scaled_rows
 from kfac_optax.blocks.kronecker import Factors, kronecker
+from kfac_optax.blocks.low_rank_factor import (
+    Rule,
+    Settings,
+    check_settings,
+    follow,
+    moment,
+    shifts_of,
+    side_of,
+    sketch,
+    start,
+    trace_of,
+)
 from kfac_optax.blocks.low_rank_side import (
     LowRankInverse,
-    Side,
     logdet_side,
     root_side,
     solve_side,
 )
-from kfac_optax.linalg.factorize import after, at_least_rounding
-from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.kronecker_products import sandwich
-from kfac_optax.linalg.online import brand_update, correct_directions
-from kfac_optax.linalg.randomized import VARIANTS, randomized_eigh
-from kfac_optax.linalg.tikhonov import tikhonov_shifts
-from kfac_optax.linalg.truncated_eigen import (
-    LowRank,
-    mean_left_out,
-    of_diagonal,
-    rank_for,
-)
-
-REST = ("mean", "smallest", "zero")
-DAMPING = ("tikhonov", "relative")
-
-
-class _Rule(NamedTuple):
-    """What is done with a factor."""
-
-    online: bool  # new rows go into what is held
-    sketches: bool  # a refresh decomposes the average
-    corrected: bool  # directions of what is held are brought up to date now and then
-
-    @property
-    def dense(self) -> bool:
-        """Whether the average is kept; otherwise only its diagonal, for the trace."""
-        return self.sketches or self.corrected
+from kfac_optax.linalg.truncated_eigen import LowRank, of_diagonal
 
 
 def low_rank(
@@ -120,103 +105,71 @@ def low_rank(
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
       (2022); Puiu, Brand New K-FACs: Speeding up K-FAC with Online Decomposition Updates (2022).
     """
-    _check(
+    settings = Settings(
         rank,
-        oversampling,
-        power_iterations,
         correct_every,
         correct_share,
-        target_error,
+        oversampling,
+        power_iterations,
         variant,
         rest,
         damping_rule,
+        target_error,
+        precision,
     )
+    check_settings("low_rank", settings)
     plain = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
-    rules = tuple(_Rule(on, overwrite or not on, on and correct_every is not None) for on in online)
+    corrected = correct_every is not None
+    rules = [Rule(on, overwrite or not on, on and corrected) for on in online]
 
     def init(layer: Layer, dtype: jnp.dtype) -> Factors:
-        p, q = layer.shape
-        starts = (
-            jnp.eye(d, dtype=dtype) if rule.dense else jnp.ones(d, dtype)
-            for d, rule in zip((p, q), rules)
-        )
-        return Factors(*starts)
+        return Factors(*(start(d, rule, dtype) for d, rule in zip(layer.shape, rules)))
 
     def measure(a: Array, g: Array | None, use: Use) -> Any:
+        # sketches alone read averages as `kronecker` measures them
         if not any(online):
             return plain.measure(a, g, use)
         rows = scaled_rows(a, g, use, where="low_rank (online)", instead="sketches (rs_kfac)")
-        factors = [
-            gram(y, y, precision=precision) if r.dense else jnp.sum(y * y, 0)
-            for y, r in zip(rows, rules)
-        ]
-        return Factors(*factors), Columns(*(y if r.online else None for y, r in zip(rows, rules)))
+        factors = [moment(x, rule, precision) for x, rule in zip(rows, rules)]
+        kept = [x if rule.online else None for x, rule in zip(rows, rules)]
+        return Factors(*factors), Columns(*kept)
 
     def draws(count: Array) -> Array:
-        return jax.random.split(jax.random.fold_in(jax.random.key(seed), count))
+        # other draws for every statistic and for both factors
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return jax.random.split(key)
 
-    def sketch(matrix: Array, key: Array) -> LowRank:
-        return randomized_eigh(
-            matrix,
-            key,
-            rank=rank,
-            oversampling=oversampling,
-            power_iterations=power_iterations,
-            variant=variant,
-            precision=precision,
-        )
-
-    def follow(
-        low: LowRank, columns: Array, matrix: Array, average: Average, key: Array
-    ) -> LowRank:
-        kept = low.values.shape[0]
-        new = brand_update(
-            low, columns.T, average.weight, rank=kept, keep=kept, precision=precision
-        )
-        if correct_every is None:
-            return new
-
-        def correct(low: LowRank) -> LowRank:
-            count = int(correct_share * low.values.shape[0]) + 1
-            return correct_directions(low, matrix, key, count=count, precision=precision)
-
-        return jax.lax.cond(average.count % correct_every == 0, correct, lambda low: low, new)
-
-    def shifts(factors: Factors, lows: list[LowRank], damping: Array) -> tuple[Array, Array]:
-        if damping_rule == "tikhonov":
-            mean_a, mean_g = (_trace(x) / len(x) for x in factors)
-            return tikhonov_shifts(mean_a, mean_g, damping)
-        top_a, top_g = (low.values[0] for low in lows)
-        scales = (jnp.where(top > 0, top, 1) for top in (top_a, top_g))
-        shift, output_shift = (at_least_rounding(damping * scale, scale) for scale in scales)
-        return shift, output_shift
-
-    def side(low: LowRank, trace: Array, shift: Array) -> Side:
-        used = jnp.full((), low.values.shape[0], jnp.int32)
-        if target_error is not None:
-            used = rank_for(low, trace, target_error)
-        smallest = low.values[used - 1]
-        others = {
-            "mean": mean_left_out(low, trace, used),
-            "smallest": smallest,
-            "zero": jnp.zeros_like(smallest),
-        }
-        return Side(low, trace, used, others[rest], shift)
+    def inverse_of(
+        factors: Factors,
+        lows: list[LowRank],
+        damping: Array,
+    ) -> LowRankInverse:
+        # traces of the factors themselves, whatever part of them the pairs hold
+        traces = map(trace_of, factors)
+        shifts = shifts_of(settings, factors, lows, damping)
+        sides = (side_of(settings, *parts) for parts in zip(lows, traces, shifts))
+        return LowRankInverse(*sides)
 
     def refresh(
-        old: LowRankInverse | None, factors: Factors, damping: Array, count: Array
+        old: LowRankInverse | None,
+        factors: Factors,
+        damping: Array,
+        count: Array,
     ) -> LowRankInverse:
-        keys, lows = draws(count), []
+        keys = draws(count)
+        lows: list[LowRank] = []
+        # one factor after another, see `after`
         for i, (factor, rule) in enumerate(zip(factors, rules)):
             if rule.sketches:
-                lows.append(sketch(after(factor, lows), keys[i]))
+                low = sketch(settings, after(factor, lows), keys[i])
             elif old is not None:
-                lows.append(old[i].low)
+                low = old[i].low
             # no rows yet: the diagonal is all there is, that of the identity before any statistic
             else:
-                lows.append(of_diagonal(jnp.diag(factor) if factor.ndim == 2 else factor, rank))
-        traces = map(_trace, factors)
-        return LowRankInverse(*map(side, lows, traces, shifts(factors, lows, damping)))
+                diagonal = jnp.diag(factor) if factor.ndim == 2 else factor
+                low = of_diagonal(diagonal, rank)
+            lows.append(low)
+        return inverse_of(factors, lows, damping)
 
     def factorize(factors: Factors, damping: Array) -> LowRankInverse:
         return refresh(None, factors, damping, jnp.zeros((), jnp.int32))
@@ -228,41 +181,55 @@ def low_rank(
         damping: Array,
         average: Average,
     ) -> LowRankInverse:
-        keys, lows = draws(average.count), []
-        for i, (old, rows, factor) in enumerate(zip(inverse, of_all_pullbacks(columns), factors)):
-            low = old.low
-            lows.append(
-                low if rows is None else follow(low, after(rows, lows), factor, average, keys[i])
-            )
-        new = []
-        for rule, old, low, factor, shift in zip(
-            rules, inverse, lows, factors, shifts(factors, lows, damping)
-        ):
-            new.append(
-                side(low, _trace(factor), shift) if rule.online else old._replace(shift=shift)
-            )
-        return LowRankInverse(*new)
+        keys = draws(average.count)
+        lows: list[LowRank] = []
+        # what is followed online takes the rows of all pullbacks and devices
+        for i, rows in enumerate(of_all_pullbacks(columns)):
+            low = inverse[i].low
+            if rows is not None:
+                low = follow(settings, low, after(rows, lows), factors[i], average, keys[i])
+            lows.append(low)
+        new = inverse_of(factors, lows, damping)
+        # a factor that is decomposed at refreshes keeps its pairs until then; its damping may change
+        sides = [
+            after_it if rule.online else before._replace(shift=after_it.shift)
+            for rule, before, after_it in zip(rules, inverse, new)
+        ]
+        return LowRankInverse(*sides)
 
     def solve(inverse: LowRankInverse, v: Array, damping: Array) -> Array:
+        # A^{-1} V G^{-1}, the second on rows of V
         left = solve_side(inverse.inputs, v, precision=precision)
         return solve_side(inverse.outputs, left.T, precision=precision).T
 
-    def solve_rows(inverse: LowRankInverse, a: Array, g: Array, damping: Array) -> Array | None:
-        p, q, n = a.shape[1], g.shape[1], len(a)
+    def solve_rows(
+        inverse: LowRankInverse,
+        a: Array,
+        g: Array,
+        damping: Array,
+    ) -> Array | None:
+        n, p = a.shape
+        q = g.shape[1]
         of_a, of_g = (side.low.values.shape[0] for side in inverse)
-        # more than `solve` takes
-        if 2 * n * (p * of_a + q * of_g) + n * p * q > 2 * p * q * (of_a + of_g):
+        # multiplications of both sides, and of a^T g where it does not exist yet
+        from_rows = 2 * n * (p * of_a + q * of_g) + n * p * q
+        from_gradient = 2 * p * q * (of_a + of_g)
+        if from_rows > from_gradient:
             return None
-        thin_a, thin_g = (
-            solve_side(side, x.T, precision=precision) for side, x in zip(inverse, (a, g))
-        )
+        thin_a = solve_side(inverse.inputs, a.T, precision=precision)
+        thin_g = solve_side(inverse.outputs, g.T, precision=precision)
         return jnp.matmul(thin_a, thin_g.T, precision=precision)
 
     def root_solve(inverse: LowRankInverse, z: Array, damping: Array) -> Array:
+        # R_A Z R_G, roots that are symmetric
         left = root_side(inverse.inputs, z, precision=precision)
         return root_side(inverse.outputs, left.T, precision=precision).T
 
-    def logdet(inverse: LowRankInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: LowRankInverse,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         p, q = shape
         return q * logdet_side(inverse.inputs) + p * logdet_side(inverse.outputs)
 
@@ -291,33 +258,3 @@ def low_rank(
         root_solve=root_solve,
         logdet=logdet,
     )
-
-
-def _check(
-    rank,
-    oversampling,
-    power_iterations,
-    correct_every,
-    correct_share,
-    target_error,
-    variant,
-    rest,
-    damping_rule,
-):
-    where = "low_rank"
-    check_number(where, "rank", rank, at_least=1)
-    check_number(where, "oversampling", oversampling, at_least=0)
-    check_number(where, "power_iterations", power_iterations, at_least=0)
-    if correct_every is not None:
-        check_number(where, "correct_every", correct_every, at_least=1)
-    check_number(where, "correct_share", correct_share, at_least=0, at_most=1)
-    if target_error is not None:
-        check_number(where, "target_error", target_error, at_least=0, at_most=1)
-    check_choice(where, "variant", variant, VARIANTS)
-    check_choice(where, "rest", rest, REST)
-    check_choice(where, "damping_rule", damping_rule, DAMPING)
-
-
-def _trace(factor: Array) -> Array:
-    """Of a factor, or of the diagonal that is kept of it."""
-    return jnp.trace(factor) if factor.ndim == 2 else jnp.sum(factor)

@@ -36,7 +36,10 @@ class LowRankInverse(NamedTuple):
 
 
 def solve_side(
-    side: Side, v: Float[Array, "d k"], *, precision: jax.lax.PrecisionLike = "highest"
+    side: Side,
+    v: Float[Array, "d k"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "d k"]:
     """The damped inverse of a factor times `V`, see `low_rank_solve`.
 
@@ -50,7 +53,10 @@ def solve_side(
 
 
 def root_side(
-    side: Side, z: Float[Array, "d k"], *, precision: jax.lax.PrecisionLike = "highest"
+    side: Side,
+    z: Float[Array, "d k"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Float[Array, "d k"]:
     """The square root of what `solve_side` applies, times `Z`, see `low_rank_root`."""
     kept = beyond(side.low, side.used, side.rest)
@@ -59,7 +65,8 @@ def root_side(
 
 def logdet_side(side: Side) -> Float[Array, ""]:
     """`log det` of the damped factor that `solve_side` inverts, see `low_rank_logdet`."""
-    return low_rank_logdet(beyond(side.low, side.used, side.rest), side.shift, rest=side.rest)
+    kept = beyond(side.low, side.used, side.rest)
+    return low_rank_logdet(kept, side.shift, rest=side.rest)
 
 
 class Quality(NamedTuple):
@@ -85,7 +92,10 @@ def quality(side: Side) -> Quality:
     """
     in_use = beyond(side.low, side.used, 0)
     left = jnp.maximum(side.trace - jnp.sum(in_use.values), 0)
-    top = jnp.minimum(side.low.values[side.used - 1], left)
-    error = jnp.maximum(top - side.rest, side.rest) / (side.rest + side.shift)
+    smallest = side.low.values[side.used - 1]
+    top = jnp.minimum(smallest, left)
+    furthest = jnp.maximum(top - side.rest, side.rest)
+    error = furthest / (side.rest + side.shift)
     everything = side.used >= side.low.vectors.shape[0]
-    return Quality(captured_energy(in_use, side.trace), jnp.where(everything, 0, error), side.used)
+    energy = captured_energy(in_use, side.trace)
+    return Quality(energy, jnp.where(everything, 0, error), side.used)

@@ -88,7 +88,11 @@ def mkor_block(
         check_number("mkor_block", "threshold", threshold, above=0)
     plain = rank_one(sharing=sharing, precision=precision)
 
-    def measure(a: Array, g: Array | None, use: Any) -> tuple[Means, Means]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Any,
+    ) -> tuple[Means, Means]:
         # the average is for `multiply` alone: inverses follow the means of every batch themselves
         means = plain.measure(a, g, use)
         return means, means
@@ -102,17 +106,22 @@ def mkor_block(
     def absorb(
         inverse: FollowedInverse, new: Means, means: Any, damping: Any, average: Average
     ) -> FollowedInverse:
-        return FollowedInverse(*(step(j, x, average.decay) for j, x in zip(inverse, new)))
+        inputs = step(inverse.inputs, new.inputs, average.decay)
+        outputs = step(inverse.outputs, new.outputs, average.decay)
+        return FollowedInverse(inputs, outputs)
 
     def step(kept: Array, mean: Array | None, decay: Any) -> Array:
         assert mean is not None  # both are measured
         # in the dtype of the statistics, whatever J is kept in
         e = jnp.asarray(decay, mean.dtype)
         mean = jnp.clip(mean, -largest, largest)
-        j = _updated(form, kept.astype(mean.dtype), mean, e, precision)
+        j = kept.astype(mean.dtype)
+        j = _updated(form, j, mean, e, precision)
         if threshold is not None:
-            mixed = mixing * j + (1 - mixing) * jnp.eye(len(j), dtype=j.dtype)
-            j = jnp.where(jnp.max(jnp.abs(j)) > threshold, mixed, j)
+            identity = jnp.eye(len(j), dtype=j.dtype)
+            mixed = mixing * j + (1 - mixing) * identity
+            too_large = jnp.max(jnp.abs(j)) > threshold
+            j = jnp.where(too_large, mixed, j)
         return j.astype(kept.dtype)
 
     def solve(inverse: FollowedInverse, v: Array, damping: Array) -> Array:
@@ -136,19 +145,31 @@ def mkor_block(
 
 def _identity(mean: Array | None, dtype: Any) -> Array:
     assert mean is not None  # both are measured
-    return jnp.eye(len(mean), dtype=mean.dtype if dtype is None else dtype)
+    dtype = mean.dtype if dtype is None else dtype
+    return jnp.eye(len(mean), dtype=dtype)
 
 
-def _updated(form: str, j: Array, mean: Array, e: Array, precision: Any) -> Array:
+def _updated(
+    form: str,
+    j: Array,
+    mean: Array,
+    e: Array,
+    precision: Any,
+) -> Array:
     if form == "blend":
         # M, a step towards the identity first
-        j = e * j + (1 - e) * jnp.eye(len(j), dtype=j.dtype)
+        identity = jnp.eye(len(j), dtype=j.dtype)
+        j = e * j + (1 - e) * identity
     u = jnp.matmul(j, mean, precision=precision)
-    size = jnp.maximum(jnp.vdot(mean, u, precision=precision), 0)  # not negative but for rounding
+    size = jnp.vdot(mean, u, precision=precision)
+    size = jnp.maximum(size, 0)  # not negative but for rounding
+    square = jnp.outer(u, u)
     if form == "blend":
         # Sherman & Morrison, of M^{-1} + a a^T
-        return j - jnp.outer(u, u) / (1 + size)
+        return j - square / (1 + size)
     if form == "sum":
-        return e * j + (1 - e) / (e**2 * (1 + e * (1 - e) * size)) * jnp.outer(u, u)
+        divisor = e**2 * (1 + e * (1 - e) * size)
+        return e * j + (1 - e) / divisor * square
     # Sherman & Morrison, of e A + (1 - e) a a^T
-    return j / e - (1 - e) / e**2 / (1 + (1 - e) / e * size) * jnp.outer(u, u)
+    total = 1 + (1 - e) / e * size
+    return j / e - (1 - e) / e**2 / total * square

@@ -20,7 +20,9 @@ def check_without_rules(where: str, block: Block) -> None:
     ValueError: here: block 'low rank (2)' has a rule of its own for what it holds (refresh); expected one that ...
     """
     words = ("refresh", "absorb", "due", "reads_inverse")
-    own = [word for word in words if getattr(block, word) not in (None, False)]
+    # what a block leaves out is `None`, or `False`
+    has = {word: getattr(block, word) for word in words}
+    own = [word for word, rule in has.items() if rule not in (None, False)]
     if own:
         raise ValueError(
             f"{where}: block {block.name!r} has a rule of its own for what it holds "
@@ -37,17 +39,31 @@ def uses_of_inverse(block: Block, inner: Callable[[Any], PyTree]) -> dict[str, A
       inner: its inverse, of that of the block around it.
     """
 
-    def solve(held: Any, v: jax.Array, damping: jax.Array) -> jax.Array:
+    # each takes the inner inverse out of what is held around it
+    def solve(
+        held: Any,
+        v: jax.Array,
+        damping: jax.Array,
+    ) -> jax.Array:
         return block.solve(inner(held), v, damping)
 
-    def root_solve(held: Any, z: jax.Array, damping: jax.Array) -> jax.Array:
+    def root_solve(
+        held: Any,
+        z: jax.Array,
+        damping: jax.Array,
+    ) -> jax.Array:
         assert block.root_solve is not None
         return block.root_solve(inner(held), z, damping)
 
-    def logdet(held: Any, damping: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    def logdet(
+        held: Any,
+        damping: jax.Array,
+        shape: tuple[int, int],
+    ) -> jax.Array:
         assert block.logdet is not None
         return block.logdet(inner(held), damping, shape)
 
+    # what the inner block cannot do, the outer one cannot either
     return {
         "solve": solve,
         "root_solve": None if block.root_solve is None else root_solve,

@@ -11,12 +11,14 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.use_rows import input_rows, share_of_layer
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import after
-from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve
-from kfac_optax.linalg.weighted_rows import count_rows, weighted_gram
+from kfac_optax.linalg.weighted_rows import weighted_gram
 
 EQUATIONS = 2
 
@@ -91,43 +93,47 @@ def per_equation(
 
     def init(layer: Layer, dtype: jnp.dtype) -> EquationFactors:
         p, q = layer.shape
-        inputs = jnp.stack([jnp.eye(p, dtype=dtype) / EQUATIONS] * EQUATIONS)
-        outputs = jnp.stack([jnp.eye(q, dtype=dtype)] * EQUATIONS)
+        eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
+        inputs = jnp.stack([eye_p / EQUATIONS] * EQUATIONS)
+        outputs = jnp.stack([eye_q] * EQUATIONS)
         return EquationFactors(inputs, outputs, jnp.ones(EQUATIONS, dtype))  # adds up to I
 
     def measure(a: Array, g: Array | None, use: Use) -> EquationFactors:
         _check(use)
-        mine = jnp.zeros(EQUATIONS, use.dtype).at[use.head].set(1)  # nothing for the other one
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
-        share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
+        neither = jnp.zeros(EQUATIONS, use.dtype)
+        mine = neither.at[use.head].set(1)  # nothing for the other one
+        # A_k and G_k as in `kronecker`, over the rows of one equation
+        a = input_rows(a, use)
+        share = share_of_layer(a, use)
         inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I
             outputs = share * jnp.eye(use.outputs, dtype=use.dtype)
         else:
             g = g.astype(use.dtype)
             outputs = gram(g, g, precision=precision) / use.rows
-        return EquationFactors(
-            mine[:, None, None] * inputs, mine[:, None, None] * outputs, mine * share
-        )
+        beside = mine[:, None, None]
+        return EquationFactors(beside * inputs, beside * outputs, mine * share)
 
     def factorize(factors: EquationFactors, damping: Array) -> EquationInverse:
+        # [2, p, p] and [2, q, q]
         inputs, outputs = _terms(factors)
         # factored Tikhonov in each of the two terms, [2] shifts of each side
-        shifts = jax.vmap(factor_shifts, (0, 0, None))(inputs, outputs, damping / EQUATIONS)
+        of_terms = jax.vmap(factor_shifts, (0, 0, None))
+        shifts = of_terms(inputs, outputs, damping / EQUATIONS)
         # one basis diagonalises both matrices of a side at the same time
         left = pencil(*_damped(inputs, shifts[0]), precision=precision)
         damped = after(_damped(outputs, shifts[1]), left.values)
         return EquationInverse(left, pencil(*damped, precision=precision))
 
     def solve(inverse: EquationInverse, v: Array, damping: Array) -> Array:
+        # (A_0 (x) G_0 + A_1 (x) G_1)^{-1} V in the basis that both terms share
         return two_term_solve(inverse.inputs, inverse.outputs, v, precision=precision)
 
     def multiply(factors: EquationFactors, v: Array) -> Array:
         inputs, outputs = _terms(factors)
-        first, second = (
-            sandwich(a, v, g, precision=precision) for a, g in zip(inputs, outputs, strict=True)
-        )
+        # A_0 V G_0 + A_1 V G_1
+        first = sandwich(inputs[0], v, outputs[0], precision=precision)
+        second = sandwich(inputs[1], v, outputs[1], precision=precision)
         return first + second
 
     words = "" if sharing == "expand" else f" ({sharing})"
@@ -146,11 +152,13 @@ def per_equation(
 def _terms(factors: EquationFactors) -> tuple[Array, Array]:
     """`A [2, p, p]` and `G [2, q, q]`; an equation that was never measured is a term of zeros."""
     inputs, outputs, share = factors
-    return inputs, outputs / jnp.where(share > 0, share, 1)[:, None, None]
+    divisor = positive_or_one(share)[:, None, None]
+    return inputs, outputs / divisor
 
 
 def _damped(matrices: Array, shifts: Array) -> Array:
-    return matrices + shifts[:, None, None] * jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return matrices + shifts[:, None, None] * identity
 
 
 def _check(use: Use) -> None:

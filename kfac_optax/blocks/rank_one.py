@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import SHARING
-from kfac_optax.linalg.gram import homogeneous
+from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.weighted_rows import index_counts, keep_rows
 
 
@@ -69,9 +69,11 @@ def rank_one(
 
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         p, q = layer.shape
-        return Means(jnp.zeros(p, dtype), jnp.zeros(q, dtype) if outputs else None)
+        of_outputs = jnp.zeros(q, dtype) if outputs else None
+        return Means(jnp.zeros(p, dtype), of_outputs)
 
     def measure(a: Array, g: Array | None, use: Use) -> Means:
+        # a = mean_rows w a_r, b = mean_rows g_r, whose whole weight is in g already
         inputs = _sum_of_inputs(a, use) / use.rows
         if not outputs:
             return Means(inputs, None)
@@ -80,15 +82,20 @@ def rank_one(
                 "rank_one: measure got no output gradients, since this estimator measures inputs "
                 "only. Use empirical_fisher, or rank_one(outputs=False) (eva_f)."
             )
-        return Means(inputs, _sum_of_rows(g.astype(use.dtype)) / use.rows)
+        total = _sum_of_rows(g.astype(use.dtype))
+        return Means(inputs, total / use.rows)
 
     def factorize(means: Means, damping: Array) -> Means:
         return means
 
     def solve(means: Means, v: Array, damping: Array) -> Array:
-        return (v - multiply(means, v) / (damping + squared_norm(means))) / damping
+        # Sherman and Morrison: (c c^T + damping I)^{-1} V = (V - c c^T V / (damping + |c|^2)) /
+        # damping
+        total = damping + squared_norm(means)
+        return (v - multiply(means, v) / total) / damping
 
     def squared_norm(means: Means) -> Array:
+        # |c|^2 = |a|^2 |b|^2
         size = jnp.vdot(means.inputs, means.inputs, precision=precision)
         if means.outputs is None:
             return size
@@ -98,23 +105,33 @@ def rank_one(
         # (I - b c c^T) / sqrt(damping), whose square has to shrink c by root^2
         total = damping + squared_norm(means)
         root = jnp.sqrt(damping / total)
-        return (z - multiply(means, z) / (total * (1 + root))) / jnp.sqrt(damping)
+        along = multiply(means, z) / (total * (1 + root))
+        return (z - along) / jnp.sqrt(damping)
 
-    def logdet(means: Means, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        means: Means,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         p, q = shape
         copies = q if means.outputs is None else 1  # of the direction that is not damping alone
         alone = (p * q - copies) * jnp.log(damping)
         return alone + copies * jnp.log(damping + squared_norm(means))
 
     def multiply(means: Means, v: Array) -> Array:
+        # a^T V [q], and for Eva (a^T V b) b
         along = jnp.matmul(means.inputs, v, precision=precision)
         if means.outputs is not None:
             along = jnp.vdot(along, means.outputs, precision=precision) * means.outputs
+        # c c^T V = a (a^T V b) b^T, [p, q]
         return jnp.outer(means.inputs, along)
 
-    said = (() if outputs else ("inputs",)) + ((sharing,) if sharing != "expand" else ())
+    said = [] if outputs else ["inputs"]
+    if sharing != "expand":
+        said.append(sharing)
+    name = f"rank one ({', '.join(said)})" if said else "rank one"
     return Block(
-        f"rank one ({', '.join(said)})" if said else "rank one",
+        name,
         init,
         measure,
         factorize,
@@ -129,6 +146,7 @@ def rank_one(
 
 def _sum_of_inputs(a: Array, use: Use) -> Array:
     """`sum_rows w a`, with the bias coordinate."""
+    # one-hot inputs: the sum of rows counts tokens
     if jnp.issubdtype(a.dtype, jnp.integer):
         return index_counts(a, use.inputs, use.weights, use.dtype)
     if use.inputs and a.shape[-1] != use.inputs:
@@ -137,8 +155,7 @@ def _sum_of_inputs(a: Array, use: Use) -> Array:
             "layer's weight has. Scales, shifts and tied tables have no such block: leave them "
             "out, as the presets eva and eva_f do (normalization='pass')."
         )
-    a = a.astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    a = keep_rows(input_rows(a, use), use.weights)
     if use.weights is not None:
         a = a * use.weights[..., None].astype(use.dtype)
     return _sum_of_rows(a)

@@ -8,8 +8,11 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
+from kfac_optax.blocks.use_rows import input_rows
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import after, symmetrize
-from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.geometric_sums import eta as eta
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, inverse_root, two_term_solve
@@ -18,7 +21,6 @@ from kfac_optax.linalg.weighted_rows import keep_rows
 OPTIONS = ("option1", "option2")
 # of a correlation between neighbouring steps: one would leave directions without variance
 _LARGEST = 1 - 1e-6
-_NEAR_ONE = 0.1  # where (1 - x) T is smaller, the closed form of eta cancels and its series is used
 _DOUBLINGS = 30  # terms of a geometric series summed are 2^30
 
 
@@ -52,6 +54,9 @@ class GeneralInverse(NamedTuple):
     inputs_pencil: Pencil
     outputs_pencil: Pencil
     steps: Float[Array, ""]
+
+
+Inverse = SymmetricInverse | GeneralInverse
 
 
 def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "highest") -> Block:
@@ -111,8 +116,16 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
 
     def init(layer: Layer, dtype: jnp.dtype) -> TemporalFactors:
         p, q = layer.shape
-        eye_p, eye_q, one = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype), jnp.ones((), dtype)
-        return TemporalFactors(eye_p, eye_q, jnp.zeros_like(eye_p), jnp.zeros_like(eye_q), one, one)
+        one = jnp.ones((), dtype)
+        # steps that do not correlate, in sequences of length one
+        return TemporalFactors(
+            inputs=jnp.eye(p, dtype=dtype),
+            outputs=jnp.eye(q, dtype=dtype),
+            inputs_lag=jnp.zeros((p, p), dtype),
+            outputs_lag=jnp.zeros((q, q), dtype),
+            steps=one,
+            ends=one,
+        )
 
     def measure(a: Array, g: Array | None, use: Use) -> TemporalFactors:
         if a.ndim != 3:
@@ -121,51 +134,63 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
                 "kronecker() for a layer without time steps."
             )
         count = use.examples * a.shape[1]
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
-        weights = (
-            jnp.ones(a.shape[:2], use.dtype)
-            if use.weights is None
-            else use.weights.astype(use.dtype)
-        )
+        a = input_rows(a, use)
+        weights = jnp.ones(a.shape[:2], use.dtype)
+        if use.weights is not None:
+            weights = use.weights.astype(use.dtype)
+        # both factors carry the root: products of neighbours have sqrt(w_{t+1} w_t)
         root = jnp.sqrt(weights)
         a = keep_rows(a, use.weights) * root[..., None]
-        jumps = jnp.diff(jnp.pad(root, ((0, 0), (1, 1))), axis=1)
-        steps, ends = (
-            jnp.sum(weights) / use.examples,
-            jnp.sum(jnp.square(jumps)) / (2 * use.examples),
-        )
+        # zero inside a stretch of equal weights, so it counts its two ends
+        between_zeros = jnp.pad(root, ((0, 0), (1, 1)))
+        jumps = jnp.diff(between_zeros, axis=1)
+        steps = jnp.sum(weights) / use.examples
+        ends = jnp.sum(jnp.square(jumps)) / (2 * use.examples)
         inputs, inputs_lag = _moments(a, count, precision)
         if g is None:
-            eye = jnp.eye(use.outputs, dtype=use.dtype)
-            return TemporalFactors(inputs, eye, inputs_lag, jnp.zeros_like(eye), steps, ends)
-        outputs, outputs_lag = _moments(g.astype(use.dtype), count, precision)
+            # forward only: G0 := I, and no correlation of output gradients
+            outputs = jnp.eye(use.outputs, dtype=use.dtype)
+            outputs_lag = jnp.zeros_like(outputs)
+        else:
+            outputs, outputs_lag = _moments(g.astype(use.dtype), count, precision)
         return TemporalFactors(inputs, outputs, inputs_lag, outputs_lag, steps, ends)
 
-    def factorize(factors: TemporalFactors, damping: Array) -> SymmetricInverse | GeneralInverse:
+    def factorize(factors: TemporalFactors, damping: Array) -> Inverse:
+        # F is of the order of T times the block of one step, which therefore has damping / T
         steps, length = _lengths(factors)
         shift, output_shift = factor_shifts(factors.inputs, factors.outputs, damping / steps)
+        # W with W^T C0 W = I; Psi_C = W^T C1 W in these coordinates
         root = inverse_root(factors.inputs, shift)
         output_root = inverse_root(after(factors.outputs, root), output_shift)
         if option == "option1":
             left, x = _symmetric(root, after(factors.inputs_lag, output_root))
             right, y = _symmetric(output_root, after(factors.outputs_lag, left))
-            return SymmetricInverse(left, right, 1 / (steps / length * eta(x[:, None] * y, length)))
+            total = steps / length * eta(x[:, None] * y, length)
+            return SymmetricInverse(left, right, 1 / total)
         left = _squared(root, after(factors.inputs_lag, output_root))
         right = _squared(output_root, after(factors.outputs_lag, left.vectors))
+        # P = C1^T C0^{-1}
         transfer = _product(factors.inputs_lag.T, root, root.T)
         output_transfer = _product(factors.outputs_lag.T, output_root, output_root.T)
         return GeneralInverse(transfer, output_transfer, left, right, steps)
 
-    def solve(inverse: SymmetricInverse | GeneralInverse, v: Array, damping: Array) -> Array:
+    def solve(inverse: Inverse, v: Array, damping: Array) -> Array:
         if isinstance(inverse, SymmetricInverse):
+            # L_A [(L_A^T V L_G) / eta] L_G^T
             rotated = _product(inverse.inputs.T, v, inverse.outputs)
             return _product(inverse.inputs, inverse.scale * rotated, inverse.outputs.T)
+        # both factors of the chain, V - P_A V P_G^T first and its transpose last, and between them
+        # the noise V0 - Psi V0 Psi^T
         z = v - _product(inverse.inputs, v, inverse.outputs.T)
         z = two_term_solve(
-            inverse.inputs_pencil, inverse.outputs_pencil, z, minus=True, precision=precision
+            inverse.inputs_pencil,
+            inverse.outputs_pencil,
+            z,
+            minus=True,
+            precision=precision,
         )
-        return (z - _product(inverse.inputs.T, z, inverse.outputs)) / inverse.steps
+        back = _product(inverse.inputs.T, z, inverse.outputs)
+        return (z - back) / inverse.steps
 
     def multiply(factors: TemporalFactors, v: Array) -> Array:
         steps, length = _lengths(factors)
@@ -175,102 +200,89 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         back = jnp.matmul(factors.inputs, root, precision=precision)
         output_back = jnp.matmul(factors.outputs, output_root, precision=precision)
         rotated = _product(back.T, v, output_back)
+        inputs_lag = after(factors.inputs_lag, output_root)
         if option == "option1":
-            left, x = _symmetric(root, after(factors.inputs_lag, output_root), rotate_only=True)
-            right, y = _symmetric(output_root, after(factors.outputs_lag, left), rotate_only=True)
+            left, x = _symmetric(root, inputs_lag, rotate_only=True)
+            outputs_lag = after(factors.outputs_lag, left)
+            right, y = _symmetric(output_root, outputs_lag, rotate_only=True)
             scale = steps / length * eta(x[:, None] * y, length)
-            middle = _product(left, scale * _product(left.T, rotated, right), right.T)
+            inside = scale * _product(left.T, rotated, right)
+            middle = _product(left, inside, right.T)
         else:
             # sum_{|d|} Psi^d = (I - Psi)^{-1} + transpose - I in whitened coordinates
-            left = _squared(root, after(factors.inputs_lag, output_root))
+            left = _squared(root, inputs_lag)
             right = _squared(output_root, after(factors.outputs_lag, left.vectors))
-            psi = _shrunk(_product(root.T, factors.inputs_lag, root), left.values)
-            phi = _shrunk(_product(output_root.T, factors.outputs_lag, output_root), right.values)
-            forward, backward = _geometric(psi, phi, rotated), _geometric(psi.T, phi.T, rotated)
+            psi = _product(root.T, factors.inputs_lag, root)
+            phi = _product(output_root.T, factors.outputs_lag, output_root)
+            psi, phi = _shrunk(psi, left.values), _shrunk(phi, right.values)
+            forward = _geometric(psi, phi, rotated)
+            backward = _geometric(psi.T, phi.T, rotated)
             middle = steps * (forward + backward - rotated)
         return _product(back, middle, output_back.T)
 
     def _product(left: Array, middle: Array, right: Array) -> Array:
         return sandwich(left, middle, right, precision=precision)
 
-    def _symmetric(root: Array, lag: Array, rotate_only: bool = False) -> tuple[Array, Array]:
-        values, rotation = jnp.linalg.eigh(symmetrize(_product(root.T, lag, root)))
+    def _symmetric(
+        root: Array,
+        lag: Array,
+        rotate_only: bool = False,
+    ) -> tuple[Array, Array]:
+        # the symmetric part is what a time-reversible chain has
+        psi = _product(root.T, lag, root)
+        values, rotation = jnp.linalg.eigh(symmetrize(psi))
         basis = rotation if rotate_only else jnp.matmul(root, rotation, precision=precision)
         return basis, jnp.clip(values, -_LARGEST, _LARGEST)
 
     def _squared(root: Array, lag: Array) -> Pencil:
+        # Psi^T Psi in whitened coordinates, whose eigenvalues m are squared singular values
         psi = _product(root.T, lag, root)
-        values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(psi.T, psi, precision=precision)))
-        return Pencil(jnp.matmul(root, rotation, precision=precision), values)
+        square = jnp.matmul(psi.T, psi, precision=precision)
+        values, rotation = jnp.linalg.eigh(symmetrize(square))
+        vectors = jnp.matmul(root, rotation, precision=precision)
+        return Pencil(vectors, values)
 
     def _geometric(left: Array, right: Array, v: Array) -> Array:
         """`sum_{d >= 0} left^d V (right^T)^d`, terms doubled in every round."""
 
         def double(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             left, right, total = carry
+            # S_{2n} = S_n + left^n S_n (right^T)^n
             total = total + _product(left, total, right.T)
-            square = (
-                jnp.matmul(left, left, precision=precision),
-                jnp.matmul(right, right, precision=precision),
-            )
-            return *square, total
+            left = jnp.matmul(left, left, precision=precision)
+            right = jnp.matmul(right, right, precision=precision)
+            return left, right, total
 
-        return jax.lax.fori_loop(0, _DOUBLINGS, double, (left, right, v))[2]
+        _, _, total = jax.lax.fori_loop(0, _DOUBLINGS, double, (left, right, v))
+        return total
 
     return Block(f"recurrent ({option})", init, measure, factorize, solve, multiply, rows=True)
-
-
-def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Array, "*shape"]:
-    """`sum_{|d|<T} (T - |d|) x^|d|` for `-1 < x <= 1`, linear in `T` between whole numbers.
-
-    Closed form `(T (1 - x^2) - 2 x (1 - x^T)) / (1 - x)^2`, and its series in `1 - x` where that
-    cancels; `T^2` at one.
-
-    >>> print(eta(jnp.array([0.0, 0.5, 1.0]), 2.0), eta(jnp.array(0.5), 2.5))
-    [2. 3. 4.] 4.25
-
-    Reference: Martens, Ba & Johnson, Kronecker-factored Curvature Approximations for Recurrent
-      Neural Networks (2018).
-    """
-    lower = jnp.floor(length)
-    part = length - lower
-    return (1 - part) * _eta(x, lower) + part * _eta(x, lower + 1)
-
-
-def _eta(x: Array, t: Array) -> Array:
-    gap = 1 - x
-    near = gap * t < _NEAR_ONE
-    safe = jnp.where(near, 1, gap)
-    power = jnp.exp(t * jnp.log(jnp.abs(x)))
-    one_minus_power = jnp.where(
-        (x < 0) & (t % 2 == 1), 1 + power, -jnp.expm1(t * jnp.log(jnp.abs(x)))
-    )
-    closed = (t * gap * (1 + x) - 2 * x * one_minus_power) / (safe * safe)
-    # (T - sum_{k<T} x^k) / gap = C(T,2) - C(T,3) gap + C(T,4) gap^2 - ...
-    series, term = jnp.zeros_like(gap), t * (t - 1) / 2 * jnp.ones_like(gap)
-    for k in range(2, 12):
-        series = series + term
-        term = -term * (t - k) / (k + 1) * gap
-    return jnp.where(near, t + 2 * x * series, closed)
 
 
 def _shrunk(psi: Array, squares: Array) -> Array:
     """`psi` with singular values below one, as those of sequences are up to rounding; else its
     powers would explode.
     """
-    return psi * jnp.minimum(1, _LARGEST / jnp.sqrt(jnp.maximum(squares[-1], _LARGEST**2)))
+    largest = jnp.sqrt(jnp.maximum(squares[-1], _LARGEST**2))
+    return psi * jnp.minimum(1, _LARGEST / largest)
 
 
-def _moments(x: Array, count: int, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:
+def _moments(
+    x: Array,
+    count: int,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[Array, Array]:
     """`sum x_t x_t^T` and `sum x_{t+1} x_t^T`, both divided by `count`."""
     now = gram(x, x, precision=precision) / count
-    return now, gram(x[:, 1:], x[:, :-1], precision=precision) / count
+    later, earlier = x[:, 1:], x[:, :-1]
+    return now, gram(later, earlier, precision=precision) / count
 
 
 def _lengths(factors: TemporalFactors) -> tuple[Array, Array]:
     """Scale `T` of the equal-time terms and mean length of a sequence; one where nothing was
     measured.
     """
-    steps = jnp.where(factors.steps > 0, factors.steps, 1)
-    ends = jnp.where((factors.ends > 0) & (factors.steps > 0), factors.ends, steps)
+    steps = positive_or_one(factors.steps)
+    measured = (factors.ends > 0) & (factors.steps > 0)
+    ends = jnp.where(measured, factors.ends, steps)
     return steps, jnp.maximum(steps / ends, 1)

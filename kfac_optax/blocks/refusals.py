@@ -8,7 +8,11 @@ from jaxtyping import Array
 INSTEAD = "another block (kronecker)"
 
 
-def given_outputs(where: str, g: Array | None, instead: str = INSTEAD) -> Array:
+def given_outputs(
+    where: str,
+    g: Array | None,
+    instead: str = INSTEAD,
+) -> Array:
     """Output gradients, of which a block makes its statistic.
 
     Args:
@@ -23,6 +27,7 @@ def given_outputs(where: str, g: Array | None, instead: str = INSTEAD) -> Array:
     Traceback (most recent call last):
     ValueError: here: needs output gradients, but this estimator measures inputs only. Use ...
     """
+    # estimators that run forward only have no output gradients to give
     if g is None:
         raise ValueError(
             f"{where}: needs output gradients, but this estimator measures inputs only. Use "
@@ -39,6 +44,7 @@ def without_product(where: str, what: str = "no average of the factors") -> Call
     ValueError: here: no average of the factors is kept to multiply with. Ask the exact ...
     """
 
+    # called only where something asks for products with F
     def multiply(statistic: Any, v: Array) -> Array:
         raise ValueError(
             f"{where}: {what} is kept to multiply with. Ask the exact curvature instead (a trust "

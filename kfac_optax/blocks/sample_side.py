@@ -34,10 +34,13 @@ def described(rows: int, dimension: int) -> str:
 
 def side_of_mean(total: Array, dimension: int, rows: int) -> RowSide | DenseSide:
     """The inverse of a multiple of the identity."""
+    # the smaller of the two matrices is inverted
     if rows >= dimension:
         return DenseSide(jnp.eye(dimension, dtype=total.dtype) / total)
+    # X = total I: no rows, so that the inverse is 1 / shift
     nothing = jnp.zeros((rows, dimension), total.dtype)
-    return RowSide(nothing, jnp.zeros((rows, rows), total.dtype), total)
+    middle = jnp.zeros((rows, rows), total.dtype)
+    return RowSide(nothing, middle, total)
 
 
 def side_of_rows(
@@ -47,7 +50,8 @@ def side_of_rows(
     # one for both of its places
     shift = shift_for(shift, jnp.sum(rows * rows))
     if rows.shape[0] >= rows.shape[1]:
-        return DenseSide(psd_inverse(jnp.matmul(rows.T, rows, precision=precision), shift))
+        moment = jnp.matmul(rows.T, rows, precision=precision)
+        return DenseSide(psd_inverse(moment, shift))
     gram = jnp.matmul(rows, rows.T, precision=precision)
     return RowSide(rows, psd_inverse(gram, shift), shift)
 
@@ -58,6 +62,8 @@ def solve_sample_side(
     """`(X + shift)^{-1} V`, of columns `V [d, k]`."""
     if isinstance(side, DenseSide):
         return jnp.matmul(side.inverse, v, precision=precision)
+    # (V - U^T (U U^T + shift I)^{-1} U V) / shift
     seen = jnp.matmul(side.rows, v, precision=precision)
     inside = jnp.matmul(side.middle, seen, precision=precision)
-    return (v - jnp.matmul(side.rows.T, inside, precision=precision)) / side.shift
+    back = jnp.matmul(side.rows.T, inside, precision=precision)
+    return (v - back) / side.shift

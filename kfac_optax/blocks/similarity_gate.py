@@ -66,11 +66,18 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
         made = block.factorize(statistic, damping)
         return Watched(made, zeros, zeros, none, none, none, one, one)
 
-    def refresh(old: Watched, statistic: PyTree, damping: Array, count: Array) -> Watched:
+    def refresh(
+        old: Watched,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> Watched:
+        # d_1 + d_2 where similar to both, d_1 to the last alone, else half of d_1
         near = _similar(statistic, old.last, tolerance)
         both = near & _similar(statistic, old.before, tolerance)
         longer = old.interval + jnp.where(both, old.previous, 0)
-        interval = jnp.where(near, longer, jnp.maximum(1, old.interval // 2))
+        shorter = jnp.maximum(1, old.interval // 2)
+        interval = jnp.where(near, longer, shorter)
         return Watched(
             block.factorize(statistic, damping),
             last=statistic,
@@ -82,7 +89,13 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
             previous=old.interval,
         )
 
-    def due(old: Watched, statistic: PyTree, damping: Array, count: Array) -> tuple[Array, Watched]:
+    def due(
+        old: Watched,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> tuple[Array, Watched]:
+        # a look without a new statistic has nothing to compare
         waited = old.waited + (count > old.statistics).astype(jnp.int32)
         worth = (old.refreshes == 0) | (waited >= old.interval)
         return worth, old._replace(statistics=count, waited=waited)
@@ -99,8 +112,10 @@ def similarity_gate(block: Block, *, tolerance: Numeric = 0.1) -> Block:
 
 def _similar(new: PyTree, old: PyTree, tolerance: Numeric) -> Array:
     """Whether each array is near to what it was; nothing is near to zeros, those before the first."""
-    near = [
-        jnp.linalg.norm(jnp.ravel(x - y)) < tolerance * jnp.linalg.norm(jnp.ravel(y))
-        for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    ]
-    return jnp.stack(near).all()
+
+    def is_near(x: Array, y: Array) -> Array:
+        change = jnp.linalg.norm(jnp.ravel(x - y))
+        return change < tolerance * jnp.linalg.norm(jnp.ravel(y))
+
+    near = jax.tree.map(is_near, new, old)
+    return jnp.stack(jax.tree.leaves(near)).all()

@@ -85,18 +85,28 @@ def skfac_block(
     def init(layer: Layer, dtype: jnp.dtype) -> Means:
         return Means(jnp.ones((), dtype), jnp.ones((), dtype))
 
-    def measure(a: Array, g: Array | None, use: Use) -> tuple[Means, Columns]:
+    def measure(
+        a: Array,
+        g: Array | None,
+        use: Use,
+    ) -> tuple[Means, Columns]:
+        # one row for every example, positions averaged and added up
         if sharing == "reduce":
             a, g, use = pooled(a, g, use)
-        scaled = scaled_rows(a, g, use, where="skfac_block")
-        sizes = zip(scaled, shape, strict=True)
-        return Means(*(jnp.sum(x * x) / d for x, d in sizes)), Columns(*scaled)
+        a, g = scaled_rows(a, g, use, where="skfac_block")
+        # tr(A) / p = sum_rows |a|^2 / p for scaled rows, and likewise of G
+        p, q = shape
+        means = Means(jnp.sum(a * a) / p, jnp.sum(g * g) / q)
+        return means, Columns(a, g)
 
     def factorize(means: Means, damping: Array) -> SampleInverse:
         """What stands for a factor before its rows are known: its mean eigenvalue."""
+        # a factor that is its mean eigenvalue times the identity, damped
         shifts = tikhonov_shifts(*means, damping)
-        sides = zip(means, shifts, shape, strict=True)
-        return SampleInverse(*(side_of_mean(mean + shift, d, rows) for mean, shift, d in sides))
+        p, q = shape
+        inputs = side_of_mean(means.inputs + shifts[0], p, rows)
+        outputs = side_of_mean(means.outputs + shifts[1], q, rows)
+        return SampleInverse(inputs, outputs)
 
     def refresh(inverse: SampleInverse, means: Means, damping: Array, count: Array):
         return inverse  # the last statistic has made it
@@ -104,14 +114,19 @@ def skfac_block(
     def absorb(
         inverse: SampleInverse, new: Columns, means: Means, damping: Array, average: Average
     ) -> SampleInverse:
-        a, g = jax.tree.map(lambda x: fill(x, rows, "skfac_block"), of_all_pullbacks(new))
+        # rows of all pullbacks and devices, zeros behind them up to what the state has room for
+        a, g = (fill(x, rows, "skfac_block") for x in of_all_pullbacks(new))
         # of this batch alone: the means in the statistic are averages
-        mean_a, mean_g = (jnp.sum(x * x) / x.shape[1] for x in (a, g))
+        mean_a = jnp.sum(a * a) / a.shape[1]
+        mean_g = jnp.sum(g * g) / g.shape[1]
+        # pi sqrt(damping) and sqrt(damping) / pi
         shifts = tikhonov_shifts(mean_a, mean_g, damping)
         inputs = side_of_rows(a, shifts[0], precision)
-        return SampleInverse(inputs, side_of_rows(after(g, inputs), shifts[1], precision))
+        outputs = side_of_rows(after(g, inputs), shifts[1], precision)
+        return SampleInverse(inputs, outputs)
 
     def solve(inverse: SampleInverse, v: Array, damping: Array) -> Array:
+        # A^{-1} V G^{-1}, the second on rows of V
         left = solve_sample_side(inverse.inputs, v, precision)
         return solve_sample_side(inverse.outputs, left.T, precision).T
 

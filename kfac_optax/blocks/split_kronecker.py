@@ -9,10 +9,9 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker import SHARING
+from kfac_optax.blocks.use_rows import input_rows, share_of_layer
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
-from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.groups import group_gram, group_identity, group_product
-from kfac_optax.linalg.weighted_rows import count_rows
 
 
 class SplitFactors(NamedTuple):
@@ -64,22 +63,25 @@ def split_kronecker(
 
     def init(layer: Layer, dtype: jnp.dtype) -> SplitFactors:
         p, q = layer.shape
-        return SplitFactors(group_identity(p, size, dtype), group_identity(q, size, dtype))
+        inputs = group_identity(p, size, dtype)
+        return SplitFactors(inputs, group_identity(q, size, dtype))
 
     def measure(a: Array, g: Array | None, use: Use) -> SplitFactors:
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
+        # A_k = (1/N) sum_rows w a_k a_k^T for every group, [m, s, s]
+        a = input_rows(a, use)
         inputs = group_gram(a, size, use.weights, precision=precision) / use.examples
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
-            share = jnp.asarray(count_rows(a, use.weights) / use.rows, use.dtype)
-            return SplitFactors(inputs, share * group_identity(use.outputs, size, use.dtype))
-        outputs = group_gram(g.astype(use.dtype), size, precision=precision) / use.rows
-        return SplitFactors(inputs, outputs)
+            identity = group_identity(use.outputs, size, use.dtype)
+            return SplitFactors(inputs, share_of_layer(a, use) * identity)
+        # the root of the weight is inside g
+        total = group_gram(g.astype(use.dtype), size, precision=precision)
+        return SplitFactors(inputs, total / use.rows)
 
     def factorize(factors: SplitFactors, damping: Array) -> SplitFactors:
         def inverses(blocks: Array) -> Array:
             # not below rounding, so that a group of zeros has an inverse without damping too
-            mean = jnp.einsum("mii->", blocks) / (blocks.shape[0] * blocks.shape[1])
+            groups, width, _ = blocks.shape
+            mean = jnp.einsum("mii->", blocks) / (groups * width)
             shift = at_least_rounding(jnp.sqrt(damping), mean)
             return jax.vmap(psd_inverse, (0, None))(blocks, shift)
 

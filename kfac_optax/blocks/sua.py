@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
-from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.gram import gram, homogeneous
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import inverse_root
 from kfac_optax.linalg.weighted_rows import weighted_gram
@@ -85,9 +85,15 @@ def sua(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
 
     def init(layer: Layer, dtype: jnp.dtype) -> ChannelFactors:
         channels = _channels(layer)
-        one, eye = jnp.ones((), dtype), jnp.eye(channels, dtype=dtype)
-        mean, bias = jnp.zeros(channels, dtype), _bias_entry(layer, one)
-        return ChannelFactors(eye, mean, one, one, bias, jnp.eye(layer.outputs, dtype=dtype))
+        one = jnp.ones((), dtype)
+        return ChannelFactors(
+            moment=jnp.eye(channels, dtype=dtype),
+            mean=jnp.zeros(channels, dtype),
+            steps=one,
+            level=one,
+            bias=_bias_entry(layer, one),
+            outputs=jnp.eye(layer.outputs, dtype=dtype),
+        )
 
     def measure(a: Array, g: Array | None, use: Use) -> ChannelFactors:
         channels = _channels(use.layer)
@@ -96,33 +102,33 @@ def sua(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
                 f"sua: measure got inputs of shape {a.shape}; expected [N, *spatial, {channels}]. "
                 "Pass the input map of the convolution, not its patches."
             )
-        a, weights = a.astype(use.dtype), None
-        if use.weights is not None:
-            per_example = use.weights.astype(use.dtype).mean(range(1, use.weights.ndim))
-            weights = jnp.broadcast_to(per_example.reshape(-1, *(1,) * (a.ndim - 2)), a.shape[:-1])
+        a = a.astype(use.dtype)
+        weights = _per_position(use, a.shape[:-1])
         if g is None:
-            outputs, rows = jnp.eye(use.outputs, dtype=use.dtype), use.rows
+            rows = use.rows
+            outputs = jnp.eye(use.outputs, dtype=use.dtype)
         else:
             g = g.astype(use.dtype)
-            outputs, rows = gram(g, g, precision=precision) / use.rows, math.prod(g.shape[:-1])
+            rows = math.prod(g.shape[:-1])
+            outputs = gram(g, g, precision=precision) / use.rows
         # a column of ones turns the second moments into all that is wanted
-        a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], -1)
-        moments = (
-            rows
-            / use.examples
-            / math.prod(a.shape[:-1])
-            * weighted_gram(a, weights, precision=precision)
-        )
-        moment, mean, total = moments[:-1, :-1], moments[:-1, -1], moments[-1, -1]
-        level = (use.inputs // channels * jnp.trace(moment) + int(use.bias) * total) / (
-            use.inputs + use.bias
-        )
-        return ChannelFactors(moment, mean, total, level, _bias_entry(use.layer, total), outputs)
+        a = homogeneous(a)
+        scale = rows / use.examples / math.prod(a.shape[:-1])
+        moments = scale * weighted_gram(a, weights, precision=precision)
+        moment, mean = moments[:-1, :-1], moments[:-1, -1]
+        total = moments[-1, -1]
+        # tr(Omega) / p: the trace of the moment for every offset of the kernel, and the bias
+        offsets = use.inputs // channels
+        trace = offsets * jnp.trace(moment) + int(use.bias) * total
+        level = trace / (use.inputs + use.bias)
+        bias = _bias_entry(use.layer, total)
+        return ChannelFactors(moment, mean, total, level, bias, outputs)
 
     def factorize(factors: ChannelFactors, damping: Array) -> ChannelInverse:
         steps, mean, covariance = _covariance(factors)
         gamma = factors.outputs
-        shift, output_shift = tikhonov_shifts(factors.level, jnp.trace(gamma) / len(gamma), damping)
+        mean_output = jnp.trace(gamma) / len(gamma)
+        shift, output_shift = tikhonov_shifts(factors.level, mean_output, damping)
         shift = shift / steps
         root = inverse_root(covariance, shift)
         inverse = jnp.matmul(root, root.T, precision=precision)
@@ -142,24 +148,22 @@ def sua(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
             common = along / spread
         else:
             below = inverse.shift * spread + 1
-            common, row = (inverse.shift * along + row) / below, (spread * row - along) / below
+            common = (inverse.shift * along + row) / below
+            row = (spread * row - along) / below
         inner = inner - inverse.direction[:, None] * common
-        return jnp.matmul(_join(inner, row) / inverse.steps, inverse.outputs, precision=precision)
+        solved = _join(inner, row) / inverse.steps
+        return jnp.matmul(solved, inverse.outputs, precision=precision)
 
     def multiply(factors: ChannelFactors, v: Array) -> Array:
         steps, mean, covariance = _covariance(factors)
         features, row = _split(v, factors)
         common = jnp.einsum("c,kcq->q", mean, features, precision=precision)
-        common = common if row is None else common + row
-        inner = (
-            jnp.einsum("cd,kdq->kcq", covariance, features, precision=precision)
-            + mean[:, None] * common
-        )
-        return jnp.matmul(
-            steps * _join(inner, None if row is None else common),
-            factors.outputs,
-            precision=precision,
-        )
+        if row is not None:
+            common = row = common + row
+        inner = jnp.einsum("cd,kdq->kcq", covariance, features, precision=precision)
+        inner = inner + mean[:, None] * common
+        product = steps * _join(inner, row)
+        return jnp.matmul(product, factors.outputs, precision=precision)
 
     return Block("kronecker (sua)", init, measure, factorize, solve, multiply, raw=True)
 
@@ -168,9 +172,22 @@ def _covariance(factors: ChannelFactors) -> tuple[Array, Array, Array]:
     """`T`, `mu` and `Sigma`; `T` is next to nothing where nothing was measured, as it multiplies
     the bias entry.
     """
-    steps = jnp.where(factors.steps > 0, factors.steps, jnp.finfo(factors.steps.dtype).eps)
+    eps = jnp.finfo(factors.steps.dtype).eps
+    steps = jnp.where(factors.steps > 0, factors.steps, eps)
     mean = factors.mean / steps
-    return steps, mean, symmetrize(factors.moment / steps - jnp.outer(mean, mean))
+    covariance = factors.moment / steps - jnp.outer(mean, mean)
+    return steps, mean, symmetrize(covariance)
+
+
+def _per_position(use: Use, shape: tuple[int, ...]) -> Array | None:
+    """The mean weight of every example, at all positions of its map."""
+    if use.weights is None:
+        return None
+    # weights are those of output positions, of which there may be another number
+    outputs = range(1, use.weights.ndim)
+    per_example = use.weights.astype(use.dtype).mean(outputs)
+    beside = per_example.reshape(-1, *(1,) * (len(shape) - 1))
+    return jnp.broadcast_to(beside, shape)
 
 
 def _split(v: Array, of: ChannelFactors | ChannelInverse) -> tuple[Array, Array | None]:
@@ -178,12 +195,15 @@ def _split(v: Array, of: ChannelFactors | ChannelInverse) -> tuple[Array, Array 
     channels = of.mean.size if isinstance(of, ChannelFactors) else of.direction.size
     has_bias = of.bias.size > 0
     features = v[:-1] if has_bias else v
-    return features.reshape(-1, channels, v.shape[1]), v[-1] if has_bias else None
+    row = v[-1] if has_bias else None
+    return features.reshape(-1, channels, v.shape[1]), row
 
 
 def _join(features: Array, row: Array | None) -> Array:
     flat = features.reshape(-1, features.shape[-1])
-    return flat if row is None else jnp.concatenate([flat, row[None]])
+    if row is None:
+        return flat
+    return jnp.concatenate([flat, row[None]])
 
 
 def _bias_entry(layer: Layer, value: Array) -> Array:

@@ -29,6 +29,7 @@ def tekfac_block(*, sharing: str = "expand", precision: jax.lax.PrecisionLike = 
 
     Reference: Gao et al., Eigenvalue-corrected Natural Gradient Based on a New Approximation (2020).
     """
+    # the basis is that of Phi and Psi, the correction that of `ekfac_block`
     plain = tkfac_block(sharing=sharing, precision=precision)
     name = "tekfac" if sharing == "expand" else f"tekfac ({sharing})"
     return eigenvalue_corrected(plain, name, precision)

@@ -6,11 +6,13 @@ from jaxtyping import Array
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number, check_unused
-from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse, Factors, kronecker
+from kfac_optax.blocks.kronecker import DenseInverse, Factors, Inverse, kronecker
 from kfac_optax.blocks.refusals import given_outputs
+from kfac_optax.blocks.use_rows import input_rows
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.example_moments import example_rows
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
-from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.weighted_rows import keep_rows, weighted_gram
@@ -79,34 +81,42 @@ def tkfac_block(
         check_number(where, "positions", positions, at_least=1)
     if sharing == "exact":
         check_unused(where, "sharing='exact', of whole examples", positions=(positions, None))
+    # delta Phi (x) Psi is a Kronecker product like any other once it is scaled
     plain = kronecker(inverse, precision=precision)
     moments = _moments_of_positions if sharing == "expand" else _partial_traces
 
     def init(layer: Layer, dtype: jnp.dtype) -> Factors:
         p, q = layer.shape
         # both partial traces of the identity
-        return Factors(q * jnp.eye(p, dtype=dtype), p * jnp.eye(q, dtype=dtype))
+        inputs = q * jnp.eye(p, dtype=dtype)
+        outputs = p * jnp.eye(q, dtype=dtype)
+        return Factors(inputs, outputs)
 
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
         return moments(a, given_outputs(where, g), use, precision)
 
-    def factorize(factors: Factors, damping: Array) -> EigenInverse | DenseInverse:
+    def factorize(factors: Factors, damping: Array) -> Inverse:
         # delta Phi / sqrt(delta): the product of both is delta Phi (x) Psi
         root = jnp.sqrt(jnp.trace(factors.inputs))
-        scaled = Factors(*(x / jnp.where(root > 0, root, 1) for x in factors))
+        divisor = positive_or_one(root)
+        scaled = Factors(factors.inputs / divisor, factors.outputs / divisor)
         if inverse == "eigh" or split == "trace":
             return plain.factorize(scaled, damping)
+        # sqrt(damping) on both sides, since both have the trace sqrt(delta)
         shift = at_least_rounding(jnp.sqrt(damping), root)
         inputs = psd_inverse(scaled.inputs, shift)
-        return DenseInverse(inputs, psd_inverse(after(scaled.outputs, inputs), shift))
+        outputs = after(scaled.outputs, inputs)
+        return DenseInverse(inputs, psd_inverse(outputs, shift))
 
     def multiply(factors: Factors, v: Array) -> Array:
+        # Phi V Psi delta = (delta Phi) V (delta Psi) / delta
         delta = jnp.trace(factors.inputs)
         product = sandwich(factors.inputs, v, factors.outputs, precision=precision)
-        return product / jnp.where(delta > 0, delta, 1)
+        return product / positive_or_one(delta)
 
+    words = inverse if sharing == "expand" else f"{inverse}, {sharing}"
     return plain._replace(
-        name=f"tkfac ({inverse})" if sharing == "expand" else f"tkfac ({inverse}, {sharing})",
+        name=f"tkfac ({words})",
         init=init,
         measure=measure,
         factorize=factorize,
@@ -116,26 +126,37 @@ def tkfac_block(
     )
 
 
-def _partial_traces(a: Array, g: Array, use: Use, precision: jax.lax.PrecisionLike) -> Factors:
+def _partial_traces(
+    a: Array,
+    g: Array,
+    use: Use,
+    precision: jax.lax.PrecisionLike,
+) -> Factors:
+    # (1/N) sum_b D_b D_b^T and (1/N) sum_b D_b^T D_b
     a, g = example_rows(a, g, use)
     inputs = contract(a, g, precision=precision)
-    return Factors(inputs / use.examples, contract(g, a, precision=precision) / use.examples)
+    outputs = contract(g, a, precision=precision)
+    return Factors(inputs / use.examples, outputs / use.examples)
 
 
 def _moments_of_positions(
     a: Array, g: Array, use: Use, precision: jax.lax.PrecisionLike
 ) -> Factors:
-    a, g = a.astype(use.dtype), g.astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    a = keep_rows(input_rows(a, use), use.weights)
+    g = g.astype(use.dtype)
     rows = tuple(range(1, a.ndim - 1))  # all axes between examples and features
-    weights = jnp.ones((), use.dtype) if use.weights is None else use.weights.astype(use.dtype)
+    weights = jnp.ones((), use.dtype)
+    if use.weights is not None:
+        weights = use.weights.astype(use.dtype)
     weights = jnp.broadcast_to(weights, a.shape[:-1])
     # Gamma is a weighted mean: g has the root of its weight inside
     total = jnp.sum(weights, rows, keepdims=True)
-    share = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    share = jnp.where(total > 0, 1 / positive_or_one(total), 0)
     # tr Lambda and tr Gamma, [n, 1, ...]
-    trace_a = jnp.sum(weights * jnp.sum(a * a, -1), rows, keepdims=True)
-    trace_g = share * jnp.sum(jnp.sum(g * g, -1), rows, keepdims=True)
+    square_a, square_g = jnp.sum(a * a, -1), jnp.sum(g * g, -1)
+    trace_a = jnp.sum(weights * square_a, rows, keepdims=True)
+    trace_g = share * jnp.sum(square_g, rows, keepdims=True)
     inputs = weighted_gram(a, weights * trace_g, precision=precision)
-    outputs = gram(g * (share * trace_a)[..., None], g, precision=precision)
+    left = g * (share * trace_a)[..., None]
+    outputs = gram(left, g, precision=precision)
     return Factors(inputs / use.examples, outputs / use.examples)

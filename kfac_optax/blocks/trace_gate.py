@@ -68,27 +68,42 @@ def trace_gate(
     _check(block, refresh_above, freeze_below)
 
     def trace(statistic: PyTree, damping: Array) -> Array:
+        # tr(A + sqrt(damping) I) tr(G + sqrt(damping) I)
         total = jnp.ones((), damping.dtype)
         for blocks, dimension in zip(statistic, shape, strict=True):
             total *= jnp.einsum("...ii->", blocks) + dimension * jnp.sqrt(damping)
         return total
 
     def factorize(statistic: PyTree, damping: Array) -> Gated:
+        made = block.factorize(statistic, damping)
         nothing, none = jnp.zeros((), damping.dtype), jnp.zeros((), jnp.int32)
-        return Gated(block.factorize(statistic, damping), nothing, none, none, none)
+        return Gated(made, nothing, none, none, none)
 
-    def refresh(gated: Gated, statistic: PyTree, damping: Array, count: Array) -> Gated:
+    def refresh(
+        gated: Gated,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> Gated:
         # an inverse of no statistic is none to compare with
         now = jnp.where(count > 0, trace(statistic, damping), 0)
         made = block.factorize(statistic, damping)
         return Gated(made, now, count, gated.refreshes + 1, gated.frozen)
 
-    def due(gated: Gated, statistic: PyTree, damping: Array, count: Array) -> tuple[Array, Gated]:
+    def due(
+        gated: Gated,
+        statistic: PyTree,
+        damping: Array,
+        count: Array,
+    ) -> tuple[Array, Gated]:
+        # |t - t_0|, against shares of t_0
         change = jnp.abs(trace(statistic, damping) - gated.trace)
         first = gated.trace == 0
         # without a quotient: no change is no change of a trace of zero as well
         worth = first | (change >= refresh_above * gated.trace)
-        settled = ~first & (change < freeze_below * gated.trace) & (count > gated.statistics)
+        still = change < freeze_below * gated.trace
+        settled = ~first & still & (count > gated.statistics)
+        # once frozen, always frozen
         frozen = jnp.maximum(gated.frozen, settled.astype(jnp.int32))
         kept = gated._replace(statistics=count, frozen=frozen)
         return worth & (gated.frozen == 0), kept
@@ -108,6 +123,7 @@ def _check(block: Block, refresh_above: Numeric, freeze_below: Numeric) -> None:
     check_number(where, "refresh_above", refresh_above, at_least=0)
     check_number(where, "freeze_below", freeze_below, at_least=0)
     check_without_rules(where, block)
+    # traced or injected bounds cannot be compared at construction
     numbers = not any(isinstance(x, jax.Array) for x in (refresh_above, freeze_below))
     if numbers and freeze_below > refresh_above:
         raise ValueError(

@@ -1,5 +1,8 @@
 """Per-channel blocks for scale and shift of normalisation layers."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -7,6 +10,8 @@ from kfac_optax._types import Block, Layer, Use
 from kfac_optax.linalg.factorize import Eigen, damped_logdet, damped_quotient, damped_root
 from kfac_optax.linalg.two_by_two import small_psd_eigh
 from kfac_optax.linalg.weighted_rows import keep_rows
+
+Product = Callable[[Array, Array], Array]  # of two columns, `[C]`
 
 
 def unitwise(full: bool = True) -> Block:
@@ -51,60 +56,76 @@ def unitwise(full: bool = True) -> Block:
                 f"unitwise: the layer has {p} rows of parameters; expected 1 or 2 (scale, shift). "
                 "Use it for normalisation layers only."
             )
-        return (
-            jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p))
-            if full
-            else jnp.ones((q, p), dtype)
-        )
+        # [C, p, p], a block for every channel; or only their diagonals [C, p]
+        if not full:
+            return jnp.ones((q, p), dtype)
+        return jnp.broadcast_to(jnp.eye(p, dtype=dtype), (q, p, p))
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a, weights = a.astype(use.dtype), use.weights
+        # a single example without an axis of its own
         if a.ndim == 1:
-            a, g, weights = (
-                a[None],
-                None if g is None else g[None],
-                None if weights is None else weights[None],
-            )
+            a, g, weights = jax.tree.map(lambda x: x[None], (a, g, weights))
         positions = tuple(range(1, a.ndim - 1))
+        # forward only: x and 1 are the columns of d for unit gradients, [N, *positions, C]
         if g is None:
-            a, one = keep_rows(a, weights), jnp.ones_like(a) if use.bias else None
-            columns = [a, one] if use.bias else [a]
-            scale = jnp.ones((), a.dtype) if weights is None else weights[..., None].astype(a.dtype)
-            axes = tuple(range(a.ndim - 1))
-            return _moments(columns, lambda x, y: jnp.sum(scale * x * y, axes) / use.examples)
+            return _moments(*_of_unit_gradients(a, weights, use))
+        # d_b = (sum_pos g x, sum_pos g), two columns of [N, C]
         g = _drop_examples(g.astype(use.dtype), weights)
+        # zero times an input that is NaN is NaN
         products = g * jnp.where(g == 0, jnp.zeros((), a.dtype), a)
-        columns = (
-            [products.sum(positions), g.sum(positions)] if use.bias else [products.sum(positions)]
-        )
-        return _moments(columns, lambda x, y: jnp.sum(x * y, 0) / use.examples)
+        columns = [products.sum(positions)]
+        if use.bias:
+            columns.append(g.sum(positions))
 
-    def _moments(columns, product) -> Array:
+        def product(x: Array, y: Array) -> Array:
+            return jnp.sum(x * y, 0) / use.examples
+
+        return _moments(columns, product)
+
+    def _moments(columns: list[Array], product: Product) -> Array:
+        # p diagonals [C] -> [C, p]
         if not full:
             return jnp.stack([product(x, x) for x in columns], -1)
-        return jnp.stack([jnp.stack([product(x, y) for y in columns], -1) for x in columns], -2)
+        # p x p products [C] -> [C, p, p]
+        rows = []
+        for x in columns:
+            row = [product(x, y) for y in columns]
+            rows.append(jnp.stack(row, -1))
+        return jnp.stack(rows, -2)
 
     def factorize(statistic: Array, damping: Array) -> Eigen | Array:
-        return small_psd_eigh(statistic) if full else jnp.maximum(statistic, 0)
+        if not full:
+            return jnp.maximum(statistic, 0)
+        # closed form, no LAPACK call for every channel
+        return small_psd_eigh(statistic)
 
     def solve(inverse: Eigen | Array, v: Array, damping: Array) -> Array:
         if not isinstance(inverse, Eigen):
             return damped_quotient(v, inverse.T, damping, exact=True)
-        rotated = damped_quotient(
-            jnp.sum(inverse.vectors * v.T[:, :, None], 1), inverse.values, damping, exact=True
-        )
-        return jnp.sum(inverse.vectors * rotated[:, None, :], 2).T
+        # U^T V_c, V^T being [C, p], then U [...]: back to [p, C]
+        along = jnp.sum(inverse.vectors * v.T[:, :, None], 1)
+        scaled = damped_quotient(along, inverse.values, damping, exact=True)
+        return _times_vectors(inverse, scaled)
 
     def multiply(statistic: Array, v: Array) -> Array:
-        return jnp.sum(statistic * v.T[:, None, :], 2).T if full else statistic.T * v
+        if not full:
+            return statistic.T * v
+        # F_c V_c for every channel
+        products = jnp.sum(statistic * v.T[:, None, :], 2)
+        return products.T
 
     def root_solve(inverse: Eigen | Array, z: Array, damping: Array) -> Array:
         if not isinstance(inverse, Eigen):
             return damped_root(z, inverse.T, damping, exact=True)
         scaled = damped_root(z.T, inverse.values, damping, exact=True)
-        return jnp.sum(inverse.vectors * scaled[:, None, :], 2).T
+        return _times_vectors(inverse, scaled)
 
-    def logdet(inverse: Eigen | Array, damping: Array, shape: tuple[int, int]) -> Array:
+    def logdet(
+        inverse: Eigen | Array,
+        damping: Array,
+        shape: tuple[int, int],
+    ) -> Array:
         values = inverse.values if isinstance(inverse, Eigen) else inverse
         return damped_logdet(values, damping, exact=True)
 
@@ -120,6 +141,32 @@ def unitwise(full: bool = True) -> Block:
     )
 
 
+def _of_unit_gradients(
+    a: Float[Array, "N *positions C"],
+    weights: Float[Array, "N *positions"] | None,
+    use: Use,
+) -> tuple[list[Array], Product]:
+    """The columns `x` and `1` of every position, and their product, a mean over examples."""
+    columns = [keep_rows(a, weights)]
+    if use.bias:
+        columns.append(jnp.ones_like(a))
+    scale = jnp.ones((), a.dtype)
+    if weights is not None:
+        scale = weights[..., None].astype(a.dtype)
+    axes = tuple(range(a.ndim - 1))
+
+    def product(x: Array, y: Array) -> Array:
+        return jnp.sum(scale * x * y, axes) / use.examples
+
+    return columns, product
+
+
+def _times_vectors(eigen: Eigen, x: Float[Array, "C p"]) -> Float[Array, "p C"]:
+    """`U_c x_c` for every channel."""
+    products = jnp.sum(eigen.vectors * x[:, None, :], 2)
+    return products.T
+
+
 def _drop_examples(
     g: Float[Array, "N *positions C"], weights: Float[Array, "N *positions"] | None
 ) -> Float[Array, "N *positions C"]:
@@ -128,5 +175,7 @@ def _drop_examples(
     """
     if weights is None:
         return g
-    kept = jnp.any(weights != 0, tuple(range(1, weights.ndim)), keepdims=True)
+    # [N, 1, ...]: some position of the example counts
+    positions = tuple(range(1, weights.ndim))
+    kept = jnp.any(weights != 0, positions, keepdims=True)
     return jnp.where(kept[..., None], g, jnp.zeros((), g.dtype))

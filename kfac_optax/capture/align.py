@@ -19,7 +19,11 @@ class _Roles(NamedTuple):
 
     def at_least_two(self, stored: Sequence[int]) -> "_Roles":
         """Without axes of length one, which have no role."""
-        return _Roles(*(tuple(i for i in axes if stored[i] > 1) for axes in self))
+
+        def long(axes: Sequence[int]) -> tuple[int, ...]:
+            return tuple(i for i in axes if stored[i] > 1)
+
+        return _Roles(*map(long, self))
 
 
 def layout_of(site: Site) -> Layout:
@@ -35,15 +39,19 @@ def aligned(site: Site, lead: Site) -> Site | None:
     The matrix of a product may be there the other way round: `g W^T` beside `x W`. Its rows are
     swapped then: the gradient in `W` is the outer product of the product's cotangent and `g`.
     """
+    # a table may also be the head, h E^T
     if isinstance(lead.geometry, Lookup) and not isinstance(site.geometry, Lookup):
         return site if _is_head(site, lead) else None
     products = (Contraction, Dense)
-    if not (isinstance(site.geometry, Contraction) and isinstance(lead.geometry, products)):
+    both_products = isinstance(site.geometry, Contraction) and isinstance(lead.geometry, products)
+    if not both_products:
         return site if _same_matrix(site, lead) else None
+    # stored axes by role, in this use and in the layer
     mine, wanted = _roles(site), _roles(lead)
     if len(mine.groups) != len(wanted.groups):
         return None
     stored = site.kernel  # a use that was found names the stored axes themselves
+    # the same axes in each role, or inputs and outputs exchanged
     sets = [set(axes) for axes in mine.at_least_two(stored)]
     groups, inputs, outputs = wanted.at_least_two(stored)
     if sets == [set(groups), set(inputs), set(outputs)]:
@@ -55,39 +63,52 @@ def aligned(site: Site, lead: Site) -> Site | None:
 
 
 def _same_matrix(site: Site, lead: Site) -> bool:
-    return (
-        site.geometry.kind == lead.geometry.kind
-        and matrix_shape(site.geometry, site.kernel) == matrix_shape(lead.geometry, lead.kernel)
-        and layout_of(site) == layout_of(lead)
-    )
+    if site.geometry.kind != lead.geometry.kind:
+        return False
+    mine = matrix_shape(site.geometry, site.kernel)
+    wanted = matrix_shape(lead.geometry, lead.kernel)
+    return mine == wanted and layout_of(site) == layout_of(lead)
 
 
 def _is_head(site: Site, table: Site) -> bool:
     """Whether a product is `h @ table.T`."""
-    return site.geometry.kind == "dense" and _roles(site) == _Roles((), (1,), (0,))
+    transposed = _Roles(groups=(), inputs=(1,), outputs=(0,))
+    return site.geometry.kind == "dense" and _roles(site) == transposed
 
 
 def _roles(site: Site) -> _Roles:
     origin, rank = site.params[0], len(site.kernel)
     permutation = () if origin is None else origin.permutation
-    stored = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
+    # which stored axis each axis of the operand is
+    front = range(rank - len(permutation))
+    stored = [*front, *(rank + axis for axis in permutation)]
     if isinstance(site.geometry, Dense):
-        return _Roles((), (stored[0],), (stored[1],))
+        inputs, outputs = stored[:2]
+        return _Roles((), (inputs,), (outputs,))
     assert isinstance(site.geometry, Contraction)
+    # axes of the kernel in the order groups, inputs, outputs
     axes = [stored[rank + axis] for axis in site.geometry.kernel]
-    first, inner = site.geometry.groups, site.geometry.groups + site.geometry.inputs
-    return _Roles(tuple(axes[:first]), tuple(axes[first:inner]), tuple(axes[inner:]))
+    first_input = site.geometry.groups
+    first_output = first_input + site.geometry.inputs
+    return _Roles(
+        groups=tuple(axes[:first_input]),
+        inputs=tuple(axes[first_input:first_output]),
+        outputs=tuple(axes[first_output:]),
+    )
 
 
 def _reordered(site: Site, mine: _Roles, wanted: _Roles) -> Site:
     geometry = site.geometry
     assert isinstance(geometry, Contraction)
     rank, rows, groups = len(site.kernel), geometry.rows, geometry.groups
+    # as stored, in the order of roles of the layer
     kernel = tuple(axis - rank for axes in wanted for axis in axes)
 
     def arranged(axes: Sequence[int], role: int) -> tuple[int, ...]:
-        batch = _sorted_by(axes[rows : rows + groups], mine.groups, wanted.groups)
-        features = _sorted_by(axes[rows + groups :], mine[role], wanted[role])
+        # rows stay; groups and features in the order of the layer
+        first = rows + groups
+        batch = _sorted_by(axes[rows:first], mine.groups, wanted.groups)
+        features = _sorted_by(axes[first:], mine[role], wanted[role])
         return (*axes[:rows], *batch, *features)
 
     geometry = dataclasses.replace(
@@ -101,7 +122,11 @@ def _reordered(site: Site, mine: _Roles, wanted: _Roles) -> Site:
     return site._replace(geometry=geometry)
 
 
-def _sorted_by(axes: Sequence[int], mine: Sequence[int], wanted: Sequence[int]) -> list[int]:
+def _sorted_by(
+    axes: Sequence[int],
+    mine: Sequence[int],
+    wanted: Sequence[int],
+) -> list[int]:
     """Axes of an array, given which stored axes the first of them are, in the order wanted.
 
     What is left over has length one.

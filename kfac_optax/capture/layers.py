@@ -59,9 +59,11 @@ def trace(
     Raises:
       ValueError: no layer was found, or a tapped one runs where it has no meaning.
     """
+    # taps are placed while the user's function runs once, abstractly
     with tapping(), linen.intercepting(), nnx.intercepting():
         jaxpr, out_shape = jax.make_jaxpr(function, return_shape=True)(params, *args)
     examples = check(out_shape)
+    # leaves in the order in which the jaxpr has them as inputs
     leaves = named_leaves(params)
     names = tuple(leaves)
     if len(names) != len(jax.tree.leaves(params)):
@@ -74,6 +76,7 @@ def trace(
     jaxpr = with_taps(_live(jaxpr), len(names), examples)
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= tapped_leaves(analysis)
+    # nothing that could become a layer, not even one outside of what the prediction needs
     if not (
         analysis.sites
         or bypassed
@@ -87,6 +90,7 @@ def trace(
             "else by hand: `s = kfac_optax.tap_dense(x @ kernel + bias, x, kernel, bias)`, "
             "`tap_conv`, `tap_embedding`, `tap_scale_shift`."
         )
+    # sites of one parameter make a layer; what is left over gets a reason
     sites, owner, layers = group(analysis, names, leaves, bypassed)
     if not layers.layers:
         reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
@@ -110,6 +114,7 @@ def _named(names: Sequence[str], consumers: Mapping[int, Sequence[str]]) -> str:
 def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
     """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
     outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
+    # inputs stay, so that positions of the parameters do
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
 
@@ -117,8 +122,10 @@ def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
 def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
     """Whether that part of the function's result depends on every tap that was found."""
     leaves, treedef = jax.tree.flatten(traced.out_shape)
-    wanted = set(jax.tree.leaves(part(treedef.unflatten(range(len(leaves))))))
-    pruned = _live(traced.jaxpr, [i in wanted for i in range(len(leaves))])
+    # positions of the part's arrays among the results
+    numbers = range(len(leaves))
+    wanted = set(jax.tree.leaves(part(treedef.unflatten(numbers))))
+    pruned = _live(traced.jaxpr, [i in wanted for i in numbers])
     return count_taps(pruned.jaxpr) == len(traced.sites)
 
 
@@ -138,20 +145,23 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     """
     layers = []
     for index, layer in enumerate(traced.layers.layers):
-        mine = [
-            site for site, owner in zip(traced.sites, traced.owner, strict=True) if owner == index
-        ]
+        # all uses of the layer
+        owned = zip(traced.sites, traced.owner, strict=True)
+        mine = [site for site, owner in owned if owner == index]
         own = _per_example(mine, examples)
         drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
         layers.append(dataclasses.replace(layer, per_example=own, notes=notes))
-    return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
+    coverage = dataclasses.replace(traced.layers, layers=tuple(layers))
+    return traced._replace(layers=coverage)
 
 
 def _per_example(sites: Sequence[Site], examples: int) -> bool:
     # an unrolled recurrent layer starts from a state that is the same for every batch
     tables = [site for site in sites if isinstance(site.geometry, Lookup)]
-    flows = any(site.varies for site in sites) and all(site.varies for site in tables)
+    some = any(site.varies for site in sites)
+    flows = some and all(site.varies for site in tables)
     # rows of a constant that was found may be anything: directions of a derivative, say
     flows = flows and all(site.varies for site in sites if site.found)
-    return flows and all(site.row_shape[:1] == (examples,) for site in sites)
+    leading = [site.row_shape[:1] for site in sites]
+    return flows and all(rows == (examples,) for rows in leading)

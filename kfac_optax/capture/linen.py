@@ -31,10 +31,10 @@ SUPPORTED = (
 
 def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
     def handle(module, next_fun, params, inputs, *args, **kwargs):
+        # what the layer sees as rows, and how it is a dense layer
         a, geometry = describe(module, inputs, *args, **kwargs)
-        return _tap(
-            module, next_fun(inputs, *args, **kwargs), a, geometry, params, "kernel", "bias"
-        )
+        out = next_fun(inputs, *args, **kwargs)
+        return _tap(module, out, a, geometry, params, "kernel", "bias")
 
     return handle
 
@@ -45,22 +45,27 @@ def _embed(module, next_fun, params, inputs):
 
 
 def _attend(module, next_fun, params, query):
-    return place(
-        next_fun(query), query, params["embedding"].T, geometry=Dense(), name=_name(module)
-    )
+    # logits = query E^T: a dense layer with the transposed table
+    out, table = next_fun(query), params["embedding"]
+    return place(out, query, table.T, geometry=Dense(), name=_name(module))
 
 
 def _norm(module, next_fun, params, x, *args, **kwargs):
     out = next_fun(x, *args, **kwargs)
+    geometry = modules.norm(module, x)
     if "scale" not in params:
-        return _tap(module, out, jnp.ones_like(out), modules.norm(module, x), params, "bias")
+        return _tap(module, out, jnp.ones_like(out), geometry, params, "bias")
     # the same normalisation once more without its parameters; compiled, both share mean and
     # variance
-    bare = {"use_scale": False} | ({"use_bias": False} if hasattr(module, "use_bias") else {})
-    statistics = {k: v for k, v in module.variables.items() if k == "batch_stats"}
+    bare = {"use_scale": False}
+    if hasattr(module, "use_bias"):
+        bare["use_bias"] = False
+    # batch statistics are read, and what is written to them is dropped
+    written = "batch_stats"
+    statistics = {k: v for k, v in module.variables.items() if k == written}
     plain = module.clone(parent=None, name=None, **bare)
-    a, _ = plain.apply(statistics, x, *args, mutable=["batch_stats"], **kwargs)
-    return _tap(module, out, a, modules.norm(module, x), params, "scale", "bias")
+    a, _ = plain.apply(statistics, x, *args, mutable=[written], **kwargs)
+    return _tap(module, out, a, geometry, params, "scale", "bias")
 
 
 def _lstm(module, next_fun, params, carry, inputs):
@@ -77,14 +82,14 @@ def _lstm(module, next_fun, params, carry, inputs):
         "dtype",
     )
     fields += ("param_dtype", "carry_init")
-    cell = nn.LSTMCell(**{name: getattr(module, name) for name in fields}, parent=None)
+    settings = {name: getattr(module, name) for name in fields}
+    cell = nn.LSTMCell(**settings, parent=None)
     return cell.apply({"params": params}, carry, inputs)
 
 
 def _tap(module, out, a, geometry, params, *names):
-    return place(
-        out, a, *(params[n] for n in names if n in params), geometry=geometry, name=_name(module)
-    )
+    operands = [params[name] for name in names if name in params]
+    return place(out, a, *operands, geometry=geometry, name=_name(module))
 
 
 def _name(module: nn.Module) -> str:

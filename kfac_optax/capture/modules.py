@@ -33,28 +33,27 @@ def dense(module: Any, inputs: jax.Array) -> Described:
 def dense_general(module: Any, inputs: jax.Array) -> Described:
     """`DenseGeneral`, `LinearGeneral`: contracts some axes, may batch over leading ones."""
     n = inputs.ndim
+    # linen and NNX have other words for the same
     batch = getattr(module, "batch_dims", None)
     batch = tuple(module.batch_axis) if batch is None else batch
     features = getattr(module, "features", None)
     features = _tuple(module.out_features if features is None else features)
     axes = [axis % n for axis in _tuple(module.axis)]
     batch = [axis % n for axis in _tuple(batch)]
-    rows = [axis for axis in range(n) if axis not in axes and axis not in batch]
+    # what is neither contracted nor batched
+    rows = [axis for axis in range(n) if axis not in (*axes, *batch)]
     if not batch and axes == [n - 1] and len(features) == 1:
         return inputs, Dense()
+    # the kernel has the axes batch, inputs, outputs; the output batch, rows, outputs
     outputs = len(features)
     kernel = len(batch) + len(axes) + outputs
     s = len(batch) + len(rows) + outputs
+    of_rows = range(len(batch), len(batch) + len(rows))
+    order_in_s = (*of_rows, *range(len(batch)), *range(s - outputs, s))
+    order_in_a = (*rows, *batch, *axes)
     return inputs, Contraction(
-        a=tuple(axis - n for axis in (*rows, *batch, *axes)),
-        s=tuple(
-            axis - s
-            for axis in (
-                *range(len(batch), len(batch) + len(rows)),
-                *range(len(batch)),
-                *range(s - outputs, s),
-            )
-        ),
+        a=tuple(axis - n for axis in order_in_a),
+        s=tuple(axis - s for axis in order_in_s),
         kernel=tuple(range(-kernel, 0)),
         rows=len(rows),
         groups=len(batch),
@@ -63,7 +62,11 @@ def dense_general(module: Any, inputs: jax.Array) -> Described:
     )
 
 
-def einsum(module: Any, inputs: jax.Array, einsum_str: str | None = None) -> Described:
+def einsum(
+    module: Any,
+    inputs: jax.Array,
+    einsum_str: str | None = None,
+) -> Described:
     """`Einsum`: any product of two operands in which every axis has a role."""
     kernel = getattr(module, "shape", None) or module.kernel_shape
     return inputs, contraction(einsum_str or module.einsum_str, inputs.ndim, len(kernel))
@@ -75,27 +78,35 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     >>> contraction("ntd,dhk->nthk", 3, 3).inputs
     1
     """
+    # labels of both operands and of the result; letters that are free stand for `...`
     operands, result = equation.replace(" ", "").split("->")
     left, right = operands.split(",")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    dots = "".join(spare[: a_rank - len(left.replace("...", ""))])
-    left, result = left.replace("...", dots), result.replace("...", dots)
+    named = len(left.replace("...", ""))
+    dots = "".join(spare[: a_rank - named])
+    left = left.replace("...", dots)
+    result = result.replace("...", dots)
     if "." in right or len(right) != kernel_rank or len(left) != a_rank:
         return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
-    if any(len(set(labels)) != len(labels) for labels in (left, right, result)):
+    # each axis has one role, or the product is no matrix product
+    repeats = [len(set(labels)) != len(labels) for labels in (left, right, result)]
+    if any(repeats):
         return Unsupported(f"einsum {equation!r} takes a diagonal")
-    if any(c not in right and c not in result for c in left) or any(
-        c not in left and c not in result for c in right
-    ):
+    alone = set(left) ^ set(right)
+    if alone - set(result):
         return Unsupported(f"einsum {equation!r} sums over an axis of one operand alone")
+    # roles of the axes
     rows = [c for c in left if c not in right]
     groups = [c for c in result if c in left and c in right]
     inputs = [c for c in left if c in right and c not in result]
     outputs = [c for c in result if c in right and c not in left]
     if not outputs or not inputs:
         return Unsupported(f"einsum {equation!r} is no matrix product")
-    plain = "".join(rows + inputs), "".join(inputs + outputs), "".join(rows + outputs)
-    if not groups and len(inputs) == len(outputs) == 1 and (left, right, result) == plain:
+    # a dense layer where the axes are in its order already
+    a_order, s_order = "".join(rows + inputs), "".join(rows + outputs)
+    plain = a_order, "".join(inputs + outputs), s_order
+    one_each = len(inputs) == len(outputs) == 1
+    if not groups and one_each and (left, right, result) == plain:
         return Dense()
 
     def axes(labels: str, order: Sequence[str]) -> tuple[int, ...]:
@@ -114,6 +125,7 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
 
 def conv(module: Any, inputs: jax.Array) -> Described:
     """`Conv`: padding that is not zeros is applied here, so that the geometry sees zeros only."""
+    # what is no convolution with one kernel is left out, with the reason
     if getattr(module, "shared_weights", True) is False:
         return inputs, Unsupported("its weights are not shared over positions")
     custom = getattr(module, "conv_general_dilated", None)
@@ -126,18 +138,23 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     size = _tuple(module.kernel_size)
     per_axis = functools.partial(_per_axis, axes=len(size))
     spread, dilation = per_axis(module.kernel_dilation), per_axis(module.input_dilation)
+    # extent of the kernel with its dilation
     reach = [(k - 1) * d + 1 for k, d in zip(size, spread, strict=True)]
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     front = inputs.ndim - len(size) - 1
+    # other values than zeros, or more on one side: padded here, as Flax does
     if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        causal = padding == "CAUSAL"
-        pads = [(k - 1, 0) if causal else ((k - 1) // 2, k // 2) for k in reach]
+        pads = [((k - 1) // 2, k // 2) for k in reach]
+        if padding == "CAUSAL":
+            pads = [(k - 1, 0) for k in reach]
         mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]  # type: ignore[index]
-        inputs = jnp.pad(inputs, [(0, 0)] * front + pads + [(0, 0)], mode=mode)
+        widths = [(0, 0)] * front + pads + [(0, 0)]
+        inputs = jnp.pad(inputs, widths, mode=mode)
         padding = "VALID"
     strides = per_axis(module.strides)
     pads = resolve_padding(inputs.shape[front:-1], reach, strides, dilation, padding)
-    return inputs, Conv(Window(size, strides, pads, dilation, spread), module.feature_group_count)
+    window = Window(size, strides, pads, dilation, spread)
+    return inputs, Conv(window, module.feature_group_count)
 
 
 def resolve_padding(
@@ -149,6 +166,7 @@ def resolve_padding(
 ) -> tuple[tuple[int, int], ...]:
     """Padding as pairs; `reach` is the size of the dilated window."""
     if isinstance(padding, str):
+        # extent of the input with zeros between its values
         spread = [(n - 1) * d + 1 for n, d in zip(spatial, dilation, strict=True)]
         padding = jax.lax.padtype_to_pads(spread, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in padding)
@@ -158,13 +176,12 @@ def conv_transpose(module: Any, inputs: jax.Array) -> Described:
     """`ConvTranspose`: an ordinary convolution of the input with zeros between its values."""
     if module.mask is not None:
         return inputs, Unsupported("its weights are masked")
+    # wraps around after the transposed convolution, which is no window of the input
     if module.padding == "CIRCULAR":
         return inputs, Unsupported("a transposed convolution with circular padding")
     size = _tuple(module.kernel_size)
-    strides, spread = (
-        _per_axis(module.strides, len(size)),
-        _per_axis(module.kernel_dilation, len(size)),
-    )
+    strides = _per_axis(module.strides, len(size))
+    spread = _per_axis(module.kernel_dilation, len(size))
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     return inputs, transposed(size, strides, padding, spread, flipped=module.transpose_kernel)
 
@@ -186,9 +203,12 @@ def transposed(
         rhs_dilation=spread,
         transpose_kernel=flipped,
     )
-    example = jax.ShapeDtypeStruct((1, *(math.prod(size) + 1,) * n, 1), jnp.float32)
-    made = jax.make_jaxpr(call)(example, jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32))
-    (eqn,) = [e for e in made.jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    # traced, not computed: JAX writes the convolution that it makes of it into the jaxpr
+    spatial = (math.prod(size) + 1,) * n
+    example = jax.ShapeDtypeStruct((1, *spatial, 1), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*size, 1, 1), jnp.float32)
+    equations = jax.make_jaxpr(call)(example, kernel).jaxpr.eqns
+    (eqn,) = [e for e in equations if e.primitive.name == "conv_general_dilated"]
     p = eqn.params
     window = Window(
         tuple(size),
@@ -209,9 +229,12 @@ def embedding(module: Any, inputs: jax.Array) -> Described:
 
 def norm(module: Any, inputs: jax.Array) -> Geometry:
     """Geometry of scale and shift of a normalisation layer."""
+    # linen and NNX again; axes from the end, in rising order
     axes = getattr(module, "feature_axes", None)
     axes = getattr(module, "axis", -1) if axes is None else axes
-    return ScaleShift(tuple(sorted(axis % inputs.ndim - inputs.ndim for axis in _tuple(axes))))
+    rank = inputs.ndim
+    from_end = [axis % rank - rank for axis in _tuple(axes)]
+    return ScaleShift(tuple(sorted(from_end)))
 
 
 def _tuple(x: Any) -> tuple:
@@ -219,4 +242,6 @@ def _tuple(x: Any) -> tuple:
 
 
 def _per_axis(x: Any, axes: int) -> tuple[int, ...]:
-    return tuple(x) if isinstance(x, Sequence) else (1 if x is None else x,) * axes
+    if isinstance(x, Sequence):
+        return tuple(x)
+    return (1 if x is None else x,) * axes

@@ -31,28 +31,33 @@ _lock = threading.RLock()
 
 def _linear(describe: Callable[..., modules.Described]) -> Callable[..., Any]:
     def handle(self, original, inputs, *args, out_sharding=None, **kwargs):
+        # older modules do not know the argument
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+        # what the layer sees as rows, and how it is a dense layer
         a, geometry = describe(self, inputs, *args, **kwargs)
-        return _tap(
-            self, original(self, inputs, *args, **sharding, **kwargs), a, geometry, "kernel", "bias"
-        )
+        out = original(self, inputs, *args, **sharding, **kwargs)
+        return _tap(self, out, a, geometry, "kernel", "bias")
 
     return handle
 
 
 def _embed(self, original, inputs, *args, **kwargs):
     tokens, geometry = modules.embedding(self, inputs)
-    return _tap(self, original(self, inputs, *args, **kwargs), tokens, geometry, "embedding")
+    out = original(self, inputs, *args, **kwargs)
+    return _tap(self, out, tokens, geometry, "embedding")
 
 
 def _attend(self, original, query, *args, **kwargs):
     out = original(self, query, *args, **kwargs)
-    return place(out, query, self.embedding[...].T, geometry=Dense(), name=type(self).__name__)
+    # logits = query E^T: a dense layer with the transposed table
+    table = self.embedding[...]
+    return place(out, query, table.T, geometry=Dense(), name=type(self).__name__)
 
 
 def _norm(self, original, x, *args, **kwargs):
     geometry = modules.norm(self, x)
     if self.scale is None:
+        # neither scale nor shift: nothing to measure
         if getattr(self, "bias", None) is None:
             return original(self, x, *args, **kwargs)
         out = original(self, x, *args, **kwargs)
@@ -61,13 +66,15 @@ def _norm(self, original, x, *args, **kwargs):
     # variance
     with _without_parameters(self):
         a = original(self, x, *args, **kwargs)
-    return _tap(self, original(self, x, *args, **kwargs), a, geometry, "scale", "bias")
+    out = original(self, x, *args, **kwargs)
+    return _tap(self, out, a, geometry, "scale", "bias")
 
 
 @contextlib.contextmanager
 def _without_parameters(module: Any) -> Iterator[None]:
     """A normalisation without scale and shift; running statistics are as before afterwards."""
     fields = vars(module)
+    # taken out of the fields, not set by the module's own rules, and put back afterwards
     kept = {name: fields[name] for name in ("scale", "bias") if name in fields}
     running = {
         name: fields[name].get_raw_value()
@@ -87,7 +94,9 @@ def _without_parameters(module: Any) -> Iterator[None]:
 
 
 def _tap(self, out, a, geometry, *names):
-    operands = [getattr(self, n)[...] for n in names if getattr(self, n, None) is not None]
+    # parameters as stored, those that the module has
+    found = [getattr(self, name, None) for name in names]
+    operands = [variable[...] for variable in found if variable is not None]
     return place(out, a, *operands, geometry=geometry, name=type(self).__name__)
 
 
@@ -100,6 +109,7 @@ _HANDLERS: dict[tuple[type, str], Callable[..., Any]] = {
     (nnx.Embed, "__call__"): _embed,
     (nnx.Embed, "attend"): _attend,
 } | {
+    # all of these see a normalised input
     (cls, "__call__"): _norm
     for cls in (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 }
@@ -121,6 +131,7 @@ def intercepting() -> Iterator[None]:
     exchange.
     """
     with _lock:
+        # classes are changed for all threads: one at a time, and put back whatever happens
         originals = {key: getattr(*key) for key in _HANDLERS}
         for (cls, name), handle in _HANDLERS.items():
             setattr(cls, name, _wrapped(originals[cls, name], handle))

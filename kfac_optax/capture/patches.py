@@ -26,27 +26,39 @@ class Window(NamedTuple):
         """Spatial shape of the output for an input of shape `[..., *spatial, C]`."""
         spatial = a[-1 - len(self.size) : -1]
         out = []
-        for n, k, stride, (low, high), dilation, spread in zip(spatial, *self, strict=True):
+        axes = zip(spatial, *self, strict=True)
+        for n, size, stride, (low, high), dilation, spread in axes:
+            # n values with dilation - 1 zeros between them, padding on both sides; a window reaches
+            # (k - 1) spread + 1 of them
             padded = (n - 1) * dilation + 1 + low + high if n else 0
-            out.append(max(0, (padded - (k - 1) * spread - 1) // stride + 1))
+            reach = (size - 1) * spread + 1
+            positions = (padded - reach) // stride + 1
+            out.append(max(0, positions))
         return tuple(out)
 
     def strided(self, step: Sequence[int]) -> "Window":
         """The window at every `step`-th output position."""
-        return self._replace(strides=tuple(s * k for s, k in zip(self.strides, step, strict=True)))
+        # kernel and dilation stay, the window moves further
+        pairs = zip(self.strides, step, strict=True)
+        strides = tuple(stride * every for stride, every in pairs)
+        return self._replace(strides=strides)
 
 
 def _padded(a: jax.Array, window: Window) -> jax.Array:
     front = a.ndim - len(window.size) - 1
-    spatial = [
-        (low, high, d - 1)
-        for (low, high), d in zip(window.padding, window.input_dilation, strict=True)
-    ]
-    return jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0)] * front + spatial + [(0, 0, 0)])
+    # (low, high, zeros between): what the convolution would see
+    pairs = zip(window.padding, window.input_dilation, strict=True)
+    spatial = [(low, high, dilation - 1) for (low, high), dilation in pairs]
+    as_it_is = (0, 0, 0)
+    config = [as_it_is] * front + spatial + [as_it_is]
+    return jax.lax.pad(a, jnp.zeros((), a.dtype), config)
 
 
 def _windows(
-    a: jax.Array, window: Window, join: Callable[[list[jax.Array], int], jax.Array], reverse: bool
+    a: jax.Array,
+    window: Window,
+    join: Callable[[list[jax.Array], int], jax.Array],
+    reverse: bool,
 ) -> jax.Array:
     """Joins the views of each axis's offsets,
     `[..., *spatial, groups, C] -> [..., *out, groups, ...]`.
@@ -55,56 +67,91 @@ def _windows(
     offsets.
     """
     n = len(window.size)
-    out = window.outputs(a.shape[:-1])
+    outputs = window.outputs(a.shape[:-1])
+    # the last spatial axis first: its offsets vary fastest in a patch, as in a stored kernel
     for i in reversed(range(n)):
         axis = a.ndim - 2 - n + i
-        starts = [k * window.kernel_dilation[i] for k in range(window.size[i])]
-        extent = (out[i] - 1) * window.strides[i] + 1
-        parts = [
-            jax.lax.slice_in_dim(a, start, start + extent, window.strides[i], axis)
-            for start in (starts[::-1] if reverse else starts)
-        ]
+        # where each offset of the kernel begins, and how far it moves
+        stride, dilation = window.strides[i], window.kernel_dilation[i]
+        starts = [k * dilation for k in range(window.size[i])]
+        if reverse:
+            starts.reverse()
+        extent = (outputs[i] - 1) * stride + 1
+        # one strided view for every offset
+        parts = [jax.lax.slice_in_dim(a, k, k + extent, stride, axis) for k in starts]
         a = join(parts, axis)
     return a
 
 
 def _over_windows(
-    a: jax.Array, window: Window, groups: int, join: Callable, reverse: bool = False
+    a: jax.Array,
+    window: Window,
+    groups: int,
+    join: Callable,
+    reverse: bool = False,
 ) -> jax.Array:
     """`[groups, ..., *out, ...]`, the channels of each group in the place that `join` gives them."""
+    # padding and zeros between values are in the array now, so that the window is without them
     padded = _padded(a, window)
-    bare = window._replace(
-        padding=((0, 0),) * len(window.size), input_dilation=(1,) * len(window.size)
-    )
-    made = _windows(padded.reshape(*padded.shape[:-1], groups, -1), bare, join, reverse)
-    return made.squeeze(-2)[None] if groups == 1 else jnp.moveaxis(made, -2, 0)
+    n = len(window.size)
+    bare = window._replace(padding=((0, 0),) * n, input_dilation=(1,) * n)
+    # [..., *spatial, C] -> [..., *spatial, groups, C / groups], and groups to the front
+    grouped = padded.reshape(*padded.shape[:-1], groups, -1)
+    made = _windows(grouped, bare, join, reverse)
+    if groups == 1:
+        return made.squeeze(-2)[None]
+    return jnp.moveaxis(made, -2, 0)
 
 
-def unfold(a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False) -> jax.Array:
+def unfold(
+    a: jax.Array,
+    window: Window,
+    groups: int = 1,
+    *,
+    reverse: bool = False,
+) -> jax.Array:
     """Patches `[groups, ..., *out, offsets * C / groups]` of a map `[..., *spatial, C]`, channels
     varying fastest.
     """
-    return _over_windows(a, window, groups, lambda parts, axis: jnp.concatenate(parts, -1), reverse)
+
+    def join(parts: list[jax.Array], axis: int) -> jax.Array:
+        return jnp.concatenate(parts, -1)
+
+    return _over_windows(a, window, groups, join, reverse)
 
 
 def mean_patch(
-    a: jax.Array, window: Window, groups: int = 1, *, reverse: bool = False
+    a: jax.Array,
+    window: Window,
+    groups: int = 1,
+    *,
+    reverse: bool = False,
 ) -> jax.Array:
     """The mean of all patches of an example, `[groups, ..., offsets * C / groups]`: no patch is
     formed.
     """
 
     def join(parts: list[jax.Array], axis: int) -> jax.Array:
-        return jnp.concatenate([x.mean(axis, keepdims=True) for x in parts], -1)
+        # the mean over output positions of every offset, before any patch is formed
+        means = [x.mean(axis, keepdims=True) for x in parts]
+        return jnp.concatenate(means, -1)
 
-    return _over_windows(a, window, groups, join, reverse).squeeze(
-        tuple(range(-1 - len(window.size), -1))
-    )
+    means = _over_windows(a, window, groups, join, reverse)
+    positions = tuple(range(-1 - len(window.size), -1))
+    return means.squeeze(positions)
 
 
-def window_sums(a: jax.Array, window: Window, groups: int = 1) -> jax.Array:
+def window_sums(
+    a: jax.Array,
+    window: Window,
+    groups: int = 1,
+) -> jax.Array:
     """The sum of all entries of every patch, `[groups, ..., *out]`: no patch is formed."""
+    # the sum over channels first: one number for every position and group
     per_group = a.reshape(*a.shape[:-1], groups, -1).sum(-1)
-    return _over_windows(per_group, window, groups, lambda parts, axis: sum(parts[1:], parts[0]))[
-        ..., 0
-    ]
+
+    def join(parts: list[jax.Array], axis: int) -> jax.Array:
+        return sum(parts[1:], parts[0])
+
+    sums = _over_windows(per_group, window, groups, join)
+    return sums[..., 0]

@@ -12,22 +12,35 @@ from kfac_optax.capture.sites import Site
 from kfac_optax.linalg.gram import homogeneous
 
 
-def stack_first(x: jax.Array, site: Site, features: int) -> jax.Array:
+def stack_first(
+    x: jax.Array,
+    site: Site,
+    features: int,
+) -> jax.Array:
     """Rows `[*scans, *stacked, groups, N, *positions, *features] -> [copies, N, *positions, *steps,
     *features]`.
 
     The steps in time of a layer are further positions.
     """
+    # steps of scans over time behind the positions; what is left in front is copies
     loops = [i for i, (_, over_layers) in enumerate(site.scans) if not over_layers]
     end = x.ndim - features
-    x = jnp.moveaxis(x, loops, range(end - len(loops), end))
-    return x.reshape(-1, *x.shape[len(site.stack) + 1 :])
+    behind_positions = range(end - len(loops), end)
+    x = jnp.moveaxis(x, loops, behind_positions)
+    front = len(site.stack) + 1  # and the groups
+    return x.reshape(-1, *x.shape[front:])
 
 
-def steps_in_a_row(x: jax.Array, site: Site, features: int) -> jax.Array:
+def steps_in_a_row(
+    x: jax.Array,
+    site: Site,
+    features: int,
+) -> jax.Array:
     """As `stack_first`, all positions and steps on one axis."""
     x = stack_first(x, site, features)
-    return x.reshape(*x.shape[:2], -1, *x.shape[x.ndim - features :])
+    copies, examples = x.shape[:2]
+    last = x.shape[x.ndim - features :]
+    return x.reshape(copies, examples, -1, *last)
 
 
 def without_examples(site: Site, examples: int) -> bool:
@@ -46,8 +59,14 @@ def differs(site: Site, layer: Layer) -> bool:
     return layer.given_rows or (layer.mixed and site.bias is None)
 
 
-def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
+def rows_of_site(
+    site: Site,
+    layer: Layer,
+    a: jax.Array,
+    g: jax.Array,
+) -> tuple:
     """Rows of a use whose input and gradient have the axes of its scans and stack in front."""
+    # one use without the axes in front of it, then mapped over them
     as_rows = functools.partial(to_rows, site.geometry)
     if differs(site, layer):
         as_rows = functools.partial(rows_of_use, site, layer)
@@ -56,7 +75,12 @@ def rows_of_site(site: Site, layer: Layer, a: jax.Array, g: jax.Array) -> tuple:
     return as_rows(a, g)
 
 
-def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> tuple:
+def rows_of_use(
+    site: Site,
+    layer: Layer,
+    a: jax.Array,
+    g: jax.Array | None,
+) -> tuple:
     """Rows `[groups, N, *positions, p]`, the bias coordinate among them, and `[..., q]` of one use
     of a layer whose uses differ.
 
@@ -68,31 +92,37 @@ def rows_of_use(site: Site, layer: Layer, a: jax.Array, g: jax.Array | None) -> 
     """
     if isinstance(site.geometry, ScaleShift):
         return _without_shift(*to_rows(site.geometry, a, g))
+    # s = x W^T has dL/dW = g^T x: the cotangent is the input side
     rows, gradients = to_rows(site.geometry, a, g)
     if site.swapped:
         if gradients is None:
-            rows = jnp.zeros((*rows.shape[:-1], layer.inputs), rows.dtype)
+            shape = (*rows.shape[:-1], layer.inputs)
+            rows = jnp.zeros(shape, rows.dtype)
         else:
             rows, gradients = gradients, rows
+    # the bias coordinate, zero in a use that has no bias
     if layer.bias is not None:
         rows = homogeneous(rows) if site.bias is not None else _with_zero(rows)
-    return (
-        _balanced(rows, gradients) if layer.swapped and gradients is not None else (rows, gradients)
-    )
+    if layer.swapped and gradients is not None:
+        return _balanced(rows, gradients)
+    return rows, gradients
 
 
 def _with_zero(rows: jax.Array) -> jax.Array:
-    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], 1), rows.dtype)], -1)
+    zeros = jnp.zeros((*rows.shape[:-1], 1), rows.dtype)
+    return jnp.concatenate([rows, zeros], -1)
 
 
 def _balanced(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     dtype = jnp.promote_types(jnp.result_type(a, g), jnp.float32)
     a, g = a.astype(dtype), g.astype(dtype)
     # in two steps, so that squares of tiny numbers do not vanish
-    largest = jnp.max(jnp.abs(a), -1, keepdims=True, initial=0)
+    sizes = jnp.abs(a)
+    largest = jnp.max(sizes, -1, keepdims=True, initial=0)
     used = largest > 0  # of padding, zero times what it holds need not be zero
     scaled = a / jnp.where(used, largest, 1)
-    norm = jnp.sqrt(jnp.sum(scaled**2, -1, keepdims=True))
+    square = jnp.sum(scaled**2, -1, keepdims=True)
+    norm = jnp.sqrt(square)
     unit = scaled / jnp.where(used, norm, 1)
     return unit, jnp.where(used, g * (largest * norm), 0)
 
@@ -103,5 +133,7 @@ def _without_shift(a: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Ar
     """
     if g is None:
         return a, None
+    # a g = (a/2) g + (-a/2)(-g), while g - g = 0
     half = a / 2
-    return jnp.stack([half, -half], -2), jnp.stack([g, -g], -2)
+    rows = jnp.stack([half, -half], -2)
+    return rows, jnp.stack([g, -g], -2)

@@ -5,11 +5,10 @@ see.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
+from kfac_optax.capture.dependence import dependence, may_hold_examples
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
 from kfac_optax.capture.views import (
@@ -75,12 +74,16 @@ class Site(NamedTuple):
     @property
     def stack(self) -> tuple[int, ...]:
         """Sizes of the axes along which the parameters differ."""
-        return tuple(n for n, rides in self.scans if rides) + self.a.shape[: self.stacked]
+        # scans over parameters, then `vmap` over parameters
+        scanned = tuple(n for n, rides in self.scans if rides)
+        return scanned + self.a.shape[: self.stacked]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """`(N, *positions)` of one use."""
-        return rows_shape(self.geometry, self.a.shape[self.stacked :], self.s.shape[self.stacked :])
+        a = self.a.shape[self.stacked :]
+        s = self.s.shape[self.stacked :]
+        return rows_shape(self.geometry, a, s)
 
     @property
     def loops(self) -> tuple[int, ...]:
@@ -104,7 +107,9 @@ def count_taps_of(eqn: Any) -> int:
     """Taps in one equation; those inside a call with its own derivative rule are none."""
     if eqn.primitive is tap_p:
         return 1
-    return 0 if eqn.primitive.name in RULES else sum(map(count_taps, bodies(eqn)))
+    if eqn.primitive.name in RULES:
+        return 0
+    return sum(map(count_taps, bodies(eqn)))
 
 
 def analyse(jaxpr: Any, leaves: int) -> Analysis:
@@ -116,9 +121,12 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
     """
     sites: list[Site] = []
     consumers: dict[int, list[str]] = {}
+    # what each value is of a parameter, if it is one as stored
     views = parameter_views(jaxpr, leaves)
     _note(_walk(jaxpr, views, (), sites, consumers), "the prediction itself", consumers)
-    data = [i >= leaves and _may_hold_examples(v.aval) for i, v in enumerate(jaxpr.invars)]
+    # arrays among the arguments, but no keys: what may hold examples
+    arguments = jaxpr.invars[leaves:]
+    data = [False] * leaves + [may_hold_examples(v.aval) for v in arguments]
     flags: list[bool] = []
     dependence(jaxpr, data, flags)
     # a model that closes over its batch shows no difference between data and constants
@@ -127,41 +135,6 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
         for site, varies in zip(sites, flags, strict=True)
     ]
     return Analysis(tuple(sites), consumers)
-
-
-def _may_hold_examples(aval: Any) -> bool:
-    return aval.ndim > 0 and not jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
-
-
-def dependence(jaxpr: Any, inputs: Sequence[bool], taps: list[bool]) -> list[bool]:
-    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-    for eqn in jaxpr.eqns:
-        marks = [not isinstance(v, jex.Literal) and known.get(v, False) for v in eqn.invars]
-        outputs = [any(marks)] * len(eqn.outvars)
-        if eqn.primitive is tap_p:
-            taps.append(marks[0] or marks[1])  # a shift has no input
-        elif (body := call_body(eqn)) is not None:
-            outputs = dependence(body.jaxpr, marks, taps)
-        elif eqn.primitive.name == "scan":
-            outputs = _dependence_of_scan(eqn, marks, taps)
-        known.update(zip(eqn.outvars, outputs, strict=True))
-    return [not isinstance(v, jex.Literal) and known.get(v, False) for v in jaxpr.outvars]
-
-
-def _dependence_of_scan(eqn: Any, marks: list[bool], taps: list[bool]) -> list[bool]:
-    closed, constants, carried = scan_body(eqn)
-    first = constants + carried
-    while True:  # what one step writes into the carry, the next one reads
-        inside: list[bool] = []
-        outputs = dependence(closed.jaxpr, marks, inside)
-        carry = [
-            old or new for old, new in zip(marks[constants:first], outputs[:carried], strict=True)
-        ]
-        if carry == marks[constants:first]:
-            taps.extend(inside)
-            return [*carry, *outputs[carried:]]
-        marks = [*marks[:constants], *carry, *marks[first:]]
 
 
 def _walk(
@@ -173,12 +146,14 @@ def _walk(
 ) -> list[View | None]:
     known: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
 
+    # literals are no parameters
     def source(v: Any) -> View | None:
         return None if isinstance(v, jex.Literal) else known.get(v)
 
     for eqn in jaxpr.eqns:
         inputs = [source(v) for v in eqn.invars]
         outputs: Sequence[View | None] = [None] * len(eqn.outvars)
+        # a tap; then calls and scans, whose bodies are walked; then what passes a parameter on
         if eqn.primitive is tap_p:
             _add_site(eqn, inputs, scans, sites)
         elif (body := call_body(eqn)) is not None:
@@ -198,20 +173,29 @@ def _walk(
     return [source(v) for v in jaxpr.outvars]
 
 
-def _walk_scan(eqn, inputs, scans, sites, consumers) -> list[View | None]:
+def _walk_scan(
+    eqn,
+    inputs,
+    scans,
+    sites,
+    consumers,
+) -> list[View | None]:
     closed, _, carried = scan_body(eqn)
     length, depth = eqn.params["length"], len(scans)
     given = scan_views(eqn, inputs)
     _note(given.spent, "scan", consumers)
+    # the scan's place in `scans` is its length until all its sites are known
     start = len(sites)
     outs = _walk(closed.jaxpr, given.inside, (*scans, length), sites, consumers)
-    written = [view for view, keep in zip(outs[:carried], given.kept, strict=True) if not keep]
+    carries = zip(outs[:carried], given.kept, strict=True)
+    written = [view for view, keep in carries if not keep]
     _note(written, "scan", consumers)
     # now it is known for each layer whether this scan goes over its parameters
     for i in range(start, len(sites)):
         leaf = sites[i].params[0]
         marked = list(sites[i].scans)
-        marked[depth] = (length, leaf is not None and leaf.leaf in given.riding)
+        over_it = leaf is not None and leaf.leaf in given.riding
+        marked[depth] = (length, over_it)
         sites[i] = sites[i]._replace(scans=tuple(marked))
     return views_behind_scan(eqn, given, outs)
 
@@ -222,18 +206,33 @@ def _add_site(eqn, inputs, scans, sites) -> None:
     if p["origins"]:  # found in the program, which knows more than the operands say
         params, kernel = p["origins"], p["kernel"]
     else:
-        params = tuple(
-            Origin(view.leaf, view.depth, view.permutation)
-            if view is not None and view.whole
-            else None
-            for view in inputs[2:]
-        )
-        kernel = tuple(eqn.invars[2].aval.shape[p["stacked"] :])
+        params = tuple(map(_origin, inputs[2:]))
+        shape = eqn.invars[2].aval.shape
+        kernel = tuple(shape[p["stacked"] :])
     found = bool(p["origins"])
-    sites.append(Site(p["name"], p["geometry"], params, kernel, a, s, p["stacked"], scans, found))
+    site = Site(
+        name=p["name"],
+        geometry=p["geometry"],
+        params=params,
+        kernel=kernel,
+        a=a,
+        s=s,
+        stacked=p["stacked"],
+        scans=scans,
+        found=found,
+    )
+    sites.append(site)
+
+
+def _origin(view: View | None) -> Origin | None:
+    """Which parameter an operand is, if it is a whole one as stored."""
+    if view is None or not view.whole:
+        return None
+    return Origin(view.leaf, view.depth, view.permutation)
 
 
 def _refuse_taps(eqn, where: str) -> None:
+    # taps in a branch or a loop of unknown length
     for body in bodies(eqn):
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
@@ -247,7 +246,11 @@ def _refuse_taps(eqn, where: str) -> None:
             _refuse_taps(inner, where)
 
 
-def _note(inputs, primitive: str, consumers: dict[int, list[str]]) -> None:
+def _note(
+    inputs,
+    primitive: str,
+    consumers: dict[int, list[str]],
+) -> None:
     for view in inputs:
         if view is not None:
             consumers.setdefault(view.leaf, []).append(primitive)

@@ -6,44 +6,28 @@ layer. Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Le
 section 3 and algorithm 1.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Coupling, Fine, Layer, Numeric, PyTree, System, Vector
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.couplings.grams import Grams, Sums, entry_products, grams_of
+from kfac_optax.couplings.resampling import RESAMPLE
 from kfac_optax.linalg.factorize import Eigen, damped_quotient, psd_eigh
-from kfac_optax.linalg.gram import replicated
 from kfac_optax.linalg.weighted_rows import finite_padding
 
 COARSE = ("factored", "exact")
 COARSE_DAMPING = ("identity", "galerkin")
-Resample = Callable[[jax.Array, int, int], jax.Array]  # (x, axis, smaller size)
-
-
-class Grams(NamedTuple):
-    """Entry sums of all cross factors: `inputs[i, j] = sum(A_ij)`, `outputs[i, j] = sum(G_ij)`,
-    both `[L, L]`.
-    """
-
-    inputs: Float[Array, "L L"]
-    outputs: Float[Array, "L L"]
 
 
 class Exact(NamedTuple):
     """`F_c = E[u u^T]`, `u_i` the sum of all entries of an example's gradient of layer i."""
 
     fisher: Float[Array, "L L"]
-
-
-class _Sums(NamedTuple):
-    inputs: Float[Array, "copies N *positions"]
-    outputs: Float[Array, "copies N *positions"]
 
 
 def coarse_correction(
@@ -101,34 +85,47 @@ def coarse_correction(
     galerkin, select = damping == "galerkin", RESAMPLE[resample]
 
     def init(layers: Sequence[Layer], dtype: jnp.dtype) -> PyTree:
-        zeros = jnp.zeros((sum(layer.copies for layer in layers),) * 2, dtype)
-        return Grams(zeros, jnp.zeros_like(zeros)) if coarse == "factored" else Exact(zeros)
+        # before the first statistic the coarse level corrects nothing
+        rows = sum(layer.copies for layer in layers)
+        zeros = jnp.zeros((rows, rows), dtype)
+        if coarse == "exact":
+            return Exact(zeros)
+        return Grams(zeros, jnp.zeros_like(zeros))
 
-    def measure(alpha: Array, gamma: Array | None, weights: Array | None) -> PyTree:
+    def measure(
+        alpha: Array,
+        gamma: Array | None,
+        weights: Array | None,
+    ) -> PyTree:
         if gamma is None:
             raise ValueError(
                 f"{where}: this estimator measures no output gradients, which the coarse matrix "
                 "needs. Use fisher, ggn or empirical_fisher with kfac_two_level."
             )
+        # padding may hold anything, in the sums of its rows too
         if weights is not None:
             alpha, gamma = finite_padding(alpha, weights), finite_padding(gamma, weights)
         # gamma carries the root of the weight, which is what one row of u u^T needs
         if coarse == "exact":
-            return jnp.sum(alpha * gamma, tuple(range(2, alpha.ndim)))
-        return _Sums(
-            alpha if weights is None else alpha * jnp.sqrt(weights).astype(alpha.dtype), gamma
-        )
+            # u_i = sum_t alpha_it gamma_it, [copies, N]
+            positions = tuple(range(2, alpha.ndim))
+            return jnp.sum(alpha * gamma, positions)
+        if weights is not None:
+            alpha = alpha * jnp.sqrt(weights).astype(alpha.dtype)
+        return Sums(alpha, gamma)
 
     def reduce(measured: Sequence[PyTree], examples: int) -> PyTree:
+        # rows of all layers one after another: u [L, N]
         if coarse == "exact":
             u = jnp.concatenate(measured)
-            return Exact(_product(u, u, precision) / examples)
-        return _grams(measured, examples, select, precision)
+            return Exact(entry_products(u, u, precision) / examples)
+        return grams_of(measured, examples, select, precision)
 
     def factorize(statistic: PyTree, fine: Fine) -> Eigen:
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=galerkin)
 
     def apply(inverse: Eigen, system: System) -> list[Vector]:
+        # r = Z V, one number for each row
         restricted = system.restrict(system.gradient)
         correction = coarse_solve(
             inverse,
@@ -138,12 +135,21 @@ def coarse_correction(
             galerkin=galerkin,
             precision=precision,
         )
+        # coarse_weight Z^T (F_c + damping)^{-1} r beside the weighted fine part
         shift = jnp.asarray(coarse_weight, correction.dtype) * correction
-        fine = [jnp.asarray(fine_weight, u.dtype) * u for u in system.fine(system.gradient)]
+        update = system.fine(system.gradient)
+        fine = [jnp.asarray(fine_weight, u.dtype) * u for u in update]
         return [fine, system.prolong(shift)]
 
-    name = f"coarse ({coarse}, {damping})"
-    return Coupling(name, init, measure, reduce, factorize, apply, late=coarse == "factored")
+    return Coupling(
+        f"coarse ({coarse}, {damping})",
+        init,
+        measure,
+        reduce,
+        factorize,
+        apply,
+        late=coarse == "factored",
+    )
 
 
 def coarse_matrix(statistic: Grams | Exact) -> Float[Array, "L L"]:
@@ -153,18 +159,23 @@ def coarse_matrix(statistic: Grams | Exact) -> Float[Array, "L L"]:
     [[2. 0.]
      [0. 2.]]
     """
-    return (
-        statistic.inputs * statistic.outputs if isinstance(statistic, Grams) else statistic.fisher
-    )
+    if isinstance(statistic, Exact):
+        return statistic.fisher
+    return statistic.inputs * statistic.outputs
 
 
 def coarse_factorize(
-    matrix: Float[Array, "L L"], sizes: Float[Array, " L"], *, galerkin: bool = False
+    matrix: Float[Array, "L L"],
+    sizes: Float[Array, " L"],
+    *,
+    galerkin: bool = False,
 ) -> Eigen:
     """Eigendecomposition of `F_c`, negative eigenvalues clamped; of `F_c[i, j] / sqrt(n_i n_j)` for
     Galerkin damping.
     """
-    return psd_eigh(matrix / jnp.sqrt(sizes[:, None] * sizes) if galerkin else matrix)
+    if galerkin:
+        matrix = matrix / jnp.sqrt(sizes[:, None] * sizes)
+    return psd_eigh(matrix)
 
 
 def coarse_solve(
@@ -193,101 +204,9 @@ def coarse_solve(
     >>> print(coarse_solve(inverse, jnp.array([4.0, 8.0]), jnp.float32(1.0), jnp.ones(2)))
     [1. 2.]
     """
+    # with D = diag(sqrt(n)): (F_c + damping D^2)^{-1} = D^{-1} (D^{-1} F_c D^{-1} + damping I)^{-1}
+    # D^{-1}
     scale = jnp.sqrt(sizes) if galerkin else jnp.ones_like(sizes)
     rotated = jnp.matmul(inverse.vectors.T, restricted / scale, precision=precision)
     rotated = damped_quotient(rotated, inverse.values, damping)
     return jnp.matmul(inverse.vectors, rotated, precision=precision) / scale
-
-
-def _grams(
-    measured: Sequence[_Sums], examples: int, select: Resample, precision: jax.lax.PrecisionLike
-) -> Grams:
-    """Both Grams, block by block for layers with different maps of positions."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, sums in enumerate(measured):
-        groups.setdefault(sums.inputs.shape[2:], []).append(i)
-    stacks = {
-        shape: _Sums(*map(jnp.concatenate, zip(*(measured[i] for i in members), strict=True)))
-        for shape, members in groups.items()
-    }
-    rows_in, rows_out = [], []
-    for left in stacks.values():
-        blocks = [_cross(left, right, examples, select, precision) for right in stacks.values()]
-        rows_in.append(jnp.concatenate([b.inputs for b in blocks], 1))
-        rows_out.append(jnp.concatenate([b.outputs for b in blocks], 1))
-    order = _order(measured, groups)
-    if order is None:
-        return Grams(jnp.concatenate(rows_in), jnp.concatenate(rows_out))
-    take = jnp.asarray(order)
-    return Grams(jnp.concatenate(rows_in)[take][:, take], jnp.concatenate(rows_out)[take][:, take])
-
-
-def _cross(
-    left: _Sums, right: _Sums, examples: int, select: Resample, precision: jax.lax.PrecisionLike
-) -> Grams:
-    """Positions are summed in the input side and averaged in the output side, as in the factors
-    themselves.
-    """
-    left, right = common_positions(left, right, select)
-    positions = math.prod(left.inputs.shape[2:])
-    inputs = _product(left.inputs, right.inputs, precision) / examples
-    return Grams(inputs, _product(left.outputs, right.outputs, precision) / (examples * positions))
-
-
-def common_positions(left: _Sums, right: _Sums, select: Resample) -> tuple[_Sums, _Sums]:
-    """Both on maps of one shape: axis by axis the smaller size, on one axis where they differ in
-    number.
-    """
-    if left.inputs.ndim != right.inputs.ndim:
-        left, right = (
-            _Sums(*(x.reshape(*x.shape[:2], -1) for x in sums)) for sums in (left, right)
-        )
-    for axis in range(2, left.inputs.ndim):
-        size = min(left.inputs.shape[axis], right.inputs.shape[axis])
-        left, right = (_Sums(*(select(x, axis, size) for x in sums)) for sums in (left, right))
-    return left, right
-
-
-def _nearest(x: Array, axis: int, size: int) -> Array:
-    have = x.shape[axis]
-    if have == size:
-        return x
-    return jnp.take(x, np.arange(size) * have // size, axis=axis)
-
-
-def _area(x: Array, axis: int, size: int) -> Array:
-    """Means over the cells that each of `size` equal parts touches."""
-    have = x.shape[axis]
-    if have == size:
-        return x
-    cells = np.zeros((have, size))
-    for i in range(size):
-        first, last = i * have // size, -(-(i + 1) * have // size)
-        cells[first:last, i] = 1 / (last - first)
-    moved = jnp.matmul(jnp.moveaxis(x, axis, -1), jnp.asarray(cells, x.dtype), precision="highest")
-    return jnp.moveaxis(moved, -1, axis)
-
-
-RESAMPLE: dict[str, Resample] = {"nearest": _nearest, "area": _area}
-
-
-def _product(x: Array, y: Array, precision: jax.lax.PrecisionLike) -> Array:
-    """`sum over all but the first axis of x_i y_j`."""
-    axes = tuple(range(1, x.ndim))
-    return jax.lax.dot_general(
-        x, y, ((axes, axes), ((), ())), precision=precision, out_sharding=replicated(x)
-    )
-
-
-def _order(measured: Sequence[_Sums], groups: dict[tuple[int, ...], list[int]]) -> list[int] | None:
-    """Where each layer's rows are once layers have been grouped; `None` if the order did not
-    change.
-    """
-    copies = [sums.inputs.shape[0] for sums in measured]
-    grouped = [i for members in groups.values() for i in members]
-    starts, position = {}, 0
-    for i in grouped:
-        starts[i] = position
-        position += copies[i]
-    order = [starts[i] + c for i in range(len(measured)) for c in range(copies[i])]
-    return None if order == sorted(order) else order

@@ -26,18 +26,29 @@ Operator = Callable[[PyTree], PyTree]
 COARSE_OPERATOR = ("batch", "averaged")
 
 
-def a_def1(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def a_def1(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = M^{-1}(g - F Q g) + Q g`: the coarse level first, the fine one on what is left. One
     product.
 
     >>> print(a_def1(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # Q g
     first = coarse(g)
     return _add(fine(_subtract(g, product(first))), first)
 
 
-def a_def2(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def a_def2(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = x0 + Q (g - F x0)`, `x0 = M^{-1} g`: the fine level first, the coarse one on what is
     left. One product.
 
@@ -47,22 +58,33 @@ def a_def2(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> Py
     >>> print(a_def2(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # x0 = M^{-1} g
     first = fine(g)
     return _add(first, coarse(_subtract(g, product(first))))
 
 
-def balanced(g: PyTree, fine: Operator, product: Operator, coarse: Operator) -> PyTree:
+def balanced(
+    g: PyTree,
+    fine: Operator,
+    product: Operator,
+    coarse: Operator,
+) -> PyTree:
     """`x = Q g + P^T M^{-1} P g`, `P = I - F Q`: symmetric balancing (BNN). Two products.
 
     >>> print(balanced(jnp.array(6.0), lambda v: v / 2, lambda v: 3 * v, lambda v: v / 3))
     2.0
     """
+    # P g = g - F Q g, then P^T y = y - Q F y
     first = coarse(g)
     second = fine(_subtract(g, product(first)))
     return _add(first, _subtract(second, coarse(product(second))))
 
 
-MODES: dict[str, Callable[..., PyTree]] = {"a-def1": a_def1, "a-def2": a_def2, "bnn": balanced}
+MODES: dict[str, Callable[..., PyTree]] = {
+    "a-def1": a_def1,
+    "a-def2": a_def2,
+    "bnn": balanced,
+}
 
 
 def deflated(
@@ -167,6 +189,7 @@ def deflated(
             f"{where}: space={space!r} with coarse_operator={coarse_operator!r}, which is measured "
             "for sums of layers only; expected coarse_operator='batch', or space='sums'."
         )
+    # measures the averaged coarse Fisher, and knows how it is factorised
     level = coarse_correction(
         coarse,
         damping="galerkin",
@@ -182,14 +205,18 @@ def deflated(
         return coarse_factorize(coarse_matrix(statistic), fine.sizes, galerkin=True)
 
     def apply(inverse: PyTree, system: System) -> list[Vector]:
+        # M^{-1} g is needed several times, and solved for once
         gradient = system.gradient
-        system = system._replace(fine=_known(system.fine, gradient, system.fine(gradient)))
+        solved = system.fine(gradient)
+        system = system._replace(fine=_known(system.fine, gradient, solved))
 
         def weighted(v: Vector) -> Vector:
             return [jnp.asarray(fine_weight, x.dtype) * x for x in system.fine(v)]
 
+        # F_lambda v = F v + lambda v, one exact product on the batch
         def product(v: Vector) -> Vector:
-            return [fx + system.damping * x for fx, x in zip(system.product(v), v, strict=True)]
+            pairs = zip(system.product(v), v, strict=True)
+            return [fx + system.damping * x for fx, x in pairs]
 
         alone = weighted(gradient)
         fine, damped = _known(weighted, gradient, alone), product
@@ -201,11 +228,12 @@ def deflated(
             form = system.coarse(chosen.prolong, len(chosen.squares))
             inverse = factorize_space(chosen, after(form, alone))
 
+        # Q v = Z^T E^{-1} Z v
         def correct(v: Vector) -> Vector:
-            solved = solve_space(
-                inverse, chosen, chosen.restrict(v), system.damping, precision=precision
-            )
-            return chosen.prolong(jnp.asarray(coarse_weight, solved.dtype) * solved)
+            restricted = chosen.restrict(v)
+            solved = solve_space(inverse, chosen, restricted, system.damping, precision=precision)
+            weight = jnp.asarray(coarse_weight, solved.dtype)
+            return chosen.prolong(weight * solved)
 
         update = MODES[mode](gradient, fine, damped, correct)
         return [alone, _subtract(update, alone)]

@@ -36,7 +36,11 @@ class Space(NamedTuple):
     squares: jax.Array
 
 
-def make_space(word: str, system: System, left: Callable[[], Vector]) -> Space:
+def make_space(
+    word: str,
+    system: System,
+    left: Callable[[], Vector],
+) -> Space:
     """The space of a word of `SPACES`.
 
     Args:
@@ -51,6 +55,7 @@ def make_space(word: str, system: System, left: Callable[[], Vector]) -> Space:
     Raises:
       ValueError: `"spectral"` where a layer holds no eigenvectors.
     """
+    # vectors of ones: no basis has to be made
     if word == "sums":
         return Space(system.restrict, system.prolong, system.sizes)
     if word == "updates":
@@ -60,7 +65,9 @@ def make_space(word: str, system: System, left: Callable[[], Vector]) -> Space:
     if word == "krylov":
         ones = system.prolong(jnp.ones_like(system.sizes))
         return span(system, [ones, system.fine(system.gradient)])
-    vectors = [leading_vector(system.inverses(row)) for row in range(len(system.sizes))]
+    # eigenvectors of the last refresh, one matrix a row
+    rows = range(len(system.sizes))
+    vectors = [leading_vector(system.inverses(row)) for row in rows]
     return span(system, [system.replace(system.gradient, vectors)])
 
 
@@ -79,23 +86,30 @@ def span(system: System, columns: Sequence[Vector]) -> Space:
       A space of `k L` vectors.
     """
     rows = len(system.sizes)
+    # ones where couplings look, zeros elsewhere
     seen = system.prolong(jnp.ones_like(system.sizes))
-    inside = [[jnp.where(s != 0, x, 0) for s, x in zip(seen, v, strict=True)] for v in columns]
-    by_bucket = [orthonormal(list(vectors)) for vectors in zip(*inside, strict=True)]
+    inside = [_where_seen(seen, vector) for vector in columns]
+    # vectors of one row share a bucket, in which all copies are treated at once
+    buckets = zip(*inside, strict=True)
+    by_bucket = [orthonormal(list(vectors)) for vectors in buckets]
     basis = [list(vector) for vector in zip(*by_bucket, strict=True)]
 
+    # (z_j, v) of every row, the first vectors of all rows in front
     def restrict(vector: Vector) -> jax.Array:
-        return jnp.concatenate([system.restrict(_times(z, vector)) for z in basis])
+        products = [_times(z, vector) for z in basis]
+        return jnp.concatenate([system.restrict(product) for product in products])
 
     def prolong(values: jax.Array) -> Vector:
-        terms = [
-            _times(z, system.prolong(part))
-            for z, part in zip(basis, values.reshape(len(basis), rows), strict=True)
-        ]
-        return [sum(xs[1:], xs[0]) for xs in zip(*terms, strict=True)]
+        # [k L] -> k vectors of [L] coefficients
+        parts = values.reshape(len(basis), rows)
+        terms = []
+        for z, part in zip(basis, parts, strict=True):
+            terms.append(_times(z, system.prolong(part)))
+        buckets = zip(*terms, strict=True)
+        return [sum(xs[1:], xs[0]) for xs in buckets]
 
-    squares = jnp.concatenate([system.restrict(_times(z, z)) for z in basis])
-    return Space(restrict, prolong, squares)
+    squares = [system.restrict(_times(z, z)) for z in basis]
+    return Space(restrict, prolong, jnp.concatenate(squares))
 
 
 def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, "copies p q"]]:
@@ -112,17 +126,21 @@ def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, 
     """
     basis: list[Array] = []
     for vector in vectors:
+        # lengths compare with one
         rest = _unit(vector)
         for other in basis + basis:  # the second round takes what rounding left in the first
             rest = rest - _inner(other, rest) * other
         length = jnp.sqrt(_inner(rest, rest))
-        kept = ~(length <= jnp.sqrt(jnp.finfo(rest.dtype).eps))  # NaN is kept, to be seen
-        basis.append(jnp.where(kept, rest / jnp.where(kept, length, 1), 0))
+        rounding = jnp.sqrt(jnp.finfo(rest.dtype).eps)
+        kept = ~(length <= rounding)  # NaN is kept, to be seen
+        unit = rest / jnp.where(kept, length, 1)
+        basis.append(jnp.where(kept, unit, 0))
     return basis
 
 
 def factorize_space(space: Space, form: Float[Array, "m m"]) -> Eigen:
     """Eigendecomposition of `Z F Z^T` for vectors of unit length, negative eigenvalues clamped."""
+    # D^{-1} Z F Z^T D^{-1} with D the lengths of the vectors
     lengths = _known(space.squares)
     return psd_eigh(form / jnp.sqrt(lengths[:, None] * lengths))
 
@@ -155,10 +173,13 @@ def solve_space(
     """
     scale = jnp.sqrt(_known(space.squares))
     values = inverse.values + damping
-    kept = values > jnp.finfo(values.dtype).eps * jnp.max(values)
+    # as for unit vectors, so that the scale of Z does not matter
+    eps = jnp.finfo(values.dtype).eps
+    kept = values > eps * jnp.max(values)
     rotated = jnp.matmul(inverse.vectors.T, restricted / scale, precision=precision)
-    rotated = jnp.where(kept, rotated / jnp.where(kept, values, 1), 0)
-    return jnp.matmul(inverse.vectors, rotated, precision=precision) / scale
+    divisor = jnp.where(kept, values, 1)
+    solved = jnp.where(kept, rotated / divisor, 0)
+    return jnp.matmul(inverse.vectors, solved, precision=precision) / scale
 
 
 def leading_vector(inverse: PyTree) -> Float[Array, "p q"]:
@@ -172,11 +193,15 @@ def leading_vector(inverse: PyTree) -> Float[Array, "p q"]:
     [[0. 0.]
      [0. 1.]]
     """
+    # eigenvalues rise: the last column of both factors
     if isinstance(inverse, EigenInverse):
-        return inverse.inputs.vectors[:, -1:] * inverse.outputs.vectors[:, -1]
+        last_input = inverse.inputs.vectors[:, -1:]
+        return last_input * inverse.outputs.vectors[:, -1]
     if isinstance(inverse, TokenEigenInverse):  # A is diagonal: its eigenvectors are the tokens
-        token = jnp.arange(len(inverse.counts)) == jnp.argmax(inverse.counts)
-        return token[:, None].astype(inverse.counts.dtype) * inverse.outputs.vectors[:, -1]
+        counts = inverse.counts
+        token = jnp.arange(len(counts)) == jnp.argmax(counts)
+        unit = token[:, None].astype(counts.dtype)
+        return unit * inverse.outputs.vectors[:, -1]
     raise ValueError(f"deflated: space='spectral' got {type(inverse).__name__}; {_EXPECTED}")
 
 
@@ -201,10 +226,17 @@ _EXPECTED = (
 
 
 def _held(layer: Layer, block: Block) -> PyTree:
+    # by shapes alone, nothing is computed
     def inverse() -> PyTree:
-        return block.factorize(block.init(layer, jnp.float32), jnp.ones(()))
+        statistic = block.init(layer, jnp.float32)
+        return block.factorize(statistic, jnp.ones(()))
 
     return jax.eval_shape(inverse)
+
+
+def _where_seen(seen: Vector, vector: Vector) -> Vector:
+    pairs = zip(seen, vector, strict=True)
+    return [jnp.where(ones != 0, x, 0) for ones, x in pairs]
 
 
 def _times(left: Vector, right: Vector) -> Vector:

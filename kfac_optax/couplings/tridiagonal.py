@@ -3,7 +3,6 @@ chains of dense layers.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,10 +12,9 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Coupling, Fine, Layer, PyTree, System, Vector
 from kfac_optax.blocks.kronecker import DenseInverse, Factors
+from kfac_optax.couplings.links import Link, link_of, links_by_shape, solve_chain, stacked
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram
-from kfac_optax.linalg.kronecker_products import sandwich, trace_ratio
-from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve
 from kfac_optax.linalg.weighted_rows import finite_padding, keep_rows
 
 _WHERE = "tridiagonal"
@@ -29,17 +27,6 @@ class CrossFactors(NamedTuple):
 
     inputs: dict[str, Float[Array, "links p next_p"]]
     outputs: dict[str, Float[Array, "links q next_q"]]
-
-
-class Link(NamedTuple):
-    """How layer i hangs on layer i+1: regressions `Psi = X_{i,i+1} X_{i+1}^{-1}`, and
-    `(X_i, Psi X_{i+1} Psi^T)`.
-    """
-
-    inputs: Float[Array, "p next_p"]
-    outputs: Float[Array, "q next_q"]
-    inputs_pencil: Pencil
-    outputs_pencil: Pencil
 
 
 class _Rows(NamedTuple):
@@ -97,38 +84,49 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
     """
 
     def reduce(measured: Sequence[_Rows], examples: int) -> CrossFactors:
-        groups = _groups([(x.inputs.shape[-1], x.outputs.shape[-1]) for x in measured]).items()
+        # links of equal shapes are stacked, so that one batched call serves them
+        shapes = [(x.inputs.shape[-1], x.outputs.shape[-1]) for x in measured]
+        groups = links_by_shape(shapes).items()
 
-        def cross(side: str, members: list[int]) -> Array:
-            pairs = ((getattr(measured[i], side), getattr(measured[i + 1], side)) for i in members)
-            return jnp.stack([gram(x, y, precision=precision) / examples for x, y in pairs])
+        # E[x_i x_{i+1}^T] of every link, on the side of the inputs or outputs
+        def cross(rows: Sequence[Array], members: list[int]) -> Array:
+            moments = []
+            for i in members:
+                total = gram(rows[i], rows[i + 1], precision=precision)
+                moments.append(total / examples)
+            return jnp.stack(moments)
 
-        return CrossFactors(
-            {k: cross("inputs", m) for k, m in groups}, {k: cross("outputs", m) for k, m in groups}
-        )
+        of_inputs = [x.inputs for x in measured]
+        of_outputs = [x.outputs for x in measured]
+        inputs = {name: cross(of_inputs, members) for name, members in groups}
+        outputs = {name: cross(of_outputs, members) for name, members in groups}
+        return CrossFactors(inputs, outputs)
 
     def factorize(statistic: CrossFactors, fine: Fine) -> dict[str, Link]:
         factors = [fine.factors(i) for i in range(len(fine.sizes))]
+        shapes = [(len(factor.inputs), len(factor.outputs)) for factor in factors]
+        link = functools.partial(link_of, damping=fine.damping, precision=precision)
+        make = jax.vmap(link)
         inverse: dict[str, Link] = {}
         previous: PyTree = statistic  # comes after the factorisations of the blocks
-        for name, members in _groups([(len(f.inputs), len(f.outputs)) for f in factors]).items():
-            own = [factors[i] for i in members]
-            following = [fine.inverses(i + 1) for i in members]
-            own, following = (
-                jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (own, following)
-            )
+        # one group after another, see `after`
+        for name, members in links_by_shape(shapes).items():
+            # undamped factors of layer i, damped inverses of layer i + 1
+            own = stacked([factors[i] for i in members])
+            following = stacked([fine.inverses(i + 1) for i in members])
             cross = Factors(statistic.inputs[name], statistic.outputs[name])
-            make = jax.vmap(functools.partial(_link, damping=fine.damping, precision=precision))
             previous = inverse[name] = make(after(own, previous), cross, following)
         return inverse
 
     def apply(inverse: dict[str, Link], system: System) -> list[Vector]:
+        # the solve of the last layer is that of its block; the others are replaced
         fine = system.fine(system.gradient)
-        update = system.replace(
-            fine,
-            _solve(inverse, system.matrices(system.gradient), system.matrices(fine)[-1], precision),
-        )
-        return [fine, [x - y for x, y in zip(update, fine, strict=True)]]
+        gradients = system.matrices(system.gradient)
+        last = system.matrices(fine)[-1]
+        solved = solve_chain(inverse, gradients, last, precision)
+        update = system.replace(fine, solved)
+        added = [x - y for x, y in zip(update, fine, strict=True)]
+        return [fine, added]
 
     return Coupling(
         "block-tridiagonal",
@@ -145,80 +143,35 @@ def tridiagonal(*, precision: jax.lax.PrecisionLike = "highest") -> Coupling:
 
 def _init(layers: Sequence[Layer], dtype: jnp.dtype) -> CrossFactors:
     sizes = [layer.shape for layer in layers]
-    groups = _groups(sizes).items()
-    inputs = {k: jnp.zeros((len(m), sizes[m[0]][0], sizes[m[0] + 1][0]), dtype) for k, m in groups}
-    outputs = {k: jnp.zeros((len(m), sizes[m[0]][1], sizes[m[0] + 1][1]), dtype) for k, m in groups}
+    inputs, outputs = {}, {}
+    for name, members in links_by_shape(sizes).items():
+        first, links = members[0], len(members)
+        (p, q), (next_p, next_q) = sizes[first], sizes[first + 1]
+        inputs[name] = jnp.zeros((links, p, next_p), dtype)
+        outputs[name] = jnp.zeros((links, q, next_q), dtype)
     return CrossFactors(inputs, outputs)
 
 
-def _measure(a: Array, g: Array | None, weights: Array | None) -> _Rows:
+def _measure(
+    a: Array,
+    g: Array | None,
+    weights: Array | None,
+) -> _Rows:
     if g is None:
         raise ValueError(
             f"{_WHERE}: this estimator measures no output gradients, which the cross factors need. "
             "Use fisher, ggn or empirical_fisher."
         )
     # a scan of one step leaves an axis
-    a, g = (x.reshape(*x.shape[:2], x.shape[-1]) for x in (a, g))
+    a = a.reshape(*a.shape[:2], a.shape[-1])
+    g = g.reshape(*g.shape[:2], g.shape[-1])
     if weights is None:
         return _Rows(a, g)
     weights = weights.reshape(1, -1)
-    a = keep_rows(a, weights) * jnp.sqrt(weights)[..., None].astype(a.dtype)
+    # g carries the root of the weight, a gets the other one
+    root = jnp.sqrt(weights)[..., None].astype(a.dtype)
+    a = keep_rows(a, weights) * root
     return _Rows(a, finite_padding(g, weights[..., None]))
-
-
-def _link(
-    own: Factors,
-    cross: Factors,
-    following: DenseInverse,
-    *,
-    damping: Array,
-    precision: jax.lax.PrecisionLike,
-) -> Link:
-    pi, root = trace_ratio(*own), jnp.sqrt(damping)
-    psi, phi = (
-        jnp.matmul(c, inverse, precision=precision)
-        for c, inverse in zip(cross, following, strict=True)
-    )
-    explained = [
-        sandwich(c, x, c.T, precision=precision) for c, x in zip(cross, following, strict=True)
-    ]
-    inputs = pencil(own.inputs, explained[0], pi * root, precision=precision)
-    return Link(
-        psi,
-        phi,
-        inputs,
-        pencil(after(own.outputs, inputs), explained[1], root / pi, precision=precision),
-    )
-
-
-def _solve(inverse: dict[str, Link], v: list[Array], last: Array, precision) -> list[Array]:
-    """`X_i` of all layers; the last one's own solve is given."""
-
-    def first_two(link: Link, v: Array, following: Array) -> tuple[Array, Array]:
-        u = v - sandwich(link.inputs, following, link.outputs.T, precision=precision)
-        y = two_term_solve(
-            link.inputs_pencil, link.outputs_pencil, u, minus=True, precision=precision
-        )
-        return y, sandwich(link.inputs.T, y, link.outputs, precision=precision)
-
-    y, explained = [*v[:-1], last], [jnp.zeros((), last.dtype)] * len(v)
-    for name, members in _groups([x.shape for x in v]).items():
-        stacked = (jnp.stack([v[i + step] for i in members]) for step in (0, 1))
-        for i, mine, of_next in zip(
-            members, *jax.vmap(first_two)(inverse[name], *stacked), strict=True
-        ):
-            y[i], explained[i + 1] = mine, of_next
-    return [x - e for x, e in zip(y, explained, strict=True)]
-
-
-def _groups(shapes: Sequence[tuple[int, ...]]) -> dict[str, list[int]]:
-    """Links `(i, i + 1)` of the chain by their shapes, `i` in order: each group is one batched
-    call.
-    """
-    groups: dict[str, list[int]] = {}
-    for i, ((p, q), (next_p, next_q)) in enumerate(itertools.pairwise(shapes)):
-        groups.setdefault(f"{p}x{q}_{next_p}x{next_q}", []).append(i)
-    return groups
 
 
 def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
@@ -227,16 +180,15 @@ def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
         "kronecker('cholesky'). Use kfac(..., inverse='cholesky'), or coarse_correction() for "
         "other layers."
     )
-    chain = [(layer, block) for layer, block in zip(layers, blocks, strict=True) if layer.coupled]
+    pairs = zip(layers, blocks, strict=True)
+    chain = [(layer, block) for layer, block in pairs if layer.coupled]
     if not chain:
         raise ValueError(f"{_WHERE}: no layer with weights between units; {expected}")
     for layer, block in chain:
         if layer.kind != "dense" or layer.copies > 1:
-            what = (
-                f"is a stack of {layer.copies}"
-                if layer.kind == "dense"
-                else f"is of kind {layer.kind!r}"
-            )
+            what = f"is of kind {layer.kind!r}"
+            if layer.kind == "dense":
+                what = f"is a stack of {layer.copies}"
             raise ValueError(f"{_WHERE}: layer {layer.path!r} {what}; {expected}")
         if layer.uses > 1:
             raise ValueError(f"{_WHERE}: layer {layer.path!r} runs {layer.uses} times; {expected}")
@@ -249,8 +201,8 @@ def _check(layers: Sequence[Layer], blocks: Sequence[Block]) -> None:
 def _inverts(block: Block, layer: Layer) -> bool:
     def inverse() -> PyTree:
         factors = block.init(layer, jnp.float32)
-        return (
-            factors if not isinstance(factors, Factors) else block.factorize(factors, jnp.ones(()))
-        )
+        if not isinstance(factors, Factors):
+            return factors
+        return block.factorize(factors, jnp.ones(()))
 
     return isinstance(jax.eval_shape(inverse), DenseInverse)

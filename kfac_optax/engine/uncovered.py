@@ -7,6 +7,9 @@ from kfac_optax._tree import covered_leaves, grafted_leaves, replace_leaves
 from kfac_optax._types import Layers, PyTree
 from kfac_optax.step_rules._per_layer import root_mean_square, within
 
+# what becomes of parameters without a block in presets that measure no single ones
+WITHOUT_DIAGONAL = ("pass", "graft", "raise")
+
 
 def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
     """Gradients of parameters without a block, rescaled.

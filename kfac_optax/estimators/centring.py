@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kfac_optax._types import Layers
 from kfac_optax.estimators.output_cotangents import Naturals, OutputCotangents
 from kfac_optax.estimators.reductions import devices_of
+from kfac_optax.linalg.division import positive_or_one
 
 Natural = tuple[jax.Array, ...]
 
@@ -30,8 +31,11 @@ def about_mean(values: Natural, root: Any, axis_name: Any) -> Natural:
     """
 
     def apply(v: jax.Array) -> jax.Array:
+        # sums over the batch in float32 at least, whatever the model computes in
         wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-        return (wide - _sum(_shares(wide, root, axis_name) * wide, axis_name)).astype(v.dtype)
+        shares = _shares(wide, root, axis_name)
+        mean = _sum(shares * wide, axis_name)
+        return (wide - mean).astype(v.dtype)
 
     return tuple(map(apply, values))
 
@@ -53,12 +57,17 @@ def centred_cotangents(
       axis_name: of devices, where the mean is that of all of them; without it each takes that of
         its own walkers, as is right where it squares sums of its own.
     """
+    # most predictions have no such head: their cotangents are left as they are
     if not any(map(is_centred, heads)):
         return cotangents
 
     def make(k: Any) -> Naturals:
-        triples = zip(cotangents.make(k), heads, roots, strict=True)
-        return [_without_mean(c, root, axis_name) if is_centred(h) else c for c, h, root in triples]
+        made = []
+        for cotangent, head, root in zip(cotangents.make(k), heads, roots, strict=True):
+            if is_centred(head):
+                cotangent = _without_mean(cotangent, root, axis_name)
+            made.append(cotangent)
+        return made
 
     return OutputCotangents(cotangents.count, make)
 
@@ -67,32 +76,45 @@ def _without_mean(cotangent: Natural, root: Any, axis_name: Any) -> Natural:
     """The transpose of `about_mean`."""
 
     def apply(c: jax.Array) -> jax.Array:
+        # c_b - w_b sum(c) / sum(w)
         wide = c.astype(jnp.promote_types(c.dtype, jnp.float32))
-        return (wide - _shares(wide, root, axis_name) * _sum(wide, axis_name)).astype(c.dtype)
+        shares = _shares(wide, root, axis_name)
+        total = _sum(wide, axis_name)
+        return (wide - shares * total).astype(c.dtype)
 
     return tuple(map(apply, cotangent))
 
 
-def _shares(x: jax.Array, root: Any, axis_name: Any) -> jax.Array:
+def _shares(
+    x: jax.Array,
+    root: Any,
+    axis_name: Any,
+) -> jax.Array:
     """`w / sum(w)`; zeros where no term counts.
 
     The root of a head has a factor that stands for the number of its terms.
     """
+    # all terms count the same, on all devices
     if root is None or jnp.ndim(root) == 0:
-        return jnp.full(x.shape, 1 / max(x.size * devices_of(axis_name), 1), x.dtype)
+        terms = x.size * devices_of(axis_name)
+        return jnp.full(x.shape, 1 / max(terms, 1), x.dtype)
+    # the factor in the root goes out in the quotient
     weights = jnp.square(root)
     total = _sum(weights, axis_name)
-    return weights / jnp.where(total > 0, total, 1)
+    return weights / positive_or_one(total)
 
 
 def _sum(x: jax.Array, axis_name: Any) -> jax.Array:
+    # of this device, then of all
     total = jnp.sum(x)
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 
 def with_remark(layers: Layers, heads: Sequence[Any]) -> Layers:
     """The layers with a line under their table that says which statistics are not centred."""
-    names = dict.fromkeys(type(head).__name__ for head in heads if is_centred(head))
+    # each name once, in the order of the heads
+    centred = filter(is_centred, heads)
+    names = dict.fromkeys(type(head).__name__ for head in centred)
     if not names or not layers.layers:
         return layers
     remark = (

@@ -3,6 +3,7 @@ it is due.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from kfac_optax.estimators.heads import (
     split_outputs,
 )
 from kfac_optax.estimators.layer_rows import LayerRows, layer_rows
+from kfac_optax.estimators.linearization import Linearize, as_returned, linearize_now
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
@@ -30,7 +32,7 @@ from kfac_optax.estimators.sample_jacobian import (
 )
 from kfac_optax.estimators.served_heads import served_of
 from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
-from kfac_optax.estimators.statistics import Linearize, collect, linearize_now
+from kfac_optax.estimators.statistics import collect
 
 
 @jax.tree_util.register_dataclass
@@ -56,12 +58,11 @@ class LazyCurvature:
             # Weights are needed before the forward pass. They come from the inputs: compiled, the
             # rest of this is dead code.
             flat = jex.jaxpr_as_fun(traced.jaxpr)(*inputs)
-            _, heads = split_outputs(
-                kind, jax.tree.unflatten(jax.tree.structure(traced.out_shape), flat)
-            )
-        linearize = linearize_now(
-            traced, inputs, lambda prediction: split_outputs(kind, prediction)
-        )
+            _, heads = split_outputs(kind, as_returned(traced, flat))
+        # one forward pass with probes; every pullback measures on its way back
+        outputs = functools.partial(split_outputs, kind)
+        linearize = linearize_now(traced, inputs, outputs)
+        # blocks of first moments want the gradients of the losses themselves, without signs
         own = None
         if averages_gradients(kind, plan):
             own = own_cotangents(kind, heads, plan.blocks[0].name)
@@ -85,6 +86,7 @@ class LazyCurvature:
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
           axis_name: mapped axis over which the batch is split.
         """
+        # every product is exact on the part of the batch that is asked for
         spec, args = _exact(self.spec, self.args, subsample)
         return quadratic_form(
             spec.kind, spec.function, self.params, directions, args, axis_name, count
@@ -98,7 +100,11 @@ class LazyCurvature:
         return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
     def linearize(
-        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+        self,
+        *,
+        sampled: bool = False,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> SampleJacobian:
         """`J` with `F = (1/N) J^T J` as products in both directions, from one linearisation.
 
@@ -109,6 +115,7 @@ class LazyCurvature:
           axis_name: mapped axis over which the batch is split.
         """
         spec, args = _exact(self.spec, self.args, subsample)
+        # without a key all columns of the output Fisher are taken
         key = _label_key(spec.kind, self.key, axis_name) if sampled else None
         return sample_jacobian(
             spec.kind,
@@ -121,7 +128,11 @@ class LazyCurvature:
         )
 
     def rows(
-        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+        self,
+        layers: Sequence[Layer],
+        *,
+        sampled: bool = False,
+        axis_name: Any = None,
     ) -> dict[Layer, LayerRows]:
         """Rows `a` and `g` of these layers, of which `J` is made where examples do not interact.
 
@@ -133,6 +144,7 @@ class LazyCurvature:
         spec, args = _exact(self.spec, self.args, None)
         return layer_rows(
             spec.kind,
+            # rows are kept where the probes of these layers see them
             trace_model(spec, self.params, args),
             jax.tree.leaves((self.params, args)),
             tuple(layers),
@@ -163,7 +175,11 @@ def averages_gradients(kind: Kind, plan: Plan) -> bool:
     return of_first_moments(plan.layers, plan.blocks, plan.coupling, kind.name)
 
 
-def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, tuple[PyTree, ...]]:
+def _exact(
+    spec: Spec,
+    args: tuple[PyTree, ...],
+    subsample: Any,
+) -> tuple[Spec, tuple[PyTree, ...]]:
     """The part of the batch on which products are taken."""
     if not spec.kind.gradients:
         raise ValueError(
@@ -179,7 +195,11 @@ def _exact(spec: Spec, args: tuple[PyTree, ...], subsample: Any) -> tuple[Spec, 
     return spec, part_of_batch(spec, args)
 
 
-def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
+def _label_key(
+    kind: Kind,
+    key: jax.Array | None,
+    axis_name: Any,
+) -> jax.Array:
     """The key by which labels are drawn, another one on every device.
 
     Raises:
@@ -191,7 +211,9 @@ def _label_key(kind: Kind, key: jax.Array | None, axis_name: Any) -> jax.Array:
             f"{kind.name}: labels are to be drawn from the model, but got {got}; expected "
             "fisher(predict).at(params, *args, key=jax.random.key(...)), a new key in every step."
         )
-    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    if axis_name is None:
+        return key
+    return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def collect_statistics(
@@ -204,20 +226,25 @@ def collect_statistics(
     own: OutputCotangents | None = None,
 ) -> tuple[list[PyTree], PyTree]:
     """Statistics of a plan; `own` are the cotangents of the losses, for blocks that average output gradients."""
+    # the losses of `value_and_grad` have output gradients whatever the estimator measures
     kind = spec.kind if own is None else spec.kind._replace(gradients=True)
     # signs need no key, but others in every step: products of different terms cancel over the steps
     if not kind.labels:
-        key = jax.random.fold_in(jax.random.key(0) if key is None else key, plan.count)
+        key = jax.random.key(0) if key is None else key
+        key = jax.random.fold_in(key, plan.count)
     if plan.axis_name is not None:  # every device draws its own labels and signs
-        key = jax.random.fold_in(key, jax.lax.axis_index(plan.axis_name))
+        device = jax.lax.axis_index(plan.axis_name)
+        key = jax.random.fold_in(key, device)
     weights = find_weights(kind, heads, plan.axis_name)
 
+    # the heads that the forward pass returns, since their arrays are needed here
     def output_cotangents(heads: Sequence[Any]) -> OutputCotangents:
         if own is not None:
             return own
         made = kind.output_cotangents(heads, weights.roots, key, spec.samples)
         return made if kind.losses else centred_cotangents(made, heads, weights.roots)
 
+    # N of the first head, to which the others are related by `served`
     examples = count_examples(kind, heads)
     return collect(
         plan,

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.output_cotangents import (
+    Naturals,
     OutputCotangents,
     fisher_columns,
     sampled_scores,
     signed,
 )
 from kfac_optax.likelihoods import check_members, is_likelihood
+from kfac_optax.linalg.division import positive_or_one
 
 
 class Kind(NamedTuple):
@@ -39,33 +41,55 @@ class Kind(NamedTuple):
 
 
 def _signed_columns(
-    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
 ) -> OutputCotangents:
-    return signed(fisher_columns(heads, roots), [head.batch_shape for head in heads], key)
+    # columns of all terms at once, told apart by signs
+    terms = [head.batch_shape for head in heads]
+    return signed(fisher_columns(heads, roots), terms, key)
 
 
 def _signed_losses(
-    losses: Sequence[Any], roots: Sequence[Any], key: jax.Array, samples: int
+    losses: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
 ) -> OutputCotangents:
-    ones = OutputCotangents(1, lambda k: [(jnp.ones_like(x),) for x in losses])
-    return signed(ones, [x.shape for x in losses], key)
+    # the cotangent of a loss is one: its pullback is the gradient of the example
+
+    def ones(k: Any) -> Naturals:
+        return [(jnp.ones_like(x),) for x in losses]
+
+    terms = [x.shape for x in losses]
+    return signed(OutputCotangents(1, ones), terms, key)
 
 
+def _nothing(
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array,
+    samples: int,
+) -> OutputCotangents:
+    def zeros(k: Any) -> Naturals:
+        return [tuple(map(jnp.zeros_like, head.natural)) for head in heads]
+
+    return OutputCotangents(1, zeros)
+
+
+# name, labels drawn, losses, output gradients
 FISHER = Kind("fisher", True, False, True, sampled_scores)
 GGN = Kind("ggn", False, False, True, _signed_columns)
 EMPIRICAL = Kind("empirical_fisher", False, True, True, _signed_losses)
-FORWARD = Kind(
-    "forward_only",
-    False,
-    False,
-    False,
-    lambda heads, *_: OutputCotangents(
-        1, lambda k: [tuple(map(jnp.zeros_like, h.natural)) for h in heads]
-    ),
-)
+FORWARD = Kind("forward_only", False, False, False, _nothing)
 
 
-def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotangents:
+def own_cotangents(
+    kind: Kind,
+    heads: Sequence[Any],
+    blocks: str,
+) -> OutputCotangents:
     """Of the examples' own losses, as they are: their pullbacks average to the gradient.
 
     Raises:
@@ -78,7 +102,12 @@ def own_cotangents(kind: Kind, heads: Sequence[Any], blocks: str) -> OutputCotan
             "empirical_fisher(per_example_loss).at(params, *args), or the curvature that "
             f"{kind.name}.value_and_grad(loss_fn) hands out next to the gradient."
         )
-    return OutputCotangents(1, lambda k: [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads])
+
+    # ones with the sharding of the losses, and no dependence on them
+    def ones(k: Any) -> Naturals:
+        return [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads]
+
+    return OutputCotangents(1, ones)
 
 
 def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
@@ -88,6 +117,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
       TypeError: the function does not return what this kind of estimator needs.
     """
     if kind.losses:
+        # one loss for every example, or terms could not be told apart
         if len(getattr(prediction, "shape", ())) != 1:
             got = (
                 f"an array {list(prediction.shape)}"
@@ -100,6 +130,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             )
         _check_real(kind, "per_example_loss returned", prediction)
         return [(prediction,)], [prediction]
+    # several heads in any tree, in its order
     heads = jax.tree.leaves(prediction, is_leaf=is_likelihood)
     for head in heads or [prediction]:
         if not is_likelihood(head):
@@ -111,6 +142,7 @@ def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]]
             )
         check_members(kind.name, head)
         for x in head.natural:
+            # products of complex numbers would come out with wrong signs
             _check_real(kind, f"predict returned {type(head).__name__} of", x)
     return [head.natural for head in heads], heads
 
@@ -155,7 +187,11 @@ class Weights(NamedTuple):
     roots: list[Any]
 
 
-def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Weights:
+def find_weights(
+    kind: Kind,
+    heads: Sequence[Any],
+    axis_name: Any = None,
+) -> Weights:
     """Normalised weights of all heads; `axis_name` for a batch split over devices.
 
     Raises:
@@ -163,7 +199,9 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     """
     if kind.losses:
         return Weights(None, [None] * len(heads))
-    shapes = {None if head.weights is None else head.weights.shape for head in heads}
+    # inputs of shared layers have one weight, whichever head they serve
+    weights = [head.weights for head in heads]
+    shapes = {None if x is None else x.shape for x in weights}
     if len(shapes) > 1:
         raise ValueError(
             f"{kind.name}: heads have weights of shapes {sorted(shapes, key=str)}; expected the "
@@ -174,13 +212,19 @@ def find_weights(kind: Kind, heads: Sequence[Any], axis_name: Any = None) -> Wei
     examples = count_examples(kind, heads)
     rows, roots = [], []
     for head in heads:
+        # the terms of an example share its weight, N / terms for each, as roots in the cotangents
         share = examples / max(math.prod(head.batch_shape), 1)
         if head.weights is None:
             roots.append(None if share == 1 else math.sqrt(share))
             continue
-        weights = head.weights.astype(jnp.result_type(jnp.float32, head.weights, *head.natural))
-        mean = jnp.mean(weights)
-        mean = mean if axis_name is None else jax.lax.pmean(mean, axis_name)
-        rows.append(weights / jnp.where(mean > 0, mean, 1))
-        roots.append(jnp.sqrt(rows[-1] * share))
-    return Weights(sum(rows) / len(rows) if rows else None, roots)
+        # mean one over all devices, so that dividing by N makes a weighted mean
+        wide = jnp.result_type(jnp.float32, head.weights, *head.natural)
+        own = head.weights.astype(wide)
+        mean = jnp.mean(own)
+        if axis_name is not None:
+            mean = jax.lax.pmean(mean, axis_name)
+        normalised = own / positive_or_one(mean)
+        rows.append(normalised)
+        roots.append(jnp.sqrt(normalised * share))
+    of_rows = sum(rows) / len(rows) if rows else None
+    return Weights(of_rows, roots)

@@ -15,9 +15,9 @@ from kfac_optax.capture.row_axes import rows_of_site, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.centring import is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.linearization import Asked, linearize_now, rows_measure
 from kfac_optax.estimators.plan import Plan, set_up
 from kfac_optax.estimators.sample_jacobian import columns_of
-from kfac_optax.estimators.statistics import Asked, linearize_now, rows_measure
 from kfac_optax.linalg.gram import homogeneous
 
 _CHUNK = 8  # pullbacks at the same time
@@ -63,31 +63,37 @@ def layer_rows(
     # of the plan only its layers are read: nothing is measured, rows are kept as they are
     plan = Plan(tuple(layers), (), None, None)
     setting = set_up(plan, traced, 0, None, kind.name)
-    owner, used = setting.owner, [setting.layer(plan, i) for i in range(len(layers))]
+    owner = setting.owner
+    used = [setting.layer(plan, i) for i in range(len(layers))]
     _check(kind.name, used)
+    # probes hand the rows back as cotangents
     measures = [None if i is None else rows_measure for i in owner]
     linearize = linearize_now(traced, inputs, lambda out: split_outputs(kind, out))
-    pull, heads = linearize(Asked(measures, [None] * len(measures), None, ()))
+    no_inverses = [None] * len(measures)
+    pull, heads = linearize(Asked(measures, no_inverses, None, ()))
     if not kind.losses:
         _check_centred(kind.name, heads)
     cotangents, counted = _cotangents(kind, heads, key, samples, axis_name)
 
     def pulled(k: jax.Array) -> list[PyTree]:
-        each = zip(traced.sites, owner, pull(cotangents.make(k)).sites, strict=True)
-        return [
-            _of_site(site, used[i], kept)
-            for site, i, kept in each
-            if i is not None and kept is not None
-        ]
+        sites = pull(cotangents.make(k)).sites
+        found = []
+        for site, i, kept in zip(traced.sites, owner, sites, strict=True):
+            if i is not None and kept is not None:
+                found.append(_of_site(site, used[i], kept))
+        return found
 
-    found = jax.lax.map(pulled, jnp.arange(cotangents.count), batch_size=_CHUNK)
+    # [K, copies, N, T, q] of every use; a few columns exist at a time
+    columns = jnp.arange(cotangents.count)
+    found = jax.lax.map(pulled, columns, batch_size=_CHUNK)
     uses: dict[Layer, list] = {layer: [] for layer in layers}
-    for i, (a, g) in zip([i for i in owner if i is not None], found, strict=True):
+    owners = [i for i in owner if i is not None]
+    for i, (a, g) in zip(owners, found, strict=True):
         uses[layers[i]].append((a[0], g))  # inputs are the same for all columns
-    return {
-        layer: _joined(layer, mine, counted, as_used.given_rows)
-        for (layer, mine), as_used in zip(uses.items(), used, strict=True)
-    }
+    rows = {}
+    for layer, as_used in zip(layers, used, strict=True):
+        rows[layer] = _joined(layer, uses[layer], counted, as_used.given_rows)
+    return rows
 
 
 def _check(where: str, layers: Sequence[Layer]) -> None:
@@ -122,45 +128,73 @@ class _Cotangents(NamedTuple):
 
 
 def _cotangents(
-    kind: Kind, heads: Sequence[Any], key: Any, samples: int, axis_name: Any
+    kind: Kind,
+    heads: Sequence[Any],
+    key: Any,
+    samples: int,
+    axis_name: Any,
 ) -> tuple[_Cotangents, jax.Array | None]:
     """One for every term of an example and column, of all examples at once; which examples count."""
     if kind.losses:
-        return _Cotangents(1, lambda k: [(jnp.ones_like(x),) for x in heads]), None
+
+        def ones(k: jax.Array) -> list[tuple[jax.Array, ...]]:
+            return [(jnp.ones_like(x),) for x in heads]
+
+        return _Cotangents(1, ones), None
     examples = count_examples(kind, heads)
     roots = find_weights(kind, heads, axis_name).roots
     columns = columns_of(heads, roots, key, samples)
+    # a cotangent for every term of an example and column of it, of all heads one after another
     terms = [math.prod(head.batch_shape[1:]) for head in heads]
-    counts = [n * column.count for n, column in zip(terms, columns, strict=True)]
+    of_term = [column.count for column in columns]
+    counts = [n * k for n, k in zip(terms, of_term, strict=True)]
 
     def make(k: jax.Array) -> list[tuple[jax.Array, ...]]:
         out, start = [], 0
         for head, column, count in zip(heads, columns, counts, strict=True):
+            # zero for all heads but the one that column k belongs to
             mine = (k >= start) & (k < start + count)
             # columns of a term next to each other, as they are in a vector in sample space
-            term, c = jnp.divmod(jnp.clip(k - start, 0, count - 1), column.count)
+            position = jnp.clip(k - start, 0, count - 1)
+            term, c = jnp.divmod(position, column.count)
             chosen = mine & (jnp.arange(count // column.count) == term)
-            chosen = jnp.broadcast_to(chosen, (examples, len(chosen))).reshape(head.batch_shape)
-            out.append(tuple(column.weighted(x, chosen) for x in column.column(c)))
+            # [terms] -> [N, terms] -> [*batch], the same term of every example
+            of_all = jnp.broadcast_to(chosen, (examples, len(chosen)))
+            of_all = of_all.reshape(head.batch_shape)
+            out.append(tuple(column.weighted(x, of_all) for x in column.column(c)))
             start += count
         return out
 
-    of_terms = [jnp.asarray(root) for root in roots if root is not None and jnp.ndim(root)]
+    # weights of zero say which rows are padding
+    cotangents = _Cotangents(sum(counts), make)
+    known = [jnp.asarray(root) for root in roots if root is not None]
+    of_terms = [root.reshape(examples, -1) for root in known if root.ndim]
     if not of_terms:
-        return _Cotangents(sum(counts), make), None
-    counted = jnp.stack([root.reshape(examples, -1).any(1) for root in of_terms])
-    return _Cotangents(sum(counts), make), counted.any(0)
+        return cotangents, None
+    counted = jnp.stack([root.any(1) for root in of_terms])
+    return cotangents, counted.any(0)
 
 
-def _of_site(site: Site, layer: Layer, kept: Zeros) -> tuple[jax.Array, jax.Array]:
+def _of_site(
+    site: Site,
+    layer: Layer,
+    kept: Zeros,
+) -> tuple[jax.Array, jax.Array]:
     """Rows of one use, `[copies, N, T, ...]`."""
     a, g = rows_of_site(site, layer, *from_cotangent(site, kept.rows))
     tokens = isinstance(site.geometry, Lookup)  # rows of integers have no axis of features
-    return steps_in_a_row(a, site, 0 if tokens else 1), steps_in_a_row(g, site, 1)
+    a = steps_in_a_row(a, site, 0 if tokens else 1)
+    return a, steps_in_a_row(g, site, 1)
 
 
-def _joined(layer: Layer, uses: list, counted: jax.Array | None, given: bool) -> LayerRows:
+def _joined(
+    layer: Layer,
+    uses: list,
+    counted: jax.Array | None,
+    given: bool,
+) -> LayerRows:
     """All uses on the axis of steps, padding taken out; `given` rows have the bias coordinate."""
+    # uses behind one another on the axis of steps, a [copies, N, T, p] and g [K, copies, N, T, q]
     a = jnp.concatenate([a for a, _ in uses], 2)
     g = jnp.concatenate([g for _, g in uses], 3)
     if counted is not None:  # a cotangent of zero that met a NaN on its way back is a NaN
@@ -171,4 +205,5 @@ def _joined(layer: Layer, uses: list, counted: jax.Array | None, given: bool) ->
     if layer.bias is not None and layer.kind != "scale_shift" and not given:
         a = homogeneous(a)
     # where nothing comes back the input has no part, whatever it holds
-    return LayerRows(jnp.where((g == 0).all((0, -1))[..., None], 0, a), g)
+    unused = (g == 0).all((0, -1))
+    return LayerRows(jnp.where(unused[..., None], 0, a), g)

@@ -9,30 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import Block, Coupling, Layer, PyTree, Use
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
-from kfac_optax.capture.geometry import (
-    Conv,
-    Geometry,
-    Rows,
-    ScaleShift,
-    bias_rows,
-    channel_sums,
-    over_output,
-    reduced,
-    rows_shape,
-    thinning,
-    to_rows,
-)
+from kfac_optax.capture.geometry import Rows, ScaleShift, to_rows
+from kfac_optax.capture.positions import bias_rows, channel_sums, over_output
 from kfac_optax.capture.row_axes import differs, rows_of_use, without_examples
 from kfac_optax.capture.sites import Site
-from kfac_optax.linalg.batch_parts import count_parts, parts_first
+from kfac_optax.estimators.block_measure import measure_use
 from kfac_optax.linalg.weighted_rows import finite_padding
-
-# Patches of a whole batch may be many times its size: above this many bytes they are formed for a
-# part at a time.
-PATCH_BYTES = 1 << 27
 
 
 def site_measure(
@@ -76,15 +60,23 @@ def site_measure(
     keep = block.rows or (block.per_example and at_once)
     if coupling is not None:
         _check_rows(coupling, layer, shape, use.examples)
-    late = weights is not None and bool(site.loops) and weights.ndim > len(shape)
+    # each step in time has a weight of its own, which a probe inside the scan does not see
+    of_steps = weights is not None and weights.ndim > len(shape)
+    late = of_steps and bool(site.loops)
     if block.sharing == "reduce":  # one row for each example and use
         use = use._replace(rows=use.examples * layer.uses)
 
     # a use that starts from a constant has rows of examples where the others of its layer have
     shared = not layer.per_example and without_examples(site, use.examples)
+    # cotangents carry the inverse: whole for first moments, as a root for products
     scale = share if block.first_moments else math.sqrt(share)
 
-    def measure(a: jax.Array, g: jax.Array, weights: jax.Array | None, inverse: PyTree) -> Zeros:
+    def measure(
+        a: jax.Array,
+        g: jax.Array,
+        weights: jax.Array | None,
+        inverse: PyTree,
+    ) -> Zeros:
         # rows of all examples weigh what those do on average
         if shared and weights is not None and not late:
             weights = jnp.broadcast_to(weights.mean(), shape)
@@ -95,18 +87,22 @@ def site_measure(
             g = g / use.examples
         g = g if share == 1 else g * scale
         geometry = site.geometry
+        # of an estimator that runs forward only the cotangents are zeros, which mean nothing
         g_or_none = g if gradients else None
         if differs(site, layer):
             a, g_or_none = rows_of_use(site, layer, a, g_or_none)
             geometry, g = Rows(), g_or_none
+            # a use without shift is two rows for every one, see `rows_of_use`
             if isinstance(site.geometry, ScaleShift) and per_row is not None and gradients:
                 per_row = jnp.stack([per_row, per_row], -1)
         statistic = rows = across = seen = None
+        # kept as they are, for a measure of all uses at once; or measured here and now
         if late or keep:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
             one_use = use._replace(weights=per_row)
             statistic = measure_use(geometry, block, a, g_or_none, one_use, inverse)
+        # what crosses layers: channel sums, or the rows themselves
         if coupling is not None:
             seen = (None, None)
             if gradients:
@@ -119,7 +115,12 @@ def site_measure(
     return measure
 
 
-def _check_examples(block: Block, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+def _check_examples(
+    block: Block,
+    layer: Layer,
+    shape: tuple[int, ...],
+    examples: int,
+) -> None:
     if not layer.per_example or not shape or shape[0] != examples:
         raise ValueError(
             f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples, "
@@ -130,7 +131,12 @@ def _check_examples(block: Block, layer: Layer, shape: tuple[int, ...], examples
         )
 
 
-def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], examples: int) -> None:
+def _check_rows(
+    coupling: Coupling,
+    layer: Layer,
+    shape: tuple[int, ...],
+    examples: int,
+) -> None:
     if not shape or shape[0] != examples:
         raise ValueError(
             f"layer {layer.path!r}: its rows are {shape}, but the batch has {examples} examples. "
@@ -146,108 +152,11 @@ def _check_rows(coupling: Coupling, layer: Layer, shape: tuple[int, ...], exampl
         )
 
 
-def measure_rows(
-    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
-) -> PyTree:
-    """The block's measure of one matrix, with what is held for it where the block reads that."""
-    return block.measure(a, g, use, inverse) if block.reads_inverse else block.measure(a, g, use)
-
-
-def measure_use(
-    geometry: Geometry,
-    block: Block,
-    a: jax.Array,
-    g: jax.Array | None,
-    use: Use,
-    inverse: PyTree = None,
-) -> PyTree:
-    """Statistic of one use, `[groups, ...]`; a convolution's patches are formed for a part of the
-    batch at a time.
-    """
-    if block.raw:
-        one = jax.tree.map(lambda x: x[0], inverse)  # such layers have no groups
-        return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, one))
-    if isinstance(geometry, ScaleShift):
-        a, g = to_rows(geometry, a, g)
-        return over_groups(block, a, g, use, inverse)
-    if block.sharing == "reduce":
-        a, g, weights = reduced(geometry, a, g, use.weights)
-        return over_groups(block, a, g, use._replace(weights=weights), inverse)
-    parts = _parts(geometry, a, block)
-    if parts == 1:
-        return _expanded(geometry, block, a, g, use, inverse)
-    return _in_parts(geometry, block, parts, a, g, use, inverse)
-
-
-def _expanded(
-    geometry: Geometry, block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree
-) -> PyTree:
-    """Every position is a row; of many, some are left out and the others count more."""
-    positions = rows_shape(geometry, a.shape, _output_shape(geometry, a))[1:]
-    step = thinning(positions, block.positions)
-    a, g = to_rows(geometry, a, g, step)
-    if step is not None:
-        share = math.prod(positions) / math.prod(
-            -(-n // k) for n, k in zip(positions, step, strict=True)
-        )
-        kept = (slice(None), *(slice(None, None, k) for k in step))
-        weights = (
-            jnp.ones((a.shape[1], *positions), use.dtype) if use.weights is None else use.weights
-        )
-        use = use._replace(weights=share * weights[kept])
-        g = None if g is None else (share if block.first_moments else math.sqrt(share)) * g
-    return over_groups(block, a, g, use, inverse)
-
-
-def over_groups(
-    block: Block, a: jax.Array, g: jax.Array | None, use: Use, inverse: PyTree = None
-) -> PyTree:
-    """The block's measure for rows `[groups, ...]`, and inverses likewise."""
-    if a.shape[0] == 1:
-        a, g, inverse = jax.tree.map(lambda x: x[0], (a, g, inverse))
-        return jax.tree.map(lambda x: x[None], measure_rows(block, a, g, use, inverse))
-    return jax.vmap(lambda a, g, inverse: measure_rows(block, a, g, use, inverse))(a, g, inverse)
-
-
-def _output_shape(geometry: Geometry, a: jax.Array) -> tuple[int, ...]:
-    if isinstance(geometry, Conv):
-        return (*a.shape[: -1 - len(geometry.window.size)], *geometry.window.outputs(a.shape), 0)
-    return a.shape
-
-
-def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
-    """In how many parts the batch is unfolded: a divisor of it."""
-    if not isinstance(geometry, Conv) or a.ndim != len(geometry.window.size) + 2:
-        return 1
-    positions = math.prod(geometry.window.outputs(a.shape))
-    kept = positions if block.positions is None else min(positions, block.positions)
-    patch = math.prod(geometry.window.size) * a.shape[-1] * a.dtype.itemsize
-    needed = math.ceil(a.shape[0] * kept * patch / PATCH_BYTES)
-    return count_parts(a, needed)
-
-
-def _in_parts(
-    geometry: Geometry,
-    block: Block,
-    parts: int,
-    a: jax.Array,
-    g: jax.Array | None,
-    use: Use,
-    inverse: PyTree,
-) -> PyTree:
-    def one(part: tuple) -> PyTree:
-        a, g, weights = part
-        return _expanded(geometry, block, a, g, use._replace(weights=weights), inverse)
-
-    whole = jax.tree.map(lambda x: parts_first(x, parts), (a, g, use.weights))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], whole))
-    start = jax.tree.map(zeros_of_type, shapes)
-    return jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), start, whole
-    )[0]
-
-
-def row_weights(weights: jax.Array | None, rows: Sequence[int], path: str) -> jax.Array | None:
+def row_weights(
+    weights: jax.Array | None,
+    rows: Sequence[int],
+    path: str,
+) -> jax.Array | None:
     """Weights `[*batch]` of the likelihood's terms spread over a layer's rows.
 
     Raises:
@@ -255,12 +164,14 @@ def row_weights(weights: jax.Array | None, rows: Sequence[int], path: str) -> ja
     """
     if weights is None:
         return None
-    if weights.ndim > len(rows) or weights.shape != tuple(rows[: weights.ndim]):
+    # one weight for an example, or for each of its terms
+    leading = tuple(rows[: weights.ndim])
+    if weights.ndim > len(rows) or weights.shape != leading:
         raise ValueError(
             f"layer {path!r}: weights of shape {weights.shape} do not fit its rows {tuple(rows)}; "
             "expected the leading axes of the layer's input. Use one weight per example, or mask "
             "the layer's input in the model."
         )
-    return jnp.broadcast_to(
-        weights.reshape(weights.shape + (1,) * (len(rows) - weights.ndim)), rows
-    )
+    missing = len(rows) - weights.ndim
+    beside = weights.reshape(weights.shape + (1,) * missing)
+    return jnp.broadcast_to(beside, rows)

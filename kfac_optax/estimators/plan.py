@@ -54,7 +54,10 @@ class Plan(NamedTuple):
 
 
 def of_first_moments(
-    layers: Sequence[Layer], blocks: Sequence[Block], coupling: Coupling | None, where: str
+    layers: Sequence[Layer],
+    blocks: Sequence[Block],
+    coupling: Coupling | None,
+    where: str,
 ) -> bool:
     """Whether the blocks average output gradients themselves, in place of their products.
 
@@ -63,16 +66,19 @@ def of_first_moments(
     Raises:
       ValueError: some do and some do not, or a coupling asks for products.
     """
+    # one sort needs gradients as they are, the other random signs of the terms
     wanted = [block.first_moments for block in blocks]
     if not any(wanted):
         return False
-    names = ", ".join(sorted({b.name for b in blocks if b.first_moments}))
+    averaging = {block.name for block in blocks if block.first_moments}
+    names = ", ".join(sorted(averaging))
     others = [
         f"{layer.path or '(root)'} ({block.name})"
         for layer, block in zip(layers, blocks, strict=True)
         if not block.first_moments
     ]
-    others += [] if coupling is None else [f"the coupling ({coupling.name})"]
+    if coupling is not None:
+        others.append(f"the coupling ({coupling.name})")
     if others:
         raise ValueError(
             f"{where}: {names} averages output gradients themselves, but {', '.join(others)} their "
@@ -100,6 +106,7 @@ class Setting(NamedTuple):
 
     def layer(self, plan: Plan, i: int) -> Layer:
         """Layer `i` of the plan, with what this trace says about its uses."""
+        # what differs between traces of one model: whether uses differ
         found = self.found[i]
         return dataclasses.replace(plan.layers[i], mixed=found.mixed, swapped=found.swapped)
 
@@ -111,7 +118,8 @@ class Setting(NamedTuple):
         """
         i = self.owner[index]
         assert i is not None
-        layer, (head, examples) = plan.layers[i], self.served[index]
+        layer = plan.layers[i]
+        head, examples = self.served[index]
         if self.found[i].given_rows and layer.bias is not None:
             # the rows have its coordinate in them
             layer = dataclasses.replace(layer, bias=None, inputs=layer.inputs + 1)
@@ -122,14 +130,15 @@ class Setting(NamedTuple):
 
     def _rows(self, i: int) -> float:
         """Rows of a layer if all heads had as many examples as the first."""
+        # the usual case: one batch for all heads
         if all(served.examples == self.examples for served in self.served):
             return self.found[i].rows
-        triples = zip(self.sites, self.owner, self.served, strict=True)
-        return sum(
-            math.prod((*site.loops, *site.row_shape)) * self.examples / served.examples
-            for site, owner, served in triples
-            if owner == i
-        )
+        total = 0
+        for site, owner, served in zip(self.sites, self.owner, self.served, strict=True):
+            if owner == i:
+                rows = math.prod((*site.loops, *site.row_shape))
+                total += rows * self.examples / served.examples
+        return total
 
     def share(self, index: int) -> float:
         """Examples of the head that a site serves, for one of the first head.
@@ -153,15 +162,22 @@ def set_up(
     Raises:
       ValueError: one is missing or has another shape.
     """
+    # a parameter on its own has no rows, and so no site
     with_sites = [i for i, layer in enumerate(plan.layers) if layer.kind != "diagonal"]
-    matched = match_layers([plan.layers[i] for i in with_sites], traced.layers, where)
+    wanted = [plan.layers[i] for i in with_sites]
+    matched = match_layers(wanted, traced.layers, where)
+    # from positions among the traced layers to positions in the plan
     position = dict(zip(matched, with_sites, strict=True))
     owner = tuple(position.get(i) for i in traced.owner)
     found = {i: traced.layers.layers[j] for j, i in position.items()}
     return Setting(traced.sites, owner, found, examples, weights, tuple(served))
 
 
-def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int]:
+def match_layers(
+    wanted: Sequence[Layer],
+    found: Layers,
+    where: str,
+) -> list[int]:
     """Positions of the wanted layers among those of the traced model.
 
     Raises:
@@ -178,8 +194,11 @@ def match_layers(wanted: Sequence[Layer], found: Layers, where: str) -> list[int
                 "parameter tree than `layers`: use the same estimator for both."
             )
         other = found.layers[positions[layer.kernel]]
-        mine, theirs = ((*x.stack, x.inputs, x.outputs) for x in (layer, other))
-        if mine != theirs or (layer.bias is not None and layer.bias != other.bias):
+        # the same parameter with another shape is another model
+        mine = (*layer.stack, layer.inputs, layer.outputs)
+        theirs = (*other.stack, other.inputs, other.outputs)
+        other_bias = layer.bias is not None and layer.bias != other.bias
+        if mine != theirs or other_bias:
             raise ValueError(
                 f"{where}: layer {layer.path!r} has shape "
                 f"{mine}{' with bias' if layer.bias else ''} in `layers` but {theirs}"

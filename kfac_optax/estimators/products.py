@@ -14,6 +14,7 @@ from kfac_optax.estimators.centring import about_mean, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.estimators.reductions import devices_of, sum_over_devices
 from kfac_optax.linalg.gram import replicated
+from kfac_optax.linalg.pairs import symmetric_matrix
 
 _CHUNK = 8  # directions that exist at the same time
 
@@ -27,28 +28,37 @@ class _Linear(NamedTuple):
 
 
 def _linearize(
-    kind: Kind, function: Callable, params: PyTree, args: Sequence[PyTree], axis_name: Any = None
+    kind: Kind,
+    function: Callable,
+    params: PyTree,
+    args: Sequence[PyTree],
+    axis_name: Any = None,
 ) -> _Linear:
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # tangents of the natural arrays, J_b d
     _, jvp, heads = jax.linearize(naturals, params, has_aux=True)
     examples = count_examples(kind, heads)
+    # the Hessian in the losses is the identity: sum_b g_b g_b^T
     if kind.losses:
         return _Linear(jvp, lambda tangents: tangents, examples)
     roots = find_weights(kind, heads, axis_name).roots
 
     def tangents_of(direction: PyTree) -> Any:
-        return [read_terms(t, root) for t, root in zip(jvp(direction), roots, strict=True)]
+        pairs = zip(jvp(direction), roots, strict=True)
+        return [read_terms(tangent, root) for tangent, root in pairs]
 
     def hessian(tangents: Any) -> Any:
-        triples = zip(heads, tangents, roots, strict=True)
-        products = [
+        # H_b J_b d of every term, then times the weight of the term
+        products = []
+        for head, tangent, root in zip(heads, tangents, roots, strict=True):
             # one centring is enough: `C^T W C = W C` for `C = I - 1 w^T / N`
-            head.hessian_product(about_mean(t, root, axis_name) if is_centred(head) else t)
-            for head, t, root in triples
-        ]
-        return [_weighted(p, root) for p, root in zip(products, roots, strict=True)]
+            if is_centred(head):
+                tangent = about_mean(tangent, root, axis_name)
+            product = head.hessian_product(tangent)
+            products.append(_weighted(product, root))
+        return products
 
     return _Linear(tangents_of, hessian, examples)
 
@@ -64,9 +74,11 @@ def vector_product(
     """`(1/N) sum_b J_b^T H_b J_b v`, a tree like `params`; a mean over devices too where
     `axis_name` is given.
     """
+    # J^T H J v: forward, output Hessian, transpose of the forward map
     model = _linearize(kind, function, params, args, axis_name)
     tangents = model.jvp(vector)
-    (product,) = jax.linear_transpose(model.jvp, params)(model.hessian(tangents))
+    pull = jax.linear_transpose(model.jvp, params)
+    (product,) = pull(model.hessian(tangents))
     product = sum_over_devices(product, axis_name, tangents)
     examples = model.examples * devices_of(axis_name)
     return jax.tree.map(lambda x: x / examples, product)
@@ -98,31 +110,31 @@ def quadratic_form(
         return form if axis_name is None else jax.lax.pmean(form, axis_name)
     tangents = [model.jvp(direction) for direction in directions]
     products = [model.hessian(tangent) for tangent in tangents]
-    m = len(directions)
-    entries = {
-        (i, j): inner(tangents[i], products[j]) / model.examples
-        for i in range(m)
-        for j in range(i, m)
-    }
-    form = jnp.stack(
-        [jnp.stack([entries[min(i, j), max(i, j)] for j in range(m)]) for i in range(m)]
-    )
+
+    def entry(i: int, j: int) -> jax.Array:
+        return inner(tangents[i], products[j]) / model.examples
+
+    form = symmetric_matrix(entry, len(directions))
     return form if axis_name is None else jax.lax.pmean(form, axis_name)
 
 
 def _form_of_many(
     model: _Linear, direction: Callable[[jax.Array], PyTree], count: int
 ) -> jax.Array:
+    # [steps, chunk] indices, the last ones repeated
     chunk = min(count, _CHUNK)
     steps = -(-count // chunk)
-    indices = jnp.minimum(jnp.arange(steps * chunk), count - 1).reshape(steps, chunk)
+    repeated = jnp.minimum(jnp.arange(steps * chunk), count - 1)
+    indices = repeated.reshape(steps, chunk)
 
     def one(index: jax.Array) -> tuple[Any, Any]:
         tangents = model.jvp(direction(index))
         return tangents, model.hessian(tangents)
 
     def products_of(x: jax.Array, y: jax.Array) -> jax.Array:
-        wide, axes = jnp.promote_types(x.dtype, jnp.float32), tuple(range(2, x.ndim))
+        # [steps, chunk, *tangent] twice -> [steps, chunk, steps, chunk]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        axes = tuple(range(2, x.ndim))
         return jax.lax.dot_general(
             x.astype(wide),
             y.astype(wide),
@@ -132,26 +144,39 @@ def _form_of_many(
         )
 
     tangents, products = jax.lax.map(jax.vmap(one), indices)
+    # a sum over the natural arrays of all heads
     pairs = zip(jax.tree.leaves(tangents), jax.tree.leaves(products), strict=True)
-    form = sum((products_of(x, y) for x, y in pairs), jnp.zeros(()))
-    return form.reshape(steps * chunk, -1)[:count, :count] / model.examples
+    form = jnp.zeros(())
+    for x, y in pairs:
+        form = form + products_of(x, y)
+    square = form.reshape(steps * chunk, -1)
+    return square[:count, :count] / model.examples
 
 
 def _weighted(product: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
     if root is None:
         return product
+    # the Hessian of a term times its weight
     weight = jnp.square(jnp.asarray(root))
-    return tuple((x * _beside(weight, x)).astype(x.dtype) for x in read_terms(product, root))
+
+    def apply(x: jax.Array) -> jax.Array:
+        return (x * _beside(weight, x)).astype(x.dtype)
+
+    return tuple(map(apply, read_terms(product, root)))
 
 
 def read_terms(values: tuple[jax.Array, ...], root: Any) -> tuple[jax.Array, ...]:
     """Values of the terms that count, zeros in place of padding, whatever that holds."""
     if root is None:
         return values
-    return tuple(
-        jnp.where(_beside(jnp.asarray(root), x) != 0, x, jnp.zeros((), x.dtype)) for x in values
-    )
+
+    def read(x: jax.Array) -> jax.Array:
+        counts = _beside(jnp.asarray(root), x) != 0
+        return jnp.where(counts, x, jnp.zeros((), x.dtype))
+
+    return tuple(map(read, values))
 
 
 def _beside(weight: jax.Array, x: jax.Array) -> jax.Array:
-    return weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
+    missing = x.ndim - weight.ndim
+    return weight.reshape(weight.shape + (1,) * missing)

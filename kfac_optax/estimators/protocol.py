@@ -22,14 +22,17 @@ class Curvature(Protocol):
     for, since most steps ask for nothing.
     """
 
+    # read by rules that bring masked updates to the whole tree
     params: PyTree  # where it was taken, all of them
 
+    # averages of blocks
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """What the plan's blocks measure, `[copies, ...]` for every layer, and its coupling (or
         `None`): means over the examples.
         """
         ...
 
+    # exact products, for step rules and solvers
     def quadratic_form(
         self,
         directions: Sequence[PyTree] | Callable[[jax.Array], PyTree],
@@ -48,7 +51,11 @@ class Curvature(Protocol):
         ...
 
     def linearize(
-        self, *, sampled: bool = False, subsample: Any = None, axis_name: Any = None
+        self,
+        *,
+        sampled: bool = False,
+        subsample: Any = None,
+        axis_name: Any = None,
     ) -> SampleJacobian:
         """`J` as products in both directions, from one linearisation: of the exact `F`, or of
         scores at drawn labels.
@@ -56,7 +63,11 @@ class Curvature(Protocol):
         ...
 
     def rows(
-        self, layers: Sequence[Layer], *, sampled: bool = False, axis_name: Any = None
+        self,
+        layers: Sequence[Layer],
+        *,
+        sampled: bool = False,
+        axis_name: Any = None,
     ) -> dict[Layer, LayerRows]:
         """Inputs and output gradients of layers, of which `J` is made where examples do not
         interact.

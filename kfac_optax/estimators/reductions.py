@@ -15,7 +15,8 @@ def devices_of(axis_name: Any) -> int:
     >>> print(devices_of(None))
     1
     """
-    return math.prod(jax.lax.axis_size(name) for name in names_of(axis_name))
+    names = names_of(axis_name)
+    return math.prod(jax.lax.axis_size(name) for name in names)
 
 
 def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
@@ -31,9 +32,13 @@ def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
     names = names_of(axis_name)
     if not names:
         return tree
-    split = {name for x in jax.tree.leaves(outputs) for name in varying_axes(_type(x))}
+    # axes over which the outputs are split: the transpose sums over those itself
+    split = set()
+    for x in jax.tree.leaves(outputs):
+        split.update(varying_axes(_type(x)))
 
     def total(x: jax.Array) -> jax.Array:
+        # a value that still varies has not been summed; nor has one where nothing is tracked
         mine = varying_axes(jax.typeof(x))
         rest = [name for name in names if name in mine or name not in split]
         return jax.lax.psum(x, tuple(rest)) if rest else x

@@ -52,14 +52,21 @@ class Columns(NamedTuple):
     batch_ndim: int
     root: Any  # of the weight of every term, or None
 
-    def weighted(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+    def weighted(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+    ) -> jax.Array:
         """One array of a column with the weights of its terms, zero where they are not chosen."""
         beside = (*chosen.shape, *(1,) * (x.ndim - chosen.ndim))
+        # all terms count the same
         if self.root is None:
             return jnp.where(chosen.reshape(beside), x, 0)
-        root = jnp.broadcast_to(jnp.asarray(self.root, wide_dtype(x)), chosen.shape)
+        root = jnp.asarray(self.root, wide_dtype(x))
+        root = jnp.broadcast_to(root, chosen.shape)
         counts = (chosen & (root != 0)).reshape(beside)
-        return jnp.where(counts, x * root.reshape(beside), 0).astype(x.dtype)
+        weighted = x * root.reshape(beside)
+        return jnp.where(counts, weighted, 0).astype(x.dtype)
 
 
 def sample_jacobian(
@@ -88,43 +95,66 @@ def sample_jacobian(
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # J v = S^T (d natural) v for every term
     _, tangents_of, heads = jax.linearize(naturals, params, has_aux=True)
     examples = count_examples(kind, heads) * devices_of(axis_name)
     if kind.losses:
 
         def rows_of(direction: PyTree) -> Samples:
-            return [tangent.astype(wide_dtype(tangent)) for (tangent,) in tangents_of(direction)]
+            tangents = [tangent for (tangent,) in tangents_of(direction)]
+            return [tangent.astype(wide_dtype(tangent)) for tangent in tangents]
     else:
+        # a row of J carries the root of its term's weight
         roots = find_weights(kind, heads, axis_name).roots
         columns = columns_of(heads, roots, key, samples)
 
         def rows_of(direction: PyTree) -> Samples:
-            triples = zip(heads, columns, tangents_of(direction), strict=True)
-            return [_rows(c, _centred(h, c.root, t, axis_name)) for h, c, t in triples]
+            rows = []
+            for head, column, tangent in zip(heads, columns, tangents_of(direction), strict=True):
+                centred = _centred(head, column.root, tangent, axis_name)
+                rows.append(_rows(column, centred))
+            return rows
 
     return SampleJacobian(rows_of, _transposed(rows_of, params, axis_name), examples)
 
 
 def columns_of(
-    heads: Sequence[Any], roots: Sequence[Any], key: jax.Array | None, samples: int
+    heads: Sequence[Any],
+    roots: Sequence[Any],
+    key: jax.Array | None,
+    samples: int,
 ) -> list[Columns]:
     """All columns of `S`; with a key scores at drawn labels, divided by the root of their number."""
+    # with a key the scores at drawn labels stand for the columns of S
     counts = [head.num_columns if key is None else samples for head in heads]
     makers = [head.fisher_sqrt_column for head in heads]
     if key is not None:
-        scores = sampled_scores(heads, [samples**-0.5] * len(heads), key, samples)
+        shares = [samples**-0.5] * len(heads)
+        scores = sampled_scores(heads, shares, key, samples)
         makers = [functools.partial(_part_of, scores.make, i) for i in range(len(heads))]
     ndims = [len(head.batch_shape) for head in heads]
-    return [Columns(*parts) for parts in zip(counts, makers, ndims, roots, strict=True)]
+    each = zip(counts, makers, ndims, roots, strict=True)
+    return [Columns(*parts) for parts in each]
 
 
-def _part_of(make: Callable[[Any], Naturals], i: int, k: Any) -> tuple[jax.Array, ...]:
+def _part_of(
+    make: Callable[[Any], Naturals],
+    i: int,
+    k: Any,
+) -> tuple[jax.Array, ...]:
     return make(k)[i]
 
 
-def _centred(head: Any, root: Any, tangents: tuple[jax.Array, ...], axis_name: Any) -> Any:
+def _centred(
+    head: Any,
+    root: Any,
+    tangents: tuple[jax.Array, ...],
+    axis_name: Any,
+) -> Any:
     """Tangents about their mean, where the scores of the head are taken so."""
-    return about_mean(read_terms(tangents, root), root, axis_name) if is_centred(head) else tangents
+    if not is_centred(head):
+        return tangents
+    return about_mean(read_terms(tangents, root), root, axis_name)
 
 
 def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
@@ -133,18 +163,23 @@ def _rows(head: Columns, tangents: tuple[jax.Array, ...]) -> jax.Array:
 
     def against(c: jax.Array) -> jax.Array:
         column = read_terms(head.column(c), head.root)
-        products = [s.astype(wide) * t.astype(wide) for s, t in zip(column, tangents, strict=True)]
-        terms = [x.sum(tuple(range(head.batch_ndim, x.ndim))) for x in products]
+        terms = []
+        for s, t in zip(column, tangents, strict=True):
+            product = s.astype(wide) * t.astype(wide)
+            event = tuple(range(head.batch_ndim, product.ndim))
+            terms.append(product.sum(event))
         return sum(terms[1:], terms[0])
 
     # [columns, *batch] -> [*batch, columns]
     numbers = jnp.arange(head.count)
-    few = head.count <= _CHUNK
-    rows = jax.vmap(against)(numbers) if few else jax.lax.map(against, numbers, batch_size=_CHUNK)
-    rows = jnp.moveaxis(rows, 0, -1)
+    of_all = jax.vmap(against)
+    if head.count > _CHUNK:
+        of_all = functools.partial(jax.lax.map, against, batch_size=_CHUNK)
+    rows = jnp.moveaxis(of_all(numbers), 0, -1)
     if head.root is None:
         return rows
-    root = jnp.broadcast_to(jnp.asarray(head.root, wide), rows.shape[:-1])
+    root = jnp.asarray(head.root, wide)
+    root = jnp.broadcast_to(root, rows.shape[:-1])
     # padding may hold anything, in its tangents and in its columns
     return keep_rows(rows, root) * root[..., None]
 
@@ -167,8 +202,10 @@ def _transposed(
 def _like(u: jax.Array, shape: Any) -> jax.Array:
     """A vector in sample space with the dtype, and on explicit axes the sharding, of the rows."""
     sharding = getattr(shape, "sharding", None)
-    split = any(part is not None for part in getattr(sharding, "spec", ()))
-    return (jax.sharding.reshard(u, sharding) if split else u).astype(shape.dtype)
+    spec = getattr(sharding, "spec", ())
+    if any(part is not None for part in spec):
+        u = jax.sharding.reshard(u, sharding)
+    return u.astype(shape.dtype)
 
 
 def sampled_gradient(
@@ -190,12 +227,14 @@ def sampled_gradient(
     def naturals(params: PyTree) -> tuple[Any, Any]:
         return split_outputs(kind, function(params, *args))
 
+    # scores of all draws averaged at the outputs, then one pullback
     values, pull, heads = jax.vjp(naturals, params, has_aux=True)
     roots = find_weights(kind, heads, axis_name).roots
     weights = [None if root is None else jnp.square(root) for root in roots]
     scores = sampled_scores(heads, weights, key, samples)
     scores = centred_cotangents(scores, heads, roots, axis_name)
-    cotangents = jax.tree.map(lambda x: x.mean(0), jax.vmap(scores.make)(jnp.arange(samples)))
+    of_draws = jax.vmap(scores.make)(jnp.arange(samples))
+    cotangents = jax.tree.map(lambda x: x.mean(0), of_draws)
     (gradient,) = pull(cotangents)
     gradient = sum_over_devices(gradient, axis_name, values)
     examples = count_examples(kind, heads) * devices_of(axis_name)

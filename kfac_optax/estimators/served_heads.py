@@ -29,7 +29,11 @@ class Served(NamedTuple):
     examples: int
 
 
-def served(traced: Traced, leaves: Sequence[int], examples: Sequence[int]) -> list[Served]:
+def served(
+    traced: Traced,
+    leaves: Sequence[int],
+    examples: Sequence[int],
+) -> list[Served]:
     """What every site serves.
 
     Two calls of the same parameters, one for the residual inside a domain and one for its
@@ -42,14 +46,24 @@ def served(traced: Traced, leaves: Sequence[int], examples: Sequence[int]) -> li
         returns behind them belongs to no head.
       examples: of each head, axis 0 of its terms.
     """
-    owners = [frozenset([head]) for head, count in enumerate(leaves) for _ in range(count)]
-    owners += [_NONE] * (len(traced.jaxpr.jaxpr.outvars) - len(owners))
-    heads_of_taps, _ = _walk_back(traced.jaxpr.jaxpr, owners)
+    # outputs of the model: arrays of each head, then what belongs to none
+    jaxpr = traced.jaxpr.jaxpr
+    owners: list[Heads] = []
+    for head, count in enumerate(leaves):
+        owners += [frozenset([head])] * count
+    others = len(jaxpr.outvars) - len(owners)
+    owners += [_NONE] * others
+    heads_of_taps, _ = _walk_back(jaxpr, owners)
     pairs = zip(traced.sites, heads_of_taps, strict=True)
     return [_served(site.row_shape, heads, examples) for site, heads in pairs]
 
 
-def _served(rows: tuple[int, ...], heads: Heads, examples: Sequence[int]) -> Served:
+def _served(
+    rows: tuple[int, ...],
+    heads: Heads,
+    examples: Sequence[int],
+) -> Served:
+    # rows that are the examples of all its heads, which agree on their number
     lengths = {examples[head] for head in heads}
     own = len(lengths) == 1 and rows[:1] == tuple(lengths)
     (head,) = heads if len(heads) == 1 else (None,)
@@ -70,6 +84,7 @@ def _walk_back(jaxpr: Any, outputs: Sequence[Heads]) -> tuple[list[Heads], list[
                 needed[v] = needed.get(v, _NONE) | mine
 
     need(jaxpr.outvars, outputs)
+    # from outputs to inputs, so that every reader is seen before what it reads
     for eqn in reversed(jaxpr.eqns):
         out = [needed.get(v, _NONE) for v in eqn.outvars]
         together = _NONE.union(*out)
@@ -81,22 +96,25 @@ def _walk_back(jaxpr: Any, outputs: Sequence[Heads]) -> tuple[list[Heads], list[
         # of a scan, whatever one step carries may reach every output
         taps.extend([together] * count_taps_of(eqn))
         need(eqn.invars, [together] * len(eqn.invars))
-    return taps[::-1], [needed.get(v, _NONE) for v in jaxpr.invars]
+    of_inputs = [needed.get(v, _NONE) for v in jaxpr.invars]
+    return taps[::-1], of_inputs
 
 
 def rows_of_own_heads(traced: Traced, served: Sequence[Served]) -> Traced:
     """The model without the note of random signs on layers whose rows are examples after all, of
     the heads that they serve.
     """
+    # a layer keeps the note where one of its uses has other rows
     pairs = zip(traced.sites, traced.owner, served, strict=True)
     apart = {owner for site, owner, s in pairs if not _of_examples(site, s.examples)}
-    layers = [
-        layer
-        if i in apart
-        else dataclasses.replace(layer, notes=tuple(n for n in layer.notes if n != RANDOM_SIGNS))
-        for i, layer in enumerate(traced.layers)
-    ]
-    return traced._replace(layers=dataclasses.replace(traced.layers, layers=tuple(layers)))
+    layers = []
+    for i, layer in enumerate(traced.layers):
+        if i not in apart:
+            notes = tuple(note for note in layer.notes if note != RANDOM_SIGNS)
+            layer = dataclasses.replace(layer, notes=notes)
+        layers.append(layer)
+    coverage = dataclasses.replace(traced.layers, layers=tuple(layers))
+    return traced._replace(layers=coverage)
 
 
 def _of_examples(site: Site, examples: int) -> bool:
@@ -104,7 +122,12 @@ def _of_examples(site: Site, examples: int) -> bool:
     return site.varies and site.row_shape[:1] == (examples,)
 
 
-def served_of(kind: Kind, traced: Traced, heads: Sequence[Any]) -> list[Served]:
+def served_of(
+    kind: Kind,
+    traced: Traced,
+    heads: Sequence[Any],
+) -> list[Served]:
     """What every site serves, of heads as the model returns them."""
     leaves = [len(jax.tree.leaves(head)) for head in heads]
-    return served(traced, leaves, [count_examples(kind, [head]) for head in heads])
+    examples = [count_examples(kind, [head]) for head in heads]
+    return served(traced, leaves, examples)

@@ -14,12 +14,12 @@ from kfac_optax.estimators.curvature import LazyCurvature, averages_gradients, c
 from kfac_optax.estimators.gradient_rows import rows_of_layers
 from kfac_optax.estimators.heads import count_examples
 from kfac_optax.estimators.layer_rows import LayerRows
+from kfac_optax.estimators.linearization import Asked, Pulled, apply_to_rows
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.reductions import names_of
 from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.estimators.spec import Spec
-from kfac_optax.estimators.statistics import Asked, Pulled, apply_to_rows
 
 
 class SharedCurvature(NamedTuple):
@@ -44,18 +44,20 @@ class SharedCurvature(NamedTuple):
         is that of the whole.
         """
         rows = rows_of_layers(plan, self.traced, self.site_rows, self.spec.kind.name)
-        return {layer: (a, g * self._devices(plan.axis_name, g)) for layer, (a, g) in rows.items()}
+        own = {}
+        for layer, (a, g) in rows.items():
+            own[layer] = a, g * self._devices(plan.axis_name, g)
+        return own
 
     def _devices(self, axis_name: Any, g: jax.Array) -> int:
         """What turns rows of a loss that was averaged over devices, where JAX knows of it, into
         those of each device's own.
         """
-        split, same = varying_axes(jax.typeof(g)), varying_axes(jax.typeof(self.loss))
-        return math.prod(
-            jax.lax.axis_size(name)
-            for name in names_of(axis_name)
-            if name in split and name not in same
-        )
+        # axes over which rows differ and the loss does not: it was averaged over those
+        split = varying_axes(jax.typeof(g))
+        same = varying_axes(jax.typeof(self.loss))
+        averaged = [x for x in names_of(axis_name) if x in split and x not in same]
+        return math.prod(jax.lax.axis_size(name) for name in averaged)
 
     @property
     def _lazy(self) -> LazyCurvature:
@@ -86,10 +88,12 @@ class SharedCurvature(NamedTuple):
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """As `Curvature.statistics`; first moments are those of the loss that was given."""
-        own = (
-            OutputCotangents(1, lambda k: []) if averages_gradients(self.spec.kind, plan) else None
-        )
+        # the pullback of the loss has been made with the gradient: no cotangents are needed
+        own = None
+        if averages_gradients(self.spec.kind, plan):
+            own = OutputCotangents(1, lambda k: [])
 
+        # the forward pass has run: what is left of it is its pullback
         def linearize(asked: Asked):
             def pull(cotangents):
                 if own is None:
@@ -97,13 +101,7 @@ class SharedCurvature(NamedTuple):
                     leaves = named_leaves(gradients)
                 else:  # the gradient's pullback has run already
                     leaves, pulled = {}, self._own_rows(plan.axis_name)
-                each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
-                sites = [
-                    None
-                    if measure is None or rows is None
-                    else apply_to_rows(site, measure, rows.rows, asked.extra, inverse)
-                    for site, measure, rows, inverse in each
-                ]
+                sites = self._measured(asked, pulled)
                 return Pulled(sites, {name: leaves[name] for name in asked.names})
 
             return pull, self.heads
@@ -112,12 +110,29 @@ class SharedCurvature(NamedTuple):
             self.spec, plan, self.traced, linearize, self.heads, self.key, own
         )
 
+    def _measured(
+        self,
+        asked: Asked,
+        pulled: Sequence[Zeros | None],
+    ) -> list[Zeros | None]:
+        """As probes would have measured, from the rows that were kept."""
+        sites: list[Zeros | None] = []
+        each = zip(self.traced.sites, asked.measures, pulled, asked.inverses, strict=True)
+        for site, measure, kept, inverse in each:
+            if measure is None or kept is None:
+                sites.append(None)
+                continue
+            sites.append(apply_to_rows(site, measure, kept.rows, asked.extra, inverse))
+        return sites
+
     def _own_rows(self, axis_name: Any) -> list[Zeros | None]:
         """Rows of every site, `g` that of the examples' losses, of which the loss is the mean."""
+        # the gradient of a mean over N is 1/N of that of an example
         examples = count_examples(self.spec.kind, self.heads)
 
         def per_example(kept: Zeros) -> Zeros:
             a, g = kept.rows
-            return kept._replace(rows=(a, g * (examples * self._devices(axis_name, g))))
+            terms = examples * self._devices(axis_name, g)
+            return kept._replace(rows=(a, g * terms))
 
         return [None if kept is None else per_example(kept) for kept in self.site_rows]

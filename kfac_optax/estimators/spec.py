@@ -1,5 +1,6 @@
 """Settings of an estimator, the part of the batch it sees, and its model, traced."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,15 +33,23 @@ class Spec(NamedTuple):
     with_aux: Callable[..., tuple[PyTree, PyTree]] | None = None
 
 
-def trace_model(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> Traced:
+def trace_model(
+    spec: Spec,
+    params: PyTree,
+    args: Sequence[PyTree],
+) -> Traced:
     """Traces the user's function and checks what it returns."""
-    traced = trace(
-        spec.function, params, args, spec.kind.name, lambda out: _examples(spec.kind, out)
-    )
+    # checks run on shapes, while the function is traced
+    count = functools.partial(_examples, spec.kind)
+    traced = trace(spec.function, params, args, spec.kind.name, count)
     return _with_examples(spec.kind, traced, traced.out_shape)
 
 
-def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Traced, bool]:
+def trace_shared(
+    spec: Spec,
+    params: PyTree,
+    args: Sequence[PyTree],
+) -> tuple[Traced, bool]:
     """The model with what it returns besides predictions, and whether that has to be computed
     apart.
 
@@ -50,9 +59,11 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
         return trace_model(spec, params, args), False
 
     def check(out_shape: PyTree) -> int:
-        return _examples(spec.kind, pair_of(spec.kind, out_shape)[0])
+        prediction, _ = pair_of(spec.kind, out_shape)
+        return _examples(spec.kind, prediction)
 
     traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    # the prediction depends on all layers: one trace serves both
     if serve_all(traced, lambda out: out[0]):
         return _with_examples(spec.kind, traced, traced.out_shape[0]), False
     return trace_model(spec, params, args), True
@@ -60,6 +71,7 @@ def trace_shared(spec: Spec, params: PyTree, args: Sequence[PyTree]) -> tuple[Tr
 
 def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
     """The traced model with what the number of examples says about its layers."""
+    # random signs tell examples apart that share rows; labels do so by themselves
     _, heads = split_outputs(kind, prediction)
     signs = kind.gradients and not kind.labels
     traced = with_examples(traced, count_examples(kind, heads), signs)
@@ -70,7 +82,8 @@ def _with_examples(kind: Kind, traced: Traced, prediction: PyTree) -> Traced:
 
 
 def _examples(kind: Kind, prediction: PyTree) -> int:
-    return count_examples(kind, split_outputs(kind, prediction)[1])
+    _, heads = split_outputs(kind, prediction)
+    return count_examples(kind, heads)
 
 
 def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
@@ -96,30 +109,31 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     """
     if spec.subsample is None:
         return args
+    # only the user knows where examples are
     if callable(spec.subsample):
         return tuple(spec.subsample(*args))
     arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
     if not arrays:
         return args
     size = arrays[0].shape[0]
-    keep = (
-        spec.subsample if isinstance(spec.subsample, int) else max(1, round(size * spec.subsample))
-    )
+    keep = spec.subsample
+    if not isinstance(keep, int):
+        keep = max(1, round(size * keep))
     if keep >= size:
         return args
+    # evenly spaced
     index = np.arange(keep) * size // keep
 
     def take(x: Any) -> Any:
+        # no examples on axis 0
         if getattr(x, "ndim", 0) == 0 or x.shape[0] != size:
             return x
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct((keep, *x.shape[1:]), x.dtype)
         # on explicit mesh axes a gather has to name its result's sharding: that of the batch
         sharding = jax.typeof(x).sharding
-        return (
-            x[index]
-            if all(part is None for part in sharding.spec)
-            else x.at[index].get(out_sharding=sharding)
-        )
+        if all(part is None for part in sharding.spec):
+            return x[index]
+        return x.at[index].get(out_sharding=sharding)
 
     return jax.tree.map(take, args)

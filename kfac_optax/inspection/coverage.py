@@ -45,7 +45,9 @@ def coverage(
     """
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
     block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
+    # what cannot be measured together is an error here already
     of_first_moments(layers.layers, tuple(map(block_of, layers)), coupling, "coverage")
+    # factors, and what `factorize` makes of them
     across = 0 if coupling is None else _coupling_bytes(layers, block_of, coupling, dtype)
     return dataclasses.replace(
         layers,
@@ -57,6 +59,7 @@ def coverage(
 
 
 def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
+    # shapes alone: nothing is computed
     def state():
         statistic = block.init(layer, dtype)
         return statistic, block.factorize(statistic, jnp.ones((), dtype))
@@ -64,21 +67,30 @@ def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
     return layer.copies * tree_bytes(jax.eval_shape(state))
 
 
-def _coupling_bytes(layers: Layers, block_of: BlockOf, coupling: Coupling, dtype: jnp.dtype) -> int:
+def _coupling_bytes(
+    layers: Layers,
+    block_of: BlockOf,
+    coupling: Coupling,
+    dtype: jnp.dtype,
+) -> int:
     check_coupled(layers, "coverage")
     coupling.check(layers.layers, tuple(map(block_of, layers)))
     coupled = [layer for layer in layers if layer.coupled]
+    # a row for every matrix: layers of a stack and groups have one each
     rows = [layer for layer in coupled for _ in range(layer.copies)]
 
     def state():
         def factors(row: int):
             return block_of(rows[row]).init(rows[row], dtype)
 
+        def inverses(row: int):
+            return block_of(rows[row]).factorize(factors(row), one)
+
         one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
-        fine = Fine(
-            factors, lambda row: block_of(rows[row]).factorize(factors(row), one), one, sizes
-        )
+        # the block-diagonal level as a refresh sees it
+        fine = Fine(factors, inverses, one, sizes)
         statistic = coupling.init(coupled, dtype)
-        return statistic, coupling.factorize(statistic, fine), sizes, jnp.arange(len(rows))
+        inverse = coupling.factorize(statistic, fine)
+        return statistic, inverse, sizes, jnp.arange(len(rows))
 
     return tree_bytes(jax.eval_shape(state))

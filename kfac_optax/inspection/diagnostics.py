@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import PyTree
-from kfac_optax.blocks.low_rank_side import LowRankInverse, quality
+from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, quality
 from kfac_optax.couplings.coarse import Exact, Grams, coarse_matrix
 from kfac_optax.engine.state import CoarseState, CurvatureState, find_states, the_state
 from kfac_optax.linalg.factorize import after
@@ -77,18 +77,23 @@ def _spectra(state: CurvatureState) -> list[jax.Array]:
     """Eigenvalues of the factors, of those with a few pairs what is held of them."""
     spectra: list[jax.Array] = []
     for name, factors in state.factors.items():
+        # factors that are only followed have no matrix: the pairs that are held, and what stands
+        # for the rest
         if isinstance(state.inverses[name], LowRankInverse):
-            spectra += [jnp.append(side.low.values, side.rest) for side in state.inverses[name]]
+            for side in state.inverses[name]:
+                spectra.append(jnp.append(side.low.values, side.rest))
             continue
         for x in jax.tree.leaves(factors):
             # copies are on axis 0: as many vectors as they are long make no matrix
             if x.ndim >= 3 and x.shape[-1] == x.shape[-2]:
-                spectra.append(jnp.linalg.eigvalsh(after(x, spectra)).ravel())
+                values = jnp.linalg.eigvalsh(after(x, spectra))
+                spectra.append(values.ravel())
     return spectra
 
 
 def _range(spectra: list[jax.Array]) -> dict[str, jax.Array]:
     """Least and largest eigenvalue; empty where no factor is kept as a matrix."""
+    # blocks without square factors have no spectrum to report
     if not spectra:
         return {}
     values = jnp.concatenate(spectra)
@@ -99,8 +104,13 @@ def _low_rank(inverse: dict[str, PyTree]) -> dict[str, jax.Array]:
     """How good the decompositions with a few pairs are, the worst of all factors; empty where there
     are none.
     """
-    sides = [side for x in inverse.values() if isinstance(x, LowRankInverse) for side in x]
+    # [copies] of both sides of every bucket
+    sides: list[Side] = []
+    for held in inverse.values():
+        if isinstance(held, LowRankInverse):
+            sides += held
     if not sides:
+        # of several states of one kind the outermost decides what is applied
         return {}
     qualities = [jax.vmap(quality)(side) for side in sides]
     return {
@@ -171,6 +181,7 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
     [[1.]]
     """
     coarse = the_state(opt_state, CoarseState, "coarse_fisher")
+    # other couplings keep something else
     statistic = coarse.coarse_factors
     if not isinstance(statistic, Grams | Exact):
         raise ValueError(
@@ -179,11 +190,16 @@ def coarse_fisher(opt_state: PyTree) -> CoarseFisher:
             "or deflated()."
         )
     matrix = np.asarray(coarse_matrix(statistic))
+    # rows of a stack or of groups are numbered
     names: dict[int, str] = {}
     for path, rows in coarse.coarse_index.items():
         rows = np.asarray(rows)
-        names |= {int(r): path if len(rows) == 1 else f"{path}[{i}]" for i, r in enumerate(rows)}
+        for i, row in enumerate(rows):
+            names[int(row)] = path if len(rows) == 1 else f"{path}[{i}]"
+    # F_c[i, j] / sqrt(F_c[i, i] F_c[j, j]), zero for rows that are rounding
     diagonal = np.diagonal(matrix)
-    root = np.sqrt(np.where(diagonal > _ROUNDING * diagonal.max(initial=0), diagonal, 0))
+    rounding = _ROUNDING * diagonal.max(initial=0)
+    root = np.sqrt(np.where(diagonal > rounding, diagonal, 0))
     scale = np.divide(1, root, out=np.zeros_like(root), where=root > 0)
-    return CoarseFisher(matrix * scale[:, None] * scale, tuple(names[i] for i in range(len(names))))
+    in_order = tuple(names[i] for i in range(len(names)))
+    return CoarseFisher(matrix * scale[:, None] * scale, in_order)

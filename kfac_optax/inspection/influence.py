@@ -49,6 +49,7 @@ def influence(
     Reference: Koh & Liang, Understanding Black-box Predictions via Influence Functions (2017),
       equations 1 and 2, with the sign of leaving out.
     """
+    # H^{-1} grad objective once, then its slope along every loss in one pass
     direction = solve(jax.grad(objective)(params))
     _, slopes = jax.jvp(losses, (params,), (direction,))
     if slopes.ndim != 1:
@@ -92,7 +93,11 @@ def self_influence(
     """
 
     def of_example(*own: PyTree) -> jax.Array:
-        gradient = jax.grad(lambda p: _the_loss(losses(p, *own)))(params)
+        # each example against its own solve
+        def loss(params: PyTree) -> jax.Array:
+            return _the_loss(losses(params, *own))
+
+        gradient = jax.grad(loss)(params)
         return inner(gradient, solve(gradient))
 
     scores = map_examples(of_example, args, batch_size)
@@ -141,6 +146,7 @@ def lissa(
     check_number("lissa", "steps", steps, at_least=2)
 
     def residual(v: PyTree, x: PyTree, step: Any) -> PyTree:
+        # v - (H + damping I) x
         curved = product(x, step) if stochastic else product(x)
         return jax.tree.map(lambda b, c, y: b - c - damping * y, v, curved, x)
 
@@ -149,17 +155,26 @@ def lissa(
 
     def solve(v: PyTree) -> PyTree:
         wide = wide_dtype(v)
+
+        def step(i: Any, x: PyTree) -> PyTree:
+            return move(v, x, i)
+
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), v)
+        # two loops, since a stochastic residual is judged from the middle on
         half = steps // 2
-        middle = jax.lax.fori_loop(0, half, lambda i, x: move(v, x, i), start)
-        end = jax.lax.fori_loop(half, steps, lambda i, x: move(v, x, i), middle)
+        middle = jax.lax.fori_loop(0, half, step, start)
+        end = jax.lax.fori_loop(half, steps, step, middle)
         if stochastic:
             # the mean of the residuals since the middle: a single one is noise
             left = jax.tree.map(lambda x, y: (x - y) * scale / (steps - half), end, middle)
         else:
             left = residual(v, end, steps)
         converges = inner(left, left) <= inner(v, v)  # as x = 0 would have it
-        return jax.tree.map(lambda x, y: jnp.where(converges, x, jnp.nan).astype(y.dtype), end, v)
+
+        def checked(x: jax.Array, like: jax.Array) -> jax.Array:
+            return jnp.where(converges, x, jnp.nan).astype(like.dtype)
+
+        return jax.tree.map(checked, end, v)
 
     return solve
 

@@ -14,6 +14,7 @@ from kfac_optax.step_rules.damping import DampingState
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
 _PROBLEMS: dict[type, dict[str, str]] = {
+    # statistics and inverses of blocks: the last good ones are kept
     CurvatureState: {
         "skipped_statistics": "{} statistics were not finite and dropped: look for NaN or Inf in the batches or the model.",
         "failed_inverses": "{} factorisations failed and the last good inverses were kept: raise the damping.",
@@ -22,6 +23,7 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "parameters, and whether the loss is scaled by far too much."
         ),
     },
+    # presets that see gradients alone
     GradientCounts: {
         "skipped_gradients": (
             "{} gradients were not finite and left out, with an update of zero: look for "
@@ -39,6 +41,7 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "the loss."
         ),
     },
+    # solves in the space of samples
     SampleSpaceState: {
         "skipped_steps": (
             "{} steps were left out, with an update of zero: look for NaN or Inf in gradients, "
@@ -51,6 +54,7 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "out; or the damping is below what the precision resolves, so raise it."
         ),
     },
+    # steps from an exact quadratic model
     QuadraticState: {
         "non_finite_models": (
             "{} steps were left out because the quadratic model was not finite: look for NaN or "
@@ -62,6 +66,7 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "loss belong together."
         ),
     },
+    # damping that adapts
     DampingState: {
         "rejected_steps": (
             "{} steps were rejected because the objective rose or was not finite: if this goes on, "
@@ -96,6 +101,7 @@ def problems(opt_state: PyTree) -> list[str]:
     >>> print(problems(state)[0][:56])
     1 statistics were not finite and dropped: look for NaN o
     """
+    # every state of a kind, wherever it is nested
     found = [
         text.format(int(getattr(state, field)))
         for kind, texts in _PROBLEMS.items()
@@ -112,8 +118,10 @@ def _ignored(opt_state: PyTree) -> list[str]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         opt_state, is_leaf=lambda x: isinstance(x, Checked)
     )
+    # hyperparameters stand in the state under their names
     for path, found in leaves:
         if isinstance(found, Checked) and int(found.ignored_values):
+            # hyperparameters of the engine carry a prefix
             name = str(path[-1].key).removeprefix("given_")
             sentences.append(
                 f"{int(found.ignored_values)} values of {name} made no sense (out of range, or not "

@@ -2,6 +2,8 @@
 factors of every layer.
 """
 
+import operator
+
 import jax
 import jax.numpy as jnp
 
@@ -64,17 +66,22 @@ def inverse_product(
     """
     where = "inverse_product"
     layers, block_of = covered_with(where, layers, block, normalization, uncovered)
+    # the state and the vector may cover a part of the parameters only, under masks
     state, leaves = the_state(opt_state, CurvatureState, where), named_leaves(vector)
     mine = present(layers, leaves)
     buckets = make_buckets(mine, block_of)
     check_buckets(where, buckets, state)
     _check_coupling(where, state, coupling)
+    # the damping of the last update, in the dtype of what is solved with
     dtype = wide_dtype(state.inverses)
+    # what an update does, without a statistic and without a refresh
     step = Step(mine, buckets, coupling, state.damping.astype(dtype))
     parts, _, finite = precondition(
         step, state, leaves, dtype, curvature, None, None, jnp.bool_(True)
     )
-    named = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
+    # the fine level and what the coupling adds to it
+    first, *others = parts
+    named = {name: sum((part[name] for part in others), x) for name, x in first.items()}
     # an update would become zero; a product that is asked for must not look like one
     named = {name: jnp.where(finite, x, jnp.nan) for name, x in named.items()}
     return replace_leaves(vector, named)
@@ -119,7 +126,9 @@ def square_root_product(
     """
     where = "square_root_product"
     layers, block_of = covered_with(where, layers, block, normalization, uncovered)
+    # R from the inverses that the state holds, block by block
     state = the_state(opt_state, CurvatureState, where)
+    # one vector on the axis of samples
     stack = jax.tree.map(lambda x: x[None], vector)
     rooted = root_trees(where, of_state(where, state, layers, block_of), stack)
     return jax.tree.map(lambda x: x[0], rooted)
@@ -201,17 +210,16 @@ def factors(
     check_buckets(where, buckets, state)
     found: dict[str, PyTree] = {}
     for bucket in buckets:
-        start = 0
-        for layer in bucket.layers:
-            mine = start if layer.copies == 1 else slice(start, start + layer.copies)
-            start += layer.copies
-            found[layer.path] = jax.tree.map(
-                lambda x, mine=mine: x[mine], state.factors[bucket.name]
-            )
+        of_bucket = state.factors[bucket.name]
+        for layer, copies in bucket.slices:
+            # without the axis of copies where there is one alone
+            mine = copies.start if layer.copies == 1 else copies
+            found[layer.path] = jax.tree.map(operator.itemgetter(mine), of_bucket)
     return found
 
 
 def _check_coupling(where: str, state: CurvatureState, coupling: Coupling | None) -> None:
+    # a product with half of the preconditioner would be silently another one
     has = isinstance(state.coarse, CoarseState)
     if has != (coupling is not None):
         got, expected = ("a", "coupling=") if has else ("no", "no coupling=")

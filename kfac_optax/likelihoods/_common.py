@@ -12,7 +12,13 @@ def has_shape(x: Any) -> bool:
     return isinstance(getattr(x, "shape", None), tuple)
 
 
-def check_weights(name: str, *, weights: Any, batch_shape: tuple[int, ...], advice: str) -> None:
+def check_weights(
+    name: str,
+    *,
+    weights: Any,
+    batch_shape: tuple[int, ...],
+    advice: str,
+) -> None:
     """Raises ValueError unless `weights` has one entry per term (or is no array at all)."""
     if has_shape(weights) and weights.shape != batch_shape:
         raise ValueError(
@@ -26,6 +32,7 @@ def check_real(name: str, **arrays: Any) -> None:
     with wrong signs.
     """
     for field, x in arrays.items():
+        # conjugates would be missing in every product
         if has_shape(x) and jnp.issubdtype(x.dtype, jnp.complexfloating):
             raise TypeError(
                 f"{name}: {field} is {x.dtype}{list(x.shape)}; expected real numbers. Give the "
@@ -35,8 +42,14 @@ def check_real(name: str, **arrays: Any) -> None:
             )
 
 
-def check_targets(name: str, *, targets: Any, shape: tuple[int, ...]) -> None:
+def check_targets(
+    name: str,
+    *,
+    targets: Any,
+    shape: tuple[int, ...],
+) -> None:
     """Raises ValueError instead of letting [n] targets broadcast against [n, 1] outputs."""
+    # [n] against [n, 1] would broadcast to [n, n] without a word
     if jnp.shape(targets) != shape:
         raise ValueError(
             f"{name}: targets have shape {jnp.shape(targets)}, expected {shape}. "
@@ -52,9 +65,11 @@ def split_axes(
     The number of event axes is what a likelihood remembers: `vmap` and `scan` add or remove
     leading axes, and the trailing ones keep their meaning.
     """
+    # placeholders of pytree code keep what they say
     if not has_shape(array):
         return batch_ndim, event_ndim
     ndim = len(array.shape)
+    # event axes are counted from the end, so that `vmap` may add or remove others
     if event_ndim is not None:
         return max(ndim - event_ndim, 0), event_ndim
     if not 0 <= batch_ndim <= ndim:
@@ -67,20 +82,28 @@ def split_axes(
 
 def event_sum(x: jax.Array, *, batch_ndim: int) -> jax.Array:
     """Sums the event axes: [*batch, *event] -> [*batch]."""
-    return jnp.sum(x, axis=tuple(range(batch_ndim, x.ndim)))
+    event = tuple(range(batch_ndim, x.ndim))
+    return jnp.sum(x, axis=event)
 
 
 def unit(column: int | jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
     """Boolean array of `shape`, True at flat position `column` (which may be traced)."""
-    return (jnp.arange(math.prod(shape)) == column).reshape(shape)
+    positions = jnp.arange(math.prod(shape))
+    return (positions == column).reshape(shape)
 
 
 def widen(x: jax.Array) -> jax.Array:
     """Casts to float32 unless already wider, so that half precision never enters a log or exp."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    wide = jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return jnp.asarray(x, wide)
 
 
-def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
+def mask_out(
+    x: jax.Array,
+    *,
+    weights: Any,
+    fill: float,
+) -> jax.Array:
     """Puts `fill` where the weight is zero.
 
     Masking the inputs of `nll`, not its value, keeps NaN out of every gradient, that in the weights
@@ -88,14 +111,20 @@ def mask_out(x: jax.Array, *, weights: Any, fill: float) -> jax.Array:
     """
     if weights is None:
         return x
+    # [*batch] -> [*batch, 1, ...] beside the event axes
     keep = jnp.asarray(weights) != 0
-    keep = keep.reshape(keep.shape + (1,) * (jnp.ndim(x) - keep.ndim))
+    missing = (1,) * (jnp.ndim(x) - keep.ndim)
+    keep = keep.reshape(keep.shape + missing)
     return jnp.where(keep, x, jnp.asarray(fill, jnp.result_type(x)))
 
 
 def weighted_mean(nll: jax.Array, *, weights: Any) -> jax.Array:
     """Returns sum(w * nll) / sum(w) of finite terms; 0 for zero weights or an empty batch."""
-    w = jnp.ones_like(nll) if weights is None else jnp.asarray(weights, nll.dtype)
+    # a batch of padding alone has the mean zero, not 0 / 0
+    w = jnp.ones_like(nll)
+    if weights is not None:
+        w = jnp.asarray(weights, nll.dtype)
     w = jnp.broadcast_to(w, nll.shape)
     total = jnp.sum(w)
-    return jnp.where(total != 0, jnp.sum(w * nll) / jnp.where(total != 0, total, 1), 0)
+    mean = jnp.sum(w * nll) / jnp.where(total != 0, total, 1)
+    return jnp.where(total != 0, mean, 0)

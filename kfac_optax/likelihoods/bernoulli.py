@@ -54,6 +54,7 @@ class Bernoulli:
             batch_ndim=self.batch_ndim,
             event_ndim=self.event_ndim,
         )
+        # fields of a frozen dataclass, set once
         object.__setattr__(self, "batch_ndim", batch_ndim)
         object.__setattr__(self, "event_ndim", event_ndim)
         if _common.has_shape(self.logits):
@@ -100,7 +101,8 @@ class Bernoulli:
         x = _common.widen(self.logits)
         t = jnp.asarray(targets, x.dtype)
         # Both tails through log_sigmoid; softplus(x) - t x would cancel for confident outputs.
-        log_p = t * jax.nn.log_sigmoid(x) + (1 - t) * jax.nn.log_sigmoid(-x)
+        log_one, log_zero = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
+        log_p = t * log_one + (1 - t) * log_zero
         return -_common.event_sum(log_p, batch_ndim=self.batch_ndim)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
@@ -109,6 +111,7 @@ class Bernoulli:
         Args:
             targets: `[*batch, *event]`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         logits = _common.mask_out(self.logits, weights=self.weights, fill=0.0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0.0)
         nll = self.with_natural((logits,)).nll(targets)
@@ -130,9 +133,11 @@ class Bernoulli:
         """
         x = _common.widen(self.logits)
         # In log space: y (1 - y) underflows long before its root does.
-        root = jnp.exp(0.5 * (jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)))
-        hit = _common.unit(c, shape=self.logits.shape[self.batch_ndim :])
-        return (jnp.where(hit, root, 0).astype(self.logits.dtype),)
+        log_variance = jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)
+        root = jnp.exp(0.5 * log_variance)
+        event = self.logits.shape[self.batch_ndim :]
+        column = jnp.where(_common.unit(c, shape=event), root, 0)
+        return (column.astype(self.logits.dtype),)
 
     def hessian_product(self, v: tuple[jax.Array]) -> tuple[jax.Array]:
         """Fisher times `v`, term by term and unweighted: `y (1 - y) * v`.
@@ -144,5 +149,7 @@ class Bernoulli:
             `([*batch, *event],)` in the dtype of the logits.
         """
         x = _common.widen(self.logits)
+        # y (1 - y) without the difference 1 - y
         variance = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
-        return ((variance * _common.widen(v[0])).astype(self.logits.dtype),)
+        product = variance * _common.widen(v[0])
+        return (product.astype(self.logits.dtype),)

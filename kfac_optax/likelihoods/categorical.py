@@ -86,7 +86,9 @@ class Categorical:
                 f"Cast class numbers to int32; use jnp.argmax for one-hot rows."
             )
         # A select, not a gather: it shards along the classes and never wraps a label of -1.
-        log_p = _select(jax.nn.log_softmax(_common.widen(self.logits)), targets)
+        log_y = jax.nn.log_softmax(_common.widen(self.logits))
+        log_p = _select(log_y, targets)
+        # a label that is out of range has no likelihood; NaN shows it
         valid = (targets >= 0) & (targets < self.num_columns)
         return jnp.where(valid, -log_p, jnp.nan)
 
@@ -96,6 +98,7 @@ class Categorical:
         Args:
             targets: Integer classes, `[*batch]`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         logits = _common.mask_out(self.logits, weights=self.weights, fill=0.0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0)
         nll = self.with_natural((logits,)).nll(targets)
@@ -119,8 +122,10 @@ class Categorical:
         hit = _common.unit(c, shape=(self.num_columns,))
         # 1 - y_c as the sum of the others: no cancellation for a confident model.
         others = jnp.sum(jnp.where(hit, 0, y), axis=-1, keepdims=True)
-        root = jnp.exp(0.5 * jnp.sum(jnp.where(hit, log_y, 0), axis=-1, keepdims=True))
-        return ((root * jnp.where(hit, others, -y)).astype(self.logits.dtype),)
+        log_of_c = jnp.sum(jnp.where(hit, log_y, 0), axis=-1, keepdims=True)
+        root = jnp.exp(0.5 * log_of_c)
+        column = root * jnp.where(hit, others, -y)
+        return (column.astype(self.logits.dtype),)
 
     def hessian_product(self, v: tuple[jax.Array]) -> tuple[jax.Array]:
         """Fisher times `v`, term by term and unweighted: `y * (v - <y, v>)`.
@@ -131,15 +136,19 @@ class Categorical:
         Returns:
             `([*batch, C],)` in the dtype of the logits.
         """
-        logits, direction = _common.widen(self.logits), _common.widen(v[0])
+        logits = _common.widen(self.logits)
+        direction = _common.widen(v[0])
         y = jax.nn.softmax(logits)
         # H ignores constant shifts of v. Measured from the likeliest class, <y, v> is a sum of
         # small terms, so the product of a confident model is not rounding noise.
-        direction -= _select(direction, jnp.argmax(logits, axis=-1))[..., None]
+        likeliest = jnp.argmax(logits, axis=-1)
+        direction -= _select(direction, likeliest)[..., None]
         mean = jnp.sum(y * direction, axis=-1, keepdims=True)
-        return ((y * (direction - mean)).astype(self.logits.dtype),)
+        product = y * (direction - mean)
+        return (product.astype(self.logits.dtype),)
 
 
 def _select(x: jax.Array, index: jax.Array) -> jax.Array:
     """Picks `x[..., index]` from `[*batch, C]` with `[*batch]` indices; 0 if out of range."""
-    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == index[..., None], x, 0), axis=-1)
+    chosen = jnp.arange(x.shape[-1]) == index[..., None]
+    return jnp.sum(jnp.where(chosen, x, 0), axis=-1)

@@ -89,12 +89,15 @@ class LogAmplitude:
                 "per walker. Flatten axes of walkers; give each state of several a LogAmplitude of "
                 "its own, since each has a norm of its own."
             )
+        # real and imaginary part of log psi: amplitude and phase
         if jnp.iscomplexobj(self.log_psi):
-            return _part(jnp.real, self.log_psi), _part(jnp.imag, self.log_psi)
+            amplitude = _part(jnp.real, self.log_psi)
+            return amplitude, _part(jnp.imag, self.log_psi)
         return (self.log_psi,)
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "LogAmplitude":
         """Returns the same likelihood at another `log psi`, given by its real arrays."""
+        # back from the real arrays
         log_psi = natural[0] if len(natural) == 1 else jax.lax.complex(*natural)
         return dataclasses.replace(self, log_psi=log_psi)
 
@@ -130,8 +133,10 @@ class LogAmplitude:
         shape = self.batch_shape
         _common.check_targets("LogAmplitude.energy", targets=local_energies, shape=shape)
         constant = jax.lax.stop_gradient(jnp.asarray(local_energies))
-        e = _common.mask_out(_common.widen(constant), weights=self.weights, fill=0)
-        log_psi = _common.mask_out(_common.widen(self.log_psi), weights=self.weights, fill=0)
+        constant = _common.widen(constant)
+        e = _common.mask_out(constant, weights=self.weights, fill=0)
+        log_psi = _common.widen(self.log_psi)
+        log_psi = _common.mask_out(log_psi, weights=self.weights, fill=0)
         mean = self._mean(e)
         # A surrogate whose value is of no interest; the mean makes it blind to the norm of psi.
         surrogate = 2 * self._mean(_real_product(e - mean, log_psi))
@@ -150,7 +155,8 @@ class LogAmplitude:
             ValueError: `targets` has another shape than `log_psi`.
         """
         _common.check_targets("LogAmplitude", targets=targets, shape=self.batch_shape)
-        return -2 * _real_product(jnp.asarray(targets), _common.widen(self.log_psi))
+        log_psi = _common.widen(self.log_psi)
+        return -2 * _real_product(jnp.asarray(targets), log_psi)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
         """Weighted mean `sum(w * nll) / sum(w)`, a scalar; the loss to train on is `energy`.
@@ -158,6 +164,7 @@ class LogAmplitude:
         Args:
             targets: `[N]`, as of `nll`; any value where the weight is 0.
         """
+        # masked at the inputs: the value of padding has no gradient, NaN included
         log_psi = _common.mask_out(self.log_psi, weights=self.weights, fill=0)
         targets = _common.mask_out(targets, weights=self.weights, fill=0)
         nll = dataclasses.replace(self, log_psi=log_psi).nll(targets)
@@ -168,9 +175,13 @@ class LogAmplitude:
 
         Scores with such signs have the metric for second moment: walkers do not mix.
         """
+        # a sign for the amplitude and one for the phase
         shape = (self.num_columns, *self.batch_shape)
-        signs = jax.random.rademacher(key, shape, _common.widen(self.natural[0]).dtype)
-        return signs[0] if len(signs) == 1 else jax.lax.complex(signs[0], signs[1])
+        dtype = _common.widen(self.natural[0]).dtype
+        signs = jax.random.rademacher(key, shape, dtype)
+        if len(signs) == 1:
+            return signs[0]
+        return jax.lax.complex(signs[0], signs[1])
 
     def fisher_sqrt_column(self, c: int | jax.Array) -> tuple[jax.Array, ...]:
         """Column `c` of `S`, before centring: 2 in one of the real arrays.
@@ -181,8 +192,12 @@ class LogAmplitude:
         Returns:
             Like `natural`.
         """
-        parts = enumerate(self.natural)
-        return tuple(jnp.where(c == i, jnp.full_like(x, 2), jnp.zeros_like(x)) for i, x in parts)
+        # S is 2 on its diagonal, so that S S^T = 4 I
+        columns = []
+        for i, x in enumerate(self.natural):
+            two, zero = jnp.full_like(x, 2), jnp.zeros_like(x)
+            columns.append(jnp.where(c == i, two, zero))
+        return tuple(columns)
 
     def hessian_product(self, v: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """`4 v`, term by term, unweighted and before centring.
@@ -190,17 +205,24 @@ class LogAmplitude:
         Args:
             v: Like `natural`.
         """
-        return tuple((4 * u).astype(x.dtype) for x, u in zip(self.natural, v, strict=True))
+        pairs = zip(self.natural, v, strict=True)
+        return tuple((4 * u).astype(x.dtype) for x, u in pairs)
 
     def _mean(self, x: jax.Array) -> jax.Array:
-        w = jnp.ones(self.batch_shape, x.real.dtype) if self.weights is None else self.weights
+        # a batch of padding alone has the mean zero, not 0 / 0
+        w = self.weights
+        if w is None:
+            w = jnp.ones(self.batch_shape, x.real.dtype)
         total = jnp.sum(w)
-        return jnp.where(total != 0, jnp.sum(w * x) / jnp.where(total != 0, total, 1), 0)
+        mean = jnp.sum(w * x) / jnp.where(total != 0, total, 1)
+        return jnp.where(total != 0, mean, 0)
 
 
 def _part(take: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     # the estimators look at shapes before there are arrays
-    return jax.eval_shape(take, x) if isinstance(x, jax.ShapeDtypeStruct) else take(x)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(take, x)
+    return take(x)
 
 
 def _real_product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -34,6 +34,7 @@ class FromLogDensity:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Shape of the terms."""
+        # event axes are counted from the end, since `vmap` takes others away
         first = self.natural[0].shape
         return first[: len(first) - self.event_ndims[0]]
 
@@ -41,7 +42,8 @@ class FromLogDensity:
     def num_columns(self) -> int:
         """Numbers that describe one term: columns of the root of its Fisher information."""
         pairs = zip(self.natural, self.event_ndims, strict=True)
-        return sum(math.prod(x.shape[x.ndim - n :]) for x, n in pairs)
+        events = [x.shape[x.ndim - n :] for x, n in pairs]
+        return sum(map(math.prod, events))
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "FromLogDensity":
         """The same likelihood at other natural arrays."""
@@ -58,6 +60,7 @@ class FromLogDensity:
                 scalar for one term.
         """
         batch = self.batch_shape
+        # targets are a tree; each of its arrays has the batch in front
         for x in jax.tree.leaves(targets):
             if jnp.shape(x)[: len(batch)] != batch:
                 raise ValueError(
@@ -72,14 +75,20 @@ class FromLogDensity:
         What a term of weight zero holds is not read: ones stand for its natural arrays and targets.
         """
         fill = functools.partial(_common.mask_out, weights=self.weights, fill=1)
+        # masked at the inputs, with ones: a scale of zero would be no distribution
         natural, targets = jax.tree.map(fill, (self.natural, targets))
         nll = self.with_natural(natural).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
     def sample(self, key: jax.Array) -> Any:
         """Targets drawn from the model, a key of its own for every term."""
+        # one for every term, [*batch]
         keys = jax.random.split(key, self.batch_shape)
-        drawn = self._of_terms(lambda natural, key: self.draw(key, *natural))(self._wide(), keys)
+
+        def draw(natural: tuple[jax.Array, ...], key: jax.Array) -> Any:
+            return self.draw(key, *natural)
+
+        drawn = self._of_terms(draw)(self._wide(), keys)
         return jax.lax.stop_gradient(drawn)
 
     def fisher_sqrt_column(self, c: int | jax.Array) -> tuple[jax.Array, ...]:
@@ -87,9 +96,12 @@ class FromLogDensity:
 
         def one(natural: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             flat, unravel = jax.flatten_util.ravel_pytree(natural)
-            values, vectors = jnp.linalg.eigh(self._matrix(natural, flat.size))
+            # column c of the symmetric root U diag(sqrt(d)) U^T
+            matrix = self._matrix(natural, flat.size)
+            values, vectors = jnp.linalg.eigh(matrix)
             root = jnp.sqrt(jnp.maximum(values, 0))
-            return unravel(jnp.matmul(vectors, root * vectors[c], precision="highest"))
+            column = jnp.matmul(vectors, root * vectors[c], precision="highest")
+            return unravel(column)
 
         return self._like_natural(self._of_terms(one)(self._wide()))
 
@@ -97,18 +109,28 @@ class FromLogDensity:
         """Fisher information times `v`, term by term and unweighted."""
 
         def one(natural: tuple[jax.Array, ...], v: tuple[jax.Array, ...]) -> tuple:
+            # natural arrays of a term one after another, as `fisher` has its rows
             flat, unravel = jax.flatten_util.ravel_pytree(v)
-            return unravel(jnp.matmul(self._matrix(natural, flat.size), flat, precision="highest"))
+            matrix = self._matrix(natural, flat.size)
+            return unravel(jnp.matmul(matrix, flat, precision="highest"))
 
-        return self._like_natural(self._of_terms(one)(self._wide(), tuple(map(_common.widen, v))))
+        wide = tuple(map(_common.widen, v))
+        products = self._of_terms(one)(self._wide(), wide)
+        return self._like_natural(products)
 
     def _of_terms(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # functions of one term, mapped over every axis of the batch
         for _ in self.batch_shape:
             function = jax.vmap(function)
         return function
 
-    def _log_density_of_one(self, natural: tuple[jax.Array, ...], target: Any) -> jax.Array:
+    def _log_density_of_one(
+        self,
+        natural: tuple[jax.Array, ...],
+        target: Any,
+    ) -> jax.Array:
         value = self.log_density(target, *natural)
+        # entries that are not added up would count as terms
         if jnp.shape(value) != ():
             raise ValueError(
                 f"{self.name}: log_density returned shape {jnp.shape(value)} for one term; "
@@ -116,7 +138,12 @@ class FromLogDensity:
             )
         return value
 
-    def _matrix(self, natural: tuple[jax.Array, ...], size: int) -> jax.Array:
+    def _matrix(
+        self,
+        natural: tuple[jax.Array, ...],
+        size: int,
+    ) -> jax.Array:
+        # only what is exact needs it, so it is missed where it is used
         if self.fisher is None:
             raise ValueError(
                 f"{self.name}: the exact Fisher information of a term is needed (by ggn, products, "
@@ -125,6 +152,7 @@ class FromLogDensity:
                 f"[{size}, {size}], or use the estimator fisher without exact products."
             )
         matrix = self.fisher(*natural)
+        # one row and column for every entry of the natural arrays
         if jnp.shape(matrix) != (size, size):
             raise ValueError(
                 f"{self.name}: fisher returned shape {jnp.shape(matrix)} for one term; expected "
@@ -136,7 +164,8 @@ class FromLogDensity:
         return tuple(map(_common.widen, self.natural))
 
     def _like_natural(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return tuple(a.astype(x.dtype) for a, x in zip(arrays, self.natural, strict=True))
+        pairs = zip(arrays, self.natural, strict=True)
+        return tuple(a.astype(x.dtype) for a, x in pairs)
 
 
 def from_log_density(
@@ -189,10 +218,13 @@ def from_log_density(
     """
     if not natural:
         raise ValueError(f"{name}: got no natural arrays; expected the outputs of the model.")
-    _common.check_real(name, **{f"natural[{i}]": x for i, x in enumerate(natural)})
+    named = {f"natural[{i}]": x for i, x in enumerate(natural)}
+    _common.check_real(name, **named)
+    # all natural arrays describe the same terms
     batch = jnp.shape(natural[0])[:batch_ndim]
     for i, x in enumerate(natural):
-        if jnp.ndim(x) < batch_ndim or jnp.shape(x)[:batch_ndim] != batch:
+        leading = jnp.shape(x)[:batch_ndim]
+        if jnp.ndim(x) < batch_ndim or leading != batch:
             raise ValueError(
                 f"{name}: natural[{i}] has shape {jnp.shape(x)}; expected {batch_ndim} leading "
                 f"axes {batch}, as natural[0]. Pass batch_ndim= for batches of more axes."

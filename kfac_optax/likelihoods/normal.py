@@ -66,13 +66,15 @@ class Normal:
 
     def __post_init__(self) -> None:
         _common.check_real("Normal", mean=self.mean, scale=self.scale)
+        # fields of a frozen dataclass, set once
         batch_ndim, event_ndim = _common.split_axes(
             "Normal", array=self.mean, batch_ndim=self.batch_ndim, event_ndim=self.event_ndim
         )
         object.__setattr__(self, "batch_ndim", batch_ndim)
         object.__setattr__(self, "event_ndim", event_ndim)
         if _common.has_shape(self.mean):
-            object.__setattr__(self, "scale", _settle_scale(self.scale, shape=self.mean.shape))
+            scale = _settle_scale(self.scale, shape=self.mean.shape)
+            object.__setattr__(self, "scale", scale)
             _common.check_weights(
                 "Normal",
                 weights=self.weights,
@@ -83,12 +85,16 @@ class Normal:
     @property
     def natural(self) -> tuple[jax.Array, ...]:
         """The arrays that the Fisher differentiates: `(mean,)` or `(mean, scale)`."""
-        return (self.mean,) if isinstance(self.scale, float) else (self.mean, self.scale)
+        if isinstance(self.scale, float):
+            return (self.mean,)
+        return (self.mean, self.scale)
 
     def with_natural(self, natural: tuple[jax.Array, ...]) -> "Normal":
         """Returns the same likelihood at another mean (and scale, if that is learned)."""
+        # a known scale is no natural array
         names = ("mean", "scale")[: len(self.natural)]
-        return dataclasses.replace(self, **dict(zip(names, natural, strict=True)))
+        named = dict(zip(names, natural, strict=True))
+        return dataclasses.replace(self, **named)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -98,7 +104,8 @@ class Normal:
     @property
     def num_columns(self) -> int:
         """Number of columns of `S`: the event size, twice that for a learned scale."""
-        return len(self.natural) * math.prod(self.mean.shape[self.batch_ndim :])
+        event = self.mean.shape[self.batch_ndim :]
+        return len(self.natural) * math.prod(event)
 
     def nll(self, targets: jax.Array) -> jax.Array:
         """Negative log-likelihood per term, constants included, summed over the event axes.
@@ -114,9 +121,11 @@ class Normal:
         """
         _common.check_targets("Normal", targets=targets, shape=self.mean.shape)
         scale = self._wide_scale()
+        # (t - m) / s, before squares that might overflow
         z = (_common.widen(targets) - _common.widen(self.mean)) / scale
-        log_scale = math.log(scale) if isinstance(scale, float) else jnp.log(scale)
-        terms = 0.5 * z**2 + (log_scale + 0.5 * math.log(2 * math.pi))
+        log = math.log if isinstance(scale, float) else jnp.log
+        constant = 0.5 * math.log(2 * math.pi)
+        terms = 0.5 * z**2 + (log(scale) + constant)
         return _common.event_sum(terms, batch_ndim=self.batch_ndim)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
@@ -156,13 +165,16 @@ class Normal:
         Returns:
             Like `natural`, each `[*batch, *event]` in the dtype of that array.
         """
-        hits = _common.unit(c, shape=(len(self.natural), *self.mean.shape[self.batch_ndim :]))
-        return tuple(
-            jnp.where(hit, root / self._wide_scale(), jnp.zeros_like(_common.widen(x))).astype(
-                x.dtype
-            )
-            for x, hit, root in zip(self.natural, hits, self._roots(), strict=True)
-        )
+        # one column after another: those of the mean, then those of the scale
+        event = self.mean.shape[self.batch_ndim :]
+        hits = _common.unit(c, shape=(len(self.natural), *event))
+        # 1 / s in the mean, sqrt(2) / s in the scale
+        columns = []
+        for x, hit, root in zip(self.natural, hits, self._roots(), strict=True):
+            zeros = jnp.zeros_like(_common.widen(x))
+            column = jnp.where(hit, root / self._wide_scale(), zeros)
+            columns.append(column.astype(x.dtype))
+        return tuple(columns)
 
     def hessian_product(self, v: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Fisher times `v`, term by term and unweighted: `(v_m / s^2, 2 v_s / s^2)`.
@@ -173,10 +185,12 @@ class Normal:
         Returns:
             Like `natural`, each `[*batch, *event]` in the dtype of that array.
         """
-        return tuple(
-            ((root / self._wide_scale()) ** 2 * _common.widen(u)).astype(x.dtype)
-            for x, u, root in zip(self.natural, v, self._roots(), strict=True)
-        )
+        products = []
+        for x, u, root in zip(self.natural, v, self._roots(), strict=True):
+            fisher = (root / self._wide_scale()) ** 2
+            product = fisher * _common.widen(u)
+            products.append(product.astype(x.dtype))
+        return tuple(products)
 
     def _roots(self) -> tuple[float, ...]:
         """Numerators of `S`: 1 in the mean, sqrt(2) in the scale."""
@@ -184,11 +198,14 @@ class Normal:
 
     def _wide_scale(self) -> float | jax.Array:
         # A plain float is weakly typed: it takes the precision of what it meets.
-        return float(self.scale) if isinstance(self.scale, float) else _common.widen(self.scale)
+        if isinstance(self.scale, float):
+            return float(self.scale)
+        return _common.widen(self.scale)
 
 
 def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
     """Marks a number as known; broadcasts an array to `shape`; leaves placeholders alone."""
+    # known noise is structure: it has no directions in the Fisher
     if isinstance(scale, numbers.Real):
         number = float(scale)
         if not 0 < number < math.inf:
@@ -197,6 +214,7 @@ def _settle_scale(scale: Any, *, shape: tuple[int, ...]) -> Any:
                 f"For a learned scale pass an array, for instance jax.nn.softplus(output)."
             )
         return _KnownScale(number)
+    # placeholders of pytree code stay as they are
     if not isinstance(scale, jax.Array | np.ndarray) or scale.shape == shape:
         return scale
     try:

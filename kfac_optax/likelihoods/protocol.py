@@ -87,7 +87,10 @@ def is_likelihood(x: Any) -> bool:
     >>> print(is_likelihood(Categorical(jnp.zeros([2, 3]))), is_likelihood(jnp.zeros([2, 3])))
     True False
     """
-    return not isinstance(x, type) and all(callable(getattr(x, name, None)) for name in METHODS)
+    # instances only: a class has the methods too
+    if isinstance(x, type):
+        return False
+    return all(callable(getattr(x, name, None)) for name in METHODS)
 
 
 def check_members(where: str, head: Any) -> None:
@@ -97,7 +100,8 @@ def check_members(where: str, head: Any) -> None:
         TypeError: a property is missing.
     """
     # of a dataclass a field is an attribute of the instance alone
-    missing = [n for n in PROPERTIES if not (hasattr(type(head), n) or hasattr(head, n))]
+    owners = (type(head), head)
+    missing = [n for n in PROPERTIES if not any(hasattr(x, n) for x in owners)]
     if missing:
         raise TypeError(
             f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "
@@ -106,7 +110,13 @@ def check_members(where: str, head: Any) -> None:
         )
 
 
-def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
+def check_shapes(
+    where: str,
+    head: Any,
+    *,
+    labels: bool,
+    columns: bool,
+) -> None:
     """Checks what the methods of a likelihood return, from shapes alone: nothing is computed.
 
     Args:
@@ -119,27 +129,47 @@ def check_shapes(where: str, head: Any, *, labels: bool, columns: bool) -> None:
         ValueError: a method returns another shape than the protocol asks for.
     """
     here = f"{where}: {type(head).__name__}"
+    # abstract arrays: methods are run for their shapes alone
     natural = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in head.natural]
     batch = tuple(head.batch_shape)
+    # a batch axis that is missing would broadcast somewhere
     for i, x in enumerate(natural):
         if x.shape[: len(batch)] != batch:
             raise ValueError(
                 f"{here}.natural[{i}] has shape {x.shape}; expected the batch shape {batch} of "
                 "batch_shape in front."
             )
+    # `fisher` draws labels and differentiates the nll of each term
     if labels:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        losses = jax.eval_shape(lambda head, key: head.nll(head.sample(key)), head, key)
+        losses = jax.eval_shape(_sampled_losses, head, key)
         _expect(f"{here}.nll(sample(key))", [losses], [batch])
+    # `ggn` and products need S and H in the shapes of the natural arrays
     if columns:
         like = [x.shape for x in natural]
-        column = jax.eval_shape(lambda head: tuple(head.fisher_sqrt_column(0)), head)
+        column = jax.eval_shape(_first_column, head)
         _expect(f"{here}.fisher_sqrt_column(c)", column, like)
-        product = jax.eval_shape(lambda head: tuple(head.hessian_product(head.natural)), head)
+        product = jax.eval_shape(_own_product, head)
         _expect(f"{here}.hessian_product(v)", product, like)
 
 
-def _expect(what: str, got: Any, expected: list[tuple[int, ...]]) -> None:
+def _sampled_losses(head: Any, key: jax.Array) -> jax.Array:
+    return head.nll(head.sample(key))
+
+
+def _first_column(head: Any) -> Natural:
+    return tuple(head.fisher_sqrt_column(0))
+
+
+def _own_product(head: Any) -> Natural:
+    return tuple(head.hessian_product(head.natural))
+
+
+def _expect(
+    what: str,
+    got: Any,
+    expected: list[tuple[int, ...]],
+) -> None:
     shapes = [tuple(x.shape) for x in got]
     if shapes != expected:
         raise ValueError(

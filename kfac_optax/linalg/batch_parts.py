@@ -19,8 +19,12 @@ def count_parts(x: Float[Array, "n ..."], least: int) -> int:
     >>> print(count_parts(jnp.ones((6, 2)), 1), count_parts(jnp.ones((6, 2)), 4))
     1 6
     """
+    # examples of one device; the fewest parts, but no fewer than `least`, that divide them evenly
     n = x.shape[0] // _shards(x)
-    return next(k for k in range(max(1, min(least, n)), n + 1) if n % k == 0)
+    parts = max(1, min(least, n))
+    while n % parts:
+        parts += 1
+    return parts
 
 
 def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m ..."]:
@@ -30,7 +34,9 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
     [[0 2]
      [1 3]]
     """
-    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    # [n, ...] -> [m, parts, ...] -> [parts, m, ...]: part k has the examples k, k + parts, ...
+    split = x.reshape(-1, parts, *x.shape[1:])
+    return jnp.moveaxis(split, 1, 0)
 
 
 def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array, "n ..."]) -> Array:
@@ -41,20 +47,27 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
     """
     if parts == 1:
         return function(*rows)
+    # all rows `[parts, m, ...]`: the scan below takes one part at a time
     split = [parts_first(x, parts) for x in rows]
-    one = jax.eval_shape(function, *(x[0] for x in split))
+    # shape and dtype of the sum, of which nothing is computed: where the scan starts
+    first = [x[0] for x in split]
+    one = jax.eval_shape(function, *first)
 
     def add(total: Array, part: list[Array]) -> tuple[Array, None]:
         return total + function(*part), None
 
-    return jax.lax.scan(add, zeros_of_type(one), split)[0]
+    total, _ = jax.lax.scan(add, zeros_of_type(one), split)
+    return total
 
 
 def _shards(x: Array) -> int:
     """Over how many devices axis 0 is divided, as far as the type says so."""
     sharding = jax.typeof(x).sharding
+    # names of the mesh axes that divide axis 0; a tuple where there are several
     names = sharding.spec[0] if len(sharding.spec) else None
     if names is None:
         return 1
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names)
+    if not isinstance(names, tuple):
+        names = (names,)
+    sizes = sharding.mesh.shape
+    return math.prod(sizes[name] for name in names)

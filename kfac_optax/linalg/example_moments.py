@@ -14,16 +14,23 @@ from kfac_optax.linalg.weighted_rows import finite_padding
 ENTRIES = 1 << 25
 
 
-def example_rows(a: Array, g: Array, use: Use) -> tuple[Array, Array]:
+def example_rows(
+    a: Array,
+    g: Array,
+    use: Use,
+) -> tuple[Array, Array]:
     """Rows whose products, added up within an example, are its gradient times the root of its
     weight: in the dtype of the statistics, with the bias coordinate.
     """
-    a, g = a.astype(use.dtype), g.astype(use.dtype)
+    a = a.astype(use.dtype)
+    g = g.astype(use.dtype)
     if use.weights is not None:
         # g has the root of the weight inside. A row of weight zero can carry the gradient of
         # another row's label, so it is left out only where it holds no number.
         a = finite_padding(a, use.weights[..., None])
-    return (homogeneous(a) if use.bias else a), g
+    if use.bias:
+        a = homogeneous(a)
+    return a, g
 
 
 def example_moments(
@@ -48,14 +55,22 @@ def example_moments(
     >>> print(example_moments(a, g), example_moments(a[:, 0], g[:, 0]))
     [[1.]] [[9.]]
     """
-    n, p, q = a.shape[0], a.shape[-1], g.shape[-1]
-    a, g = (x.reshape(n, -1, x.shape[-1]) for x in (a, g))
+    n, p = a.shape[0], a.shape[-1]
+    q = g.shape[-1]
+    # positions, patches and steps on one axis: [n, rows, p] and [n, rows, q]
+    a = a.reshape(n, -1, p)
+    g = g.reshape(n, -1, q)
+    # (a_i g_j)^2 = a_i^2 g_j^2
     if a.shape[1] == 1:
         return gram(jnp.square(a), jnp.square(g), precision=precision)
 
     def squares(a: Array, g: Array) -> Array:
-        products = jax.lax.dot_general(a, g, (((1,), (1,)), ((0,), (0,))), precision=precision)
+        # D_b = sum_r a_br g_br^T for every example b of the part, [m, p, q]
+        rows, examples = ((1,), (1,)), ((0,), (0,))
+        products = jax.lax.dot_general(a, g, (rows, examples), precision=precision)
         return jnp.sum(jnp.square(products), 0)
 
-    parts = count_parts(a, -(-n * p * q // (entries or ENTRIES)))
+    # so many parts that the D_b of one have at most `entries` entries
+    least = -(-n * p * q // (entries or ENTRIES))
+    parts = count_parts(a, least)
     return sum_of_parts(squares, parts, a, g)

@@ -19,7 +19,13 @@ class Eigen(NamedTuple):
 _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
 
 
-def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_quotient(
+    v: Array,
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`V / (values + damping)`, entry by entry, and zero where the divisor is below rounding of the
     largest eigenvalue.
 
@@ -41,7 +47,13 @@ def damped_quotient(v: Array, values: Array, damping: Array, *, exact: bool = Fa
     return jnp.where(known, v / total, 0)
 
 
-def damped_root(v: Array, values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_root(
+    v: Array,
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`V / sqrt(values + damping)`: what has to be applied twice to be `damped_quotient`, with its
     zeros.
 
@@ -52,7 +64,12 @@ def damped_root(v: Array, values: Array, damping: Array, *, exact: bool = False)
     return jnp.where(known, v / jnp.sqrt(total), 0)
 
 
-def damped_logdet(values: Array, damping: Array, *, exact: bool = False) -> Array:
+def damped_logdet(
+    values: Array,
+    damping: Array,
+    *,
+    exact: bool = False,
+) -> Array:
     """`sum log(values + damping)` without the entries that `damped_quotient` leaves out.
 
     >>> print(damped_logdet(jnp.array([1.0, 1e-9, 0.0]), jnp.float32(0.0)))
@@ -62,12 +79,18 @@ def damped_logdet(values: Array, damping: Array, *, exact: bool = False) -> Arra
     return jnp.sum(jnp.log(total))
 
 
-def _damped(values: Array, damping: Array, exact: bool) -> tuple[Array, Array]:
+def _damped(
+    values: Array,
+    damping: Array,
+    exact: bool,
+) -> tuple[Array, Array]:
     """`values + damping`, one where rounding hides it, and whether it is known."""
     total = values + damping
     largest = jnp.max(values, initial=0)
     eps = jnp.finfo(values.dtype).eps
-    known = total > (eps * eps if exact else _ROUNDING * eps) * largest
+    # sums over rows carry rounding of their largest entry; diagonals measured entry by entry do not
+    relative = eps * eps if exact else _ROUNDING * eps
+    known = total > relative * largest
     return jnp.where(known, total, 1), known
 
 
@@ -78,7 +101,8 @@ def at_least_rounding(shift: Array, scale: Array) -> Array:
     >>> print(at_least_rounding(jnp.float32(0.5), jnp.float32(1.0)))
     0.5
     """
-    return jnp.maximum(shift, _ROUNDING * jnp.finfo(shift.dtype).eps * scale)
+    eps = jnp.finfo(shift.dtype).eps
+    return jnp.maximum(shift, _ROUNDING * eps * scale)
 
 
 def after(tree: PyTree, previous: PyTree) -> PyTree:
@@ -90,10 +114,15 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     waiting, and the step never returns. An optimisation barrier would be gone before scheduling,
     hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
+    # false at run time, which the compiler cannot know: adding them orders without changing
     marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
     if not marks:
         return tree
-    return jax.tree.map(lambda x: x + jnp.stack(marks).any().astype(x.dtype), tree)
+
+    def later(x: jax.Array) -> jax.Array:
+        return x + jnp.stack(marks).any().astype(x.dtype)
+
+    return jax.tree.map(later, tree)
 
 
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -108,6 +137,7 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
     >>> print(eigen.values)
     [0. 2.]
     """
+    # eigenvalues in rising order
     values, vectors = jnp.linalg.eigh(symmetrize(matrix), symmetrize_input=False)
     return Eigen(vectors, jnp.maximum(values, 0))
 
@@ -124,7 +154,10 @@ def psd_root(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Ar
      [0.   0.25]] 0.0
     """
     vectors, values = psd_eigh(matrix)
-    return vectors * jnp.sqrt(values), jnp.sum(jnp.log(at_least_rounding(values, values[-1])))
+    # R = U diag(sqrt(d)), log det M = sum_i log d_i
+    root = vectors * jnp.sqrt(values)
+    known = at_least_rounding(values, values[-1])
+    return root, jnp.sum(jnp.log(known))
 
 
 def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
@@ -146,7 +179,8 @@ def shift_for(shift: Float[Array, ""], trace: Float[Array, ""]) -> Float[Array, 
     >>> print(shift_for(jnp.float32(0.5), jnp.float32(1.0)))
     0.5
     """
-    return jnp.maximum(shift, 2 * jnp.finfo(trace.dtype).eps * trace)
+    eps = jnp.finfo(trace.dtype).eps
+    return jnp.maximum(shift, 2 * eps * trace)
 
 
 def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
@@ -156,7 +190,8 @@ def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array,
     [[0.5]]
     """
     shift = shift_for(shift, jnp.trace(matrix))
-    return symmetrize(matrix) + shift * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    return symmetrize(matrix) + shift * identity
 
 
 def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -166,6 +201,7 @@ def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     [[0.25]]
     """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # M = C C^T, so M^{-1} = (C^{-1})^T C^{-1}: symmetric by construction
     lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
     half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
     return jnp.matmul(half.T, half, precision=jax.lax.Precision.HIGHEST)

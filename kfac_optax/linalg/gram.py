@@ -16,9 +16,15 @@ def gram(
     >>> print(gram(jnp.ones((3, 2, 1)), jnp.ones((3, 2, 2))))
     [[6. 6.]]
     """
+    # contracts examples, positions and steps at once; the feature axes stay: [p, q]
     leading = tuple(range(x.ndim - 1))
+    contracted, batched = (leading, leading), ((), ())
     return jax.lax.dot_general(
-        x, y, ((leading, leading), ((), ())), precision=precision, out_sharding=replicated(x)
+        x,
+        y,
+        (contracted, batched),
+        precision=precision,
+        out_sharding=replicated(x),
     )
 
 
@@ -27,9 +33,11 @@ def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
     sharding.
     """
     sharding = jax.typeof(x).sharding
+    # one device, or mesh axes that the compiler handles itself
     if all(part is None for part in sharding.spec):
         return None
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*[None] * ndim))
+    spec = jax.sharding.PartitionSpec(*[None] * ndim)
+    return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
 def as_replicated(x: Array) -> Array:
@@ -40,4 +48,5 @@ def as_replicated(x: Array) -> Array:
 
 def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:
     """Rows with the trailing 1 of a layer with bias."""
-    return jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
+    ones = jnp.ones_like(a[..., :1])
+    return jnp.concatenate([a, ones], axis=-1)

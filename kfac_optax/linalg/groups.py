@@ -16,6 +16,7 @@ def group_sizes(dimension: int, size: int) -> tuple[int, int]:
     >>> print(group_sizes(5, 2), group_sizes(5, 128))
     (3, 2) (1, 5)
     """
+    # one narrower group where all coordinates fit
     width = min(dimension, size)
     return -(-dimension // width), width
 
@@ -28,20 +29,28 @@ def in_groups(x: Float[Array, "*rows d"], size: int) -> Float[Array, "*rows m s"
      [2. 0.]]
     """
     count, width = group_sizes(x.shape[-1], size)
+    # the last group is filled up with zeros: its products with anything vanish
     missing = count * width - x.shape[-1]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return padded.reshape(*x.shape[:-1], count, width)
+    rows = x.shape[:-1]
+    padded = jnp.pad(x, [(0, 0)] * len(rows) + [(0, missing)])
+    return padded.reshape(*rows, count, width)
 
 
-def group_identity(dimension: int, size: int, dtype: jnp.dtype) -> Float[Array, "m s s"]:
+def group_identity(
+    dimension: int,
+    size: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "m s s"]:
     """The blocks of an identity, zero in the padding.
 
     >>> print(group_identity(3, 2, jnp.float32)[1])
     [[1. 0.]
      [0. 0.]]
     """
+    # [m, s] -> [m, s, s]
     diagonal = in_groups(jnp.ones(dimension, dtype), size)
-    return diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=dtype)
+    width = diagonal.shape[-1]
+    return diagonal[..., None] * jnp.eye(width, dtype=dtype)
 
 
 def group_gram(
@@ -58,8 +67,12 @@ def group_gram(
      [0. 0.]]
     """
     x = keep_rows(x, weights)
+    # [*rows, m, s]; the weight of a row goes into one side of the product
     right = in_groups(x, size)
-    left = right if weights is None else right * weights[..., None, None].astype(x.dtype)
+    left = right
+    if weights is not None:
+        left = right * weights[..., None, None].astype(x.dtype)
+    # contracts rows, maps over groups: [m, s, s]
     rows = tuple(range(x.ndim - 1))
     group = (x.ndim - 1,)
     return jax.lax.dot_general(
@@ -84,4 +97,6 @@ def group_product(
     """
     grouped = in_groups(x, blocks.shape[-1])
     product = jnp.einsum("...ms,mst->...mt", grouped, blocks, precision=precision)
-    return product.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    # [*rows, m, s] -> [*rows, m s], less the padding
+    joined = product.reshape(*x.shape[:-1], -1)
+    return joined[..., : x.shape[-1]]

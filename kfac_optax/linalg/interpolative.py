@@ -33,25 +33,37 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
       (2005).
     """
     n, dtype = len(matrix), matrix.dtype
-    tolerance = n * jnp.finfo(dtype).eps * jnp.max(jnp.diagonal(matrix))
+    # what remains of a diagonal entry below this is rounding
+    diagonal = jnp.diagonal(matrix)
+    tolerance = n * jnp.finfo(dtype).eps * jnp.max(diagonal)
 
     def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rows, lower, left = state
+        # the row with the largest remainder, `left` being the diagonal of K - L L^T
         pivot = jnp.argmax(left).astype(jnp.int32)
-        good = left[pivot] > tolerance
+        remainder = left[pivot]
+        good = remainder > tolerance
         # columns not made yet are zeros
         column = matrix[:, pivot] - _product(lower, lower[pivot])
-        column = jnp.where(good, column / jnp.sqrt(jnp.where(good, left[pivot], 1)), 0)
+        # l_j = (K - L L^T) e_pivot / sqrt(remainder)
+        length = jnp.sqrt(jnp.where(good, remainder, 1))
+        column = jnp.where(good, column / length, 0)
+        # the pivot's own remainder is zero exactly, whatever rounding left there
         left = (left - column**2).at[pivot].set(0)
-        return rows.at[j].set(pivot), lower.at[:, j].set(column), left
+        rows = rows.at[j].set(pivot)
+        lower = lower.at[:, j].set(column)
+        return rows, lower, left
 
-    start = jnp.zeros(rank, jnp.int32), jnp.zeros((n, rank), dtype), jnp.diagonal(matrix)
+    no_rows, no_columns = jnp.zeros(rank, jnp.int32), jnp.zeros((n, rank), dtype)
+    start = no_rows, no_columns, diagonal
     rows, lower, _ = jax.lax.fori_loop(0, rank, step, start)
     return Interpolation(rows, lower)
 
 
 def middle_of_interpolation(
-    matrix: Float[Array, "n n"], found: Interpolation, shift: Float[Array, ""]
+    matrix: Float[Array, "n n"],
+    found: Interpolation,
+    shift: Float[Array, ""],
 ) -> Float[Array, "r r"]:
     """`C` with `(K + shift I)^{-1} ~ C` on the chosen rows: `P^T (L L^T + E + shift I)^{-1} P`.
 
@@ -67,13 +79,21 @@ def middle_of_interpolation(
            [0.  , 0.5 ]], dtype=float32)
     """
     lower = found.lower
+    # L_S [r, r]
     chosen = jnp.tril(lower[found.rows])
     # a column of zeros belongs to no row: its part of P is zero
     pivots = jnp.diagonal(chosen)
-    regular = chosen + jnp.diag(jnp.where(pivots > 0, 0, 1).astype(lower.dtype))
+    missing = jnp.where(pivots > 0, 0, 1).astype(lower.dtype)
+    regular = chosen + jnp.diag(missing)
+    # P^T = L_S^{-T} L^T, [r, n]
     weights = jax.scipy.linalg.solve_triangular(regular, lower.T, trans=1, lower=True)
-    rest = psd_inverse(after(matrix - _product(lower, lower.T), weights), shift)
+    # (E + shift I)^{-1}
+    left_over = matrix - _product(lower, lower.T)
+    rest = psd_inverse(after(left_over, weights), shift)
+    # M = P^T (E + shift I)^{-1} P, [r, r]
     m = symmetrize(_product(_product(weights, rest), weights.T))
     seen = _product(m, chosen)
-    inside = psd_inverse(_product(chosen.T, seen), jnp.ones((), lower.dtype))
+    # (I + L_S^T M L_S)^{-1}
+    one = jnp.ones((), lower.dtype)
+    inside = psd_inverse(_product(chosen.T, seen), one)
     return symmetrize(m - _product(_product(seen, inside), seen.T))

@@ -15,10 +15,15 @@ _PI_RANGE = (1e-6, 1e6)
 
 
 def sandwich(
-    left: Array, middle: Array, right: Array, *, precision: jax.lax.PrecisionLike = "highest"
+    left: Array,
+    middle: Array,
+    right: Array,
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
 ) -> Array:
     """`left @ middle @ right`."""
-    return jnp.matmul(jnp.matmul(left, middle, precision=precision), right, precision=precision)
+    product = jnp.matmul(left, middle, precision=precision)
+    return jnp.matmul(product, right, precision=precision)
 
 
 def eigen_solve(
@@ -43,8 +48,10 @@ def eigen_solve(
     [[0.5 0.5]
      [0.5 0.5]]
     """
+    # in the eigenbasis A (x) G is diagonal, with entries s_A s_G^T [p, q]
     rotated = sandwich(a.vectors.T, v, g.vectors, precision=precision)
-    scaled = damped_quotient(rotated, a.values[:, None] * g.values, damping)
+    values = a.values[:, None] * g.values
+    scaled = damped_quotient(rotated, values, damping)
     return sandwich(a.vectors, scaled, g.vectors.T, precision=precision)
 
 
@@ -56,7 +63,10 @@ def trace_ratio(a: Float[Array, "p p"], g: Float[Array, "q q"]) -> Float[Array, 
     >>> print(trace_ratio(4 * jnp.eye(3), jnp.eye(2)))
     2.0
     """
-    return mean_ratio(jnp.trace(a) / a.shape[0], jnp.trace(g) / g.shape[0])
+    # mean eigenvalues, so that factors of different size compare
+    mean_a = jnp.trace(a) / a.shape[0]
+    mean_g = jnp.trace(g) / g.shape[0]
+    return mean_ratio(mean_a, mean_g)
 
 
 def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Array, ""]:
@@ -65,6 +75,7 @@ def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Arra
     >>> print(mean_ratio(jnp.float32(4.0), jnp.float32(1.0)))
     2.0
     """
+    # a factor of zeros, before the first statistic, has no scale to balance
     usable = (mean_a > 0) & (mean_g > 0)
     ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
     return jnp.clip(jnp.sqrt(ratio), *_PI_RANGE)

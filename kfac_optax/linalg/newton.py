@@ -16,7 +16,9 @@ _MOST = 16  # steps; each doubles the digits, or halves the largest eigenvalue t
 
 
 def newton_inverse(
-    matrix: Float[Array, "n n"], shift: Float[Array, ""], start: Float[Array, "n n"]
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""],
+    start: Float[Array, "n n"],
 ) -> Float[Array, "n n"]:
     """`(M + shift I)^{-1}` by the iteration `X <- X (2 I - (M + shift I) X)` from `start`; by
     Cholesky where that does not converge.
@@ -85,8 +87,15 @@ def _iterated(
     # eigenvalues of M X are positive and at most 1 + ||R||: below two after the division
     r = residual(start)
     part = 1 / (1 + jnp.linalg.norm(r) / 2)
-    r = (1 - part) * jnp.eye(len(r), dtype=r.dtype) + part * r  # of `part * start`
-    first = _Iterate(part * start, r, jnp.linalg.norm(r), jnp.bool_(True), jnp.int32(0))
+    identity = jnp.eye(len(r), dtype=r.dtype)
+    r = (1 - part) * identity + part * r  # of `part * start`
+    first = _Iterate(
+        x=part * start,
+        residual=r,
+        size=jnp.linalg.norm(r),
+        shrinks=jnp.bool_(True),
+        steps=jnp.int32(0),
+    )
     last = jax.lax.while_loop(unfinished, step, first)
     return better(last.x, last.residual), last.size < _FAILED
 
@@ -98,12 +107,19 @@ def _inverse(matrix: Array, start: Array) -> Array:
 
 
 @_inverse.def_vmap
-def _inverses(count: int, batched: list[bool], matrix: Array, start: Array) -> tuple[Array, bool]:
+def _inverses(
+    count: int,
+    batched: list[bool],
+    matrix: Array,
+    start: Array,
+) -> tuple[Array, bool]:
     """One decision for all: `vmap` of a branch would run both sides of it."""
-    matrix, start = (
-        x if has_axis else jnp.broadcast_to(x, (count, *x.shape))
-        for x, has_axis in zip((matrix, start), batched, strict=True)
-    )
+
+    def with_axis(x: Array, has_axis: bool) -> Array:
+        return x if has_axis else jnp.broadcast_to(x, (count, *x.shape))
+
+    matrix, start = map(with_axis, (matrix, start), batched)
+    # all matrices iterate together, until the slowest is done
     x, good = jax.vmap(_iterated)(matrix, start)
 
     def mended() -> Array:

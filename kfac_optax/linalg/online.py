@@ -59,22 +59,30 @@ def brand_update(
     check_number("brand_update", "rank", rank, at_least=1)
     if keep is not None:
         check_number("brand_update", "keep", keep, at_least=1)
+    # Z = [sqrt(decay D_r) U_r, sqrt(1 - decay) Y], [d, rank + n]
     kept = truncate(low, rank)
     decay = jnp.asarray(decay, low.values.dtype)
-    old, new = (
-        kept.vectors * jnp.sqrt(decay * kept.values),
-        columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay),
-    )
+    old = kept.vectors * jnp.sqrt(decay * kept.values)
+    new = columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay)
     z = jnp.concatenate([old, new], 1)
-    pairs = min(*z.shape, z.shape[1] if keep is None else keep)
-    values, rotation = jnp.linalg.eigh(symmetrize(jnp.matmul(z.T, z, precision=precision)))
+    pairs = min(z.shape)
+    if keep is not None:
+        pairs = min(pairs, keep)
+    # Z^T Z = V L V^T, no larger than [rank + n, rank + n]
+    inner = symmetrize(jnp.matmul(z.T, z, precision=precision))
+    values, rotation = jnp.linalg.eigh(inner)
     top = largest(values, rotation, pairs)
-    certain = top.values > _ROUNDING * jnp.finfo(values.dtype).eps * top.values[0]
+    # U = Z V L^{-1/2}; where L is rounding its column becomes zero
+    eps = jnp.finfo(values.dtype).eps
+    certain = top.values > _ROUNDING * eps * top.values[0]
     values = jnp.where(certain, top.values, 0)
-    scale = jnp.where(certain, 1 / jnp.sqrt(jnp.where(certain, values, 1)), 0)
+    roots = jnp.sqrt(jnp.where(certain, values, 1))
+    scale = jnp.where(certain, 1 / roots, 0)
     vectors = jnp.matmul(z, top.vectors * scale, precision=precision)
+    # Newton and Schulz: U <- U (3 I - U^T U) / 2
     inner = jnp.matmul(vectors.T, vectors, precision=precision)
-    return LowRank(1.5 * vectors - 0.5 * jnp.matmul(vectors, inner, precision=precision), values)
+    product = jnp.matmul(vectors, inner, precision=precision)
+    return LowRank(1.5 * vectors - 0.5 * product, values)
 
 
 def correct_directions(
@@ -108,11 +116,17 @@ def correct_directions(
     """
     check_number("correct_directions", "count", count, at_least=1)
     held = low.values.shape[0]
-    chosen = jax.random.permutation(key, held)[: min(count, held)]
+    # without replacement
+    count = min(count, held)
+    chosen = jax.random.permutation(key, held)[:count]
     part = low.vectors[:, chosen]
-    middle = jnp.matmul(part.T, jnp.matmul(matrix, part, precision=precision), precision=precision)
+    # U_c^T X U_c = W L W^T
+    image = jnp.matmul(matrix, part, precision=precision)
+    middle = jnp.matmul(part.T, image, precision=precision)
     values, rotation = jnp.linalg.eigh(symmetrize(middle))
-    vectors = low.vectors.at[:, chosen].set(jnp.matmul(part, rotation, precision=precision))
+    rotated = jnp.matmul(part, rotation, precision=precision)
+    vectors = low.vectors.at[:, chosen].set(rotated)
     corrected = low.values.at[chosen].set(jnp.maximum(values, 0))
+    # the largest first again
     order = jnp.argsort(-corrected)
     return LowRank(vectors[:, order], corrected[order])

@@ -15,8 +15,11 @@ def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     0.75
     """
     first, second = _powers(x.dtype, exponent)
+    # bits are those of real numbers: both parts on their own
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(x.real * first * second, x.imag * first * second)
+        real = x.real * first * second
+        imaginary = x.imag * first * second
+        return jax.lax.complex(real, imaginary)
     return x * first * second
 
 
@@ -31,7 +34,8 @@ def _powers(dtype: Any, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def power(n: jax.Array) -> jax.Array:
         # sign 0, the biased exponent n + maxexp - 1, mantissa 0
-        bits = (n.astype(integer) + jnp.asarray(known.maxexp - 1, integer)) << known.nmant
+        bias = jnp.asarray(known.maxexp - 1, integer)
+        bits = (n.astype(integer) + bias) << known.nmant
         return jax.lax.bitcast_convert_type(bits, known.dtype)
 
     return power(half), power(exponent - half)

@@ -29,9 +29,12 @@ def range_finder(
     >>> print(jnp.abs(basis).ravel())
     [1. 0. 0.]
     """
-    draw = jax.random.normal(key, (matrix.shape[0], size), matrix.dtype)
+    # Omega [d, size]
+    dimension = matrix.shape[0]
+    draw = jax.random.normal(key, (dimension, size), matrix.dtype)
     for _ in range(1 + power_iterations):
-        draw, _ = jnp.linalg.qr(jnp.matmul(matrix, draw, precision=precision))
+        image = jnp.matmul(matrix, draw, precision=precision)
+        draw, _ = jnp.linalg.qr(image)
     return draw
 
 
@@ -81,19 +84,23 @@ def randomized_eigh(
     check_number(where, "oversampling", oversampling, at_least=0)
     check_number(where, "power_iterations", power_iterations, at_least=0)
     check_choice(where, "variant", variant, VARIANTS)
+    # a sketch as wide as the matrix saves nothing
     size = rank + oversampling
     if size >= matrix.shape[0]:
         eigen = psd_eigh(matrix)
         return largest(eigen.values, eigen.vectors, rank)
+    # Q [d, size], then X Q
     basis = range_finder(
         matrix, key, size=size, power_iterations=power_iterations, precision=precision
     )
     image = jnp.matmul(matrix, basis, precision=precision)
+    # Q^T X Q = W diag(d) W^T, eigenvectors Q W
     if variant == "symmetric":
-        values, rotation = jnp.linalg.eigh(
-            symmetrize(jnp.matmul(basis.T, image, precision=precision))
-        )
-        return largest(values, jnp.matmul(basis, rotation, precision=precision), rank)
+        middle = symmetrize(jnp.matmul(basis.T, image, precision=precision))
+        values, rotation = jnp.linalg.eigh(middle)
+        vectors = jnp.matmul(basis, rotation, precision=precision)
+        return largest(values, vectors, rank)
     orthonormal, triangle = jnp.linalg.qr(image)  # image = (Q^T X)^T, so its left singular vectors
     left, values, _ = jnp.linalg.svd(after(triangle, orthonormal))
-    return LowRank(jnp.matmul(orthonormal, left[:, :rank], precision=precision), values[:rank])
+    vectors = jnp.matmul(orthonormal, left[:, :rank], precision=precision)
+    return LowRank(vectors, values[:rank])

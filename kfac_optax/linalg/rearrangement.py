@@ -40,8 +40,10 @@ def contract(
     >>> print(contract(a, g), contract(a[:, 0], g[:, 0]), contract(a, g, jnp.array([[2.0]])))
     [[1.]] [[9.]] [[2.]]
     """
-    n, p, q = a.shape[0], a.shape[-1], g.shape[-1]
-    a, g = (x.reshape(n, -1, x.shape[-1]) for x in (a, g))
+    n, p = a.shape[0], a.shape[-1]
+    q = g.shape[-1]
+    a = a.reshape(n, -1, p)
+    g = g.reshape(n, -1, q)
     rows = a.shape[1]
 
     def times_middle(x: Array) -> Array:
@@ -55,7 +57,8 @@ def contract(
     # sum_rs (g_r^T M g_s) a_r a_s^T
     def of_pairs(a: Array, g: Array) -> Array:
         pairs = jnp.matmul(times_middle(g), g.mT, precision=precision)  # [n, rows, rows]
-        return gram(jnp.matmul(pairs, a, precision=precision), a, precision=precision)
+        left = jnp.matmul(pairs, a, precision=precision)
+        return gram(left, a, precision=precision)
 
     # D M D^T, with D formed
     def of_products(a: Array, g: Array) -> Array:
@@ -65,6 +68,9 @@ def contract(
     # multiplications for each example
     pairwise = rows * (p * p + q * q) + rows * rows * (p + q)
     whole = p * q * (rows + p + q)
-    function, formed = (of_pairs, rows * rows) if pairwise < whole else (of_products, p * q)
-    parts = count_parts(a, -(-n * formed // (entries or ENTRIES)))
+    function, formed = of_products, p * q
+    if pairwise < whole:
+        function, formed = of_pairs, rows * rows
+    least = -(-n * formed // (entries or ENTRIES))
+    parts = count_parts(a, least)
     return sum_of_parts(function, parts, a, g)

@@ -67,8 +67,10 @@ def _lower_tangent(x: jax.Array) -> jax.Array:
 
 def _toeplitz(column: jax.Array) -> jax.Array:
     index = jnp.arange(len(column))
+    # entry (i, j) is that of the diagonal i - j
     distance = index[:, None] - index
-    return jnp.where(distance >= 0, column[jnp.maximum(distance, 0)], 0)[None]
+    entries = column[jnp.maximum(distance, 0)]
+    return jnp.where(distance >= 0, entries, 0)[None]
 
 
 def _first_column(matrix: jax.Array) -> jax.Array:
@@ -79,6 +81,8 @@ def _toeplitz_tangent(x: jax.Array) -> jax.Array:
     """Means along the diagonals of what is triangular."""
     dimension = x.shape[-1]
     index = jnp.arange(dimension)
+    # above the diagonal the entries are zero, so it does not matter to which sum they go
     distance = (index[:, None] - index) % dimension
-    sums = jnp.zeros(dimension, x.dtype).at[distance].add(_lower_tangent(x)[0])
+    zeros = jnp.zeros(dimension, x.dtype)
+    sums = zeros.at[distance].add(_lower_tangent(x)[0])
     return sums / (dimension - index)

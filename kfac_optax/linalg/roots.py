@@ -19,7 +19,11 @@ _SQUARINGS = 6
 
 
 def inverse_root(
-    matrix: Float[Array, "n n"], p: int, *, ridge: Numeric = 1e-6, method: str = "eigh"
+    matrix: Float[Array, "n n"],
+    p: int,
+    *,
+    ridge: Numeric = 1e-6,
+    method: str = "eigh",
 ) -> Float[Array, "n n"]:
     """`(M + ridge lambda_max I)^(-1/p)` of a symmetric PSD matrix.
 
@@ -53,11 +57,16 @@ def inverse_root(
     check_number("inverse_root", "ridge", ridge, at_least=0)
     if not isinstance(p, int) or p < 1:
         raise ValueError(f"inverse_root: p={p!r}; expected a positive integer.")
-    matrix = symmetrize(jnp.asarray(matrix, jnp.promote_types(matrix.dtype, jnp.float32)))
+    # half precision has no eigendecomposition
+    wide = jnp.promote_types(matrix.dtype, jnp.float32)
+    matrix = symmetrize(jnp.asarray(matrix, wide))
+    # entries near one: (2^e M)^(-1/p) = 2^(-e/p) M^(-1/p), with no over- or underflow in the powers
     exponent = _exponent(matrix)
     scaled = times_power(matrix, -exponent)
-    root = (_by_eigh if method == "eigh" else _by_newton)(scaled, p, ridge)
-    return symmetrize(root) * jnp.exp2(-exponent.astype(matrix.dtype) / p)
+    solve = _by_eigh if method == "eigh" else _by_newton
+    root = solve(scaled, p, ridge)
+    scale = jnp.exp2(-exponent.astype(matrix.dtype) / p)
+    return symmetrize(root) * scale
 
 
 def inverse_root_of_values(
@@ -69,7 +78,8 @@ def inverse_root_of_values(
     [0.5 0. ]
     """
     values = jnp.maximum(values, 0)
-    total = values + jnp.asarray(ridge, values.dtype) * jnp.max(values, initial=0)
+    largest = jnp.max(values, initial=0)
+    total = values + jnp.asarray(ridge, values.dtype) * largest
     return _power(total, total > 0, p)
 
 
@@ -81,27 +91,33 @@ def _exponent(matrix: Array) -> Array:
 
 
 def _power(total: Array, known: Array, p: int) -> Array:
-    return jnp.where(known, jnp.where(known, total, 1) ** (-1 / p), jnp.where(total > 0, 0, total))
+    # a divisor that is safe where it is not used; NaN stays NaN
+    power = jnp.where(known, total, 1) ** (-1 / p)
+    unknown = jnp.where(total > 0, 0, total)
+    return jnp.where(known, power, unknown)
 
 
 def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
     vectors, values = psd_eigh(matrix)
     largest = values[-1]
     total = values + jnp.asarray(ridge, values.dtype) * largest
-    known = (total >= at_least_rounding(jnp.zeros_like(largest), largest)) & (total > 0)
+    # U diag((d + ridge d_max)^(-1/p)) U^T; a singular direction has no part in it
+    rounding = at_least_rounding(jnp.zeros_like(largest), largest)
+    known = (total >= rounding) & (total > 0)
     scaled = vectors * _power(total, known, p)
-    return jnp.matmul(scaled, vectors.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(scaled, vectors.T, precision="highest")
 
 
 def _largest(matrix: Array) -> Array:
     """`||M^(2^m)||^(1/2^m)`, Frobenius norm: an upper bound of the largest eigenvalue."""
     bound = jnp.ones((), matrix.dtype)
     weight = 1.0
+    # M <- (M / ||M||)^2; the product of ||M||^(1/2^k) is the norm of M^(2^m) to the power 1/2^m
     for _ in range(_SQUARINGS):
         norm = jnp.linalg.norm(matrix)
         bound = bound * norm**weight
         matrix = matrix / jnp.where(norm == 0, 1, norm)
-        matrix = jnp.matmul(matrix, matrix, precision=jax.lax.Precision.HIGHEST)
+        matrix = jnp.matmul(matrix, matrix, precision="highest")
         weight /= 2
     return bound * jnp.linalg.norm(matrix) ** weight
 
@@ -112,11 +128,14 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
     The step before is kept where rounding makes the residual grow.
     """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # the iteration converges where the eigenvalues of c A are below p + 1
     bound = _largest(matrix)
     zero = bound == 0
     shift = at_least_rounding(jnp.asarray(ridge, matrix.dtype) * bound, bound)
     shifted = jnp.where(zero, identity, matrix + shift * identity)
-    c = (1 + p) / (2 * jnp.where(zero, 1, bound + shift))
+    largest = jnp.where(zero, 1, bound + shift)
+    c = (1 + p) / (2 * largest)
+    # the largest entry of M - I that rounding allows
     tolerance = 32 * jnp.finfo(matrix.dtype).eps
 
     def residual(m: Array) -> Array:
@@ -135,10 +154,16 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
         new_error = residual(new_m)
         grows = new_error > _GROWTH * error
         kept = jnp.where(grows, x, new_x)
-        return i + 1, new_m, kept, jnp.where(grows, error, new_error), grows
+        its_error = jnp.where(grows, error, new_error)
+        return i + 1, new_m, kept, its_error, grows
 
+    # M_0 = c A, X_0 = c^(1/p) I
     start = c * shifted
-    first = (jnp.int32(0), start, c ** (1 / p) * identity, residual(start), jnp.bool_(False))
-    _, _, root, error, _ = jax.lax.while_loop(goes_on, step, first)
+    root = c ** (1 / p) * identity
+    first = (jnp.int32(0), start, root, residual(start), jnp.bool_(False))
+    last = jax.lax.while_loop(goes_on, step, first)
+    _, _, root, error, _ = last
+    # NaN says that there is no root, so that no caller takes a bad one for good
     good = error <= _FAILED
-    return jnp.where(zero, 0, jnp.where(good, root, math.nan))
+    found = jnp.where(good, root, math.nan)
+    return jnp.where(zero, 0, found)

@@ -21,11 +21,15 @@ def row_kernel(
      [ 6.  1.]]
     """
     g = jnp.moveaxis(g, 0, 2)  # [copies, N, K, T, q]
-    (_, n, steps, p), (k, q) = a.shape, (g.shape[2], g.shape[4])
+    _, n, steps, p = a.shape
+    k, q = g.shape[2], g.shape[4]
+    # numbers formed: inner products of steps, or whole gradients of examples
     if steps == 1 or n * k * steps**2 <= p * q:
         # inner products of inputs, x the copies, t and s the steps of examples b and c
-        return _by_products(jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT), g)
-    return _by_gradients(jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT))
+        of_inputs = jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT)
+        return _by_products(of_inputs, g)
+    gradients = jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT)
+    return _by_gradients(gradients)
 
 
 def token_kernel(
@@ -39,8 +43,10 @@ def token_kernel(
      [2. 4. 0.]
      [0. 0. 9.]]
     """
-    same = tokens[:, :, :, None, None] == tokens[:, None, None, :, :]
-    return _by_products(same.astype(g.dtype), jnp.moveaxis(g, 0, 2))
+    # e_s^T e_t = 1 for the same token, 0 otherwise: [copies, N, T, N, T]
+    here, there = tokens[:, :, :, None, None], tokens[:, None, None, :, :]
+    same = (here == there).astype(g.dtype)
+    return _by_products(same, jnp.moveaxis(g, 0, 2))
 
 
 def channel_kernel(
@@ -57,17 +63,22 @@ def channel_kernel(
      [ 9.  2.]]
     """
     g = jnp.moveaxis(g, 0, 2)
+    # sum_t g a, [copies, N, K, q]
     gradients = jnp.sum(g * a[:, :, None], 3)
     if scale_and_shift:
-        gradients = jnp.concatenate([gradients, jnp.sum(g, 3)], -1)
+        # and sum_t g behind it, [copies, N, K, 2 q]
+        of_shift = jnp.sum(g, 3)
+        gradients = jnp.concatenate([gradients, of_shift], -1)
     return _by_gradients(jnp.moveaxis(gradients, 0, 2))
 
 
 def _by_products(of_inputs: jax.Array, g: jax.Array) -> jax.Array:
     """`of_inputs [copies, N, T, N, T]`, `g [copies, N, K, T, q]`, one copy after another."""
     n, k = g.shape[1:3]
+    # one copy at a time: products of all steps with all steps are the largest array here
     total = jnp.zeros((n, k, n, k), g.dtype)
     for inputs, mine in zip(of_inputs, g, strict=True):
+        # g_kbt^T g_lcs for examples b, c, pullbacks k, l and steps t, s
         of_outputs = jnp.einsum("bktq,clsq->bktcls", mine, mine, precision=_EXACT)
         total = total + jnp.einsum("btcs,bktcls->bkcl", inputs, of_outputs, precision=_EXACT)
     return total.reshape(n * k, n * k)

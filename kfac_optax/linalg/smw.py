@@ -29,7 +29,12 @@ class KernelInverse(NamedTuple):
 
 
 def kernel_of(
-    forward: Forward, adjoint: Adjoint, n: int, dtype: Any, *, chunk: int = 8
+    forward: Forward,
+    adjoint: Adjoint,
+    n: int,
+    dtype: Any,
+    *,
+    chunk: int = 8,
 ) -> Float[Array, "n n"]:
     """`J J^T`, one product in both directions for each of its `n` columns.
 
@@ -47,9 +52,12 @@ def kernel_of(
     """
 
     def column(i: jax.Array) -> jax.Array:
-        return forward(adjoint((jnp.arange(n) == i).astype(dtype)))
+        # J J^T e_i
+        unit = (jnp.arange(n) == i).astype(dtype)
+        return forward(adjoint(unit))
 
-    return symmetrize(jax.lax.map(column, jnp.arange(n), batch_size=min(chunk, n)))
+    kernel = jax.lax.map(column, jnp.arange(n), batch_size=min(chunk, n))
+    return symmetrize(kernel)
 
 
 def factor_kernel(
@@ -68,9 +76,13 @@ def factor_kernel(
       (2024), for the smooth cutoff.
     """
     damping = jnp.asarray(damping, kernel.dtype)
+    # K + damping I = L L^T
     if cutoff is None:
-        damped = kernel + damping * jnp.eye(len(kernel), dtype=kernel.dtype)
-        return KernelInverse(jnp.linalg.cholesky(damped, symmetrize_input=False), None, damping)
+        identity = jnp.eye(len(kernel), dtype=kernel.dtype)
+        damped = kernel + damping * identity
+        lower = jnp.linalg.cholesky(damped, symmetrize_input=False)
+        return KernelInverse(lower, None, damping)
+    # K = U diag(s) U^T
     values, vectors = jnp.linalg.eigh(kernel, symmetrize_input=False)
     return KernelInverse(vectors, jnp.maximum(values, 0), damping, cutoff)
 
@@ -89,7 +101,11 @@ def kernel_solve(inverse: KernelInverse, b: Float[Array, " n"]) -> Float[Array, 
     return _along_eigenvectors(inverse, b, _shares(inverse))
 
 
-def solve_in_samples(inverse: KernelInverse, adjoint: Adjoint, b: Float[Array, " n"]) -> PyTree:
+def solve_in_samples(
+    inverse: KernelInverse,
+    adjoint: Adjoint,
+    b: Float[Array, " n"],
+) -> PyTree:
     """`J^T (J J^T + damping I)^{-1} b`, which is `(J^T J + damping I)^{-1} J^T b`.
 
     >>> J = jnp.array([[2.0, 0.0]])
@@ -100,7 +116,12 @@ def solve_in_samples(inverse: KernelInverse, adjoint: Adjoint, b: Float[Array, "
 
 
 def solve_in_parameters(
-    inverse: KernelInverse, forward: Forward, adjoint: Adjoint, g: PyTree, *, refine: int = 1
+    inverse: KernelInverse,
+    forward: Forward,
+    adjoint: Adjoint,
+    g: PyTree,
+    *,
+    refine: int = 1,
 ) -> PyTree:
     """`(J^T J + damping I)^{-1} g` for any `g`, by the Sherman-Morrison-Woodbury formula.
 
@@ -124,16 +145,20 @@ def solve_in_parameters(
     Reference: Ren & Goldfarb, Efficient Subsampled Gauss-Newton and Natural Gradient Methods for
       Training Neural Networks (2019).
     """
+    # with K = U diag(s) U^T, J^T K^+ (K + damping I)^+ J g: one more division by s
     if inverse.values is not None:
         some = inverse.values > 0
-        once_more = jnp.where(some, _shares(inverse) / jnp.where(some, inverse.values, 1), 0)
+        divisor = jnp.where(some, inverse.values, 1)
+        once_more = jnp.where(some, _shares(inverse) / divisor, 0)
         return adjoint(_along_eigenvectors(inverse, forward(g), once_more))
 
     def once(g: PyTree) -> PyTree:
+        # (g - J^T (J J^T + damping I)^{-1} J g) / damping
         back = adjoint(kernel_solve(inverse, forward(g)))
         return jax.tree.map(lambda x, y: (x - y) / inverse.damping, g, back)
 
     x = once(g)
+    # x <- x + (J^T J + damping I)^{-1} residual
     for _ in range(refine):
         left = residual_of(forward, adjoint, inverse.damping, x, g)
         x = jax.tree.map(jnp.add, x, once(left))
@@ -141,13 +166,26 @@ def solve_in_parameters(
 
 
 def residual_of(
-    forward: Forward, adjoint: Adjoint, damping: jax.Array, x: PyTree, g: PyTree
+    forward: Forward,
+    adjoint: Adjoint,
+    damping: jax.Array,
+    x: PyTree,
+    g: PyTree,
 ) -> PyTree:
     """`g - (J^T J + damping I) x`."""
-    return jax.tree.map(lambda g, y, x: g - y - damping * x, g, adjoint(forward(x)), x)
+
+    def left(g: Array, product: Array, x: Array) -> Array:
+        return g - product - damping * x
+
+    return jax.tree.map(left, g, adjoint(forward(x)), x)
 
 
-def _along_eigenvectors(inverse: KernelInverse, b: jax.Array, factors: jax.Array) -> jax.Array:
+def _along_eigenvectors(
+    inverse: KernelInverse,
+    b: jax.Array,
+    factors: jax.Array,
+) -> jax.Array:
+    # U diag(factors) U^T b
     rotated = jnp.matmul(inverse.factor.T, b, precision="highest")
     return jnp.matmul(inverse.factor, factors * rotated, precision="highest")
 
@@ -157,9 +195,13 @@ def _shares(inverse: KernelInverse) -> jax.Array:
     values = inverse.values
     assert values is not None
     tiny = jnp.finfo(values.dtype).tiny
-    relative = values / jnp.maximum(jnp.max(values, initial=0), tiny)
+    # r = s / max(s)
+    largest = jnp.max(values, initial=0)
+    relative = values / jnp.maximum(largest, tiny)
     cutoff = jnp.asarray(inverse.cutoff, values.dtype)
     # r^6 / (r^6 + c^6) by logarithms: sixth powers of small numbers are zero in single precision
-    distance = jnp.log(jnp.maximum(relative, tiny)) - jnp.log(jnp.maximum(cutoff, tiny))
+    log_relative = jnp.log(jnp.maximum(relative, tiny))
+    distance = log_relative - jnp.log(jnp.maximum(cutoff, tiny))
     total = jnp.where(values > 0, values + inverse.damping, 1)
-    return jnp.where(values > 0, jax.nn.sigmoid(6 * distance) / total, 0)
+    share = jax.nn.sigmoid(6 * distance)
+    return jnp.where(values > 0, share / total, 0)

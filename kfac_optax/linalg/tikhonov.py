@@ -8,7 +8,9 @@ from kfac_optax.linalg.kronecker_products import mean_ratio
 
 
 def tikhonov_shifts(
-    mean_a: Float[Array, ""], mean_g: Float[Array, ""], damping: Float[Array, ""]
+    mean_a: Float[Array, ""],
+    mean_g: Float[Array, ""],
+    damping: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`(pi sqrt(damping), sqrt(damping) / pi)` with `pi = sqrt(mean_a / mean_g)`, one where either
     vanishes.
@@ -25,16 +27,24 @@ def tikhonov_shifts(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), section 6.3.
     """
+    # A + pi sqrt(damping) I and G + sqrt(damping) / pi I
     pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
-    return at_least_rounding(pi * root, mean_a), at_least_rounding(root / pi, mean_g)
+    shift_a = at_least_rounding(pi * root, mean_a)
+    shift_g = at_least_rounding(root / pi, mean_g)
+    return shift_a, shift_g
 
 
 def factor_shifts(
-    a: Float[Array, "p p"], g: Float[Array, "q q"], damping: Float[Array, ""]
+    a: Float[Array, "p p"],
+    g: Float[Array, "q q"],
+    damping: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`tikhonov_shifts` of two factors.
 
     >>> print(*factor_shifts(4 * jnp.eye(3), jnp.eye(2), jnp.float32(0.25)))
     1.0 0.25
     """
-    return tikhonov_shifts(jnp.trace(a) / len(a), jnp.trace(g) / len(g), damping)
+    # a trace is the sum of the eigenvalues
+    mean_a = jnp.trace(a) / len(a)
+    mean_g = jnp.trace(g) / len(g)
+    return tikhonov_shifts(mean_a, mean_g, damping)

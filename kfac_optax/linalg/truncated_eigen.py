@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import damped_logdet, damped_quotient, damped_root
 
 
@@ -22,7 +23,11 @@ class LowRank(NamedTuple):
     values: Float[Array, " m"]
 
 
-def zero(dimension: int, rank: int, dtype: Any = jnp.float32) -> LowRank:
+def zero(
+    dimension: int,
+    rank: int,
+    dtype: Any = jnp.float32,
+) -> LowRank:
     """The zero matrix, with the first `min(rank, dimension)` unit vectors; where online updates
     start.
 
@@ -30,7 +35,8 @@ def zero(dimension: int, rank: int, dtype: Any = jnp.float32) -> LowRank:
     (3, 2) [0. 0. 0.]
     """
     rank = min(rank, dimension)
-    return LowRank(jnp.eye(dimension, rank, dtype=dtype), jnp.zeros(rank, dtype))
+    vectors = jnp.eye(dimension, rank, dtype=dtype)
+    return LowRank(vectors, jnp.zeros(rank, dtype))
 
 
 def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
@@ -41,15 +47,24 @@ def of_diagonal(diagonal: Float[Array, " d"], rank: int) -> LowRank:
      [1. 0.]
      [0. 1.]]
     """
-    values, order = jax.lax.top_k(diagonal, min(rank, len(diagonal)))
-    return LowRank(jax.nn.one_hot(order, len(diagonal), axis=0, dtype=diagonal.dtype), values)
+    # eigenvectors of a diagonal matrix are unit vectors
+    dimension = len(diagonal)
+    values, order = jax.lax.top_k(diagonal, min(rank, dimension))
+    vectors = jax.nn.one_hot(order, dimension, axis=0, dtype=diagonal.dtype)
+    return LowRank(vectors, values)
 
 
-def largest(values: Float[Array, " n"], vectors: Float[Array, "d n"], rank: int) -> LowRank:
+def largest(
+    values: Float[Array, " n"],
+    vectors: Float[Array, "d n"],
+    rank: int,
+) -> LowRank:
     """The `rank` largest of eigenvalues in rising order, as `eigh` gives them; negative ones become
     zero.
     """
-    return LowRank(vectors[:, ::-1][:, :rank], jnp.maximum(values[::-1][:rank], 0))
+    falling_vectors, falling = vectors[:, ::-1], values[::-1]
+    kept = jnp.maximum(falling[:rank], 0)
+    return LowRank(falling_vectors[:, :rank], kept)
 
 
 def truncate(low: LowRank, rank: int) -> LowRank:
@@ -97,15 +112,20 @@ def low_rank_solve(
     Reference: Puiu, Randomized K-FACs: Speeding up K-FAC with Randomized Numerical Linear Algebra
       (2022); spectrum continuation: Puiu, Brand New K-FACs (2022).
     """
+    # U^T V, [m, k]
     coordinates = jnp.matmul(low.vectors.T, v, precision=precision)
     if low.values.shape[0] == v.shape[0]:  # nothing is left out
         scaled = damped_quotient(coordinates, low.values[:, None], shift)
         return jnp.matmul(low.vectors, scaled, precision=precision)
-    values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    # the eigenvalue of everything left out comes last, so that rounding is judged by the largest of
+    # all
+    rest = jnp.asarray(rest, low.values.dtype)
+    values = jnp.append(low.values, rest)
     inverses = damped_quotient(jnp.ones_like(values), values, shift)
     outside = inverses[-1]
     inside = inverses[:-1] - outside
-    return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * v
+    scaled = inside[:, None] * coordinates
+    return jnp.matmul(low.vectors, scaled, precision=precision) + outside * v
 
 
 def low_rank_root(
@@ -124,18 +144,27 @@ def low_rank_root(
     >>> print(low_rank_root(low, jnp.ones((2, 1)), 1.0).ravel())
     [0.5 1. ]
     """
+    # as `low_rank_solve`, with roots of the quotients
     coordinates = jnp.matmul(low.vectors.T, z, precision=precision)
     if low.values.shape[0] == z.shape[0]:  # nothing is left out
         scaled = damped_root(coordinates, low.values[:, None], shift)
         return jnp.matmul(low.vectors, scaled, precision=precision)
-    values = jnp.append(low.values, jnp.asarray(rest, low.values.dtype))
+    rest = jnp.asarray(rest, low.values.dtype)
+    values = jnp.append(low.values, rest)
+    # (D + shift)^{-1/2}, and (rest + shift)^{-1/2} behind it
     roots = damped_root(jnp.ones_like(values), values, shift)
     outside = roots[-1]
     inside = roots[:-1] - outside
-    return jnp.matmul(low.vectors, inside[:, None] * coordinates, precision=precision) + outside * z
+    scaled = inside[:, None] * coordinates
+    return jnp.matmul(low.vectors, scaled, precision=precision) + outside * z
 
 
-def low_rank_logdet(low: LowRank, shift: Any, *, rest: Any = 0.0) -> Float[Array, ""]:
+def low_rank_logdet(
+    low: LowRank,
+    shift: Any,
+    *,
+    rest: Any = 0.0,
+) -> Float[Array, ""]:
     """`log det` of the matrix that `low_rank_solve` inverts, `sum log(D + shift)` and
     `log(rest + shift)` for every eigenvalue that is left out.
 
@@ -144,10 +173,13 @@ def low_rank_logdet(low: LowRank, shift: Any, *, rest: Any = 0.0) -> Float[Array
     16.0
     """
     dimension, kept = low.vectors.shape
+    # one eigenvalue for every direction that the columns do not span
     others = jnp.full(dimension - kept, rest, low.values.dtype)
     # a column of zeros takes nothing away from what is left out
     held = jnp.sum(jnp.square(low.vectors), 0) > 0
-    values = jnp.where(held, low.values, rest) if dimension > kept else low.values
+    values = low.values
+    if dimension > kept:
+        values = jnp.where(held, values, rest)
     return damped_logdet(jnp.append(values, others), shift)
 
 
@@ -157,29 +189,42 @@ def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
     >>> print(beyond(LowRank(jnp.eye(3), jnp.array([3.0, 2.0, 1.0])), 2, 0.5).values)
     [3.  2.  0.5]
     """
-    return low._replace(values=jnp.where(jnp.arange(low.values.shape[0]) < used, low.values, value))
+    first = jnp.arange(low.values.shape[0]) < used
+    return low._replace(values=jnp.where(first, low.values, value))
 
 
-def rank_for(low: LowRank, trace: Float[Array, ""], error: Any) -> Int[Array, ""]:
+def rank_for(
+    low: LowRank,
+    trace: Float[Array, ""],
+    error: Any,
+) -> Int[Array, ""]:
     """The fewest pairs that hold the share `1 - error` of a matrix's trace; all of them where they
     hold less.
 
     >>> print(rank_for(LowRank(jnp.eye(3), jnp.array([3.0, 0.9, 0.1])), jnp.float32(4.0), 0.05))
     2
     """
+    # the trace that the first k pairs hold, for k = 1, 2, ..., against the share that is asked for
     enough = jnp.cumsum(low.values) >= (1 - error) * trace
-    return jnp.where(enough.any(), jnp.argmax(enough) + 1, low.values.shape[0]).astype(jnp.int32)
+    fewest, everything = jnp.argmax(enough) + 1, low.values.shape[0]
+    return jnp.where(enough.any(), fewest, everything).astype(jnp.int32)
 
 
-def mean_left_out(low: LowRank, trace: Float[Array, ""], used: Any) -> Float[Array, ""]:
+def mean_left_out(
+    low: LowRank,
+    trace: Float[Array, ""],
+    used: Any,
+) -> Float[Array, ""]:
     """Mean of the eigenvalues behind the first `used`, `(tr X - sum D) / (d - used)`, between zero
     and the last of those.
 
     >>> print(mean_left_out(LowRank(jnp.eye(3, 1), jnp.array([3.0])), jnp.float32(4.0), 1))
     0.5
     """
+    # rounding can make the difference negative, and nothing left out is above the last one in use
     rest = trace - jnp.sum(beyond(low, used, 0).values)
-    return jnp.clip(rest / jnp.maximum(low.vectors.shape[0] - used, 1), 0, low.values[used - 1])
+    left_out = jnp.maximum(low.vectors.shape[0] - used, 1)
+    return jnp.clip(rest / left_out, 0, low.values[used - 1])
 
 
 def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:
@@ -189,4 +234,5 @@ def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:
     >>> print(captured_energy(LowRank(jnp.eye(2, 1), jnp.array([3.0])), jnp.float32(4.0)))
     0.75
     """
-    return jnp.where(trace > 0, jnp.sum(low.values) / jnp.where(trace > 0, trace, 1), 1)
+    share = jnp.sum(low.values) / positive_or_one(trace)
+    return jnp.where(trace > 0, share, 1)

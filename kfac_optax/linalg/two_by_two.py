@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import Eigen
 
 
@@ -25,25 +26,37 @@ def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
     """
     size = matrix.shape[-1]
     if size == 1:
-        return Eigen(jnp.ones_like(matrix), jnp.maximum(matrix[..., 0], 0))
+        values = jnp.maximum(matrix[..., 0], 0)
+        return Eigen(jnp.ones_like(matrix), values)
     if size != 2:
         raise ValueError(
             f"small_psd_eigh: matrices have {size} rows; expected 1 or 2. Use psd_eigh for larger "
             "matrices."
         )
-    a, b, c = matrix[..., 0, 0], (matrix[..., 0, 1] + matrix[..., 1, 0]) / 2, matrix[..., 1, 1]
+    # the matrix is [[a, b], [b, c]]
+    a, c = matrix[..., 0, 0], matrix[..., 1, 1]
+    b = (matrix[..., 0, 1] + matrix[..., 1, 0]) / 2
     gap = c - a
+    # tan of the Jacobi angle, the smaller one: 2 b / (gap +- sqrt(gap^2 + 4 b^2)) by sign of the
+    # gap
     length = jnp.abs(gap) + jnp.hypot(gap, 2 * b)
-    tangent = jnp.where(gap < 0, -2, 2) * b / jnp.where(length > 0, length, 1)
+    signed = jnp.where(gap < 0, -2, 2)
+    tangent = signed * b / positive_or_one(length)
+    # columns (cos, -sin) and (sin, cos) are the eigenvectors
     cosine = 1 / jnp.sqrt(1 + tangent * tangent)
     sine = tangent * cosine
-    vectors = jnp.stack([jnp.stack([cosine, sine], -1), jnp.stack([-sine, cosine], -1)], -2)
-    larger = jnp.maximum(a, c) + jnp.abs(tangent * b)
-    divisor = jnp.where(larger > 0, larger, 1)
-    smaller = jnp.minimum(a, c) * (jnp.maximum(a, c) / divisor) - b * (b / divisor)
-    smaller, larger = jnp.maximum(smaller, 0), jnp.maximum(larger, 0)
+    first_row = jnp.stack([cosine, sine], -1)
+    second_row = jnp.stack([-sine, cosine], -1)
+    vectors = jnp.stack([first_row, second_row], -2)
+    # larger = max(a, c) + |t b|; smaller = (a c - b^2) / larger, without overflow of the products
+    low, high = jnp.minimum(a, c), jnp.maximum(a, c)
+    larger = high + jnp.abs(tangent * b)
+    divisor = positive_or_one(larger)
+    smaller = low * (high / divisor) - b * (b / divisor)
+    smaller = jnp.maximum(smaller, 0)
+    larger = jnp.maximum(larger, 0)
+    # the first eigenvector is near the first unit vector
     first_larger = gap < 0
-    values = jnp.stack(
-        [jnp.where(first_larger, larger, smaller), jnp.where(first_larger, smaller, larger)], -1
-    )
-    return Eigen(vectors, values)
+    first = jnp.where(first_larger, larger, smaller)
+    second = jnp.where(first_larger, smaller, larger)
+    return Eigen(vectors, jnp.stack([first, second], -1))

@@ -24,7 +24,10 @@ class Pencil(NamedTuple):
 
 
 def inverse_root(
-    matrix: Float[Array, "n n"], shift: Float[Array, ""] | float = 0.0, *, singular: bool = False
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""] | float = 0.0,
+    *,
+    singular: bool = False,
 ) -> Float[Array, "n n"]:
     """`W` with `W^T (M + shift I) W = I`: an inverse square root of a PSD matrix, up to a rotation
     from the right.
@@ -45,9 +48,13 @@ def inverse_root(
     eigen = psd_eigh(matrix)
     values = eigen.values + shift
     if not singular:
-        return eigen.vectors / jnp.sqrt(at_least_rounding(values, values[-1]))
-    kept = values > values[-1] * (values.size * jnp.finfo(values.dtype).eps)
-    return jnp.where(kept, eigen.vectors / jnp.sqrt(jnp.where(kept, values, 1)), 0)
+        positive = at_least_rounding(values, values[-1])
+        return eigen.vectors / jnp.sqrt(positive)
+    # below n eps of the largest a direction is singular to working precision
+    rounding = values.size * jnp.finfo(values.dtype).eps
+    kept = values > values[-1] * rounding
+    roots = jnp.sqrt(jnp.where(kept, values, 1))
+    return jnp.where(kept, eigen.vectors / roots, 0)
 
 
 def pencil(
@@ -65,8 +72,10 @@ def pencil(
     >>> print(pencil(4 * jnp.eye(2), jnp.diag(jnp.array([2.0, 8.0]))).values)
     [0.5 2. ]
     """
+    # W^T (M + shift I) W = I, so the eigenvectors E of W^T N W diagonalise both
     root = inverse_root(m, shift)
-    values, rotation = jnp.linalg.eigh(symmetrize(sandwich(root.T, n, root, precision=precision)))
+    whitened = sandwich(root.T, n, root, precision=precision)
+    values, rotation = jnp.linalg.eigh(symmetrize(whitened))
     return Pencil(jnp.matmul(root, rotation, precision=precision), values)
 
 
@@ -96,8 +105,12 @@ def two_term_solve(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), appendix B.
     """
+    # with `-`, 1 - s1 s2^T must stay positive
     upper = _LARGEST if minus else None
-    product = jnp.clip(left.values, 0, upper)[:, None] * jnp.clip(right.values, 0, upper)
+    of_left = jnp.clip(left.values, 0, upper)
+    of_right = jnp.clip(right.values, 0, upper)
+    product = of_left[:, None] * of_right
+    # in the common eigenbasis the operator is the diagonal 1 +- s1 s2^T
     rotated = sandwich(left.vectors.T, v, right.vectors, precision=precision)
     scaled = rotated / (1 - product if minus else 1 + product)
     return sandwich(left.vectors, scaled, right.vectors.T, precision=precision)

@@ -17,7 +17,10 @@ def keep_rows(
     >>> print(keep_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([2.0, 0.0])).ravel())
     [1. 0.]
     """
-    return x if weights is None else jnp.where(weights[..., None] != 0, x, jnp.zeros((), x.dtype))
+    if weights is None:
+        return x
+    kept = weights[..., None] != 0
+    return jnp.where(kept, x, jnp.zeros((), x.dtype))
 
 
 def count_rows(
@@ -28,7 +31,9 @@ def count_rows(
     >>> print(count_rows(jnp.ones((2, 3)), None), count_rows(jnp.ones((2, 3)), jnp.array([1.0, 4.0])))
     2 5.0
     """
-    return math.prod(x.shape[:-1]) if weights is None else jnp.sum(weights)
+    if weights is None:
+        return math.prod(x.shape[:-1])
+    return jnp.sum(weights)
 
 
 def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -41,7 +46,8 @@ def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Floa
     >>> print(finite_padding(jnp.array([jnp.nan, 3.0, jnp.nan]), jnp.array([0.0, 0.0, 1.0])))
     [ 0.  3. nan]
     """
-    return jnp.where((weights == 0) & ~jnp.isfinite(x), jnp.zeros((), x.dtype), x)
+    padding = (weights == 0) & ~jnp.isfinite(x)
+    return jnp.where(padding, jnp.zeros((), x.dtype), x)
 
 
 def weighted_gram(
@@ -56,20 +62,30 @@ def weighted_gram(
     [[2.]]
     """
     x = keep_rows(x, weights)
-    return gram(
-        x if weights is None else x * weights[..., None].astype(x.dtype), x, precision=precision
-    )
+    # the weight goes into one side only: sum_rows (w x) x^T
+    weighted = x
+    if weights is not None:
+        weighted = x * weights[..., None].astype(x.dtype)
+    return gram(weighted, x, precision=precision)
 
 
 def index_counts(
-    indices: Int[Array, "*rows"], size: int, weights: Float[Array, "*rows"] | None, dtype: jnp.dtype
+    indices: Int[Array, "*rows"],
+    size: int,
+    weights: Float[Array, "*rows"] | None,
+    dtype: jnp.dtype,
 ) -> Float[Array, " size"]:
     """`sum_rows w e_index`: how often every index below `size` occurs; larger ones are not counted.
 
     >>> print(index_counts(jnp.array([0, 2, 2, 5]), 3, None, jnp.float32))
     [1. 0. 2.]
     """
-    amounts = jnp.ones((), dtype) if weights is None else weights.astype(dtype)
-    sharded = replicated(indices)  # None, or for a matrix
-    one_axis = None if sharded is None else sharded.update(spec=jax.sharding.PartitionSpec(None))
-    return jnp.zeros(size, dtype).at[indices].add(amounts, mode="drop", out_sharding=one_axis)
+    # a scatter-add: the one-hot matrix [*rows, size] is never formed
+    amounts = jnp.ones((), dtype)
+    if weights is not None:
+        amounts = weights.astype(dtype)
+    sharding = replicated(indices)  # None, or for a matrix
+    if sharding is not None:
+        sharding = sharding.update(spec=jax.sharding.PartitionSpec(None))
+    counts = jnp.zeros(size, dtype)
+    return counts.at[indices].add(amounts, mode="drop", out_sharding=sharding)

@@ -1,6 +1,6 @@
 """What step rules need of layers: inner products, one scale for all of them, or a function of each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from kfac_optax._tree import (
     replace_leaves,
     scatter,
 )
-from kfac_optax._types import Layers, PyTree
+from kfac_optax._types import Bucket, Layers, PyTree
 from kfac_optax.linalg.powers import times_power
 
 
@@ -37,11 +37,12 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     if not leaves:
         return jnp.zeros((), jnp.int32)
     wide = _wide(leaves)
-    largest = jnp.max(
-        jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(wide) for x in leaves.values()])
-    )
+    of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
+    largest = jnp.max(jnp.stack([x.astype(wide) for x in of_leaves]))
+    # without a usable size there is nothing to divide by: 2^0
     usable = jnp.isfinite(largest) & (largest > 0)
-    return jnp.frexp(jnp.where(usable, largest, 0.5))[1].astype(jnp.int32)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
+    return exponent.astype(jnp.int32)
 
 
 def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
@@ -54,37 +55,50 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
     >>> print(products.values * 2.0**products.exponent)
     [ 2. -1.]
     """
+    # parameters without a block have no part in the product
     u, v = covered_leaves(left, layers), covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
     if layers is not None:
         # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep
         # net and scales each
         buckets = make_buckets(present(layers, v))
-        u, v = ({b.name: gather(b, side, dtype) for b in buckets} for side in (u, v))
+        u = {bucket.name: gather(bucket, u, dtype) for bucket in buckets}
+        v = {bucket.name: gather(bucket, v, dtype) for bucket in buckets}
+    # entries of both sides at most one; the exponents go along apart from the products
     of_u, of_v = exponent_of(u), exponent_of(v)
-    u, v = (
-        {n: times_power(_widened(x, dtype), -e) for n, x in side.items()}
-        for side, e in ((u, of_u), (v, of_v))
-    )
+    u = {name: times_power(_widened(x, dtype), -of_u) for name, x in u.items()}
+    v = {name: times_power(_widened(x, dtype), -of_v) for name, x in v.items()}
+    # one number for every leaf, or for every matrix [copies, p, q]
     if layers is None:
-        parts = [jnp.sum(jnp.real(u[n] * jnp.conj(v[n])))[None].astype(dtype) for n in v]
+        products = [jnp.real(u[name] * jnp.conj(v[name])) for name in v]
+        parts = [jnp.sum(x)[None].astype(dtype) for x in products]
     else:
-        parts = [jnp.sum(u[n] * v[n], axis=(1, 2)) for n in v]
-    return Scaled(jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype), of_u + of_v)
+        parts = [jnp.sum(u[name] * v[name], axis=(1, 2)) for name in v]
+    values = jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype)
+    return Scaled(values, of_u + of_v)
 
 
-def inverse_root_of(values: jax.Array, exponent: jax.Array, rate: Any, bound: Any) -> jax.Array:
+def inverse_root_of(
+    values: jax.Array,
+    exponent: jax.Array,
+    rate: Any,
+    bound: Any,
+) -> jax.Array:
     """`min(1, sqrt(bound / (rate^2 values 2^exponent)))`; one where the divisor is not a positive
     finite number.
 
     >>> print(inverse_root_of(jnp.float32(25.0), jnp.int32(0), 1.0, 1.0))
     0.2
     """
+    # sqrt(bound / (rate^2 v 2^(e - 2h))) 2^-h: the power leaves the root
     half = exponent >> 1
-    square = jnp.square(jnp.asarray(rate, values.dtype)) * times_power(values, exponent - 2 * half)
+    rest = times_power(values, exponent - 2 * half)
+    square = jnp.square(jnp.asarray(rate, values.dtype)) * rest
     usable = jnp.isfinite(square) & (square > 0)
-    scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / jnp.where(usable, square, 1))
-    return jnp.where(usable, jnp.minimum(times_power(scale, -half), 1), 1)
+    divisor = jnp.where(usable, square, 1)
+    scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / divisor)
+    shortened = jnp.minimum(times_power(scale, -half), 1)
+    return jnp.where(usable, shortened, 1)
 
 
 def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
@@ -94,12 +108,14 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     >>> print(norms(jnp.full((1, 2, 2), 1e30)))
     [2.e+30]
     """
+    # a power of two near the largest entry of each matrix, [copies, 1, 1]
     sizes = jnp.abs(x)
     largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
     usable = jnp.isfinite(largest) & (largest > 0)
-    exponent = jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
     squares = jnp.square(times_power(sizes, -exponent))
-    root = jnp.sqrt((jnp.mean if mean else jnp.sum)(squares, axis=(1, 2)))
+    reduce = jnp.mean if mean else jnp.sum
+    root = jnp.sqrt(reduce(squares, axis=(1, 2)))
     return times_power(root, exponent[:, 0, 0])
 
 
@@ -110,25 +126,36 @@ def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
     >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
     3e+30
     """
-    sizes = {n: jnp.abs(x).astype(_wide(leaves)) for n, x in leaves.items()}
+    # one power of two for all leaves together
+    wide = _wide(leaves)
+    sizes = {name: jnp.abs(x).astype(wide) for name, x in leaves.items()}
     exponent = exponent_of(sizes)
-    squares = sum(jnp.sum(jnp.square(times_power(x, -exponent))) for x in sizes.values())
-    entries = sum(x.size for x in sizes.values())
-    return times_power(jnp.sqrt(jnp.asarray(squares, _wide(leaves)) / max(entries, 1)), exponent)
+    scaled = [times_power(x, -exponent) for x in sizes.values()]
+    total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), wide)
+    entries = sum(x.size for x in scaled)
+    root = jnp.sqrt(total / max(entries, 1))
+    return times_power(root, exponent)
 
 
-def scale_layers(tree: PyTree, scale: jax.Array, layers: Layers | None) -> PyTree:
+def scale_layers(
+    tree: PyTree,
+    scale: jax.Array,
+    layers: Layers | None,
+) -> PyTree:
     """`tree` with the leaves of the layers multiplied by one number, and those that have been given
     their size.
     """
     mine = covered_leaves(tree, layers)
     if layers is not None:
         mine |= grafted_leaves(tree, layers)
-    return replace_leaves(tree, {n: x * scale.astype(x.dtype) for n, x in mine.items()})
+    scaled = {name: x * scale.astype(x.dtype) for name, x in mine.items()}
+    return replace_leaves(tree, scaled)
 
 
 def map_layers(
-    function: Callable[..., tuple[jax.Array, Any]], *trees: PyTree, layers: Layers | None
+    function: Callable[..., tuple[jax.Array, Any]],
+    *trees: PyTree,
+    layers: Layers | None,
 ) -> tuple:
     """Applies a function to the matrices of every layer, kernel and bias together.
 
@@ -141,17 +168,23 @@ def map_layers(
     Returns:
       A tree like the first, and the reports, `[number of matrices]`.
     """
+    # kernel and bias of equal layers as one array of matrices
     leaves = [named_leaves(tree) for tree in trees]
     dtype = _wide(leaves[0])
     new: dict[str, jax.Array] = {}
     reports = [jnp.zeros((0,), dtype)]
-    grouped = () if layers is None else make_buckets(present(layers, leaves[0]))
-    for bucket in grouped:
-        matrices, report = function(*(gather(bucket, x, dtype) for x in leaves))
+    buckets: Sequence[Bucket] = ()
+    if layers is not None:
+        buckets = make_buckets(present(layers, leaves[0]))
+    for bucket in buckets:
+        gathered = [gather(bucket, x, dtype) for x in leaves]
+        matrices, report = function(*gathered)
         new |= scatter(bucket, matrices, leaves[0])
         reports.append(report)
+    # what belongs to no layer is a matrix of one row
     for name in [n for n in leaves[0] if n not in new]:
-        matrix, report = function(*(_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves))
+        rows = [_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves]
+        matrix, report = function(*rows)
         new[name] = matrix.reshape(leaves[0][name].shape)
         reports.append(report)
     new = {name: within(x, leaves[0][name].dtype) for name, x in new.items()}
@@ -166,8 +199,10 @@ def within(x: jax.Array, dtype: Any) -> jax.Array:
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         return x
+    # NaN and infinity stay, to be seen
     end = jnp.finfo(dtype).max.astype(x.dtype)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -end, end), x).astype(dtype)
+    clipped = jnp.clip(x, -end, end)
+    return jnp.where(jnp.isfinite(x), clipped, x).astype(dtype)
 
 
 def like_parameters(params: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
@@ -192,7 +227,8 @@ def require_curvature(where: str, why: str, curvature: Any) -> Any:
 
 def _wide(leaves: Mapping[str, jax.Array]) -> Any:
     """A real dtype: of complex leaves that of their parts."""
-    return jnp.result_type(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in leaves.values()))
+    real = [jnp.finfo(x.dtype).dtype for x in leaves.values()]
+    return jnp.result_type(jnp.float32, *real)
 
 
 def _widened(x: jax.Array, dtype: Any) -> jax.Array:

@@ -13,12 +13,8 @@ from kfac_optax._types import Directions, PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_legal, check_number, checked, start_checked
 from kfac_optax.step_rules._per_layer import like_parameters
 from kfac_optax.step_rules.bound import MODEL_EXAMPLES
-from kfac_optax.step_rules.quadratic_model import (
-    agreed_mix,
-    combine,
-    inner_products_of,
-    negative_parts,
-)
+from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
+from kfac_optax.step_rules.model_solution import agreed_mix
 
 
 class BalanceState(NamedTuple):
@@ -79,12 +75,14 @@ def balance_parts(
     def init(params: PyTree) -> BalanceState:
         given = start_checked(damping=damping)
         start = jnp.ones((), wide_dtype(params))
-        return BalanceState(preconditioner.init(params), jnp.zeros((), jnp.int32), start, given)
+        count = jnp.zeros((), jnp.int32)
+        return BalanceState(preconditioner.init(params), count, start, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         # handed on as they came: the preconditioner tells a forgotten curvature from none
         curvature, damping = extra.get("curvature"), extra.get("damping")
         new, after = preconditioner.update(updates, state.preconditioner, params, **extra)
+        # a damping that makes no sense leaves the last good one
         lam, given = checked(
             state.given, "damping", own_damping if damping is None else damping, state.balance_count
         )
@@ -96,23 +94,31 @@ def balance_parts(
                     weight = _agreed(
                         directions, updates, curvature, lam, examples, axis_name
                     ).astype(weight.dtype)
+            # -(U_fine + w U_coarse), from the negative parts
             ones = jnp.ones((), weight.dtype)
-            new = combine(directions, -jnp.stack([ones, weight][: len(directions)]))
+            weights = jnp.stack([ones, weight])[: len(directions)]
+            new = combine(directions, -weights)
         return new, BalanceState(after, optax.safe_increment(state.balance_count), weight, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _agreed(
-    directions, grads: PyTree, curvature: Any, damping: Any, examples: int, axis_name: Any
+    directions,
+    grads: PyTree,
+    curvature: Any,
+    damping: Any,
+    examples: int,
+    axis_name: Any,
 ) -> jax.Array:
     """Weight of the second direction relative to the first where the model is smallest, within [0,
     1].
     """
+    # K_ij = d_i^T (F + damping I) d_j and b_i = grad^T d_i
     whole = [like_parameters(curvature.params, named_leaves(direction)) for direction in directions]
     form = curvature.quadratic_form(whole, subsample=examples, axis_name=axis_name)
-    form = form + jnp.asarray(damping, form.dtype) * inner_products_of(directions).astype(
-        form.dtype
-    )
-    slopes = jnp.stack([inner(grads, d) for d in directions]).astype(form.dtype)
-    return agreed_mix(form, slopes)[1]
+    squares = inner_products_of(directions).astype(form.dtype)
+    form = form + jnp.asarray(damping, form.dtype) * squares
+    slopes = jnp.stack([inner(grads, d) for d in directions])
+    _, weight = agreed_mix(form, slopes.astype(form.dtype))
+    return weight

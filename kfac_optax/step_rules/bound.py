@@ -12,14 +12,11 @@ import optax
 from kfac_optax._tree import inner, named_leaves, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_legal, check_number, checked, start_checked
+from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.step_rules._per_layer import like_parameters
-from kfac_optax.step_rules.quadratic_model import (
-    agreed_mix,
-    combine,
-    inner_products_of,
-    negative_parts,
-    solve_model,
-)
+from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
+from kfac_optax.step_rules.model_solution import agreed_mix, solve_model
 
 MODEL_EXAMPLES = 256
 
@@ -127,6 +124,7 @@ def bound_step(
         def number(value: float) -> jax.Array:
             return jnp.full((), value, dtype)  # a new array each time: no buffer occurs twice
 
+        # hyperparameters are checked when they are used: schedules and injected values too
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip, damping=damping)
         return BoundState(
             preconditioner.init(params),
@@ -154,6 +152,7 @@ def bound_step(
                 f"{where}.update: got no params; the bound is one on how the parameters really "
                 "move. Pass them: tx.update(grads, opt_state, params, curvature=...)."
             )
+        # numbers of this step, in place of those that make no sense
         dtype = state.step_rate.dtype
         rate, given = checked(state.given, "learning_rate", learning_rate, state.bound_count)
         bound, given = checked(given, "kl_clip", kl_clip, state.bound_count)
@@ -161,9 +160,10 @@ def bound_step(
             given, "damping", own_damping if damping is None else damping, state.bound_count
         )
         rate, bound, lam = (jnp.asarray(x, dtype) for x in (rate, bound, lam))
+        # a schedule that lowers the rate shortens the step that the model wants
         peak = jnp.maximum(state.peak_rate, rate)
-        share = rate / jnp.where(peak > 0, peak, 1)  # what a schedule has left of the rate
-        carried = momentum * rate / jnp.where(state.last_rate > 0, state.last_rate, 1)
+        share = rate / positive_or_one(peak)  # what a schedule has left of the rate
+        carried = momentum * rate / positive_or_one(state.last_rate)
         with jax.named_scope("kfac/bound_step"):
             parts, last = negative_parts(preconditioned), _moved(params, state)
             # of a step in constant directions
@@ -175,14 +175,15 @@ def bound_step(
                 form = _form(curvature, directions, examples, axis_name).astype(dtype)
                 step = _decide(directions, form, updates, lam, carried, share, room)
             # what sgd makes of it: rate * new = carried * last - step
-            weights = jnp.append(-step.scale * step.rates, (1 - step.scale) * carried)
-            new = combine((*parts, last), weights / jnp.where(rate > 0, rate, 1))
+            of_last = (1 - step.scale) * carried
+            weights = jnp.append(-step.scale * step.rates, of_last)
+            new = combine((*parts, last), weights / positive_or_one(rate))
         # of a step that the model could not decide nothing is remembered
         decided = jnp.isfinite(step.slope) & (step.slope != 0)
         before = jnp.stack([state.step_rate, state.coarse_rate])
-        rates = jnp.where(
-            decided, jnp.pad(step.rates.astype(dtype), (0, 2 - len(step.rates))), before
-        )
+        missing = 2 - len(step.rates)
+        both = jnp.pad(step.rates.astype(dtype), (0, missing))
+        rates = jnp.where(decided, both, before)
         new_state = BoundState(
             after,
             jax.tree.map(jnp.array, params),
@@ -211,7 +212,12 @@ def _moved(params: PyTree, state: BoundState) -> PyTree:
     return jax.tree.map(difference, params, state.previous_params)
 
 
-def _form(curvature: Any, directions: Sequence[PyTree], examples: int, axis_name: Any) -> jax.Array:
+def _form(
+    curvature: Any,
+    directions: Sequence[PyTree],
+    examples: int,
+    axis_name: Any,
+) -> jax.Array:
     """`d_i^T F d_j` on some examples; parameters that are masked have no part in a direction."""
     whole = [like_parameters(curvature.params, named_leaves(direction)) for direction in directions]
     return curvature.quadratic_form(whole, subsample=examples, axis_name=axis_name)
@@ -227,26 +233,36 @@ def _decide(
     room: jax.Array,
 ) -> _Step:
     """Rates that minimise the model behind the momentum, and what the bound leaves of the step."""
+    # b_i = grad^T d_i and K_ij = d_i^T (F + damping I) d_j, the last direction being T0
     slopes = jnp.stack([inner(grads, d) for d in directions]).astype(form.dtype)
-    damped = form + damping * inner_products_of(directions).astype(form.dtype)
-    mix = agreed_mix(damped[:-1, :-1], slopes[:-1] + momentum * damped[:-1, -1])
-    joined = jnp.zeros((len(directions), 2), form.dtype).at[:-1, 0].set(mix).at[-1, 1].set(1)
+    squares = inner_products_of(directions).astype(form.dtype)
+    damped = form + damping * squares
+    # shares of the parts, with the momentum term as part of the slope
+    of_parts = slopes[:-1] + momentum * damped[:-1, -1]
+    mix = agreed_mix(damped[:-1, :-1], of_parts)
+    # columns: the mixed update and the last step, so that one rate is left to find
+    joined = jnp.zeros((len(directions), 2), form.dtype)
+    joined = joined.at[:-1, 0].set(mix)
+    joined = joined.at[-1, 1].set(1)
     model = _between(damped, joined)
-    rate = solve_model(model, jnp.sum(joined * slopes[:, None], axis=0), momentum=momentum).rate
+    slopes_of_both = jnp.sum(joined * slopes[:, None], axis=0)
+    rate = solve_model(model, slopes_of_both, momentum=momentum).rate
     # the step may not turn back; without a model momentum goes on
     rates = jnp.where(rate > 0, share * rate, 0) * mix
     whole = jnp.append(rates, momentum)
-    square = jnp.sum(whole * jnp.sum(form * whole, axis=1))
+    # T^T F T without the damping, of the whole step
+    product = jnp.sum(form * whole, axis=1)
+    square = jnp.sum(whole * product)
     usable = jnp.isfinite(square) & (square > 0)
-    scale = jnp.minimum(1, share * jnp.sqrt(room / jnp.where(usable, square, 1)))
-    return _Step(rates, jnp.where(usable, scale, 1), jnp.sum(rates * slopes[:-1]))
+    longest = jnp.sqrt(room / jnp.where(usable, square, 1))
+    scale = jnp.minimum(1, share * longest)
+    slope = jnp.sum(rates * slopes[:-1])
+    return _Step(rates, jnp.where(usable, scale, 1), slope)
 
 
 def _between(form: jax.Array, columns: jax.Array) -> jax.Array:
     """`C^T form C`."""
-    return jnp.matmul(
-        jnp.matmul(columns.T, form, precision="highest"), columns, precision="highest"
-    )
+    return sandwich(columns.T, form, columns)
 
 
 def _as_before(
@@ -259,16 +275,23 @@ def _as_before(
     """Rates of the last exact product, less where the slope has grown; those of KL-clip where there
     was none.
     """
-    slopes = jnp.stack([inner(grads, d) for d in parts]).astype(state.step_rate.dtype)
-    rates = jnp.stack([state.step_rate, state.coarse_rate])[: len(parts)]
-    slope, known = jnp.abs(jnp.sum(rates * slopes)), jnp.abs(state.known_slope)
+    # sizes of the slope along the step, now and when a product decided
+    slopes = jnp.stack([inner(grads, d) for d in parts])
+    slopes = slopes.astype(state.step_rate.dtype)
+    rates = jnp.stack([state.step_rate, state.coarse_rate])
+    rates = rates[: len(parts)]
+    slope = jnp.abs(jnp.sum(rates * slopes))
+    known = jnp.abs(state.known_slope)
+    # a longer slope in the same metric is a longer step: shortened by its root
     grown = (slope > known) & (slope > 0)
-    again = rates * jnp.where(grown, jnp.sqrt(known / jnp.where(grown, slope, 1)), 1)
+    shorter = jnp.sqrt(known / jnp.where(grown, slope, 1))
+    again = rates * jnp.where(grown, shorter, 1)
+    # without any product yet: nu = sqrt(kl_clip / (rate^2 |<U, V>|))
     square = jnp.square(learning_rate) * jnp.abs(jnp.sum(slopes))
     usable = jnp.isfinite(square) & (square > 0)
-    clip = jnp.where(
-        usable, jnp.minimum(1, jnp.sqrt(kl_clip / jnp.where(usable, square, 1))), square == 0
-    )
+    longest = jnp.sqrt(kl_clip / jnp.where(usable, square, 1))
+    clip = jnp.where(usable, jnp.minimum(1, longest), square == 0)
     fresh = jnp.full(rates.shape, learning_rate * clip)
     has_model = state.known_slope != 0
-    return _Step(jnp.where(has_model, again, fresh), state.bound_scale, state.known_slope)
+    rates = jnp.where(has_model, again, fresh)
+    return _Step(rates, state.bound_scale, state.known_slope)

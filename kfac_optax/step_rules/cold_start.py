@@ -61,16 +61,22 @@ def cold_start(
 
     def init(params: PyTree) -> ColdStartState:
         given = start_checked(steps=steps)
-        return ColdStartState(warm.init(params), cold.init(params), jnp.zeros((), jnp.int32), given)
+        count = jnp.zeros((), jnp.int32)
+        return ColdStartState(warm.init(params), cold.init(params), count, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # both run in every step, so that both states go on
         later, warm_state = warm.update(updates, state.preconditioner, params, **extra)
         first, cold_state = cold.update(updates, state.cold, params, **extra)
         last, given = checked(state.given, "steps", steps, state.cold_count)
         cold_now = state.cold_count < last
-        chosen = jax.tree.map(lambda a, b: jnp.where(cold_now, a, b).astype(b.dtype), first, later)
-        return chosen, ColdStartState(
-            warm_state, cold_state, optax.safe_increment(state.cold_count), given
-        )
+
+        def choose(plain: jax.Array, preconditioned: jax.Array) -> jax.Array:
+            chosen = jnp.where(cold_now, plain, preconditioned)
+            return chosen.astype(preconditioned.dtype)
+
+        count = optax.safe_increment(state.cold_count)
+        new_state = ColdStartState(warm_state, cold_state, count, given)
+        return jax.tree.map(choose, first, later), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -2,7 +2,6 @@
 over any optimizer.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from kfac_optax.step_rules.reduction_ratio import (
     promise,
     quadratic_state,
 )
+from kfac_optax.step_rules.rejection import if_due, reject
 
 
 class DampingState(NamedTuple):
@@ -143,6 +143,7 @@ def adapt_damping(
 
     def init(params: PyTree) -> DampingState:
         dtype = wide_dtype(params)
+        # gamma^2 = lambda + weight_decay
         start = jnp.array(initial_damping, dtype)
         return DampingState(
             optimizer.init(params),
@@ -171,6 +172,7 @@ def adapt_damping(
         _check_arguments(rule.where, params, curvature, value, value_fn)
         grad = updates if grad is None else grad
 
+        # the inner update as a function of gamma^2, of which a search tries three
         def attempt(gamma: jax.Array) -> tuple[PyTree, PyTree]:
             return optimizer.update(
                 updates,
@@ -186,9 +188,12 @@ def adapt_damping(
             )
 
         step, after, gamma = search(rule, state, attempt, adapt)
+        # what `quadratic_step` inside knows of its own model, if it is there
         known = quadratic_state(after)
         failed = failures(known) > failures(quadratic_state(state.optimizer))
 
+        # h(theta + delta) and M(delta) - M(0): a forward pass, and a product without
+        # `quadratic_step`
         def measure() -> tuple[jax.Array, jax.Array]:
             change = model_change_of(rule, known, step, curvature, grad, state.model_damping)
             return mean_over(value_fn(optax.apply_updates(params, step)), axis_name), change
@@ -197,10 +202,11 @@ def adapt_damping(
         promised = promise(rule, known, step, grad, mean_over(value, axis_name))
         # all devices have to measure together
         due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
-        new_value, change = _if_due(due, measure)
+        # rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0))
+        new_value, change = if_due(due, measure)
         ratio = (new_value - mean_over(value, axis_name)) / change
         lowest = lowest_ratio(rule, promised)
-        step, after, rejected = _reject(
+        step, after, rejected = reject(
             step, after, state.optimizer, (ratio, failed, due, lowest), new_value
         )
         return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
@@ -208,7 +214,14 @@ def adapt_damping(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_fn: Any) -> None:
+def _check_arguments(
+    where: str,
+    params: Any,
+    curvature: Any,
+    value: Any,
+    value_fn: Any,
+) -> None:
+    # all that the ratio is made of
     missing = {"params": params, "value": value, "value_fn": value_fn}
     missing = [name for name, x in missing.items() if x is None]
     if missing:
@@ -225,53 +238,36 @@ def _check_arguments(where: str, params: Any, curvature: Any, value: Any, value_
         )
 
 
-def _if_due(due: Any, measure: Callable[[], tuple[jax.Array, jax.Array]]) -> Any:
-    if due is True:
-        return measure()
-    shapes = jax.eval_shape(measure)
-
-    def nothing() -> Any:
-        return tuple(jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes)
-
-    return jax.lax.cond(due, measure, nothing)
-
-
-def _reject(step: PyTree, after: PyTree, before: PyTree, found: tuple, new_value: jax.Array):
-    """Takes the step back where its ratio says so; curvature that was measured stays."""
-    ratio, failed, due, lowest = found
-    low = (lowest > -jnp.inf) & ~(ratio >= lowest.astype(ratio.dtype))
-    bad = low | ~jnp.isfinite(new_value)
-    rejected = jnp.asarray(due) & bad & ~failed  # a step without a model is zero already
-
-    def is_curvature(node: Any) -> bool:
-        return hasattr(node, "curvature_count")
-
-    def keep(new: Any, old: Any) -> Any:
-        return new if is_curvature(new) else jnp.where(rejected, old, new)
-
-    step = jax.tree.map(lambda x: jnp.where(rejected, 0, x).astype(x.dtype), step)
-    return step, jax.tree.map(keep, after, before, is_leaf=is_curvature), rejected
-
-
 def _next_state(
-    rule: DampingRule, state: Any, after: PyTree, gamma: jax.Array, ratio, due, failed, rejected
+    rule: DampingRule,
+    state: Any,
+    after: PyTree,
+    gamma: jax.Array,
+    ratio,
+    due,
+    failed,
+    rejected,
 ) -> DampingState:
+    # omega = decay^every: lambda / omega where rho is low, lambda omega where it is high
     due, lam = jnp.asarray(due), state.model_damping
     ratio = ratio.astype(lam.dtype)
     omega = jnp.asarray(rule.decay, lam.dtype) ** rule.every
     grow = failed | (due & ~(ratio >= rule.lower))  # NaN grows
     shrink = due & ~failed & (ratio > rule.upper)
-    wanted = jnp.where(grow, lam / omega, jnp.where(shrink, lam * omega, lam))
+    wanted = jnp.where(shrink, lam * omega, lam)
+    wanted = jnp.where(grow, lam / omega, wanted)
     damping = jnp.clip(wanted, rule.damping_min, rule.damping_max)
     at_bound = (wanted != damping) & (grow | shrink)
+    # where no search chooses it, gamma^2 follows lambda
+    if rule.search_every is None:
+        gamma = damping + jnp.asarray(rule.weight_decay, lam.dtype)
+    measured = due & ~failed & jnp.isfinite(ratio)
     return DampingState(
         after,
         optax.safe_increment(state.damping_count),
         damping,
-        gamma
-        if rule.search_every is not None
-        else damping + jnp.asarray(rule.weight_decay, lam.dtype),
-        jnp.where(due & ~failed & jnp.isfinite(ratio), ratio, state.reduction_ratio),
+        gamma,
+        jnp.where(measured, ratio, state.reduction_ratio),
         state.rejected_steps + rejected.astype(jnp.int32),
         state.damping_at_bound + at_bound.astype(jnp.int32),
     )

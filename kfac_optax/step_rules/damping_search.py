@@ -18,6 +18,7 @@ def search(
     if rule.search_every is None:
         gamma = state.model_damping + jnp.asarray(rule.weight_decay, state.model_damping.dtype)
         return *attempt(gamma), gamma
+    # gamma^2, smaller and larger by one factor
     factor = rule.decay**rule.search_every if rule.search_decay is None else rule.search_decay
     now = state.preconditioner_damping
 
@@ -27,17 +28,21 @@ def search(
             jnp.maximum(now * factor, rule.damping_min),
             jnp.minimum(now / factor, rule.damping_max),
         ]
+        # each candidate solves anew from the same statistics
         tried = [(*attempt(gamma), gamma) for gamma in gammas]
         changes = [_damped_change(rule.where, after) for _, after, _ in tried]
         chosen, lowest = tried[0], changes[0]
-        for other, change in zip(tried[1:], changes[1:], strict=True):
+        others = zip(tried[1:], changes[1:], strict=True)
+        for other, change in others:
             better = change < lowest  # false for what is not finite
-            chosen, lowest = select(better, other, chosen), jnp.where(better, change, lowest)
+            chosen = select(better, other, chosen)
+            lowest = jnp.where(better, change, lowest)
         return chosen
 
     def keep() -> tuple[PyTree, PyTree, jax.Array]:
         return *attempt(now), now
 
+    # the period's last step, so that the state has seen a whole one
     due = state.damping_count % rule.search_every == rule.search_every - 1
     return jax.lax.cond(due, best, keep)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Layers, PyTree
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.step_rules._per_layer import map_layers, norms
 
 
@@ -58,6 +59,7 @@ def graft_norm(
         return GraftState(direction_of.init(params), length_of.init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # both see the same gradient
         direction, inner = direction_of.update(updates, state.preconditioner, params, **extra)
         lengths, graft = length_of.update(updates, state.graft, params, **extra)
 
@@ -66,14 +68,19 @@ def graft_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def exchange_norms(direction: PyTree, lengths: PyTree, layers: Layers | None = None) -> PyTree:
+def exchange_norms(
+    direction: PyTree,
+    lengths: PyTree,
+    layers: Layers | None = None,
+) -> PyTree:
     """`S_i ||Q_i|| / ||S_i||`, layer by layer, see `graft_norm`."""
 
     def exchange(s: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        norm, wanted = (norms(x) for x in (s, q))
+        # [copies] Frobenius norms of the matrices [copies, p, q]
+        norm, wanted = norms(s), norms(q)
         # of many large entries; NaN stays
         wanted = jnp.minimum(wanted, jnp.finfo(wanted.dtype).max)
-        ratio = wanted / jnp.where(norm > 0, norm, 1)
+        ratio = wanted / positive_or_one(norm)
         return s * ratio[:, None, None], ratio
 
     with jax.named_scope("kfac/graft_norm"):

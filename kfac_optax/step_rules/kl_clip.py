@@ -63,9 +63,8 @@ def clip_by_kl(
 
     def init(params: PyTree) -> KLClipState:
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
-        return KLClipState(
-            preconditioner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32), given
-        )
+        count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
+        return KLClipState(preconditioner.init(params), count, scale, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
@@ -74,6 +73,7 @@ def clip_by_kl(
         count = optax.safe_increment(state.kl_count)
         if kl_clip is None or learning_rate is None:
             return preconditioned, KLClipState(inner, count, state.kl_scale, state.given)
+        # values that make no sense leave the last good ones
         rate, given = checked(state.given, "learning_rate", learning_rate, state.kl_count)
         bound, given = checked(given, "kl_clip", kl_clip, state.kl_count)
         with jax.named_scope("kfac/kl_clip"):
@@ -96,7 +96,7 @@ def kl_scale(
     >>> print(kl_scale(jnp.array([3.0, 4.0]), jnp.array([3.0, 4.0]), 1.0, 1.0))
     0.2
     """
+    # <U_i, V_i> of every layer, apart from a common power of two
     products = inner_products(preconditioned, gradients, layers)
-    return inverse_root_of(
-        jnp.sum(jnp.abs(products.values)), products.exponent, learning_rate, kl_clip
-    )
+    total = jnp.sum(jnp.abs(products.values))
+    return inverse_root_of(total, products.exponent, learning_rate, kl_clip)

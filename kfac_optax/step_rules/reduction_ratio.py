@@ -49,22 +49,26 @@ def check_rule(rule: DampingRule, initial_damping: Any) -> None:
 
 def mean_over(x: Any, axis_name: Any) -> jax.Array:
     """The mean over devices, where there are several."""
-    return jnp.asarray(x) if axis_name is None else jax.lax.pmean(x, axis_name)
+    if axis_name is None:
+        return jnp.asarray(x)
+    return jax.lax.pmean(x, axis_name)
 
 
 def quadratic_state(tree: PyTree) -> QuadraticState | None:
     """The first state of a `quadratic_step` in a tree of states."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuadraticState))
-    return next((x for x in leaves if isinstance(x, QuadraticState)), None)
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, QuadraticState)
+
+    leaves = jax.tree.leaves(tree, is_leaf=is_state)
+    return next(filter(is_state, leaves), None)
 
 
 def failures(state: QuadraticState | None) -> jax.Array:
     """How many steps had no quadratic model that could be minimised."""
-    return (
-        jnp.zeros((), jnp.int32)
-        if state is None
-        else state.non_finite_models + state.negative_curvatures
-    )
+    if state is None:
+        return jnp.zeros((), jnp.int32)
+    return state.non_finite_models + state.negative_curvatures
 
 
 def model_change_of(
@@ -78,12 +82,13 @@ def model_change_of(
     """`M(step) - M(0)`, from the state of `quadratic_step` or else from one more product."""
     if known is not None:
         return known.damped_change if rule.include_damping else known.model_change
-    form = curvature.quadratic_form((step,), axis_name=rule.axis_name)[0, 0].astype(lam.dtype)
+    # grad^T delta + delta^T (F + shift I) delta / 2
+    form = curvature.quadratic_form((step,), axis_name=rule.axis_name)
+    form = form[0, 0].astype(lam.dtype)
     shift = rule.weight_decay + (lam if rule.include_damping else 0)
-    return (
-        inner(grad, step).astype(lam.dtype)
-        + (form + shift * inner(step, step).astype(lam.dtype)) / 2
-    )
+    slope = inner(grad, step).astype(lam.dtype)
+    square = inner(step, step).astype(lam.dtype)
+    return slope + (form + shift * square) / 2
 
 
 class Promise(NamedTuple):
@@ -94,23 +99,33 @@ class Promise(NamedTuple):
 
 
 def promise(
-    rule: DampingRule, known: QuadraticState | None, step: PyTree, grad: PyTree, value: jax.Array
+    rule: DampingRule,
+    known: QuadraticState | None,
+    step: PyTree,
+    grad: PyTree,
+    value: jax.Array,
 ) -> Promise:
     """Costs an inner product; without `quadratic_step` there is no model before the ratio is
     measured.
     """
     if known is None:
         return Promise(jnp.bool_(False), jnp.bool_(False))
-    slope = mean_over(inner(grad, step), rule.axis_name).astype(known.model_change.dtype)
+    # M(delta) - M(0) = slope + curvature / 2, and the damped change has damping |delta|^2 / 2 more
+    dtype = known.model_change.dtype
+    slope = mean_over(inner(grad, step), rule.axis_name).astype(dtype)
     moves = known.damped_change != 0
-    limit = jnp.abs(value).astype(known.model_change.dtype) * (1 + _SLACK)
+    limit = jnp.abs(value).astype(dtype) * (1 + _SLACK)
     # negated, so that NaN counts
     too_much = moves & ~(-known.model_change <= limit)
-    curvature, damping = known.model_change - slope, known.damped_change - known.model_change
-    return Promise(too_much, moves & ~(curvature > _FLAT * damping))
+    curvature = known.model_change - slope
+    damping = known.damped_change - known.model_change
+    flat = moves & ~(curvature > _FLAT * damping)
+    return Promise(too_much, flat)
 
 
 def lowest_ratio(rule: DampingRule, promised: Promise) -> jax.Array:
     """Ratios below this one reject the step."""
+    # a step that promised too much has to keep more of its promise
     usual = -jnp.inf if rule.reject_below is None else rule.reject_below
-    return jnp.where(promised.too_much, jnp.maximum(usual, rule.lower), usual)
+    strict = jnp.maximum(usual, rule.lower)
+    return jnp.where(promised.too_much, strict, usual)

@@ -62,9 +62,8 @@ def clip_by_rms(
 
     def init(params: PyTree) -> RMSClipState:
         count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
-        return RMSClipState(
-            preconditioner.init(params), count, scale, start_checked(max_rms=max_rms)
-        )
+        given = start_checked(max_rms=max_rms)
+        return RMSClipState(preconditioner.init(params), count, scale, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
@@ -73,11 +72,11 @@ def clip_by_rms(
         bound, given = checked(state.given, "max_rms", max_rms, state.rms_count)
 
         def clip(u: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # min(1, max_rms / rms) for every matrix; what is not finite stays, to be seen
             rms = norms(u, mean=True)
             usable = jnp.isfinite(rms) & (rms > 0)
-            scale = jnp.where(
-                usable, jnp.minimum(jnp.asarray(bound, rms.dtype) / jnp.where(usable, rms, 1), 1), 1
-            )
+            ratio = jnp.asarray(bound, rms.dtype) / jnp.where(usable, rms, 1)
+            scale = jnp.where(usable, jnp.minimum(ratio, 1), 1)
             return u * scale[:, None, None], scale
 
         with jax.named_scope("kfac/clip_by_rms"):

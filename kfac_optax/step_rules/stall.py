@@ -73,10 +73,16 @@ def until_stalled(
         zero = jnp.zeros((), jnp.float32)
         start = preconditioner.init(params)
         no = jnp.zeros((), bool)
-        return StallState(start, no, zero, jnp.zeros_like(zero), jnp.zeros((), jnp.int32))
+        count = jnp.zeros((), jnp.int32)
+        return StallState(start, no, zero, jnp.zeros_like(zero), count)
 
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, *, value: Any = None, **extra
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        value: Any = None,
+        **extra: Any,
     ):
         if value is None:
             raise ValueError(
@@ -89,7 +95,8 @@ def until_stalled(
 
         def handed_on() -> tuple[PyTree, PyTree]:
             good = all_finite(updates)
-            return jax.tree.map(lambda x: jnp.where(good, x, 0), updates), state.preconditioner
+            plain = jax.tree.map(lambda x: jnp.where(good, x, 0), updates)
+            return plain, state.preconditioner
 
         def preconditioned() -> tuple[PyTree, PyTree]:
             return preconditioner.update(
@@ -108,10 +115,13 @@ def _seen(state: StallState, value: Any, decay: Any) -> StallState:
     value = jnp.asarray(value, jnp.float32)
     good = jnp.isfinite(value)
     differences = state.values_seen.astype(jnp.float32)  # with this one; none of the first loss
-    e = jnp.minimum(1 - 1 / jnp.maximum(differences, 1), jnp.asarray(decay, jnp.float32))
-    average = e * state.decrease + (1 - e) * (state.last_value - value)
+    of_all = 1 - 1 / jnp.maximum(differences, 1)
+    e = jnp.minimum(of_all, jnp.asarray(decay, jnp.float32))
+    difference = state.last_value - value
+    average = e * state.decrease + (1 - e) * difference
+    counts = good & (state.values_seen > 0)
     return state._replace(
         last_value=jnp.where(good, value, state.last_value),
-        decrease=jnp.where(good & (state.values_seen > 0), average, state.decrease),
+        decrease=jnp.where(counts, average, state.decrease),
         values_seen=state.values_seen + good.astype(jnp.int32),
     )

@@ -108,29 +108,30 @@ def clip_by_trust_region(
         state: PyTree, updates: PyTree, gradients: PyTree, extra: dict[str, Any]
     ) -> tuple[Any, jax.Array]:
         """The product and a power of two that multiplies it."""
+        # U^T F U by the user, by the raw gradients, or exact
         if callable(metric):
             return metric(state, updates), jnp.zeros((), jnp.int32)
         if metric == "damped":
             products = inner_products(updates, gradients, layers)
             return jnp.sum(products.values), products.exponent
+        # one product with the exact curvature of the batch
         curvature = require_curvature(where, 'metric="exact"', extra.get("curvature"))
         mine = covered_leaves(updates, layers)
         exponent = exponent_of(mine)
         # products with a direction of ordinary length cannot overflow
-        shorter = {
-            n: times_power(x.astype(wide_dtype(x)), -exponent).astype(x.dtype)
-            for n, x in mine.items()
-        }
+        shorter = {}
+        for name, x in mine.items():
+            wide = x.astype(wide_dtype(x))
+            shorter[name] = times_power(wide, -exponent).astype(x.dtype)
         direction = like_parameters(curvature.params, shorter)
-        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)[
-            0, 0
-        ]
-        return form, 2 * exponent
+        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)
+        return form[0, 0], 2 * exponent
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
             updates, state.preconditioner, params, **extra
         )
+        # values that make no sense leave the last good ones
         rate, given = checked(state.given, "learning_rate", learning_rate, state.trust_count)
         bound, given = checked(given, "radius", radius, state.trust_count)
         with jax.named_scope("kfac/trust_region"):
@@ -143,12 +144,19 @@ def clip_by_trust_region(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def trust_scale(product: Any, learning_rate: Any, radius: Any, *, exponent: Any = 0) -> jax.Array:
+def trust_scale(
+    product: Any,
+    learning_rate: Any,
+    radius: Any,
+    *,
+    exponent: Any = 0,
+) -> jax.Array:
     """The factor `nu = min(1, sqrt(2 radius / (learning_rate^2 product 2^exponent)))`.
 
     >>> print(trust_scale(25.0, 1.0, 0.5))
     0.2
     """
+    # no narrower than float32, so that the root has digits
     product = jnp.asarray(product)
     product = product.astype(jnp.result_type(jnp.float32, product))
     bound = 2 * jnp.asarray(radius, product.dtype)

@@ -95,7 +95,8 @@ def add_weight_decay(
 
     def init(params: PyTree) -> WeightDecayState:
         given = start_checked(weight_decay=weight_decay)
-        return WeightDecayState(preconditioner.init(params), jnp.zeros((), jnp.int32), given)
+        count = jnp.zeros((), jnp.int32)
+        return WeightDecayState(preconditioner.init(params), count, given)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         if params is None:
@@ -103,23 +104,24 @@ def add_weight_decay(
                 f"{where}.update got no `params`; expected tx.update(grads, opt_state, params, "
                 "...)."
             )
+        # a value that makes no sense leaves the last good one
         weight, given = checked(state.given, "weight_decay", weight_decay, state.decay_count)
         decayed = _masked(params, mask)
+        # F theta, exact on the batch, in place of theta
         if mode == "fisher":
             curvature = require_curvature(where, 'mode="fisher"', extra.get("curvature"))
             vector = like_parameters(curvature.params, named_leaves(decayed))
-            product = named_leaves(
-                curvature.vector_product(vector, subsample=subsample, axis_name=axis_name)
-            )
-            decayed = _masked(
-                like_parameters(params, {n: product[n] for n in named_leaves(params)}), mask
-            )
+            product = curvature.vector_product(vector, subsample=subsample, axis_name=axis_name)
+            product = named_leaves(product)
+            mine = {name: product[name] for name in named_leaves(params)}
+            decayed = _masked(like_parameters(params, mine), mask)
+        # a part of the objective: whatever runs inside sees it in the gradient
         if mode != "decoupled":
             updates = _plus(updates, weight, decayed)
-            extra = _augmented(
-                extra, weight, decayed, lambda p: _penalty(p, weight, mask), whole=mode == "loss"
-            )
+            penalty = functools.partial(_penalty, weight=weight, mask=mask)
+            extra = _augmented(extra, weight, decayed, penalty, whole=mode == "loss")
         new, inner = preconditioner.update(updates, state.preconditioner, params, **extra)
+        # behind the preconditioner: P V + w theta
         if mode == "decoupled":
             new = _plus(new, weight, decayed)
         return new, WeightDecayState(inner, optax.safe_increment(state.decay_count), given)
@@ -131,25 +133,42 @@ def _masked(params: PyTree, mask: Mask | None) -> PyTree:
     """The parameters, zero where the mask is false."""
     if mask is None:
         return params
+    # a mask may stop above the leaves, as a prefix of the tree
     kept = mask(params) if callable(mask) else mask
     zero = functools.partial(jax.tree.map, jnp.zeros_like)
-    return jax.tree.map(lambda keep, part: part if keep else zero(part), kept, params)
+
+    def choose(keep: bool, part: PyTree) -> PyTree:
+        return part if keep else zero(part)
+
+    return jax.tree.map(choose, kept, params)
 
 
 def _plus(updates: PyTree, weight: Any, tree: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda g, p: g + jnp.asarray(weight, g.dtype) * p.astype(g.dtype), updates, tree
-    )
+    def add(g: jax.Array, p: jax.Array) -> jax.Array:
+        return g + jnp.asarray(weight, g.dtype) * p.astype(g.dtype)
+
+    return jax.tree.map(add, updates, tree)
 
 
-def _penalty(params: PyTree, weight: Any, mask: Mask | None) -> jax.Array:
-    return 0.5 * weight * optax.tree.norm(_masked(params, mask), squared=True)
+def _penalty(
+    params: PyTree,
+    weight: Any,
+    mask: Mask | None,
+) -> jax.Array:
+    square = optax.tree.norm(_masked(params, mask), squared=True)
+    return 0.5 * weight * square
 
 
 def _augmented(
-    extra: dict[str, Any], weight: Any, decayed: PyTree, penalty: Callable, *, whole: bool
+    extra: dict[str, Any],
+    weight: Any,
+    decayed: PyTree,
+    penalty: Callable,
+    *,
+    whole: bool,
 ) -> dict[str, Any]:
     """Extra arguments about the loss, turned into those about the whole objective."""
+    # gradient, value and function of the loss become those of the objective
     extra = dict(extra)
     if extra.get("grad") is not None:
         extra["grad"] = _plus(extra["grad"], weight, decayed)

@@ -12,7 +12,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.engine.choice import blocks_of
-from kfac_optax.estimators import measure
+from kfac_optax.estimators import block_measure
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.linalg.example_moments import example_moments
 from tests import helpers as h
@@ -217,7 +217,7 @@ def test_parts_of_a_batch_add_up(x64, monkeypatch):
             example_moments(a, g, entries=entries), example_moments(a, g), rtol=1e-12
         )
     predict, params, x = problem("convolution")
-    monkeypatch.setattr(measure, "PATCH_BYTES", 1)  # one example at a time
+    monkeypatch.setattr(block_measure, "PATCH_BYTES", 1)  # one example at a time
     assert_exact_diagonals(ko.ggn(predict), params, x)
 
 

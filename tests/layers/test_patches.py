@@ -10,9 +10,10 @@ import pytest
 import kfac_optax as ko
 from kfac_optax._types import Use
 from kfac_optax.capture import patches
-from kfac_optax.capture.geometry import Conv, Dense, channel_sums, reduced, to_rows
+from kfac_optax.capture.geometry import Conv, Dense, to_rows
 from kfac_optax.capture.layouts import layout
-from kfac_optax.estimators import measure
+from kfac_optax.capture.positions import channel_sums, reduced
+from kfac_optax.estimators import block_measure
 from kfac_optax.testing import dense_layer
 from tests import oracles
 
@@ -97,7 +98,7 @@ def dense(a, g, use, block=None):
     )
     offset_major = made.reshape(*made.shape[:-1], a.shape[-1], -1).swapaxes(-1, -2)
     rows = offset_major.reshape(*made.shape[:-1], -1)
-    return measure.measure_use(Dense(), block or ko.kronecker(), rows, g, use)
+    return block_measure.measure_use(Dense(), block or ko.kronecker(), rows, g, use)
 
 
 def assert_factors(got, expected):
@@ -108,11 +109,11 @@ def assert_factors(got, expected):
 @pytest.mark.parametrize(("bytes_", "weighted"), [(1 << 27, False), (20_000, True), (1, False)])
 def test_factors_are_those_of_a_dense_layer_on_the_patches(x64, monkeypatch, bytes_, weighted):
     """Also where the patches of the whole batch do not fit and are formed in parts."""
-    monkeypatch.setattr(measure, "PATCH_BYTES", bytes_)
+    monkeypatch.setattr(block_measure, "PATCH_BYTES", bytes_)
     a, g = conv_rows(x64)
     weights = jnp.abs(oracles.normal(2, g.shape[:-1])) if weighted else None
     use = use_of(g, weights=weights)
-    got = measure.measure_use(GEOMETRY, ko.kronecker(), a, g, use)
+    got = block_measure.measure_use(GEOMETRY, ko.kronecker(), a, g, use)
     assert_factors(got, dense(a, g, use))
     positions = g[0, ..., 0].size
     if not weighted:
@@ -126,8 +127,8 @@ def test_patches_of_the_whole_batch_are_not_formed_where_they_do_not_fit(monkeyp
     geometry = Conv(patches.Window((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1)))
 
     def largest(limit):
-        monkeypatch.setattr(measure, "PATCH_BYTES", limit)
-        f = lambda a, g: measure.measure_use(
+        monkeypatch.setattr(block_measure, "PATCH_BYTES", limit)
+        f = lambda a, g: block_measure.measure_use(
             geometry, ko.kronecker(), a, g, use_of(g, dtype=jnp.float32)
         )
         return jax.jit(f).lower(a, g).compile().memory_analysis().temp_size_in_bytes
@@ -143,10 +144,10 @@ def test_left_out_positions_are_counted_by_those_kept(x64):
     """
     a, g = conv_rows(x64)
     thin = ko.kronecker(positions=4)
-    got = measure.measure_use(GEOMETRY, thin, a, g, use_of(g))
+    got = block_measure.measure_use(GEOMETRY, thin, a, g, use_of(g))
     rows, out = to_rows(GEOMETRY, a, g, (2, 2))
     share = g[0, ..., 0].size / out[0, 0, ..., 0].size
-    kept = measure.over_groups(ko.kronecker(), rows, out, use_of(g))
+    kept = block_measure.over_groups(ko.kronecker(), rows, out, use_of(g))
     np.testing.assert_allclose(got.inputs, share * kept.inputs, rtol=1e-12)
     np.testing.assert_allclose(got.outputs, share * kept.outputs, rtol=1e-12)
     sequence, ones = (
@@ -154,16 +155,17 @@ def test_left_out_positions_are_counted_by_those_kept(x64):
         oracles.normal(4, (4, 1, 2)) * jnp.ones((4, 6, 1)),
     )
     use = use_of(ones, inputs=3)
-    all_of_them = measure.measure_use(Dense(), ko.kronecker(), sequence, ones, use)
+    all_of_them = block_measure.measure_use(Dense(), ko.kronecker(), sequence, ones, use)
     assert_factors(
-        measure.measure_use(Dense(), ko.kronecker(positions=3), sequence, ones, use), all_of_them
+        block_measure.measure_use(Dense(), ko.kronecker(positions=3), sequence, ones, use),
+        all_of_them,
     )
 
 
 def test_pooled_positions_count_once(x64):
     a, g = conv_rows(x64)
     use = use_of(g, rows=len(g))
-    got = measure.measure_use(GEOMETRY, ko.kronecker(sharing="reduce"), a, g, use)
+    got = block_measure.measure_use(GEOMETRY, ko.kronecker(sharing="reduce"), a, g, use)
     rows, out = (x[0] for x in to_rows(GEOMETRY, a, g))
     pooled = np.concatenate([rows.mean((1, 2)), np.ones((len(a), 1))], 1)
     summed = np.asarray(out.sum((1, 2)))
@@ -173,8 +175,8 @@ def test_pooled_positions_count_once(x64):
 
 def test_repeated_positions_double_the_input_factor_only(x64):
     a, g = oracles.normal(0, (5, 3, 4)), oracles.normal(1, (5, 3, 2))
-    once = measure.measure_use(Dense(), ko.kronecker(), a, g, use_of(g, inputs=4))
+    once = block_measure.measure_use(Dense(), ko.kronecker(), a, g, use_of(g, inputs=4))
     a2, g2 = (jnp.concatenate([x, x], 1) for x in (a, g))
-    twice = measure.measure_use(Dense(), ko.kronecker(), a2, g2, use_of(g2, inputs=4))
+    twice = block_measure.measure_use(Dense(), ko.kronecker(), a2, g2, use_of(g2, inputs=4))
     np.testing.assert_allclose(twice.inputs, 2 * once.inputs, rtol=1e-12)
     np.testing.assert_allclose(twice.outputs, once.outputs, rtol=1e-12)

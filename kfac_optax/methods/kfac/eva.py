@@ -10,11 +10,11 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
-UNCOVERED = ("pass", "graft", "raise")
 LEFT_OUT = ("scale_shift", "tied_embedding")
 
 
@@ -39,7 +39,7 @@ def _preset(
             f"{where}: got kl_clip without learning_rate; KL-clip bounds the step that will be "
             "taken. Pass learning_rate=, the rate of the optimizer that follows, or kl_clip=None."
         )
-    check_choice(where, "uncovered", uncovered, UNCOVERED)
+    check_choice(where, "uncovered", uncovered, WITHOUT_DIAGONAL)
     check_number(where, "damping", damping, above=0)
     layers = cover(layers, where=where)
     layers = leave_out(layers, LEFT_OUT, "{kind}: no block of rank one")

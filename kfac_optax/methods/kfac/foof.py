@@ -9,10 +9,9 @@ from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.foof import OF, foof_block
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL
 from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
-
-UNCOVERED = ("pass", "graft", "raise")
 
 
 @flat_signature()
@@ -80,7 +79,7 @@ def foof(
     Reference: Benzing, Gradient Descent on Neurons and its Link to Approximate Second-Order
       Optimization (2022).
     """
-    check_choice("foof", "uncovered", uncovered, UNCOVERED)
+    check_choice("foof", "uncovered", uncovered, WITHOUT_DIAGONAL)
     check_choice("foof", "normalization", normalization, ("unitwise", "pass"))
     linear = foof_block(sharing=sharing, positions=positions, precision=precision)
     others = {kind: foof_block(kind, precision=precision) for kind in OF if kind != "linear"}

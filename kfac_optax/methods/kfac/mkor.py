@@ -12,11 +12,11 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.graft import graft_norm
 
-UNCOVERED = ("pass", "graft", "raise")
 LEFT_OUT = ("scale_shift", "tied_embedding", "embedding")
 
 
@@ -82,7 +82,7 @@ def mkor(
     Reference: Mozaffari, Li, Zhang & Mehri Dehnavi, MKOR: Momentum-Enabled Kronecker-Factor-Based
       Optimizer Using Rank-1 Updates (2023).
     """
-    check_choice("mkor", "uncovered", uncovered, UNCOVERED)
+    check_choice("mkor", "uncovered", uncovered, WITHOUT_DIAGONAL)
     check_number("mkor", "decay", decay, above=0, at_most=1)  # the update divides by it
     layers = cover(layers, where="mkor")
     # what is left out is left over, and named so, before `uncovered` decides about it

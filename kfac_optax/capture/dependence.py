@@ -1,0 +1,61 @@
+"""Which values of a traced function depend on the data: by data flow, through calls and scans."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.tap import tap_p
+
+
+def may_hold_examples(aval: Any) -> bool:
+    """Whether an argument may have examples on axis 0: arrays, but no keys."""
+    is_key = jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+    return aval.ndim > 0 and not is_key
+
+
+def dependence(
+    jaxpr: Any,
+    inputs: Sequence[bool],
+    taps: list[bool],
+) -> list[bool]:
+    """Which outputs depend on the inputs marked; appends to `taps` whether each tap does, in order."""
+    # one pass forward: an output depends on what any input of its equation depends on
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def mark(v: Any) -> bool:
+        return not isinstance(v, jex.Literal) and known.get(v, False)
+
+    for eqn in jaxpr.eqns:
+        marks = list(map(mark, eqn.invars))
+        outputs = [any(marks)] * len(eqn.outvars)
+        if eqn.primitive is tap_p:
+            taps.append(marks[0] or marks[1])  # a shift has no input
+        elif (body := call_body(eqn)) is not None:
+            outputs = dependence(body.jaxpr, marks, taps)
+        elif eqn.primitive.name == "scan":
+            outputs = _dependence_of_scan(eqn, marks, taps)
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return list(map(mark, jaxpr.outvars))
+
+
+def _dependence_of_scan(
+    eqn: Any,
+    marks: list[bool],
+    taps: list[bool],
+) -> list[bool]:
+    closed, constants, carried = scan_body(eqn)
+    first = constants + carried
+    while True:  # what one step writes into the carry, the next one reads
+        inside: list[bool] = []
+        outputs = dependence(closed.jaxpr, marks, inside)
+        before = marks[constants:first]
+        pairs = zip(before, outputs[:carried], strict=True)
+        carry = [old or new for old, new in pairs]
+        if carry == before:
+            taps.extend(inside)
+            return [*carry, *outputs[carried:]]
+        marks = [*marks[:constants], *carry, *marks[first:]]
