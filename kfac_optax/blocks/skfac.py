@@ -115,7 +115,7 @@ def skfac_block(
         inverse: SampleInverse, new: Columns, means: Means, damping: Array, average: Average
     ) -> SampleInverse:
         # rows of all pullbacks and devices, zeros behind them up to what the state has room for
-        a, g = (fill(x, rows, "skfac_block") for x in of_all_pullbacks(new))
+        a, g = jax.tree.map(lambda x: fill(x, rows, "skfac_block"), of_all_pullbacks(new))
         # of this batch alone: the means in the statistic are averages
         mean_a = jnp.sum(a * a) / a.shape[1]
         mean_g = jnp.sum(g * g) / g.shape[1]
