@@ -220,6 +220,7 @@ def _rows(
 def _square(a: Array, use: Use) -> Array:
     """`sum_rows w |a|^2`."""
     lengths = jnp.sum(a * a, -1)
+    # weighted lengths, so that trace and factor agree
     if use.weights is not None:
         lengths = use.weights.astype(use.dtype) * lengths
     return jnp.sum(lengths)

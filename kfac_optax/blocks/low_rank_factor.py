@@ -69,6 +69,7 @@ def check_settings(where: str, settings: Settings) -> None:
 
 def start(dimension: int, rule: Rule, dtype: Any) -> Array:
     """The identity, or its diagonal where only that is kept."""
+    # a sketch or a correction reads the whole average
     if rule.dense:
         return jnp.eye(dimension, dtype=dtype)
     return jnp.ones(dimension, dtype)

@@ -29,6 +29,7 @@ def output_moment(
     if g is None:  # forward only: G := I, shared out over the uses, which are added up
         share = math.prod(tokens.shape) / use.rows
         return share * jnp.eye(use.outputs, dtype=use.dtype)
+    # the root of the weight is inside g
     g = g.astype(use.dtype)
     return gram(g, g, precision=precision) / use.rows
 

@@ -30,5 +30,6 @@ def share_of_layer(rows: Float[Array, "*rows d"], use: Use) -> Float[Array, ""]:
     >>> print(share_of_layer(jnp.ones((2, 1)), use))
     0.5
     """
+    # weighted where rows count differently
     share = count_rows(rows, use.weights) / use.rows
     return jnp.asarray(share, use.dtype)

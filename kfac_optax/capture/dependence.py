@@ -31,6 +31,7 @@ def dependence(
 
     for eqn in jaxpr.eqns:
         marks = list(map(mark, eqn.invars))
+        # of anything else an output depends on all inputs
         outputs = [any(marks)] * len(eqn.outvars)
         if eqn.primitive is tap_p:
             taps.append(marks[0] or marks[1])  # a shift has no input

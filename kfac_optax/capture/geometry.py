@@ -174,6 +174,7 @@ def _every(
     first: int,
     step: Sequence[int],
 ) -> jax.Array:
+    # groups or examples in front stay
     whole = (slice(None),) * (first + 1)
     thinned = tuple(slice(None, None, k) for k in step)
     return x[whole + thinned]
@@ -235,5 +236,6 @@ def split_last(g: jax.Array, groups: int) -> jax.Array:
     """Outputs of every group apart, `[..., q] -> [groups, ..., q / groups]`."""
     if groups == 1:
         return g[None]
+    # [..., q] -> [..., groups, q / groups] -> groups first
     split = g.reshape(*g.shape[:-1], groups, -1)
     return jnp.moveaxis(split, -2, 0)

@@ -59,6 +59,7 @@ def grams_of(
 
 def _joined(measured: Sequence[Sums]) -> Sums:
     """Copies of several layers one after another."""
+    # both sides of all layers of the group
     inputs, outputs = zip(*measured, strict=True)
     return Sums(jnp.concatenate(inputs), jnp.concatenate(outputs))
 

@@ -35,6 +35,7 @@ class Estimator:
           TypeError: `predict` does not return likelihoods.
         """
         kind = self.spec.kind
+        # the layers that the statistics will see, on their part of the batch
         args = part_of_batch(self.spec, args)
         traced = trace_model(self.spec, params, args)
         # shapes of a likelihood of the user's own are checked before anything runs
@@ -57,6 +58,7 @@ class Estimator:
         Raises:
           ValueError: the key is missing.
         """
+        # an error here, not when the curvature is due
         self._check_key(key)
         return LazyCurvature(params, args, key, self.spec)
 

@@ -159,6 +159,7 @@ def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
 def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:
     @functools.wraps(predict)
     def prediction(*args: Any, **kwargs: Any) -> PyTree:
+        # the likelihoods; what comes with them has no part in the curvature
         first, _ = pair_of(kind, predict(*args, **kwargs))
         return first
 

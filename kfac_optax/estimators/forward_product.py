@@ -44,6 +44,7 @@ def forward_product(
 
 def _block_of_inputs(layer: Layer) -> Block:
     """What knows `A (x) I` of a layer with weights between units."""
+    # one-hot inputs: A is diagonal
     tables = {"embedding": embedding, "tied_embedding": tied_embedding}
     make = tables.get(layer.kind, kronecker)
     return make()

@@ -48,5 +48,6 @@ def as_replicated(x: Array) -> Array:
 
 def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:
     """Rows with the trailing 1 of a layer with bias."""
+    # the bias is the weight of a constant input
     ones = jnp.ones_like(a[..., :1])
     return jnp.concatenate([a, ones], axis=-1)

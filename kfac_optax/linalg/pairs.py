@@ -18,6 +18,7 @@ def symmetric_matrix(
     [[0. 1.]
      [1. 2.]]
     """
+    # the upper triangle, mirrored
     known = {}
     for i, j in itertools.combinations_with_replacement(range(size), 2):
         known[i, j] = known[j, i] = entry(i, j)

@@ -46,6 +46,7 @@ def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Floa
     >>> print(finite_padding(jnp.array([jnp.nan, 3.0, jnp.nan]), jnp.array([0.0, 0.0, 1.0])))
     [ 0.  3. nan]
     """
+    # finite numbers stay
     padding = (weights == 0) & ~jnp.isfinite(x)
     return jnp.where(padding, jnp.zeros((), x.dtype), x)
 

@@ -20,6 +20,7 @@ def negative_parts(updates: PyTree) -> tuple[PyTree, ...]:
         first, *others = parts
         added = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *others)
         parts = (first, added)
+    # a step goes against the update
     return tuple(jax.tree.map(jnp.negative, part) for part in parts)
 
 
