@@ -51,6 +51,7 @@ from kfac_optax.inspection.products import (
     log_determinant,
     square_root_product,
 )
+from kfac_optax.inspection.state_format import check_state, describe_state
 from kfac_optax.likelihoods import (
     Bernoulli,
     Categorical,
@@ -134,6 +135,7 @@ __all__ = [
     "balance_parts",
     "blocks_of",
     "bound_step",
+    "check_state",
     "clip_by_kl",
     "clip_by_rms",
     "clip_by_trust_region",
@@ -144,6 +146,7 @@ __all__ = [
     "coverage",
     "deflated",
     "delayed",
+    "describe_state",
     "diagnostics",
     "diagonal",
     "ekfac",

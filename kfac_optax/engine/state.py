@@ -8,6 +8,10 @@ import numpy as np
 from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
 from kfac_optax._validate import Checked
 
+# Of all states of the package together, as `describe_state` saves it: one more whenever a field, a
+# shape or the meaning of an array changes.
+STATE_FORMAT = 1
+
 
 class CoarseState(NamedTuple):
     """State of the coupling between layers, rows in order of execution."""

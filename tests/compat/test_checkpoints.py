@@ -2,6 +2,12 @@
 them.
 """
 
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import optax
@@ -10,6 +16,9 @@ import pytest
 
 import kfac_optax as ko
 from tests import helpers as h
+from tests.compat import interrupted_run
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _exactly(a, b):
@@ -130,3 +139,42 @@ def test_a_cholesky_checkpoint_does_not_pass_for_an_eigh_one(tmp_path):
         target = jax.eval_shape(h.make_tx("kfac", problem).init, problem.params)
         with pytest.raises(ValueError, match=r"(?i)structure|mismatch|not match|missing"):
             checkpointer.restore(tmp_path / "state", target)
+
+
+def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(tmp_path):
+    """`kill -9` in the middle of an asynchronous save: the checkpoint before it is whole, the half
+    one is not seen, and the steps that follow are those of a run without an end. The same checkpoint
+    goes to two devices and back.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compat.interrupted_run", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    left = {path.name for path in (tmp_path / "steps").iterdir()}
+    assert str(interrupted_run.LOST) not in left and len(left) == 2, left
+
+    kept, shapes = interrupted_run.KEPT, interrupted_run.shapes_of_a_run()
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        assert manager.latest_step() == kept
+        restored = interrupted_run.restore(manager, kept, shapes)
+    step, (params, state) = interrupted_run.compiled_step(), interrupted_run.start()
+    for _ in range(kept):
+        params, state, _ = step(params, state)
+    _exactly(restored, {"params": params, "opt_state": state})
+    again = restored["params"], restored["opt_state"]
+    for _ in range(4):  # statistics (every 2) and inverses (every 3) are due again
+        params, state, _ = step(params, state)
+        again = step(*again)[:2]
+    _exactly(again, (params, state))
+
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    on_one = jax.tree.map(lambda x: x.update(sharding=one), shapes)
+    with ocp.StandardCheckpointer() as checkpointer:
+        back = checkpointer.restore(tmp_path / "of_two_devices", on_one)
+    h.assert_equal(back, restored)

@@ -1,0 +1,133 @@
+"""The layout of states is a promise: it changes together with the number of its version only.
+
+`python -m tests.compat.test_state_format` writes the file of a new version.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import kfac_optax as ko
+from kfac_optax.engine.state import STATE_FORMAT
+from tests import helpers as h
+
+PATH = pathlib.Path(__file__).parent / "state_formats" / f"{STATE_FORMAT}.json"
+PROMISED = (
+    "kfac",
+    "kfac_two_level",
+    "kfac_adaptive",
+    "ekfac",
+    "eva",
+    "mkor",
+    "rs_kfac",
+    "skfac",
+    "shampoo",
+    "soap",
+    "spring",
+)
+
+
+def described(name):
+    problem = h.plain_problem()
+    of_gradients = name not in ko.CATALOGUE
+    tx = (
+        getattr(ko, name)(learning_rate=0.1)
+        if of_gradients
+        else ko.CATALOGUE[name].build(problem.layers)
+    )
+    state = jax.eval_shape(tx.init, problem.params)
+    return ko.describe_state(state, problem.params)["state"]
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_layout_is_that_of_its_version(name):
+    """Where this fails a state saved by the last version is of no use to this one: add one to
+    `STATE_FORMAT` and write the new file beside the old ones.
+    """
+    promised = json.loads(PATH.read_text())[name]
+    assert described(name) == promised
+
+
+def test_every_version_has_its_file():
+    versions = sorted(int(path.stem) for path in PATH.parent.glob("*.json"))
+    assert versions == list(range(1, STATE_FORMAT + 1))
+    layouts = [path.read_text() for path in PATH.parent.glob("*.json")]
+    assert len(set(layouts)) == len(layouts), "a new number for the same layout"
+
+
+def saved(name="kfac", problem=None, **settings):
+    """A description as it comes back from a file."""
+    problem = problem or h.plain_problem()
+    state = jax.eval_shape(h.make_tx(name, problem, **settings).init, problem.params)
+    return json.loads(json.dumps(ko.describe_state(state, problem.params, problem.layers)))
+
+
+def refused(found, **more):
+    problem = h.plain_problem()
+    with pytest.raises(ValueError) as error:
+        ko.check_state(found, h.make_tx("kfac", problem), problem.params, **more)
+    return str(error.value)
+
+
+def test_what_fits_is_taken():
+    problem = h.plain_problem()
+    tx = h.make_tx("kfac", problem, damping=0.3)  # settings that change no array may change
+    ko.check_state(saved(), tx, problem.params)
+    ko.check_state(saved(), tx, problem.params, layers=problem.layers)
+    ko.check_state(h.initial_state("kfac"), tx, problem.params)
+
+
+def test_another_version_is_refused():
+    found = saved() | {"format": STATE_FORMAT + 1}
+    assert f"saved in format {STATE_FORMAT + 1}; this version of kfac_optax has" in refused(found)
+
+
+def test_another_model_is_refused_with_the_first_difference():
+    def predict(params, x):
+        x = jnp.tanh(h.dense(x, params["first"]["w"]))
+        return ko.Categorical(h.dense(x, params["last"]["w"], params["last"]["b"]))
+
+    params = h.plain_params()
+    del params["first"]["b"]
+    found = saved(problem=h.make_problem(predict, params, *h.data()))
+    message = (
+        "array 'first/b' of the parameters was saved as nothing; expected float32[4]. It is of"
+    )
+    assert message in refused(found)
+
+
+def test_layers_that_run_in_another_order_are_refused():
+    """Their arrays have the same names and shapes: only the description of layers tells."""
+
+    def backwards(params, x):
+        swapped = {"first": params["last"], "last": params["first"]}
+        return h.plain_predict(swapped, x)
+
+    found = saved(problem=h.make_problem(backwards, h.plain_params(), *h.data()))
+    problem = h.plain_problem()
+    ko.check_state(found, h.make_tx("kfac", problem), problem.params)
+    message = (
+        "layer 0 in order of execution was saved as 'last: dense 4x4 with bias'; expected "
+        "'first: dense 4x4 with bias'"
+    )
+    assert message in refused(found, layers=problem.layers)
+    del found["layers"]
+    assert "got layers=, but none were saved" in refused(found, layers=problem.layers)
+
+
+def test_another_optimizer_is_refused_with_the_first_difference():
+    bucket = "inverses/dense_5x4_bias"
+    assert f"preconditioner/{bucket}/inputs/vectors' of the state was saved as nothing" in refused(
+        saved(inverse="cholesky")
+    )
+    adam = optax.adam(0.1).init(h.plain_params())
+    assert "array 'preconditioner/kfac_count' of the state was saved as nothing" in refused(adam)
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(json.dumps({name: described(name) for name in PROMISED}, indent=1) + "\n")
