@@ -12,6 +12,7 @@ from jax.extend import core as jex
 
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.layers import Traced
+from kfac_optax.estimators import microbatches
 from kfac_optax.estimators.centring import centred_cotangents
 from kfac_optax.estimators.heads import (
     Kind,
@@ -46,10 +47,23 @@ class LazyCurvature:
     args: tuple[PyTree, ...]
     key: jax.Array | None
     spec: Spec = dataclasses.field(metadata={"static": True})
+    microbatch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """Statistics of the plan's layers, `[copies, ...]` each, and of its coupling."""
         args = part_of_batch(self.spec, self.args)
+        if self.microbatch_size is None:
+            return self._statistics(plan, args)
+        key = jax.random.key(0) if self.key is None else self.key
+
+        def of_microbatch(spec: Spec, args: tuple[PyTree, ...], i: jax.Array) -> Any:
+            mine = LazyCurvature(self.params, args, jax.random.fold_in(key, i), spec)
+            return microbatches.rows_apart(plan, mine._statistics(plan, args))
+
+        batch = microbatches.divide(self.spec, self.params, args, self.microbatch_size)
+        return microbatches.with_rows(*microbatches.mean_over(batch, of_microbatch))
+
+    def _statistics(self, plan: Plan, args: tuple[PyTree, ...]) -> tuple[list[PyTree], PyTree]:
         traced = trace_model(self.spec, self.params, args)
         inputs = jax.tree.leaves((self.params, args))
         kind = self.spec.kind
@@ -86,18 +100,32 @@ class LazyCurvature:
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
           axis_name: mapped axis over which the batch is split.
         """
-        # every product is exact on the part of the batch that is asked for
-        spec, args = _exact(self.spec, self.args, subsample)
-        return quadratic_form(
-            spec.kind, spec.function, self.params, directions, args, axis_name, count
-        )
+
+        def form(spec: Spec, args: tuple[PyTree, ...]) -> jax.Array:
+            return quadratic_form(
+                spec.kind, spec.function, self.params, directions, args, axis_name, count
+            )
+
+        return self._mean(form, subsample)
 
     def vector_product(
         self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None
     ) -> PyTree:
         """`F v`, a tree like the parameters; arguments as in `quadratic_form`."""
+
+        def product(spec: Spec, args: tuple[PyTree, ...]) -> PyTree:
+            return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
+
+        return self._mean(product, subsample)
+
+    def _mean(self, function: Callable[[Spec, tuple[PyTree, ...]], PyTree], subsample: Any) -> Any:
+        """What is a mean over examples, of one microbatch after another if there are several."""
+        # every product is exact on the part of the batch that is asked for
         spec, args = _exact(self.spec, self.args, subsample)
-        return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
+        if self.microbatch_size is None:
+            return function(spec, args)
+        batch = microbatches.divide(spec, self.params, args, self.microbatch_size)
+        return microbatches.mean_over(batch, lambda spec, args, i: (function(spec, args), ()))[0]
 
     def linearize(
         self,

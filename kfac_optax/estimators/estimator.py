@@ -10,6 +10,7 @@ from kfac_optax._types import Layers, PyTree
 from kfac_optax.estimators.curvature import LazyCurvature
 from kfac_optax.estimators.forward_product import forward_product
 from kfac_optax.estimators.heads import split_outputs
+from kfac_optax.estimators.microbatches import check_size
 from kfac_optax.estimators.products import vector_product
 from kfac_optax.estimators.shared_step import shared_step
 from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
@@ -45,7 +46,13 @@ class Estimator:
                 check_shapes(kind.name, head, labels=kind.labels, columns=not kind.labels)
         return traced.layers
 
-    def at(self, params: PyTree, *args: PyTree, key: jax.Array | None = None) -> LazyCurvature:
+    def at(
+        self,
+        params: PyTree,
+        *args: PyTree,
+        key: jax.Array | None = None,
+        microbatch_size: int | None = None,
+    ) -> LazyCurvature:
         """The curvature at these parameters and this batch: lazy, nothing runs until it is due.
 
         Args:
@@ -54,13 +61,20 @@ class Estimator:
           key: PRNG key of the labels that are drawn; without labels it may be left out, and only
             adds to the random signs of `ggn` and `empirical_fisher`, which change with the
             optimizer's step anyhow.
+          microbatch_size: measures so many examples at a time, in a compiled loop, in place of the
+            whole batch: a divisor of it. Statistics and products are those of the whole batch,
+            where its examples do not interact; labels and signs are drawn anew in every microbatch.
+            Rows, of the methods that see those of all examples at once, exist together all the
+            same.
 
         Raises:
-          ValueError: the key is missing.
+          ValueError: the key is missing; in an update, the batch has no microbatches of this size.
         """
         # an error here, not when the curvature is due
         self._check_key(key)
-        return LazyCurvature(params, args, key, self.spec)
+        if microbatch_size is not None:
+            check_size(self.spec.kind.name, microbatch_size)
+        return LazyCurvature(params, args, key, self.spec, microbatch_size)
 
     def vector_product(self, params: PyTree, vector: PyTree, *args: PyTree) -> PyTree:
         """Product of the curvature matrix with a tree like `params`; the matrix is never formed.

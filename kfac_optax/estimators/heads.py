@@ -31,6 +31,8 @@ class Kind(NamedTuple):
       losses: the function returns per-example losses, not predictions.
       gradients: output gradients are measured (`False`: inputs only).
       output_cotangents: `(heads, root weights, key, samples) -> OutputCotangents`.
+      mean_weights: mean weight of every head, where the batch is one of several that are averaged;
+        `None` for that of its own terms.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Kind(NamedTuple):
     losses: bool
     gradients: bool
     output_cotangents: Callable[..., OutputCotangents]
+    mean_weights: Any = None
 
 
 def _signed_columns(
@@ -211,7 +214,7 @@ def find_weights(
         )
     examples = count_examples(kind, heads)
     rows, roots = [], []
-    for head in heads:
+    for i, head in enumerate(heads):
         # the terms of an example share its weight, N / terms for each, as roots in the cotangents
         share = examples / max(math.prod(head.batch_shape), 1)
         if head.weights is None:
@@ -220,7 +223,7 @@ def find_weights(
         # mean one over all devices, so that dividing by N makes a weighted mean
         wide = jnp.result_type(jnp.float32, head.weights, *head.natural)
         own = head.weights.astype(wide)
-        mean = jnp.mean(own)
+        mean = jnp.mean(own) if kind.mean_weights is None else kind.mean_weights[i]
         if axis_name is not None:
             mean = jax.lax.pmean(mean, axis_name)
         normalised = own / positive_or_one(mean)
