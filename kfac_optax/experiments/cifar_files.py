@@ -1,7 +1,6 @@
 """The CIFAR-10 files, binary or pickled by Python, as they are published."""
 
 import functools
-import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -82,15 +81,10 @@ def _read_pickle(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
         with open(path, "rb") as file:
             content = _Unpickler(file, encoding="bytes").load()
         entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
-        pixels, labels = np.asarray(entries["data"]), np.asarray(entries["labels"])
-    except (
-        EOFError,
-        pickle.UnpicklingError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        IndexError,
-    ) as error:
+        pixels, labels = _as_array(entries["data"]), _as_array(entries["labels"])
+    except Exception as error:  # what a damaged pickle raises has no common class
+        if isinstance(error, OSError):  # the file itself cannot be read
+            raise
         raise ValueError(
             f"{path}: got {type(error).__name__} ({error}), expected a pickled dictionary with "
             "'data' and 'labels'. The file is damaged or another one: unpack it again."
@@ -114,19 +108,69 @@ def _images(path: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds NumPy arrays and plain containers only: a pickle could otherwise run any code."""
+    """Reads containers, numbers, bytes and arrays of bytes; no code that a pickle names runs.
+
+    A pickle names functions to call. Here every name is looked up in `_STAND_INS`, which build
+    inert descriptions, and nothing is imported.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         core = module.replace("numpy.core", "numpy._core")  # the name before NumPy 2
-        if (core, name) in _ALLOWED:
-            return getattr(importlib.import_module(core), name)
+        if (core, name) in _STAND_INS:
+            return _STAND_INS[core, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
 
 
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
+class _Array:
+    """What a pickle says about an array, until it is read."""
+
+    def __init__(self, *_: Any):
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state  # (version, shape, dtype, whether columns come first, content)
+
+
+class _DType:
+    """The word for a type of numbers, for example `u1`."""
+
+    def __init__(self, word: Any, *_: Any):
+        self.word = word.decode() if isinstance(word, bytes) else word
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        pass  # the order of bytes, which single ones do not have
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order in ("F", b"F"), content))
+    return array
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if encoding not in ("latin1", b"latin1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}, expected 'latin1'")
+    return (text.decode() if isinstance(text, bytes) else text).encode("latin1")
+
+
+_STAND_INS = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
+    ("_codecs", "encode"): _encode,
 }
+
+
+def _as_array(found: Any) -> np.ndarray:
+    """An array of bytes as described, or a list of whole numbers."""
+    if not isinstance(found, _Array):
+        if not isinstance(found, list) or not all(type(x) is int for x in found):
+            raise ValueError(f"a {type(found).__name__}, expected an array or a list of numbers")
+        return np.array(found, np.int64)
+    _, shape, dtype, columns_first, content = found.state
+    if not isinstance(dtype, _DType) or dtype.word not in ("u1", "|u1"):
+        raise ValueError(f"an array of {getattr(dtype, 'word', dtype)!r}, expected 'u1'")
+    flat = np.frombuffer(content, np.uint8)
+    return flat.reshape(shape, order="F" if columns_first else "C")

@@ -1,5 +1,7 @@
 import gzip
+import pathlib
 import pickle
+import re
 
 import jax
 import ml_collections
@@ -135,13 +137,78 @@ def test_damaged_cifar_pickles_are_refused(tmp_path):
             cifar_files.read_cifar10(tmp_path, per_file=4)
 
 
-def test_a_pickle_cannot_run_code(tmp_path):
+class Malicious:
+    """Leaves a file behind if it is unpickled the usual way."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def _object_array(path):
+    return {"data": np.array([Malicious(path)]), "labels": [0]}
+
+
+# `__reduce__` of the same, hidden behind what a batch does need; names of the interpreter; a codec
+# is found by importing a module of its name
+PICKLES = {
+    "call": lambda path: pickle.dumps({"data": Malicious(path), "labels": [0]}),
+    "object array": lambda path: pickle.dumps(_object_array(path)),
+    "object array of protocol 2": lambda path: pickle.dumps(_object_array(path), 2),
+    "name": lambda path: b"cos\ngetcwd\n(tR.",
+    "attribute": lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93(tR.",
+    "codec": lambda path: b"c_codecs\nencode\n(Vx\nVzlib\ntR.",
+    "persistent": lambda path: b"Pname\n.",
+    "extension": lambda path: b"\x82\x01.",
+    "built": lambda path: b"cnumpy\nndarray\n(tR}S'state'\n(tsb.",
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_cannot_run_code(kind, tmp_path):
     data_files.write_cifar10(tmp_path, pickled=True)
-    (tmp_path / "data_batch_1").write_bytes(b"cos\ngetcwd\n(tR.")
+    left = tmp_path / "left behind"
+    content = PICKLES[kind](left)
+    if "protocol" in kind or kind in ("call", "object array"):
+        pickle.loads(content)
+        left.unlink()  # it does what it is for
+    (tmp_path / "data_batch_1").write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"data_batch_1: got UnpicklingError \(it asks for os.getcwd"
+        ValueError, match=r"(?s)data_batch_1: got \w+ \(.* expected a pickled dictionary"
     ):
         cifar_files.read_cifar10(tmp_path, per_file=4)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_all_protocols_are_read(protocol, tmp_path):
+    pixels, labels = data_files.write_cifar10(tmp_path, pickled=True)
+    content = {"data": np.asfortranarray(pixels[:4]), "labels": [int(n) for n in labels[:4]]}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(content, protocol))
+    images = cifar_files.read_cifar10(tmp_path, per_file=4)
+    np.testing.assert_array_equal(images.train_x[2, 0, 0], pixels[2, [0, 1024, 2048]])
+
+
+def test_nothing_else_unpickles():
+    """`allow_pickle` is said wherever NumPy loads, and no other module reads a format that runs
+    code.
+    """
+    root = pathlib.Path(__file__).parents[2]
+    files = [
+        path
+        for name in ("kfac_optax", "benchmarks", "configs")
+        for path in root.glob(f"{name}/**/*.py")
+    ]
+    assert len(files) > 100
+    for path in files:
+        code = path.read_text()
+        assert code.count("np.load(") == code.count("allow_pickle=False"), path
+        words = re.findall(
+            r"^(?:import|from) (pickle|dill|shelve|marshal|joblib|cloudpickle)\b", code, re.M
+        )
+        assert words == (["pickle"] if path.name == "cifar_files.py" else []), path
 
 
 def test_a_seed_draws_its_part_of_the_files(tmp_path):
