@@ -1,0 +1,248 @@
+"""One run in several processes, each with its share of every batch.
+
+    python -m kfac_optax.experiments.processes --processes=4 --steps=40 --out=results/processes
+
+starts four processes on this machine and watches them: where one dies the others are ended, and the
+same command goes on with the last checkpoint. On several machines give each process its own command,
+with `--coordinator=HOST:PORT --processes=4 --process_id=0` up to 3.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl import app, flags, logging
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import kfac_optax as ko
+from kfac_optax.experiments import data, results
+from kfac_optax.experiments.nets_dense import LinearMLP
+
+_FLAGS = flags.FLAGS
+flags.DEFINE_integer("processes", 4, "that share every batch", lower_bound=1)
+flags.DEFINE_integer("steps", 40, "of the whole run", lower_bound=1)
+flags.DEFINE_integer("save_every", 10, "steps from one checkpoint to the next", lower_bound=1)
+flags.DEFINE_string("out", "results/processes", "directory that all processes see")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; none starts processes here")
+flags.DEFINE_integer("process_id", 0, "number of this process, with --coordinator")
+flags.DEFINE_integer("die_at", None, "the last process kills itself before this step: an exercise")
+
+EXAMPLES, FEATURES, OUTPUTS = 48, 6, 4
+_SILENT = 20  # seconds without a sign of life after which a process counts as dead
+_KILLED = 10.0  # seconds that processes have to end after SIGTERM
+
+
+class Training(NamedTuple):
+    """What training consists of; `step(params, state, x, y) -> (params, state, loss)`."""
+
+    init: Callable[[], tuple[Any, Any]]
+    step: Callable[..., tuple[Any, Any, jax.Array]]
+    tx: Any
+    layers: ko.Layers
+    batch: data.Dataset
+
+
+def training() -> Training:
+    """A deep linear network with batch normalization, trained by two-level K-FAC: all processes
+    have the same.
+    """
+    model = LinearMLP(depth=3, width=6, outputs=OUTPUTS)
+    batch = data.planted_linear(
+        jax.random.key(0), train=EXAMPLES, test=0, features=FEATURES, target_dim=OUTPUTS
+    )
+    variables = jax.jit(lambda: model.init(jax.random.key(1), batch.train_x, train=False))()
+    statistics = variables["batch_stats"]
+
+    def predict(params: Any, x: jax.Array) -> ko.Bernoulli:
+        variables = {"params": params, "batch_stats": statistics}
+        logits, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return ko.Bernoulli(logits)
+
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(variables["params"], batch.train_x)
+    tx = optax.chain(
+        ko.kfac_two_level(
+            layers, learning_rate=0.05, damping=0.1, curvature_every=2, inverse_every=4
+        ),
+        optax.sgd(0.05, momentum=0.9),
+    )
+
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda p: predict(p, x).mean_nll(y))(params)
+        updates, state = tx.update(grads, state, params, curvature=estimator.at(params, x))
+        return optax.apply_updates(params, updates), state, loss
+
+    def init() -> tuple[Any, Any]:
+        return variables["params"], tx.init(variables["params"])
+
+    return Training(init, step, tx, layers, batch)
+
+
+def train(out: Path, *, steps: int, save_every: int, die_at: int | None = None) -> list[float]:
+    """Trains on all devices of all processes, from the last checkpoint on.
+
+    Args:
+        out: directory of the checkpoints and of `losses.json`, seen by all processes.
+        steps: of the whole run.
+        save_every: steps from one checkpoint to the next.
+        die_at: the last process kills itself before this step.
+
+    Returns:
+        The losses of the steps that were made here.
+    """
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    parts = training()
+    x, y = (_split(array, mesh) for array in (parts.batch.train_x, parts.batch.train_y))
+    step = jax.jit(parts.step, out_shardings=replicated)
+    manager = ocp.CheckpointManager(
+        out.absolute() / "checkpoints",
+        options=ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=save_every),
+    )
+    first, params, state = _start(parts, manager, replicated)
+    losses: list[float] = []
+    for i in range(first, steps):
+        if i == die_at and jax.process_index() == jax.process_count() - 1:
+            manager.wait_until_finished()
+            os.kill(os.getpid(), signal.SIGKILL)
+        params, state, loss = step(params, state, x, y)
+        losses.append(float(loss))
+        manager.save(i + 1, args=_saved(parts, params, state))
+    manager.close()
+    if jax.process_index() == 0:
+        results.write_json(out / "losses.json", {"first": first, "losses": losses})
+    return losses
+
+
+def _split(array: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """An array over all devices, of which every process makes its own rows."""
+    host = np.asarray(array)
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _saved(parts: Training, params: Any, state: Any) -> Any:
+    description = ko.describe_state(state, params, parts.layers)
+    return ocp.args.Composite(
+        run=ocp.args.StandardSave({"params": params, "opt_state": state}),
+        description=ocp.args.JsonSave(description),
+    )
+
+
+def _start(parts: Training, manager: Any, replicated: Any) -> tuple[int, Any, Any]:
+    """The step to begin with, parameters and state: those of the last checkpoint, if any."""
+    last = manager.latest_step()
+    if last is None:
+        return 0, *jax.jit(parts.init, out_shardings=replicated)()
+    params, state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        jax.eval_shape(parts.init),
+    )
+    words = ocp.args.Composite(description=ocp.args.JsonRestore())
+    found = manager.restore(last, args=words).description
+    ko.check_state(found, parts.tx, params, parts.layers)
+    target = ocp.args.StandardRestore({"params": params, "opt_state": state})
+    run = manager.restore(last, args=ocp.args.Composite(run=target)).run
+    return last, run["params"], run["opt_state"]
+
+
+def launch(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> int:
+    """Runs one process for every command until all have ended, or one has died.
+
+    Args:
+        commands: with their arguments.
+        say: is told which process died, and how.
+
+    Returns:
+        0, or 1 where a process died; the others are ended then.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    running = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        while any(process.poll() is None for process in running):
+            if any(process.poll() for process in running):
+                break
+            time.sleep(0.1)
+        # read before the others are ended: these have not died by themselves
+        codes = [process.poll() for process in running]
+    finally:
+        _end(running)
+    killed = {i: code for i, code in enumerate(codes) if code and code < 0}
+    # an exit code beside a signal is a process that has lost its partner
+    dead = killed or {i: code for i, code in enumerate(codes) if code}
+    for i, code in dead.items():
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        say(f"process {i} of {len(running)} {how}; the others were ended")
+    if dead:
+        say("the same command goes on with the last checkpoint")
+    return 1 if dead else 0
+
+
+def _end(running: Sequence[subprocess.Popen]) -> None:
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + _KILLED
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it waits for the dead one inside a collective
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Starts the processes, or is one of them."""
+    logging.set_verbosity(logging.ERROR)
+    out = Path(_FLAGS.out)
+    if _FLAGS.coordinator is None:
+        out.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "kfac_optax.experiments.processes", *argv[1:]]
+        command += [f"--{name}={_FLAGS[name].value}" for name in _SHARED]
+        command += [] if _FLAGS.die_at is None else [f"--die_at={_FLAGS.die_at}"]
+        command += [f"--coordinator=localhost:{_free_port()}"]
+        commands = [[*command, f"--process_id={i}"] for i in range(_FLAGS.processes)]
+        raise SystemExit(launch(commands, lambda line: print(line, file=sys.stderr)))
+    jax.distributed.initialize(
+        _FLAGS.coordinator,
+        num_processes=_FLAGS.processes,
+        process_id=_FLAGS.process_id,
+        heartbeat_timeout_seconds=_SILENT,
+        shutdown_timeout_seconds=_SILENT,
+    )
+    try:
+        train(out, steps=_FLAGS.steps, save_every=_FLAGS.save_every, die_at=_FLAGS.die_at)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(
+            f"process {_FLAGS.process_id}: a computation of all processes failed ({reason}). If "
+            "another process has died, start all of them again: they go on with the last "
+            "checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # an ordinary end would wait for the dead one
+    if _FLAGS.process_id == 0:
+        print((out / "losses.json").read_text())
+
+
+_SHARED = ("processes", "steps", "save_every", "out")
+
+if __name__ == "__main__":
+    app.run(main)
