@@ -1,5 +1,6 @@
 """The state of an unfinished run in one file, from which it goes on to the same numbers."""
 
+import contextlib
 import io
 import json
 import os
@@ -52,7 +53,10 @@ class Store:
         return ended or 0 < self._seconds <= time.monotonic() - self._written
 
     def write(self, position: Position, state: Any) -> None:
-        """Writes a checkpoint in one move: a reader finds this one or the one before it."""
+        """Writes a checkpoint in one move: a reader finds this one or the one before it.
+
+        Where that fails, on a full disk for example, training goes on with the one before it.
+        """
         arrays: dict[str, Any] = {
             f"leaf_{i}": _to_numpy(leaf) for i, leaf in enumerate(jax.tree.leaves(state))
         }
@@ -61,13 +65,21 @@ class Store:
             "jax": jax.__version__,
             "position": position._asdict(),
         }
-        draft = self.path.with_suffix(".tmp")
-        with open(draft, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.path)
+        # also where it fails: not again in every step
         self._written = time.monotonic()
+        draft = self.path.with_suffix(".tmp")
+        try:
+            with open(draft, "wb") as file:
+                np.savez(file, header=np.array(json.dumps(header)), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, self.path)
+        except OSError as error:
+            logging.warning(
+                "%s: not written (%s), training goes on without it", self.path, error.strerror
+            )
+            with contextlib.suppress(OSError):
+                draft.unlink()
 
     def read(self, like: Any) -> tuple[Position, Any] | None:
         """Reads the checkpoint of this run.
@@ -84,7 +96,7 @@ class Store:
             return None
         try:
             return self._decode(content, like)
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError) as error:
             logging.warning("%s: not used, the run starts anew: %s", self.path, error)
             return None
 

@@ -2,7 +2,8 @@
 fits a log.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -10,6 +11,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kfac_optax.experiments.folder import Stopped
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
 
@@ -24,6 +27,19 @@ def runs_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextlib.contextmanager
+def ends_in_words(console: Console, what: str) -> Iterator[None]:
+    """Says in a sentence why a sweep or suite of them has not come to its end."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted: finished runs are kept, the same command continues the {what}")
+        raise SystemExit(130) from None
+    except Stopped as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
 
 
 def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) -> None:

@@ -2,7 +2,8 @@
 
     python -m kfac_optax.experiments.compare --config=configs/deep_linear.py --config.seeds=5
 
-Run it again to continue an interrupted sweep: finished runs with the same settings are kept.
+Run it again to continue an interrupted sweep: finished runs with the same settings are kept. A run that
+fails leaves the others alone; a directory serves one sweep at a time.
 """
 
 from pathlib import Path
@@ -15,12 +16,9 @@ from kfac_optax.experiments import command_line, plots, results, sweep, tables
 
 def experiment(config: ml_collections.ConfigDict, out: Path, console: Console) -> None:
     """Trains whatever is not finished yet, then reports."""
-    try:
+    with command_line.ends_in_words(console, "sweep"):
         runs = sweep.sweep(config, out, console)
-    except KeyboardInterrupt:
-        console.print("interrupted: finished runs are kept, the same command continues the sweep")
-        raise SystemExit(130) from None
-    report(config, out, console, runs)
+        report(config, out, console, runs)
 
 
 def report(

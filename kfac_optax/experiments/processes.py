@@ -143,7 +143,8 @@ def _start(parts: Training, manager: Any, replicated: Any) -> tuple[int, Any, An
     """The step to begin with, parameters and state: those of the last checkpoint, if any."""
     last = manager.latest_step()
     if last is None:
-        return 0, *jax.jit(parts.init, out_shardings=replicated)()
+        params, state = jax.jit(parts.init, out_shardings=replicated)()
+        return 0, params, state
     params, state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(parts.init),

@@ -3,16 +3,16 @@
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
+from absl import logging
 from scipy import stats
 
-from kfac_optax.experiments import optimizers, settings, train
+from kfac_optax.experiments import folder, optimizers, settings, train
 
 
 class Job(NamedTuple):
@@ -54,15 +54,13 @@ def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `path` in one move: it holds all of the new content, or what it held before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(draft, path)
+    with folder.replacing(path) as file:
+        file.write(json.dumps(value, indent=2) + "\n")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a CSV file with the columns of the first row."""
-    with open(path, "w", newline="") as file:
+    """Writes a CSV file with the columns of the first row, in one move."""
+    with folder.replacing(path) as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         for row in rows:
@@ -104,17 +102,19 @@ def record(
 
     Returns:
         The run, as `load` reads it.
+
+    Raises:
+        Stopped: a file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    marker = directory / "run.json"
-    marker.unlink(missing_ok=True)
-    with open(directory / "metrics.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        for i, row in enumerate(metrics):
-            if not i:
-                writer.writerow(row._fields)
-            writer.writerow(f"{value:.7g}" for value in row)
-            file.flush()
+    marker, path = directory / "run.json", directory / "metrics.csv"
+    with folder.writing(path):
+        directory.mkdir(parents=True, exist_ok=True)
+        marker.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    for i, row in enumerate(metrics):
+        if not i:
+            _append(path, row._fields)
+        _append(path, [f"{value:.7g}" for value in row])
     status = "finished" if math.isfinite(row.train_loss) else "diverged"
     final = {k: v if math.isfinite(v) else None for k, v in row._asdict().items()}
     write_json(marker, {"settings": settings, "status": status, "final": final, **details})
@@ -123,16 +123,34 @@ def record(
     return run
 
 
+def _append(path: Path, cells: Sequence[str]) -> None:
+    # opened for every row: on a full disk closing fails too
+    with folder.writing(path), open(path, "a", newline="") as file:
+        csv.writer(file).writerow(cells)
+
+
 def load(directory: Path, settings: Mapping[str, Any]) -> Run | None:
-    """Reads a finished run; None if there is none, or one with other settings."""
-    marker = directory / "run.json"
-    if not marker.exists():
+    """Reads a finished run; None if there is none, one with other settings, or a damaged one."""
+    try:
+        return _read(directory, settings)
+    except FileNotFoundError:
         return None
-    stored = json.loads(marker.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        logging.warning(
+            "%s: damaged, the run is made again: %s: %s", directory, type(error).__name__, error
+        )
+        return None
+
+
+def _read(directory: Path, settings: Mapping[str, Any]) -> Run | None:
+    stored = json.loads((directory / "run.json").read_text())
     if stored["settings"] != settings:
         return None
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    final = stored["final"]["epoch"]
+    if not rows or float(rows[-1]["epoch"]) != float(f"{final:.7g}"):
+        raise ValueError(f"metrics.csv has {len(rows)} rows, which do not end at epoch {final}")
     history = {k: np.array([float(row[k]) for row in rows]) for k in rows[0]}
     return Run(stored["status"] == "diverged", stored["steps_per_epoch"], history)
 

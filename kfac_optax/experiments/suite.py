@@ -92,12 +92,9 @@ def suite(config: ml_collections.ConfigDict, out: Path, console: Console) -> Non
         sweep.validate(one)
         if "data_dir" in one:
             idx_files.find(Path(one.data_dir), idx_files.FILES[0])
-    try:
+    with command_line.ends_in_words(console, "suite"):
         runs = {name: sweep.sweep(one, out / name, console) for name, one in chosen.items()}
-    except KeyboardInterrupt:
-        console.print("interrupted: finished runs are kept, the same command continues the suite")
-        raise SystemExit(130) from None
-    report(chosen, runs, out, console)
+        report(chosen, runs, out, console)
 
 
 def report(

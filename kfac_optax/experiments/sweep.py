@@ -18,6 +18,7 @@ from kfac_optax.experiments import (
     batch_statistics,
     data,
     estimate,
+    folder,
     optimizers,
     results,
     settings,
@@ -119,8 +120,14 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
 
     Raises:
         ValueError: the settings make no sweep.
+        Stopped: another sweep is using the directory, it cannot be written to, or runs failed.
     """
     validate(config)
+    with folder.claimed(out):
+        return _sweep(config, out, console)
+
+
+def _sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
     runs = _make(config, out, plan(config), console, later=_most_further(config))
     if jobs := further(config, runs):
         console.print("the best rate of each, with the remaining seeds", highlight=False)

@@ -3,17 +3,21 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from absl import logging
 
 from kfac_optax.experiments import results, settings, train
 from kfac_optax.experiments.checkpoints import Store
+from kfac_optax.experiments.folder import Stopped, writing
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.results import Job
 
@@ -49,21 +53,33 @@ def train_all(
         out: directory of the results.
         jobs: the runs to make.
         receive: called in this process with every event.
+
+    Raises:
+        Stopped: some runs failed, after all the others were made; or nothing can be written.
     """
     groups: dict[str, list[Job]] = {}
     # The longest first, so that no process is left alone with one of them at the end.
     for job in sorted(jobs, key=lambda job: not OPTIMIZERS[job.optimizer].curvature):
         groups.setdefault(job.optimizer, []).append(job)
     if config.workers == 1:
+        failed = []
         for group in groups.values():
-            _train_optimizer(config, out, group, receive)
+            failed += _train_optimizer(config, out, group, receive)
     else:
-        _in_processes(config, out, list(groups.values()), receive)
+        failed = _in_processes(config, out, list(groups.values()), receive)
+    if failed:
+        raise Stopped(
+            f"{len(failed)} of {len(jobs)} runs failed, the others are finished and kept:\n"
+            + "\n".join(failed)
+            + "\nThe same command makes the missing ones."
+        )
 
 
 def _in_processes(
     config: ml_collections.ConfigDict, out: Path, groups: Sequence[list[Job]], receive: Receive
-) -> None:
+) -> list[str]:
+    """Trains the groups; a line for every run that failed."""
+    failed: list[str] = []
     # Not threads: in jaxlib 0.10.2 two batched LAPACK calls (eigh, Cholesky) that run at the same
     # time can each hold a thread of XLA's pool while they wait for a free one, for ever.
     context = multiprocessing.get_context("spawn")
@@ -76,7 +92,12 @@ def _in_processes(
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 _drain(events, receive)
                 for future in done:
-                    future.result()
+                    failed += future.result()
+        except BrokenProcessPool as error:
+            raise Stopped(
+                f"{error} What is finished is kept, and the same command goes on. If memory was "
+                "short, pass fewer --config.workers."
+            ) from error
         except BaseException:
             # At any time: only `run.json`, written last, makes a run count.
             for child in multiprocessing.active_children():
@@ -84,6 +105,7 @@ def _in_processes(
             pool.shutdown(cancel_futures=True)
             raise
         _drain(events, receive)
+    return failed
 
 
 def _drain(events: Any, receive: Receive) -> None:
@@ -97,19 +119,32 @@ _process: dict[str, Any] = {}  # what a worker process was started with; empty i
 def _enter_process(events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     os.environ.setdefault("NPROC", "1")  # XLA's thread pools: one thread for each run
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _process["events"] = events
 
 
-def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job]) -> None:
-    _train_optimizer(config, out, jobs, _process["events"].put)
+def _end_with(parent: int) -> None:
+    """Ends this process soon after the main one, which has let go of the folder by then."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _in_process(config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job]) -> list[str]:
+    return _train_optimizer(config, out, jobs, _process["events"].put)
 
 
 def _train_optimizer(
     config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], send: Receive
-) -> None:
+) -> list[str]:
+    """Makes the runs of one optimizer; a line for every one that failed."""
     config = settings.of(config, jobs[0].optimizer)
     began = time.monotonic()
-    trainer = train.prepare(config, jobs[0].optimizer)
+    try:
+        trainer = train.prepare(config, jobs[0].optimizer)
+    except Exception as error:
+        # nor does one optimizer about the others
+        return [_failed(job, error, send) for job in jobs]
     details = {
         "steps_per_epoch": trainer.steps,
         "compile_seconds": round(trainer.compile_seconds, 3),
@@ -126,8 +161,22 @@ def _train_optimizer(
         send(event._replace(preparation=preparation))
         preparation = 0.0
 
+    failed: list[str] = []
     for job in jobs:
-        _train_job(config, out, job, trainer, details, send_first)
+        try:
+            _train_job(config, out, job, trainer, details, send_first)
+        except Stopped:  # no other run could be written either
+            raise
+        except Exception as error:
+            # one seed says nothing about the others
+            failed.append(_failed(job, error, send_first))
+    return failed
+
+
+def _failed(job: Job, error: Exception, send: Receive) -> str:
+    logging.error("%s failed", job.name, exc_info=error)
+    send(Event(0.0, job, "failed"))
+    return f"{job.name}: {type(error).__name__}: {error}"
 
 
 def _train_job(
@@ -139,7 +188,8 @@ def _train_job(
     send: Receive,
 ) -> None:
     directory = out / "runs" / job.name
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     identity = results.run_settings(config, job)
     # By default only what would take long to repeat is kept.
     every: Any = config.get("checkpoint_every", 0)
