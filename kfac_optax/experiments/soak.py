@@ -204,7 +204,7 @@ def soak(name: str, *, steps: int, seed: int = 0, fault_rate: float = 0.1) -> Re
     late = _footprint((params, state))
     arrays = jax.tree.leaves((params, state))
     finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in arrays)
-    memory, alive = zip(early, late, strict=True)
+    memory, alive = (early[0], late[0]), (early[1], late[1])
     after, problems = float(full(params)), ko.problems(state)
     done = calls * _STEPS_PER_CALL
     counted = dict(zip(FAULTS[1:], map(int, total[1:]), strict=True))

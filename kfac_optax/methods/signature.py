@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 
+from kfac_optax.methods.given import unknown_numbers, with_checked
+
 Preset = TypeVar("Preset", bound=Callable[..., Any])
 
 # Numbers that decide on shapes: they cannot be known only when a step runs.
@@ -42,7 +44,7 @@ class Default(NamedTuple):
 
 
 def flat_signature(
-    *sources: Callable[..., Any], without: Iterable[str] = ()
+    *sources: Callable[..., Any], without: Iterable[str] = (), schedules: tuple[str, ...] = ()
 ) -> Callable[[Preset], Preset]:
     """Gives a function with `**options` the keywords of those that the options go to, one by one.
 
@@ -52,10 +54,12 @@ def flat_signature(
     Args:
       sources: functions whose keywords the options may be; the first that has a word counts.
       without: words of theirs that the function decides on itself.
+      schedules: words that may be schedules, and that nothing in the function checks.
 
     Returns:
       A decorator. What it returns raises `TypeError` for an unknown word, naming those there are,
-      and for a static number that is an array.
+      and for a static number that is an array. Numbers that are known only in an update, and that
+      nothing else checks, are checked there: the last good one counts.
 
     >>> def inner(*, damping=1e-3, block=None): return damping
     >>> @flat_signature(inner, without=("block",))
@@ -77,7 +81,10 @@ def flat_signature(
             given = {k: v for k, v in words.items() if not isinstance(v, Default)}
             for word in given.keys() & frozenset(STATIC):
                 _check_static(function.__name__, word, given[word])
-            return function(*args, **given)
+            late = unknown_numbers(given, schedules)
+            # made once all the same: what is wrong with the other words is said now
+            tx = function(*args, **given)
+            return with_checked(functools.partial(function, *args, **given), **late) if late else tx
 
         made = cast(Any, preset)
         made.__signature__ = inspect.Signature(list(parameters.values()))

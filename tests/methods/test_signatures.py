@@ -52,7 +52,7 @@ def run(name, tx, steps=4):
     params, state = PARAMS, jax.jit(tx.init)(PARAMS)
     for _ in range(steps):
         params, state = step(params, state)
-    return params, state
+    return params, state, step
 
 
 @every_method
@@ -60,12 +60,26 @@ def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
     static = {"rank": 2} if "rank" in words(name) else {}
     given = numbers(name)
-    plain, _ = run(name, getattr(ko, name)(LAYERS, **given, **static))
+    plain, _, _ = run(name, getattr(ko, name)(LAYERS, **given, **static))
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
-    injected, state = run(name, factory(LAYERS, **given, **static))
+    injected, state, step = run(name, factory(LAYERS, **given, **static))
     assert set(state.hyperparams) == set(given)
     assert set(given) & set(STATIC) == set()
     chex.assert_trees_all_close(injected, plain, rtol=1e-4, atol=1e-5)
+
+    # all of them without sense in one step: the last good ones count, and each is named
+    spoilt = {word: nonsense(value) for word, value in state.hyperparams.items()}
+    params, after = step(injected, state._replace(hyperparams=spoilt))
+    expected, _ = step(injected, state)
+    chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
+    said = " ".join(ko.problems(after))
+    # the momentum of what follows counts for one bound alone
+    unused = {"momentum"} if "bound" in words(name) else set()
+    assert [word for word in given if f"1 values of {word} made" not in said] == sorted(unused)
+
+
+def nonsense(value):
+    return jnp.full_like(value, jnp.nan if jnp.issubdtype(value.dtype, jnp.floating) else -1)
 
 
 @every_method
@@ -171,3 +185,39 @@ def test_low_rank_presets_hand_words_to_where_they_act(normalization):
         recurrence="option1",
         convolution="sua",
     )
+
+
+def test_an_injected_momentum_is_checked_where_a_bound_counts_it():
+    make = optax.inject_hyperparams(ko.kfac)
+    tx = make(LAYERS, learning_rate=0.1, bound="exact", momentum=0.8)
+    _, state, step = run("kfac", tx, steps=2)
+    bad = state._replace(hyperparams=state.hyperparams | {"momentum": jnp.float32(jnp.nan)})
+    (params, after), (expected, _) = step(PARAMS, bad), step(PARAMS, state)
+    chex.assert_trees_all_close(params, expected, rtol=1e-5)
+    assert "1 values of momentum made no sense" in ko.problems(after)[0]
+
+
+def test_a_schedule_of_a_whole_optimizer_is_checked():
+    """And makes no step before it has given a rate."""
+
+    def rate(count):
+        return jnp.where((count == 0) | (count == 2), jnp.nan, 0.1)
+
+    def updates(learning_rate):
+        tx = ko.spring(learning_rate=learning_rate, damping=0.05, norm_constraint=None)
+        step = jax.jit(lambda state, gradient, more: tx.update(gradient, state, PARAMS, **more))
+        gradient, more = of_batch("spring")(PARAMS, jnp.float32(1))
+        more = {"curvature": more["curvature"]}
+        state, found = tx.init(PARAMS), []
+        for _ in range(3):
+            update, state = step(state, gradient, more)
+            found.append(update)
+        return found, state
+
+    (found, state), (expected, _) = updates(rate), updates(0.1)
+    chex.assert_trees_all_equal(found[0], jax.tree.map(jnp.zeros_like, found[0]))
+    chex.assert_trees_all_close(found[1:], expected[1:], rtol=1e-5)
+    assert ko.problems(state) == [
+        "2 values of learning_rate made no sense (out of range, or not finite) and the last good "
+        "one was used: look at its schedule, or what is injected."
+    ]

@@ -17,7 +17,11 @@ from kfac_optax.step_rules.quadratic_model import quadratic_step
 
 
 # The damping is adapted, and the quadratic model decides on the length of the step.
-@flat_signature(kfac, without=("damping", "kl_clip", "bound"))
+@flat_signature(
+    kfac,
+    without=("damping", "kl_clip", "bound"),
+    schedules=("learning_rate", "momentum"),
+)
 def kfac_adaptive(
     layers: Layers,
     *,

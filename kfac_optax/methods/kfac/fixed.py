@@ -1,7 +1,9 @@
 """Ready-made preconditioners; chain one with `optax.sgd` or any other optimizer."""
 
+import functools
 from typing import Any
 
+import jax
 import optax
 
 from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
@@ -11,6 +13,7 @@ from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.methods.given import with_checked
 from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.balance import balance_parts
@@ -159,14 +162,17 @@ def kfac(
     )
     if bound == "exact" and kl_clip is not None and balance != "apart":
         assert learning_rate is not None
-        return bound_step(
+        make = functools.partial(
+            bound_step,
             preconditioner,
             learning_rate=learning_rate,
             kl_clip=kl_clip,
-            momentum=momentum,
             damping=damping,
             axis_name=axis_name,
         )
+        # an injected one is known only in an update
+        late = isinstance(momentum, jax.Array)
+        return with_checked(make, momentum=momentum) if late else make(momentum=momentum)
     if coupling is not None and balance == "model":
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)

@@ -12,7 +12,7 @@ from kfac_optax.methods.sample_space.transformation import Rule, scale_by_sample
 from kfac_optax.methods.signature import flat_signature
 
 
-@flat_signature()
+@flat_signature(schedules=("learning_rate",))
 def spring(
     layers: Layers | None = None,
     *,
