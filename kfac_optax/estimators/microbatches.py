@@ -155,11 +155,14 @@ def with_rows(means: PyTree, rows: dict[int, PyTree]) -> PyTree:
     """
     blocks, across = list(means[0]), means[1]
     for i, mine in rows.items():
-        blocks[i] = blocks[i], jax.tree.map(_one_after_another, mine)
+        blocks[i] = blocks[i], jax.tree.map(_in_order, mine)
     return blocks, across
 
 
-def _one_after_another(x: jax.Array) -> jax.Array:
-    # divided by the root of the number of microbatches: columns of a mean
-    together = jnp.moveaxis(x, 0, -3)
-    return together.reshape(*x.shape[1:-2], -1, x.shape[-1]) / math.sqrt(x.shape[0])
+def _in_order(x: jax.Array) -> jax.Array:
+    # `[count, ..., size, d]` to `[..., size * count, d]`: examples as they were in the batch, with
+    # the axis that may be sharded in front
+    together = jnp.moveaxis(x, 0, -2)
+    rows = together.reshape(*x.shape[1:-2], -1, x.shape[-1])
+    # columns of a mean: divided by the root of the number of microbatches
+    return rows / math.sqrt(x.shape[0])

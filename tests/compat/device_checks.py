@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -710,6 +711,41 @@ def examples():
             _same(jax.jit(step(make))(*arguments), expected)
 
 
+def in_microbatches():
+    """Every microbatch has its share from every device; rows and weights are those of all."""
+    x, _, weights = _data()
+    estimator, params = ko.ggn(_weighted), h.plain_params()
+    layers = estimator.layers(params, x, weights)
+    presets = (
+        functools.partial(ko.kfac_two_level, learning_rate=0.1),
+        functools.partial(ko.skfac, rows=4 * EXAMPLES),  # which joins rows of all
+    )
+
+    def step(make, size, axis_name=None):
+        tx = make(layers, damping=0.05, axis_name=axis_name)
+
+        def update(params, x, weights):  # any gradient will do, so the parameters serve
+            curvature = estimator.at(params, x, weights, microbatch_size=size)
+            state = tx.init(params)
+            return tx.update(params, state, params, curvature=curvature, refresh=True)[0]
+
+        return update
+
+    manual = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    for make in presets:
+        expected = jax.device_get(jax.jit(step(make, None))(params, x, weights))
+        batch = jax.device_put((x, weights), NamedSharding(manual, P("data")))
+        _same(jax.jit(step(make, DEVICES))(params, *batch), expected)
+        mapped = jax.shard_map(step(make, 1, "data"), mesh=manual, check_vma=True, **specs)
+        _same(jax.jit(mapped)(params, x, weights), expected)
+        with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",))):
+            arguments = jax.device_put(params, P()), *jax.device_put((x, weights), P("data"))
+            _same(jax.jit(step(make, DEVICES))(*arguments), expected)
+            with pytest.raises(ValueError, match="expected a multiple of the number of devices"):
+                step(make, 4)(*arguments)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -733,6 +769,7 @@ CHECKS = {
         samples,
         examples,
         power_steps,
+        in_microbatches,
     )
 }
 
