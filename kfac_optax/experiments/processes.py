@@ -7,6 +7,7 @@ same command goes on with the last checkpoint. On several machines give each pro
 with `--coordinator=HOST:PORT --processes=4 --process_id=0` up to 3.
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -21,21 +22,12 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfac_optax as ko
-from kfac_optax.experiments import data, results
+from kfac_optax.experiments import data, folder, results
 from kfac_optax.experiments.nets_dense import LinearMLP
-
-_FLAGS = flags.FLAGS
-flags.DEFINE_integer("processes", 4, "that share every batch", lower_bound=1)
-flags.DEFINE_integer("steps", 40, "of the whole run", lower_bound=1)
-flags.DEFINE_integer("save_every", 10, "steps from one checkpoint to the next", lower_bound=1)
-flags.DEFINE_string("out", "results/processes", "directory that all processes see")
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; none starts processes here")
-flags.DEFINE_integer("process_id", 0, "number of this process, with --coordinator")
-flags.DEFINE_integer("die_at", None, "the last process kills itself before this step: an exercise")
 
 EXAMPLES, FEATURES, OUTPUTS = 48, 6, 4
 _SILENT = 20  # seconds without a sign of life after which a process counts as dead
@@ -208,42 +200,66 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def main(argv: Sequence[str]) -> None:
-    """Starts the processes, or is one of them."""
+def _options(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_AsWritten)
+    add = parser.add_argument
+    add("--processes", type=int, default=4, help="that share every batch")
+    add("--steps", type=int, default=40, help="of the whole run")
+    add("--save_every", type=int, default=10, help="steps from one checkpoint to the next")
+    add("--out", default="results/processes", help="directory that all processes see")
+    add("--coordinator", help="HOST:PORT of process 0; none starts the processes on this machine")
+    add("--process_id", type=int, default=0, help="number of this process, with --coordinator")
+    add("--die_at", type=int, help="the last process kills itself before this step: an exercise")
+    options = parser.parse_args(words)
+    for name in ("processes", "steps", "save_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)}; expected at least 1")
+    return options
+
+
+_AsWritten = argparse.RawDescriptionHelpFormatter
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Starts the processes, or is one of them; returns the exit code."""
     logging.set_verbosity(logging.ERROR)
-    out = Path(_FLAGS.out)
-    if _FLAGS.coordinator is None:
-        out.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "kfac_optax.experiments.processes", *argv[1:]]
-        command += [f"--{name}={_FLAGS[name].value}" for name in _SHARED]
-        command += [] if _FLAGS.die_at is None else [f"--die_at={_FLAGS.die_at}"]
-        command += [f"--coordinator=localhost:{_free_port()}"]
-        commands = [[*command, f"--process_id={i}"] for i in range(_FLAGS.processes)]
-        raise SystemExit(launch(commands, lambda line: print(line, file=sys.stderr)))
+    options = _options(words)
+    if options.coordinator is not None:
+        return _one_of_them(options)
+    with folder.writing(Path(options.out)):
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "kfac_optax.experiments.processes"]
+    given = vars(options) | {"coordinator": f"localhost:{_free_port()}"}
+    command += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    commands = [[*command, f"--process_id={i}"] for i in range(options.processes)]
+    return launch(commands, lambda line: print(line, file=sys.stderr))
+
+
+def _one_of_them(options: argparse.Namespace) -> int:
     jax.distributed.initialize(
-        _FLAGS.coordinator,
-        num_processes=_FLAGS.processes,
-        process_id=_FLAGS.process_id,
+        options.coordinator,
+        num_processes=options.processes,
+        process_id=options.process_id,
         heartbeat_timeout_seconds=_SILENT,
         shutdown_timeout_seconds=_SILENT,
     )
+    out = Path(options.out)
     try:
-        train(out, steps=_FLAGS.steps, save_every=_FLAGS.save_every, die_at=_FLAGS.die_at)
+        train(out, steps=options.steps, save_every=options.save_every, die_at=options.die_at)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         print(
-            f"process {_FLAGS.process_id}: a computation of all processes failed ({reason}). If "
+            f"process {options.process_id}: a computation of all processes failed ({reason}). If "
             "another process has died, start all of them again: they go on with the last "
             "checkpoint.",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # an ordinary end would wait for the dead one
-    if _FLAGS.process_id == 0:
+    if options.process_id == 0:
         print((out / "losses.json").read_text())
+    return 0
 
-
-_SHARED = ("processes", "steps", "save_every", "out")
 
 if __name__ == "__main__":
-    app.run(main)
+    raise SystemExit(main())

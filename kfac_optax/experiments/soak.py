@@ -8,6 +8,7 @@ finite, the loss lower than at first, one compiled program all there is, and the
 process and the number of its arrays what they were after the first tenth.
 """
 
+import argparse
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import logging
 
 import kfac_optax as ko
-
-_FLAGS = flags.FLAGS
-flags.DEFINE_integer("steps", 20_000, "of every method", lower_bound=20)
-flags.DEFINE_integer("seed", 0, "of batches and faults")
-flags.DEFINE_float("fault_rate", 0.1, "part of the steps that has a fault")
 
 EXAMPLES, BATCH, FEATURES, CLASSES = 256, 32, 8, 4
 FAULTS = ("none", "nan", "infinite", "zeros", "weightless", "equal", "damping")
@@ -221,13 +217,17 @@ def _footprint(tree: Any) -> tuple[float, int]:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(jax.live_arrays())
 
 
-def main(argv: Sequence[str]) -> None:
-    """Soaks all methods and says what came of it."""
-    del argv
+def main(words: Sequence[str] | None = None) -> int:
+    """Soaks all methods and says what came of it; returns the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=20_000, help="of every method")
+    parser.add_argument("--seed", type=int, default=0, help="of batches and faults")
+    parser.add_argument("--fault_rate", type=float, default=0.1, help="part of steps with a fault")
+    options = parser.parse_args(words)
     logging.set_verbosity(logging.WARNING)  # JAX reports every backend that is not there
     failed = False
     for name in METHODS:
-        found = soak(name, steps=_FLAGS.steps, seed=_FLAGS.seed, fault_rate=_FLAGS.fault_rate)
+        found = soak(name, steps=options.steps, seed=options.seed, fault_rate=options.fault_rate)
         print(
             f"{name}: {found.steps} steps, {sum(found.faults.values())} with a fault; loss {found.loss[0]:.4f} "
             f"to {found.loss[1]:.4f}; memory {found.memory[0]:.1f} to {found.memory[1]:.1f} MiB; "
@@ -238,8 +238,8 @@ def main(argv: Sequence[str]) -> None:
             flush=True,
         )
         failed = failed or bool(found.failures())
-    raise SystemExit(int(failed))
+    return int(failed)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    raise SystemExit(main())
