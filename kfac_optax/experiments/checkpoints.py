@@ -102,8 +102,9 @@ class Store:
 
     def remove(self) -> None:
         """Removes the file, as a finished run does."""
-        self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".tmp").unlink(missing_ok=True)
+        for path in (self.path, self.path.with_suffix(".tmp")):
+            with contextlib.suppress(OSError):  # the run is finished all the same
+                path.unlink(missing_ok=True)
 
     def _decode(self, content: bytes, like: Any) -> tuple[Position, Any]:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

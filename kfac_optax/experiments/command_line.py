@@ -44,7 +44,7 @@ def ends_in_words(console: Console, what: str) -> Iterator[None]:
 
 def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) -> None:
     """Calls `experiment(config, out, console)` with what `--config=FILE` and the flags that
-    override its entries say.
+    override its entries say; where it cannot go on it ends in a sentence.
     """
 
     def main(argv: Sequence[str]) -> None:
@@ -55,7 +55,10 @@ def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) 
         if not console.is_terminal:
             # a log has no width of its own, and 80 would break the cells
             console = Console(width=150)
-        experiment(config, Path(config.out or f"results/{config.name}"), console)
+        try:
+            experiment(config, Path(config.out or f"results/{config.name}"), console)
+        except Stopped as error:
+            raise SystemExit(str(error)) from None
 
     flags.mark_flag_as_required("config")
     app.run(main)

@@ -70,7 +70,8 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go, so that nobody else has it yet
+        with contextlib.suppress(OSError):  # what is left there keeps nobody out
+            path.unlink(missing_ok=True)  # before it is let go, so that nobody else has it yet
         file.close()
 
 
