@@ -8,6 +8,7 @@ with `--coordinator=HOST:PORT --processes=4 --process_id=0` up to 3.
 """
 
 import argparse
+import functools
 import os
 import signal
 import socket
@@ -44,6 +45,7 @@ class Training(NamedTuple):
     batch: data.Dataset
 
 
+@functools.cache  # what goes on in the same process compiles nothing anew
 def training() -> Training:
     """A deep linear network with batch normalization, trained by two-level K-FAC: all processes
     have the same.
