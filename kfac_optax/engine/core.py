@@ -20,6 +20,7 @@ from kfac_optax.engine.refresh import (
     refresh_parts,
     take_statistics,
 )
+from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.engine.stagger import check_parts, chosen
 from kfac_optax.engine.state import CurvatureState, Step
 from kfac_optax.engine.uncovered import graft_uncovered
@@ -36,7 +37,7 @@ def scale_by_curvature(
     damping: ScalarOrSchedule = 1e-3,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
-    inverse_every: ScalarOrSchedule = 100,
+    inverse_every: ScalarOrSchedule = INVERSE_EVERY,
     stagger: int | None = None,
     uncovered: str = "pass",
     normalization: str = "unitwise",

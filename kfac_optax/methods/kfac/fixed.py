@@ -13,6 +13,7 @@ from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.methods.given import with_checked
 from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
@@ -35,7 +36,7 @@ def kfac(
     momentum: float = 0.9,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
-    inverse_every: ScalarOrSchedule = 100,
+    inverse_every: ScalarOrSchedule = INVERSE_EVERY,
     stagger: int | None = None,
     inverse: str = "eigh",
     uncovered: str = "graft",
@@ -74,7 +75,8 @@ def kfac(
       momentum: of the transformation that follows; `bound="exact"` counts it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
-      inverse_every: period of the inverses; `refresh_period(...)` makes a shorter one at first.
+      inverse_every: period of the inverses; by default 100, and once more after 50 steps, since
+        the first ones know a single batch. `refresh_period(...)` makes such a schedule.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping), or `"newton"`
         (the same, refreshed by matrix products from the last inverse; for accelerators).
