@@ -70,6 +70,7 @@ def direction(
     pairs: LayerPairs, moments: Moments, v: Array, numbers: Numbers, *, precision: Any
 ) -> tuple[LayerPairs, Float[Array, "p q"]]:
     """New second moments of one layer, and `H_A V H_G`."""
+    # A <- e A + (1 - e) A_new
     inputs = numbers.weight * pairs.inputs + (1 - numbers.weight) * moments.inputs
     exact = psd_inverse(inputs, numbers.root)  # where it starts from
     inverse = jnp.where(numbers.first, exact, pairs.inverse_inputs)

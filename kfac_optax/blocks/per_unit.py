@@ -41,7 +41,8 @@ def unit_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
     With the output gradients of `ggn` it is the unitwise natural gradient, with those of
     `empirical_fisher` the unitwise outer-product metric, and `backpropagated_metric` has moduli of
     its own in place of `g_k^2`. Without damping a step does not depend on how activations are
-    scaled and shifted. The state has `q p^2` numbers and a refresh takes `O(q p^3)`: for few inputs.
+    scaled and shifted. The state has `q p^2` numbers and a refresh takes `O(q p^3)`: for few
+    inputs.
 
     Uses of a weight, positions among them, count as independent.
 
@@ -66,6 +67,7 @@ def unit_block(*, precision: jax.lax.PrecisionLike = "highest") -> Block:
 
     def measure(a: Array, g: Array | None, use: Use) -> Array:
         a, moduli = _rows("unit_block", a, g, use)
+        # M_k = (1/N) sum_rows g_k^2 a a^T: one product, with units and inputs on one axis
         scaled = moduli[:, :, None] * a[:, None, :]
         moments = gram(scaled.reshape(len(a), -1), a, precision=precision)
         p = a.shape[-1]
@@ -136,6 +138,7 @@ def quasi_diagonal_block() -> Block:
 
     def measure(a: Array, g: Array | None, use: Use) -> UnitMoments:
         a, moduli = _rows("quasi_diagonal_block", a, g, use)
+        # M_ii and M_i0 of every unit, [p, q] and [p - 1, q]
         squares = gram(jnp.square(a), moduli) / use.examples
         return UnitMoments(squares, gram(a[:, :-1], moduli) / use.examples if use.bias else None)
 

@@ -5,6 +5,7 @@ The program is run once more, and every value behind a layer's output remembers 
 made of and, where it is made entry by entry, its derivative.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,6 +96,7 @@ def chain_of(where: str, traced: Traced, inputs: Sequence[Any]) -> Chain:
     run = _Run(where, names, [], [])
     closed = traced.jaxpr
     outputs, marks = _evaluate(run, closed, list(inputs), [None] * len(inputs))
+    # whatever is predicted has to come through the last layer alone, or from the data
     last = frozenset({len(names) - 1})
     for mark in marks:
         if mark is not None and mark.sources != last:
@@ -105,8 +107,8 @@ def chain_of(where: str, traced: Traced, inputs: Sequence[Any]) -> Chain:
 
 _PAST_NEXT = "reaches the prediction past the layers that follow"
 _EXPECTED = (
-    "expected dense layers that run once, one after another, with activations between them that act "
-    "on each entry alone, and one row for each example. Use ggn(predict) or fisher(predict) for "
+    "expected dense layers that run once, one after another, with activations between them that "
+    "act on each entry alone, and one row for each example. Use ggn(predict) or fisher(predict) for "
     "other models."
 )
 
@@ -145,6 +147,7 @@ def _evaluate(
         return None if isinstance(v, jex.Literal) else known.get(v)
 
     for eqn in jaxpr.eqns:
+        # what its operands are made of decides what its results are made of
         given = list(map(mark_of, eqn.invars))
         if eqn.primitive is tap_p:
             values = [_at_layer(run, read(eqn.invars[0]), read(eqn.invars[1]), given[1])]
@@ -167,7 +170,7 @@ def _at_layer(run: _Run, s: jax.Array, a: jax.Array, mark: _Mark | None) -> jax.
     """Notes what a layer sees, and the slope of it in the output of the layer in front."""
     index = len(run.inputs)
     run.inputs.append(a)
-    if index == 0:
+    if index == 0:  # it sees the data, however they were prepared
         return s
     name, before = run.names[index], run.names[index - 1]
     if mark is None or mark.sources != frozenset({index - 1}):
@@ -178,8 +181,8 @@ def _at_layer(run: _Run, s: jax.Array, a: jax.Array, mark: _Mark | None) -> jax.
         )
     if mark.slope is None:
         raise ValueError(
-            f"{run.where}: between layers {before!r} and {name!r} stands `{mark.mixed}`, which mixes "
-            f"entries; {_EXPECTED}"
+            f"{run.where}: between layers {before!r} and {name!r} stands `{mark.mixed}`, which "
+            f"mixes entries; {_EXPECTED}"
         )
     run.slopes.append(mark.slope)
     return s
@@ -202,8 +205,9 @@ def _one(
         return [mine.get(v) for v in eqn.outvars]  # None where it is dropped
 
     values = [env[v] for v in found]
-    if not found:
+    if not found:  # data, parameters, constants
         return call(), [None] * len(eqn.outvars)
+    # one layer's output, entry by entry: the chain rule for numbers; anything else has no slope
     sources = frozenset().union(*(m.sources for m in found.values()))
     slopes = [m.slope for m in found.values()]
     mixed = next((m.mixed for m in found.values() if m.mixed), "")
@@ -235,5 +239,5 @@ def _elementwise(eqn: Any) -> bool:
         return eqn.invars[0].aval.ndim == 0
     if name not in _OWN_DERIVATIVE and call_body(eqn) is None:
         return False
-    inner = [getattr(body, "jaxpr", body) for body in bodies(eqn)]
-    return all(_elementwise(e) for body in inner for e in body.eqns)
+    inner = (getattr(body, "jaxpr", body).eqns for body in bodies(eqn))
+    return all(map(_elementwise, itertools.chain.from_iterable(inner)))

@@ -151,10 +151,12 @@ class ChainCurvature(LazyCurvature):
         traced = trace_model(self.spec, self.params, args)
         inputs = jax.tree.leaves((self.params, args))
         with jax.named_scope("kfac/measure"):
+            # one pass forwards: inputs and slopes of all layers, and the prediction
             chain = chain_of(kind.name, traced, inputs)
             prediction = jax.tree.unflatten(jax.tree.structure(traced.out_shape), chain.outputs)
             _, heads = split_outputs(kind, prediction)
             weights = find_weights(kind, heads, plan.axis_name)
+            # one pass backwards, through the last layer alone, for every column of the output
             order = [traced.layers.layers[i] for i in traced.owner]
             last = layer_rows(kind, traced, inputs, (order[-1],), axis_name=plan.axis_name)
             g = last[order[-1]].g[:, 0, :, 0]  # [columns, N, q]
@@ -226,9 +228,11 @@ def _recursive(
     def mean(x: jax.Array) -> jax.Array:
         return x if plan.axis_name is None else jax.lax.pmean(x, plan.axis_name)
 
+    # H_L = (1/N) sum_b sum_c g_bc g_bc^T, [q, q]; the root of the weight is inside g
     examples = g.shape[1]
     factors = [mean(gram(g, g) / examples)]
     for kernel, slope in zip(reversed(kernels[1:]), reversed(chain.slopes), strict=True):
+        # H_l = (W H W^T) * E[f' f'^T], [inputs, inputs] of the layer behind
         slopes = mean(weighted_gram(slope.astype(plan.dtype), weights.rows) / examples)
         carried = jnp.matmul(kernel, factors[0], precision="highest")
         factors.insert(0, jnp.matmul(carried, kernel.T, precision="highest") * slopes)
@@ -250,10 +254,11 @@ def _backpropagated(
     weights: Weights,
 ) -> list[PyTree]:
     """What blocks make of rows whose squares are the moduli of units."""
+    # phi_L = sum_c g_bc^2, [N, q], the diagonal of the last layer's H_b
     moduli = [jnp.sum(jnp.square(g), 0)]
     for kernel, slope in zip(reversed(kernels[1:]), reversed(chain.slopes), strict=True):
         back = jnp.matmul(moduli[0], jnp.square(kernel).T, precision="highest")
-        # weights are in the moduli already, but zero times NaN is not zero
+        # phi_l = f'^2 * (phi (W * W)^T); weights are in phi, but zero times NaN is not zero
         moduli.insert(0, jnp.square(keep_rows(slope.astype(plan.dtype), weights.rows)) * back)
     made = []
     where = _positions(plan, order, BACKPROPAGATED.name)

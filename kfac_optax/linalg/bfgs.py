@@ -29,6 +29,7 @@ def apply_bfgs(
     """
     if not isinstance(kept, Pairs):
         return jnp.matmul(v, kept, precision=precision)
+    # 1 / s^T y, zero where there is no pair: then both passes leave V as it is
     products = jnp.sum(kept.steps * kept.changes, 1)
     rates = jnp.where(products > 0, 1 / jnp.where(products > 0, products, 1), 0)
 
@@ -71,6 +72,7 @@ def add_pair(
         new: Array | Pairs = Pairs(*(jnp.concatenate([x[1:], mine[None]]) for x, mine in news))
     else:
         rate = jnp.where(good, 1 / jnp.where(good, product, 1), 0)
+        # H - (H y s^T + s y^T H) / s^T y + (1 + y^T H y / s^T y) s s^T / s^T y
         moved = jnp.matmul(kept, change, precision=precision)
         cross = jnp.outer(moved, step)
         size = rate * jnp.vdot(change, moved, precision=precision)
@@ -114,9 +116,10 @@ def double_damped(
 
 
 def _towards(x: Array, other: Array, along: Array, bound: Array | float, precision: Any) -> Array:
-    """`theta x + (1 - theta) other` with `x^T along >= bound other^T along`, as near to `x` as can be."""
+    """`x`, moved towards `other` as far as `x^T along >= bound other^T along` asks for."""
     size = jnp.vdot(other, along, precision=precision)
     product = jnp.vdot(x, along, precision=precision)
     short = product < bound * size
+    # the share at which x^T along is the bound times the size
     theta = (1 - bound) * size / jnp.where(short, size - product, 1)
     return jnp.where(short, theta * x + (1 - theta) * other, x)

@@ -86,7 +86,7 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
             plan = Plan(mine, (block,) * len(mine), None, dtype, rule.axis_name, state.step_count)
             return _by_bucket(mine, curvature.statistics(plan)[0])
 
-        # both passes by the estimator itself: a loss that was given to `value_and_grad` may be another
+        # both passes by the estimator itself: a loss given to `value_and_grad` may be another
         before = measured(curvature.moved(curvature.params), moments)
         held, new = {}, {name: -rate.astype(x.dtype) * x for name, x in leaves.items()}
         for bucket in buckets:

@@ -43,8 +43,8 @@ def k_bfgs(layers: Layers, **options: Any) -> optax.GradientTransformationExtraA
     """K-BFGS: `theta <- theta - learning_rate H_A V H_G`, with both inverse factors of a layer from
     BFGS pairs; nothing is inverted but the first input factor.
 
-    In every step, with the mean input `a`, the mean pre-activation `h = W^T a` and its mean gradient
-    `g` of a batch before the step and behind it:
+    In every step, with the mean input `a`, the mean pre-activation `h = W^T a` and its mean
+    gradient `g` of a batch before the step and behind it:
 
     - `H_G` takes the pair `s = h_behind - h`, `y = g_behind - g`, both averaged over steps and
       damped twice (`double_damped`), so that it stays positive definite and bounded;
