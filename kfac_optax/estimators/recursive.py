@@ -127,8 +127,20 @@ class ChainEstimator(Estimator):
         )
         return found
 
-    def at(self, params: PyTree, *args: PyTree, key: jax.Array | None = None) -> LazyCurvature:
+    def at(
+        self,
+        params: PyTree,
+        *args: PyTree,
+        key: jax.Array | None = None,
+        microbatch_size: int | None = None,
+    ) -> LazyCurvature:
         """As of any estimator; there are no labels, and the key has no influence."""
+        if microbatch_size is not None:
+            raise ValueError(
+                f"{self.spec.kind.name}.at: got microbatch_size={microbatch_size!r}; expected none, "
+                "since a recursion goes on from means over the whole batch. Use subsample= for less "
+                "memory, or ggn(predict)."
+            )
         return ChainCurvature(params, args, key, self.spec)
 
     def value_and_grad(self, loss_fn: Any) -> Any:

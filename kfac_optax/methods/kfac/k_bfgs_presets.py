@@ -12,6 +12,8 @@ from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 
 UNCOVERED = ("pass", "raise")
+# Checked in every update where they are arrays or schedules.
+_NUMBERS = ("learning_rate", "damping", "decay")
 LEFT_OUT = ("scale_shift", "tied_embedding", "embedding")
 
 
@@ -38,7 +40,7 @@ def _preset(
     )
 
 
-@flat_signature(_preset)
+@flat_signature(_preset, schedules=_NUMBERS)
 def k_bfgs(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """K-BFGS: `theta <- theta - learning_rate H_A V H_G`, with both inverse factors of a layer from
     BFGS pairs; nothing is inverted but the first input factor.
@@ -93,7 +95,7 @@ def k_bfgs(layers: Layers, **options: Any) -> optax.GradientTransformationExtraA
     return _preset("k_bfgs", None, layers, **options)
 
 
-@flat_signature(_preset)
+@flat_signature(_preset, schedules=_NUMBERS)
 def k_bfgs_l(
     layers: Layers, *, memory: int = 100, **options: Any
 ) -> optax.GradientTransformationExtraArgs:

@@ -13,7 +13,11 @@ from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.quadratic_model import quadratic_step
 
 
-@flat_signature(kfac, without=("kl_clip", "bound", "balance", "learning_rate"))
+@flat_signature(
+    kfac,
+    without=("kl_clip", "bound", "balance", "learning_rate"),
+    schedules=("damping", "momentum"),
+)
 def kflr(
     layers: Layers,
     *,

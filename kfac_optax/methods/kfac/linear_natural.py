@@ -12,7 +12,9 @@ from kfac_optax.methods.record import SHORT, Method
 from kfac_optax.methods.signature import flat_signature
 
 
-@flat_signature(kfac, without=("kl_clip", "bound", "balance", "coupling", "learning_rate"))
+@flat_signature(
+    kfac, without=("kl_clip", "bound", "balance", "coupling", "learning_rate", "momentum")
+)
 def linear_natural(
     layers: Layers, *, damping: ScalarOrSchedule = 1e-6, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
