@@ -18,6 +18,7 @@ from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.per_equation import per_equation
+from kfac_optax.blocks.per_unit import quasi_diagonal_block, unit_block
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.similarity_gate import similarity_gate
@@ -40,6 +41,7 @@ from kfac_optax.engine.schedule import HostSchedule, refresh_period
 from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.estimators.layer_rows import LayerRows
 from kfac_optax.estimators.protocol import Curvature
+from kfac_optax.estimators.recursive import backpropagated_metric, recursive_ggn
 from kfac_optax.estimators.sample_jacobian import SampleJacobian
 from kfac_optax.inspection.coverage import coverage
 from kfac_optax.inspection.diagnostics import coarse_fisher, diagnostics
@@ -72,7 +74,10 @@ from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
 from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.hylo import hylo
 from kfac_optax.methods.kfac.ingd import ingd
+from kfac_optax.methods.kfac.k_bfgs_presets import k_bfgs, k_bfgs_l
+from kfac_optax.methods.kfac.kflr import kflr
 from kfac_optax.methods.kfac.kpsvd import kpsvd
+from kfac_optax.methods.kfac.linear_natural import linear_natural
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
 from kfac_optax.methods.kfac.low_rank_presets import (
     b_kfac,
@@ -89,6 +94,7 @@ from kfac_optax.methods.kfac.skfac import skfac
 from kfac_optax.methods.kfac.tekfac import tekfac
 from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.kfac.tkfac import tkfac
+from kfac_optax.methods.kfac.unitwise import quasi_diagonal, unitwise_natural
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw
 from kfac_optax.methods.sample_space.spring import spring
@@ -132,6 +138,7 @@ __all__ = [
     "b_kfac_c",
     "b_r_c",
     "b_r_kfac",
+    "backpropagated_metric",
     "balance_parts",
     "blocks_of",
     "bound_step",
@@ -171,16 +178,20 @@ __all__ = [
     "ingd",
     "inverse_free",
     "inverse_product",
+    "k_bfgs",
+    "k_bfgs_l",
     "kfac",
     "kfac_adaptive",
     "kfac_two_level",
     "kfac_two_level_adaptive",
+    "kflr",
     "kl_scale",
     "kpsvd",
     "kpsvd_block",
     "kpsvd_two_block",
     "kronecker",
     "laplace",
+    "linear_natural",
     "lissa",
     "log_determinant",
     "low_rank",
@@ -192,8 +203,11 @@ __all__ = [
     "per_equation",
     "problems",
     "quadratic_step",
+    "quasi_diagonal",
+    "quasi_diagonal_block",
     "rank_one",
     "recurrent",
+    "recursive_ggn",
     "refresh_period",
     "rs_kfac",
     "sample_params",
@@ -228,6 +242,8 @@ __all__ = [
     "trace_gate",
     "tridiagonal",
     "trust_scale",
+    "unit_block",
     "unitwise",
+    "unitwise_natural",
     "until_stalled",
 ]

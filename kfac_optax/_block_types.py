@@ -51,6 +51,7 @@ class Block(NamedTuple):
         `solve` applies: it turns white noise into a sample of covariance `(F + damping I)^{-1}`.
       logdet: `(inverse, damping, (p, q)) -> log det(F + damping I)`, of the matrix that `solve`
         inverts; directions that `solve` leaves out as singular are not counted.
+      per_unit: `measure` reads squares of `g` alone: every output unit has a metric of its own.
     """
 
     # what every block has
@@ -78,6 +79,8 @@ class Block(NamedTuple):
     due: Callable[..., tuple[jax.Array, PyTree]] | None = None
     root_solve: Callable[..., jax.Array] | None = None
     logdet: Callable[..., jax.Array] | None = None
+    # who can measure it
+    per_unit: bool = False
 
 
 class Average(NamedTuple):

@@ -1,5 +1,6 @@
 """Kronecker block whose factors are cut into small blocks on their diagonals."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ def split_kronecker(
     *,
     sharing: str = "expand",
     positions: int | None = None,
+    balanced: bool = False,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> Block:
     """Kronecker block `F ~ A (x) G` with `A` and `G` zero outside of blocks on their diagonals.
@@ -39,6 +41,10 @@ def split_kronecker(
       size: coordinates in a group, at most.
       sharing: as in `kronecker`.
       positions: as in `kronecker`.
+      balanced: the number `T` of positions is shared out between both factors, `A / sqrt(T)` and
+        `sqrt(T) G`: the inverse is that of the mean `A / T`, `(A / T + sqrt(damping / T) I)^{-1}`,
+        and `(G + sqrt(damping / T) I)^{-1}`, each divided by `sqrt(T)`, THOR's normaliser of
+        convolutions. Otherwise `A` has all of it. The product of both factors is the same.
       precision: matmul precision of factor products and solves.
 
     Returns:
@@ -69,13 +75,14 @@ def split_kronecker(
     def measure(a: Array, g: Array | None, use: Use) -> SplitFactors:
         # A_k = (1/N) sum_rows w a_k a_k^T for every group, [m, s, s]
         a = input_rows(a, use)
-        inputs = group_gram(a, size, use.weights, precision=precision) / use.examples
+        root = math.sqrt(use.rows / use.examples) if balanced else 1.0
+        inputs = group_gram(a, size, use.weights, precision=precision) / (root * use.examples)
         if g is None:  # forward only: G := I, shared out over the uses, which are added up
             identity = group_identity(use.outputs, size, use.dtype)
-            return SplitFactors(inputs, share_of_layer(a, use) * identity)
+            return SplitFactors(inputs, root * share_of_layer(a, use) * identity)
         # the root of the weight is inside g
         total = group_gram(g.astype(use.dtype), size, precision=precision)
-        return SplitFactors(inputs, total / use.rows)
+        return SplitFactors(inputs, root * total / use.rows)
 
     def factorize(factors: SplitFactors, damping: Array) -> SplitFactors:
         def inverses(blocks: Array) -> Array:

@@ -136,7 +136,7 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
 
     def flush() -> None:
         if pending:
-            _run_plain(jaxpr, pending, env)
+            run_equations(jaxpr, pending, env)
             pending.clear()
 
     for eqn in jaxpr.eqns:
@@ -221,7 +221,7 @@ def _same_layer(probe: Probe, ride: Probe) -> Probe:
     return Probe(Zeros(probe.zeros.summed, ride.zeros.rows), probe.inverse)
 
 
-def _run_plain(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
+def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
     """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
     made = {v for e in eqns for v in e.outvars}
     used = list(

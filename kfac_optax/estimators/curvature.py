@@ -49,6 +49,10 @@ class LazyCurvature:
     spec: Spec = dataclasses.field(metadata={"static": True})
     microbatch_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def moved(self, params: PyTree) -> "LazyCurvature":
+        """The curvature of the same batch at other parameters, for a second pass behind a step."""
+        return dataclasses.replace(self, params=params)
+
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """Statistics of the plan's layers, `[copies, ...]` each, and of its coupling."""
         args = part_of_batch(self.spec, self.args)

@@ -64,7 +64,8 @@ def ggn(
 
     `H_b = S_b S_b^T` is the output Hessian; every column of `S` is pulled back. For these
     likelihoods it is the Fisher itself, without sampling noise, at the cost of one backward pass
-    per output.
+    per output. Kronecker factors measured so are those of KFLR (see `kflr`); `recursive_ggn` has
+    those of KFRA, without the backward passes.
 
     A column of all terms is pulled back at once, each term with a random sign. Where a row of a
     layer sees one term this changes nothing. Where it sees several (batch norm in training mode,
@@ -141,6 +142,16 @@ def forward_only(
 
 
 def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
+    check_spec(spec)
+    # everything but `value_and_grad` sees a function of the predictions alone
+    if has_aux:
+        first = _first_of(spec.kind, spec.function)
+        spec = spec._replace(function=first, with_aux=spec.function)
+    return Estimator(spec)
+
+
+def check_spec(spec: Spec) -> None:
+    """Raises where an estimator is given something else than a function and a part of the batch."""
     where, subsample = spec.kind.name, spec.subsample
     if not callable(spec.function):
         raise TypeError(
@@ -149,11 +160,6 @@ def _estimator(spec: Spec, has_aux: bool = False) -> Estimator:
         )
     if subsample is not None and not callable(subsample):
         check_number(where, "subsample", subsample, above=0, at_most=1)
-    # everything but `value_and_grad` sees a function of the predictions alone
-    if has_aux:
-        first = _first_of(spec.kind, spec.function)
-        spec = spec._replace(function=first, with_aux=spec.function)
-    return Estimator(spec)
 
 
 def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -18,8 +18,8 @@ class Curvature(Protocol):
     class will do, no base class is needed, and a method that is never asked for may be missing:
     presets made of blocks ask for `statistics`; `quadratic_step`, `bound_step` and exact metrics
     for `quadratic_form`; deflated couplings for `vector_product`; `smw` and `spring` for
-    `linearize`, and for `rows` where they are given layers. Nothing should run before it is asked
-    for, since most steps ask for nothing.
+    `linearize`, and for `rows` where they are given layers; `k_bfgs` for `moved`. Nothing should
+    run before it is asked for, since most steps ask for nothing.
     """
 
     # read by rules that bring masked updates to the whole tree
@@ -72,6 +72,10 @@ class Curvature(Protocol):
         """Inputs and output gradients of layers, of which `J` is made where examples do not
         interact.
         """
+        ...
+
+    def moved(self, params: PyTree) -> "Curvature":
+        """The curvature of the same batch at other parameters."""
         ...
 
     def sampled_gradient(self, *, axis_name: Any = None) -> PyTree:

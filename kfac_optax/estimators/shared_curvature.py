@@ -82,6 +82,10 @@ class SharedCurvature(NamedTuple):
         """As `Curvature.rows`."""
         return self._lazy.rows(layers, **options)
 
+    def moved(self, params: PyTree) -> LazyCurvature:
+        """As `Curvature.moved`; first moments are then those of the estimator's own losses."""
+        return self._lazy.moved(params)
+
     def sampled_gradient(self, **options: Any) -> PyTree:
         """As `Curvature.sampled_gradient`."""
         return self._lazy.sampled_gradient(**options)

@@ -11,53 +11,20 @@ from flax import linen as nn
 
 import kfac_optax as ko
 from kfac_optax.experiments import data, models, schedules
+from kfac_optax.experiments.catalogue_optimizers import (
+    Build,
+    Curved,
+    Optimizer,
+    Rate,
+    drawn_labels,
+    of_record,
+    own_losses,
+    preconditioned,
+    preset_before_sgd,
+    recursion,
+)
 from kfac_optax.experiments.likelihoods import Likelihood
 from kfac_optax.methods.signature import flat_signature
-
-# A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
-Rate = Any
-Build = Callable[[ml_collections.ConfigDict, "Curved | None", Rate], optax.GradientTransformation]
-
-
-class Curved(NamedTuple):
-    """What a preconditioner is built from.
-
-    Attributes:
-        layers: those that the library found in the model.
-        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
-          that is meant, or from `config.adaptive`; with their schedules.
-    """
-
-    layers: Any
-    options: dict[str, Any]
-
-
-class Optimizer(NamedTuple):
-    """One row of the comparison.
-
-    Attributes:
-        label: name in tables and figures.
-        curvature: whether updates need `curvature=`.
-        build: config, layers and options if `curvature`, learning rate to the transformation.
-        adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
-          grid is tried, and its options are those of `config.adaptive`.
-        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
-          of `config.kfac`.
-        every_step: whether each update needs the curvature of its own batch, and nothing is ever
-          due.
-    """
-
-    label: str
-    curvature: bool
-    build: Build
-    adaptive: bool = False
-    low_rank: bool = False
-    every_step: bool = False
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the grid of learning rates is tried."""
-        return not self.adaptive
 
 
 def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
@@ -83,25 +50,7 @@ def _gradient_only(preset: Callable[..., Any]) -> Build:
     return build
 
 
-# Words of a configuration that some of its methods decide on themselves: corrections of directions,
-# and the inverse where damping is exact.
-_OF_SOME = ("correct_every", "correct_share", "inverse")
-
-
-def _preset(preset: Callable[..., Any]) -> Build:
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        known = inspect.signature(preset).parameters
-        options = {
-            word: value
-            for word, value in curved.options.items()
-            if word in known or word not in _OF_SOME
-        }
-        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
-
-    return build
-
-
+@flat_signature(ko.b_kfac, without=("coupling",))
 def _online_two_level(layers: Any, **options: Any) -> Any:
     return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
 
@@ -126,13 +75,6 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     return build
 
 
-def _exact(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-    """The kernel of the rows of layers: for models whose examples do not interact."""
-    assert curved is not None
-    options = {word: curved.options[word] for word in ("damping", "kl_clip")}
-    return preconditioned(ko.smw(curved.layers, learning_rate=rate, **options), config, rate)
-
-
 def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
     """A preset whose whole step, momentum included, is bounded in the exact metric."""
 
@@ -150,28 +92,6 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
     return build
 
 
-def _adaptive(preset: Callable[..., Any]) -> Build:
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        del rate
-        assert curved is not None
-        decay = config.weight_decay  # in the objective, as the ratio of its reduction sees it
-        tx = preset(curved.layers, weight_decay=decay, **curved.options)
-        return optax.chain(optax.add_decayed_weights(decay), tx)
-
-    return build
-
-
-def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
-    """Appends weight decay, momentum and the learning rate to a preconditioner."""
-    # The decay is added to the preconditioned gradient, as the paper does: before it, the
-    # preconditioner would rescale the decay and the KL clip would see it.
-    return optax.chain(
-        tx,
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(rate, momentum=config.momentum),
-    )
-
-
 OPTIMIZERS = {
     "sgd": Optimizer("SGD", False, _sgd),
     "adam": Optimizer("Adam", False, _adam),
@@ -179,17 +99,10 @@ OPTIMIZERS = {
     "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
     "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
     "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
-    "kfac": Optimizer("K-FAC", True, _preset(ko.kfac)),
-    "ekfac": Optimizer("EKFAC", True, _preset(ko.ekfac)),
-    "thor": Optimizer("THOR", True, _preset(ko.thor)),
-    "ingd": Optimizer("INGD", True, _preset(ko.ingd)),
-    "singd": Optimizer("SINGD", True, _preset(ko.singd)),
-    "skfac": Optimizer("SKFAC", True, _preset(ko.skfac)),
-    "hylo": Optimizer("HyLo", True, _preset(ko.hylo)),
-    "tkfac": Optimizer("TKFAC", True, _preset(ko.tkfac)),
-    "tekfac": Optimizer("TEKFAC", True, _preset(ko.tekfac)),
-    "kpsvd": Optimizer("KPSVD", True, _preset(ko.kpsvd)),
-    "kpsvd_two": Optimizer("KPSVD, two terms", True, _preset(_two_products)),
+    # every method of the catalogue by the name of its preset, and variants of some
+    **{name: of_record(record) for name, record in ko.CATALOGUE.items()},
+    "kfra": of_record(ko.CATALOGUE["kflr"])._replace(label="KFRA", estimator=recursion),
+    "kpsvd_two": Optimizer("KPSVD, two terms", True, preset_before_sgd(_two_products)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
     "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
     "two_level_galerkin": Optimizer(
@@ -200,18 +113,9 @@ OPTIMIZERS = {
     "two_level_bounded": Optimizer(
         "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
     ),
-    "kfac_adaptive": Optimizer("K-FAC, adaptive", True, _adaptive(ko.kfac_adaptive), adaptive=True),
-    "two_level_adaptive": Optimizer(
-        "two-level, adaptive", True, _adaptive(ko.kfac_two_level_adaptive), adaptive=True
-    ),
-    "smw": Optimizer("natural gradient of the batch", True, _exact, every_step=True),
-    "rs_kfac": Optimizer("RS-KFAC", True, _preset(ko.rs_kfac), low_rank=True),
-    "b_kfac": Optimizer("B-KFAC", True, _preset(ko.b_kfac), low_rank=True),
-    "b_r_kfac": Optimizer("B-R-KFAC", True, _preset(ko.b_r_kfac), low_rank=True),
-    "b_kfac_c": Optimizer("B-KFAC-C", True, _preset(ko.b_kfac_c), low_rank=True),
-    "b_r_c": Optimizer("B-R-C", True, _preset(ko.b_r_c), low_rank=True),
+    "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
     "b_kfac_two_level": Optimizer(
-        "B-KFAC, two-level", True, _preset(_online_two_level), low_rank=True
+        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
     ),
 }
 # What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
@@ -232,21 +136,25 @@ class Method(NamedTuple):
 
     Attributes:
         transform: learning rate to the Optax transformation.
-        extra: `(params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None,
-          **due)` to the extra arguments of its update: loss and gradient of the mini-batch, and the
-          loss as a function of the parameters; with `measure=` and `refresh=` (and whatever else
-          `due` names) what is due is decided when the step is compiled.
+        extra: `(params, model_state, x, key, *, value, value_fn, grad, targets, measure=None,
+          refresh=None, **due)` to the extra arguments of its update: loss and gradient of the
+          mini-batch, the loss as a function of the parameters, and the targets; with `measure=` and
+          `refresh=` (and whatever else `due` names) what is due is decided when the step is
+          compiled.
         due: step to what is due in it, as these keyword arguments; None where nothing ever is.
         value_and_grad: `(params, model_state, x, *, targets, key)` to
           `((loss, (logits, model_state)), gradient, curvature)`, of an optimizer that preconditions
           gradients from their rows; the extra arguments of its update are then this curvature and
           what is due.
+        drawn: `(params, optimizer state, key)` to the parameters at which loss, gradient and
+          curvature are taken, of an optimizer that follows a posterior.
     """
 
     transform: Callable[[Rate], Any]
     extra: Callable[..., dict[str, Any]]
     due: Callable[[int], dict[str, Any]] | None = None
     value_and_grad: Callable[..., Any] | None = None
+    drawn: Callable[..., Any] | None = None
 
 
 def make(
@@ -295,20 +203,36 @@ def make(
         logits, model_state = models.apply(model, params, model_state, x, train=True)
         return likelihood.distribution(logits), (logits, model_state)
 
-    fisher = ko.fisher(predict, subsample=config.get("subsample") or None, has_aux=True)
+    def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = models.apply(model, params, model_state, x, train=True)
+        of_terms = likelihood.nll(logits, y)
+        return of_terms.reshape(len(of_terms), -1).mean(1)
+
+    subsample = config.get("subsample") or None
+    estimator = optimizer.estimator(predict, losses, subsample)
+    # that of losses would need targets to find the same layers
+    of_model = drawn_labels(predict, losses, subsample)
+    finds_layers = of_model if optimizer.estimator is own_losses else estimator
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
-    curved = Curved(fisher.layers(params, model_state, x), _options(config, optimizer, steps))
-    extra = _extra_of_adaptive(config, fisher) if optimizer.adaptive else _extra(fisher)
+    layers = finds_layers.layers(params, model_state, x)
+    curved = Curved(layers, _options(config, optimizer, steps))
+    drawn = None
+    if optimizer.drawn:
+        # without a weight decay the prior is that of variance one
+        examples = steps * len(x)
+        curved.options["weight_decay"] = decay = config.weight_decay or 1 / examples
+        drawn = _drawn(layers, examples, decay)
     in_one_pass = None
-    if curved.options.get("factored_gradient"):
-        in_one_pass = fisher.value_and_grad(
+    if curved.options.get("factored_gradient") and optimizer.estimator is drawn_labels:
+        in_one_pass = estimator.value_and_grad(
             lambda prediction, targets: prediction.mean_nll(targets)
         )
     return Method(
         lambda rate: optimizer.build(config, curved, scheduled(rate)),
-        extra,
+        _extra(config, optimizer, estimator),
         None if optimizer.every_step else _due(optimizer, curved),
         in_one_pass,
+        drawn,
     )
 
 
@@ -324,7 +248,17 @@ def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int
     )
 
 
-def _extra(fisher: Any) -> Callable[..., dict[str, Any]]:
+def _extra(
+    config: ml_collections.ConfigDict, optimizer: Optimizer, estimator: ko.Estimator
+) -> Callable[..., dict[str, Any]]:
+    """Curvature where it is due or where every update needs it, and the loss of the batch."""
+    of_losses = optimizer.estimator is own_losses
+    # what finds its damping itself looks at the objective, weight decay included
+    decay = config.weight_decay if optimizer.adaptive else 0.0
+
+    def objective(value: Any, params: Any) -> Any:
+        return value + decay / 2 * optax.tree.norm(params, squared=True) if decay else value
+
     def extra(
         params: Any,
         model_state: Any,
@@ -334,43 +268,36 @@ def _extra(fisher: Any) -> Callable[..., dict[str, Any]]:
         value: Any = None,
         value_fn: Any = None,
         grad: Any = None,
+        targets: Any = None,
         measure: Any = None,
         refresh: Any = None,
         **due: Any,
     ):
-        del value, value_fn, grad
-        curvature = fisher.at(params, model_state, x, key=key) if measure in (None, True) else None
-        return {"curvature": curvature, "refresh": refresh, **due}
-
-    return extra
-
-
-def _extra_of_adaptive(
-    config: ml_collections.ConfigDict, fisher: Any
-) -> Callable[..., dict[str, Any]]:
-    def objective(value: Any, params: Any) -> Any:
-        return value + config.weight_decay / 2 * optax.tree.norm(params, squared=True)
-
-    def extra(
-        params: Any,
-        model_state: Any,
-        x: jax.Array,
-        key: jax.Array,
-        *,
-        value: Any,
-        value_fn: Any,
-        grad: Any,
-        **due: Any,
-    ):
         del grad  # the transformation gets it with the weight decay
-        return {
-            "curvature": fisher.at(params, model_state, x, key=key),
-            "value": objective(value, params),
-            "value_fn": lambda params: objective(value_fn(params), params),
-            **due,
-        }
+        always = optimizer.adaptive or optimizer.products or optimizer.every_step
+        curvature = None
+        if always or measure in (None, True):
+            batch = (x, targets) if of_losses else (x,)
+            curvature = estimator.at(params, model_state, *batch, key=key)
+        given = {"curvature": curvature, "refresh": refresh, **due}
+        if optimizer.adaptive or optimizer.products:
+            given["measure"] = measure
+        if optimizer.adaptive:
+            given["value_fn"] = lambda params: objective(value_fn(params), params)
+        if optimizer.value or optimizer.adaptive:
+            given["value"] = objective(value, params)
+        return given
 
     return extra
+
+
+def _drawn(layers: Any, examples: int, decay: float) -> Callable[[Any, Any, jax.Array], Any]:
+    """Parameters from the posterior in the state of `noisy_kfac`."""
+
+    def drawn(params: Any, opt_state: Any, key: jax.Array) -> Any:
+        return ko.sample_params(layers, opt_state, params, key, size=examples, weight_decay=decay)
+
+    return drawn
 
 
 def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:

@@ -1,8 +1,10 @@
 """Figures of a comparison: a thin line for every seed, a thick one for their mean."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,7 +33,19 @@ STYLES = {
     "two_level_exact": ("#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
     "two_level_galerkin": ("#56B4E9", (0, (1, 1))),
 }
+_COLORS = tuple(dict.fromkeys(color for color, _ in STYLES.values()))
+_DASHES = ("--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (5, 1)))
 _SECONDS = "training time (s), compilation and evaluation left out"
+
+
+def style(name: str) -> tuple[str, Any]:
+    """Colour and dashes of an optimizer: its own, or a pair by its place among those without."""
+    if name in STYLES:
+        return STYLES[name]
+    pairs = ((color, dashes) for dashes, color in itertools.product(_DASHES, _COLORS))
+    free = (pair for pair in pairs if pair not in STYLES.values())
+    place = [x for x in OPTIMIZERS if x not in STYLES].index(name)
+    return next(itertools.islice(free, place, None))
 
 
 def loss(path: Path, runs: Runs, *, title: str) -> None:
@@ -188,7 +202,7 @@ def _curve(
     factor: float = 1.0,
     note: str = "",
 ) -> None:
-    color, dashes = STYLES.get(name, (None, "-"))
+    color, dashes = style(name)
     kept = [run for run in group if not run.diverged]
     label = OPTIMIZERS[name].label + note
     if len(kept) < len(group):

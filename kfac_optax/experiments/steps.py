@@ -172,19 +172,21 @@ def _step(
         logits, model_state = models.apply(problem.model, params, state.model_state, x, train=True)
         return problem.likelihood.nll(logits, y).mean(), (logits, model_state)
 
-    method = problem.method
+    method, params = problem.method, state.params
+    if method.drawn is not None:
+        key, draw_key = jax.random.split(key)
+        params = method.drawn(params, state.opt_state, draw_key)
     if method.value_and_grad is None:
-        (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
+        (value, (logits, model_state)), grad = jax.value_and_grad(loss_fn, has_aux=True)(params)
         extra = method.extra(
-            state.params,
+            params,
             state.model_state,
             x,
             key,
             value=value,
             value_fn=lambda params: loss_fn(params)[0],
             grad=grad,
+            targets=y,
             **due,
         )
     else:

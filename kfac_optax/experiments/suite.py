@@ -243,7 +243,7 @@ def _draw(path: Path, best: Mapping[str, results.Runs]) -> None:
     panels = figure.subplots(1, len(best), squeeze=False)[0]
     for axes, (problem, found) in zip(panels, best.items(), strict=True):
         for (name, _), group in found.items():
-            color, dashes = plots.STYLES.get(name, (None, "-"))
+            color, dashes = plots.style(name)
             (line,) = axes.plot([], [], color=color, linestyle=dashes, label=OPTIMIZERS[name].label)
             kept = [run for run in group if not run.diverged]
             if not kept:

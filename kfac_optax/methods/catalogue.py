@@ -8,7 +8,10 @@ from kfac_optax.methods.kfac import (
     foof,
     hylo,
     ingd,
+    k_bfgs_presets,
+    kflr,
     kpsvd,
+    linear_natural,
     low_rank_records,
     mkor,
     mkor_hybrid,
@@ -18,6 +21,7 @@ from kfac_optax.methods.kfac import (
     tekfac,
     thor,
     tkfac,
+    unitwise,
 )
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
@@ -42,5 +46,9 @@ CATALOGUE: dict[str, Method] = collect(
     noisy.RECORDS,
     mkor.RECORDS,
     mkor_hybrid.RECORDS,
+    kflr.RECORDS,
+    unitwise.RECORDS,
+    linear_natural.RECORDS,
+    k_bfgs_presets.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -20,6 +20,7 @@ class Sizes(NamedTuple):
     q: int  # outputs
     r: int = 0  # eigenpairs that are kept of a factor, where a method has a rank
     n: int = 0  # rows of the batch that the layers were traced on
+    bias: bool = False  # whether one of the inputs is that of a bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Method:
 def sizes_of(layer: Layer, rank: int = 0) -> Sizes:
     """The sizes of a layer that runs with a rank."""
     p, q = layer.shape
-    return Sizes(p, q, rank, layer.rows)
+    return Sizes(p, q, rank, layer.rows, layer.bias is not None)
 
 
 def collect(*records: Iterable[Method]) -> dict[str, Method]:

@@ -15,6 +15,7 @@ Preset = TypeVar("Preset", bound=Callable[..., Any])
 # Numbers that decide on shapes: they cannot be known only when a step runs.
 STATIC = (
     "rank",
+    "memory",
     "correct_share",
     "oversampling",
     "power_iterations",

@@ -1,11 +1,18 @@
-"""The compared optimizers take the options of a configuration."""
+"""The compared optimizers: those of the catalogue, and the options of a configuration they take."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 
+import kfac_optax as ko
+from kfac_optax.experiments import plots, settings, steps, train
 from kfac_optax.experiments.optimizers import OPTIMIZERS, Curved
 from tests import helpers
+from tests.experiments.conftest import read_config
 
 CONFIG = ml_collections.ConfigDict({"weight_decay": 0.0, "momentum": 0.9})
 OPTIONS = dict(damping=1e-2, kl_clip=1e-3, curvature_every=5, inverse_every=20, inverse="eigh")
@@ -18,3 +25,78 @@ def test_built_of_a_configuration(name):
     curved = Curved(problem.layers, OPTIONS) if optimizer.curvature else None
     state = jax.eval_shape(optimizer.build(CONFIG, curved, 0.1).init, problem.params)
     assert jax.tree.leaves(state)
+
+
+@functools.cache
+def small_family():
+    config = read_config("family", "digits")
+    config.update(batch_size=8, epochs=1)
+    config.data.update(train=16, test=4)
+    config.model.widths = ()  # one layer: tracing is all the time of these tests
+    config.low_rank.rank = 2
+    return config, *train.start(config, seed=0)
+
+
+def one_step(name):
+    """The step of an optimizer on a tiny problem, and its arguments."""
+    config, dataset, key = small_family()
+    config = settings.of(config, name)
+    problem = steps.problem(config, name, dataset)
+    state = functools.partial(steps.init, problem, jnp.float32(0.1), key, dataset)
+
+    def step(state, due):
+        reports = steps.no_reports(problem)
+        epoch = steps.shuffle(problem, state.key, len(dataset.train_x))
+        one = (problem, jnp.float32(0.1), state, reports, dataset, epoch, 0)
+        return steps.train_one(*one, **due)
+
+    due = {} if problem.method.due is None else problem.method.due(0)
+    return state, functools.partial(step, due=due)
+
+
+@pytest.mark.parametrize("name", [*ko.CATALOGUE, "kfra"])
+def test_every_method_of_the_catalogue_takes_a_step(name):
+    """Traced: nothing runs, but all that its update needs is there, and the state stays as it is."""
+    start, step = one_step(name)
+    state = jax.eval_shape(start)
+    after, reports = jax.eval_shape(step, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert reports.shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs"])
+def test_those_with_needs_of_their_own_change_the_parameters(name):
+    """Parameters drawn from a posterior; losses of the data, and a second pass."""
+    start, step = one_step(name)
+    before = jax.jit(start)()
+    after, reports = jax.jit(step)(before)
+    assert np.isfinite(reports).all()
+    moved = jax.tree.map(lambda x, y: bool(jnp.any(x != y)), before.params, after.params)
+    assert any(jax.tree.leaves(moved))
+
+
+def test_every_variant_of_the_family_has_one_grid_and_every_method():
+    configs = [read_config("family", x) for x in ("digits", "autoencoder", "cnn")]
+    for config in configs:
+        assert set(ko.CATALOGUE) <= set(config.optimizers) <= set(OPTIMIZERS)
+        assert "per_optimizer" not in config and config.grid == configs[0].grid
+        assert (config.epochs, config.seeds) == (configs[0].epochs, configs[0].seeds)
+    assert len({config.name for config in configs}) == 3
+    with pytest.raises(ValueError, match="got 'mnist', expected one of"):
+        read_config("family", "mnist")
+
+
+def test_labels_and_styles_tell_them_apart():
+    aliases = {"two_level", "two_level_adaptive"}  # of presets with longer names
+    names = [name for name in OPTIMIZERS if name not in aliases]
+    for of in (plots.style, lambda name: OPTIMIZERS[name].label):
+        assert len({of(name) for name in names}) == len(names)
+
+
+def test_a_word_that_nothing_knows_is_refused():
+    curved = Curved(helpers.plain_problem().layers, OPTIONS | {"dampin": 1.0})
+    for name in ("kfac", "eva", "k_bfgs"):
+        with pytest.raises(TypeError, match="unknown argument 'dampin'"):
+            OPTIMIZERS[name].build(CONFIG, curved, 0.1)

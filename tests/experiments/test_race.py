@@ -311,9 +311,8 @@ def test_an_update_can_get_value_gradient_and_loss_function(deep_linear):
     dataset, key = train.start(deep_linear, seed=0)
     problem = steps.problem(deep_linear, "sgd", dataset)
 
-    def extra(
-        params, model_state, x, key, *, value, value_fn, grad, measure=None, refresh=None, **due
-    ):
+    def extra(params, model_state, x, key, *, value, value_fn, grad, targets, **due):
+        del targets
         shifted = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grad)
         return {
             "seen": {"value": value, "again": value_fn(params), "less": value_fn(shifted), **due}

@@ -78,6 +78,23 @@ def test_groups_are_blocks_of_the_factors_and_exact_where_nothing_else_is(size):
     np.testing.assert_allclose(dense(split.inputs, P), full.inputs, atol=1e-14)
 
 
+def test_positions_are_shared_out_between_both_factors():
+    """The normaliser of convolutions: inverses of means with `damping / T`, each over `sqrt(T)`."""
+    examples, steps, (p, q) = 4, 9, (3, 2)
+    a, g = oracles.normal(0, (examples, steps, p)), oracles.normal(1, (examples, steps, q))
+    v, root = oracles.normal(2, (p, q)), np.sqrt(LAM / steps)
+    use = Use(ko.testing.dense_layer(p, q), examples, examples * steps, jnp.float64)
+    block, plain = ko.split_kronecker(8, balanced=True), ko.split_kronecker(8)
+    factors = block.measure(a, g, use)
+    got = block.solve(block.factorize(factors, jnp.asarray(LAM)), v, jnp.asarray(LAM))
+    mean_a, mean_g = (np.einsum("nti,ntj->ij", x, x) / (examples * steps) for x in (a, g))
+    right = np.linalg.solve(mean_g + root * np.eye(q), v.T).T
+    want = np.linalg.solve(mean_a + root * np.eye(p), right) / steps
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+    same = plain.multiply(plain.measure(a, g, use), v)
+    np.testing.assert_allclose(block.multiply(factors, v), same, rtol=1e-12)
+
+
 def test_groups_end_with_zeros():
     x = oracles.normal(0, (3, 5))
     grouped = in_groups(x, 2)

@@ -31,6 +31,7 @@ def thor(
     inverse_every: ScalarOrSchedule = 100,
     sharing: str = "expand",
     positions: int | None = None,
+    balanced: bool = True,
     normalization: str = "unitwise",
     precision: Any = "highest",
     **options: Any,
@@ -58,6 +59,8 @@ def thor(
       inverse_every: period of the gate's looks.
       sharing: positions that share a weight: `"expand"` or `"reduce"`.
       positions: at most about this many positions of an example are measured; `None` for all.
+      balanced: whether both factors of a convolution share the number of its positions, see
+        `split_kronecker`.
       normalization: scale and shift of normalisation layers: `"unitwise"`, `"diagonal"` or
         `"pass"`.
       precision: matmul precision of factor products and solves.
@@ -80,7 +83,9 @@ def thor(
     Reference: Chen et al., THOR, Trace-based Hardware-driven Layer-Oriented Natural Gradient
       Descent Computation (2021).
     """
-    split = split_kronecker(size, sharing=sharing, positions=positions, precision=precision)
+    split = split_kronecker(
+        size, sharing=sharing, positions=positions, balanced=balanced, precision=precision
+    )
     others = blocks_of(split, inverse="cholesky", normalization=normalization, precision=precision)
     return kfac(
         layers,

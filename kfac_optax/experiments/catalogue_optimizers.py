@@ -1,0 +1,210 @@
+"""Optimizers of the comparison made of the records of the catalogue: names, needs and builders."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_collections
+import optax
+
+import kfac_optax as ko
+from kfac_optax.methods.kfac import low_rank_records
+
+# A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
+Rate = Any
+Build = Callable[[ml_collections.ConfigDict, "Curved | None", Rate], optax.GradientTransformation]
+# Prediction with what else the model returns, losses `[N]`, and the part of the batch.
+MakeEstimator = Callable[[Callable[..., Any], Callable[..., Any], Any], ko.Estimator]
+
+# Words of a configuration that some of its methods decide on themselves: corrections of directions,
+# and the inverse where damping is exact.
+OF_SOME = ("correct_every", "correct_share", "inverse")
+# Labels that are no preset's name in capitals.
+_LABELS = {
+    "kfac": "K-FAC",
+    "kfac_two_level": "two-level K-FAC",
+    "kfac_adaptive": "K-FAC, adaptive",
+    "kfac_two_level_adaptive": "two-level, adaptive",
+    "noisy_kfac": "noisy K-FAC",
+    "rs_kfac": "RS-KFAC",
+    "eva": "Eva",
+    "eva_f": "Eva-f",
+    "hylo": "HyLo",
+    "k_bfgs_l": "K-BFGS(L)",
+    "smw": "natural gradient of the batch",
+    "quasi_diagonal": "quasi-diagonal",
+    "unitwise_natural": "unitwise natural gradient",
+    "linear_natural": "K-FAC / L",
+}
+# What measures inputs alone, or exact output columns; all others draw labels.
+_MEASURED_BY = {
+    "foof": ko.forward_only,
+    "eva_f": ko.forward_only,
+    "kflr": ko.ggn,
+    "linear_natural": ko.ggn,
+}
+
+
+class Curved(NamedTuple):
+    """What a preconditioner is built from.
+
+    Attributes:
+        layers: those that the library found in the model.
+        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
+          that is meant, or from `config.adaptive`; with their schedules.
+    """
+
+    layers: Any
+    options: dict[str, Any]
+
+
+def drawn_labels(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Estimator:
+    """The Fisher of the model, from labels drawn from it."""
+    del losses
+    return ko.fisher(predict, subsample=subsample, has_aux=True)
+
+
+def own_losses(predict: Any, losses: Callable[..., Any], subsample: Any) -> ko.Estimator:
+    """Gradients of the data's own losses."""
+    del predict
+    return ko.empirical_fisher(losses, subsample=subsample)
+
+
+def recursion(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Estimator:
+    """KFRA's recursion through the layers."""
+    del losses
+    return ko.recursive_ggn(lambda *args: predict(*args)[0], subsample=subsample)
+
+
+class Optimizer(NamedTuple):
+    """One row of the comparison.
+
+    Attributes:
+        label: name in tables and figures.
+        curvature: whether updates need `curvature=`.
+        build: config, layers and options if `curvature`, learning rate to the transformation.
+        adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
+          grid is tried, and its options are those of `config.adaptive`.
+        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
+          of `config.kfac`.
+        every_step: whether each update needs the curvature of its own batch, and nothing is ever
+          due.
+        products: whether each update needs products with the curvature, though statistics are due
+          at times only.
+        rated: whether there is a learning rate to choose.
+        estimator: makes what the curvature comes from.
+        value: whether updates need the loss of the batch.
+        drawn: whether gradients are taken at parameters drawn from the posterior of its state.
+    """
+
+    label: str
+    curvature: bool
+    build: Build
+    adaptive: bool = False
+    low_rank: bool = False
+    every_step: bool = False
+    products: bool = False
+    rated: bool = True
+    estimator: MakeEstimator = drawn_labels
+    value: bool = False
+    drawn: bool = False
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the grid of learning rates is tried."""
+        return self.rated and not self.adaptive
+
+
+def of_record(record: ko.Method) -> Optimizer:
+    """One method of the catalogue, in the configuration of the experiment."""
+    preset = getattr(ko, record.name)
+    whole, adaptive = record.kind == "optimizer", "value_fn" in record.needs
+    build = adaptive_preset(preset) if adaptive else whole_preset(preset) if whole else None
+    own = _MEASURED_BY.get(record.name)
+    made = _of_model(own) if own is not None else drawn_labels
+    return Optimizer(
+        _LABELS.get(record.name, record.name.upper().replace("_", "-")),
+        True,
+        build or preset_before_sgd(preset),
+        adaptive=adaptive,
+        low_rank=any(record is other for other in low_rank_records.RECORDS),
+        every_step=record.block_of is None,
+        products=whole and record.block_of is not None,
+        rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
+        estimator=own_losses if "losses" in record.needs else made,
+        value="value" in record.needs,
+        drawn=record.name == "noisy_kfac",
+    )
+
+
+def _of_model(make: Callable[..., ko.Estimator]) -> MakeEstimator:
+    return lambda predict, losses, subsample: make(predict, subsample=subsample, has_aux=True)
+
+
+def known_options(preset: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a preset has a word for; those of `kfac` that mean nothing to it are dropped.
+
+    What neither has is handed on, for the preset to refuse.
+    """
+    known, common = inspect.signature(preset).parameters, inspect.signature(ko.kfac).parameters
+    return {
+        word: value
+        for word, value in options.items()
+        if word in known or (word not in common and word not in OF_SOME)
+    }
+
+
+def preset_before_sgd(preset: Callable[..., Any]) -> Build:
+    """A preconditioner, with weight decay, momentum and the rate behind it."""
+    known = inspect.signature(preset).parameters
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        options = known_options(preset, curved.options)
+        if "learning_rate" in known:
+            options["learning_rate"] = rate
+        tx = preset(curved.layers, **options)
+        if "weight_decay" in options:  # which is then its own
+            return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
+        return preconditioned(tx, config, rate)
+
+    return build
+
+
+def whole_preset(preset: Callable[..., Any]) -> Build:
+    """A whole optimizer, with weight decay in the gradient."""
+    known = inspect.signature(preset).parameters
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        options = known_options(preset, curved.options)
+        if "learning_rate" in known:
+            options["learning_rate"] = rate
+        decay = optax.add_decayed_weights(config.weight_decay)
+        return optax.chain(decay, preset(curved.layers, **options))
+
+    return build
+
+
+def adaptive_preset(preset: Callable[..., Any]) -> Build:
+    """A whole optimizer that finds its rate itself and knows of the weight decay."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        del rate
+        assert curved is not None
+        decay = config.weight_decay  # in the objective, as the ratio of its reduction sees it
+        tx = preset(curved.layers, weight_decay=decay, **curved.options)
+        return optax.chain(optax.add_decayed_weights(decay), tx)
+
+    return build
+
+
+def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+    """Appends weight decay, momentum and the learning rate to a preconditioner."""
+    # The decay is added to the preconditioned gradient, as the paper does: before it, the
+    # preconditioner would rescale the decay and the KL clip would see it.
+    return optax.chain(
+        tx,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(rate, momentum=config.momentum),
+    )

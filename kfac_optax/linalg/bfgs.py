@@ -1,0 +1,125 @@
+"""Inverse Hessians from pairs of differences: BFGS as a matrix or by its last pairs, with damping
+that keeps them definite and bounded.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._tree import all_finite, select
+
+
+class Pairs(NamedTuple):
+    """The last pairs of L-BFGS, the oldest first; zeros stand for none."""
+
+    steps: Float[Array, "m n"]
+    changes: Float[Array, "m n"]  # of the gradient
+
+
+def apply_bfgs(
+    kept: Float[Array, "n n"] | Pairs, v: Float[Array, "k n"], *, precision: jax.lax.PrecisionLike
+) -> Float[Array, "k n"]:
+    """`V H`, by the matrix, or by two passes over the pairs, which start from the identity.
+
+    >>> pairs = Pairs(jnp.array([[1.0, 0.0]]), jnp.array([[2.0, 0.0]]))
+    >>> print(apply_bfgs(pairs, jnp.array([[4.0, 4.0]]), precision="highest"))
+    [[2. 4.]]
+    """
+    if not isinstance(kept, Pairs):
+        return jnp.matmul(v, kept, precision=precision)
+    # 1 / s^T y, zero where there is no pair: then both passes leave V as it is
+    products = jnp.sum(kept.steps * kept.changes, 1)
+    rates = jnp.where(products > 0, 1 / jnp.where(products > 0, products, 1), 0)
+
+    def along(v: Array, x: Array) -> Array:
+        return jnp.matmul(v, x, precision=precision)
+
+    def back(v: Array, pair: tuple) -> tuple[Array, Array]:
+        s, y, rate = pair
+        share = rate * along(v, s)
+        return v - jnp.outer(share, y), share
+
+    def forth(v: Array, pair: tuple) -> tuple[Array, None]:
+        s, y, rate, share = pair
+        return v + jnp.outer(share - rate * along(v, y), s), None
+
+    v, shares = jax.lax.scan(back, v, (*kept, rates), reverse=True)
+    return jax.lax.scan(forth, v, (*kept, rates, shares))[0]
+
+
+def add_pair(
+    kept: Float[Array, "n n"] | Pairs,
+    step: Float[Array, " n"],
+    change: Float[Array, " n"],
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, "n n"] | Pairs:
+    """What is kept with one pair more, `H <- (I - s y^T / s^T y) H (I - y s^T / s^T y) + s s^T /
+    s^T y`.
+
+    A pair without positive curvature, or with a result that is not finite, is left out.
+
+    >>> print(add_pair(jnp.eye(2), jnp.array([1.0, 0.0]), jnp.array([2.0, 0.0])))
+    [[0.5 0. ]
+     [0.  1. ]]
+    """
+    product = jnp.vdot(step, change, precision=precision)
+    good = product > 0
+    if isinstance(kept, Pairs):
+        news = zip(kept, (step, change), strict=True)
+        new: Array | Pairs = Pairs(*(jnp.concatenate([x[1:], mine[None]]) for x, mine in news))
+    else:
+        rate = jnp.where(good, 1 / jnp.where(good, product, 1), 0)
+        # H - (H y s^T + s y^T H) / s^T y + (1 + y^T H y / s^T y) s s^T / s^T y
+        moved = jnp.matmul(kept, change, precision=precision)
+        cross = jnp.outer(moved, step)
+        size = rate * jnp.vdot(change, moved, precision=precision)
+        new = kept - rate * (cross + cross.T) + rate * (1 + size) * jnp.outer(step, step)
+    return select(good & all_finite((new, product)), new, kept)
+
+
+def double_damped(
+    kept: Float[Array, "n n"] | Pairs,
+    step: Float[Array, " n"],
+    change: Float[Array, " n"],
+    *,
+    inverse_bound: Array | float,
+    bound: Array | float,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """A pair that keeps BFGS positive definite and bounded, also where the loss is not convex.
+
+    Powell's damping of the step first: where `s^T y < inverse_bound y^T H y`, `s` goes towards
+    `H y` until they are equal. Then of the change: where `s^T y < bound s^T s`, `y` goes towards
+    `s`.
+
+    Args:
+      kept: `H`, as a matrix or pairs.
+      step: `s`.
+      change: `y`.
+      inverse_bound: in [0, 1).
+      bound: in [0, 1]; afterwards `s^T y >= bound s^T s`.
+      precision: of products.
+
+    >>> s, y = double_damped(jnp.eye(1), jnp.ones(1), -jnp.ones(1), inverse_bound=0.2, bound=0.5)
+    >>> print(s.round(3), y)
+    [-0.2] [-1.]
+
+    Reference: Goldfarb, Ren & Bahamou, Practical Quasi-Newton Methods for Training Deep Neural
+      Networks (2020), double damping.
+    """
+    moved = apply_bfgs(kept, change[None], precision=precision)[0]
+    step = _towards(step, moved, change, inverse_bound, precision)
+    return step, _towards(change, step, step, bound, precision)
+
+
+def _towards(x: Array, other: Array, along: Array, bound: Array | float, precision: Any) -> Array:
+    """`x`, moved towards `other` as far as `x^T along >= bound other^T along` asks for."""
+    size = jnp.vdot(other, along, precision=precision)
+    product = jnp.vdot(x, along, precision=precision)
+    short = product < bound * size
+    # the share at which x^T along is the bound times the size
+    theta = (1 - bound) * size / jnp.where(short, size - product, 1)
+    return jnp.where(short, theta * x + (1 - theta) * other, x)
