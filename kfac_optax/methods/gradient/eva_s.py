@@ -3,28 +3,22 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import named_leaves
-from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_choice, check_legal, check_number, start_checked
+from kfac_optax._tree import all_finite
+from kfac_optax._types import ScalarOrSchedule
+from kfac_optax._validate import Checked, check_choice, check_number
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import (
-    FULL,
-    IDENTITY,
-    Rules,
-    check_rules,
-    make_groups,
-)
+from kfac_optax.methods.gradient.axes import FULL, IDENTITY, Rules, check_rules
 from kfac_optax.methods.gradient.axis_means import (
     against_product,
     averaged,
     between_roots,
     zeros,
 )
+from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 
 FORMS = ("product", "roots")
 _NO_AXIS_IS_LONG = 2**31
@@ -94,39 +88,24 @@ def scale_by_eva_s(
     check_rules(where, rules, (IDENTITY,), (FULL,))
     check_choice(where, "form", form, FORMS)
     check_number(where, "damping", damping, above=0)
-    check_legal(where, "damping", damping)
-    check_legal(where, "decay", decay)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
     solve = against_product if form == "product" else between_roots
 
-    def init(params: PyTree) -> EvaSState:
-        given = start_checked(**hyper)
-        if not jax.tree.leaves(params):  # means are one non-parameter to optax.tree.map_params
-            return EvaSState(gate.no_counts(), gate.placeholders()[0], given)
-        leaves = named_leaves(params)
-        dtype = gate.state_dtype(leaves)
-        means = {group.name: zeros(group, dtype) for group in make_groups(where, leaves, rules)}
-        return EvaSState(gate.no_counts(), means, given)
+    def start(begin: Start) -> tuple:
+        return ({group.name: zeros(group, begin.dtype) for group in begin.groups},)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
-        del params, extra
-        leaves = named_leaves(updates)
-        if not leaves:
-            return updates, state
-        groups = make_groups(where, leaves, rules)
-        gate.check_groups(where, groups, state.means)
-        dtype = gate.dtype_of(state.means)
-        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
-        count = state.counts.gradient_count
-        now, given = gate.checked_all(state.given, count, **hyper)
-        held = jnp.minimum(1 - 1 / (count + 1).astype(dtype), jnp.asarray(now["decay"], dtype))
-        new = {g.name: averaged(g, tensors[g.name], state.means[g.name], held) for g in groups}
-        means, skipped = gate.accepted(new, state.means, finite)
-        lam = jnp.asarray(now["damping"], dtype)
-        # with this gradient in the means
-        out = {g.name: solve(g, tensors[g.name], means[g.name], lam) for g in groups}
-        out, good = gate.passed_on(updates, groups, out, finite)
-        counts = gate.counted(state.counts, finite, good, skipped, 0)
-        return out, EvaSState(counts, means, given)
+    def advance(step: Step, state: Any) -> Advanced:
+        number = (step.count + 1).astype(step.dtype)
+        held = jnp.minimum(1 - 1 / number, step.value("decay"))
+        new = {}
+        for group in step.groups:
+            tensors = step.tensors[group.name]
+            new[group.name] = averaged(group, tensors, state.means[group.name], held)
+        means, skipped = gate.accepted(new, state.means, step.finite)
+        out = {}
+        for group in step.groups:  # with this gradient in the means
+            tensors = step.tensors[group.name]
+            out[group.name] = solve(group, tensors, means[group.name], step.value("damping"))
+        return Advanced(out, (means,), step.finite & all_finite(out), skipped)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(Axiswise(where, rules, hyper, EvaSState, "means", start, advance))

@@ -90,8 +90,14 @@ def passed_on(
     """
     leaves = named_leaves(updates)
     good = finite & all_finite(new)
-    whole = {n: jnp.where(good, x, 0) for n, x in new.items()}
-    cast = {n: within(x, leaves[n].dtype) for n, x in scattered(groups, whole).items()}
+    cast: dict[str, jax.Array] = {}
+    for group in groups:
+        whole = jnp.where(good, new[group.name], 0)
+        dtypes = {leaves[view.name].dtype for view in group.views}
+        if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
+            cast |= scatter(group, within(whole, dtypes.pop()))
+        else:
+            cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole).items()}
     return replace_leaves(updates, cast), good
 
 

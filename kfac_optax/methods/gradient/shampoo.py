@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import named_leaves, select
+from kfac_optax._tree import select
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_choice, check_legal, start_checked
-from kfac_optax.engine.refresh import due_at
+from kfac_optax._validate import Checked, check_choice
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.roots import METHODS, inverse_root, inverse_root_of_values
-from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import (
     DIAGONAL,
     FULL,
@@ -22,18 +20,19 @@ from kfac_optax.methods.gradient.axes import (
     Rules,
     along,
     check_rules,
-    gather,
-    make_groups,
     statistic,
 )
+from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
-from kfac_optax.step_rules.graft import exchange_norms
-
-_GRAFTS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "sgd": optax.identity,
-    "adam": optax.scale_by_adam,
-    "rms": optax.scale_by_rms,
-}
+from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
+from kfac_optax.methods.gradient.phases import (
+    ByAxis,
+    Phases,
+    Weights,
+    by_phases,
+    identities,
+    zeros_by_axis,
+)
 
 
 class ShampooState(NamedTuple):
@@ -132,169 +131,58 @@ def scale_by_shampoo(
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
-    for name, value in hyper.items():
-        check_legal(where, name, value)
-    lengths = _graft_of(where, graft)
+    finish = graft_then_momentum(
+        graft_of(where, graft), momentum=momentum is not None, nesterov=nesterov
+    )
+    phases = shampoo_phases(root, inverse)
+    return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
 
-    def init(params: PyTree) -> ShampooState:
-        given = start_checked(**hyper)
-        if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
-            return ShampooState(gate.no_counts(), *gate.placeholders(), given=given)
-        leaves = named_leaves(params)
-        groups = make_groups(where, leaves, rules)
-        dtype = gate.state_dtype(leaves)
-        trace: Any = ()
-        if momentum is not None:
-            trace = {g.name: jnp.zeros((g.copies, *g.block), dtype) for g in groups}
-        state_of_graft: PyTree = ()
-        if lengths is not None:
-            wide = {n: x.astype(dtype) for n, x in leaves.items()}
-            state_of_graft = lengths.init(gate.replace_all(params, wide))
-        factors = {group.name: _no_factors(group, dtype) for group in groups}
-        inverses = {group.name: _identities(group, dtype) for group in groups}
-        return ShampooState(gate.no_counts(), factors, inverses, trace, state_of_graft, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
-        leaves = named_leaves(updates)
-        if not leaves:
-            return updates, state
-        groups = make_groups(where, leaves, rules)
-        gate.check_groups(where, groups, state.factors)
-        dtype = gate.dtype_of(state.factors)
-        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
-        count = state.counts.gradient_count
-        now, given = gate.checked_all(state.given, count, **hyper)
-        with jax.named_scope("shampoo/statistics"):
-            weights = gate.averaged(now["decay"], count + 1, dtype)
-            new = {
-                group.name: _taken_in(group, tensors, state.factors, weights) for group in groups
-            }
-            factors, skipped = gate.accepted(new, state.factors, finite)
-        due = finite & due_at(count, now["inverse_every"])
+def shampoo_phases(root: int | None, method: str) -> Phases:
+    """Sums or averages of every axis, their roots, and the gradient between these."""
 
-        def refresh(inverses: gate.Held) -> tuple[gate.Held, jax.Array]:
-            made = _roots(groups, factors, inverses, now["ridge"], root, inverse)
-            return gate.accepted(made, inverses, jnp.bool_(True))
+    def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
+        return zeros_by_axis(group, dtype), identities(group, dtype)
 
-        with jax.named_scope("shampoo/roots"):
-            none = jnp.zeros((), jnp.int32)
-            inverses, failed = gate.when_due(
-                due, lambda held: refresh(held[0]), (state.inverses, none)
+    def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
+        made, p = {}, power_of(group, root)
+        for axis, old in inverses.items():
+            # one batched factorisation after another
+            ready = after(factors[axis], previous)
+            ridge = step.now["ridge"]
+            previous = jax.vmap(lambda h, r=ridge: inverse_root(h, p, ridge=r, method=method))(
+                ready
             )
-        with jax.named_scope("shampoo/precondition"):
-            new_tensors = {}
-            for group in groups:
-                u = _preconditioned(
-                    group, tensors, factors, inverses, jnp.asarray(now["ridge"], dtype), root
-                )
-                if root is None:
-                    u = no_longer_than_fresh(group, u, weights[1])
-                new_tensors[group.name] = u
-        state_of_graft = state.graft
-        if lengths is not None:
-            # of leaves without entries there is nothing to clean
-            clean = {n: x.astype(dtype) for n, x in leaves.items()}
-            clean |= gate.scattered(groups, tensors)
-            wanted, after_it = lengths.update(
-                gate.replace_all(updates, clean), state.graft, params, **extra
-            )
-            direction = gate.scattered(groups, new_tensors)
-            grafted = named_leaves(exchange_norms(direction, named_leaves(wanted)))
-            new_tensors = {group.name: gather(group, grafted) for group in groups}
-            state_of_graft = select(finite, after_it, state.graft)
-        trace = state.trace
-        if momentum is not None:
-            m = jnp.asarray(now["momentum"], dtype)
-            trace = {n: m * x + new_tensors[n] for n, x in state.trace.items()}
-            moved = {n: m * x + new_tensors[n] for n, x in trace.items()}
-            new_tensors = moved if nesterov else trace
-        out, good = gate.passed_on(updates, groups, new_tensors, finite)
-        counts = gate.counted(state.counts, finite, good, skipped, failed)
-        trace = select(good, trace, state.trace)
-        return out, ShampooState(counts, factors, inverses, trace, state_of_graft, given)
+            known = jnp.any(factors[axis] != 0, axis=(1, 2))
+            made[axis] = select(known, previous, old)
+        return made, previous
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+        u, p = step.tensors[group.name], power_of(group, root)
+        for i in range(len(group.block)):
+            matrices = inverses.get(str(i))
+            if matrices is None:
+                matrices = diagonal_root(factors[str(i)], p, step.value("ridge"))
+            u = along(u, i, matrices)
+        return u if root is not None else no_longer_than_fresh(group, u, weights[1])
+
+    return Phases(start, averaged_in, apply, refresh)
 
 
-def _graft_of(where: str, graft: Any) -> optax.GradientTransformationExtraArgs | None:
-    if graft is None:
-        return None
-    if isinstance(graft, str):
-        check_choice(where, "graft", graft, _GRAFTS)
-        graft = _GRAFTS[graft]()
-    return optax.with_extra_args_support(graft)
-
-
-def _no_factors(group: Group, dtype: Any) -> dict[str, jax.Array]:
-    def zeros(n: int, kind: str) -> jax.Array:
-        return jnp.zeros((group.copies, n, n) if kind == FULL else (group.copies, n), dtype)
-
-    return {str(i): zeros(n, group.kinds[i]) for i, n in enumerate(group.block)}
-
-
-def _identities(group: Group, dtype: Any) -> dict[str, jax.Array]:
-    def identity(n: int) -> jax.Array:
-        return jnp.tile(jnp.eye(n, dtype=dtype), (group.copies, 1, 1))
-
-    return {str(i): identity(group.block[i]) for i in group.axes_of(FULL)}
-
-
-def _taken_in(
-    group: Group,
-    tensors: dict[str, jax.Array],
-    factors: gate.Held,
-    weights: tuple[jax.Array, jax.Array],
-) -> dict[str, jax.Array]:
+def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
     """Statistics of a group with those of a step in them."""
     held, new = weights
     out = {}
     for i, kind in enumerate(group.kinds):
-        measured = statistic(tensors[group.name], i, kind)
-        out[str(i)] = held * factors[group.name][str(i)] + new * measured
+        out[str(i)] = held * factors[str(i)] + new * statistic(tensors, i, kind)
     return out
 
 
-def _power_of(group: Group, root: int | None) -> int:
+def power_of(group: Group, root: int | None) -> int:
+    """`p` of the roots `H^(-1/p)`."""
     return 2 * len(group.block) if root is None else root
 
 
-def _roots(
-    groups: tuple[Group, ...],
-    factors: gate.Held,
-    inverses: gate.Held,
-    ridge: Any,
-    root: int | None,
-    method: str,
-) -> gate.Held:
-    """Roots of all statistics that are matrices, one batched call after another."""
-    made: gate.Held = {}
-    previous: PyTree = ()
-    for group in groups:
-        p, axes = _power_of(group, root), {}
-        for i in group.axes_of(FULL):
-            ready = after(factors[group.name][str(i)], previous)
-            batched = jax.vmap(lambda h, p=p: inverse_root(h, p, ridge=ridge, method=method))
-            previous = batched(ready)
-            known = jnp.any(factors[group.name][str(i)] != 0, axis=(1, 2))
-            axes[str(i)] = select(known, previous, inverses[group.name][str(i)])
-        made[group.name] = axes
-    return made
-
-
-def _preconditioned(
-    group: Group,
-    tensors: dict[str, jax.Array],
-    factors: gate.Held,
-    inverses: gate.Held,
-    ridge: jax.Array,
-    root: int | None,
-) -> jax.Array:
-    p, u = _power_of(group, root), tensors[group.name]
-    for i, kind in enumerate(group.kinds):
-        if kind == FULL:
-            matrices = inverses[group.name][str(i)]
-        else:
-            values = factors[group.name][str(i)]
-            matrices = jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)
-        u = along(u, i, matrices)
-    return u
+def diagonal_root(values: jax.Array, p: int, ridge: jax.Array) -> jax.Array:
+    """Roots of diagonals, `[copies, n]`, which are never stale."""
+    return jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import all_finite, named_leaves, select
+from kfac_optax._tree import all_finite, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_choice, check_legal, start_checked
+from kfac_optax._validate import Checked, check_choice
 from kfac_optax.engine.refresh import due_at
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after, psd_eigh
@@ -21,9 +21,10 @@ from kfac_optax.methods.gradient.axes import (
     Rules,
     along,
     check_rules,
-    make_groups,
     statistic,
 )
+from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
+from kfac_optax.methods.gradient.momenta import zeros
 
 BASES = ("qr", "eigh")
 
@@ -114,71 +115,58 @@ def scale_by_soap(
     check_rules(where, rules, (IDENTITY, "split"), (IDENTITY, FULL))
     check_choice(where, "basis", basis, BASES)
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
-    for name, value in hyper.items():
-        check_legal(where, name, value)
 
-    def init(params: PyTree) -> SoapState:
-        given = start_checked(**hyper)
-        if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
-            return SoapState(gate.no_counts(), *gate.placeholders(), given=given)
-        leaves = named_leaves(params)
-        groups = make_groups(where, leaves, rules)
-        dtype = gate.state_dtype(leaves)
-        factors = {group.name: _square(group, dtype, jnp.zeros) for group in groups}
-        bases = {group.name: _square(group, dtype, _eye) for group in groups}
-        mu, nu = (
-            {group.name: jnp.zeros((group.copies, *group.block), dtype) for group in groups}
-            for _ in range(2)
-        )
-        return SoapState(gate.no_counts(), factors, bases, mu, nu, given)
-
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
-        del params, extra
-        leaves = named_leaves(updates)
-        if not leaves:
-            return updates, state
-        groups = make_groups(where, leaves, rules)
-        gate.check_groups(where, groups, state.mu)
-        dtype = gate.dtype_of(state.mu)
-        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
-        count = state.counts.gradient_count
-        now, given = gate.checked_all(state.given, count, **hyper)
-        mu, nu, new_tensors = {}, {}, {}
+    def advance(step: Step, state: Any) -> Advanced:
         with jax.named_scope("soap/adam"):
-            b1, b2, eps = (jnp.asarray(now[n], dtype) for n in ("b1", "b2", "eps"))
-            for group in groups:
-                name, q = group.name, state.bases[group.name]
-                # in a basis of its own all but rounding is on the diagonal of a gradient
-                t = count if q else count + 1
-                old = state.mu[name], state.nu[name]
-                turned = _rotated(group, tensors[name], q, back=False)
-                mean = b1 * old[0] + (1 - b1) * tensors[name]
-                square = b2 * old[1] + (1 - b2) * jnp.square(turned)
-                mu[name], nu[name] = select(t > 0, (mean, square), old)
-                turned_mean = _rotated(group, mu[name], q, back=False)
-                u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
-                new_tensors[name] = _rotated(group, u, q, back=True)
+            tensors, mu, nu = _adam(step, state)
         # squares that overflow would stay for ever
-        out, good = gate.passed_on(updates, groups, new_tensors, finite & all_finite(nu))
+        good = step.finite & all_finite((tensors, nu))
         mu, nu = select(good, (mu, nu), (state.mu, state.nu))
         with jax.named_scope("soap/statistics"):
-            weights = gate.averaged(now["decay"], count + 1, dtype)
-            new = {
-                group.name: _taken_in(group, tensors, state.factors, weights) for group in groups
-            }
-            factors, skipped = gate.accepted(new, state.factors, finite)
+            weights = gate.averaged(step.now["decay"], step.count + 1, step.dtype)
+            new = {}
+            for group in step.groups:
+                new[group.name] = _taken_in(group, step.tensors, state.factors, weights)
+            factors, skipped = gate.accepted(new, state.factors, step.finite)
 
         def refresh(held: tuple) -> tuple:
-            return _refreshed(groups, factors, held, basis, count == 0)
+            return _refreshed(step.groups, factors, held, basis, step.count == 0)
 
         with jax.named_scope("soap/bases"):
-            due = good & due_at(count, now["inverse_every"])
+            due = good & due_at(step.count, step.now["inverse_every"])
             held = (state.bases, nu, jnp.zeros((), jnp.int32))
             bases, nu, failed = gate.when_due(due, refresh, held)
-        counts = gate.counted(state.counts, finite, good, skipped, failed)
-        return out, SoapState(counts, factors, bases, mu, nu, given)
+        return Advanced(tensors, (factors, bases, mu, nu), good, skipped, failed)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(Axiswise(where, rules, hyper, SoapState, "mu", _start, advance))
+
+
+def _start(begin: Start) -> tuple:
+    """No statistics, the identity for bases, and moments of zero."""
+    factors, bases = {}, {}
+    for group in begin.groups:
+        factors[group.name] = _square(group, begin.dtype, jnp.zeros)
+        bases[group.name] = _square(group, begin.dtype, _eye)
+    return factors, bases, zeros(begin), zeros(begin)
+
+
+def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
+    """Adam's direction in the bases of the step before, and its moments."""
+    mu, nu, tensors = {}, {}, {}
+    b1, b2, eps = (step.value(name) for name in ("b1", "b2", "eps"))
+    for group in step.groups:
+        name, q = group.name, state.bases[group.name]
+        # in a basis of its own all but rounding is on the diagonal of a gradient
+        t = step.count if q else step.count + 1
+        old = state.mu[name], state.nu[name]
+        turned = _rotated(group, step.tensors[name], q, back=False)
+        mean = b1 * old[0] + (1 - b1) * step.tensors[name]
+        square = b2 * old[1] + (1 - b2) * jnp.square(turned)
+        mu[name], nu[name] = select(t > 0, (mean, square), old)
+        turned_mean = _rotated(group, mu[name], q, back=False)
+        u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
+        tensors[name] = _rotated(group, u, q, back=True)
+    return tensors, mu, nu
 
 
 def _unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:

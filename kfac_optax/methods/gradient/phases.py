@@ -1,0 +1,179 @@
+"""Statistics of every axis, what is made of them now and then, and the step: Shampoo's way."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import all_finite, select
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import Checked
+from kfac_optax.engine.refresh import due_at
+from kfac_optax.engine.state import GradientCounts
+from kfac_optax.methods.gradient import gate
+from kfac_optax.methods.gradient.axes import FULL, Group, Rules
+from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
+from kfac_optax.methods.gradient.momenta import Finish
+
+Weights = tuple[jax.Array, jax.Array]  # of what is held and of what is new
+ByAxis = dict[str, Any]
+
+
+class AxiswiseState(NamedTuple):
+    """State of the relatives of Shampoo. Tensors of equal shape are stacked on axis 0."""
+
+    counts: GradientCounts
+    factors: Any  # statistics by group and axis
+    inverses: Any  # what is made of them, by group and axis
+    trace: Any  # momenta by group, or ()
+    graft: PyTree  # state of the transformation that gives the norm, or ()
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
+
+
+def gradient_itself(step: Step) -> dict[str, jax.Array]:
+    """Tensors by group: statistics are those of the gradient."""
+    return step.tensors
+
+
+def no_refresh(
+    group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree
+) -> tuple[ByAxis, PyTree]:
+    """Nothing is kept between refreshes."""
+    del group, step, factors
+    return inverses, previous
+
+
+class Phases(NamedTuple):
+    """What tells the relatives apart, each a function of one group of equal tensors.
+
+    Attributes:
+      start: `(group, dtype) -> (factors, inverses)`, both by axis.
+      take_in: `(group, tensors, factors, weights) -> factors` with those of a step in them.
+      apply: `(group, step, factors, inverses, weights) -> tensors`, the gradient preconditioned.
+      refresh: `(group, step, factors, inverses, previous) -> (inverses, last)`; its factorisations
+        run after `previous`, the last result of the group before.
+      observe: `step -> tensors` by group that statistics are taken of.
+    """
+
+    start: Callable[..., tuple[ByAxis, ByAxis]]
+    take_in: Callable[..., ByAxis]
+    apply: Callable[..., jax.Array]
+    refresh: Callable[..., tuple[ByAxis, PyTree]] = no_refresh
+    observe: Callable[[Step], dict[str, jax.Array]] = gradient_itself
+
+
+def by_phases(
+    where: str,
+    rules: Rules,
+    hyper: dict[str, ScalarOrSchedule],
+    phases: Phases,
+    finish: Finish,
+    *,
+    state: Any = AxiswiseState,
+    groups_in: str = "factors",
+) -> optax.GradientTransformationExtraArgs:
+    """Statistics first, then what is due of them, then the step, its norm and its momentum.
+
+    Of the numbers in `hyper` these have a meaning here: `decay` (without it statistics are sums),
+    `curvature_every`, the period of statistics, and `inverse_every`, that of `refresh`; without
+    them both are 1.
+    """
+    name = where.removeprefix("scale_by_")
+
+    def start(begin: Start) -> tuple:
+        factors, inverses = {}, {}
+        for group in begin.groups:
+            factors[group.name], inverses[group.name] = phases.start(group, begin.dtype)
+        return factors, inverses, *finish.start(begin)
+
+    def advance(step: Step, held: Any) -> Advanced:
+        weights = _weights(step)
+        with jax.named_scope(f"{name}/statistics"):
+            factors, skipped = _statistics(phases, step, held.factors, weights)
+        with jax.named_scope(f"{name}/roots"):
+            inverses, failed = _refreshed(phases, step, factors, held.inverses)
+        with jax.named_scope(f"{name}/precondition"):
+            tensors = {}
+            for group in step.groups:
+                own = factors[group.name], inverses[group.name]
+                tensors[group.name] = phases.apply(group, step, *own, weights)
+        tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
+        good = step.finite & all_finite(tensors)
+        trace = select(good, trace, held.trace)
+        graft = select(step.finite, graft, held.graft)
+        return Advanced(tensors, (factors, inverses, trace, graft), good, skipped, failed)
+
+    return transformation(Axiswise(where, rules, hyper, state, groups_in, start, advance))
+
+
+def _due(step: Step, name: str) -> Any:
+    """Whether something with a period is due; known at once where that is one."""
+    every = step.now.get(name, 1)
+    if isinstance(every, int) and every == 1:
+        return True
+    return due_at(step.count, every)
+
+
+def _weights(step: Step) -> Weights:
+    number = step.count + 1
+    if "curvature_every" in step.now:
+        every = jnp.asarray(step.now["curvature_every"]).astype(jnp.int32)
+        number = step.count // every + 1
+    return gate.averaged(step.now.get("decay", 1.0), number, step.dtype)
+
+
+def _statistics(
+    phases: Phases, step: Step, factors: gate.Held, weights: Weights
+) -> tuple[gate.Held, jax.Array]:
+    """Factors with those of this step in them, and how many were not finite."""
+
+    def measured(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
+        observed = phases.observe(step)
+        new = {}
+        for group in step.groups:
+            new[group.name] = phases.take_in(
+                group, observed[group.name], held[0][group.name], weights
+            )
+        return gate.accepted(new, held[0], step.finite)
+
+    none = jnp.zeros((), jnp.int32)
+    return gate.when_due(_due(step, "curvature_every"), measured, (factors, none))
+
+
+def _refreshed(
+    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+) -> tuple[gate.Held, jax.Array]:
+    """What is made of factors, where it is due; what fails stays as it was and is counted."""
+    if phases.refresh is no_refresh:
+        return inverses, jnp.zeros((), jnp.int32)
+
+    def refresh(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
+        made: gate.Held = {}
+        previous: PyTree = ()
+        for group in step.groups:
+            own = factors[group.name], held[0][group.name]
+            made[group.name], previous = phases.refresh(group, step, *own, previous)
+        return gate.accepted(made, held[0], jnp.bool_(True))
+
+    due = step.finite & _due(step, "inverse_every")
+    return gate.when_due(due, refresh, (inverses, jnp.zeros((), jnp.int32)))
+
+
+def zeros_by_axis(group: Group, dtype: Any) -> ByAxis:
+    """A matrix of zeros for every axis, `[copies, n, n]`, or a diagonal `[copies, n]`."""
+    made = {}
+    for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
+        shape = (n, n) if kind == FULL else (n,)
+        made[str(i)] = jnp.zeros((group.copies, *shape), dtype)
+    return made
+
+
+def identities(group: Group, dtype: Any) -> ByAxis:
+    """The identity for every axis that has a matrix."""
+    made = {}
+    for i in group.axes_of(FULL):
+        identity = jnp.eye(group.block[i], dtype=dtype)
+        made[str(i)] = jnp.tile(identity, (group.copies, 1, 1))
+    return made
