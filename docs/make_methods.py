@@ -14,18 +14,28 @@ HEADER = (
     "| preset | what it is | state of a layer | refresh, step | paper |\n"
     "| --- | --- | --- | --- | --- |\n"
 )
+ALONE = (
+    "\nFrom gradients alone, on any parameter tree, without layers and without curvature; a bias is "
+    "a leaf of its own:\n\n"
+)
 
 
 def row(method: ko.Method) -> str:
     """One method as a line of the table."""
-    name = f"[`{method.name}`](api/presets.md#kfac_optax.{method.name})"
+    page = "presets" if "curvature" in method.needs else "gradient"
+    name = f"[`{method.name}`](api/{page}.md#kfac_optax.{method.name})"
     cells = (name, method.summary, method.state_text, "; ".join(method.cost), method.paper)
     return f"| {' | '.join(cells)} |\n"
 
 
 def table() -> str:
-    """All methods, in the order of the catalogue."""
-    return HEADER + "".join(map(row, ko.CATALOGUE.values()))
+    """All methods in the order of the catalogue, those that need gradients alone in a table of
+    their own.
+    """
+    methods = ko.CATALOGUE.values()
+    of_layers = [row(x) for x in methods if "curvature" in x.needs]
+    alone = [row(x) for x in methods if "curvature" not in x.needs]
+    return "".join((HEADER, *of_layers, ALONE, HEADER, *alone))
 
 
 def updated(text: str) -> str:

@@ -63,10 +63,17 @@ from kfac_optax.likelihoods import (
     from_log_density,
 )
 from kfac_optax.methods.catalogue import CATALOGUE
+from kfac_optax.methods.gradient.distributed import (
+    distributed_shampoo,
+    scale_by_distributed_shampoo,
+)
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
+from kfac_optax.methods.gradient.jorge import jorge, scale_by_jorge
 from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
+from kfac_optax.methods.gradient.sketchy import scale_by_sketchy, sketchy
 from kfac_optax.methods.gradient.soap import scale_by_soap
+from kfac_optax.methods.gradient.tnt import scale_by_tnt, tnt
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
@@ -113,9 +120,9 @@ from kfac_optax.step_rules.weight_decay import add_weight_decay
 __version__ = "0.1.0"
 
 __all__ = [
-    "CATALOGUE",
     "Bernoulli",
     "Block",
+    "CATALOGUE",
     "Categorical",
     "Coupling",
     "Curvature",
@@ -156,6 +163,7 @@ __all__ = [
     "describe_state",
     "diagnostics",
     "diagonal",
+    "distributed_shampoo",
     "ekfac",
     "ekfac_block",
     "embedding",
@@ -178,6 +186,7 @@ __all__ = [
     "ingd",
     "inverse_free",
     "inverse_product",
+    "jorge",
     "k_bfgs",
     "k_bfgs_l",
     "kfac",
@@ -212,13 +221,18 @@ __all__ = [
     "rs_kfac",
     "sample_params",
     "scale_by_curvature",
+    "scale_by_distributed_shampoo",
     "scale_by_eva_s",
+    "scale_by_jorge",
     "scale_by_shampoo",
+    "scale_by_sketchy",
     "scale_by_soap",
+    "scale_by_tnt",
     "self_influence",
     "shampoo",
     "similarity_gate",
     "singd",
+    "sketchy",
     "skfac",
     "skfac_block",
     "smw",
@@ -239,6 +253,7 @@ __all__ = [
     "tied_embedding",
     "tkfac",
     "tkfac_block",
+    "tnt",
     "trace_gate",
     "tridiagonal",
     "trust_scale",

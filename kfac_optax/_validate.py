@@ -75,6 +75,7 @@ LEGAL = {
     "max_rms": Legal(1.0, above=0),
     "weight_decay": Legal(0.0, at_least=0),
     "steps": Legal(0.0, at_least=0),
+    "start_step": Legal(0.0, at_least=0),
     "ridge": Legal(1e-6, at_least=0),
     "momentum": Legal(0.9, at_least=0, at_most=1),
     "b1": Legal(0.9, at_least=0, at_most=1),

@@ -1,5 +1,6 @@
 """All methods: one record each, collected from the files that define them."""
 
+from kfac_optax.methods.gradient import distributed, jorge, presets, sketchy, tnt
 from kfac_optax.methods.kfac import (
     adaptive,
     ekfac,
@@ -50,5 +51,10 @@ CATALOGUE: dict[str, Method] = collect(
     unitwise.RECORDS,
     linear_natural.RECORDS,
     k_bfgs_presets.RECORDS,
+    presets.RECORDS,
+    distributed.RECORDS,
+    sketchy.RECORDS,
+    jorge.RECORDS,
+    tnt.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from kfac_optax._types import Block, Layer, Layers
 
-# "losses": curvature that knows the gradient of each example's own loss
-NEEDS = ("gradient", "curvature", "losses", "rows", "value", "value_fn")
+# "losses": curvature that knows the gradient of each example's own loss; "sampled": gradients at
+# labels drawn from the model
+NEEDS = ("gradient", "curvature", "losses", "rows", "value", "value_fn", "sampled")
 # what `build` gives presets: periods so short that few steps see every branch; with KL-clip a rate
 SHORT: dict[str, Any] = dict(damping=0.05, curvature_every=2, inverse_every=3)
 SHORT_CLIPPED = SHORT | {"learning_rate": 0.1}
@@ -33,7 +34,8 @@ class Method:
       summary: what it is, in one line of Markdown.
       paper: who and when.
       equation: what it does to a gradient `V`.
-      needs: of every update, some of `NEEDS`.
+      needs: of every update, some of `NEEDS`; without `"curvature"` layers have no part in it, and
+        `build` takes no notice of them.
       state: `Sizes -> numbers` kept for one dense layer: statistic, inverse, momentum.
       state_text: the same as a formula.
       block_of: `layer -> Block` that such a build gives a dense layer; `None` where layers have no

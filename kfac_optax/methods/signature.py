@@ -94,6 +94,22 @@ def flat_signature(
     return decorate
 
 
+def check_size(where: str, name: str, value: Any) -> None:
+    """Checks a number that decides on shapes.
+
+    Raises:
+      TypeError: it is no Python integer.
+      ValueError: it is below one.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(
+            f"{where}: {name} is {value!r}; expected a Python int, as shapes depend on it. With "
+            f'optax.inject_hyperparams name it in static_args=("{name}",).'
+        )
+    if value < 1:
+        raise ValueError(f"{where}: {name}={value!r}; expected {name} >= 1.")
+
+
 def _parameters(
     function: Callable[..., Any], sources: Iterable[Callable[..., Any]], without: frozenset[str]
 ) -> dict[str, inspect.Parameter]:

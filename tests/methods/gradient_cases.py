@@ -1,4 +1,4 @@
-"""What the tests of Shampoo, SOAP and Eva-s share."""
+"""What the tests of Shampoo and its relatives share."""
 
 import functools
 
@@ -16,8 +16,31 @@ def scale_by_eva_s(inverse_every=1, **words):
     return ko.scale_by_eva_s(**words)
 
 
+def scale_by_sketchy(inverse_every=1, **words):
+    """A sketch is made of every gradient."""
+    del inverse_every
+    return ko.scale_by_sketchy(rank=2, **words)
+
+
+def scale_by_tnt(**words):
+    """The gradient itself stands for one example at a sampled label."""
+    tx = ko.scale_by_tnt(damping=0.1, **words)
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(updates, state, params, sampled_grads=jax.tree.map(one, updates), **extra)
+
+    def one(leaf):
+        return leaf[None]
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 SCALE_BY = {
     "shampoo": ko.scale_by_shampoo,
+    "distributed_shampoo": functools.partial(ko.scale_by_distributed_shampoo, start_step=1),
+    "sketchy": scale_by_sketchy,
+    "jorge": ko.scale_by_jorge,
+    "tnt": scale_by_tnt,
     "soap": ko.scale_by_soap,
     "eva_s": scale_by_eva_s,
 }

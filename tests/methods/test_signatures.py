@@ -24,6 +24,12 @@ def words(name):
     return inspect.signature(getattr(ko, name)).parameters
 
 
+def made(name, factory=None, **given):
+    """A preset, for the layers where it is one of layers."""
+    layers = (LAYERS,) if "layers" in words(name) else ()
+    return (factory or getattr(ko, name))(*layers, **given)
+
+
 def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -60,9 +66,9 @@ def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
     static = {"rank": 2} if "rank" in words(name) else {}
     given = numbers(name)
-    plain, _, _ = run(name, getattr(ko, name)(LAYERS, **given, **static))
+    plain, _, _ = run(name, made(name, **given, **static))
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
-    injected, state, step = run(name, factory(LAYERS, **given, **static))
+    injected, state, step = run(name, made(name, factory, **given, **static))
     assert set(state.hyperparams) == set(given)
     assert set(given) & set(STATIC) == set()
     chex.assert_trees_all_close(injected, plain, rtol=1e-4, atol=1e-5)
@@ -86,7 +92,7 @@ def nonsense(value):
 def test_injection_needs_nothing_but_the_layers(name):
     """No default stands in the way, such as a rank that would become an array."""
     rate = {"learning_rate": 0.1} if "learning_rate" in words(name) else {}
-    tx = optax.inject_hyperparams(getattr(ko, name))(LAYERS, **rate)
+    tx = made(name, optax.inject_hyperparams(getattr(ko, name)), **rate)
     gradient, more = of_batch(name)(PARAMS, jnp.float32(1))
     state = jax.eval_shape(tx.init, PARAMS)
     updates, _ = jax.eval_shape(lambda s: tx.update(gradient, s, PARAMS, **more), state)
@@ -103,10 +109,10 @@ def test_a_static_number_that_is_an_array_says_so(word):
 @every_method
 def test_an_unknown_word_is_an_error_that_names_what_exists(name):
     first = next(word for word in ("initial_damping", "damping", "decay") if word in words(name))
-    wrong = first[:-1]
-    message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*axis_name"
+    wrong, last = first[:-1], list(words(name))[-1]
+    message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*{last}"
     with pytest.raises(TypeError, match=message):
-        getattr(ko, name)(LAYERS, **{wrong: 0.1})
+        made(name, **{wrong: 0.1})
 
 
 @pytest.mark.parametrize(

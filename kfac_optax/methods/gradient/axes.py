@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._validate import check_choice, check_real
+from kfac_optax.methods.signature import check_size
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
@@ -65,17 +66,10 @@ def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> R
 
     Raises:
       TypeError: a size is no Python integer.
-      ValueError: a size is negative, or a word is unknown.
+      ValueError: a size is below one, or a word is unknown.
     """
-    for name, least in (("max_dim", 1), ("merge", 1)):
-        value = getattr(rules, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(
-                f"{where}: {name} is {value!r}; expected a Python int, as shapes depend on it. With "
-                f'optax.inject_hyperparams name it in static_args=("{name}",).'
-            )
-        if value < least:
-            raise ValueError(f"{where}: {name}={value!r}; expected {name} >= {least}.")
+    check_size(where, "max_dim", rules.max_dim)
+    check_size(where, "merge", rules.merge)
     check_choice(where, "long_axes", rules.long_axes, long_axes)
     check_choice(where, "vectors", rules.vectors, vectors)
     return rules
@@ -211,6 +205,18 @@ def statistic(tensors: jax.Array, axis: int, kind: str) -> jax.Array:
         return jnp.einsum(f"{mine},{mine}->z{mine[axis + 1]}", tensors, tensors, precision=_HIGHEST)
     out = f"z{mine[axis + 1]}Z"
     return jnp.einsum(f"{mine},{other}->{out}", tensors, tensors, precision=_HIGHEST)
+
+
+def unfolded(tensors: jax.Array, axis: int) -> jax.Array:
+    """`mat_i(G)` of every tensor, `[copies, n, rest]`.
+
+    >>> print(unfolded(jnp.arange(6.0).reshape(1, 2, 3), 1)[0])
+    [[0. 3.]
+     [1. 4.]
+     [2. 5.]]
+    """
+    first = jnp.moveaxis(tensors, axis + 1, 1)
+    return first.reshape(*first.shape[:2], -1)
 
 
 def along(tensors: jax.Array, axis: int, matrices: jax.Array) -> jax.Array:

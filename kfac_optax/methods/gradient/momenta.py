@@ -1,19 +1,21 @@
 """The end of a step: the norm of another transformation, and momentum."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from kfac_optax._tree import named_leaves
+from kfac_optax._tree import named_leaves, select
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_choice
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import gather
+from kfac_optax.methods.gradient.axes import Group, gather
 from kfac_optax.methods.gradient.axiswise import Start, Step
-from kfac_optax.step_rules.graft import exchange_norms
+from kfac_optax.step_rules._per_layer import norms
 
 Tensors = dict[str, jax.Array]  # by group
 Lengths = optax.GradientTransformationExtraArgs
@@ -22,7 +24,10 @@ GRAFTS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": optax.identity,
     "adam": optax.scale_by_adam,
     "rms": optax.scale_by_rms,
+    "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-10),
+    "sign": optax.scale_by_sign,  # of norm sqrt(n)
 }
+_NORMALIZED = "_normalized"
 
 
 class Finish(NamedTuple):
@@ -46,9 +51,23 @@ def graft_of(where: str, graft: Any) -> Lengths | None:
     if graft is None:
         return None
     if isinstance(graft, str):
-        check_choice(where, "graft", graft, GRAFTS)
-        graft = GRAFTS[graft]()
+        words = (*GRAFTS, *(word + _NORMALIZED for word in GRAFTS))
+        check_choice(where, "graft", graft, words)
+        made = GRAFTS[graft.removesuffix(_NORMALIZED)]()
+        if graft.endswith(_NORMALIZED):
+            made = optax.chain(_normalized(), made)
+        graft = made
     return optax.with_extra_args_support(graft)
+
+
+def _normalized() -> optax.GradientTransformation:
+    """Every leaf divided by its norm; a leaf of zeros stays."""
+
+    def unit(x: jax.Array) -> jax.Array:
+        size = norms(x.reshape(1, 1, -1))[0]
+        return x / jnp.where(size > 0, size, 1)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(unit, updates))
 
 
 def graft_then_momentum(
@@ -73,6 +92,52 @@ def graft_then_momentum(
     return Finish(start, apply)
 
 
+def two_momenta(lengths: Lengths | None, *, nesterov: bool) -> Finish:
+    """Momentum of the preconditioned gradient and of what gives its norm, from `start_step` on the
+    first of them.
+
+    Without `lengths` the second is that of the gradient, and norms stay.
+    """
+
+    def start(begin: Start) -> tuple[Any, PyTree]:
+        trace = {"preconditioned": zeros(begin), "plain": zeros(begin)}
+        return trace, start_lengths(lengths, begin)
+
+    def apply(step: Step, tensors: Tensors, trace: Any, graft: PyTree):
+        plain = step.tensors
+        if lengths is not None:
+            plain, graft = updates_of(lengths, step, graft)
+            tensors = with_norms(step, tensors, plain)
+        both = {"preconditioned": tensors, "plain": plain}
+        trace = {kind: traced(step, trace[kind], both[kind]) for kind in both}
+        ahead = trace
+        if nesterov:
+            ahead = {kind: traced(step, trace[kind], both[kind]) for kind in both}
+        ready = step.count >= step.value("start_step")
+        return select(ready, ahead["preconditioned"], ahead["plain"]), trace, graft
+
+    return Finish(start, apply)
+
+
+def momentum_then_graft(*, graft: bool) -> Finish:
+    """Momentum of the preconditioned gradient, with the norms of the leaves of SGD's with the same
+    momentum.
+    """
+
+    def start(begin: Start) -> tuple[Any, PyTree]:
+        trace = {"preconditioned": zeros(begin)}
+        return trace | ({"sgd": zeros(begin)} if graft else {}), ()
+
+    def apply(step: Step, tensors: Tensors, trace: Any, state: PyTree):
+        new = {"preconditioned": traced(step, trace["preconditioned"], tensors)}
+        if not graft:
+            return new["preconditioned"], new, state
+        new["sgd"] = traced(step, trace["sgd"], step.tensors)
+        return with_norms(step, new["preconditioned"], new["sgd"]), new, state
+
+    return Finish(start, apply)
+
+
 def zeros(begin: Start) -> Tensors:
     """Zeros like the tensors of every group."""
     return {g.name: jnp.zeros((g.copies, *g.block), begin.dtype) for g in begin.groups}
@@ -92,17 +157,45 @@ def start_lengths(lengths: Lengths | None, begin: Start) -> PyTree:
     return lengths.init(gate.replace_all(begin.params, wide))
 
 
-def updates_of(lengths: Lengths, step: Step, graft: PyTree) -> tuple[PyTree, PyTree]:
+def updates_of(lengths: Lengths, step: Step, graft: PyTree) -> tuple[Tensors, PyTree]:
     """The update of what gives the norm, from the cleaned gradient, and its new state."""
     # of leaves without entries there is nothing to clean
     clean = {n: x.astype(step.dtype) for n, x in named_leaves(step.updates).items()}
     clean |= gate.scattered(step.groups, step.tensors)
     tree = gate.replace_all(step.updates, clean)
-    return lengths.update(tree, graft, step.params, **step.extra)
+    wanted, graft = lengths.update(tree, graft, step.params, **step.extra)
+    leaves = {n: x.astype(step.dtype) for n, x in named_leaves(wanted).items()}
+    return {group.name: gather(group, leaves) for group in step.groups}, graft
 
 
-def with_norms(step: Step, tensors: Tensors, wanted: PyTree) -> Tensors:
-    """Directions with the norms of the leaves of another update."""
-    direction = gate.scattered(step.groups, tensors)
-    grafted = named_leaves(exchange_norms(direction, named_leaves(wanted)))
-    return {group.name: gather(group, grafted) for group in step.groups}
+def with_norms(step: Step, tensors: Tensors, wanted: Tensors) -> Tensors:
+    """Directions with the norms of another update, leaf by leaf, and of a stacked leaf layer by
+    layer.
+    """
+    out = {}
+    for group in step.groups:
+        size = _norms_of_leaves(group, tensors[group.name])
+        length = _norms_of_leaves(group, wanted[group.name])
+        # a norm of many large entries overflows; NaN stays
+        length = jnp.minimum(length, jnp.finfo(length.dtype).max)
+        ratio = length / jnp.where(size > 0, size, 1)
+        out[group.name] = tensors[group.name] * ratio.reshape(-1, *[1] * len(group.block))
+    return out
+
+
+def _norms_of_leaves(group: Group, tensors: jax.Array) -> jax.Array:
+    """For every tensor the norm of the leaf that it is a piece of, `[copies]`."""
+    sizes = norms(tensors.reshape(group.copies, 1, -1))
+    owners, leaves = [], 0
+    for view in group.views:
+        pieces = math.prod(view.pieces)  # the copies of a view come one after another
+        owners.append(leaves + np.repeat(np.arange(view.copies), pieces))
+        leaves += view.copies
+    if leaves == group.copies:
+        return sizes
+    owner = np.concatenate(owners)
+    largest = jax.ops.segment_max(sizes, owner, leaves)[owner]
+    # divided by the largest first, so that no square overflows
+    unit = jnp.where(largest > 0, largest, 1)
+    squares = jax.ops.segment_sum(jnp.square(sizes / unit), owner, leaves)
+    return jnp.sqrt(squares)[owner] * unit

@@ -5,12 +5,15 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Numeric, ScalarOrSchedule
-from kfac_optax._validate import check_legal
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
+from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
+
+_SHORT: dict[str, Any] = dict(learning_rate=0.1, inverse_every=3)
 
 
 @flat_signature(scale_by_shampoo)
@@ -53,7 +56,7 @@ def shampoo(
       algorithm 2.
     """
     preconditioner = scale_by_shampoo(momentum=momentum, **options)
-    return _with_step("shampoo", preconditioner, learning_rate, weight_decay)
+    return with_step("shampoo", preconditioner, learning_rate, weight_decay)
 
 
 @flat_signature(scale_by_soap)
@@ -90,7 +93,7 @@ def soap(
 
     Reference: Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam (2024), algorithm 3.
     """
-    return _with_step("soap", scale_by_soap(**options), learning_rate, weight_decay)
+    return with_step("soap", scale_by_soap(**options), learning_rate, weight_decay)
 
 
 @flat_signature(scale_by_eva_s)
@@ -135,25 +138,59 @@ def eva_s(
       Approximation (2023).
     """
     clipped = clip_by_kl(scale_by_eva_s(**options), learning_rate=learning_rate, kl_clip=kl_clip)
-    return _with_step("eva_s", clipped, learning_rate, weight_decay, momentum)
+    return with_step("eva_s", clipped, learning_rate, weight_decay, momentum)
 
 
-def _with_step(
-    where: str,
-    preconditioner: optax.GradientTransformation,
-    learning_rate: ScalarOrSchedule,
-    weight_decay: ScalarOrSchedule,
-    momentum: Numeric | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """The preconditioner, decoupled weight decay and momentum if there are any, and the rate."""
-    check_legal(where, "learning_rate", learning_rate)
-    check_legal(where, "weight_decay", weight_decay)
-    parts = [preconditioner]
-    if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    if momentum is not None:
-        if callable(momentum):
-            raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
-        check_legal(where, "momentum", momentum)
-        parts.append(optax.trace(momentum))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+# L, R, their roots and the momentum; of a vector one matrix and its root
+_of_shampoo = of_leaves(lambda shape: 2 * matrices(shape) + entries(shape))
+# no basis of a vector, which is Adam's
+_of_soap = of_leaves(
+    lambda shape: (2 * matrices(shape) if len(shape) > 1 else 0) + 2 * entries(shape)
+)
+# a vector for every axis
+_of_eva_s = of_leaves(sum)
+
+RECORDS = (
+    Method(
+        name="shampoo",
+        kind="optimizer",
+        summary="every axis of a tensor preconditioned by the root of its second moment",
+        paper="Gupta, Koren & Singer (2018); Anil et al. (2020)",
+        equation="U = L^(-1/4) G R^(-1/4)",
+        needs=frozenset({"gradient"}),
+        state=_of_shampoo,
+        state_text="2 (p² + q²) + p q; 2 q² + q of a bias",
+        cost=("O(d³)", "O(d³)"),
+        test="tests/methods/test_shampoo.py::test_dense_kronecker_product_of_roots",
+        build=lambda layers, **options: shampoo(**(_SHORT | options)),
+        block_of=None,
+    ),
+    Method(
+        name="soap",
+        kind="optimizer",
+        summary="Adam in the eigenbasis of Shampoo's statistics",
+        paper="Vyas et al. (2024)",
+        equation="U = Q_L [Q_Lᵀ M Q_R / (√V + ε)] Q_Rᵀ",
+        needs=frozenset({"gradient"}),
+        state=_of_soap,
+        state_text="2 (p² + q²) + 2 p q; 2 q of a bias",
+        cost=("O(d³)", "O(d³)"),
+        test="tests/methods/test_soap.py::test_dense_reference",
+        build=lambda layers, **options: soap(**(_SHORT | options)),
+        block_of=None,
+    ),
+    Method(
+        name="eva_s",
+        kind="optimizer",
+        summary="one mean vector for every axis of a tensor, `c` their product",
+        paper="Zhang, Shi & Li (2023)",
+        equation="U = (c cᵀ + λ I)⁻¹ G",
+        needs=frozenset({"gradient"}),
+        state=_of_eva_s,
+        state_text="p + q without momentum; q of a bias",
+        cost=("nothing", "O(d²)"),
+        test="tests/methods/test_eva_s.py::test_product_is_the_dense_inverse",
+        build=lambda layers, **options: eva_s(0.1, momentum=None, **options),
+        block_of=None,
+    ),
+)

@@ -126,8 +126,7 @@ def scale_by_shampoo(
     rules = Rules(max_dim, merge, long_axes, vectors, stacked)
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
     check_choice(where, "inverse", inverse, METHODS)
-    if root is not None and (not isinstance(root, int) or root < 1):
-        raise ValueError(f"{where}: root={root!r}; expected a positive Python int or None.")
+    check_root(where, root)
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
@@ -136,6 +135,16 @@ def scale_by_shampoo(
     )
     phases = shampoo_phases(root, inverse)
     return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
+
+
+def check_root(where: str, root: Any) -> None:
+    """Checks the `p` of roots `H^(-1/p)`.
+
+    Raises:
+      ValueError: it is no positive Python integer and not `None`.
+    """
+    if root is not None and (not isinstance(root, int) or root < 1):
+        raise ValueError(f"{where}: root={root!r}; expected a positive Python int or None.")
 
 
 def shampoo_phases(root: int | None, method: str) -> Phases:

@@ -1,0 +1,64 @@
+"""Inverse roots that follow an average by a series: products of matrices alone."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._types import Numeric
+from kfac_optax.linalg.factorize import symmetrize
+
+
+def root_step(
+    root: Float[Array, "n n"], news: Float[Array, "n n"], p: int, least: Numeric
+) -> Float[Array, "n n"]:
+    """`R ~ H^(-1/p)` moved along with `H <- b H + (1 - b) S`.
+
+    With `X = R^p S`, `b = max(least, ||X|| / (1 + ||X||))`, `Y = X (1 - b) / b` and `q = 2p`:
+    `R <- b^(-1/p) T^T R T`, `T = I - Y/q + (q + 1) Y^2 / 2q^2`.
+
+    Args:
+      root: symmetric positive definite; the result is, too.
+      news: `S`, symmetric PSD; where it is zero the root stays.
+      p: a positive integer.
+      least: of the weight `b`, at most 1; `||Y|| <= 1` whatever it is.
+
+    >>> print(root_step(jnp.eye(1), 3 * jnp.eye(1), 4, 0.75).round(4))  # b = 3/4, H = 3/4 + 3/4
+    [[0.9044]]
+
+    Reference: Singh, Bhatele et al., Jorge: Approximate Preconditioning for GPU-efficient
+      Second-order Optimization (2023), which multiplies by the series of `(I + Y)^(-1/p)` from one
+      side.
+    """
+    with jax.default_matmul_precision("highest"):
+        x = jnp.linalg.matrix_power(root, p) @ news
+        scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
+        y = scale * x
+        t = jnp.eye(root.shape[0], dtype=root.dtype) - y / (2 * p)
+        t = t + (2 * p + 1) / (8 * p * p) * (y @ y)
+        moved = symmetrize(growth * (t.T @ root @ t))
+    return jnp.where(known, moved, root)
+
+
+def diagonal_step(
+    root: Float[Array, " n"], news: Float[Array, " n"], p: int, least: Numeric
+) -> Float[Array, " n"]:
+    """`root_step` of diagonal matrices.
+
+    >>> print(diagonal_step(jnp.ones(1), jnp.full(1, 3.0), 4, 0.75).round(4))
+    [0.9044]
+    """
+    x = root**p * news
+    scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
+    y = scale * x
+    t = 1 - y / (2 * p) + (2 * p + 1) / (8 * p * p) * y**2
+    return jnp.where(known, growth * root * t**2, root)
+
+
+def _weights(size: Array, p: int, least: Numeric) -> tuple[Array, Array, Array]:
+    """`(1 - b) / b`, `b^(-1/p)`, and whether there is anything new."""
+    known = size > 0
+    usable = jnp.where(known, size, 1)
+    # ||X|| / (1 + ||X||) written so that it is never a quotient of infinities
+    b = jnp.maximum(jnp.asarray(least, size.dtype), 1 / (1 + 1 / usable))
+    odds = jnp.minimum(1 / usable, (1 - b) / b)
+    return odds, b ** (-1 / p), known

@@ -1,0 +1,188 @@
+"""Jorge: the roots of Shampoo followed by products of matrices, never computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.linalg.series_root import diagonal_step, root_step
+from kfac_optax.methods.gradient.axes import (
+    DIAGONAL,
+    FULL,
+    Group,
+    Rules,
+    along,
+    check_rules,
+    statistic,
+)
+from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.methods.gradient.momenta import momentum_then_graft
+from kfac_optax.methods.gradient.phases import ByAxis, Phases, Weights, by_phases
+from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.record import Method
+from kfac_optax.methods.signature import flat_signature
+
+
+def scale_by_jorge(
+    *,
+    momentum: ScalarOrSchedule = 0.9,
+    decay: ScalarOrSchedule = 0.0,
+    eps: float = 1e-6,
+    inverse_every: ScalarOrSchedule = 10,
+    graft: str | None = "sgd",
+    max_dim: int = 1024,
+    merge: int = 16,
+    long_axes: str = "split",
+    vectors: str = "full",
+    stacked: Callable[[str], int] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shampoo whose inverse roots follow the statistics by a series, without factorisations.
+
+    Of every axis the root `R ~ H^(-1/p)` is kept, `p` twice the number of axes, and where it is due
+    it follows `H <- b H + (1 - b) mat(G) mat(G)^T`: with `X = R^p mat(G) mat(G)^T`,
+    `Y = X (1 - b) / b` and the binomial series `T = I - Y / 2p + (2p + 1) Y^2 / 8p^2` of
+    `(I + Y)^(-1/2p)`,
+
+    `R <- b^(-1/p) T^T R T`.
+
+    Where `R` and the statistic commute this is the root up to `O(||Y||^3)`, else up to `O(||Y||)`.
+    The paper multiplies by the series of `(I + Y)^(-1/p)` from one side. That has the same first
+    order, but it is not symmetric, and made symmetric it need not stay positive definite; `T^T R T`
+    does. The weight is `b = max(decay, ||X|| / (1 + ||X||))`, so that `||Y|| <= 1`, where the
+    series can be used. With `M` and `N` the momenta of the preconditioned gradient and of the
+    gradient, every leaf's update is `M ||N|| / ||M||`. Leaves are seen as in `scale_by_shampoo`, and
+    what is not finite is treated the same way; the root of a statistic that is zero stays.
+
+    Args:
+      momentum: `M <- momentum M + U`, and the same of the gradient.
+      decay: least weight of what is held; 0 leaves it to `||Y|| = 1`.
+      eps: roots start as `eps^(-1/p) I`.
+      inverse_every: period of the roots, in steps: the gradients of other steps have no part.
+      graft: `"sgd"` gives each leaf the norm of SGD's update with the same momentum, `None` leaves
+        norms as they are.
+      max_dim: as in `scale_by_shampoo`.
+      merge: as in `scale_by_shampoo`.
+      long_axes: as in `scale_by_shampoo`.
+      vectors: as in `scale_by_shampoo`.
+      stacked: as in `scale_by_shampoo`.
+
+    Returns:
+      A transformation with an `AxiswiseState` without factors.
+
+    Raises:
+      TypeError: a leaf is complex or not floating; a size is no Python integer.
+      ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
+
+    >>> tx = scale_by_jorge()
+    >>> g = jnp.array([[3.0, 0.0], [0.0, -3.0]])
+    >>> updates, state = tx.update(g, tx.init(g))
+    >>> print(updates.round(3) + 0)
+    [[ 3.  0.]
+     [ 0. -3.]]
+
+    Reference: Singh, Bhatele et al., Jorge: Approximate Preconditioning for GPU-efficient
+      Second-order Optimization (2023).
+    """
+    where = "scale_by_jorge"
+    rules = Rules(max_dim, merge, long_axes, vectors, stacked)
+    check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
+    check_number(where, "eps", eps, above=0)
+    if graft is not None:
+        check_choice(where, "graft", graft, ("sgd",))
+    hyper: dict[str, Any] = dict(momentum=momentum, decay=decay, inverse_every=inverse_every)
+    # here a decay does not weigh statistics that are kept
+    finish = momentum_then_graft(graft=graft is not None)
+    return by_phases(where, rules, hyper, _series(eps), finish, groups_in="inverses")
+
+
+def _series(eps: float) -> Phases:
+    """Roots that follow the statistics of the steps where they are due; nothing else is kept."""
+
+    def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
+        roots = {}
+        first = jnp.asarray(eps, dtype) ** (-1 / (2 * len(group.block)))
+        for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
+            one = jnp.eye(n, dtype=dtype) if kind == FULL else jnp.ones(n, dtype)
+            roots[str(i)] = jnp.tile(first * one, (group.copies,) + one.ndim * (1,))
+        return {}, roots
+
+    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+        return factors
+
+    def refresh(group: Group, step: Step, factors: ByAxis, roots: ByAxis, previous: PyTree):
+        made, p, decay = {}, 2 * len(group.block), step.value("decay")
+        for i, kind in enumerate(group.kinds):
+            new = statistic(step.tensors[group.name], i, kind)
+            follow = root_step if kind == FULL else diagonal_step
+            made[str(i)] = jax.vmap(lambda r, h, f=follow: f(r, h, p, decay))(roots[str(i)], new)
+        return made, previous
+
+    def apply(group: Group, step: Step, factors: ByAxis, roots: ByAxis, weights: Weights):
+        u = step.tensors[group.name]
+        for i in range(len(group.block)):
+            u = along(u, i, roots[str(i)])
+        return u
+
+    return Phases(start, take_in, apply, refresh)
+
+
+@flat_signature(scale_by_jorge)
+def jorge(
+    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Jorge, a whole optimizer: `scale_by_jorge`, decoupled weight decay, and the step. Rates are
+    those of SGD with momentum.
+
+    `theta <- theta - learning_rate (U + weight_decay theta)`, with `U` the direction of Jorge and
+    the norms of SGD with momentum.
+
+    Args:
+      learning_rate: number or schedule.
+      weight_decay: decoupled; `update` needs `params` where it is not the number zero.
+      **options: as for `scale_by_jorge`.
+
+    Returns:
+      A transformation whose updates are to be added to the parameters.
+
+    Raises:
+      TypeError: a leaf is complex or not floating; a size is no Python integer.
+      ValueError: a hyperparameter out of range.
+
+    >>> tx = jorge(learning_rate=0.1)
+    >>> g = jnp.array([[3.0, 0.0], [0.0, -3.0]])
+    >>> updates, state = tx.update(g, tx.init(g))
+    >>> print(updates.round(3) + 0)
+    [[-0.3  0. ]
+     [ 0.   0.3]]
+
+    Reference: Singh, Bhatele et al., Jorge: Approximate Preconditioning for GPU-efficient
+      Second-order Optimization (2023).
+    """
+    return with_step("jorge", scale_by_jorge(**options), learning_rate, weight_decay)
+
+
+# a root for every axis, and the momenta of both directions
+_numbers = of_leaves(lambda shape: matrices(shape) + 2 * entries(shape))
+
+RECORDS = (
+    Method(
+        name="jorge",
+        kind="optimizer",
+        summary="Shampoo's roots followed by products alone, with the norms of SGD with momentum",
+        paper="Singh et al. (2023)",
+        equation="R ← b^(-1/4) Tᵀ R T, T = I - Y/8 + 9 Y²/128, Y = R⁴ G Gᵀ (1 - b)/b",
+        needs=frozenset({"gradient"}),
+        state=_numbers,
+        state_text="p² + q² + 2 p q; q² + 2 q of a bias",
+        cost=("O(d³), products alone", "O(d³)"),
+        test="tests/methods/test_jorge.py::test_the_root_of_commuting_matrices_is_of_third_order",
+        build=lambda layers, **options: jorge(
+            **(dict(learning_rate=0.1, inverse_every=3) | options)
+        ),
+        block_of=None,
+    ),
+)
