@@ -69,6 +69,7 @@ from kfac_optax.methods.gradient.distributed import (
 )
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.jorge import jorge, scale_by_jorge
+from kfac_optax.methods.gradient.labels import axes_table, matrix_labels
 from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.sketchy import scale_by_sketchy, sketchy
@@ -141,6 +142,7 @@ __all__ = [
     "Use",
     "adapt_damping",
     "add_weight_decay",
+    "axes_table",
     "b_kfac",
     "b_kfac_c",
     "b_r_c",
@@ -205,6 +207,7 @@ __all__ = [
     "log_determinant",
     "low_rank",
     "low_rank_blocks",
+    "matrix_labels",
     "mkor",
     "mkor_block",
     "mkor_h",

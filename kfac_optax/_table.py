@@ -27,11 +27,11 @@ def coverage_table(layers: "Layers") -> str:
         header += ("notes",)
         pairs = zip(rows, notes, strict=True)
         rows = [(*row, "; ".join(said)) for row, said in pairs]
-    parts = [_columns(header, rows)]
+    parts = [columns(header, rows)]
     if layers.uncovered:
         header = ("not covered", "shape", "gets", "reason")
         left = [_left_over(layers, parameter) for parameter in layers.uncovered]
-        parts.append(_columns(header, left))
+        parts.append(columns(header, left))
     return "\n\n".join((*parts, *layers.remarks))
 
 
@@ -87,11 +87,11 @@ def _shape(*sizes: int) -> str:
     return "x".join(map(str, sizes)) or "()"
 
 
-def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of text under a header, every column as wide as its longest cell."""
     table = [header, *rows]
-    # every column as wide as its longest cell
-    columns = zip(*table, strict=True)
-    widths = [max(map(len, column)) for column in columns]
+    by_column = zip(*table, strict=True)
+    widths = [max(map(len, column)) for column in by_column]
     lines = [_line(row, widths) for row in table]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -90,7 +90,7 @@ def scale_by_tnt(
     >>> tx = scale_by_tnt(damping=1.0)
     >>> g = jnp.array([2.0, 1.0])
     >>> updates, state = tx.update(g, tx.init(g), sampled_grads=jnp.array([[1.0, 0.0], [1.0, 0.0]]))
-    >>> print(updates)  # F = diag(1, 0)
+    >>> print(updates.round(3))  # F = diag(1, 0)
     [1. 1.]
 
     Reference: Ren & Goldfarb, Tensor Normal Training for Deep Learning Models (2021).
@@ -190,7 +190,7 @@ def tnt(
     >>> tx = tnt(learning_rate=0.1, damping=1.0)
     >>> g = jnp.array([2.0, 1.0])
     >>> updates, state = tx.update(g, tx.init(g), sampled_grads=jnp.array([[1.0, 0.0], [1.0, 0.0]]))
-    >>> print(updates)
+    >>> print(updates.round(3))
     [-0.1 -0.1]
 
     Reference: Ren & Goldfarb, Tensor Normal Training for Deep Learning Models (2021).
