@@ -1,6 +1,7 @@
 """What Shampoo and its relatives share: leaves of all kinds, bad batches, Optax's wrappers and JAX's transformations."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -213,3 +214,34 @@ def test_nothing_to_precondition(name):
     empty = {"e": jnp.zeros((0, 3))}
     update, _ = tx.update(empty, tx.init(empty))
     assert update["e"].shape == (0, 3)
+
+
+def test_a_deep_net_of_equal_layers_is_a_stack_of_them():
+    """Leaves are cut out of the stack at places that are known only when the step runs."""
+    gradients = [jnp.asarray(g, jnp.float32) for g in c.draws(5, 10, 3, 4, steps=3)]
+    gradients[1] = gradients[1].at[2, 0, 0].set(jnp.nan)
+    apart = [{f"layer_{i}": layer for i, layer in enumerate(g)} for g in gradients]
+    updates, _ = c.run(ko.scale_by_shampoo(graft="sgd"), apart)
+    expected, _ = c.run(ko.scale_by_shampoo(graft="sgd", stacked=lambda path: 1), gradients)
+    for one, two in zip(updates, expected, strict=True):
+        h.assert_close(jnp.stack([one[f"layer_{i}"] for i in range(10)]), two, rtol=1e-5)
+    h.assert_equal(updates[1], jax.tree.map(jnp.zeros_like, updates[1]))
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap"])
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels of the CPU's compiler")
+def test_a_deep_net_has_no_more_kernels_than_a_shallow_one(name):
+    """Kernels that differ in nothing are compiled once, so that depth costs no time to compile."""
+
+    def kernels(depth):
+        params = {f"layer_{i:02d}": jnp.ones((3, 4)) for i in range(depth)}
+        tx = c.SCALE_BY[name]()
+        text = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
+        bodies = re.findall(r"^%fused_computation\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
+        # without names, numbers of instructions, and where in the program they come from
+        plain = [re.sub(r"%[\w.-]+|metadata=\{.*?\}|param_\d+\S*", "", body) for body in bodies]
+        return len({body.replace(f"[{depth}", "[n") for body in plain}), len(bodies)
+
+    shallow, deep = kernels(9), kernels(27)
+    assert deep[1] >= shallow[1] + 18  # one for every leaf
+    assert deep[0] <= shallow[0] + 2

@@ -1,5 +1,6 @@
 """How leaves are seen as tensors: axes merged, split or left alone, equal shapes stacked."""
 
+import itertools
 import math
 import string
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from kfac_optax.methods.signature import check_size
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
+_MANY = 8  # leaves of one group from which on every kernel that need not be compiled counts
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -153,13 +155,41 @@ def gather(group: Group, leaves: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.concatenate([_cut(leaves[view.name], view) for view in group.views])
 
 
-def scatter(group: Group, tensors: jax.Array) -> dict[str, jax.Array]:
-    """Inverse of `gather`: leaves by name."""
-    out, start = {}, 0
+def scatter(
+    group: Group, tensors: jax.Array, some: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Inverse of `gather`: leaves by name.
+
+    With `some`, a scalar bool known only when the step runs, a deep net compiles sooner; where it
+    is false the leaves may be any part of the tensors.
+    """
+    starts = [0]
     for view in group.views:
-        out[view.name] = _join(tensors[start : start + view.tensors], view)
-        start += view.tensors
-    return out
+        starts.append(starts[-1] + view.tensors)
+    if some is None or len(group.views) < _MANY:
+        parts = [tensors[a:b] for a, b in itertools.pairwise(starts)]
+    else:
+        parts = []
+        for start, view in zip(_places(starts[:-1], some), group.views, strict=True):
+            at, size = (start, *(0,) * len(group.block)), (view.tensors, *group.block)
+            parts.append(jax.lax.dynamic_slice(tensors, at, size, allow_negative_indices=False))
+    return {v.name: _join(part, v) for part, v in zip(parts, group.views, strict=True)}
+
+
+def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
+    """Where the leaves begin, as numbers that the compiler of the CPU does not know.
+
+    It makes a kernel of every slice with all that is done before it, and compiles equal ones once.
+    Those of leaves at known places are all different; out of a branch no place is known.
+    """
+
+    def unknown(some: jax.Array) -> list[jax.Array]:
+        return jax.lax.cond(some, lambda: known(some), lambda: [jnp.int32(0)] * len(starts))
+
+    def known(some: jax.Array) -> list[jax.Array]:
+        return [jnp.int32(start) for start in starts]
+
+    return jax.lax.platform_dependent(some, cpu=unknown, default=known)
 
 
 def _grid(view: View) -> tuple[int, ...]:

@@ -95,17 +95,19 @@ def passed_on(
         whole = jnp.where(good, new[group.name], 0)
         dtypes = {leaves[view.name].dtype for view in group.views}
         if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
-            cast |= scatter(group, within(whole, dtypes.pop()))
+            cast |= scatter(group, within(whole, dtypes.pop()), good)
         else:
-            cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole).items()}
+            cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole, good).items()}
     return replace_leaves(updates, cast), good
 
 
-def scattered(groups: tuple[Group, ...], tensors: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Leaves of all groups by name."""
+def scattered(
+    groups: tuple[Group, ...], tensors: Mapping[str, jax.Array], some: jax.Array
+) -> dict[str, jax.Array]:
+    """Leaves of all groups by name, see `scatter`."""
     out: dict[str, jax.Array] = {}
     for group in groups:
-        out |= scatter(group, tensors[group.name])
+        out |= scatter(group, tensors[group.name], some)
     return out
 
 

@@ -161,7 +161,7 @@ def updates_of(lengths: Lengths, step: Step, graft: PyTree) -> tuple[Tensors, Py
     """The update of what gives the norm, from the cleaned gradient, and its new state."""
     # of leaves without entries there is nothing to clean
     clean = {n: x.astype(step.dtype) for n, x in named_leaves(step.updates).items()}
-    clean |= gate.scattered(step.groups, step.tensors)
+    clean |= gate.scattered(step.groups, step.tensors, step.finite)
     tree = gate.replace_all(step.updates, clean)
     wanted, graft = lengths.update(tree, graft, step.params, **step.extra)
     leaves = {n: x.astype(step.dtype) for n, x in named_leaves(wanted).items()}
