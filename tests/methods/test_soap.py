@@ -62,6 +62,21 @@ def test_long_axis_is_one_sided(x64):
     assert list(state.bases["7ix3"]) == ["1"]
 
 
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (3, 3)])
+def test_short_side_alone(x64, shape):
+    """Adam in the eigenvectors of the shorter axis, whatever the length of the other."""
+    gradients = c.draws(12, *shape)
+    tx = ko.scale_by_soap(sides="short", basis="eigh", inverse_every=10, merge=1)
+    updates, state = c.run(tx, gradients)
+    (axis,) = next(iter(state.bases.values()))
+    assert axis == ("1" if shape[0] > shape[1] else "0")
+    if axis == "0":
+        gradients, updates = gradients.swapaxes(1, 2), np.swapaxes(updates, 1, 2)
+    q = np.linalg.eigh(gradients[0].T @ gradients[0])[1]
+    expected, _ = c.run(adam(), gradients[1:] @ q)
+    np.testing.assert_allclose(updates[1:], np.asarray(expected) @ q.T, atol=1e-9)
+
+
 def dense_soap(gradients, every, b=0.95, eps=1e-8):
     """Algorithm 3 for one matrix, written out with NumPy."""
     left, right = gradients[0] @ gradients[0].T, gradients[0].T @ gradients[0]
@@ -163,6 +178,7 @@ def test_preset_is_the_chain():
         ({"eps": -1.0}, ValueError, "eps"),
         ({"basis": "svd"}, ValueError, "basis"),
         ({"long_axes": "diagonal"}, ValueError, "long_axes"),
+        ({"sides": "left"}, ValueError, "sides"),
         ({"merge": jnp.float32(3)}, TypeError, 'static_args=\\("merge",\\)'),
     ],
 )

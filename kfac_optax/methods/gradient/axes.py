@@ -13,6 +13,8 @@ from kfac_optax._validate import check_choice, check_real
 from kfac_optax.methods.signature import check_size
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
+ALL, SHORT = "all", "short"
+SIDES = (ALL, SHORT)
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
 _MANY = 8  # leaves of one group from which on every kernel that need not be compiled counts
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -26,6 +28,7 @@ class Rules(NamedTuple):
     long_axes: str
     vectors: str
     stacked: Callable[[str], int] | None
+    sides: str = ALL  # or "short": of all axes the shortest alone has a matrix
 
 
 class View(NamedTuple):
@@ -74,6 +77,7 @@ def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> R
     check_size(where, "merge", rules.merge)
     check_choice(where, "long_axes", rules.long_axes, long_axes)
     check_choice(where, "vectors", rules.vectors, vectors)
+    check_choice(where, "sides", rules.sides, SIDES)
     return rules
 
 
@@ -112,7 +116,12 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
             f"number of its leading axes that count equal parameters, 0 to {len(shape)}."
         )
     axes = merged(shape[stack:], rules.merge)
-    pieces, block, kinds = zip(*(_divide(n, len(axes), rules) for n in axes), strict=True)
+    divided = [_divide(n, len(axes), rules) for n in axes]
+    if rules.sides == SHORT and len(axes) > 1:
+        short = axes.index(min(axes))
+        whole = [(1, n, IDENTITY) for n in axes]
+        divided = [*whole[:short], divided[short], *whole[short + 1 :]]
+    pieces, block, kinds = zip(*divided, strict=True)
     return View(name, shape, math.prod(shape[:stack]), axes, pieces, block, kinds)
 
 

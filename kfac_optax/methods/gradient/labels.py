@@ -10,6 +10,7 @@ from kfac_optax._table import columns
 from kfac_optax._tree import named_leaves, path_name
 from kfac_optax._types import PyTree
 from kfac_optax.methods.gradient.axes import (
+    ALL,
     DIAGONAL,
     FULL,
     IDENTITY,
@@ -97,6 +98,7 @@ def axes_table(
     merge: int = 16,
     long_axes: str = "split",
     vectors: str = "full",
+    sides: str = ALL,
     stacked: Callable[[str], int] | None = None,
     labels: PyTree | None = None,
 ) -> str:
@@ -113,6 +115,7 @@ def axes_table(
       merge: neighbouring axes are merged while their product is at most this and two are left.
       long_axes: `"split"`, `"diagonal"` or `"identity"`.
       vectors: `"full"`, `"diagonal"` or `"identity"`.
+      sides: `"all"`, or `"short"` as in `scale_by_soap`.
       stacked: `name -> number` of leading axes that only count equal parameters.
       labels: a tree of labels, such as `matrix_labels` gives; one more column.
 
@@ -131,7 +134,7 @@ def axes_table(
     kernel  3x3x8x40  9: 9x9; 8: 8x8; 40: 2 matrices 20x20  1,090
     """
     where = "axes_table"
-    rules = Rules(max_dim, merge, long_axes, vectors, stacked)
+    rules = Rules(max_dim, merge, long_axes, vectors, stacked, sides)
     kinds = (DIAGONAL, IDENTITY)
     check_rules(where, rules, ("split", *kinds), (FULL, *kinds))
     words = _labels_of(where, params, labels)

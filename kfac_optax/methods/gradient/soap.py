@@ -15,6 +15,7 @@ from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after, psd_eigh
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import (
+    ALL,
     FULL,
     IDENTITY,
     Group,
@@ -52,6 +53,7 @@ def scale_by_soap(
     merge: int = 16,
     long_axes: str = "identity",
     vectors: str = "identity",
+    sides: str = ALL,
     stacked: Callable[[str], int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of Shampoo's statistics.
@@ -88,6 +90,8 @@ def scale_by_soap(
         two axes are left; 1 merges none.
       long_axes: `"identity"` gives a long axis no basis, `"split"` cuts it into equal pieces.
       vectors: `"identity"` (Adam) or `"full"`, for leaves with one axis.
+      sides: `"all"` axes have a basis, or the `"short"` one alone, the first of equally short ones
+        (the one-sided form).
       stacked: `name -> number` of leading axes that only count equal parameters, as those of
         scanned layers; default none. Names are paths, `"block/kernel"`.
 
@@ -111,7 +115,7 @@ def scale_by_soap(
       and Stabilizing Shampoo using Adam (2024), algorithm 3.
     """
     where = "scale_by_soap"
-    rules = Rules(max_dim, merge, long_axes, vectors, stacked)
+    rules = Rules(max_dim, merge, long_axes, vectors, stacked, sides)
     check_rules(where, rules, (IDENTITY, "split"), (IDENTITY, FULL))
     check_choice(where, "basis", basis, BASES)
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
