@@ -51,6 +51,7 @@ def absorb_columns(
       Memory-efficient Adaptive Regularization with Frequent Directions (2023), algorithm 1.
     """
     dimension, rank = sketch.low.vectors.shape
+    # B = [sqrt(held D) U, sqrt(new) G], whose product B B^T is the sum
     roots = sketch.low.vectors * jnp.sqrt(held * sketch.low.values)
     both = jnp.concatenate([roots, jnp.sqrt(new) * columns], axis=1)
     # the eigenproblem on the smaller side, with orthonormal columns either way
@@ -62,6 +63,7 @@ def absorb_columns(
     vectors, values = vectors[:, ::-1], values[::-1]
     if basis is not None:
         vectors = jnp.matmul(basis, vectors, precision=jax.lax.Precision.HIGHEST)
+    # c = sigma_{k+1}^2 is taken off those kept, and bounds what is left out
     cut = values[rank] if len(values) > rank else jnp.zeros((), values.dtype)
     kept = jnp.maximum(values[:rank] - cut, 0)
     return Sketch(LowRank(vectors[:, :rank], kept), held * sketch.tail + cut)

@@ -33,6 +33,7 @@ def root_step(
         x = jnp.linalg.matrix_power(root, p) @ news
         scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
         y = scale * x
+        # T = I - Y / 2p + (2p + 1) Y^2 / 8p^2
         t = jnp.eye(root.shape[0], dtype=root.dtype) - y / (2 * p)
         t = t + (2 * p + 1) / (8 * p * p) * (y @ y)
         moved = symmetrize(growth * (t.T @ root @ t))
@@ -57,7 +58,7 @@ def diagonal_step(
 def _weights(size: Array, p: int, least: Numeric) -> tuple[Array, Array, Array]:
     """`(1 - b) / b`, `b^(-1/p)`, and whether there is anything new."""
     known = size > 0
-    usable = jnp.where(known, size, 1)
+    usable = jnp.where(known, size, 1)  # where nothing is new the root stays anyway
     # ||X|| / (1 + ||X||) written so that it is never a quotient of infinities
     b = jnp.maximum(jnp.asarray(least, size.dtype), 1 / (1 + 1 / usable))
     odds = jnp.minimum(1 / usable, (1 - b) / b)

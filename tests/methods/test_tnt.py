@@ -98,6 +98,8 @@ def test_diagonal_of_a_long_axis(x64):
 def test_sampled_gradients_that_are_not_finite_are_left_out():
     g = jnp.ones((2, 2))
     tx = ko.scale_by_tnt(inverse_every=1)
+    first, _ = tx.update(g, tx.init(g), sampled_grads=jnp.full((1, 2, 2), jnp.nan))
+    np.testing.assert_array_equal(first, g)
     _, before = tx.update(g, tx.init(g), sampled_grads=jnp.eye(2)[None])
     update, after = tx.update(g, before, sampled_grads=jnp.full((1, 2, 2), jnp.nan))
     np.testing.assert_array_equal(after.factors["2x2"]["0"], before.factors["2x2"]["0"])

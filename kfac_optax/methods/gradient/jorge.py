@@ -103,7 +103,7 @@ def _series(eps: float) -> Phases:
     """Roots that follow the statistics of the steps where they are due; nothing else is kept."""
 
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
-        roots = {}
+        roots = {}  # eps^(-1/p) I, or that diagonal
         first = jnp.asarray(eps, dtype) ** (-1 / (2 * len(group.block)))
         for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
             one = jnp.eye(n, dtype=dtype) if kind == FULL else jnp.ones(n, dtype)
@@ -114,6 +114,7 @@ def _series(eps: float) -> Phases:
         return factors
 
     def refresh(group: Group, step: Step, factors: ByAxis, roots: ByAxis, previous: PyTree):
+        # the gradient of this step is all that the roots see; those between have no part
         made, p, decay = {}, 2 * len(group.block), step.value("decay")
         for i, kind in enumerate(group.kinds):
             new = statistic(step.tensors[group.name], i, kind)

@@ -63,7 +63,7 @@ def matrix_labels(
     more = (more_others,) if isinstance(more_others, str) else tuple(more_others)
     patterns = ((others,) if isinstance(others, str) else tuple(others)) + more
     names = named_leaves(params)
-    for pattern in more:
+    for pattern in more:  # a misspelt name would leave a head where it should not be
         if not any(_named(name, (pattern,)) for name in names):
             raise ValueError(
                 f"matrix_labels: {pattern!r} names no leaf; expected a component or the whole of "
@@ -74,6 +74,7 @@ def matrix_labels(
 
     def label(path: tuple, leaf: jax.Array) -> str:
         name = path_name(path)
+        # a scale [layers, n] of scanned layers is a vector of each
         own = leaf.shape[0 if stacked is None else stacked(name) :]
         is_matrix = len(merged(own, 1)) > 1 and leaf.size > 0
         return matrix if is_matrix and not _named(name, patterns) else other

@@ -81,6 +81,7 @@ def graft_then_momentum(
         return zeros(begin) if momentum else (), start_lengths(lengths, begin)
 
     def apply(step: Step, tensors: Tensors, trace: Any, graft: PyTree):
+        # S <- S ||Q|| / ||S||, then M <- momentum M + S
         if lengths is not None:
             wanted, graft = updates_of(lengths, step, graft)
             tensors = with_norms(step, tensors, wanted)
@@ -108,11 +109,13 @@ def two_momenta(lengths: Lengths | None, *, nesterov: bool) -> Finish:
         if lengths is not None:
             plain, graft = updates_of(lengths, step, graft)
             tensors = with_norms(step, tensors, plain)
+        # M_S <- momentum M_S + S and M_Q <- momentum M_Q + Q
         both = {"preconditioned": tensors, "plain": plain}
         trace = {kind: traced(step, trace[kind], both[kind]) for kind in both}
         ahead = trace
         if nesterov:
             ahead = {kind: traced(step, trace[kind], both[kind]) for kind in both}
+        # both run from the first step, so that the change is no start from zero
         ready = step.count >= step.value("start_step")
         return select(ready, ahead["preconditioned"], ahead["plain"]), trace, graft
 
@@ -129,6 +132,7 @@ def momentum_then_graft(*, graft: bool) -> Finish:
         return trace | ({"sgd": zeros(begin)} if graft else {}), ()
 
     def apply(step: Step, tensors: Tensors, trace: Any, state: PyTree):
+        # M <- momentum M + U and N <- momentum N + G, then M ||N|| / ||M||
         new = {"preconditioned": traced(step, trace["preconditioned"], tensors)}
         if not graft:
             return new["preconditioned"], new, state

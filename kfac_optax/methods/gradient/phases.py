@@ -100,6 +100,7 @@ def by_phases(
                 own = factors[group.name], inverses[group.name]
                 tensors[group.name] = phases.apply(group, step, *own, weights)
         tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
+        # a momentum that is not finite would stay so for ever
         good = step.finite & all_finite(tensors)
         trace = select(good, trace, held.trace)
         graft = select(step.finite, graft, held.graft)
@@ -117,6 +118,7 @@ def _due(step: Step, name: str) -> Any:
 
 
 def _weights(step: Step) -> Weights:
+    # which of the statistics accepted this is, if it is one
     number = step.count + 1
     if "curvature_every" in step.now:
         every = jnp.asarray(step.now["curvature_every"]).astype(jnp.int32)
@@ -130,6 +132,7 @@ def _statistics(
     """Factors with those of this step in them, and how many were not finite."""
 
     def measured(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
+        # within the branch: what is not due is not computed
         observed = phases.observe(step)
         new = {}
         for group in step.groups:
@@ -151,7 +154,7 @@ def _refreshed(
 
     def refresh(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
         made: gate.Held = {}
-        previous: PyTree = ()
+        previous: PyTree = ()  # batched factorisations run one after another
         for group in step.groups:
             own = factors[group.name], held[0][group.name]
             made[group.name], previous = phases.refresh(group, step, *own, previous)

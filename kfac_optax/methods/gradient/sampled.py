@@ -37,9 +37,10 @@ def sampled_tensors(step: Step, examples: Numeric | None) -> dict[str, jax.Array
             f"{step.where}.update: leaves of sampled_grads have {sizes} examples; expected the "
             "same number of all."
         )
+    # of a mean over N examples sqrt(N) times it, whose product has the Fisher for its mean
     scale = 1.0 if examples is None else jnp.sqrt(jnp.asarray(examples, step.dtype))
     wide = {name: scale * x.astype(step.dtype) for name, x in tensors.items()}
-    gathered = {}
+    gathered = {}  # [N, copies, *block]
     for group in step.groups:
         gathered[group.name] = jax.vmap(lambda one, group=group: gather(group, one))(wide)
     return gathered

@@ -90,8 +90,10 @@ def scale_by_shampoo(
       inverse_every: period of the roots, in steps.
       momentum: `M <- momentum M + U` is the update; `None` keeps no trace.
       nesterov: the update is `momentum M + U`.
-      graft: every leaf's update gets the norm of that of `"sgd"`, `"adam"`, `"rms"` or a
-        transformation; `None` leaves it. It gets the gradient in the dtype of the state.
+      graft: every leaf's update gets the norm of that of `"sgd"`, `"adam"`, `"rms"`, `"adagrad"`,
+        `"sign"`, one of these with `_normalized` (of every leaf divided by its norm), or a
+        transformation; `None` leaves it. It gets the gradient in the dtype of the state. Each layer
+        of a stacked leaf has a norm of its own.
       root: `p` of `H^(-1/p)`; default twice the number of axes. 2 gives `L^(-1/2) G R^(-1/2)`.
       inverse: `"eigh"` or `"newton"`, see `inverse_root`.
       max_dim: axes longer than this are long.

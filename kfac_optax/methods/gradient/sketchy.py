@@ -118,7 +118,7 @@ def _sketches(rank: int, root: int | None) -> Phases:
     """Sketches for statistics; their roots cost no more than the product with them."""
 
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
-        factors = zeros_by_axis(group, dtype)
+        factors = zeros_by_axis(group, dtype)  # diagonals stay what they are in Shampoo
         for i in group.axes_of(FULL):
             one = no_sketch(group.block[i], rank, dtype)
             factors[str(i)] = jax.tree.map(
@@ -131,6 +131,7 @@ def _sketches(rank: int, root: int | None) -> Phases:
         for i, kind in enumerate(group.kinds):
             old = factors[str(i)]
             if kind == FULL:
+                # the columns of [sqrt(e D) U, sqrt(1 - e) mat_i(G)], by their singular values
                 absorb = jax.vmap(absorb_columns, in_axes=(0, 0, None, None))
                 out[str(i)] = absorb(old, unfolded(tensors, i), *weights)
             else:
@@ -155,9 +156,11 @@ def _times_root(tensors: jax.Array, axis: int, sketch: Sketch, p: int, ridge: ja
     """`G x_i (U D U^T + rho I)^(-1/p)`; no matrix of the size of the axis is formed."""
     inside, outside = jax.vmap(lambda s: root_weights(s, p, ridge))(sketch)
     directions = sketch.low.vectors
+    # coordinates in the directions, U^T mat_i(G)
     turned = along(tensors, axis, directions.mT)
     if directions.shape[1] == directions.shape[2]:  # nothing is left out
         return along(along(turned, axis, inside), axis, directions)
+    # U [(D + rho)^(-1/p) - rho^(-1/p)] U^T G + rho^(-1/p) G
     change = along(along(turned, axis, inside - outside[:, None]), axis, directions)
     return change + outside.reshape(-1, *[1] * (tensors.ndim - 1)) * tensors
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._tree import select
 from kfac_optax._types import Numeric, PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import after, psd_inverse
@@ -60,7 +61,8 @@ def scale_by_tnt(
     `n` the geometric mean of all `n_i`: for a matrix this is the damping that K-FAC's factors share
     between them, for a vector the damped Fisher matrix itself. `update` needs the extra argument
     `sampled_grads`. Leaves are seen as in `scale_by_shampoo`, and what is not finite is treated
-    the same way; sampled gradients that are not finite are left out and counted.
+    the same way; sampled gradients that are not finite are left out and counted. A tensor of which a
+    refresh knows nothing keeps its inverses, the identity at first.
 
     Args:
       damping: Tikhonov damping, positive.
@@ -117,39 +119,45 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
     def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
         out = {}
         for i, kind in enumerate(group.kinds):
+            # the mean over examples of mat_i(g) mat_i(g)^T, not the product of the mean
             of_each = jax.vmap(lambda g, i=i, kind=kind: statistic(g, i, kind))(tensors)
             out[str(i)] = weights[0] * factors[str(i)] + weights[1] * jnp.mean(of_each, 0)
         return out
 
     def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
-        made, scale = {}, _scale(group, factors)
-        for axis in inverses:
+        # A_i = F_i / s^((k-1)/k), so that the product over axes needs no scale of its own
+        made = {}
+        scale, known = _scale(group, factors)
+        for axis, old in inverses.items():
             # one batched factorisation after another
             ready = after(scale[:, None, None] * factors[axis], previous)
             shift = _share(group, int(axis), step.value("damping"))
             previous = jax.vmap(lambda a, s=shift: psd_inverse(a, s))(ready)
-            made[axis] = previous
+            made[axis] = select(known, previous, old)
         return made, previous
 
     def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
-        u, scale = step.tensors[group.name], _scale(group, factors)
+        u = step.tensors[group.name]
+        scale, known = _scale(group, factors)
         for i, kind in enumerate(group.kinds):
             if kind == FULL:
                 u = along(u, i, inverses[str(i)])
             else:  # never stale
                 shift = _share(group, i, step.value("damping"))
-                u = along(u, i, 1 / (scale[:, None] * factors[str(i)] + shift))
+                divisor = scale[:, None] * factors[str(i)] + shift
+                u = along(u, i, jnp.where(known[:, None], 1 / divisor, 1))
         return u
 
     return Phases(start, take_in, apply, refresh, lambda step: sampled_tensors(step, examples))
 
 
-def _scale(group: Group, factors: ByAxis) -> jax.Array:
-    """`s^(-(k-1)/k)` of every tensor, `[copies]`; one where nothing has been measured."""
+def _scale(group: Group, factors: ByAxis) -> tuple[jax.Array, jax.Array]:
+    """`s^(-(k-1)/k)` of every tensor, `[copies]`, and whether anything of it has been measured."""
+    # s = tr F_i is the same for every axis: the sum of all squares
     first = factors["0"]
     s = jnp.trace(first, axis1=1, axis2=2) if first.ndim == 3 else jnp.sum(first, 1)
     k = len(group.block)
-    return jnp.where(s > 0, jnp.where(s > 0, s, 1) ** (-(k - 1) / k), 1)
+    return jnp.where(s > 0, s, 1) ** (-(k - 1) / k), s > 0
 
 
 def _share(group: Group, axis: int, damping: jax.Array) -> jax.Array:
