@@ -37,7 +37,9 @@ def scale_by_tnt(**words):
 
 SCALE_BY = {
     "shampoo": ko.scale_by_shampoo,
-    "distributed_shampoo": functools.partial(ko.scale_by_distributed_shampoo, start_step=1),
+    "distributed_shampoo": functools.partial(
+        ko.scale_by_distributed_shampoo, start_step=1, inverse="eigh"
+    ),
     "sketchy": scale_by_sketchy,
     "jorge": ko.scale_by_jorge,
     "tnt": scale_by_tnt,

@@ -70,7 +70,7 @@ GRAFTS = {
 def test_every_leaf_has_the_norm_of_the_other(graft):
     names = ("embedding", "vector")
     gradients = [{n: c.tree_of_all_kinds(s)[n] for n in names} for s in range(3)]
-    words = PLAIN | {"graft": graft, "inverse_every": 2, "max_dim": 4}
+    words = PLAIN | {"graft": graft, "inverse": "eigh", "max_dim": 4}
     updates, _ = c.run(ko.scale_by_distributed_shampoo(**words), gradients)
     lengths, _ = c.run(GRAFTS[graft], gradients)
     for mine, other in zip(updates, lengths, strict=True):
@@ -80,7 +80,7 @@ def test_every_leaf_has_the_norm_of_the_other(graft):
 
 
 def test_statistics_and_roots_have_periods_of_their_own():
-    tx = ko.scale_by_distributed_shampoo(curvature_every=2, inverse_every=3)
+    tx = ko.scale_by_distributed_shampoo(curvature_every=2, inverse_every=3, inverse="eigh")
     state = tx.init(jnp.ones((3, 3)))
     step = jax.jit(tx.update)
     factors, roots = [], []
@@ -95,7 +95,7 @@ def test_statistics_and_roots_have_periods_of_their_own():
 
 def test_statistics_with_a_period_are_a_mean_of_those_measured(x64):
     gradients = c.draws(2, 3, 3, steps=4)
-    tx = ko.scale_by_distributed_shampoo(curvature_every=2)
+    tx = ko.scale_by_distributed_shampoo(curvature_every=2, inverse="eigh")
     _, state = c.run(tx, gradients)
     expected = (gradients[0] @ gradients[0].T + gradients[2] @ gradients[2].T) / 2
     np.testing.assert_allclose(state.factors["3x3"]["0"][0], expected, rtol=1e-12)
@@ -103,14 +103,15 @@ def test_statistics_with_a_period_are_a_mean_of_those_measured(x64):
 
 def test_stale_roots_are_fresh_for_constant_gradients(x64):
     gradients = [c.draws(3, 3, 3, steps=1)[0]] * 6
-    stale, _ = c.run(ko.scale_by_distributed_shampoo(inverse_every=5), gradients)
-    fresh, _ = c.run(ko.scale_by_distributed_shampoo(inverse_every=1), gradients)
+    words = dict(inverse="eigh", start_step=2)
+    stale, _ = c.run(ko.scale_by_distributed_shampoo(inverse_every=5, **words), gradients)
+    fresh, _ = c.run(ko.scale_by_distributed_shampoo(inverse_every=1, **words), gradients)
     np.testing.assert_allclose(stale, fresh, rtol=1e-7)
 
 
 def test_it_trains_faster_than_what_it_is_grafted_on():
     sgd = c.final_loss(optax.sgd(3e-2, momentum=0.9, nesterov=True))
-    assert c.final_loss(ko.distributed_shampoo(3e-2)) < sgd
+    assert c.final_loss(ko.distributed_shampoo(3e-2, inverse="eigh")) < sgd
 
 
 @pytest.mark.parametrize(
