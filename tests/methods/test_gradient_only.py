@@ -193,6 +193,15 @@ def test_hyperparameters_are_injected(preset):
     h.assert_equal(jax.tree.map(jnp.abs, update), jax.tree.map(jnp.zeros_like, update))
 
 
+@pytest.mark.parametrize("preset", [ko.shampoo, ko.soap, ko.eva_s])
+def test_a_rate_that_is_an_array_or_a_schedule_widens_nothing(preset):
+    narrow = [{"vector": tree["vector"].astype(jnp.bfloat16)} for tree in steps()]
+    for rate in (jnp.float32(0.1), optax.constant_schedule(0.1)):
+        tx = preset(rate, weight_decay=jnp.float32(0.1))
+        updates, _ = jax.eval_shape(tx.update, narrow[0], tx.init(narrow[0]), narrow[0])
+        assert updates["vector"].dtype == jnp.bfloat16
+
+
 @one_of_a_kind
 def test_schedules_follow_the_count_and_nonsense_is_counted(name):
     gradients = [{n: tree[n] for n in ("dense", "vector")} for tree in steps()]

@@ -12,7 +12,7 @@ from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
 from kfac_optax.methods.gradient.momenta import graft_of, two_momenta
 from kfac_optax.methods.gradient.phases import by_phases
 from kfac_optax.methods.gradient.shampoo import ShampooState, check_root, shampoo_phases
-from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
 
@@ -96,7 +96,7 @@ def scale_by_distributed_shampoo(
     return by_phases(where, rules, hyper, shampoo_phases(root, inverse), finish, state=ShampooState)
 
 
-@flat_signature(scale_by_distributed_shampoo)
+@flat_signature(scale_by_distributed_shampoo, schedules=OF_THE_STEP)
 def distributed_shampoo(
     learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:

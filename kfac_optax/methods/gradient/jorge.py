@@ -22,7 +22,7 @@ from kfac_optax.methods.gradient.axes import (
 from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.methods.gradient.momenta import momentum_then_graft
 from kfac_optax.methods.gradient.phases import ByAxis, Phases, Weights, by_phases
-from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
 
@@ -94,6 +94,7 @@ def scale_by_jorge(
     if graft is not None:
         check_choice(where, "graft", graft, ("sgd",))
     hyper: dict[str, Any] = dict(momentum=momentum, decay=decay, inverse_every=inverse_every)
+    hyper["eps"] = eps
     # here a decay does not weigh statistics that are kept
     finish = momentum_then_graft(graft=graft is not None)
     return by_phases(where, rules, hyper, _series(eps), finish, groups_in="inverses")
@@ -104,7 +105,9 @@ def _series(eps: float) -> Phases:
 
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         roots = {}  # eps^(-1/p) I, or that diagonal
-        first = jnp.asarray(eps, dtype) ** (-1 / (2 * len(group.block)))
+        # injected, it is known only now; where it makes no sense the default stands in
+        usable = jnp.where(jnp.isfinite(eps) & (jnp.asarray(eps) > 0), eps, 1e-6).astype(dtype)
+        first = usable ** (-1 / (2 * len(group.block)))
         for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
             one = jnp.eye(n, dtype=dtype) if kind == FULL else jnp.ones(n, dtype)
             roots[str(i)] = jnp.tile(first * one, (group.copies,) + one.ndim * (1,))
@@ -131,7 +134,7 @@ def _series(eps: float) -> Phases:
     return Phases(start, take_in, apply, refresh)
 
 
-@flat_signature(scale_by_jorge)
+@flat_signature(scale_by_jorge, schedules=OF_THE_STEP)
 def jorge(
     learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:

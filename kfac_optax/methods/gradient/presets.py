@@ -8,7 +8,7 @@ from kfac_optax._types import Numeric, ScalarOrSchedule
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.soap import scale_by_soap
-from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
@@ -16,7 +16,7 @@ from kfac_optax.step_rules.kl_clip import clip_by_kl
 _SHORT: dict[str, Any] = dict(learning_rate=0.1, inverse_every=3)
 
 
-@flat_signature(scale_by_shampoo)
+@flat_signature(scale_by_shampoo, schedules=OF_THE_STEP)
 def shampoo(
     learning_rate: ScalarOrSchedule,
     *,
@@ -59,7 +59,7 @@ def shampoo(
     return with_step("shampoo", preconditioner, learning_rate, weight_decay)
 
 
-@flat_signature(scale_by_soap)
+@flat_signature(scale_by_soap, schedules=OF_THE_STEP)
 def soap(
     learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def soap(
     return with_step("soap", scale_by_soap(**options), learning_rate, weight_decay)
 
 
-@flat_signature(scale_by_eva_s)
+@flat_signature(scale_by_eva_s, schedules=(*OF_THE_STEP, "momentum"))
 def eva_s(
     learning_rate: ScalarOrSchedule,
     *,

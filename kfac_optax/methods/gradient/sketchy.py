@@ -34,7 +34,7 @@ from kfac_optax.methods.gradient.phases import (
     zeros_by_axis,
 )
 from kfac_optax.methods.gradient.shampoo import check_root, diagonal_root, power_of
-from kfac_optax.methods.gradient.whole import entries, of_leaves, with_step
+from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature
 
@@ -165,7 +165,7 @@ def _times_root(tensors: jax.Array, axis: int, sketch: Sketch, p: int, ridge: ja
     return change + outside.reshape(-1, *[1] * (tensors.ndim - 1)) * tensors
 
 
-@flat_signature(scale_by_sketchy)
+@flat_signature(scale_by_sketchy, schedules=OF_THE_STEP)
 def sketchy(
     learning_rate: ScalarOrSchedule,
     *,

@@ -31,7 +31,7 @@ from kfac_optax.methods.gradient.phases import (
     zeros_by_axis,
 )
 from kfac_optax.methods.gradient.sampled import sampled_tensors
-from kfac_optax.methods.gradient.whole import entries, matrices, of_leaves, with_step
+from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
 
@@ -168,7 +168,7 @@ def _share(group: Group, axis: int, damping: jax.Array) -> jax.Array:
     return damping ** (1 / k) * (mean / group.block[axis])
 
 
-@flat_signature(scale_by_tnt)
+@flat_signature(scale_by_tnt, schedules=OF_THE_STEP)
 def tnt(
     learning_rate: ScalarOrSchedule,
     *,

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
-from kfac_optax._types import Numeric, ScalarOrSchedule
+from kfac_optax._types import Numeric, PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_legal
 from kfac_optax.methods.record import Sizes
+
+# numbers of the step that may be schedules; the transformations of Optax check none of them
+OF_THE_STEP = ("learning_rate", "weight_decay")
 
 
 def with_step(
@@ -28,7 +33,19 @@ def with_step(
             raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
         check_legal(where, "momentum", momentum)
         parts.append(optax.trace(momentum))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    return _of_their_dtype(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
+
+
+def _of_their_dtype(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Updates in the dtypes of the gradient, also where a rate is an array of a wider one."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any):
+        new, state = tx.update(updates, state, params, **extra)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def of_leaves(numbers: Callable[[tuple[int, ...]], int]) -> Callable[[Sizes], int]:
