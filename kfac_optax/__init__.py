@@ -121,9 +121,9 @@ from kfac_optax.step_rules.weight_decay import add_weight_decay
 __version__ = "0.1.0"
 
 __all__ = [
+    "CATALOGUE",
     "Bernoulli",
     "Block",
-    "CATALOGUE",
     "Categorical",
     "Coupling",
     "Curvature",
