@@ -141,8 +141,8 @@ def _put(layer: Layer, part: Part | None, value: jax.Array, leaf: jax.Array) -> 
     """The leaf with the layer's part of it replaced, or the value as a leaf of that shape."""
     if part is None:
         return value.reshape(leaf.shape)
-    value = value.reshape(*layer.stack, *part.sizes)
-    return leaf.astype(value.dtype).at[layer.box(part)].set(value)
+    box = layer.box(part)
+    return leaf.astype(value.dtype).at[box].set(value.reshape(*layer.stack, *part.sizes))
 
 
 def map_examples(

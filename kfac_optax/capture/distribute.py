@@ -177,9 +177,10 @@ class _Rewriting:
         return [*equations, eqn.replace(invars=given)]
 
     def _is_repeated(self, v: Any) -> bool:
-        if not self._is_parameter(v):
+        view = self._look(self.views, v)
+        if view is None or not view.complete:
             return False
-        axes = zip(self.views[v].axes, v.aval.shape, strict=True)
+        axes = zip(view.axes, v.aval.shape, strict=True)
         return any(axis is None and n > 1 for axis, n in axes)
 
     def _is_parameter(self, v: Any) -> bool:
