@@ -85,6 +85,7 @@ class _Rewriting:
         eqn = eqn.replace(invars=list(map(self._named, eqn.invars))) if self.names else eqn
         body = call_body(eqn)
         if body is not None and self._inlines(eqn, body):
+            # its equations stand here instead, and its outputs are theirs
             self.changed = True
             inner, outs = renamed(body.jaxpr, eqn.invars)
             for step in inner:
@@ -104,6 +105,7 @@ class _Rewriting:
         for v, view in zip(eqn.outvars, outs, strict=True):
             self.views[v], self.data[v], self.made[v] = view, any(data), made
             self.source[v] = eqn
+        # products with kernels, and parameters that no equation of their own shows
         taken = self._taken_apart(eqn, data) if eqn.primitive.name == "dot_general" else None
         if eqn.primitive.name in ("concatenate", "select_n"):
             taken = self._beside_data(eqn, data)
@@ -122,7 +124,8 @@ class _Rewriting:
     def _entered(self, eqn: Any, inner: Any, views: Any, data: Any) -> tuple[Any, Any]:
         rewriting = _Rewriting(inner, views, data)
         new = rewriting.run()
-        outs = [rewriting._look(rewriting.views, v) for v in inner.outvars]
+        results = map(rewriting._named, inner.outvars)
+        outs = [rewriting._look(rewriting.views, v) for v in results]
         self.changed = self.changed or new is not inner
         return (eqn if new is inner else with_body(eqn, new)), outs
 
@@ -143,10 +146,15 @@ class _Rewriting:
         return bool(self.made.get(v)) and not self.data.get(v) and not is_parameter
 
     def _taken_apart(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
+        """What computes a product of data and a kernel; `None` where it stays as it is."""
+        # a placement of the output is that of one product
+        if eqn.params.get("out_sharding") is not None or not all(map(is_real, eqn.invars)):
+            return None
         for side in (0, 1):
             v = eqn.invars[side]
             if isinstance(v, jex.Literal) or not data[1 - side] or not self._is_kernel(v):
                 continue
+            # every value that turns out not to come apart is tried as a whole
             self.whole = set()
             while True:
                 operands: list[Any] = []
@@ -178,7 +186,7 @@ class _Rewriting:
 
     def _is_repeated(self, v: Any) -> bool:
         view = self._look(self.views, v)
-        if view is None or not view.complete:
+        if view is None or not view.complete or not is_real(v):
             return False
         axes = zip(view.axes, v.aval.shape, strict=True)
         return any(axis is None and n > 1 for axis, n in axes)
@@ -203,7 +211,8 @@ class _Rewriting:
         of = functools.partial(self._expression, operands=operands, dtype=dtype)
         if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
             return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
-        if name == "convert_element_type":
+        # rounding to integers is no cast that passes a sum on
+        if name == "convert_element_type" and is_real(given[0]) and is_real(eqn.outvars[0]):
             return self._expression(given[0], operands, dtype or eqn.outvars[0].aval.dtype)
         if name == "neg":
             return Negative(of(given[0]))

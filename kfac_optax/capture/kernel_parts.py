@@ -147,6 +147,7 @@ class Multiply:
     def _product(self, x, of_x, kernel: Product, of_kernel, out) -> jax.Array:
         """`x (A B)` as `(x A) B`, or `(x B) A` where `x` meets `B` first."""
         first, second, made = kernel.names
+        # the axes of the product have the kernel's names, those that it sums over new ones
         rename = dict(zip(made, of_kernel, strict=True))
         for name in (*first, *second):
             if name not in rename:
@@ -155,10 +156,12 @@ class Multiply:
             (kernel.first, tuple(rename[name] for name in first)),
             (kernel.second, tuple(rename[name] for name in second)),
         ]
+        # first the side that `x` is summed with
         met = set(of_x) - set(out)
         if not met & set(sides[0][1]):
             sides.reverse()
         (near, near_names), (far, far_names) = sides
+        # what the other side or the output still needs
         needed = (*of_x, *near_names)
         between = tuple(n for n in dict.fromkeys(needed) if n in out or n in far_names)
         return self(self(x, of_x, near, near_names, between), between, far, far_names, out)
@@ -171,6 +174,7 @@ class Multiply:
         results = []
         for part, start, size in zip(kernel.parts, starts, sizes, strict=False):
             mine, mine_names = x, of_x
+            # summed over, or the same axis in both: the part of `x` that meets it
             if name in of_x:
                 mine = jax.lax.slice_in_dim(x, start, start + size, axis=of_x.index(name))
             kept = (of_x, of_kernel, out)
@@ -195,6 +199,7 @@ class Multiply:
             inner += new
             if old == new or not old:
                 continue
+            # axes that are merged or split have to go the same way
             if len({(name in of_x, name in out) for name in old}) > 1:
                 raise DoesNotFit(kernel)
             if old[0] in of_x:

@@ -155,6 +155,36 @@ def test_merged_parameters_of_modules_are_layers(x64):
     }
 
 
+def test_in_a_layer_that_is_recomputed(x64):
+    """Under `jax.checkpoint` the kernel is made inside, as an adapter is."""
+
+    def model(p, x):
+        layer = jax.checkpoint(lambda p, x: jnp.tanh(x @ (p["w"] + p["down"] @ p["up"]) + p["b"]))
+        return layer(p, x)
+
+    layers = assert_gradients(lambda p, x: squares(model(p, x)), LOW_RANK, X, rtol=1e-10)
+    assert len(layers) == 4
+
+
+def test_kernels_that_are_rounded_stay_as_they_are():
+    """To integers, where a sum of rounded parts is not the rounded sum; so do integers as inputs."""
+    params = jax.tree.map(jnp.asarray, {"w": normal(3, 4), "v": normal(4, 2)})
+    counts = jnp.arange(15).reshape(N, 3)
+
+    def rounded(p, x):
+        return x @ (3 * p["w"] + p["w"]).astype(int).astype(float) @ p["v"]
+
+    def counted(p, x):
+        product = jax.lax.dot_general(
+            counts + 0 * x.astype(int), 0.5 * p["w"], (((1,), (0,)), ((), ()))
+        )
+        return product @ p["v"]
+
+    for model in (rounded, counted):
+        closed = jax.make_jaxpr(model)(params, jnp.asarray(X))
+        assert distributed(closed, len(params)) is closed
+
+
 def test_the_value_is_the_same_and_other_programs_are_handed_back():
     """A kernel that depends on data, or sums of activations, are left alone."""
 
