@@ -120,10 +120,7 @@ def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
 def scatter(
     bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Inverse of `gather`: leaves by name, in the shapes found in `leaves`.
-
-    The rest of a leaf that layers have parts of stays: pass what has been made of other buckets.
-    """
+    """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`."""
     out: dict[str, jax.Array] = {}
     for layer, copies in bucket.slices:
         # the copies of this layer; its bias is the last row of each
