@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
             "delay": 1000.0,  # steps until the learning rate is halved
             "grid": {  # learning rates at the start; () leaves an optimizer out
                 "kfac": (0.1, 0.03),
+                "spring": (),  # for instance (0.2,); its settings have not been tuned
                 "adam": (3e-2, 1e-2),
             },
             "kfac": {
@@ -39,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "curvature_every": 1,
                 "inverse_every": 5,
             },
+            "spring": {"damping": 4e-3, "momentum": 0.95, "norm_constraint": 0.1},
             "out": "",  # results/<name> when empty
         }
     )

@@ -23,13 +23,49 @@ class Layout(NamedTuple):
     order: tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """A box of a stored parameter, along its axes behind the stack: `w[:, :4]`, `layers[2]`."""
+
+    shape: tuple[int, ...]  # of what it is a part of
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What picks it."""
+        pairs = zip(self.starts, self.sizes, strict=True)
+        return tuple(slice(start, start + size) for start, size in pairs)
+
+    def __str__(self) -> str:
+        """As one writes it, `[2]` or `[:, 0:4]`."""
+        words = []
+        for start, size, n in zip(self.starts, self.sizes, self.shape, strict=True):
+            one = str(start) if size == 1 else f"{start}:{start + size}"
+            words.append(":" if size == n else one)
+        while words[1:] and words[-1] == ":":
+            del words[-1]
+        return f"[{', '.join(words)}]"
+
+
 @dataclasses.dataclass(frozen=True)
 class Uncovered:
-    """A parameter that no curvature block owns, or not all uses of which are measured, and why."""
+    """A parameter that no curvature block owns, or not all uses of which are measured, and why.
+
+    Attributes:
+      path, shape: of the parameter.
+      reason: why.
+      where: lines of code that use it, `file:line`, if it is used.
+    """
 
     path: str
     shape: tuple[int, ...]
     reason: str
+    where: str = dataclasses.field(default="", compare=False)
+
+    def __str__(self) -> str:
+        """As errors list it."""
+        place = f" ({self.where})" if self.where else ""
+        return f"{self.path or '(root)'} {self.shape}: {self.reason}{place}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +79,7 @@ class Layer:
       kernel: path of the weight leaf (of the scale, or of the shift where there is no scale).
       bias: path of the bias leaf, or `None`.
       inputs, outputs: sizes of the weight as a matrix, of one group.
-      layout: how the stored weight becomes matrices.
+      layout: how the stored weight, or the part of it, becomes matrices.
       stack: leading axes of a stacked layer (`nn.scan` over layers), `()` otherwise.
       groups: independent matrices of one layer (groups of a convolution, batched axes of an
         einsum).
@@ -58,6 +94,8 @@ class Layer:
       mixed: some of its uses have no part in the bias.
       swapped: some of its uses multiply by the transposed weight, as cotangents of an inner
         derivative do.
+      part, bias_part: the part of the weight leaf and of the bias leaf that it has, where those are
+        shared out among several layers; `None` for all of it.
     """
 
     # its leaves in the parameter tree
@@ -80,6 +118,18 @@ class Layer:
     partly: tuple[Uncovered, ...] = ()
     mixed: bool = False
     swapped: bool = False
+    # what of its leaves it has
+    part: Part | None = None
+    bias_part: Part | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of the weight leaf."""
+        return *self.stack, *(self.layout.shape if self.part is None else self.part.shape)
+
+    def box(self, part: Part | None) -> Any:
+        """What picks its part of a leaf."""
+        return ... if part is None else (slice(None),) * len(self.stack) + part.slices
 
     @property
     def copies(self) -> int:

@@ -5,6 +5,9 @@ COMPLEX = (  # reason of a parameter that no block and no diagonal is for
     "complex parameter: not measured, its gradient is handed on (of jax.grad the conjugate of the "
     "direction of ascent); make its real and imaginary part real parameters to have them measured"
 )
+NOT_REAL = (  # reason of a parameter of integers or flags
+    "not of floating point: it has no gradient; what is a constant belongs beside the parameters"
+)
 COMPLEX_LAYER = (
     "its layer computes with complex numbers: not measured"  # reason of a real parameter
 )

@@ -64,8 +64,10 @@ def _geometry(layer: "Layer") -> tuple[str, ...]:
 
 
 def _left_over(layers: "Layers", parameter: "Uncovered") -> tuple[str, ...]:
+    """A parameter that no block owns, why, and in which lines of code it is used."""
+    place = f" ({parameter.where})" if parameter.where else ""
     shape, gets = _shape(*parameter.shape), _gets(layers, parameter)
-    return parameter.path, shape, gets, parameter.reason
+    return parameter.path or "(root)", shape, gets, parameter.reason + place
 
 
 def _gets(layers: "Layers", parameter: "Uncovered") -> str:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._reasons import NOT_USED
-from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
+from kfac_optax._reasons import NOT_REAL, NOT_USED
+from kfac_optax._types import Block, Bucket, Layer, Layers, Part, PyTree
 
 
 def path_name(path: tuple) -> str:
@@ -86,10 +86,10 @@ def gather(
     # [copies, inputs, q] of every layer, one after another
     kernels, biases = [], []
     for layer in bucket.layers:
-        kernel = leaves[layer.kernel].astype(dtype)
+        kernel = leaves[layer.kernel][layer.box(layer.part)].astype(dtype)
         kernels.append(_matrices(kernel, layer))
         if layer.bias is not None:
-            bias = leaves[layer.bias].astype(dtype)
+            bias = leaves[layer.bias][layer.box(layer.bias_part)].astype(dtype)
             biases.append(bias.reshape(layer.copies, 1, q))
     matrices = jnp.concatenate(kernels)
     if not biases:
@@ -120,17 +120,26 @@ def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
 def scatter(
     bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Inverse of `gather`: leaves by name, in the shapes found in `leaves`."""
-    out = {}
+    """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`."""
+    out: dict[str, jax.Array] = {}
     for layer, copies in bucket.slices:
         # the copies of this layer; its bias is the last row of each
         mine = matrices[copies]
         weights = mine[:, : layer.inputs]
-        out[layer.kernel] = _as_stored(weights, layer)
+        before = out.get(layer.kernel, leaves[layer.kernel])
+        out[layer.kernel] = _put(layer, layer.part, _as_stored(weights, layer), before)
         if layer.bias is not None:
-            bias = mine[:, layer.inputs]
-            out[layer.bias] = bias.reshape(leaves[layer.bias].shape)
+            before = out.get(layer.bias, leaves[layer.bias])
+            out[layer.bias] = _put(layer, layer.bias_part, mine[:, layer.inputs], before)
     return out
+
+
+def _put(layer: Layer, part: Part | None, value: jax.Array, leaf: jax.Array) -> jax.Array:
+    """The leaf with the layer's part of it replaced, or the value as a leaf of that shape."""
+    if part is None:
+        return value.reshape(leaf.shape)
+    box = layer.box(part)
+    return leaf.astype(value.dtype).at[box].set(value.reshape(*layer.stack, *part.sizes))
 
 
 def map_examples(
@@ -283,7 +292,7 @@ def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:
     if not layers.graft:
         return {}
     # what has a block, and what has no gradient
-    unused = {u.path for u in layers.uncovered if u.reason == NOT_USED}
+    unused = {u.path for u in layers.uncovered if u.reason in (NOT_USED, NOT_REAL)}
     left = covered_leaves(tree, layers).keys() | unused
     leaves = named_leaves(tree)
     return {name: x for name, x in leaves.items() if name not in left}

@@ -11,7 +11,7 @@ import jax
 
 from kfac_optax._block_types import Average, Block, Bucket
 from kfac_optax._coupling_types import Coupling, Directions, Fine, System, Vector
-from kfac_optax._layer_types import Layer, Layers, Layout, PyTree, Uncovered, Use
+from kfac_optax._layer_types import Layer, Layers, Layout, Part, PyTree, Uncovered, Use
 
 __all__ = [
     "Average",
@@ -24,6 +24,7 @@ __all__ = [
     "Layers",
     "Layout",
     "Numeric",
+    "Part",
     "PyTree",
     "ScalarOrSchedule",
     "System",

@@ -189,7 +189,7 @@ def dense_block(estimator, params, args, layer):
     @jax.jit
     def column(k):
         v = jnp.zeros((layer.copies * p * q,)).at[k].set(1.0).reshape(layer.copies, p, q)
-        vector = replace_leaves(params, zeros | scatter(bucket, v, leaves))
+        vector = replace_leaves(params, zeros | scatter(bucket, v, zeros))
         product = named_leaves(estimator.vector_product(params, vector, *args))
         return gather(bucket, product, jnp.float64).ravel()
 

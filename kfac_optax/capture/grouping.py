@@ -8,77 +8,131 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_USED
+from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_REAL
 from kfac_optax._types import Layer, Layers, Uncovered
 from kfac_optax.capture.align import aligned, layout_of
-from kfac_optax.capture.calls import is_rule
-from kfac_optax.capture.geometry import Conv, Dense, Lookup, Unsupported
+from kfac_optax.capture.code_lines import listed
+from kfac_optax.capture.explain import bypasses, reason, unseen
+from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift, Unsupported
 from kfac_optax.capture.layouts import matrix_shape
-from kfac_optax.capture.sites import STOPPED, Analysis, Site
+from kfac_optax.capture.ownership import Key, apart, own_biases
+from kfac_optax.capture.sites import Analysis, Site
 
 
 def group(
     analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any], bypassed: set[int]
 ) -> tuple[tuple[Site, ...], tuple[int, ...], Layers]:
-    """Sites that share a kernel form one layer; everything else about them has to agree.
+    """Sites that share a kernel, or the same part of one, form one layer; everything else about
+    them has to agree.
 
     Returns:
       The sites as uses of their layers, the layer of each, and the layers.
     """
-    groups: dict[int, list[int]] = {}
     problems: dict[int, str] = {}
-    tapped = tapped_leaves(analysis)
-    for i, site in enumerate(analysis.sites):
-        reason = _unfit(site)
-        if reason is not None:
-            problems |= {o.leaf: reason for o in site.params if o is not None}
-        elif (kernel := site.params[0]) is not None:
-            groups.setdefault(kernel.leaf, []).append(i)
     sites = list(analysis.sites)
-    biased = {site.bias for site in sites}
-    groups = {
-        leaf: members
-        for leaf, members in groups.items()
-        if leaf not in biased or not all(sites[i].found for i in members)
-    }
-    for leaf, members in groups.items():
-        groups[leaf], problem = _fitting(members, sites, leaves[names[leaf]])
+    groups = _by_kernel(sites, problems)
+    for key, members in groups.items():
+        groups[key], problem = _fitting(members, sites, leaves[names[key[0]]])
         if problem is not None:
-            problems.setdefault(leaf, problem)
+            problems.setdefault(key[0], problem)
+    tapped = tapped_leaves(analysis)
     used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
-    problems |= {
-        i: COMPLEX for i in used if jnp.issubdtype(leaves[names[i]].dtype, jnp.complexfloating)
-    }
-    groups = {leaf: members for leaf, members in groups.items() if leaf not in problems}
-    biases = _own_biases(groups, sites, problems)
+    problems |= _not_of_reals({i: leaves[names[i]].dtype for i in used})
+    groups = {key: members for key, members in groups.items() if key[0] not in problems}
+    groups = apart(groups, {key: _is_scale(sites[groups[key][0]]) for key in groups})
+    biases = _biases(groups, sites, problems)
     owner = [-1] * len(sites)
-    layers = []
-    for index, (leaf, members) in enumerate(groups.items()):
+    for index, members in enumerate(groups.values()):
         for i in members:
             owner[i] = index
-        bias = biases.get(leaf)
-        mine = [sites[i] for i in members]
-        unseen = _unseen(leaf, bias, mine, names, analysis.consumers)
-        partly = [Uncovered(name, tuple(leaves[name].shape), note) for name, note in unseen]
-        layers.append(_layer(mine, names[leaf], None if bias is None else names[bias], partly))
-    layers = _distinct(layers)
-    taken = {names[leaf] for leaf in groups} | {names[b] for b in biases.values()}
-    problems = _bypasses(bypassed, analysis) | problems
+    owned = [site for site, index in zip(sites, owner, strict=True) if index >= 0]
+    layers = []
+    for key, members in groups.items():
+        bias = biases.get(key)
+        mine = [leaf for leaf, _ in (key, *([] if bias is None else [bias]))]
+        notes = unseen(mine, owned, names, analysis.consumers)
+        partly = [
+            Uncovered(name, tuple(leaves[name].shape), note, where) for name, note, where in notes
+        ]
+        layers.append(_layer([sites[i] for i in members], key, bias, names, partly))
+    taken = {names[leaf] for leaf, _ in (*groups, *biases.values())}
+    problems = bypasses(bypassed, analysis) | problems
     uncovered = tuple(
         Uncovered(
             name,
             tuple(leaves[name].shape),
-            _reason(i, problems, tapped, analysis.consumers.get(i, [])),
+            reason(i, problems, tapped, analysis.names(i)),
+            listed(consumer.line for consumer in analysis.consumers.get(i, [])),
         )
         for i, name in enumerate(names)
         if name not in taken
     )
-    return tuple(sites), tuple(owner), Layers(tuple(layers), uncovered)
+    return tuple(sites), tuple(owner), Layers(tuple(_distinct(layers)), uncovered)
+
+
+def _by_kernel(sites: Sequence[Site], problems: dict[int, str]) -> dict[Key, list[int]]:
+    """Numbers of the sites of each kernel; why the parameters of others have none."""
+    groups: dict[Key, list[int]] = {}
+    for i, site in enumerate(sites):
+        why = _unfit(site)
+        if why is not None:
+            problems |= {o.leaf: why for o in site.params if o is not None}
+        elif (kernel := site.params[0]) is not None:
+            groups.setdefault(kernel.key, []).append(i)
+    biased = {site.bias for site in sites}
+    return {
+        key: members
+        for key, members in groups.items()
+        if key not in biased or not all(sites[i].found for i in members)
+    }
+
+
+def _is_scale(site: Site) -> bool:
+    return isinstance(site.geometry, ScaleShift)
+
+
+def _biases(
+    groups: Mapping[Key, Sequence[int]], sites: list[Site], problems: dict[int, str]
+) -> dict[Key, Key]:
+    """The bias of each kernel, where all uses that have one agree on it and no other kernel uses
+    it, nor a part of it.
+    """
+    pairs = [(key, sites[i].bias) for key, members in groups.items() for i in members]
+    pairs = [(key, bias) for key, bias in pairs if bias is not None]
+    own = own_biases(pairs)
+    problems |= {
+        bias[0]: "kernel and bias are shared by different layers"
+        for key, bias in pairs
+        if own.get(key) != bias
+    }
+    free = apart(dict.fromkeys([*groups, *own.values()]), {})
+    own = {key: bias for key, bias in own.items() if bias in free and bias not in groups}
+    for key, members in groups.items():
+        for i in members:
+            if sites[i].bias not in (None, own.get(key)) and sites[i].bias not in free:
+                sites[i] = sites[i]._replace(params=sites[i].params[:1])
+    return own
+
+
+def _not_of_reals(dtypes: Mapping[int, Any]) -> dict[int, str]:
+    """Parameters that no block is for, whatever uses them."""
+    problems = {}
+    for i, dtype in dtypes.items():
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            problems[i] = COMPLEX
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            problems[i] = NOT_REAL
+    return problems
 
 
 def _layer(
-    sites: Sequence[Site], kernel: str, bias: str | None, partly: Sequence[Uncovered]
+    sites: Sequence[Site],
+    key: Key,
+    bias: Key | None,
+    names: Sequence[str],
+    partly: Sequence[Uncovered],
 ) -> Layer:
+    kernel, part = names[key[0]], key[1]
     # a look-up comes before a head that shares its table, and a use before one the other way round
     first = min(sites, key=lambda site: (not isinstance(site.geometry, Lookup), site.swapped))
     kinds = {site.geometry.kind for site in sites}
@@ -94,7 +148,7 @@ def _layer(
         path=kernel.rpartition("/")[0] or kernel,
         kind="tied_embedding" if len(kinds & {"embedding", "dense"}) > 1 else first.geometry.kind,
         kernel=kernel,
-        bias=bias,
+        bias=None if bias is None else names[bias[0]],
         inputs=inputs,
         outputs=outputs,
         layout=layout_of(first),
@@ -107,6 +161,8 @@ def _layer(
         partly=tuple(partly),
         mixed=mixed,
         swapped=swapped,
+        part=part,
+        bias_part=None if bias is None else bias[1],
     )
 
 
@@ -168,12 +224,14 @@ def _alike(sites: Sequence[Site]) -> bool:
 
 
 def _distinct(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers of one module with several kernels are told apart by the kernel; paths name rows in
-    the state.
+    """Layers of one module with several kernels are told apart by the kernel, those of one kernel by
+    their part of it; paths name rows in the state.
     """
     count = collections.Counter(layer.path for layer in layers)
     return [
-        layer if count[layer.path] == 1 else dataclasses.replace(layer, path=layer.kernel)
+        layer
+        if count[layer.path] == 1
+        else dataclasses.replace(layer, path=f"{layer.kernel}{layer.part or ''}")
         for layer in layers
     ]
 
@@ -189,96 +247,8 @@ def _misfit(site: Site, leaf: Any) -> str | None:
     stored = list(used)
     for i, axis in enumerate(origin.permutation):
         stored[axis] = site.kernel[len(site.kernel) - moved + i]
+    if origin.part is not None:
+        stored = list(origin.part.shape)
     if tuple(leaf.shape) != (*site.stack, *stored):
         return f"its layer uses a part of it: {tuple(leaf.shape)} stored, {(*site.stack, *stored)} used"
     return None
-
-
-def _own_biases(
-    groups: Mapping[int, Sequence[int]], sites: Sequence[Site], problems: dict[int, str]
-) -> dict[int, int]:
-    """The bias of each kernel, where all uses that have one agree on it and no other kernel uses
-    it.
-    """
-    wanted: dict[int, set[int | None]] = {}
-    for kernel, members in groups.items():
-        for i in members:
-            wanted.setdefault(kernel, set()).add(sites[i].bias)
-    users: dict[int, set[int]] = {}
-    for kernel, biases in wanted.items():
-        for bias in biases - {None}:
-            users.setdefault(bias, set()).add(kernel)  # type: ignore[arg-type]
-    own = {}
-    for kernel, biases in wanted.items():
-        named = biases - {None}
-        if len(named) == 1 and len(users[bias := next(iter(named))]) == 1:  # type: ignore[index]
-            own[kernel] = bias
-        for bias in named:
-            if own.get(kernel) != bias:
-                problems[bias] = "kernel and bias are shared by different layers"  # type: ignore[index]
-    return own  # type: ignore[return-value]
-
-
-def _unseen(
-    kernel: int,
-    bias: int | None,
-    sites: Sequence[Site],
-    names: Sequence[str],
-    consumers: Mapping[int, Sequence[str]],
-) -> list[tuple[str, str]]:
-    """Parameters of a layer with uses that its statistics do not see, and which."""
-    notes = [(names[kernel], _other_uses(names[kernel], consumers.get(kernel, []), sites))]
-    if bias is not None:
-        # named by the equation that reads it
-        mine = [site._replace(name="add") for site in sites if site.bias == bias]
-        notes.append((names[bias], _other_uses(names[bias], consumers.get(bias, []), mine)))
-    return [(name, note) for name, note in notes if note]
-
-
-def _other_uses(name: str, consumers: Sequence[str], sites: Sequence[Site]) -> str:
-    """A layer consumes each of its parameters once for every tap, and once for every use that was
-    found, named by its equation; anything more the statistics do not see.
-    """
-    used = [x for x in consumers if x != STOPPED]
-    for site in sites:
-        if site.found and site.name in used:
-            used.remove(site.name)
-    taps = sum(not site.found for site in sites)
-    plain, rules = [x for x in used if not is_rule(x)], [x for x in used if is_rule(x)]
-    leaf, extra = name.rpartition("/")[2], plain[taps:] + rules
-    if rules and len(plain) < taps:  # what a tap sees the output of
-        return f"{leaf} used through {_listed(rules)}: its own derivative rule, not measured"
-    return f"{leaf} also used by {_listed(extra)}: not measured" if extra else ""
-
-
-def _bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
-    """Reasons of parameters whose layers have no part in the prediction, but which are used
-    otherwise.
-    """
-    used = {i: [x for x in analysis.consumers.get(i, []) if x != STOPPED] for i in leaves}
-    return {
-        i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
-        for i, consumers in used.items()
-        if consumers
-    }
-
-
-def _reason(
-    index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]
-) -> str:
-    if index in problems:
-        return problems[index]
-    if index in tapped:
-        return "the kernel of its layer is not a parameter as stored"
-    if not consumers:
-        return NOT_USED
-    used = [x for x in consumers if x != STOPPED]
-    if not used:
-        return f"only used behind {STOPPED}"
-    if all(map(is_rule, used)):
-        return f"inside {_listed(used)}: its own derivative rule"
-    return f"used by {_listed(used)} outside any supported layer"
-
-
-def _listed(consumers: Sequence[str]) -> str:
-    return ", ".join(sorted(set(consumers)))

@@ -16,11 +16,12 @@ from kfac_optax._types import (
 )
 from kfac_optax.capture import linen, nnx
 from kfac_optax.capture.calls import is_rule
+from kfac_optax.capture.distribute import distributed
 from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.grouping import group, tapped_leaves
 from kfac_optax.capture.program import with_taps
 from kfac_optax.capture.row_axes import without_examples
-from kfac_optax.capture.sites import Site, analyse, count_taps
+from kfac_optax.capture.sites import Consumer, Site, analyse, count_taps
 from kfac_optax.capture.tap import tapping
 
 RANDOM_SIGNS = "rows shared by the examples: measured with random signs"
@@ -73,14 +74,15 @@ def trace(
     bypassed = tapped_leaves(analyse(jaxpr.jaxpr, len(names)))
     # What the prediction does not depend on would be measured as zero, and a layer may be there for
     # a derivative only.
-    jaxpr = with_taps(_live(jaxpr), len(names), examples)
+    jaxpr = _live(distributed(_live(jaxpr), len(names)))
+    jaxpr = with_taps(jaxpr, len(names), examples)
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= tapped_leaves(analysis)
     # nothing that could become a layer, not even one outside of what the prediction needs
     if not (
         analysis.sites
         or bypassed
-        or any(map(is_rule, itertools.chain(*analysis.consumers.values())))
+        or any(is_rule(x.name) for x in itertools.chain(*analysis.consumers.values()))
     ):
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with "
@@ -93,7 +95,7 @@ def trace(
     # sites of one parameter make a layer; what is left over gets a reason
     sites, owner, layers = group(analysis, names, leaves, bypassed)
     if not layers.layers:
-        reasons = "; ".join(f"{u.path or '(root)'} {u.shape}: {u.reason}" for u in layers.uncovered)
+        reasons = "; ".join(map(str, layers.uncovered))
         raise ValueError(
             f"{where}: no layer left that can be measured. Expected at least one layer "
             "whose output reaches the prediction and whose kernel is a parameter as stored "
@@ -102,12 +104,14 @@ def trace(
     return Traced(names, jaxpr, out_shape, sites, owner, layers)
 
 
-def _named(names: Sequence[str], consumers: Mapping[int, Sequence[str]]) -> str:
-    """The first parameters, and what uses them."""
-    words = [
-        f"{name or '(root)'} (used by {', '.join(dict.fromkeys(consumers.get(i, ['nothing'])))})"
-        for i, name in enumerate(names[:5])
-    ]
+def _named(names: Sequence[str], consumers: Mapping[int, Sequence[Consumer]]) -> str:
+    """The first parameters, what uses them, and where."""
+    words = []
+    for i, name in enumerate(names[:5]):
+        uses = [
+            f"{x.name} at {x.line}" if x.line else x.name for x in consumers.get(i, ())[:3]
+        ] or ["nothing"]
+        words.append(f"{name or '(root)'} (used by {', '.join(dict.fromkeys(uses))})")
     return ", ".join(words) + (", …" if len(names) > 5 else "")
 
 

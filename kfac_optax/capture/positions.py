@@ -100,9 +100,11 @@ def channel_sums(
     rows, gradients = plain_rows(geometry, a, g)
     assert gradients is not None
     gamma = jnp.sum(gradients, -1, dtype=dtype)
-    # a one-hot row sums to one
+    # a one-hot row sums to one, the zeros of a token out of bounds to zero
     if isinstance(geometry, Lookup):
-        return jnp.ones(rows.shape, dtype) + bias, gamma
+        size = geometry.vocabulary
+        known = (rows >= -size) & (rows < size)
+        return known.astype(dtype) + bias, gamma
     alpha = jnp.sum(rows, -1, dtype=dtype)
     return alpha + bias, gamma
 

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex
 
+from kfac_optax.capture.calls import bodies
+from kfac_optax.capture.ownership import own_biases
+from kfac_optax.capture.rewriting import rewritten, with_body
 from kfac_optax.capture.sites import Origin
 from kfac_optax.capture.survey import Found, Path, unclaimed
 from kfac_optax.capture.tap import tap_p
@@ -46,7 +49,7 @@ _Taps = Mapping[Path, _Placement | None]  # None: the tap that is there is dropp
 
 def _placements(free: Sequence[Found]) -> dict[Path, _Placement]:
     """Where taps go: behind the bias of a product where that has one, else behind the product."""
-    own = _own_biases(free)
+    own = _biases_behind(free)
     spent = {where for where, _, _ in own.values()}
     taps: dict[Path, _Placement] = {}
     for found in free:
@@ -62,24 +65,26 @@ def _placements(free: Sequence[Found]) -> dict[Path, _Placement]:
     return taps
 
 
-def _own_biases(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]]:
+def _biases_behind(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]]:
     """The bias behind each product: one of each kernel, which nothing else has or adds."""
     paths = {found.path for found in free}
     wanted = {x.path: x.bias for x in free if x.bias is not None and x.bias[0] in paths}
+    first: dict[Any, Any] = {}
+    for _, bias, use in wanted.values():
+        first.setdefault(use.origin.key, (bias.key, _way_round(use)))
+    wanted = {
+        path: (where, bias, use)
+        for path, (where, bias, use) in wanted.items()
+        if first[use.origin.key] == (bias.key, _way_round(use))
+    }
+    own = own_biases((use.origin.key, bias.key) for _, bias, use in wanted.values())
     added = {where for where, _, _ in wanted.values()}
     # a parameter that is also added elsewhere is a layer of its own
-    elsewhere = {x.use.origin.leaf for x in free if x.path not in added}
-    first: dict[int, tuple] = {}
-    kernels: dict[int, set[int]] = {}
-    for _, bias, use in wanted.values():
-        first.setdefault(use.origin.leaf, (bias.leaf, _way_round(use)))
-        kernels.setdefault(bias.leaf, set()).add(use.origin.leaf)
+    elsewhere = {x.use.origin.key for x in free if x.path not in added}
     return {
         path: (where, bias, use)
         for path, (where, bias, use) in wanted.items()
-        if first[use.origin.leaf] == (bias.leaf, _way_round(use))
-        and len(kernels[bias.leaf]) == 1
-        and bias.leaf not in elsewhere
+        if use.origin.key in own and bias.key not in elsewhere
     }
 
 
@@ -114,13 +119,8 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps) -> Any:
 
 
 def _entered(eqn: Any, path: Path, taps: _Taps) -> Any:
-    key = next(k for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-    inner = eqn.params[key]
-    if isinstance(inner, jex.ClosedJaxpr):
-        new = jex.ClosedJaxpr(_tapped(inner.jaxpr, path, taps), inner.consts)
-    else:
-        new = _tapped(inner, path, taps)
-    return eqn.replace(params=eqn.params | {key: new})
+    (body,) = bodies(eqn)
+    return with_body(eqn, _tapped(getattr(body, "jaxpr", body), path, taps))
 
 
 def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Iterator[Any]:
@@ -141,7 +141,7 @@ def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Itera
             primitive=tap_p, invars=[s, a], outvars=[out], params=params, effects=set()
         )
         return
-    yield from _inlined(_arranged(use, params), [s, a], out, eqn)
+    yield from rewritten(_arranged(use, params), [s, a], out, eqn.source_info)
 
 
 def _arranged(use: Use, params: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -150,17 +150,3 @@ def _arranged(use: Use, params: Mapping[str, Any]) -> Callable[[jax.Array, jax.A
         return use.restore(tap_p.bind(*use.arrange(s, a), **params))
 
     return tap
-
-
-def _inlined(function: Callable, operands: Sequence[Any], out: Any, eqn: Any) -> Iterator[Any]:
-    """Equations of `function(*operands)`, which write `out`."""
-    closed = jax.make_jaxpr(function)(*(v.aval for v in operands))
-    inner = closed.jaxpr
-    assert not closed.consts, "a tap has no constants"
-    names = dict(zip(inner.invars, operands, strict=True)) | {inner.outvars[0]: out}
-    for step in inner.eqns:
-        yield step.replace(
-            invars=[v if isinstance(v, jex.Literal) else names.get(v, v) for v in step.invars],
-            outvars=[names.get(v, v) for v in step.outvars],
-            source_info=eqn.source_info,
-        )

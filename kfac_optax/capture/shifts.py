@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from kfac_optax.capture.geometry import Lookup
-from kfac_optax.capture.sites import Origin
+from kfac_optax.capture.sites import Origin, origin_of
 from kfac_optax.capture.uses import Use, places_of
 from kfac_optax.capture.views import View
 
@@ -52,7 +52,7 @@ def find_shift(
             bias = _added(eqn, value, views)
             if seen is None or bias is None or not _fits(eqn, value, bias, seen):
                 return None
-            return Shift(index, Origin(bias.leaf, bias.depth), seen)
+            return Shift(index, origin_of(bias), seen)
         if eqn.primitive.name == "transpose":
             permutation = list(eqn.params["permutation"])
             place = [permutation.index(axis) for axis in place]

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
+from kfac_optax._types import Part
 from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
+from kfac_optax.capture.code_lines import line_of, line_of_call
 from kfac_optax.capture.dependence import dependence, may_hold_examples
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
@@ -27,12 +29,23 @@ class Origin(NamedTuple):
     """Which parameter leaf the operand of a layer is: `depth` leading axes already taken by scans.
 
     `permutation` says which stored axes (from the end) its trailing axes are; `()` if none has
-    moved.
+    moved. `part` is what of the leaf it is, `None` for all of it.
     """
 
     leaf: int
     depth: int = 0
     permutation: tuple[int, ...] = ()
+    part: Part | None = None
+
+    @property
+    def key(self) -> tuple[int, Part | None]:
+        """What one layer has."""
+        return self.leaf, self.part
+
+
+def origin_of(view: View, permutation: tuple[int, ...] = ()) -> Origin:
+    """Of an operand that is a parameter."""
+    return Origin(view.leaf, view.depth, permutation, view.part)
 
 
 class Site(NamedTuple):
@@ -66,10 +79,10 @@ class Site(NamedTuple):
     varies: bool = True
 
     @property
-    def bias(self) -> int | None:
-        """Leaf of the bias operand, or `None`."""
+    def bias(self) -> tuple[int, Part | None] | None:
+        """Leaf, and part of it, of the bias operand, or `None`."""
         origin = self.params[1] if len(self.params) > 1 else None
-        return None if origin is None else origin.leaf
+        return None if origin is None else origin.key
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -91,11 +104,25 @@ class Site(NamedTuple):
         return tuple(n for n, rides in self.scans if not rides)
 
 
+class Consumer(NamedTuple):
+    """An equation that reads a parameter: its primitive, or the rule it has, and its line of code."""
+
+    name: str
+    line: str = ""
+
+
+Consumers = dict[int, list[Consumer]]
+
+
 class Analysis(NamedTuple):
     """Sites in order of execution, and for every parameter leaf what else consumes it."""
 
     sites: tuple[Site, ...]
-    consumers: dict[int, list[str]]
+    consumers: Consumers
+
+    def names(self, leaf: int) -> list[str]:
+        """What consumes a leaf."""
+        return [consumer.name for consumer in self.consumers.get(leaf, [])]
 
 
 def count_taps(jaxpr: Any) -> int:
@@ -121,7 +148,7 @@ def analyse(jaxpr: Any, leaves: int) -> Analysis:
         no meaning.
     """
     sites: list[Site] = []
-    consumers: dict[int, list[str]] = {}
+    consumers: Consumers = {}
     # what each value is of a parameter, if it is one as stored
     views = parameter_views(jaxpr, leaves)
     _note(_walk(jaxpr, views, (), sites, consumers), "the prediction itself", consumers)
@@ -143,7 +170,8 @@ def _walk(
     views: Sequence[View | None],
     scans: tuple,
     sites: list[Site],
-    consumers: dict[int, list[str]],
+    consumers: Consumers,
+    line: str = "",
 ) -> list[View | None]:
     known: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
 
@@ -151,25 +179,32 @@ def _walk(
     def source(v: Any) -> View | None:
         return None if isinstance(v, jex.Literal) else known.get(v)
 
+    def note(views: Sequence[View | None], name: str, eqn: Any) -> None:
+        if any(views):  # lines are looked up for these only
+            _note(views, name, consumers, line or line_of(eqn))
+
     for eqn in jaxpr.eqns:
         inputs = [source(v) for v in eqn.invars]
         outputs: Sequence[View | None] = [None] * len(eqn.outvars)
         # a tap; then calls and scans, whose bodies are walked; then what passes a parameter on
         if eqn.primitive is tap_p:
             _add_site(eqn, inputs, scans, sites)
+            if sites[-1].found and sites[-1].name == "slice":  # read by no other equation
+                note([inputs[0]], "slice", eqn)
         elif (body := call_body(eqn)) is not None:
-            outputs = _walk(body.jaxpr, inputs, scans, sites, consumers)
+            inside = line_of_call(eqn, body.jaxpr, line)
+            outputs = _walk(body.jaxpr, inputs, scans, sites, consumers, inside)
         elif eqn.primitive.name == "scan":
             outputs = _walk_scan(eqn, inputs, scans, sites, consumers)
         elif (rule := own_rule(eqn)) is not None:
-            _note(inputs, rule, consumers)
+            note(inputs, rule, eqn)
         elif eqn.primitive.name == STOPPED:
-            _note(inputs, STOPPED, consumers)
+            note(inputs, STOPPED, eqn)
         elif (passed := passed_on(eqn, inputs)) is not None:
             outputs = passed
         else:
-            _refuse_taps(eqn, eqn.primitive.name)
-            _note(inputs, eqn.primitive.name, consumers)
+            _refuse_taps(eqn, eqn)
+            note(inputs, eqn.primitive.name, eqn)
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [source(v) for v in jaxpr.outvars]
 
@@ -184,13 +219,13 @@ def _walk_scan(
     closed, _, carried = scan_body(eqn)
     length, depth = eqn.params["length"], len(scans)
     given = scan_views(eqn, inputs)
-    _note(given.spent, "scan", consumers)
+    _note(given.spent, "scan", consumers, line_of(eqn))
     # the scan's place in `scans` is its length until all its sites are known
     start = len(sites)
     outs = _walk(closed.jaxpr, given.inside, (*scans, length), sites, consumers)
     carries = zip(outs[:carried], given.kept, strict=True)
     written = [view for view, keep in carries if not keep]
-    _note(written, "scan", consumers)
+    _note(written, "scan", consumers, line_of(eqn))
     # now it is known for each layer whether this scan goes over its parameters
     for i in range(start, len(sites)):
         leaf = sites[i].params[0]
@@ -229,29 +264,32 @@ def _origin(view: View | None) -> Origin | None:
     """Which parameter an operand is, if it is a whole one as stored."""
     if view is None or not view.whole:
         return None
-    return Origin(view.leaf, view.depth, view.permutation)
+    return origin_of(view, view.permutation)
 
 
-def _refuse_taps(eqn, where: str) -> None:
+def _refuse_taps(eqn, outer) -> None:
     # taps in a branch or a loop of unknown length
     for body in bodies(eqn):
         for inner in getattr(body, "jaxpr", body).eqns:
             if inner.primitive is tap_p:
+                line = line_of(outer)
+                place = f" ({line})" if line else ""
                 raise ValueError(
                     f"layer {inner.params['name'] or inner.params['geometry'].kind!r} runs inside "
-                    f"`{where}`, where its curvature has no meaning (how often it runs is not "
+                    f"`{outer.primitive.name}`{place}, where its curvature has no meaning (how often it runs is not "
                     "known when tracing). Expected layers at top level or inside jit, remat, scan, "
                     "vmap. Use `jax.lax.scan`/`nn.scan` for a fixed number of steps, or move the "
                     "layer out of the branch."
                 )
-            _refuse_taps(inner, where)
+            _refuse_taps(inner, outer)
 
 
 def _note(
     inputs,
-    primitive: str,
-    consumers: dict[int, list[str]],
+    name: str,
+    consumers: Consumers,
+    line: str = "",
 ) -> None:
     for view in inputs:
         if view is not None:
-            consumers.setdefault(view.leaf, []).append(primitive)
+            consumers.setdefault(view.leaf, []).append(Consumer(name, line))

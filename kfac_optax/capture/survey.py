@@ -7,6 +7,7 @@ from jax.extend import core as jex
 
 from kfac_optax.capture import example_axis
 from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.geometry import ScaleShift
 from kfac_optax.capture.shifts import find_shift
 from kfac_optax.capture.sites import Origin
 from kfac_optax.capture.tap import tap_p
@@ -39,6 +40,7 @@ class _Survey:
         self.batched = batched  # an argument has the examples
         self.found: list[Found] = []
         self.taps: dict[Path, tuple[int, set[int]]] = {}  # uses that each accounts for, its leaves
+        self.idle: set[Path] = set()  # taps whose kernel is no parameter
         self.carried = 0  # uses whose results a scan hands from step to step
 
     def add(self, found: Found) -> int:
@@ -92,15 +94,53 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
     for known in _survey(jaxpr, given, (), survey):
         leaking |= known.uses
     leaking |= survey.carried
-    partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking}
-    touched = {leaf for path in partial for leaf in survey.taps[path][1]}
-    # all taps of a parameter or none: its layer is one
-    partial |= {path for path, (_, mine) in survey.taps.items() if mine & touched}
+    partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking} | survey.idle
+    partial = _linked(partial, {path: leaves for path, (_, leaves) in survey.taps.items()})
     claimed = 0
     for path, (uses, _) in survey.taps.items():
         claimed |= 0 if path in partial else uses
     free = [found for i, found in enumerate(survey.found) if not claimed >> i & 1]
-    return free, partial
+    return _seen_once(free), partial
+
+
+def _linked(partial: set[Path], taps: Mapping[Path, set[int]]) -> set[Path]:
+    """These taps, and all that share a parameter with one of them, or with one of those.
+
+    All taps of a parameter or none: its layer is one.
+    """
+    while True:
+        touched = {leaf for path in partial for leaf in taps[path]}
+        linked = {path for path, leaves in taps.items() if leaves & touched} | partial
+        if linked == partial:
+            return partial
+        partial = linked
+
+
+def _seen_once(found: Sequence[Found]) -> list[Found]:
+    """Without the uses of `table[:n]` that are those of its rows too: where it is a slice, and where
+    the slice meets data.
+
+    A slice is rows of a table, unless it is a kernel or the bias of one, or rows of the whole table
+    are looked up as well.
+    """
+    biases = {x.bias[0] for x in found if x.bias is not None}
+    tables, shared_out = set(), set()
+    for x in found:
+        leaf, part = x.use.origin.key
+        if x.equation == "gather" and part is None:
+            tables.add(leaf)
+        elif part is not None and (x.path in biases or not isinstance(x.use.geometry, ScaleShift)):
+            shared_out.add(leaf)
+    sliced = {x.use.origin.leaf for x in found if x.equation == "slice"}
+    sliced -= shared_out - tables
+
+    def counts(x: Found) -> bool:
+        leaf, part = x.use.origin.key
+        if x.equation == "slice":
+            return leaf in sliced
+        return leaf not in sliced or part is None or part.sizes[1:] != part.shape[1:]
+
+    return [x for x in found if counts(x)]
 
 
 def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
@@ -115,11 +155,11 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
     for i, eqn in enumerate(jaxpr.eqns):
         inputs = [look(v) for v in eqn.invars]
         outs = _entered_or_passed(eqn, inputs, (*path, i), survey)
-        if outs is None:
-            outs = _plain(eqn, inputs, survey)
+        if outs is None or eqn.primitive.name == "slice":
+            outs = _plain(eqn, inputs, survey) if outs is None else outs
             views = [x.view for x in inputs]
             axes = survey.axes(outs[0].axis, eqn.outvars[0].aval.shape) if any(views) else []
-            use = None if _is_cut(jaxpr, eqn, readers) else find_use(eqn, views, axes)
+            use = find_use(eqn, views, axes)
             if use is not None:
                 products.append(len(survey.found))
                 bit = survey.add(Found((*path, i), eqn.primitive.name, use, None))
@@ -150,6 +190,8 @@ def _entered_or_passed(
     views = [x.view for x in inputs]
     if eqn.primitive is tap_p:
         leaves = {view.leaf for view in views[2:] if view is not None}
+        if views[2] is None:
+            survey.idle.add(path)
         mine = survey.claim(path, leaves, inputs[0].uses & ~inputs[1].uses)
         return [inputs[0]._replace(view=None, uses=inputs[0].uses & ~mine)]
     if (body := call_body(eqn)) is not None:
@@ -193,11 +235,3 @@ def _readers(jaxpr: Any) -> dict[Any, list[int]]:
         if not isinstance(v, jex.Literal):
             readers.setdefault(v, []).append(-1)
     return readers
-
-
-def _is_cut(jaxpr: Any, eqn: Any, readers: Mapping[Any, Sequence[int]]) -> bool:
-    """Whether a slice is part of a kernel, not rows of a table."""
-    if eqn.primitive.name != "slice":
-        return False
-    names = {jaxpr.eqns[i].primitive.name for i in readers.get(eqn.outvars[0], ()) if i >= 0}
-    return not names.isdisjoint(("dot_general", "conv_general_dilated", "transpose"))

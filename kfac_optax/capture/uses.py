@@ -15,7 +15,7 @@ from kfac_optax.capture.products import (
     from_end,
     roles_in_product,
 )
-from kfac_optax.capture.sites import Origin
+from kfac_optax.capture.sites import Origin, origin_of
 from kfac_optax.capture.views import View
 
 
@@ -76,7 +76,7 @@ def _product(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use
     if roles is None:
         return None
     geometry = contraction_of(eqn, operand, view, roles, examples)
-    origin = Origin(view.leaf, view.depth)
+    origin = origin_of(view)
     return Use(operand, origin, view.stored, geometry, 1 - operand, roles.features)
 
 
@@ -131,7 +131,7 @@ def _elementwise(
         return (jax.lax.squeeze(s, [0]) if apart else s).transpose(back)
 
     plain = values is None and not apart and order == sorted(order)
-    origin = Origin(view.leaf, view.depth)
+    origin = origin_of(view)
     return Use(
         operand,
         origin,
@@ -166,7 +166,7 @@ def _rows_of_table(eqn: Any, operand: int, view: View, examples: Sequence[int]) 
     p = eqn.params
     first, last = p["start_indices"][0], p["limit_indices"][0]
     width = view.stored[1:]
-    if view.axes != (0, 1) or p["strides"] is not None:
+    if view.axes != (0, 1) or view.part is not None or p["strides"] is not None:
         return None
     if (p["start_indices"][1], p["limit_indices"][1]) != (0, *width):
         return None
@@ -174,7 +174,7 @@ def _rows_of_table(eqn: Any, operand: int, view: View, examples: Sequence[int]) 
     def arrange(s: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         return s, jnp.arange(first, last)
 
-    origin = Origin(view.leaf, view.depth)
+    origin = origin_of(view)
     return Use(operand, origin, view.stored, Lookup(view.stored[0]), None, (), arrange)
 
 
@@ -207,7 +207,7 @@ def _lookup(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use 
 
     return Use(
         operand,
-        Origin(view.leaf, view.depth),
+        origin_of(view),
         view.stored,
         Lookup(view.stored[0]),
         1,
@@ -243,7 +243,7 @@ def _convolution(eqn: Any, operand: int, view: View, examples: Sequence[int]) ->
 
     return Use(
         operand,
-        Origin(view.leaf, view.depth, seen.permutation),
+        origin_of(view, seen.permutation),
         tuple(shape[i] for i in used),
         Conv(window, p["feature_group_count"]),
         0,

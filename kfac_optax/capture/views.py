@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from kfac_optax._types import Part
 from kfac_optax.capture.calls import scan_body
 
 # One output per input, values (not shapes) kept or merely rounded: a parameter stays the same
@@ -39,12 +40,15 @@ class View(NamedTuple):
 
     Attributes:
       leaf: number of the leaf.
-      stored: shape of the leaf without the axes already taken by scans.
+      stored: shape of the leaf without the axes already taken by scans; of its part, without the
+        axes of which that has one number.
       axes: for each axis of the value the stored axis it is, `None` for one along which the value
         is repeated.
       depth: leading axes already taken by scans.
       known: once sliced or merged the axes are no longer known: not a layer's parameter, but still
         worth naming its consumer.
+      part: what has been cut out of the leaf, `None` for all of it.
+      own: for each stored axis that of the part.
     """
 
     leaf: int
@@ -52,6 +56,8 @@ class View(NamedTuple):
     axes: tuple[int | None, ...]
     depth: int = 0
     known: bool = True
+    part: Part | None = None
+    own: tuple[int, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -85,15 +91,52 @@ class View(NamedTuple):
         if self.known and self.axes[:1] == (None,):
             return self._replace(axes=self.axes[1:])
         inside = self._replace(stored=self.stored[1:], depth=self.depth + 1)
-        if not self.known or self.axes[:1] != (0,):
+        if not self.known or self.axes[:1] != (0,) or not self._has_all_of_the_first():
             return inside.lost()
+        if self.part is not None:
+            part = Part(*(sizes[1:] for sizes in self.part))
+            inside = inside._replace(part=part, own=tuple(axis - 1 for axis in self.own[1:]))
         return inside._replace(axes=tuple(None if x is None else x - 1 for x in self.axes[1:]))
+
+    def _has_all_of_the_first(self) -> bool:
+        part = self.part
+        return part is None or (self.own[0] == 0 and part.sizes[0] == part.shape[0])
 
     def stacked(self, length: int) -> "View":
         """All steps of a scan, where each hands out what it has seen."""
         outside = self._replace(stored=(length, *self.stored), depth=self.depth - 1)
         axes = (0, *(None if x is None else x + 1 for x in self.axes))
+        if self.part is not None:
+            shape, starts, sizes = self.part
+            part = Part((length, *shape), (0, *starts), (length, *sizes))
+            outside = outside._replace(part=part, own=(0, *(axis + 1 for axis in self.own)))
         return outside._replace(axes=axes) if self.known else outside.lost()
+
+    def cut(self, starts: Sequence[int], sizes: Sequence[int]) -> "View":
+        """A box of the value."""
+        part = Part(self.stored, (0,) * len(self.stored), self.stored)
+        part, own = self.part or part, self.own if self.part else range(len(self.stored))
+        first, size, stored = list(part.starts), list(part.sizes), list(self.stored)
+        for axis, start, n in zip(self.axes, starts, sizes, strict=True):
+            if axis is not None and n != stored[axis]:
+                first[own[axis]] += start
+                size[own[axis]] = stored[axis] = n
+        if tuple(stored) == self.stored:
+            return self
+        part = Part(part.shape, tuple(first), tuple(size))
+        return self._replace(stored=tuple(stored), part=part, own=tuple(own))
+
+    def without_single_numbers(self) -> "View":
+        """Without stored axes of the part that have one number there and are no axis of the value."""
+        if self.part is None or not self.known:
+            return self
+        whole = [self.part.shape[axis] for axis in self.own]
+        kept = [i for i, n in enumerate(self.stored) if i in self.axes or n > 1 or whole[i] == 1]
+        return self._replace(
+            stored=tuple(self.stored[i] for i in kept),
+            axes=tuple(None if axis is None else kept.index(axis) for axis in self.axes),
+            own=tuple(self.own[i] for i in kept),
+        )
 
 
 def of_parameter(leaf: int, shape: Sequence[int]) -> View:
@@ -122,6 +165,10 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
         view = views[0]._replace(axes=axes)
     elif name == "broadcast_in_dim":
         view = _broadcast(views[0], eqn)
+    elif name == "slice":
+        view = _sliced(views[0], eqn.params)
+    elif name == "split":
+        return _split(views[0], eqn)
     elif name in _RESHAPING:
         view = _reshaped(views[0], eqn.invars[0].aval.shape, out.shape)
     else:
@@ -146,13 +193,32 @@ def _broadcast(view: View, eqn: Any) -> View:
     return view._replace(axes=tuple(axes))
 
 
+def _sliced(view: View, params: dict[str, Any]) -> View:
+    starts, ends = params["start_indices"], params["limit_indices"]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    strides = params["strides"]
+    if not view.known or (strides is not None and set(strides) != {1}):
+        return view._replace(axes=(None,) * len(sizes)).lost()
+    return view.cut(starts, sizes)
+
+
+def _split(view: View, eqn: Any) -> list[View | None]:
+    axis, start, views = eqn.params["axis"], 0, []
+    for v in eqn.outvars:
+        starts = [start if i == axis else 0 for i in range(v.aval.ndim)]
+        views.append(view.cut(starts, v.aval.shape) if view.known else view)
+        start += v.aval.shape[axis]
+    return views
+
+
 def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
     """Axes of length one come and go; merged or split, the others are lost."""
     kept = [i for i, n in enumerate(before) if n != 1]
     if [before[i] for i in kept] != [n for n in after if n != 1]:
         return view._replace(axes=(None,) * len(after)).lost()
     source = iter(kept)
-    return view._replace(axes=tuple(None if n == 1 else view.axes[next(source)] for n in after))
+    axes = tuple(None if n == 1 else view.axes[next(source)] for n in after)
+    return view._replace(axes=axes).without_single_numbers()
 
 
 def parameter_views(jaxpr: Any, leaves: int) -> list[View | None]:

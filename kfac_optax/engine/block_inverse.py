@@ -97,7 +97,8 @@ def solve_tree(operator: BlockInverse, tree: PyTree) -> PyTree:
     for bucket in operator.buckets:
         solve = jax.vmap(block_of_bucket(bucket).solve, (0, 0, None))
         v = gather(bucket, leaves, dtype)
-        named |= scatter(bucket, solve(operator.inverses[bucket.name], v, operator.damping), leaves)
+        solved = solve(operator.inverses[bucket.name], v, operator.damping)
+        named |= scatter(bucket, solved, leaves | named)
     return replace_leaves(tree, named)
 
 
@@ -121,7 +122,7 @@ def root_trees(where: str, operator: BlockInverse, trees: PyTree) -> PyTree:
         # copies [*, n] outside, noise [n] inside: z is [n, copies, p, q]
         of_copy = jax.vmap(root, (None, 0, None))
         solved = jax.vmap(of_copy, (0, 1, None), 1)(ready, z, operator.damping)
-        named |= jax.vmap(lambda x, y, bucket=bucket: scatter(bucket, x, y))(solved, leaves)
+        named |= jax.vmap(lambda x, y, bucket=bucket: scatter(bucket, x, y))(solved, leaves | named)
     return replace_leaves(trees, named)
 
 

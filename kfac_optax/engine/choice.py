@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from kfac_optax._reasons import COMPLEX, NOT_USED
+from kfac_optax._reasons import COMPLEX, NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Layer, Layers, Layout, Uncovered
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
@@ -133,7 +133,7 @@ def cover(
         layers = leave_out(layers, ("scale_shift",), _PASSED)
     kept, left = list(layers.layers), list(layers.uncovered)
     if uncovered == "diagonal":
-        passed = (NOT_USED, COMPLEX, _PASSED)
+        passed = (NOT_USED, COMPLEX, NOT_REAL, _PASSED)
         kept += [_single(u) for u in left if u.reason not in passed]
         left = [u for u in left if u.reason in passed]
     return dataclasses.replace(
@@ -153,11 +153,11 @@ def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
     left = list(layers.uncovered)
     for layer in layers:
         if layer.kind in kinds:
-            shape = *layer.stack, *layer.layout.shape
             names = [name for name in (layer.kernel, layer.bias) if name is not None]
             why = reason.format(kind=layer.kind)
-            left += [Uncovered(name, shape, why) for name in names]
+            left += [Uncovered(name, layer.stored, why) for name in names]
     kept = tuple(layer for layer in layers if layer.kind not in kinds)
+    left = list(dict.fromkeys(left))  # layers may be parts of one parameter
     return dataclasses.replace(layers, layers=kept, uncovered=tuple(left))
 
 
@@ -170,7 +170,7 @@ def _refuse(where: str, layers: Layers) -> None:
         ("a block covers only a part of the uses of", partly),
     ):
         if those:
-            found.append("\n".join([what, *(f"  {u.path} {u.shape}: {u.reason}" for u in those)]))
+            found.append("\n".join([what, *(f"  {u}" for u in those)]))
     if found:
         raise ValueError(
             f"{where}: uncovered='raise' and {chr(10).join(found)}\nUse uncovered='pass' to pass the gradient of what no "

@@ -305,7 +305,7 @@ def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tup
             f"parameters {', '.join(leaves)}. Pass the parameter tree that `layers` was made from."
         )
     for layer in mine:
-        got, expected = tuple(leaves[layer.kernel].shape), (*layer.stack, *layer.layout.shape)
+        got, expected = tuple(leaves[layer.kernel].shape), layer.stored
         if got != expected:
             raise ValueError(
                 f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "

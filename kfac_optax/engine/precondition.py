@@ -75,7 +75,7 @@ def _share(parts: list[Vector]) -> jax.Array:
 def _named(step: Step, vector: Vector, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     named: dict[str, jax.Array] = {}
     for bucket, matrices in zip(step.buckets, vector, strict=True):
-        named |= scatter(bucket, matrices, leaves)
+        named |= scatter(bucket, matrices, leaves | named)
     return named
 
 

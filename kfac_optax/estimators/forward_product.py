@@ -38,7 +38,7 @@ def forward_product(
         (bucket,) = make_buckets([layer])
         matrices = gather(bucket, leaves, dtype)
         product = jax.vmap(block.multiply)(factor, matrices)
-        out |= scatter(bucket, product, leaves)
+        out |= scatter(bucket, product, out)
     return replace_leaves(vector, out)
 
 

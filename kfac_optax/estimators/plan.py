@@ -184,16 +184,17 @@ def match_layers(
       ValueError: a layer is missing or has another shape, so the curvature belongs to another
         model.
     """
-    positions = {layer.kernel: i for i, layer in enumerate(found.layers)}
+    positions = {(layer.kernel, layer.part): i for i, layer in enumerate(found.layers)}
     result = []
     for layer in wanted:
-        if layer.kernel not in positions:
+        key = layer.kernel, layer.part
+        if key not in positions:
             raise ValueError(
                 f"{where}: `curvature` has no layer {layer.path!r}; it has "
                 f"{', '.join(x.path for x in found.layers)}. It was made for another model or "
                 "parameter tree than `layers`: use the same estimator for both."
             )
-        other = found.layers[positions[layer.kernel]]
+        other = found.layers[positions[key]]
         # the same parameter with another shape is another model
         mine = (*layer.stack, layer.inputs, layer.outputs)
         theirs = (*other.stack, other.inputs, other.outputs)
@@ -205,5 +206,5 @@ def match_layers(
                 f"{' with bias' if other.bias else ''} in `curvature`. Make `layers` again for "
                 "this model: layers = fisher.layers(params, *args)."
             )
-        result.append(positions[layer.kernel])
+        result.append(positions[key])
     return result

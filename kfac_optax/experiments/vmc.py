@@ -35,12 +35,13 @@ class Method(NamedTuple):
     """An optimizer: its label, whether updates need `curvature=`, and how it is built.
 
     `build(config, layers, schedule)` makes the transformation; the layers are those that the
-    library found.
+    library found. With `residual` updates get local energies about their mean as well.
     """
 
     label: str
     curvature: bool
     build: Callable[[ml_collections.ConfigDict, Any, Schedule], optax.GradientTransformation]
+    residual: bool = False
 
 
 def _kfac(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -> Any:
@@ -53,7 +54,16 @@ def _adam(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) ->
     return optax.adam(schedule)
 
 
-METHODS = {"kfac": Method("K-FAC", True, _kfac), "adam": Method("Adam", False, _adam)}
+def _spring(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -> Any:
+    del layers  # scores are centred: the kernel is made of products with J
+    return ko.spring(learning_rate=schedule, **config.spring.to_dict())
+
+
+METHODS = {
+    "kfac": Method("K-FAC", True, _kfac),
+    "spring": Method("SPRING", True, _spring, residual=True),
+    "adam": Method("Adam", False, _adam),
+}
 
 
 def local_energies(log_psi: LogPsi, x: jax.Array, charge: float) -> jax.Array:
@@ -155,7 +165,11 @@ def train(
         kept = clipped(energies, config.clip)
         loss = lambda p: ko.LogAmplitude(log_psi(p, walkers.x)).energy(kept)
         grads = jax.grad(loss)(params)
-        extra = {"curvature": estimator.at(params, walkers.x)} if method.curvature else {}
+        extra: dict[str, Any] = {}
+        if method.curvature:
+            extra["curvature"] = estimator.at(params, walkers.x)
+        if method.residual:  # one row a walker, the gradient is that of these numbers
+            extra["residual"] = [(kept - jnp.mean(kept))[:, None]]
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return (optax.apply_updates(params, updates), opt_state, walkers), log
 

@@ -57,6 +57,30 @@ def check_targets(
         )
 
 
+def check_other(mine: Any, other: Any) -> None:
+    """Raises unless `other` is a prediction of the same kind for the same terms."""
+    name = type(mine).__name__
+    if type(other) is not type(mine):
+        raise TypeError(
+            f"{name}.kl: other is a {type(other).__name__}, expected a {name}: only two predictions "
+            "of one kind are compared in closed form."
+        )
+    got, expected = other.natural[0].shape, mine.natural[0].shape
+    if (got, other.batch_shape) != (expected, mine.batch_shape):
+        raise ValueError(
+            f"{name}.kl: other has shape {got} with the batch {other.batch_shape}, expected "
+            f"{expected} with {mine.batch_shape}; they are never broadcast."
+        )
+
+
+def no_closed_form(mine: Any) -> TypeError:
+    """What a likelihood without an exact divergence raises."""
+    return TypeError(
+        f"{type(mine).__name__}.kl: it has no closed form; expected Categorical, Bernoulli or "
+        "Normal. Estimate it: the mean of other.nll(y) - this.nll(y) over y = this.sample(key)."
+    )
+
+
 def split_axes(
     name: str, *, array: Any, batch_ndim: int, event_ndim: int | None
 ) -> tuple[int, int | None]:

@@ -117,6 +117,34 @@ class Bernoulli:
         nll = self.with_natural((logits,)).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
+    def kl(self, other: "Bernoulli") -> jax.Array:
+        """Divergence `KL(self || other)` of every term, summed over the event axes, unweighted.
+
+        `sum_event [y (log y - log y') + (1 - y) (log(1 - y) - log(1 - y'))]`. Its Hessian in the
+        logits of either is the Fisher where the two agree.
+
+        Args:
+            other: A prediction of the same terms.
+
+        Returns:
+            `[*batch]`, float32 or wider.
+
+        Raises:
+            TypeError: `other` is of another kind.
+            ValueError: `other` has another shape.
+
+        >>> print(Bernoulli(jnp.zeros([1, 2])).kl(Bernoulli(jnp.ones([1, 2]))).round(4))
+        [0.2402]
+        """
+        _common.check_other(self, other)
+        x, x_other = _common.widen(self.logits), _common.widen(other.logits)
+        tails = [
+            jax.nn.sigmoid(sign * x)
+            * (jax.nn.log_sigmoid(sign * x) - jax.nn.log_sigmoid(sign * x_other))
+            for sign in (1, -1)
+        ]
+        return _common.event_sum(tails[0] + tails[1], batch_ndim=self.batch_ndim)
+
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws 0/1 targets `[*batch, *event]` in the dtype of the logits."""
         y = jax.nn.sigmoid(_common.widen(self.logits))

@@ -104,6 +104,33 @@ class Categorical:
         nll = self.with_natural((logits,)).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
+    def kl(self, other: "Categorical") -> jax.Array:
+        """Divergence `KL(self || other) = sum_c y_c (log y_c - log y'_c)` of every term, unweighted.
+
+        Its Hessian in the logits of either is the Fisher where the two agree. A class without
+        probability here counts nothing; infinite where one with it is forbidden in `other`.
+
+        Args:
+            other: A prediction of the same terms.
+
+        Returns:
+            `[*batch]`, float32 or wider.
+
+        Raises:
+            TypeError: `other` is of another kind.
+            ValueError: `other` has another shape.
+
+        >>> even, sure = (Categorical(jnp.array([x])) for x in ([0.0, 0.0], [0.0, -jnp.inf]))
+        >>> print(sure.kl(even).round(4), even.kl(sure))
+        [0.6931] [inf]
+        """
+        _common.check_other(self, other)
+        log_y, log_other = (jax.nn.log_softmax(_common.widen(x.logits)) for x in (self, other))
+        possible = log_y > -jnp.inf
+        # where nothing is counted no infinity meets another, in gradients neither
+        gain = jnp.where(possible, log_y, 0) - jnp.where(possible, log_other, 0)
+        return jnp.sum(jnp.exp(log_y) * gain, axis=-1)
+
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws integer classes `[*batch]` from the model; a constant under differentiation."""
         return jax.random.categorical(key, _common.widen(self.logits), axis=-1)

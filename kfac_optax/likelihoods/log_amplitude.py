@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,14 @@ class LogAmplitude:
         targets = _common.mask_out(targets, weights=self.weights, fill=0)
         nll = dataclasses.replace(self, log_psi=log_psi).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
+
+    def kl(self, other: Any) -> jax.Array:
+        """Refuses: there is no closed form.
+
+        Raises:
+            TypeError: always; the message says how to estimate it.
+        """
+        raise _common.no_closed_form(self)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws a random sign for every walker, for a complex amplitude `+-1 +- i`.

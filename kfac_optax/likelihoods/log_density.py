@@ -80,6 +80,14 @@ class FromLogDensity:
         nll = self.with_natural(natural).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
+    def kl(self, other: Any) -> jax.Array:
+        """Refuses: there is no closed form.
+
+        Raises:
+            TypeError: always; the message says how to estimate it.
+        """
+        raise _common.no_closed_form(self)
+
     def sample(self, key: jax.Array) -> Any:
         """Targets drawn from the model, a key of its own for every term."""
         # one for every term, [*batch]

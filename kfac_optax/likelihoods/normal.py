@@ -144,6 +144,33 @@ class Normal:
         nll = self.with_natural(natural).nll(targets)
         return _common.weighted_mean(nll, weights=self.weights)
 
+    def kl(self, other: "Normal") -> jax.Array:
+        """Divergence `KL(self || other)` of every term, summed over the event axes, unweighted.
+
+        `sum_event [log(s' / s) + (s^2 + (m - m')^2) / (2 s'^2) - 1/2]`. Its Hessian in the natural
+        arrays of either is the Fisher where the two agree.
+
+        Args:
+            other: A prediction of the same terms; its scale may be known or learned.
+
+        Returns:
+            `[*batch]`, float32 or wider.
+
+        Raises:
+            TypeError: `other` is of another kind.
+            ValueError: `other` has another shape.
+
+        >>> print(Normal(jnp.zeros([1, 2])).kl(Normal(jnp.ones([1, 2]))))
+        [1.]
+        """
+        _common.check_other(self, other)
+        mean, mean_other = _common.widen(self.mean), _common.widen(other.mean)
+        scale, scale_other = self._wide_scale(), other._wide_scale()
+        ratio = jnp.asarray(scale / scale_other)
+        distance = (mean - mean_other) / scale_other
+        terms = 0.5 * (ratio**2 + distance**2 - 1) - jnp.log(ratio)
+        return _common.event_sum(terms, batch_ndim=self.batch_ndim)
+
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws targets `[*batch, *event]` from the model, float32 or wider.
 

@@ -179,7 +179,7 @@ def map_layers(
     for bucket in buckets:
         gathered = [gather(bucket, x, dtype) for x in leaves]
         matrices, report = function(*gathered)
-        new |= scatter(bucket, matrices, leaves[0])
+        new |= scatter(bucket, matrices, leaves[0] | new)
         reports.append(report)
     # what belongs to no layer is a matrix of one row
     for name in [n for n in leaves[0] if n not in new]:

@@ -1,6 +1,7 @@
 """Models written by hand, without taps: the traced program shows where their parameters are used."""
 
 import functools
+import re
 
 import equinox as eqx
 import jax
@@ -243,6 +244,35 @@ def test_tokens_out_of_bounds_count_where_their_gradient_goes(x64, mode):
     assert_gradients(look_up, {"table": normal(6, 3)}, tokens, rtol=1e-10)
 
 
+def test_a_coupling_counts_no_token_out_of_bounds(x64):
+    """Their row of the table is zero, and so is its sum."""
+    tokens = np.asarray([[0, 9], [2, 6], [5, -1], [1, -8], [3, 4]])
+    model = lambda p, t: jnp.tanh(p["table"].at[t].get(mode="fill", fill_value=0)).reshape(N, -1)
+    estimator, params = ko.ggn(lambda p, t: ko.Normal(model(p, t))), {"table": normal(6, 3)}
+    _, across = measured(estimator, params, tokens, coupling=ko.coarse_correction("exact"))
+    jacobian = jax.jacobian(model)(params, tokens)["table"].sum((-1, -2))
+    np.testing.assert_allclose(coarse_matrix(across), [[jnp.sum(jacobian**2) / N]], rtol=1e-10)
+
+
+def test_parameters_of_integers_and_flags_are_no_layers():
+    """They have no gradient, and what they are multiplied with is covered as ever."""
+    params = {"w": jnp.eye(3), "counts": jnp.arange(3), "flags": jnp.array([True, False, True])}
+    estimator = ko.ggn(lambda p, x: ko.Normal(x @ p["w"] * p["counts"] * p["flags"]))
+    layers = estimator.layers(params, jnp.ones((N, 3)))
+    assert [layer.path for layer in layers] == ["w"]
+    assert {u.path for u in layers.uncovered} == {"counts", "flags"}
+    assert all("not of floating point" in u.reason for u in layers.uncovered)
+    for word in ("pass", "graft", "diagonal"):
+        tx = ko.kfac(layers, learning_rate=0.1, uncovered=word)
+        at = estimator.at(params, jnp.ones((N, 3)))
+        updates, _ = tx.update(params, tx.init(params), params, curvature=at)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            {name: updates[name] for name in ("counts", "flags")},
+            {name: params[name] for name in ("counts", "flags")},
+        )
+
+
 @pytest.mark.parametrize("directions", [N, 3])  # as many as examples, and not
 def test_the_axis_of_the_examples_is_followed(x64, directions):
     """A model mapped over something else has its rows `[directions, N, p]`, also if both are as
@@ -317,15 +347,62 @@ def test_a_tap_that_sees_a_part_only_gives_way(x64):
     assert {x.path: x.kind for x in layers} == {"w": "dense", "b": "scale_shift"}
 
 
+def test_taps_linked_by_their_parameters_give_way_together(x64):
+    """The first sees a part only; it shares its bias with the second, that its weight with the
+    third.
+    """
+
+    def tap(s, a, w, b):
+        return ko.tap_dense(s + b, a, w, b)
+
+    def model(p, x):
+        s = x @ p["w"]
+        x = jnp.tanh(tap(s, x, p["w"], p["b"]) + jnp.sin(s))
+        x = jnp.tanh(tap(x @ p["v"], x, p["v"], p["b"]))
+        x = tap(x @ p["v"], x, p["v"], p["c"])
+        return ko.tap_dense(x @ p["u"], x, p["u"])
+
+    params = {name: normal(3, 3, seed=i) for i, name in enumerate("uvw")}
+    params |= {"b": normal(3), "c": normal(3, seed=1)}
+    layers = assert_gradients(lambda p, x: squares(model(p, x)), params, X, rtol=1e-10)
+    kinds = {"u": "dense", "v": "dense", "w": "dense", "b": "scale_shift"}
+    assert {x.path: x.kind for x in layers} in (kinds, kinds | {"c": "scale_shift"})
+    assert not any(layer.partly for layer in layers)
+
+
+def is_line_of_this_file(line):
+    return re.fullmatch(r"(?:.*/)?test_program.py:\d+", line) is not None
+
+
+def test_errors_say_where_in_the_code():
+    """A tapped layer in a loop; no layer at all; complex parameters and those of integers."""
+    w, x = jnp.eye(3), jnp.ones((N, 3))
+    step = lambda w, h: ko.tap_dense(h @ w, h, w)
+    loop = lambda w, x: jax.lax.while_loop(lambda h: h.sum() < 9, lambda h: step(w, h), x)
+    with pytest.raises(ValueError, match=r"runs inside `while` \(.*test_program.py:\d+\)"):
+        ko.ggn(lambda w, x: ko.Normal(loop(w, x))).layers(w, x)
+    with pytest.raises(ValueError, match=r"\(root\) \(used by sin at .*test_program.py:\d+\)"):
+        ko.ggn(lambda w, x: ko.Normal(x @ jnp.sin(w))).layers(w, x)
+    model = lambda p, x: ko.Normal(jnp.abs(x @ p["w"] @ p["complex"]) * p["counts"])
+    params = {"w": w, "complex": w + 1j, "counts": jnp.arange(3)}
+    layers = ko.ggn(model).layers(params, x)
+    assert [u.path for u in layers.uncovered] == ["complex", "counts"]
+    assert all(is_line_of_this_file(u.where) for u in layers.uncovered)
+    assert "test_program.py:" in str(layers)
+
+
 def test_what_no_equation_shows_is_named():
     """Uses inside a branch or a rule of its own, and those that are not linear in the parameter."""
+
+    def chosen(stack, x):
+        return jax.lax.dynamic_index_in_dim(stack, jnp.int32(x.sum() > 0), keepdims=False)
 
     def model(p, x):
         hidden = jax.lax.cond(x.sum() > 0, lambda: x @ p["branch"], lambda: x)
         hidden = hidden @ p["partly"] + jnp.sin(p["partly"])[0]
         shifted = 1 + p["scale"]
         hidden = hidden * shifted + jnp.exp(shifted)
-        return ko.Normal(hidden @ (p["v"] / jnp.linalg.norm(p["v"])) @ p["stack"][0])
+        return ko.Normal(hidden @ (p["v"] / jnp.linalg.norm(p["v"])) @ chosen(p["stack"], x))
 
     square = jnp.eye(3)
     params = {"branch": square, "partly": square, "scale": jnp.ones(3), "v": square, "idle": square}
@@ -338,8 +415,9 @@ def test_what_no_equation_shows_is_named():
     reasons = {u.path: u.reason for u in layers.uncovered}
     assert set(reasons) == {"branch", "v", "idle", "stack"}
     assert "cond" in reasons["branch"] and "div" in reasons["v"]
-    assert "slice" in reasons["stack"] and reasons["idle"] == "not used"
-    with pytest.raises(
-        ValueError, match=r"(?s)branch \(3, 3\): used by cond.*partly also used by sin"
-    ):
+    assert "dynamic_slice" in reasons["stack"] and reasons["idle"] == "not used"
+    lines = {u.path: u.where for u in layers.uncovered}
+    assert lines.pop("idle") == "" and all(map(is_line_of_this_file, lines.values()))
+    message = r"(?s)branch \(3, 3\): used by cond.*test_program.py:\d+\).*partly also used by sin"
+    with pytest.raises(ValueError, match=message):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")

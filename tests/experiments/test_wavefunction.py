@@ -120,6 +120,17 @@ def test_kfac_finds_helium():
     assert found.log.deviation[-40:].mean() < 0.5 * found.log.deviation[0]
 
 
+def test_spring_descends_in_twenty_steps():
+    """The exact natural gradient of all walkers, with local energies as its residual."""
+    config = small(walkers=128, steps=20, moves=5)
+    train = jax.jit(functools.partial(vmc.train, config, vmc.METHODS["spring"]))
+    found = train(jnp.float32(0.2), jax.random.key(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    energy, deviation = found.log.energy, found.log.deviation
+    assert energy[-5:].mean() < energy[:5].mean() - 0.1
+    assert deviation[-5:].mean() < deviation[:5].mean()
+
+
 def test_the_command_leaves_its_files(tmp_path):
     command = [sys.executable, "-m", "kfac_optax.experiments.wavefunction"]
     command += ["--config=configs/helium.py", f"--config.out={tmp_path}", "--config.seeds=2"]

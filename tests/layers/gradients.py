@@ -63,11 +63,11 @@ def measured_gradients(losses, params, *args, dtype=jnp.float64, weights=WEIGHTS
     blocks = tuple(SCALES if x.kind == "scale_shift" else weights for x in layers)
     plan = Plan(layers.layers, blocks, None, dtype)
     statistics, _ = jax.jit(lambda p, a: estimator.at(p, *a).statistics(plan))(params, args)
-    leaves = named_leaves(params)
+    leaves = {name: jnp.zeros_like(x) for name, x in named_leaves(params).items()}
     out = {}
     for layer, statistic in zip(layers, statistics, strict=True):
         (bucket,) = make_buckets([layer])
-        out |= scatter(bucket, statistic, leaves)
+        out |= scatter(bucket, statistic, leaves | out)
     return out, layers
 
 

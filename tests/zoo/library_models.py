@@ -103,9 +103,24 @@ class Mixed(nnx.Module):
         return self.head(self.attention(x).mean(1))
 
 
+class AutoEncoder(nnx.Module):
+    """Down by a strided convolution, up by a transposed one, with an adapter beside a layer."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.down = nnx.Conv(2, 3, (3, 3), strides=2, rngs=rngs)
+        self.code = nnx.LoRALinear(12, 4, lora_rank=2, rngs=rngs)
+        self.decode = nnx.Linear(4, 12, rngs=rngs)
+        self.up = nnx.ConvTranspose(3, 2, (3, 3), strides=2, rngs=rngs)
+
+    def __call__(self, x):
+        low = nnx.silu(self.down(x))
+        wide = nnx.silu(self.decode(nnx.silu(self.code(low.reshape(len(x), -1)))))
+        return self.up(wide.reshape(low.shape))
+
+
 def of_nnx(module: nnx.Module, *inputs: Any) -> Model:
     """Parameters of an NNX module as a tree."""
-    graph, state = nnx.split(module, nnx.Param)
+    graph, state = nnx.split(module, nnx.Param)  # those of adapters are among them
     params = jax.tree.map(lambda x: draw(*x.shape) + (x.ndim == 1), nnx.to_pure_dict(state))
 
     def function(p, *x):
@@ -126,6 +141,20 @@ class Patches(eqx.Module):
         return self.mlp(jnp.tanh(self.conv(x)).mean((1, 2)))
 
 
+class Recurrent(eqx.Module):
+    """A GRU over time, a norm, attention over its states, for one example."""
+
+    cell: eqx.nn.GRUCell
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+
+    def __call__(self, x):
+        step = lambda h, now: (self.cell(now, h),) * 2
+        _, states = jax.lax.scan(step, jnp.zeros(4), x)
+        states = jax.vmap(self.norm)(states)
+        return self.attention(states, states, states)
+
+
 def of_equinox(module: eqx.Module, *inputs: Any) -> Model:
     """Arrays of an Equinox module as parameters."""
     arrays, rest = eqx.partition(module, eqx.is_array)
@@ -144,6 +173,15 @@ def _patches() -> Patches:
     )
 
 
+def _recurrent() -> Recurrent:
+    keys = jax.random.split(jax.random.key(0))
+    cell, attention = (
+        eqx.nn.GRUCell(2, 4, key=keys[0]),
+        eqx.nn.MultiheadAttention(2, 4, key=keys[1]),
+    )
+    return Recurrent(cell, eqx.nn.LayerNorm(4), attention)
+
+
 MODELS = {  # made when they are asked for: collecting tests stays cheap
     "linen resnet": lambda: of_linen(ResNet(), IMAGES),
     "linen u-net": lambda: of_linen(UNet(), IMAGES),
@@ -151,5 +189,7 @@ MODELS = {  # made when they are asked for: collecting tests stays cheap
     "linen bi-lstm": lambda: of_linen(Reader(), draw(N, 3, 2)),
     "linen actor-critic": lambda: of_linen(ActorCritic(), draw(N, 3)),
     "nnx mixed": lambda: of_nnx(Mixed(nnx.Rngs(0)), IMAGES),
+    "nnx autoencoder": lambda: of_nnx(AutoEncoder(nnx.Rngs(0)), IMAGES),
+    "equinox recurrent": lambda: of_equinox(_recurrent(), draw(N, 3, 2)),
     "equinox patches": lambda: of_equinox(_patches(), np.moveaxis(IMAGES, -1, 1)),
 }

@@ -1,0 +1,48 @@
+"""Where in the user's code an equation of a traced program stands."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# of what calls what the user has written, and is called by it
+_INSIDE = (
+    os.path.dirname(os.path.abspath(jax.__file__)),
+    *(os.path.join(_HERE, room) for room in ("capture", "estimators", "likelihoods")),
+)
+_INSTALLED = f"{os.sep}site-packages{os.sep}"
+
+
+def line_of(eqn: Any) -> str:
+    """`file:line` of the innermost call of an equation outside JAX and this package; outside all
+    installed packages, if there is one. `""` where the program does not say.
+    """
+    traceback = getattr(eqn.source_info, "traceback", None)
+    frames = () if traceback is None else traceback.frames
+    outside = [x for x in frames if not x.file_name.startswith(_INSIDE)]
+    own = [x for x in outside if _INSTALLED not in x.file_name]
+    for frame in (*own, *outside):
+        return f"{_shortened(frame.file_name)}:{frame.line_num}"
+    return ""
+
+
+def line_of_call(eqn: Any, body: Any, line: str) -> str:
+    """The line that all of a call's body stands in: that of the call, or of one around it (`line`),
+    where the body is a function of JAX, whose trace is used again by other callers; else `""`.
+    """
+    file_name = getattr(body.debug_info, "func_filename", None) or ""
+    return (line or line_of(eqn)) if file_name.startswith(_INSIDE) else ""
+
+
+def _shortened(path: str) -> str:
+    """Relative to where the program runs, if it is below."""
+    here = os.getcwd() + os.sep
+    return path.removeprefix(here)
+
+
+def listed(lines: Iterable[str], most: int = 3) -> str:
+    """The first of these lines, each once."""
+    known = [line for line in dict.fromkeys(lines) if line]
+    return ", ".join(known[:most]) + (", …" if len(known) > most else "")

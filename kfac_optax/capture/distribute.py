@@ -1,0 +1,279 @@
+"""The traced program with kernels that are made of parameters taken apart.
+
+`x @ (w + a @ b)` becomes `x @ w + (x @ a) @ b`, `x @ concatenate([v, w], 1)` two products, and
+`x @ (w / 8)` is `(x / 8) @ w`: the same numbers but for rounding, and in each product a parameter
+meets data, so that it is a layer's use. A token that stands in every example beside data is added to
+zeros of the shape that it has there.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.example_axis import axes_of_product
+from kfac_optax.capture.kernel_parts import (
+    DoesNotFit,
+    Expression,
+    Joined,
+    Leaf,
+    Moved,
+    Multiply,
+    Names,
+    Negative,
+    Product,
+    Reshaped,
+    Scaled,
+    Sum,
+)
+from kfac_optax.capture.rewriting import renamed, rewritten, with_body
+from kfac_optax.capture.views import View, parameter_views, passed_on, scan_views, views_behind_scan
+
+
+def distributed(closed: Any, leaves: int) -> Any:
+    """The closed jaxpr with products of data and a kernel that is made of parameters taken apart.
+
+    A kernel that depends on data, or on no parameter, stays. Where nothing changes the jaxpr is
+    handed back as it is; what is no longer read is still in it.
+
+    Args:
+      closed: its first `leaves` inputs are the parameter leaves.
+      leaves: how many.
+    """
+    views = parameter_views(closed.jaxpr, leaves)
+    data = [i >= leaves for i in range(len(views))]
+    new = _Rewriting(closed.jaxpr, views, data).run()
+    return closed if new is closed.jaxpr else jex.ClosedJaxpr(new, closed.consts)
+
+
+class _Rewriting:
+    """What is known of the values of one jaxpr while its equations are gone through."""
+
+    def __init__(self, jaxpr: Any, views: Sequence[View | None], data: Sequence[bool]):
+        self.jaxpr = jaxpr
+        self.views = dict(zip(jaxpr.invars, views, strict=True))
+        # whether a value depends on what is no parameter, and on a parameter
+        self.data = dict(zip(jaxpr.invars, data, strict=True))
+        self.made = {v: view is not None for v, view in self.views.items()}
+        self.source: dict[Any, Any] = {}  # equations that write values, by value
+        self.names: dict[Any, Any] = {}  # of what a call has handed out that is no more
+        self.equations: list[Any] = []
+        self.changed = False
+        self.whole: set[Any] = set()  # values that do not come apart in a product
+
+    def run(self) -> Any:
+        """The jaxpr, new if anything has changed."""
+        for eqn in self.jaxpr.eqns:
+            self._equation(eqn)
+        if not self.changed:
+            return self.jaxpr
+        outs = list(map(self._named, self.jaxpr.outvars))
+        return self.jaxpr.replace(eqns=self.equations, outvars=outs)
+
+    def _named(self, v: Any) -> Any:
+        return v if isinstance(v, jex.Literal) else self.names.get(v, v)
+
+    def _look(self, table: dict[Any, Any], v: Any) -> Any:
+        return None if isinstance(v, jex.Literal) else table.get(v)
+
+    def _equation(self, eqn: Any) -> None:
+        eqn = eqn.replace(invars=list(map(self._named, eqn.invars))) if self.names else eqn
+        body = call_body(eqn)
+        if body is not None and self._inlines(eqn, body):
+            # its equations stand here instead, and its outputs are theirs
+            self.changed = True
+            inner, outs = renamed(body.jaxpr, eqn.invars)
+            for step in inner:
+                self._equation(step)
+            self.names |= dict(zip(eqn.outvars, map(self._named, outs), strict=True))
+            return
+        views = [self._look(self.views, v) for v in eqn.invars]
+        data = [bool(self._look(self.data, v)) for v in eqn.invars]
+        if body is not None:
+            eqn, outs = self._entered(eqn, body.jaxpr, views, data)
+        elif eqn.primitive.name == "scan":
+            eqn, outs = self._scan(eqn, views, data)
+        else:
+            outs = passed_on(eqn, views)
+        outs = [None] * len(eqn.outvars) if outs is None else outs
+        made = any(self._look(self.made, v) for v in eqn.invars)
+        for v, view in zip(eqn.outvars, outs, strict=True):
+            self.views[v], self.data[v], self.made[v] = view, any(data), made
+            self.source[v] = eqn
+        # products with kernels, and parameters that no equation of their own shows
+        taken = self._taken_apart(eqn, data) if eqn.primitive.name == "dot_general" else None
+        if eqn.primitive.name in ("concatenate", "select_n"):
+            taken = self._beside_data(eqn, data)
+        self.changed = self.changed or taken is not None
+        self.equations += [eqn] if taken is None else taken
+
+    def _inlines(self, eqn: Any, body: Any) -> bool:
+        """Whether a call makes a kernel, or one made outside meets data inside."""
+        given = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        if "prevent_cse" in eqn.params or body.consts or not any(map(self.made.get, given)):
+            return False
+        names = {inner.primitive.name for inner in body.jaxpr.eqns}
+        met = "dot_general" in names and any(map(self._is_kernel, given))
+        return met or not any(map(self.data.get, given))
+
+    def _entered(self, eqn: Any, inner: Any, views: Any, data: Any) -> tuple[Any, Any]:
+        rewriting = _Rewriting(inner, views, data)
+        new = rewriting.run()
+        results = map(rewriting._named, inner.outvars)
+        outs = [rewriting._look(rewriting.views, v) for v in results]
+        self.changed = self.changed or new is not inner
+        return (eqn if new is inner else with_body(eqn, new)), outs
+
+    def _scan(self, eqn: Any, views: Any, data: Any) -> tuple[Any, Any]:
+        closed, constants, carried = scan_body(eqn)
+        given = scan_views(eqn, views)
+        first = constants + carried
+        carry = [any(data) and not keep for keep in given.kept]  # an earlier step may have written
+        carry = [a or b for a, b in zip(carry, data[constants:first], strict=True)]
+        inside = [*data[:constants], *carry, *data[first:]]
+        eqn, outs = self._entered(eqn, closed.jaxpr, given.inside, inside)
+        return eqn, views_behind_scan(eqn, given, outs)
+
+    def _is_kernel(self, v: Any) -> bool:
+        """Whether a value is made of parameters, and of parameters only, but is none."""
+        view = self._look(self.views, v)
+        is_parameter = view is not None and view.complete
+        return bool(self.made.get(v)) and not self.data.get(v) and not is_parameter
+
+    def _taken_apart(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
+        """What computes a product of data and a kernel; `None` where it stays as it is."""
+        # a placement of the output is that of one product
+        if eqn.params.get("out_sharding") is not None or not all(map(is_real, eqn.invars)):
+            return None
+        for side in (0, 1):
+            v = eqn.invars[side]
+            if isinstance(v, jex.Literal) or not data[1 - side] or not self._is_kernel(v):
+                continue
+            # every value that turns out not to come apart is tried as a whole
+            self.whole = set()
+            while True:
+                operands: list[Any] = []
+                kernel = self._expression(v, operands)
+                if isinstance(kernel, Leaf) or not any(map(self._is_parameter, operands)):
+                    break
+                function = functools.partial(_product_of, eqn, side, kernel)
+                given = [eqn.invars[1 - side], *operands]
+                try:
+                    return rewritten(function, given, eqn.outvars[0], eqn.source_info)
+                except DoesNotFit as problem:
+                    self.whole.add(problem.args[0].value)
+        return None
+
+    def _beside_data(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
+        """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
+        rows = [v for v, moves in zip(eqn.invars, data, strict=True) if moves and is_real(v)]
+        tokens = [v for v in eqn.invars if rows and self._is_repeated(v)]
+        new: dict[Any, Any] = {}
+        equations: list[Any] = []
+        for v in tokens:
+            new[v] = jex.Var(v.aval)
+            shift = functools.partial(_shifted_zeros, eqn.params.get("dimension"))
+            equations += rewritten(shift, [rows[0], v], new[v], eqn.source_info)
+        if not tokens:
+            return None
+        given = [v if isinstance(v, jex.Literal) else new.get(v, v) for v in eqn.invars]
+        return [*equations, eqn.replace(invars=given)]
+
+    def _is_repeated(self, v: Any) -> bool:
+        view = self._look(self.views, v)
+        if view is None or not view.complete or not is_real(v):
+            return False
+        axes = zip(view.axes, v.aval.shape, strict=True)
+        return any(axis is None and n > 1 for axis, n in axes)
+
+    def _is_parameter(self, v: Any) -> bool:
+        view = self._look(self.views, v)
+        return view is not None and view.complete
+
+    def _expression(self, v: Any, operands: list[Any], dtype: Any = None) -> Expression:
+        """What a kernel is made of; values that are not taken apart are appended to `operands`."""
+        eqn = self._look(self.source, v)
+        if eqn is not None and not self._is_parameter(v) and v not in self.whole:
+            made = self._node(eqn, operands, dtype)
+            if made is not None:
+                return made
+        operands.append(v)
+        return Leaf(len(operands) - 1, dtype)
+
+    def _node(self, eqn: Any, operands: list[Any], dtype: Any) -> Expression | None:
+        p, name, given = eqn.params, eqn.primitive.name, eqn.invars
+        shapes = [v.aval.shape for v in given]
+        of = functools.partial(self._expression, operands=operands, dtype=dtype)
+        if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
+            return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
+        # rounding to integers is no cast that passes a sum on
+        if name == "convert_element_type" and is_real(given[0]) and is_real(eqn.outvars[0]):
+            return self._expression(given[0], operands, dtype or eqn.outvars[0].aval.dtype)
+        if name == "neg":
+            return Negative(of(given[0]))
+        if name in ("mul", "div") and () in (shapes[1], shapes[0] if name == "mul" else None):
+            scalar = 1 if shapes[1] == () else 0
+            if self._look(self.made, given[scalar]) and not self._is_parameter(given[scalar]):
+                return None  # such as the norm of the weight itself
+            factor = self._scalar(given[scalar], operands, eqn)
+            return Scaled(of(given[1 - scalar]), factor, name == "div")
+        if name == "transpose":
+            return Moved(of(given[0]), tuple(p["permutation"]))
+        if name == "dot_general":
+            return Product(of(given[0]), of(given[1]), _names_of_product(eqn))
+        if name in ("concatenate", "stack"):
+            axis = p["dimension"] if name == "concatenate" else p["axis"]
+            sizes = tuple(shape[axis] for shape in shapes) if name == "concatenate" else ()
+            return Joined(tuple(map(of, given)), axis, sizes)
+        if name in ("reshape", "squeeze", "expand_dims") and 0 not in shapes[0]:
+            out = eqn.outvars[0]
+            return Reshaped(out, of(given[0]), shapes[0], out.aval.shape)
+        return None
+
+    def _scalar(self, v: Any, operands: list[Any], eqn: Any) -> Leaf:
+        operands.append(v)
+        return Leaf(len(operands) - 1, eqn.outvars[0].aval.dtype)
+
+
+def is_real(v: Any) -> bool:
+    """Whether a value is of floating point."""
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.Array:
+    """The token, added to zeros that have their examples where `rows` have theirs."""
+    one = rows if axis is None else jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
+    one = jnp.broadcast_to(one, token.shape).astype(token.dtype)
+    never = jnp.zeros(token.shape, bool)
+    return jax.lax.select(never, one, jnp.zeros_like(token)) + token
+
+
+def _names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
+    """Names of the axes of both operands of a `dot_general`, and of its output."""
+    (summed, _), places = eqn.params["dimension_numbers"], axes_of_product(eqn)
+    rank = eqn.outvars[0].aval.ndim
+    sides = []
+    for side in (0, 1):
+        axes = range(eqn.invars[side].aval.ndim)
+        between = {axis: rank + i for i, axis in enumerate(summed[side])}
+        sides.append(tuple(places[side].get(axis, between.get(axis, -1)) for axis in axes))
+    return sides[0], sides[1], tuple(range(rank))
+
+
+def _product_of(eqn: Any, side: int, kernel: Expression, x: Any, *operands: Any) -> jax.Array:
+    """The product with the kernel on that side of the equation."""
+    names, p = _names_of_product(eqn), eqn.params
+    options = {key: p[key] for key in ("precision", "preferred_element_type")}
+
+    def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
+        return jnp.einsum(x, of_x, m, of_m, out, **options)
+
+    highest = max(itertools.chain(*names), default=0)
+    multiply = Multiply(operands, einsum, itertools.count(highest + 1))
+    out = multiply(x, names[1 - side], kernel, names[side], names[2])
+    return out.astype(eqn.outvars[0].aval.dtype)

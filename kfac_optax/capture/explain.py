@@ -1,0 +1,84 @@
+"""Why a parameter belongs to no layer, and what the statistics of a layer leave out."""
+
+from collections.abc import Mapping, Sequence
+
+from kfac_optax._reasons import NOT_USED
+from kfac_optax.capture.calls import is_rule
+from kfac_optax.capture.code_lines import listed
+from kfac_optax.capture.sites import STOPPED, Analysis, Consumer, Site
+
+
+def unseen(
+    leaves: Sequence[int],
+    sites: Sequence[Site],
+    names: Sequence[str],
+    consumers: Mapping[int, Sequence[Consumer]],
+) -> list[tuple[str, str, str]]:
+    """Parameters with uses that the statistics do not see, which, and where; `sites` are those of
+    all layers.
+    """
+    notes = []
+    for leaf in leaves:
+        mine = [
+            site for site in sites if site.params[0] is not None and site.params[0].leaf == leaf
+        ]
+        # named by the equation that reads it
+        biased = [site for site in sites if site.bias is not None and site.bias[0] == leaf]
+        mine += [site._replace(name="add") for site in biased]
+        note, others = _other_uses(names[leaf], [x.name for x in consumers.get(leaf, [])], mine)
+        where = listed(x.line for x in consumers.get(leaf, []) if x.name in others)
+        notes.append((names[leaf], note, where))
+    return [x for x in notes if x[1]]
+
+
+def _other_uses(
+    name: str, consumers: Sequence[str], sites: Sequence[Site]
+) -> tuple[str, list[str]]:
+    """A layer consumes each of its parameters once for every tap, and once for every use that was
+    found, named by its equation; anything more the statistics do not see.
+    """
+    used = [x for x in consumers if x != STOPPED]
+    for site in sites:
+        if site.found and site.name in used:
+            used.remove(site.name)
+    taps = sum(not site.found for site in sites)
+    plain, rules = [x for x in used if not is_rule(x)], [x for x in used if is_rule(x)]
+    leaf, extra = name.rpartition("/")[2], plain[taps:] + rules
+    if rules and len(plain) < taps:  # what a tap sees the output of
+        words = f"{leaf} used through {_listed(rules)}: its own derivative rule, not measured"
+        return words, rules
+    return f"{leaf} also used by {_listed(extra)}: not measured" if extra else "", extra
+
+
+def bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
+    """Reasons of parameters whose layers have no part in the prediction, but which are used
+    otherwise.
+    """
+    used = {i: [x for x in analysis.names(i) if x != STOPPED] for i in leaves}
+    return {
+        i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
+        for i, consumers in used.items()
+        if consumers
+    }
+
+
+def reason(
+    index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]
+) -> str:
+    """Why a parameter is in no layer, given why some are, which a tap sees, and what else uses it."""
+    if index in problems:
+        return problems[index]
+    if index in tapped:
+        return "the kernel of its layer is not a parameter as stored"
+    if not consumers:
+        return NOT_USED
+    used = [x for x in consumers if x != STOPPED]
+    if not used:
+        return f"only used behind {STOPPED}"
+    if all(map(is_rule, used)):
+        return f"inside {_listed(used)}: its own derivative rule"
+    return f"used by {_listed(used)} outside any supported layer"
+
+
+def _listed(consumers: Sequence[str]) -> str:
+    return ", ".join(sorted(set(consumers)))
