@@ -74,8 +74,8 @@ def sample_params(
 
     Args:
       layers: what the preconditioner was made from.
-      opt_state: any Optax state with exactly one `noisy_kfac` in it (or a `kfac` with its own
-        blocks).
+      opt_state: any Optax state with exactly one `noisy_kfac` in it (or a `kfac` with
+        `inverse="eigh"`).
       params: the mean.
       key: a new one in every step.
       size: number of training examples.
@@ -105,7 +105,7 @@ def sample_params(
     check_number(where, "size", size, above=0)
     check_number(where, "weight_decay", weight_decay, above=0)
     check_number(where, "temperature", temperature, at_least=0)
-    layers, block_of = covered_with(where, layers, None, normalization, uncovered)
+    layers, block_of = covered_with(where, layers, None, normalization, uncovered, exact=True)
     # the inverses that the optimizer holds, with the weight decay of the posterior as damping
     state = the_state(opt_state, CurvatureState, where)
     operator = of_state(where, state, layers, block_of)

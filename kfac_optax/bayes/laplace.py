@@ -52,7 +52,8 @@ def laplace(
         as `[(x1,), (x2,)]`. `ekfac_block` goes through it twice.
       prior_precision: of the prior `N(0, I / prior_precision)`.
       size: number of training examples `N`; default those of all batches, which may be a part.
-      block: as for `scale_by_curvature`; default the Kronecker block of `kfac`.
+      block: as for `scale_by_curvature`; default `kronecker()`, damped
+        exactly.
       normalization: as for `kfac`; `"pass"` fixes scales and shifts.
       uncovered: parameters without a block: `"raise"`, `"pass"` (they are fixed at their value) or
         `"diagonal"`.
@@ -89,7 +90,7 @@ def laplace(
         raise ValueError(f"{where}: got no batch; expected an iterable of tuples such as [(x,)].")
     found = estimator.layers(params, *first)
     # one batched operation for every bucket of equal layers
-    layers, block_of = covered_with(where, found, block, normalization, uncovered)
+    layers, block_of = covered_with(where, found, block, normalization, uncovered, exact=True)
     buckets = make_buckets(layers, block_of)
     check_means(where, buckets)
     dtype = wide_dtype(covered_leaves(params, layers))

@@ -15,7 +15,6 @@ from kfac_optax._tree import (
 )
 from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
 from kfac_optax._validate import check_choice
-from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.state import CoarseState, CurvatureState, block_of_bucket
 from kfac_optax.linalg.factorize import after
@@ -37,11 +36,17 @@ def covered_with(
     block: Block | BlockOf | None,
     normalization: str,
     uncovered: str,
+    exact: bool = False,
 ) -> tuple[Layers, BlockOf]:
-    """The layers that have a block, and which one, from the words that presets have too."""
+    """The layers that have a block, and which one, from the words that presets have too.
+
+    `exact`: damped exactly unless `block` says otherwise, however wide; else as in `kfac`.
+    """
     check_choice(where, "uncovered", uncovered, LINEAR)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
-    return layers, blocks_of(kronecker() if block is None else block, normalization=normalization)
+    chooses = block is not None and not isinstance(block, Block)
+    inverse = "eigh" if exact and not chooses else "auto"
+    return layers, blocks_of(block, inverse=inverse, normalization=normalization)
 
 
 def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState) -> None:
@@ -68,8 +73,8 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
         if not same:
             raise ValueError(
                 f"{where}: the state of {bucket.name} holds a {type(held).__name__}, which is "
-                f"not what block {block.name!r} makes. {advice}; block=kronecker('cholesky') for "
-                "inverse='cholesky', say."
+                f"not what block {block.name!r} makes. {advice}; for a preset with inverse='eigh' "
+                "it is block=blocks_of(None, inverse='eigh'), and so for 'cholesky'."
             )
 
 

@@ -1,8 +1,10 @@
 """Which block each layer gets, and what becomes of the parameters that are left over."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,6 +13,7 @@ from kfac_optax._types import Block, Layer, Layers, Layout, Uncovered
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.kronecker import INVERSES, kronecker
 from kfac_optax.blocks.recurrent import OPTIONS, recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.unitwise import unitwise
@@ -22,11 +25,54 @@ RECURRENCE = ("independent", *OPTIONS)
 _PASSED = "normalization='pass'"  # reason of a parameter
 BlockOf = Callable[[Layer], Block]
 
+# Up to this many units on either side a layer is damped exactly: four products with eigenvectors
+# in place of two with inverses are short there, and so is the eigendecomposition.
+NARROW = 128
+
+
+class ByWidth(NamedTuple):
+    """A block for layers of at most `NARROW` inputs and outputs, another for wider ones."""
+
+    narrow: Block
+    wide: Block
+
+    def block_of(self, layer: Layer) -> Block:
+        """The block of a layer, whose bias row does not count."""
+        return self.narrow if max(layer.inputs, layer.outputs) <= NARROW else self.wide
+
+
+def kronecker_by(
+    inverse: str = "auto",
+    *,
+    sharing: str = "expand",
+    positions: int | None = None,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block | ByWidth:
+    """The Kronecker block of layers with weights between units, `kronecker(inverse, ...)`.
+
+    Args:
+      inverse: as for `kronecker`, or `"auto"`: `"eigh"` up to 128 inputs and outputs, where exact
+        damping costs little, and `"cholesky"` above.
+      sharing: as for `kronecker`.
+      positions: as for `kronecker`.
+      precision: as for `kronecker`.
+
+    Raises:
+      ValueError: an unknown word, or one out of range.
+
+    >>> chosen = kronecker_by()
+    >>> print(chosen.narrow.name, "|", chosen.wide.name)
+    kronecker (eigh) | kronecker (cholesky)
+    """
+    check_choice("kfac", "inverse", inverse, (*INVERSES, "auto"))
+    make = functools.partial(kronecker, sharing=sharing, positions=positions, precision=precision)
+    return ByWidth(make("eigh"), make("cholesky")) if inverse == "auto" else make(inverse)
+
 
 def blocks_of(
-    linear: Block | BlockOf,
+    linear: Block | ByWidth | BlockOf | None,
     *,
-    inverse: str = "eigh",
+    inverse: str = "auto",
     normalization: str = "unitwise",
     convolution: str = "kfc",
     recurrence: str = "independent",
@@ -37,8 +83,10 @@ def blocks_of(
     Layers that get the same `Block` object and have the same shapes are handled by one batched call.
 
     Args:
-      linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks.
-      inverse: of embeddings; `"newton"` is `"cholesky"` for them.
+      linear: block of dense layers, convolutions and attention projections, or a function that chooses among blocks;
+        `None` is the Kronecker block with this `inverse`.
+      inverse: of embeddings (`"newton"` is `"cholesky"` for them); `"auto"` decides by the width of each layer: exact
+        damping (`"eigh"`) up to 128 inputs and outputs, of embeddings 128 outputs, `"cholesky"` above.
       normalization: `"unitwise"` gives scale and shift of each channel a 2 x 2 block, `"diagonal"` one number each.
       convolution: `"kfc"` measures patches; `"sua"` only channels, where the convolution is a plain one (no groups, not
         transposed).
@@ -56,21 +104,21 @@ def blocks_of(
     """
     check_choice("blocks_of", "convolution", convolution, CONVOLUTION)
     check_choice("blocks_of", "recurrence", recurrence, RECURRENCE)
-    if not isinstance(linear, Block):
+    linear = kronecker_by(inverse, precision=precision) if linear is None else linear
+    if not isinstance(linear, Block | ByWidth):
         check_unused(
             "blocks_of",
             "a function of the layer (block=), which decides on every layer's block itself: give "
             "the word to what made it, such as blocks_of(...) or low_rank_blocks(...)",
-            inverse=(inverse, "eigh"),
+            inverse=(inverse, "auto"),
             normalization=("unitwise" if normalization == "pass" else normalization, "unitwise"),
             convolution=(convolution, "kfc"),
             recurrence=(recurrence, "independent"),
         )
         return linear
-    inverse = "cholesky" if inverse == "newton" else inverse
+    lookup = _embeddings(embedding, inverse, precision)
+    tied = _embeddings(tied_embedding, inverse, precision)
     by_kind = {
-        "embedding": embedding(inverse, precision=precision),
-        "tied_embedding": tied_embedding(inverse, precision=precision),
         "scale_shift": unitwise(full=normalization != "diagonal"),
         "diagonal": diagonal(),
     }
@@ -80,13 +128,22 @@ def blocks_of(
     def block_of(layer: Layer) -> Block:
         if layer.kind in by_kind:
             return by_kind[layer.kind]
+        if layer.kind in ("embedding", "tied_embedding"):
+            return (lookup if layer.kind == "embedding" else tied)(layer)
         if convolution == "sua" and layer.channels:
             return of_channels
-        return (
-            in_time if in_time is not None and layer.uses > 1 and layer.kind != "conv" else linear
-        )
+        if in_time is not None and layer.uses > 1 and layer.kind != "conv":
+            return in_time
+        return linear.block_of(layer) if isinstance(linear, ByWidth) else linear
 
     return block_of
+
+
+def _embeddings(make: Callable[..., Block], inverse: str, precision: Any) -> BlockOf:
+    """The block of an embedding table, whose only dense factor is that of the outputs."""
+    words = {"auto": ("eigh", "cholesky"), "newton": ("cholesky", "cholesky")}
+    narrow, wide = (make(x, precision=precision) for x in words.get(inverse, (inverse, inverse)))
+    return lambda layer: narrow if layer.outputs <= NARROW else wide
 
 
 def beside_blocks(normalization: str) -> str:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import covered_leaves, gather, make_buckets, named_leaves, present
 from kfac_optax._types import Block, Layers, PyTree
-from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
 from kfac_optax.engine.state import CurvatureState, block_of_bucket, the_state
 
@@ -54,7 +53,7 @@ def factor_metric(
     """
     where = "factor_metric"
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
-    block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
+    block_of = blocks_of(block, normalization=normalization)
 
     def metric(state: PyTree, updates: PyTree) -> jax.Array:
         factors = the_state(state, CurvatureState, where).factors

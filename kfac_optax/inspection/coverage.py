@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import tree_bytes
 from kfac_optax._types import Block, Coupling, Fine, Layer, Layers
-from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.estimators.plan import of_first_moments
 
@@ -44,7 +43,7 @@ def coverage(
     total                                                52
     """
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
-    block_of = blocks_of(kronecker() if block is None else block, normalization=normalization)
+    block_of = blocks_of(block, normalization=normalization)
     # what cannot be measured together is an error here already
     of_first_moments(layers.layers, tuple(map(block_of, layers)), coupling, "coverage")
     # factors, and what `factorize` makes of them

@@ -140,7 +140,7 @@ def by_layer(layer):
 @pytest.mark.parametrize(
     ("word", "value", "default"),
     [
-        ("inverse", "cholesky", "eigh"),
+        ("inverse", "cholesky", "auto"),
         ("normalization", "diagonal", "unitwise"),
         ("convolution", "sua", "kfc"),
         ("recurrence", "option1", "independent"),

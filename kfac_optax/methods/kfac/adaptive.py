@@ -74,8 +74,8 @@ def kfac_adaptive(
         5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
         20.
-      inverse: `"cholesky"` (factored Tikhonov damping), `"eigh"` (exact damping) or `"newton"`, see
-        `kfac`.
+      inverse: `"cholesky"` (factored Tikhonov damping), `"eigh"` (exact damping), `"newton"` or
+        `"auto"`, see `kfac`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
       **options: further arguments of `kfac`.
 
@@ -105,7 +105,7 @@ def kfac_adaptive(
     """
     block = options.get("block")
     if inverse == "cholesky" and block is not None and not isinstance(block, Block):
-        inverse = "eigh"  # the default has no say where a function gives every layer its block
+        inverse = "auto"  # the default has no say where a function gives every layer its block
     preconditioner = kfac(
         layers,
         kl_clip=None,

@@ -11,7 +11,7 @@ from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
-from kfac_optax.engine.choice import BlockOf, blocks_of, cover
+from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.methods.given import with_checked
@@ -38,7 +38,7 @@ def kfac(
     curvature_every: ScalarOrSchedule = 10,
     inverse_every: ScalarOrSchedule = INVERSE_EVERY,
     stagger: int | None = None,
-    inverse: str = "eigh",
+    inverse: str = "auto",
     uncovered: str = "graft",
     normalization: str = "unitwise",
     sharing: str = "expand",
@@ -78,8 +78,10 @@ def kfac(
       inverse_every: period of the inverses; by default 100, and once more after 50 steps, since
         the first ones know a single batch. `refresh_period(...)` makes such a schedule.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
-      inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping), or `"newton"`
-        (the same, refreshed by matrix products from the last inverse; for accelerators).
+      inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping, half the products
+        in a step and a cheaper refresh), `"newton"` (the same, refreshed by matrix products from
+        the last inverse; for accelerators); or `"auto"`: `"eigh"` for layers of at most 128 inputs
+        and outputs, `"cholesky"` for wider ones. `coverage` shows which.
       uncovered: parameters without a block: `"graft"` (their gradient with the size of the others'
         updates, and clipped with them), `"pass"` (their gradient as it is), `"diagonal"` (diagonal
         of the Fisher) or `"raise"`.
@@ -139,7 +141,7 @@ def kfac(
             positions=(positions, None),
         )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
-    linear = kronecker(inverse, sharing=sharing, positions=positions, precision=precision)
+    linear = kronecker_by(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
         linear if block is None else block,
         inverse=inverse,

@@ -26,7 +26,7 @@ def low_rank_blocks(
     *,
     rank: Rank = 128,
     correct_every: int = 5,
-    inverse: str = "eigh",
+    inverse: str = "auto",
     normalization: str = "unitwise",
     convolution: str = "kfc",
     recurrence: str = "independent",

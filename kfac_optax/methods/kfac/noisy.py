@@ -74,7 +74,7 @@ def noisy_kfac(
     """
     check_legal("noisy_kfac", "weight_decay", weight_decay)
     check_legal("noisy_kfac", "damping", damping)
-    inner = kfac(layers, damping=_total(weight_decay, damping), **options)
+    inner = kfac(layers, damping=_total(weight_decay, damping), inverse="eigh", **options)
     return add_weight_decay(inner, weight_decay, mode="loss")
 
 
