@@ -45,7 +45,7 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             "learning_rate": 1e-3,
             "momentum": 0.9,
             "weight_decay": 1e-5,
-            "subsample": 0.25,  # part of a batch that statistics are taken from; 0: all of it
+            "subsample": 250,  # images of a batch that statistics are taken from; 0: all of them
             "kfac": {
                 "damping": 1e-1,
                 "kl_clip": 1e-1,
@@ -57,7 +57,7 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             "low_rank": {"rank": 128},
             # Options of kfac_adaptive and two_level_adaptive, which tune themselves: exact products
             # on 125 images.
-            "adaptive": {"model_subsample": 0.125},
+            "adaptive": {"model_subsample": 125},
             "per_optimizer": {
                 "sgd": {"learning_rate": 3e-3, "grid": (1e-2, 3e-3, 1e-3)},
                 "adam": {"learning_rate": 6e-4, "grid": (2e-3, 6e-4, 2e-4)},
@@ -94,9 +94,7 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             {"name": "digits", "train": 1_500, "test": 297, "reconstruct": True}
         )
         config.model.widths = (128, 64, 16)
-        config.update(
-            epochs=1000, batch_size=128, subsample=0.0, budget_seconds=4.0, evaluation_batch=0
-        )
+        config.update(epochs=1000, batch_size=128, budget_seconds=4.0, evaluation_batch=0)
         config.adaptive = ml_collections.ConfigDict()
         config.per_optimizer.adam.grid = (1e-2, 6e-3, 3e-3, 1e-3)
         config.targets = (22.0, 20.0, 18.0, 16.0)

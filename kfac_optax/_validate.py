@@ -1,5 +1,6 @@
 """User-facing checks and messages. Each says where, what was got, what was expected, what to do."""
 
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -221,6 +222,35 @@ def check_unused(where: str, beside: str, **words: tuple[Any, Any]) -> None:
                 f"{where}: got {name}={value!r}, which has no effect beside {beside}; "
                 f"expected {default!r}, the default."
             )
+
+
+def check_subsample(where: str, name: str, value: Any) -> None:
+    """Checks a part of the batch: a fraction, a whole number of examples, or a function.
+
+    Args:
+      where: for the error.
+      name: of the argument.
+      value: `None` (all of it), a fraction in (0, 1], a whole number above one, or a function of
+        the arguments.
+
+    Raises:
+      ValueError: neither; a one that may mean one example or all of them.
+
+    >>> check_subsample("fisher", "subsample", 256)
+    >>> check_subsample("fisher", "subsample", 1)
+    Traceback (most recent call last):
+    ValueError: fisher: subsample=1; expected a fraction in (0, 1], or a number of examples, at least 2.
+    """
+    if value is None or callable(value):
+        return
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    fraction = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+    if (whole and value >= 2) or (fraction and 0 < value <= 1):
+        return
+    raise ValueError(
+        f"{where}: {name}={value!r}; expected a fraction in (0, 1], or a number of examples, at "
+        "least 2."
+    )
 
 
 def resolve(value: ScalarOrSchedule, count: jax.Array) -> Numeric:

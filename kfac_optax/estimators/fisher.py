@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from kfac_optax._types import PyTree
-from kfac_optax._validate import check_number
+from kfac_optax._validate import check_number, check_subsample
 from kfac_optax.estimators.estimator import Estimator
 from kfac_optax.estimators.heads import EMPIRICAL, FISHER, FORWARD, GGN, Kind
 from kfac_optax.estimators.spec import Spec, pair_of
@@ -30,9 +30,10 @@ def fisher(
       predict: `(params, *args) -> likelihood`, or a tree of likelihoods (heads), each of which may
         have a batch of its own: every head is a mean over its own examples.
       samples: draws per example.
-      subsample: measure on a part of the batch only: a fraction in (0, 1] (evenly spaced examples
-        of every argument whose axis 0 is the batch) or a function of the arguments that returns
-        them cut down.
+      subsample: measure on a part of the batch only: a whole number of examples, some hundreds
+        say, of which a smaller batch has all; a fraction in (0, 1] (both take evenly spaced
+        examples of every argument whose axis 0 is the batch); or a function of the arguments that
+        returns them cut down.
       has_aux: `predict` returns a pair, the likelihoods and anything else (new batch statistics,
         logits), which `value_and_grad` hands out next to the loss, as `jax.value_and_grad` does.
 
@@ -40,7 +41,7 @@ def fisher(
       An `Estimator` with `.layers`, `.at`, `.vector_product` and `.value_and_grad`.
 
     Raises:
-      ValueError: `samples < 1` or a fraction outside (0, 1].
+      ValueError: `samples < 1`, a fraction outside (0, 1] or fewer than two examples.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = fisher(lambda w, x: ko.Categorical(ko.tap_dense(x @ w, x, w)))
@@ -158,8 +159,7 @@ def check_spec(spec: Spec) -> None:
             f"{where}: got {type(spec.function).__name__}; expected a function (params, *args) -> "
             "likelihood."
         )
-    if subsample is not None and not callable(subsample):
-        check_number(where, "subsample", subsample, above=0, at_most=1)
+    check_subsample(where, "subsample", subsample)
 
 
 def _first_of(kind: Kind, predict: Callable[..., PyTree]) -> Callable[..., PyTree]:

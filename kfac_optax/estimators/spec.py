@@ -1,6 +1,7 @@
 """Settings of an estimator, the part of the batch it sees, and its model, traced."""
 
 import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -104,8 +105,8 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     """The arguments restricted to the examples that `subsample` keeps.
 
     A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
-    in every array whose axis 0 has the length of the first array's. A whole number above one keeps
-    so many, or all where there are fewer.
+    in every array whose axis 0 has the length of the first array's. A whole number keeps so many,
+    or all where there are fewer.
     """
     if spec.subsample is None:
         return args
@@ -116,9 +117,8 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     if not arrays:
         return args
     size = arrays[0].shape[0]
-    keep = spec.subsample
-    if not isinstance(keep, int):
-        keep = max(1, round(size * keep))
+    whole = isinstance(spec.subsample, numbers.Integral)
+    keep = int(spec.subsample) if whole else max(1, round(size * spec.subsample))
     if keep >= size:
         return args
     # evenly spaced

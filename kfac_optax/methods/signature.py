@@ -29,6 +29,7 @@ STATIC = (
     "root",
     "chunk",
     "refine",
+    "model_subsample",
 )
 
 

@@ -11,7 +11,7 @@ import optax
 
 from kfac_optax._tree import inner, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_number, resolve
+from kfac_optax._validate import NO_CURVATURE, check_number, check_subsample, resolve
 from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
 from kfac_optax.step_rules.model_solution import ModelSolution, solve_model
 from kfac_optax.step_rules.model_solution import agreed_mix as agreed_mix
@@ -104,6 +104,7 @@ def quadratic_step(
             check_number(where, name, number, at_least=0)
     check_number(where, "damping", damping, at_least=0)
     check_number(where, "weight_decay", weight_decay, at_least=0)
+    check_subsample(where, "subsample", subsample)
     own_damping = damping
 
     def init(params: PyTree) -> QuadraticState:

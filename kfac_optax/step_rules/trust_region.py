@@ -11,7 +11,14 @@ import optax
 
 from kfac_optax._tree import covered_leaves, wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
+from kfac_optax._validate import (
+    Checked,
+    check_choice,
+    check_legal,
+    check_subsample,
+    checked,
+    start_checked,
+)
 from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import (
     exponent_of,
@@ -95,6 +102,7 @@ def clip_by_trust_region(
     where = "clip_by_trust_region"
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "radius", radius)
+    check_subsample(where, "subsample", subsample)
     if not callable(metric):
         check_choice(where, "metric", metric, METRICS)
     preconditioner = optax.with_extra_args_support(preconditioner)

@@ -12,7 +12,14 @@ import optax
 
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_choice, check_legal, checked, start_checked
+from kfac_optax._validate import (
+    Checked,
+    check_choice,
+    check_legal,
+    check_subsample,
+    checked,
+    start_checked,
+)
 from kfac_optax.step_rules._per_layer import like_parameters, require_curvature
 
 MODES = ("loss", "decoupled", "fisher")
@@ -91,6 +98,7 @@ def add_weight_decay(
     where = "add_weight_decay"
     check_legal(where, "weight_decay", weight_decay)
     check_choice(where, "mode", mode, MODES)
+    check_subsample(where, "subsample", subsample)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> WeightDecayState:

@@ -115,7 +115,7 @@ def _is_inverse(x):
 
 
 def test_what_samples_a_posterior_is_damped_exactly_at_any_width():
-    params, _, estimator, layers = problem()
+    params, _, _, layers = problem()
     tx = ko.noisy_kfac(layers, kl_clip=None)
     state = jax.jit(tx.init)(params)
     inverses = jax.tree.leaves(state, is_leaf=_is_inverse)

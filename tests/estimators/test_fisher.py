@@ -206,7 +206,11 @@ def test_subsample_keeps_spaced_examples_of_every_batched_argument(x64):
         ko.ggn(weighted, subsample=lambda x, w, s: (x[3:], w[3:], s)), params, x, weights, scale
     )
     tail = measure(ko.ggn(weighted), params, x[3:], weights[3:], scale)
-    for got, want in ((half, expected), (own, tail)):
+    # so many examples: the same ones as a fraction, and all of a batch with fewer
+    counted = measure(ko.ggn(weighted, subsample=len(x[::2])), params, x, weights, scale)
+    few = measure(ko.ggn(weighted, subsample=np.int64(N + 1)), params, x, weights, scale)
+    every = measure(ko.ggn(weighted), params, x, weights, scale)
+    for got, want in ((half, expected), (own, tail), (counted, half), (few, every)):
         for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             np.testing.assert_allclose(u, v, rtol=1e-12)
 
@@ -389,6 +393,9 @@ ERRORS = [
         "samples=0; expected samples >= 1",
     ),
     (lambda p, x: ko.fisher(categorical, subsample=1.5), ValueError, "subsample=1.5"),
+    (lambda p, x: ko.ggn(categorical, subsample=1), ValueError, "subsample=1; .* at least 2"),
+    (lambda p, x: ko.ggn(categorical, subsample=True), ValueError, "subsample=True; .* at least 2"),
+    (lambda p, x: ko.quadratic_step(subsample=0), ValueError, "quadratic_step: subsample=0; "),
     (
         lambda p, x: ko.ggn(categorical, subsample=0.5).value_and_grad(lambda d, y: 0.0),
         ValueError,
