@@ -242,7 +242,16 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
     checks = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
-    return jnp.stack(checks).all() if checks else jnp.bool_(True)
+    return together(checks).all() if checks else jnp.bool_(True)
+
+
+def together(scalars: Sequence[jax.Array]) -> jax.Array:
+    """Scalars on one axis, to be reduced once.
+
+    Without the barrier XLA takes the reduction apart, and computes all of it again in each of the
+    many loops that read the result: the program grows with the product of both numbers.
+    """
+    return jax.lax.optimization_barrier(jnp.stack(scalars))
 
 
 def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -229,7 +229,7 @@ def scale_by_curvature(
         covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
         finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
         new, share, finite = precondition(
-            step, state, leaves, dtype, curvature, axis_name, rows, finite
+            step, state, leaves, dtype, curvature, axis_name, rows, finite, separate
         )
         # what no block covers is left out as well where any part of the update is not finite
         updates = replace_leaves(
@@ -254,11 +254,10 @@ def scale_by_curvature(
 def _joined(
     updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool, layers: Layers
 ) -> PyTree:
-    """The parts as trees like the gradient, one by one or added up."""
-    if not separate:
-        total = {name: sum((part[name] for part in parts[1:]), x) for name, x in parts[0].items()}
-        return graft_uncovered(replace_leaves(updates, total), layers)
+    """The parts as trees like the gradient, one by one, or the only one as it is."""
     first = graft_uncovered(replace_leaves(updates, parts[0]), layers)
+    if not separate:
+        return first
     zeros = jax.tree.map(jnp.zeros_like, updates)
     return Directions((first, *(replace_leaves(zeros, part) for part in parts[1:])))
 

@@ -25,9 +25,10 @@ def precondition(
     axis_name: Any,
     rows: Rows | None,
     finite: jax.Array,
+    separate: bool,
 ) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:
-    """The parts of the update, leaves by name, the share that the coupling has in it, and whether
-    all of it is finite.
+    """The parts of the update (one, their sum, unless `separate`), leaves by name, the share that
+    the coupling has in it, and whether all of it is finite.
 
     An update that is not finite, or `finite` that is false, gives zeros. `rows`: see `_from_rows`.
     """
@@ -54,6 +55,8 @@ def precondition(
             system = _system(step, state, gradient, fine, leaves, curvature, axis_name)
             parts = step.coupling.apply(state.coarse.coarse_inverse, system)
         share = _share(parts)
+        # added up where layers are stacked: leaf by leaf it would be an operation for each
+        parts = parts if separate else [_sum(parts)]
         # here and not leaf by leaf: few arrays depend on all of them, which XLA compiles far sooner
         finite = finite & all_finite(parts)
         parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
@@ -64,12 +67,16 @@ def _share(parts: list[Vector]) -> jax.Array:
     """Norm of what comes after the first part over the norm of the sum."""
     if len(parts) == 1:
         return jnp.zeros((), jnp.float32)
-    added = [sum(xs[1:], xs[0]) for xs in zip(*parts[1:], strict=True)]
+    added = _sum(parts[1:])
     changed, total = 0.0, 0.0
     for fine, more in zip(parts[0], added, strict=True):
         changed += jnp.sum(jnp.square(more))
         total += jnp.sum(jnp.square(fine + more))
     return jnp.sqrt(changed / jnp.where(total > 0, total, 1))
+
+
+def _sum(parts: list[Vector]) -> Vector:
+    return [sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)]
 
 
 def _named(step: Step, vector: Vector, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:

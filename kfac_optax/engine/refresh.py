@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import all_finite, make_buckets, select
+from kfac_optax._tree import all_finite, make_buckets, select, together
 from kfac_optax._types import Average, Block, Bucket, Coupling, Layer, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.choice import BlockOf
@@ -190,10 +190,13 @@ def accumulate(
 ) -> CurvatureState:
     """Averages in new statistics, unless they are not finite; blocks that absorb do so."""
     per_layer, across = measured
-    good = all_finite(measured)
+    measured_of = dict(zip(step.layers, per_layer, strict=True))
+    stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
+    largest = _largest((stacked_of, across))
+    good = jnp.isfinite(largest).all()
     # weights that are all zero give zeros everywhere: no example, nothing learnt about the
     # curvature
-    finite = good & _any_nonzero(measured)
+    finite = good & (largest > 0).any()
     count = state.curvature_count + finite.astype(jnp.int32)
     k = jnp.maximum(count, 1).astype(jnp.float32)
     weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
@@ -202,12 +205,9 @@ def accumulate(
         e = weight.astype(old.dtype)
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
-    measured_of = dict(zip(step.layers, per_layer, strict=True))
     factors, news = {}, {}
     for bucket in step.buckets:
-        stacked = jax.tree.map(
-            lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
-        )
+        stacked = stacked_of[bucket.name]
         if block_of_bucket(bucket).absorb is not None:
             stacked, news[bucket.name] = stacked
         check_measured("scale_by_curvature.update", bucket, stacked, state.factors[bucket.name])
@@ -225,8 +225,20 @@ def accumulate(
     return _absorb(step, state, news, averaged, finite) if news else state
 
 
-def _any_nonzero(tree: PyTree) -> jax.Array:
-    return jnp.stack([jnp.any(x != 0) for x in jax.tree.leaves(tree)]).any()
+def _stacked(bucket: Bucket, measured_of: dict[Layer, PyTree]) -> PyTree:
+    """What the layers of a bucket measured, on one axis."""
+    return jax.tree.map(
+        lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
+    )
+
+
+def _largest(tree: PyTree) -> jax.Array:
+    """The largest size in each leaf, `[leaves]`, NaN where one of its entries is: one pass tells
+    both whether all of them are finite and whether any is not zero.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    return together([jnp.max(jnp.abs(x)).astype(dtype) for x in leaves])
 
 
 def _absorb(

@@ -76,12 +76,9 @@ def inverse_product(
     dtype = wide_dtype(state.inverses)
     # what an update does, without a statistic and without a refresh
     step = Step(mine, buckets, coupling, state.damping.astype(dtype))
-    parts, _, finite = precondition(
-        step, state, leaves, dtype, curvature, None, None, jnp.bool_(True)
+    (named,), _, finite = precondition(
+        step, state, leaves, dtype, curvature, None, None, jnp.bool_(True), False
     )
-    # the fine level and what the coupling adds to it
-    first, *others = parts
-    named = {name: sum((part[name] for part in others), x) for name, x in first.items()}
     # an update would become zero; a product that is asked for must not look like one
     named = {name: jnp.where(finite, x, jnp.nan) for name, x in named.items()}
     return replace_leaves(vector, named)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax._tree import together
 from kfac_optax._types import PyTree
 
 
@@ -118,9 +119,10 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
     if not marks:
         return tree
+    mark = together(marks).any()
 
     def later(x: jax.Array) -> jax.Array:
-        return x + jnp.stack(marks).any().astype(x.dtype)
+        return x + mark.astype(x.dtype)
 
     return jax.tree.map(later, tree)
 

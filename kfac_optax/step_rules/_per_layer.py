@@ -15,6 +15,7 @@ from kfac_optax._tree import (
     present,
     replace_leaves,
     scatter,
+    together,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
 from kfac_optax.linalg.powers import times_power
@@ -38,7 +39,7 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
         return jnp.zeros((), jnp.int32)
     wide = _wide(leaves)
     of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
-    largest = jnp.max(jnp.stack([x.astype(wide) for x in of_leaves]))
+    largest = jnp.max(together([x.astype(wide) for x in of_leaves]))
     # without a usable size there is nothing to divide by: 2^0
     usable = jnp.isfinite(largest) & (largest > 0)
     _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
