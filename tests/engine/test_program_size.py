@@ -1,0 +1,93 @@
+"""What compiled steps hold and compute, by counts that no machine changes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kfac_optax as ko
+from kfac_optax._tree import all_finite, select
+from kfac_optax.linalg.factorize import after
+
+DEPTH, BATCH, WIDTH = 10, 4096, 8
+
+
+def predict(params, x):
+    for name in sorted(params):
+        w = params[name]
+        x = jnp.tanh(ko.tap_dense(x @ w, x, w))
+    return ko.Categorical(x)
+
+
+@functools.cache
+def problem():
+    params = {f"layer{i}": jnp.full((WIDTH, WIDTH), 0.1) for i in range(DEPTH)}
+    x, y = jnp.ones((BATCH, WIDTH)), jnp.zeros(BATCH, jnp.int32)
+    estimator = ko.fisher(predict)
+    return params, x, y, estimator, estimator.layers(params, x)
+
+
+def loss(params, x, y):
+    return predict(params, x).mean_nll(y)
+
+
+@functools.cache
+def gradient_step():
+    params, x, y, _, _ = problem()
+    return jax.jit(jax.value_and_grad(loss)).lower(params, x, y).compile()
+
+
+def test_a_flag_of_many_leaves_is_computed_once():
+    leaves, others = 24, 20
+
+    def kept(check):
+        def function(new, old):
+            return check(new), select(all_finite(new), [x + 1 for x in old], old)
+
+        new = [jnp.ones((3, 5))] * leaves
+        old = [jnp.ones((2, 3 + i)) for i in range(others)]
+        return jax.jit(function).lower(new, old).compile().as_text().count(" and(")
+
+    assert kept(lambda new: 0) < 2 * leaves
+    assert kept(lambda new: after([x[0, 0] for x in new], new)) < 4 * leaves
+
+
+def test_statistics_are_measured_without_keeping_rows():
+    """Beyond what the gradient needs, the rows of a few layers: no `g` outlives its layer."""
+    params, x, y, estimator, layers = problem()
+    tx = ko.kfac_two_level(layers, learning_rate=0.1)
+
+    def step(params, state, x, y):
+        grads = jax.grad(loss)(params, x, y)
+        at = estimator.at(params, x, key=jax.random.key(0))
+        return tx.update(grads, state, params, curvature=at, refresh=False)
+
+    state = jax.eval_shape(tx.init, params)
+    with_statistics = jax.jit(step).lower(params, state, x, y).compile()
+    extra = _temporary(with_statistics) - _temporary(gradient_step())
+    assert extra < DEPTH // 2 * x.nbytes
+
+
+def _temporary(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_an_adaptive_step_runs_the_model_once_before_and_once_after_the_step():
+    """Loss, gradient and exact products share one forward pass, however curvature is given."""
+    params, x, y, estimator, layers = problem()
+    tx = ko.kfac_adaptive(layers)
+
+    def step(params, state, x, y):
+        value, grads = jax.value_and_grad(loss)(params, x, y)
+        at = estimator.at(params, x, key=jax.random.key(0))
+        value_fn = lambda p: loss(p, x, y)
+        updates, state = tx.update(
+            grads, state, params, curvature=at, value=value, value_fn=value_fn, refresh=False
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(step).lower(params, state, x, y).compile().as_text()
+    assert gradient_step().as_text().count(" tanh(") == DEPTH
+    assert text.count(" tanh(") == 2 * DEPTH
