@@ -9,7 +9,15 @@ from benchmarks.ratios import table
 
 # Numbers that do not depend on how fast or how busy a machine is: ratios within one run, counts.
 RATIOS = ("/ ", "products")
-COUNTS = ("equations", "lines of HLO", "total bytes", "memory MB")
+COUNTS = (
+    "equations",
+    "lines of HLO",
+    "compiled lines",
+    "total bytes",
+    "memory MB",
+    "temporary MB",
+)
+PAGE_COMMAND = "python -m benchmarks --from benchmarks/latest.json --page docs/benchmarks.md"
 
 
 class Change(NamedTuple):
@@ -89,6 +97,8 @@ def page(record: dict[str, Any]) -> str:
     lines = ["# Benchmarks", "", f"What `{about['command']}` measured: "]
     lines[-1] += ", ".join(f"{name} {about[name]}" for name in known) + "."
     lines.append("Times are medians within one run; compare ratios, not seconds.")
+    lines += ["", "This page is made of the record, which is in the source tree:", "", "```text"]
+    lines += [about["command"] + " --out benchmarks/latest.json", PAGE_COMMAND, "```"]
     for part, rows in record["parts"].items():
         lines += ["", f"## {part}", ""]
         lines += table({row["name"]: _shown(row) for row in rows})

@@ -99,13 +99,44 @@ class Step(NamedTuple):
     bytes: int
 
 
+def compiled(network: Network, **kind: Any) -> Any:
+    """A step as a compiled program, as in `make_step`, that has not been given any arrays."""
+    step, optimizer = _step(network, **kind)
+    params, rest = network.variables["params"], _rest(network)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return step.lower(params, rest, opt_state, network.x, network.y, jax.random.key(2)).compile()
+
+
 def make_step(
     network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False
 ) -> Step:
     """`measure=None`: the traced schedule at the long periods; else a static step."""
-    rate = 1e-2
+    step, optimizer = _step(network, measure=measure, refresh=refresh, sgd=sgd)
     params = network.variables["params"]
-    state = {k: v for k, v in network.variables.items() if k != "params"}
+    opt_state = jax.jit(optimizer.init)(params)
+    args = (params, _rest(network), opt_state, network.x, network.y, jax.random.key(2))
+    start = time.perf_counter()
+    lowered = step.lower(*args)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    done = time.perf_counter()
+    memory = program.memory_analysis()
+    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    own = jax.tree.map(lambda x: jnp.array(x, copy=True), args[:3])  # it will be donated
+    return Step(program, (*own, *args[3:]), traced - start, done - traced, size)
+
+
+def _rest(network: Network) -> dict[str, Any]:
+    """The model's variables besides its parameters."""
+    return {name: value for name, value in network.variables.items() if name != "params"}
+
+
+def _step(
+    network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False
+) -> tuple[Any, Any]:
+    """The step, jitted, and its optimizer."""
+    rate = 1e-2
+    params, state = network.variables["params"], _rest(network)
     fisher = ko.fisher(lambda params, state, x: network.apply(params, state, x)[0])
     optimizer = optax.sgd(rate, momentum=0.9)
     if not sgd:
@@ -135,17 +166,7 @@ def make_step(
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), new_state, opt_state, value
 
-    opt_state = jax.jit(optimizer.init)(params)
-    args = (params, state, opt_state, network.x, network.y, jax.random.key(2))
-    start = time.perf_counter()
-    lowered = step.lower(*args)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    done = time.perf_counter()
-    memory = compiled.memory_analysis()
-    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    own = jax.tree.map(lambda x: jnp.array(x, copy=True), args[:3])  # it will be donated
-    return Step(compiled, (*own, *args[3:]), traced - start, done - traced, size)
+    return step, optimizer
 
 
 def runner(step: Step) -> Callable[[], None]:

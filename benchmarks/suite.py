@@ -11,6 +11,7 @@ from benchmarks.ratios import KINDS, amortised, paired, ratio
 
 ROUNDS, STEPS = 7, 20
 PERIODS = (10, 100)
+BATCH = 128  # examples in a step whose memory is measured
 
 
 def _rounds(small: bool) -> int:
@@ -56,6 +57,24 @@ def of_networks(small: bool) -> Iterable[Case]:
         yield from _cases(lambda make=network, measure=measure: measure(make()), f"{name}: ")
 
 
+def memory(small: bool) -> Iterable[Case]:
+    """Temporary memory of a step with statistics beside one of SGD; nothing is run."""
+    known: dict[str, Callable[[], networks.Network]] = {
+        "resnet20": functools.partial(networks.resnet, 20),
+        "transformer": functools.partial(networks.transformer, BATCH),
+    }
+    for name, make in (networks.SMALL if small else known).items():
+        yield Case(name, lambda make=make: _memory(make()))
+
+
+def _memory(network: networks.Network) -> dict[str, float]:
+    sgd, measured = (
+        networks.compiled(network, **kind).memory_analysis().temp_size_in_bytes / 1e6
+        for kind in ({"sgd": True}, {"measure": True})
+    )
+    return {"SGD, temporary MB": sgd, "temporary MB": measured, "/ SGD": measured / sgd}
+
+
 def wide(small: bool) -> Iterable[Case]:
     """Presets of low rank on a wide network, gradients as matrices and from their rows."""
     from benchmarks import wide
@@ -95,5 +114,6 @@ PARTS: dict[str, parts.Part] = {
     "adaptive": adaptive,
     "wide": wide,
     "scaling": scale,
+    "memory": memory,
     "compile": accelerator.PARTS["compile"],
 }

@@ -51,7 +51,7 @@ OPTIMIZERS = {
     "kfac_adaptive": Optimizer(ko.kfac_adaptive, ADAPTIVE_KINDS, True, True),
     "kfac, cholesky": Optimizer(_then_sgd(ko.kfac, inverse="cholesky"), KINDS, True),
     "kfac, newton": Optimizer(_then_sgd(ko.kfac, inverse="newton"), KINDS, True),
-    "kfac, eigh": Optimizer(_then_sgd(ko.kfac), KINDS, True),
+    "kfac, eigh": Optimizer(_then_sgd(ko.kfac, inverse="eigh"), KINDS, True),
     "kfac_two_level": Optimizer(_then_sgd(ko.kfac_two_level), KINDS, True),
     "soap": Optimizer(lambda layers: ko.soap(RATE)),
     "shampoo": Optimizer(lambda layers: ko.shampoo(RATE)),
