@@ -97,7 +97,7 @@ def page(record: dict[str, Any]) -> str:
     lines = ["# Benchmarks", "", f"What `{about['command']}` measured: "]
     lines[-1] += ", ".join(f"{name} {about[name]}" for name in known) + "."
     lines.append("Times are medians within one run; compare ratios, not seconds.")
-    lines += ["", "This page is made of the record, which is in the source tree:", "", "```text"]
+    lines += ["", "The page of the documentation is made anew by", "", "```text"]
     lines += [about["command"] + " --out benchmarks/latest.json", PAGE_COMMAND, "```"]
     for part, rows in record["parts"].items():
         lines += ["", f"## {part}", ""]

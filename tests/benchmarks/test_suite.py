@@ -2,12 +2,14 @@
 
 import copy
 import json
+import pathlib
 
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import compare, ratios, suite
 
+ROOT = pathlib.Path(__file__).parents[2]
 OLD = {
     "environment": {
         "command": "python -m benchmarks",
@@ -80,6 +82,13 @@ def test_page_of_a_record():
     assert "| | seconds | / SGD | equations | error |" in page
     assert "| inverses | 8 | 16 | 1,000 |  |" in page
     assert "| broken |  |  |  | ValueError |" in page
+
+
+def test_page_of_the_documentation_is_that_of_the_committed_record():
+    record = compare.read(ROOT / "benchmarks" / "latest.json")
+    assert compare.page(record) == (ROOT / "docs" / "benchmarks.md").read_text()
+    assert not [row for rows in record["parts"].values() for row in rows if "error" in row]
+    assert f"\n{record['environment']['command']} --out" in compare.page(record)
 
 
 def test_command(tmp_path, capsys):

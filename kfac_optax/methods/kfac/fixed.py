@@ -280,7 +280,8 @@ RECORDS = (
     Method(
         name="kfac",
         kind="preconditioner",
-        summary="block-diagonal K-FAC, `(A ⊗ G + λI)⁻¹` per layer, then KL-clip; "
+        summary="block-diagonal K-FAC, `(A ⊗ G + λI)⁻¹` per layer (factored damping above 128 "
+        "inputs or outputs), then KL-clip; "
         '`bound="exact"`: a bound on the true step, at any rate',
         paper="Martens & Grosse (2015)",
         equation="U = (A ⊗ G + λ I)⁻¹ V",
