@@ -243,9 +243,10 @@ def check_subsample(where: str, name: str, value: Any) -> None:
     """
     if value is None or callable(value):
         return
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    fraction = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
-    if (whole and value >= 2) or (fraction and 0 < value <= 1):
+    if isinstance(value, numbers.Integral):
+        if not isinstance(value, bool) and int(value) >= 2:
+            return
+    elif isinstance(value, numbers.Real) and 0 < float(value) <= 1:
         return
     raise ValueError(
         f"{where}: {name}={value!r}; expected a fraction in (0, 1], or a number of examples, at "
