@@ -37,7 +37,9 @@ from kfac_optax.engine.choice import blocks_of
 from kfac_optax.engine.compiled import compile_step
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.factor_metric import factor_metric
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.schedule import HostSchedule, refresh_period
+from kfac_optax.engine.shardings import divided_state, state_shardings, whole_state
 from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.estimators.layer_rows import LayerRows
 from kfac_optax.estimators.protocol import Curvature
@@ -137,6 +139,7 @@ __all__ = [
     "LogAmplitude",
     "Method",
     "Normal",
+    "Placement",
     "Posterior",
     "SampleJacobian",
     "Use",
@@ -166,6 +169,7 @@ __all__ = [
     "diagnostics",
     "diagonal",
     "distributed_shampoo",
+    "divided_state",
     "ekfac",
     "ekfac_block",
     "embedding",
@@ -244,6 +248,7 @@ __all__ = [
     "split_kronecker",
     "spring",
     "square_root_product",
+    "state_shardings",
     "sua",
     "tap_conv",
     "tap_dense",
@@ -264,4 +269,5 @@ __all__ = [
     "unitwise",
     "unitwise_natural",
     "until_stalled",
+    "whole_state",
 ]

@@ -1,7 +1,7 @@
 """Per-layer curvature approximations as tuples of functions, and the buckets they serve; no logic."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -81,6 +81,15 @@ class Block(NamedTuple):
     logdet: Callable[..., jax.Array] | None = None
     # who can measure it
     per_unit: bool = False
+
+
+class Travel(NamedTuple):
+    """How statistics travel between devices: symmetric matrices `packed`, without their double
+    entries, and in another `dtype`; `None` is their own.
+    """
+
+    packed: bool = False
+    dtype: Any = None
 
 
 class Average(NamedTuple):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_optax._layout import as_replicated, laid_out
 from kfac_optax._reasons import NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Bucket, Layer, Layers, Part, PyTree
 
@@ -39,14 +40,14 @@ def named_leaves(tree: PyTree) -> dict[str, jax.Array]:
 
 def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
     """`tree` with the leaves named in `new` exchanged, each cast to the dtype of the leaf it
-    replaces.
+    replaces, and where mesh axes are explicit laid out as that is.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     # states of masked transformations have other leaves: only what is named is replaced
     leaves = []
     for path, leaf in paths:
         name = path_name(path)
-        leaves.append(new[name].astype(leaf.dtype) if name in new else leaf)
+        leaves.append(laid_out(new[name].astype(leaf.dtype), leaf) if name in new else leaf)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -86,10 +87,10 @@ def gather(
     # [copies, inputs, q] of every layer, one after another
     kernels, biases = [], []
     for layer in bucket.layers:
-        kernel = leaves[layer.kernel][layer.box(layer.part)].astype(dtype)
+        kernel = as_replicated(leaves[layer.kernel])[layer.box(layer.part)].astype(dtype)
         kernels.append(_matrices(kernel, layer))
         if layer.bias is not None:
-            bias = leaves[layer.bias][layer.box(layer.bias_part)].astype(dtype)
+            bias = as_replicated(leaves[layer.bias])[layer.box(layer.bias_part)].astype(dtype)
             biases.append(bias.reshape(layer.copies, 1, q))
     matrices = jnp.concatenate(kernels)
     if not biases:
@@ -139,7 +140,12 @@ def _put(layer: Layer, part: Part | None, value: jax.Array, leaf: jax.Array) -> 
     if part is None:
         return value.reshape(leaf.shape)
     box = layer.box(part)
-    return leaf.astype(value.dtype).at[box].set(value.reshape(*layer.stack, *part.sizes))
+    return (
+        as_replicated(leaf)
+        .astype(value.dtype)
+        .at[box]
+        .set(value.reshape(*layer.stack, *part.sizes))
+    )
 
 
 def map_examples(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kfac_optax._block_types import Average, Block, Bucket
+from kfac_optax._block_types import Average, Block, Bucket, Travel
 from kfac_optax._coupling_types import Coupling, Directions, Fine, System, Vector
 from kfac_optax._layer_types import Layer, Layers, Layout, Part, PyTree, Uncovered, Use
 
@@ -28,6 +28,7 @@ __all__ = [
     "PyTree",
     "ScalarOrSchedule",
     "System",
+    "Travel",
     "Uncovered",
     "Use",
     "Vector",

@@ -65,6 +65,13 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
     for bucket in buckets:
         block, number = block_of_bucket(bucket), jnp.ones(())
         factors, held = state.factors[bucket.name], state.inverses[bucket.name]
+        kept = {x.shape[0] for x in jax.tree.leaves(held)}
+        if kept - {bucket.copies}:
+            raise ValueError(
+                f"{where}: the state holds {max(kept)} inverses of {bucket.name}; expected "
+                f"{bucket.copies}, one for each matrix. It is divided over devices: pass "
+                "whole_state(opt_state, placement), or run with worker_fraction=1."
+            )
         try:
             fresh = jax.eval_shape(jax.vmap(block.factorize, (0, None)), factors, number)
             same = jax.tree.structure(fresh) == jax.tree.structure(held)

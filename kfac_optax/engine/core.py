@@ -10,6 +10,8 @@ from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, re
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
+from kfac_optax.engine.placed import inverses_of_all
+from kfac_optax.engine.placement import Placement, checked_placement
 from kfac_optax.engine.precondition import precondition
 from kfac_optax.engine.protocol import check_block
 from kfac_optax.engine.refresh import (
@@ -45,6 +47,7 @@ def scale_by_curvature(
     separate: bool = False,
     axis_name: Any = None,
     factor_dtype: Any = None,
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions gradients with a per-layer curvature block and, optionally, a coupling between
     layers.
@@ -105,6 +108,8 @@ def scale_by_curvature(
         statistics are averaged over it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters'
         dtypes.
+      placement: divides the refresh, and the state if it says so, over the devices of a mesh axis;
+        `None`: all devices do the same.
 
     Returns:
       A transformation whose whole state is a `CurvatureState` of arrays.
@@ -131,6 +136,7 @@ def scale_by_curvature(
     if coupling is not None:
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)
+    placement = checked_placement(where, placement, parts, factored_gradient, axis_name)
     if factored_gradient and all(b.solve_rows is None for b in blocks):
         names = ", ".join(sorted({b.name for b in blocks}))
         raise ValueError(
@@ -180,7 +186,7 @@ def scale_by_curvature(
             check_block(where, bucket, dtype)
         # one compiled call instead of an eager one per array
         factors, inverses, coarse = jax.jit(
-            lambda damping: initial(mine, block_of, coupling, damping)
+            lambda damping: initial(mine, block_of, coupling, damping, placement)
         )(start)
         return state._replace(
             damping=jnp.array(start, jnp.float32), factors=factors, inverses=inverses, coarse=coarse
@@ -213,13 +219,26 @@ def scale_by_curvature(
         weight, given = checked(given, "decay", decay, count)
         measured_every, given = checked(given, "curvature_every", curvature_every, count)
         inverted_every, given = checked(given, "inverse_every", inverse_every, count)
-        step = Step(mine, make_buckets(mine, block_of), coupling, jnp.asarray(damping, dtype))
-        read = inverses_read(mine, step.buckets, state.inverses)
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count, read)
+        if placement is not None:
+            placement.check_mapped()
+        buckets = make_buckets(mine, block_of)
+        step = Step(mine, buckets, coupling, jnp.asarray(damping, dtype), placement)
+        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
+        if placement is not None:
+            plan = plan._replace(travel=placement.travel)
+        held = state
+
+        def statistics():
+            # only here: a divided state has to be collected for it
+            inverses = inverses_of_all(step, held.factors, held.inverses)
+            return curvature.statistics(
+                plan._replace(inverses=inverses_read(mine, buckets, inverses))
+            )
+
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             due = True if measure or refresh is not None else due_at(count, measured_every)
-            state = take_statistics(step, state, due, lambda: curvature.statistics(plan), weight)
+            state = take_statistics(step, state, due, statistics, weight)
         if refresh is None:
             parts_now: Any = parts_due(state, inverted_every, parts)
         else:

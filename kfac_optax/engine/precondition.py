@@ -11,6 +11,7 @@ import numpy as np
 
 from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
+from kfac_optax.engine.placed import inverses_of_all, solve_placed
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
 
 Rows = dict[Layer, tuple[jax.Array, jax.Array]]
@@ -34,6 +35,8 @@ def precondition(
     """
 
     def fine(vector: Vector) -> Vector:
+        if step.placement is not None and step.placement.divided:
+            return solve_placed(step, step.placement, state.factors, state.inverses, vector)
         # of what couplings solve for, only the gradient itself is a product of rows
         known = (
             _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}
@@ -124,6 +127,7 @@ def _system(step, state, gradient, fine, leaves, curvature, axis_name) -> System
     sizes = state.coarse.coarse_sizes
     between = _Between(step, [v.shape for v in gradient])
     batch = _Batch(step, leaves, curvature, axis_name)
+    held = inverses_of_all(step, state.factors, state.inverses)
     return System(
         gradient,
         fine,
@@ -133,7 +137,7 @@ def _system(step, state, gradient, fine, leaves, curvature, axis_name) -> System
         between.replace,
         batch.product,
         lambda prolong, count: batch.coarse(prolong, count, sizes.dtype),
-        step.fine(state.factors, state.inverses, sizes).inverses,
+        step.fine(state.factors, held, sizes).inverses,
         step.damping,
         sizes,
     )

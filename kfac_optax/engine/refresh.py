@@ -1,7 +1,7 @@
 """What changes between steps: factors take in new statistics, inverses are factorised again."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,24 @@ from kfac_optax._tree import all_finite, make_buckets, select, together
 from kfac_optax._types import Average, Block, Bucket, Coupling, Layer, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.placed import (
+    absorb_placed,
+    factorize_placed,
+    first_inverses,
+    inverses_of_all,
+)
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.protocol import check_measured
 from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
 from kfac_optax.linalg.factorize import after
 
 
 def initial(
-    mine: tuple[Layer, ...], block_of: BlockOf, coupling: Coupling | None, damping: jax.Array
+    mine: tuple[Layer, ...],
+    block_of: BlockOf,
+    coupling: Coupling | None,
+    damping: jax.Array,
+    placement: Placement | None = None,
 ) -> tuple:
     """Factors, held inverses and coupling before anything was measured."""
     dtype, factors = damping.dtype, {}
@@ -28,8 +39,11 @@ def initial(
             lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
         )
     inverses = _factorize(buckets, factors, damping)
+    kept = inverses
+    if placement is not None and placement.divided:
+        kept = first_inverses(placement, factors, inverses)
     if coupling is None:
-        return factors, inverses, ()
+        return factors, kept, ()
     rows, index = 0, {}
     coupled = tuple(layer for layer in mine if layer.coupled)
     for layer in coupled:
@@ -40,7 +54,7 @@ def initial(
     fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
     return (
         factors,
-        inverses,
+        kept,
         CoarseState(statistic, coupling.factorize(after(statistic, inverses), fine), sizes, index),
     )
 
@@ -98,7 +112,7 @@ def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTre
 
 
 def inverses_read(
-    layers: tuple[Layer, ...], buckets: tuple[Bucket, ...], inverses: dict[str, PyTree]
+    layers: tuple[Layer, ...], buckets: tuple[Bucket, ...], inverses: Mapping[str, PyTree]
 ) -> tuple[PyTree, ...]:
     """What is held for every layer whose block measures in it, `[copies, ...]`; `None` for
     others.
@@ -245,6 +259,12 @@ def _absorb(
     step: Step, state: CurvatureState, news: dict, average: Average, finite: jax.Array
 ) -> CurvatureState:
     """What is held, with the news in it; layer by layer, what is not finite keeps the old one."""
+    if step.placement is not None and step.placement.divided:
+        with jax.named_scope("kfac/absorb"):
+            made, lost = absorb_placed(step, step.placement, state, news, average, finite)
+        return state._replace(
+            inverses=state.inverses | made, failed_inverses=state.failed_inverses + lost
+        )
     inverses, failed, previous = dict(state.inverses), state.failed_inverses, ()
     with jax.named_scope("kfac/absorb"):
         for bucket in step.buckets:
@@ -325,13 +345,32 @@ def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
     """New inverses of all blocks; layer by layer, what is not finite keeps the old one."""
     inverses, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        made = _factorize(step.buckets, state.factors, step.damping, state)
+        made, lost = _made(step, state)
+        failed = failed + lost if step.placement is not None else failed
         for name, new in made.items():
+            if step.placement is not None and step.placement.divided:
+                inverses[name] = new  # the devices that keep it have looked at it
+                continue
             good = jax.vmap(all_finite)(new)
             inverses[name] = select(good, new, state.inverses[name])
             failed = failed + jnp.sum(~good, dtype=jnp.int32)
     return state._replace(
         inverses=inverses, failed_inverses=failed, inverse_age=jnp.zeros((), jnp.int32)
+    )
+
+
+def _made(step: Step, state: CurvatureState) -> tuple[dict[str, PyTree], Any]:
+    """New inverses, and how many of them failed where the devices that keep them have found out."""
+    if step.placement is None:
+        return _factorize(step.buckets, state.factors, step.damping, state), 0
+    return factorize_placed(
+        step,
+        step.placement,
+        _renewed,
+        state.factors,
+        state.inverses,
+        state.curvature_count,
+        _online(step.buckets, state),
     )
 
 
@@ -341,8 +380,11 @@ def refactorize_coarse(step: Step, state: CurvatureState) -> CurvatureState:
         return state
     coarse, failed = state.coarse, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        fine = step.fine(state.factors, state.inverses, coarse.coarse_sizes)
-        new = step.coupling.factorize(after(coarse.coarse_factors, state.inverses), fine)
+        inverses: Any = inverses_of_all(step, state.factors, state.inverses)
+        fine = step.fine(state.factors, inverses, coarse.coarse_sizes)
+        # a divided state differs between devices, the number of failures does not
+        previous = state.inverses if inverses is state.inverses else failed
+        new = step.coupling.factorize(after(coarse.coarse_factors, previous), fine)
         good = all_finite(new)
         coarse = coarse._replace(coarse_inverse=select(good, new, coarse.coarse_inverse))
         failed = failed + (~good).astype(jnp.int32)

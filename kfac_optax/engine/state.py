@@ -7,6 +7,7 @@ import numpy as np
 
 from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
 from kfac_optax._validate import Checked
+from kfac_optax.engine.placement import Placement
 
 # Of all states of the package together, as `describe_state` saves it: one more whenever a field, a
 # shape or the meaning of an array changes.
@@ -74,6 +75,7 @@ class Step(NamedTuple):
     buckets: tuple[Bucket, ...]
     coupling: Coupling | None
     damping: jax.Array
+    placement: Placement | None = None
 
     def rows(self) -> np.ndarray:
         """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""

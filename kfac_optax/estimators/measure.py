@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._layout import whole_features
 from kfac_optax._types import Block, Coupling, Layer, PyTree, Use
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
 from kfac_optax.capture.geometry import Rows, ScaleShift, to_rows
@@ -77,6 +78,7 @@ def site_measure(
         weights: jax.Array | None,
         inverse: PyTree,
     ) -> Zeros:
+        a, g = whole_features(a), whole_features(g)
         # rows of all examples weigh what those do on average
         if shared and weights is not None and not late:
             weights = jnp.broadcast_to(weights.mean(), shape)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Use
+from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Travel, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.served_heads import Served
@@ -25,6 +25,7 @@ class Plan(NamedTuple):
       count: number of the step: random signs change with it.
       inverses: what is held for each of the layers, `[copies, ...]`, where its block measures in
         it; `None` for other layers, `()` where no block does.
+      travel: in which form statistics are sent where `axis_name` is given.
     """
 
     layers: tuple[Layer, ...]
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     axis_name: Any = None
     count: Any = 0
     inverses: tuple[PyTree, ...] = ()
+    travel: Travel = Travel()
 
     def inverse(self, i: int) -> PyTree:
         """What the block of layer `i` measures in, `[copies, ...]`, or `None`.

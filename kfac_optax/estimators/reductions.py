@@ -4,9 +4,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kfac_optax._tree import varying_axes
-from kfac_optax._types import PyTree
+from kfac_optax._types import PyTree, Travel
+from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.linalg.packing import pack, unpack
 
 
 def devices_of(axis_name: Any) -> int:
@@ -44,6 +47,36 @@ def sum_over_devices(tree: PyTree, axis_name: Any, outputs: PyTree) -> PyTree:
         return jax.lax.psum(x, tuple(rest)) if rest else x
 
     return jax.tree.map(total, tree)
+
+
+def mean_over_devices(tree: PyTree, axis_name: Any, travel: Travel) -> PyTree:
+    """Means of statistics over devices, sent as `travel` says.
+
+    Args:
+      tree: statistics; the matrices of `Factors` are symmetric.
+      axis_name: mapped axis, or several.
+      travel: in which form they travel.
+    """
+    if travel == Travel():
+        return jax.lax.pmean(tree, axis_name)
+
+    def mean(x: jax.Array) -> jax.Array:
+        if travel.dtype is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.lax.pmean(x, axis_name)
+        # divided first, so that the sum cannot overflow
+        share = (x / devices_of(axis_name)).astype(travel.dtype)
+        return jax.lax.psum(share, axis_name).astype(x.dtype)
+
+    def packed_mean(x: jax.Array) -> jax.Array:
+        # copies are on axis 0: as many vectors as they are long make no matrix
+        square = x.ndim >= 3 and x.shape[-1] == x.shape[-2]
+        return unpack(mean(pack(x)), x.shape[-1]) if square else mean(x)
+
+    def of_node(node: PyTree) -> PyTree:
+        symmetric = travel.packed and isinstance(node, Factors)
+        return jax.tree.map(packed_mean if symmetric else mean, node)
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Factors))
 
 
 def names_of(axis_name: Any) -> tuple[Any, ...]:

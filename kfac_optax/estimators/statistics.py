@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._layout import as_replicated
 from kfac_optax._types import PyTree
 from kfac_optax.capture.evaluate import Measure
 from kfac_optax.capture.layers import Traced
@@ -18,6 +19,7 @@ from kfac_optax.estimators.linearization import Asked, Linearize, Pulled
 from kfac_optax.estimators.measure import site_measure
 from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
 from kfac_optax.estimators.plan import Plan, Setting, set_up
+from kfac_optax.estimators.reductions import mean_over_devices
 from kfac_optax.estimators.served_heads import Served
 from kfac_optax.estimators.uses_of_layers import per_layer
 
@@ -66,7 +68,8 @@ def collect(
 
         (blocks, across), columns = mean_over(one, cotangents.count)
         if plan.axis_name is not None:
-            blocks, across = jax.lax.pmean((blocks, across), plan.axis_name)
+            blocks = mean_over_devices(blocks, plan.axis_name, plan.travel)
+            across = mean_over_devices(across, plan.axis_name, plan.travel)
             columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
         # [pullbacks, copies, ...] -> [copies, pullbacks, ...]
         for i, mine in columns.items():
@@ -132,7 +135,7 @@ def _of_pullback(
         # One gradient of all examples squared estimates the sum of squares, since the terms are
         # independent with mean zero: by labels drawn from the model, or by random signs.
         if layer.kind == "diagonal":
-            gradient = pulled.leaves[layer.kernel].astype(plan.dtype)
+            gradient = as_replicated(pulled.leaves[layer.kernel]).astype(plan.dtype)
             blocks[i] = jnp.square(gradient).reshape(1, 1, -1) / setting.examples
     return (blocks, across), columns
 

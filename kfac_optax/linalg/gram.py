@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax._layout import as_replicated, replicated
+
+__all__ = ["as_replicated", "gram", "homogeneous", "replicated"]
+
 
 def gram(
     x: Float[Array, "*rows p"],
@@ -26,24 +30,6 @@ def gram(
         precision=precision,
         out_sharding=replicated(x),
     )
-
-
-def replicated(x: Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
-    """Where mesh axes are explicit, a contraction over a sharded batch has to name its result's
-    sharding.
-    """
-    sharding = jax.typeof(x).sharding
-    # one device, or mesh axes that the compiler handles itself
-    if all(part is None for part in sharding.spec):
-        return None
-    spec = jax.sharding.PartitionSpec(*[None] * ndim)
-    return jax.sharding.NamedSharding(sharding.mesh, spec)
-
-
-def as_replicated(x: Array) -> Array:
-    """`x` on all devices, where mesh axes are explicit; itself everywhere else."""
-    sharding = replicated(x, x.ndim)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def homogeneous(a: Float[Array, "*rows d"]) -> Float[Array, "*rows d+1"]:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import kfac_optax as ko
 from kfac_optax.linalg import example_moments
 from tests import helpers as h
+from tests.compat import catalogue_checks, model_parallel_checks, placement_checks
 
 DEVICES, EXAMPLES = 8, 16
 
@@ -772,6 +773,16 @@ CHECKS = {
         in_microbatches,
     )
 }
+OF_ALL_FILES = {
+    name: check
+    for checks in (
+        CHECKS,
+        placement_checks.CHECKS,
+        model_parallel_checks.CHECKS,
+        catalogue_checks.CHECKS,
+    )
+    for name, check in checks.items()
+}
 
 
 def main(names):
@@ -781,7 +792,7 @@ def main(names):
     assert jax.device_count() == DEVICES
     for name in names:
         try:
-            CHECKS[name]()
+            OF_ALL_FILES[name]()
         except Exception:
             traceback.print_exc()
         else:

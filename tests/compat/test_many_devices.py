@@ -1,5 +1,5 @@
-"""Data parallel on eight CPU devices; the checks are in `device_checks.py`, in processes of their
-own.
+"""Data parallel on eight CPU devices; the checks are in `device_checks.py` and other files
+beside it, in processes of their own.
 """
 
 import os
@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from tests.compat.device_checks import CHECKS
+from tests.compat.model_parallel_checks import CHECKS as OF_PARAMETERS
+from tests.compat.placement_checks import CHECKS as OF_PLACEMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(CHECKS)
@@ -19,6 +21,9 @@ GROUPS = [
     NAMES[5:10],
     NAMES[10:12],
     NAMES[12:],
+    [*OF_PLACEMENT],
+    [*OF_PARAMETERS, "catalogue"],
+    pytest.param(["catalogue_everywhere"], marks=pytest.mark.slow),
 ]
 
 

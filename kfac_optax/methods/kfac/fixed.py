@@ -13,6 +13,7 @@ from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.methods.given import with_checked
 from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
@@ -52,6 +53,7 @@ def kfac(
     factored_gradient: bool = False,
     coupling: Coupling | None = None,
     balance: str = "sum",
+    placement: Placement | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: block-diagonal natural gradient, `U_i = (A_i (x) G_i + damping I)^{-1} V_i`, then a
     bound on the step.
@@ -107,6 +109,7 @@ def kfac(
       balance: what a coupling adds is added as it is (`"sum"`), as far as an exact quadratic model
         agrees (`"model"`, see `balance_parts`), or stays apart for a step rule that follows
         (`"apart"`, for `quadratic_step`).
+      placement: divides refreshes, and the state if it says so, over devices, see `Placement`.
 
     Returns:
       A transformation; its state is made of arrays only.
@@ -163,6 +166,7 @@ def kfac(
         separate=coupling is not None and balance != "sum",
         axis_name=axis_name,
         factor_dtype=factor_dtype,
+        placement=placement,
     )
     if bound == "exact" and kl_clip is not None and balance != "apart":
         assert learning_rate is not None

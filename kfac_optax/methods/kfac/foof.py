@@ -9,6 +9,7 @@ from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.foof import OF, foof_block
 from kfac_optax.engine.core import scale_by_curvature
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL
 from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature
@@ -29,6 +30,7 @@ def foof(
     positions: int | None = None,
     factored_gradient: bool = False,
     axis_name: Any = None,
+    placement: Placement | None = None,
     factor_dtype: Any = None,
     precision: jax.lax.PrecisionLike = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,6 +61,7 @@ def foof(
       factored_gradient: precondition gradients of dense layers from their rows, see
         `scale_by_curvature`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
+      placement: divides refreshes, and the state if it says so, over devices, see `Placement`.
       factor_dtype: dtype of the state, default float32 or the parameters' if wider.
       precision: matmul precision of moments and solves.
 
@@ -99,6 +102,7 @@ def foof(
         normalization=normalization,
         factored_gradient=factored_gradient,
         axis_name=axis_name,
+        placement=placement,
         factor_dtype=factor_dtype,
     )
 

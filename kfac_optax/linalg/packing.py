@@ -1,0 +1,57 @@
+"""Symmetric matrices without their double entries, for what travels between devices."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def packed_shape(n: int) -> tuple[int, int]:
+    """Shape of a packed `n x n` matrix: `n (n + 1) / 2` numbers, as a rectangle.
+
+    >>> print(packed_shape(4), packed_shape(5))
+    (5, 2) (5, 3)
+    """
+    half = (n + 1) // 2
+    return 2 * (n - half) + 1, half
+
+
+def pack(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch rows columns"]:
+    """The lower and upper triangles of both diagonal blocks in one square, above the block that is
+    left.
+
+    With `h = ceil(n / 2)` and `M = [[P, R^T], [R, S]]`, the upper triangle of `P [h, h]` and the
+    lower one of `S`, a row further down, fill `[n - h + 1, h]`. Only slices and sums: no index
+    arrays, which would be as large as the matrix.
+
+    >>> print(pack(jnp.array([[1.0, 2.0], [2.0, 3.0]])))
+    [[1.]
+     [3.]
+     [2.]]
+    """
+    n = matrix.shape[-1]
+    half = (n + 1) // 2
+    rest = n - half
+    upper = jnp.triu(matrix[..., :half, :half])
+    lower = jnp.tril(matrix[..., half:, half:])
+    batch = [(0, 0)] * (matrix.ndim - 2)
+    triangles = jnp.pad(upper, [*batch, (0, rest + 1 - half), (0, 0)]) + jnp.pad(
+        lower, [*batch, (1, 0), (0, half - rest)]
+    )
+    return jnp.concatenate([triangles, matrix[..., half:, :half]], -2)
+
+
+def unpack(packed: Float[Array, "*batch rows columns"], n: int) -> Float[Array, "*batch n n"]:
+    """The symmetric matrix that was packed.
+
+    >>> print(unpack(pack(jnp.array([[1.0, 2.0], [2.0, 3.0]])), 2))
+    [[1. 2.]
+     [2. 3.]]
+    """
+    half = (n + 1) // 2
+    rest = n - half
+    upper = jnp.triu(packed[..., :half, :half])
+    lower = jnp.tril(packed[..., 1 : rest + 1, :rest])
+    left = packed[..., rest + 1 :, :]
+    first = upper + jnp.triu(upper, 1).mT
+    last = lower + jnp.tril(lower, -1).mT
+    top = jnp.concatenate([first, left.mT], -1)
+    return jnp.concatenate([top, jnp.concatenate([left, last], -1)], -2)

@@ -1,0 +1,108 @@
+"""`python -m kfac_optax.planner`: a table of what strategies cost on how many devices.
+
+    python -m kfac_optax.planner --model bert_large --devices 8 64 512
+    python -m kfac_optax.planner --layers layers.json
+
+`layers.json` is a list of `[copies, p, q]`, the bias row counted in `p`.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+
+from kfac_optax.planner.formulas import Costs, Shape, costs
+from kfac_optax.planner.models import MODELS
+
+HEADER = (
+    "devices strategy memory/GiB statistics/MiB refresh/MiB step/MiB mean/MiB work/TFLOP balance"
+)
+ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
+
+
+def strategies(devices: int) -> dict[str, float | None]:
+    """Worker fractions to compare, by name; in between, groups of about the root of `W`."""
+    workers = max(m for m in range(1, devices + 1) if devices % m == 0 and m * m <= devices)
+    found = {"no placement": None, "all keep all": 1.0, "one keeps each": 1 / devices}
+    if 1 < workers < devices:
+        found[f"{workers} keep each"] = workers / devices
+    return found
+
+
+def table(
+    shapes: Sequence[Shape],
+    devices: Sequence[int],
+    curvature_every: int,
+    inverse_every: int,
+    packed: bool = False,
+) -> str:
+    """Lines of the table, one for each number of devices and strategy.
+
+    >>> print(table([Shape(4, 1024, 1024)], [4], 10, 100).splitlines()[3][:60])
+          4  one keeps each        0.04         48.0         0.0
+    """
+    lines: list[str] = [ROW.format(*HEADER.split())]
+    for count in devices:
+        for name, fraction in strategies(count).items():
+            found = costs(shapes, count, fraction, packed=packed)
+            mean = found.per_step(curvature_every, inverse_every)
+            lines.append(ROW.format(count, name, *_cells(found, mean)))
+    return "\n".join(lines)
+
+
+def _cells(found: Costs, mean: float) -> list[str]:
+    sent = [found.statistics, found.refresh, found.step, mean]
+    return [
+        f"{found.memory / 2**30:.2f}",
+        *(f"{x / 2**20:.1f}" for x in sent),
+        f"{found.work / 1e12:.3f}",
+        f"{found.balance:.2f}",
+    ]
+
+
+def read_layers(path: str) -> list[Shape]:
+    """Shapes from a JSON file.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    rows = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"planner: {path} holds {rows!r}; expected a list of [copies, p, q].")
+    for row in rows:
+        good = isinstance(row, list) and len(row) == 3
+        if not good or any(not isinstance(n, int) or n < 1 for n in row):
+            raise ValueError(
+                f"planner: {path} has the row {row!r}; expected [copies, p, q], three whole "
+                "numbers of at least 1."
+            )
+    return [Shape(*row) for row in rows]
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser("kfac_optax.planner", description="K-FAC on many devices.")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", help="a JSON file of [copies, p, q], in place of --model")
+    parser.add_argument("--devices", nargs="+", type=_whole, default=[8, 64, 1024])
+    parser.add_argument("--curvature-every", type=_whole, default=10)
+    parser.add_argument("--inverse-every", type=_whole, default=100)
+    parser.add_argument("--packed", action="store_true", help="send factors without double entries")
+    given = parser.parse_args(arguments)
+    named = {name: MODELS[name]() for name in given.model}
+    if given.layers is not None:
+        named = {given.layers: read_layers(given.layers)}
+    for name, shapes in named.items():
+        print(name)
+        periods = given.curvature_every, given.inverse_every
+        print(table(shapes, given.devices, *periods, packed=given.packed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Checks of divided work on eight CPU devices, run by `test_many_devices.py` in processes of their
+own.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import kfac_optax as ko
+from benchmarks import collectives
+from kfac_optax.engine.division import divide, from_groups, kept_rows, make_own
+from tests import helpers as h
+
+DEVICES, EXAMPLES, DEEP = 8, 16, 5
+AXES = {False: AxisType.Auto, True: AxisType.Explicit}
+
+
+def predict(params, x, weights):
+    """Several layers of one shape and one of another, so that buckets have 5 matrices and 1."""
+    for i in range(len(params)):
+        x = h.dense(x, params[f"layer_{i}"]["w"], params[f"layer_{i}"]["b"])
+        x = jnp.tanh(x) if i < len(params) - 1 else x
+    return ko.Normal(x, weights=weights)
+
+
+def problem():
+    sizes = [*[4] * (DEEP + 1), 1]
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    params = {
+        f"layer_{i}": {"w": jax.random.normal(keys[i], (p, q)) / 2, "b": jnp.full(q, 0.1)}
+        for i, (p, q) in enumerate(itertools.pairwise(sizes))
+    }
+    x = jax.random.normal(keys[-1], (EXAMPLES, 4))
+    weights = jnp.array([0, 0, 1, 0, 0.5, 1, 1, 1, 0, 2, 1, 1, 0, 0, 3, 1], jnp.float32)
+    return params, (x, weights)
+
+
+def exchange():
+    """What every device makes of its part is, put together, what is made of the whole: for all
+    sizes of groups, one axis or two, with and without tracking, few matrices or many.
+    """
+    costs = {"few": (3, 8.0), "many": (21, 1.0)}
+    whole = {name: jnp.arange(2.0 * n).reshape(n, 2) + 1 for name, (n, _) in costs.items()}
+    meshes = {
+        "data": jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,)),
+        ("data", "model"): jax.make_mesh(
+            (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+        ),
+    }
+
+    def on_device(division, whole):
+        found = {}
+        for name, share in division.shares.items():
+            old = kept_rows(division, share, whole[name])
+            made = make_own(division, share, lambda old, new: 3 * new - old, old, whole[name])
+            groups = share.count.shape[0]
+            found[name] = made if groups == 1 else from_groups(division, share, made)
+        return jax.tree.map(lambda x: x[None], found)
+
+    for (axis, mesh), workers, tracked in itertools.product(meshes.items(), (1, 2, 8), (0, 1)):
+        if tracked and axis != "data":
+            continue
+        division = divide(ko.Placement(axis, workers / DEVICES, mesh), costs)
+        run = jax.shard_map(
+            functools.partial(on_device, division),
+            mesh=mesh,
+            in_specs=P(),
+            # what is tracked as the same everywhere is; else look at all devices
+            out_specs=P() if tracked else P(axis),
+            check_vma=bool(tracked),
+        )
+        count = 1 if tracked else DEVICES
+        expected = jax.tree.map(lambda x: jnp.stack([2 * x] * count), whole)
+        h.assert_equal(jax.jit(run)(whole), expected)
+
+
+def steps(make, estimator, gradients):
+    """`(state, params, *batch) -> (updates, state)` of a refresh and a step without one."""
+
+    def run(state, params, *batch):
+        tx = make()
+        curvature = estimator.at(params, *batch)
+        first, second = gradients
+        _, state = tx.update(first, state, params, curvature=curvature, refresh=True)
+        updates, state = tx.update(second, state, params, curvature=None, refresh=False)
+        return updates, state
+
+    return run
+
+
+def check(name, fraction, mode, packed=False, **settings):
+    """Updates with a placement are those without, and the state stays where it is."""
+    params, batch = problem()
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, *batch)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    gradients = params, jax.tree.map(jnp.cos, params)
+
+    def make(**words):
+        return getattr(ko, name)(layers, learning_rate=0.1, damping=0.05, **settings, **words)
+
+    single = jax.jit(steps(make, estimator, gradients))
+    expected, whole = single(jax.jit(make().init)(params), params, *batch)
+    placement = ko.Placement("data", fraction, mesh, packed)
+    words = {"placement": placement} | ({} if mode == "jit" else {"axis_name": "data"})
+    tx = make(**words)
+    run = steps(lambda: make(**words), estimator, gradients)
+    shardings = ko.state_shardings(tx, params, placement=placement)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    if mode == "jit":
+        x = jax.device_put(batch, NamedSharding(mesh, P("data")))
+        got, after = jax.jit(run, out_shardings=(None, shardings))(state, params, *x)
+    else:
+        specs = jax.tree.map(lambda s: s.spec, shardings)
+        mapped = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(specs, P(), P("data"), P("data")),
+            out_specs=(P(), specs),
+            check_vma=mode == "tracked",
+        )
+        got, after = jax.jit(mapped)(state, params, *batch)
+    h.assert_close(jax.device_get(got), jax.device_get(expected))
+    h.assert_close(jax.device_get(ko.whole_state(after, placement)), jax.device_get(whole))
+    same = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), after, shardings)
+    assert all(jax.tree.leaves(same))
+    return after
+
+
+def placement_schedule():
+    """The traced schedule: branches agree about what is where, inside `shard_map` with varying axes
+    tracked, and on explicit axes, where the types of the state never change.
+    """
+    params, (x, weights) = problem()
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, x, weights)
+
+    def make(**words):
+        short = {"curvature_every": 1, "inverse_every": 2}
+        return ko.kfac_two_level(layers, learning_rate=0.1, damping=0.05, **short, **words)
+
+    def run(tx, state, params, x, weights):
+        curvature = estimator.at(params, x, weights)
+        updates, state = tx.update(params, state, params, curvature=curvature)
+        return updates, state
+
+    def twice(step, state, *arguments):
+        return step(step(state, *arguments)[1], *arguments)
+
+    single = jax.jit(functools.partial(run, make()))
+    expected = jax.device_get(twice(single, make().init(params), params, x, weights)[0])
+    for fraction, explicit in ((0.5, False), (0.25, True)):
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AXES[explicit],))
+        placement = ko.Placement("data", fraction, mesh)
+        tx = make(placement=placement, axis_name=None if explicit else "data")
+        shardings = ko.state_shardings(tx, params, placement=placement)
+        specs = jax.tree.map(lambda s: s.spec, shardings)
+        step = functools.partial(run, tx)
+        with jax.set_mesh(mesh):
+            whole = jax.device_put(params, NamedSharding(mesh, P()))
+            batch = jax.device_put((x, weights), NamedSharding(mesh, P("data")))
+            state = jax.jit(tx.init, out_shardings=shardings)(whole)
+            if not explicit:
+                given = (specs, P(), P("data"), P("data"))
+                step = jax.shard_map(step, mesh=mesh, in_specs=given, out_specs=(P(), specs))
+            got, after = twice(jax.jit(step), state, whole, *batch)
+            h.assert_close(jax.device_get(got), expected)
+            h.assert_same_types(after, state)
+
+
+def places(state):
+    """Inverses of the bucket of equal layers that the first device has."""
+    inverses = state.preconditioner.inverses["dense_5x4_bias"]
+    return {x.addressable_shards[0].data.shape[0] for x in jax.tree.leaves(inverses)}
+
+
+def placement_shard_map():
+    """Inside `shard_map`, with varying axes tracked: bases collected to measure in, factors
+    packed; a rule of their own for when layers are due."""
+    assert places(check("ekfac", 0.0, "tracked", packed=True)) == {1}
+    check("thor", 1.0, "tracked")
+
+
+def placement_online():
+    """Under `jit` with a mesh: what follows its factors online does so where it is kept, five equal
+    layers in four groups of two devices.
+    """
+    assert places(check("b_r_kfac", 0.25, "jit", rank=2)) == {2}
+
+
+def placement_pmap():
+    """Under `pmap` the state is made inside, and stays with a leading device axis."""
+    params, batch = problem()
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, *batch)
+    mesh = jax.make_mesh((DEVICES,), ("data",))
+    gradients = params, jax.tree.map(jnp.cos, params)
+
+    def make(**words):
+        return ko.kfac(layers, learning_rate=0.1, damping=0.05, **words)
+
+    expected, _ = jax.jit(steps(make, estimator, gradients))(make().init(params), params, *batch)
+    words = dict(axis_name="data", placement=ko.Placement("data", 0.5, mesh))
+
+    def run(params, *batch):
+        state = make(**words).init(params)
+        return steps(lambda: make(**words), estimator, gradients)(state, params, *batch)
+
+    shards = jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), batch)
+    got, _ = jax.pmap(run, axis_name="data", in_axes=(None, 0, 0))(params, *shards)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        h.assert_close(jax.device_get(x), jnp.broadcast_to(y, x.shape))
+
+
+def traffic():
+    """Bytes in compiled programs are those of the planner's formulas, to the last one; besides
+    them a divided state sends a count of failures in a refresh.
+    """
+    ring = 7 / 8
+    for fraction, kind, more in (
+        (None, "statistics", 0),
+        (1.0, "refresh", 0),
+        (0.25, "refresh", 2 * ring * 4),
+        (0.0, "plain", 0),
+    ):
+        counted = collectives.count(collectives.compiled(fraction, kind))
+        assert counted.number
+        assert counted.sent == collectives.predicted(fraction, kind) + more, (fraction, kind)
+    counted = collectives.count(collectives.compiled(1.0, "statistics", packed=True))
+    assert counted.sent == collectives.predicted(1.0, "statistics", packed=True)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        exchange,
+        placement_shard_map,
+        placement_online,
+        placement_pmap,
+        placement_schedule,
+        traffic,
+    )
+}

@@ -1,0 +1,127 @@
+"""How work is divided over devices; that it changes no number is checked on eight of them in
+`tests/compat/placement_checks.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+import kfac_optax as ko
+from kfac_optax.engine.division import divide
+from tests import helpers as h
+
+MESH = AbstractMesh((8,), ("data",))
+COSTS = {"wide": (3, 512.0), "middle": (13, 64.0), "small": (40, 1.0), "single": (1, 300.0)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_every_matrix_is_made_once_and_kept_by_as_many_devices_as_asked(workers):
+    division = divide(ko.Placement("data", workers / 8, MESH), COSTS)
+    for name, (copies, _) in COSTS.items():
+        share = division.shares[name]
+        made, kept = np.zeros(copies, int), np.zeros(copies, int)
+        for group in range(8 // workers):
+            kept[share.first[group] :][: share.kept[group]] += workers
+            for start, count in zip(share.start[group], share.count[group], strict=True):
+                made[start : start + count] += 1
+        np.testing.assert_array_equal(made, 1)
+        np.testing.assert_array_equal(kept, workers)
+        # no device has more places than an even division needs
+        assert share.slots == -(-copies // (8 // workers))
+
+
+def test_no_device_has_more_work_than_the_mean_and_one_matrix():
+    division = divide(ko.Placement("data", 1.0, MESH), COSTS)
+    load = sum(division.shares[name].count.ravel() * cost for name, (_, cost) in COSTS.items())
+    mean = sum(copies * cost for copies, cost in COSTS.values()) / 8
+    assert load.max() <= mean + max(cost for _, cost in COSTS.values())
+    # one range after another, in turn over equal layers, would do worse
+    turns = [sum(c * len(range(d, n, 8)) for n, c in COSTS.values()) for d in range(8)]
+    assert load.max() < max(turns)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_dividing_a_state_and_putting_it_together_again_changes_nothing(workers):
+    placement = ko.Placement("data", workers / 8, MESH)
+    problem = h.plain_problem()
+    _, state, _ = h.reference_run("kfac")
+    divided = ko.divided_state(state, placement)
+    tx = h.make_tx("kfac", problem, placement=placement)
+    shapes = jax.eval_shape(tx.init, problem.params)
+    assert jax.tree.map(jnp.shape, divided) == jax.tree.map(jnp.shape, shapes)
+    h.assert_equal(ko.whole_state(divided, placement), state)
+
+
+def test_a_divided_state_is_not_read_as_a_whole_one():
+    placement = ko.Placement("data", 0.0, MESH)
+    problem = h.plain_problem()
+    _, state, _ = h.reference_run("kfac")
+    message = "holds 8 inverses of dense_5x4_bias; expected 2.*whole_state"
+    with pytest.raises(ValueError, match=message):
+        ko.inverse_product(problem.layers, ko.divided_state(state, placement), problem.params)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (dict(axis="model", mesh=MESH), "axis 'model' is not on the mesh, which has data"),
+        (dict(axis=("data", "model"), mesh=MESH), "axis 'model' is not on the mesh"),
+        (dict(axis="data", worker_fraction=0.3, mesh=MESH), "one of 1/8, 2/8, 4/8, 8/8"),
+        (dict(axis="data", worker_fraction=3 / 8, mesh=MESH), "one of 1/8, 2/8, 4/8, 8/8"),
+        (dict(axis="data", worker_fraction=1.5, mesh=MESH), "expected worker_fraction"),
+        (dict(axis="data", worker_fraction=0.5), "got mesh=None"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused_at_once(words, message):
+    with pytest.raises(ValueError, match=message):
+        ko.Placement(**words)
+
+
+def test_the_form_of_what_travels_needs_an_axis_to_sum_over():
+    layers = h.plain_problem().layers
+    for words in (dict(packed=True), dict(statistics_dtype=jnp.bfloat16)):
+        placement = ko.Placement("data", 1.0, MESH, **words)
+        with pytest.raises(ValueError, match="expected axis_name="):
+            ko.kfac(layers, learning_rate=0.1, placement=placement)
+        ko.kfac(layers, learning_rate=0.1, placement=placement, axis_name="data")
+    with pytest.raises(TypeError, match="statistics_dtype is"):
+        ko.Placement("data", statistics_dtype=jnp.int32)
+
+
+def test_the_axis_has_to_be_a_name():
+    with pytest.raises(TypeError, match="axis is 3"):
+        ko.Placement(3)
+
+
+@pytest.mark.parametrize(
+    "words", [dict(stagger=2), dict(inverse="cholesky", factored_gradient=True)]
+)
+def test_what_needs_all_inverses_is_refused_beside_a_divided_state(words):
+    layers = h.plain_problem().layers
+    with pytest.raises(ValueError, match="expected all devices to keep all of them"):
+        ko.kfac(layers, learning_rate=0.1, placement=ko.Placement("data", 0.5, MESH), **words)
+    ko.kfac(layers, learning_rate=0.1, placement=ko.Placement("data", 1.0, MESH), **words)
+
+
+def test_a_placement_needs_a_mesh_or_a_mapped_axis():
+    problem = h.plain_problem()
+    tx = h.make_tx("kfac", problem, placement=ko.Placement("data"))
+    state = h.initial_state("kfac")
+    with pytest.raises(ValueError, match="axis 'data' is not mapped here, and mesh=None"):
+        tx.update(problem.params, state, curvature=None, refresh=False)
+    with pytest.raises(TypeError, match="placement is a str"):
+        h.make_tx("kfac", problem, placement="data")
+
+
+def test_one_device_is_the_trivial_placement():
+    """The program is the same, word for word."""
+    problem = h.plain_problem()
+    mesh = jax.make_mesh((1,), ("data",))
+    programs = [
+        jax.make_jaxpr(h.make_step(h.make_tx("kfac", problem, **words), problem))(
+            problem.params, h.initial_state("kfac")
+        )
+        for words in ({}, {"placement": ko.Placement("data", 0.0, mesh)})
+    ]
+    assert str(programs[0]) == str(programs[1])

@@ -1,0 +1,94 @@
+"""Formulas of the planner against states and records; against counted bytes they are checked in
+`tests/compat/placement_checks.py`."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+import kfac_optax as ko
+from kfac_optax._tree import tree_bytes
+from kfac_optax.planner import MODELS, Shape, costs
+from kfac_optax.planner.__main__ import main, read_layers, table
+
+SHAPES = (Shape(5, 4, 4), Shape(1, 5, 3))
+
+
+def predict(params, x):
+    for w in params["deep"]:
+        x = ko.tap_dense(x @ w, x, w)
+    w, b = params["last"]
+    return ko.Normal(ko.tap_dense(x @ w + b, x, w, b))
+
+
+def problem():
+    params = {"deep": [jnp.eye(4)] * 5, "last": (jnp.ones((4, 3)), jnp.zeros(3))}
+    return params, ko.ggn(predict).layers(params, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("fraction", [None, 1.0, 0.5, 0.25, 0.0])
+def test_memory_is_that_of_the_state_on_one_device(fraction):
+    params, layers = problem()
+    mesh = AbstractMesh((8,), ("data",))
+    placement = None if fraction is None else ko.Placement("data", fraction, mesh)
+    tx = ko.kfac(layers, learning_rate=0.1, placement=placement)
+    state = jax.eval_shape(tx.init, params).preconditioner
+    devices = 8 if placement is not None and placement.divided else 1
+    kept = tree_bytes(state.factors) + tree_bytes(state.inverses) // devices
+    assert costs(SHAPES, 8, fraction).memory == kept
+
+
+def test_memory_without_placement_is_that_of_the_record():
+    _, layers = problem()
+    assert costs(SHAPES, 8, None).memory == 4 * ko.CATALOGUE["kfac"].numbers(layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("devices", [8, 64])
+def test_more_devices_that_keep_each_mean_more_memory_and_less_traffic_in_a_step(name, devices):
+    shapes = MODELS[name]()
+    fractions = [m / devices for m in (1, 2, 4, 8) if m <= devices]
+    found = [costs(shapes, devices, fraction) for fraction in fractions]
+    total = costs(shapes, devices, None)
+    for fewer, more in itertools.pairwise(found):
+        assert fewer.memory <= more.memory <= total.memory
+        assert fewer.step >= more.step
+    # nobody sends more than a sum of all gradients
+    assert found[0].step <= 2 * 4 * sum(s.copies * s.gradient for s in shapes)
+    assert found[0].refresh == 0
+    largest = max(9 * s.work for s in shapes)
+    assert all(f.work <= total.work / devices + largest for f in found)
+
+
+def test_one_device_sends_nothing():
+    alone = costs(SHAPES, 1, 1.0)
+    assert alone == costs(SHAPES, 1, None)
+    assert (alone.statistics, alone.refresh, alone.step, alone.balance) == (0, 0, 0, 1)
+
+
+def test_the_command_reads_layers_and_prints_a_line_for_each_strategy(tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps([[5, 4, 4], [1, 5, 3]]))
+    assert read_layers(str(path)) == list(SHAPES)
+    main(["--layers", str(path), "--devices", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == table(SHAPES, [4], 10, 100).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["4"] * 4
+
+
+@pytest.mark.parametrize("words", [["--devices", "0"], ["--inverse-every", "0"]])
+def test_numbers_below_one_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "expected a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[[1, 2]]", "[[1, 2, 0]]", "[[1, 2, 2.5]]"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "layers.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"expected .*\[copies, p, q\]"):
+        read_layers(str(path))
