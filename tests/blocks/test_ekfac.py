@@ -413,7 +413,7 @@ def test_normalization_layers_get_what_is_asked_for(normalization):
     estimator = ko.ggn(predict)
     layers = estimator.layers(params, x)
     assert [layer.kind for layer in layers] == ["dense", "scale_shift"]
-    tx = ko.ekfac(layers, kl_clip=None, normalization=normalization)
+    tx = ko.ekfac(layers, kl_clip=None, normalization=normalization, uncovered="pass")
     grads = jax.tree.map(jnp.ones_like, params)
     curvature = estimator.at(params, x)
     updates, state = tx.update(grads, tx.init(params), params, curvature=curvature)
