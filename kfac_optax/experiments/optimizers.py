@@ -284,6 +284,8 @@ def _extra(
             given["measure"] = measure
         if optimizer.adaptive:
             given["value_fn"] = lambda params: objective(value_fn(params), params)
+        if optimizer.value_fn:
+            given["value_fn"] = value_fn
         if optimizer.value or optimizer.adaptive:
             given["value"] = objective(value, params)
         return given
