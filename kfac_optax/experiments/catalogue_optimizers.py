@@ -96,6 +96,7 @@ class Optimizer(NamedTuple):
         value: whether updates need the loss of the batch.
         value_fn: whether they need it as a function of the parameters, for products with its
           Hessian.
+        sampled: whether they need the gradient at labels drawn from the model.
         drawn: whether gradients are taken at parameters drawn from the posterior of its state.
     """
 
@@ -110,6 +111,7 @@ class Optimizer(NamedTuple):
     estimator: MakeEstimator = drawn_labels
     value: bool = False
     value_fn: bool = False
+    sampled: bool = False
     drawn: bool = False
 
     @property
@@ -138,6 +140,7 @@ def of_record(record: ko.Method) -> Optimizer:
         estimator=own_losses if "losses" in record.needs else made,
         value="value" in record.needs,
         value_fn=of_loss and not adaptive,
+        sampled="sampled" in record.needs,
         drawn=record.name == "noisy_kfac",
     )
 
@@ -187,7 +190,8 @@ def whole_preset(preset: Callable[..., Any]) -> Build:
         if "learning_rate" in known:
             options["learning_rate"] = rate
         decay = optax.add_decayed_weights(config.weight_decay)
-        return optax.chain(decay, preset(curved.layers, **options))
+        layers = (curved.layers,) if "layers" in known else ()
+        return optax.chain(decay, preset(*layers, **options))
 
     return build
 
