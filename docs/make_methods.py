@@ -22,7 +22,8 @@ ALONE = (
 
 def row(method: ko.Method) -> str:
     """One method as a line of the table."""
-    page = "presets" if "curvature" in method.needs else "gradient"
+    room = getattr(ko, method.name).__module__.split(".")[2]
+    page = "gradient" if room == "gradient" else "presets"
     name = f"[`{method.name}`](api/{page}.md#kfac_optax.{method.name})"
     cells = (name, method.summary, method.state_text, "; ".join(method.cost), method.paper)
     return f"| {' | '.join(cells)} |\n"

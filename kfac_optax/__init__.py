@@ -2,6 +2,7 @@
 
 from kfac_optax import testing
 from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax.bayes.diagonal import sample_diagonal
 from kfac_optax.bayes.draw import sample_params
 from kfac_optax.bayes.laplace import laplace
 from kfac_optax.bayes.posterior import Posterior
@@ -55,6 +56,7 @@ from kfac_optax.inspection.products import (
     log_determinant,
     square_root_product,
 )
+from kfac_optax.inspection.pruning import prune, pruning_scores
 from kfac_optax.inspection.state_format import check_state, describe_state
 from kfac_optax.likelihoods import (
     Bernoulli,
@@ -64,19 +66,29 @@ from kfac_optax.likelihoods import (
     Normal,
     from_log_density,
 )
+from kfac_optax.linalg.row_inverse import inverse_of_rows
 from kfac_optax.methods.catalogue import CATALOGUE
+from kfac_optax.methods.gradient.adahessian import adahessian
 from kfac_optax.methods.gradient.distributed import (
     distributed_shampoo,
     scale_by_distributed_shampoo,
 )
+from kfac_optax.methods.gradient.esgd import esgd
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
+from kfac_optax.methods.gradient.ggt import ggt
+from kfac_optax.methods.gradient.gnb import gnb_estimator
 from kfac_optax.methods.gradient.jorge import jorge, scale_by_jorge
 from kfac_optax.methods.gradient.labels import axes_table, matrix_labels
+from kfac_optax.methods.gradient.mfac import mfac
 from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
+from kfac_optax.methods.gradient.psgd_kron import psgd_kron
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.sketchy import scale_by_sketchy, sketchy
 from kfac_optax.methods.gradient.soap import scale_by_soap
 from kfac_optax.methods.gradient.tnt import scale_by_tnt, tnt
+from kfac_optax.methods.gradient.tonga import tonga
+from kfac_optax.methods.gradient.vadam import vadam
+from kfac_optax.methods.gradient.vogn import vogn
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
@@ -143,6 +155,7 @@ __all__ = [
     "Posterior",
     "SampleJacobian",
     "Use",
+    "adahessian",
     "adapt_damping",
     "add_weight_decay",
     "axes_table",
@@ -174,6 +187,7 @@ __all__ = [
     "ekfac_block",
     "embedding",
     "empirical_fisher",
+    "esgd",
     "eva",
     "eva_f",
     "eva_s",
@@ -185,12 +199,15 @@ __all__ = [
     "forward_only",
     "from_log_density",
     "ggn",
+    "ggt",
+    "gnb_estimator",
     "graft_norm",
     "hylo",
     "hylo_block",
     "influence",
     "ingd",
     "inverse_free",
+    "inverse_of_rows",
     "inverse_product",
     "jorge",
     "k_bfgs",
@@ -212,12 +229,16 @@ __all__ = [
     "low_rank",
     "low_rank_blocks",
     "matrix_labels",
+    "mfac",
     "mkor",
     "mkor_block",
     "mkor_h",
     "noisy_kfac",
     "per_equation",
     "problems",
+    "prune",
+    "pruning_scores",
+    "psgd_kron",
     "quadratic_step",
     "quasi_diagonal",
     "quasi_diagonal_block",
@@ -226,6 +247,7 @@ __all__ = [
     "recursive_ggn",
     "refresh_period",
     "rs_kfac",
+    "sample_diagonal",
     "sample_params",
     "scale_by_curvature",
     "scale_by_distributed_shampoo",
@@ -262,6 +284,7 @@ __all__ = [
     "tkfac",
     "tkfac_block",
     "tnt",
+    "tonga",
     "trace_gate",
     "tridiagonal",
     "trust_scale",
@@ -269,5 +292,7 @@ __all__ = [
     "unitwise",
     "unitwise_natural",
     "until_stalled",
+    "vadam",
+    "vogn",
     "whole_state",
 ]

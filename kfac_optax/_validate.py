@@ -103,6 +103,9 @@ LEGAL = {
     "least_decrease": Legal(0.0),
     "decrease_decay": Legal(0.99, at_least=0, at_most=1),
     "patience": Legal(100, at_least=1),
+    "power": Legal(1.0, at_least=0, at_most=2),
+    "fit_rate": Legal(0.1, above=0, at_most=1),
+    "fit_probability": Legal(1.0, at_least=0, at_most=1),
 }
 
 

@@ -56,6 +56,13 @@ class GradientCounts(NamedTuple):
     non_finite_updates: Any  # updates of finite gradients that were not finite, and became zero
 
 
+class GNBState(NamedTuple):
+    """State of `gnb_estimator`, each `shape=(), dtype=int32`."""
+
+    estimates: Any
+    skipped_estimates: Any  # that were not finite, and became zero
+
+
 class SampleSpaceState(NamedTuple):
     """State of `smw` and `spring`."""
 

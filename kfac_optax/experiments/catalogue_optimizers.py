@@ -94,6 +94,9 @@ class Optimizer(NamedTuple):
         rated: whether there is a learning rate to choose.
         estimator: makes what the curvature comes from.
         value: whether updates need the loss of the batch.
+        value_fn: whether they need it as a function of the parameters, for products with its
+          Hessian.
+        sampled: whether they need the gradient at labels drawn from the model.
         drawn: whether gradients are taken at parameters drawn from the posterior of its state.
     """
 
@@ -107,6 +110,8 @@ class Optimizer(NamedTuple):
     rated: bool = True
     estimator: MakeEstimator = drawn_labels
     value: bool = False
+    value_fn: bool = False
+    sampled: bool = False
     drawn: bool = False
 
     @property
@@ -118,7 +123,8 @@ class Optimizer(NamedTuple):
 def of_record(record: ko.Method) -> Optimizer:
     """One method of the catalogue, in the configuration of the experiment."""
     preset = getattr(ko, record.name)
-    whole, adaptive = record.kind == "optimizer", "value_fn" in record.needs
+    whole, of_loss = record.kind == "optimizer", "value_fn" in record.needs
+    adaptive = whole and of_loss
     build = adaptive_preset(preset) if adaptive else whole_preset(preset) if whole else None
     own = _MEASURED_BY.get(record.name)
     made = _of_model(own) if own is not None else drawn_labels
@@ -133,6 +139,8 @@ def of_record(record: ko.Method) -> Optimizer:
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
         estimator=own_losses if "losses" in record.needs else made,
         value="value" in record.needs,
+        value_fn=of_loss and not adaptive,
+        sampled="sampled" in record.needs,
         drawn=record.name == "noisy_kfac",
     )
 
@@ -163,7 +171,8 @@ def preset_before_sgd(preset: Callable[..., Any]) -> Build:
         options = known_options(preset, curved.options)
         if "learning_rate" in known:
             options["learning_rate"] = rate
-        tx = preset(curved.layers, **options)
+        layers = (curved.layers,) if "layers" in known else ()
+        tx = preset(*layers, **options)
         if "weight_decay" in options:  # which is then its own
             return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
         return preconditioned(tx, config, rate)
@@ -181,7 +190,8 @@ def whole_preset(preset: Callable[..., Any]) -> Build:
         if "learning_rate" in known:
             options["learning_rate"] = rate
         decay = optax.add_decayed_weights(config.weight_decay)
-        return optax.chain(decay, preset(curved.layers, **options))
+        layers = (curved.layers,) if "layers" in known else ()
+        return optax.chain(decay, preset(*layers, **options))
 
     return build
 

@@ -217,6 +217,8 @@ def make(
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
     drawn = None
+    if optimizer.sampled:  # the gradient that it is given is a mean over the batch
+        curved.options["examples"] = len(x)
     if optimizer.drawn:
         # without a weight decay the prior is that of variance one
         examples = steps * len(x)
@@ -284,6 +286,10 @@ def _extra(
             given["measure"] = measure
         if optimizer.adaptive:
             given["value_fn"] = lambda params: objective(value_fn(params), params)
+        if optimizer.sampled and curvature is not None:
+            given["sampled_grads"] = curvature.sampled_gradient()
+        if optimizer.value_fn:
+            given["value_fn"] = value_fn
         if optimizer.value or optimizer.adaptive:
             given["value"] = objective(value, params)
         return given

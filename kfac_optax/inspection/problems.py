@@ -6,6 +6,7 @@ from kfac_optax._types import PyTree
 from kfac_optax._validate import Checked
 from kfac_optax.engine.state import (
     CurvatureState,
+    GNBState,
     GradientCounts,
     SampleSpaceState,
     find_states,
@@ -39,6 +40,13 @@ _PROBLEMS: dict[type, dict[str, str]] = {
         "non_finite_updates": (
             "{} updates of finite gradients were not finite and became zero: look at the scale of "
             "the loss."
+        ),
+    },
+    # a diagonal for another optimizer
+    GNBState: {
+        "skipped_estimates": (
+            "{} estimates of the Hessian's diagonal were not finite and became zero: look for NaN "
+            "or Inf in the batches or the model."
         ),
     },
     # solves in the space of samples

@@ -1,6 +1,20 @@
 """All methods: one record each, collected from the files that define them."""
 
-from kfac_optax.methods.gradient import distributed, jorge, presets, sketchy, tnt
+from kfac_optax.methods.gradient import (
+    adahessian,
+    distributed,
+    esgd,
+    ggt,
+    jorge,
+    mfac,
+    presets,
+    psgd_record,
+    sketchy,
+    tnt,
+    tonga,
+    vadam,
+    vogn,
+)
 from kfac_optax.methods.kfac import (
     adaptive,
     ekfac,
@@ -56,5 +70,13 @@ CATALOGUE: dict[str, Method] = collect(
     sketchy.RECORDS,
     jorge.RECORDS,
     tnt.RECORDS,
+    ggt.RECORDS,
+    mfac.RECORDS,
+    tonga.RECORDS,
+    psgd_record.RECORDS,
+    adahessian.RECORDS,
+    esgd.RECORDS,
+    vadam.RECORDS,
+    vogn.RECORDS,
 )
 """Records of all methods by the name of their preset, see `Method`."""

@@ -30,6 +30,8 @@ STATIC = (
     "chunk",
     "refine",
     "model_subsample",
+    "window",
+    "block",
 )
 
 

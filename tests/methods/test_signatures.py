@@ -65,7 +65,7 @@ def run(name, tx, steps=4):
 @every_method
 def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
-    static = {"rank": 2} if "rank" in words(name) else {}
+    static = {word: 2 for word in ("rank", "window") if word in words(name)}
     given = numbers(name)
     plain, _, _ = run(name, made(name, **given, **static))
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
@@ -109,7 +109,8 @@ def test_a_static_number_that_is_an_array_says_so(word):
 
 @every_method
 def test_an_unknown_word_is_an_error_that_names_what_exists(name):
-    first = next(word for word in ("initial_damping", "damping", "decay") if word in words(name))
+    those = ("initial_damping", "damping", "decay", "window", "power")
+    first = next(word for word in those if word in words(name))
     wrong, last = first[:-1], list(words(name))[-1]
     message = rf"^{name}: got an unknown argument '{wrong}'. Did you mean '{first}'\?.*{last}"
     with pytest.raises(TypeError, match=message):

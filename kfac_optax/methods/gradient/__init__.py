@@ -1,1 +1,1 @@
-"""Preconditioners that need gradients alone: a parameter tree is all they are told."""
+"""Methods that trace no layers: a parameter tree and gradients, for some an extra argument."""

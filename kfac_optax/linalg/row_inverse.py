@@ -1,0 +1,74 @@
+"""Inverse of a damped sum of products of rows, by one rank-one update for each row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+class RowInverse(NamedTuple):
+    """`(F + damping I)^{-1}` of `F = (1/m) sum_j g_j g_j^T`, as `I / damping - sum_j v_j v_j^T / q_j`.
+
+    Attributes:
+      vectors: `v_j`, the row `g_j` preconditioned with the rows before it.
+      divisors: `q_j = m + g_j^T v_j`.
+      damping: of the matrix.
+    """
+
+    vectors: Float[Array, "m d"]
+    divisors: Float[Array, " m"]
+    damping: Float[Array, ""]
+
+    def product(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """`(F + damping I)^{-1} x`, in `O(m d)`."""
+        weights = jnp.matmul(self.vectors, x, precision=_EXACT) / self.divisors
+        return x / self.damping - jnp.matmul(weights, self.vectors, precision=_EXACT)
+
+    def diagonal(self) -> Float[Array, " d"]:
+        """The diagonal of the inverse, in `O(m d)`."""
+        squares = jnp.square(self.vectors) / self.divisors[:, None]
+        return 1 / self.damping - jnp.sum(squares, 0)
+
+    def column(self, i: Array | int) -> Float[Array, " d"]:
+        """Column `i` of the inverse, in `O(m d)`."""
+        weights = self.vectors[:, i] / self.divisors
+        column = -jnp.matmul(weights, self.vectors, precision=_EXACT)
+        return column.at[i].add(1 / self.damping)
+
+
+def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float) -> RowInverse:
+    """Inverse of the damped empirical Fisher `(1/m) sum_j g_j g_j^T + damping I` of some gradients.
+
+    `v_j = F_{j-1}^{-1} g_j` by the Sherman-Morrison formula, one gradient after the other; `O(m^2 d)`
+    once, `O(m d)` for a product, the diagonal or a column. It is the same matrix as that of `mfac`,
+    whose products with gradients alone are cheaper by the matrix of their products.
+
+    Args:
+      rows: gradients of examples or of small batches, as vectors.
+      damping: positive.
+
+    Returns:
+      A `RowInverse`: `.product(x)`, `.diagonal()`, `.column(i)`.
+
+    >>> inverse = inverse_of_rows(jnp.array([[2.0, 0.0], [0.0, 0.0]]), 1.0)
+    >>> print(inverse.product(jnp.ones(2)), inverse.diagonal())
+    [0.3333333 1.       ] [0.3333333 1.       ]
+
+    Reference: Frantar, Kurtic & Alistarh, M-FAC: Efficient Matrix-Free Approximations of
+      Second-Order Information (2021), the static algorithm.
+    """
+    m = len(rows)
+    damping = jnp.asarray(damping, rows.dtype)
+
+    def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        vectors, divisors = found  # zero and one where they are still to be made
+        so_far = RowInverse(vectors, divisors, damping)
+        v = so_far.product(rows[i])
+        return vectors.at[i].set(v), divisors.at[i].set(m + jnp.vdot(rows[i], v))
+
+    start = jnp.zeros_like(rows), jnp.ones((m,), rows.dtype)
+    vectors, divisors = jax.lax.fori_loop(0, m, one, start)
+    return RowInverse(vectors, divisors, damping)

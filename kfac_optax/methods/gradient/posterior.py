@@ -1,0 +1,78 @@
+"""What Vadam and VOGN share: the mean of a diagonal Gaussian posterior, moved by its own variance."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import check_legal
+from kfac_optax.bayes.diagonal import DiagonalPosterior
+from kfac_optax.methods.gradient.treewise import (
+    Made,
+    Rule,
+    Step,
+    finite_as_one,
+    transformation,
+    zeros,
+)
+
+
+def follow_posterior(
+    where: str,
+    squares_of: Callable[[Step], PyTree],
+    power: float,
+    **hyper: ScalarOrSchedule,
+) -> optax.GradientTransformationExtraArgs:
+    """`U = m / (s^power + w + damping)` with `m` the mean of `g + w theta` and `s` that of squares.
+
+    Args:
+      where: name of the method.
+      squares_of: what is averaged in `s`, a tree like the gradient.
+      power: of the squares' mean.
+      **hyper: `weight_decay` (`w`), `damping`, `b1`, `b2`.
+    """
+    for name, value in hyper.items():
+        check_legal(where, name, value)
+
+    def start(params: PyTree, dtype: Any) -> DiagonalPosterior:
+        count = jnp.zeros((), jnp.int32)
+        return DiagonalPosterior(zeros(params, dtype), zeros(params, dtype), count)
+
+    def step(given: Step) -> Made:
+        if given.params is None:
+            raise ValueError(
+                f"{where}.update got no params, the mean of the posterior to which the prior draws "
+                "it. Pass them: tx.update(grads, opt_state, params)."
+            )
+        old, now = given.held, given.now
+        w, t = now["weight_decay"], old.count + 1
+        squares = squares_of(given)
+        mean = jax.tree.map(
+            lambda m, g, p: _averaged(m, g + w * p.astype(g.dtype), now["b1"], t),
+            old.mean,
+            given.gradient,
+            given.params,
+        )
+        s = jax.tree.map(lambda s, new: _averaged(s, new, now["b2"], t), old.squares, squares)
+
+        def direction(m: jax.Array, s: jax.Array) -> jax.Array:
+            divisor = s**power + w + now["damping"]
+            # only without weight decay, where there has been no gradient
+            return jnp.where(divisor > 0, m / jnp.where(divisor > 0, divisor, 1), 0)
+
+        skipped = given.finite & ~finite_as_one(squares)
+        return Made(jax.tree.map(direction, mean, s), DiagonalPosterior(mean, s, t), True, skipped)
+
+    return transformation(Rule(where, dict(hyper), start, step))
+
+
+def _averaged(old: jax.Array, new: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean of `t` numbers with weights `b^age`: Adam's average, corrected for its start."""
+    t = t.astype(b.dtype)
+    # the weight of what came before, (b - b^t) / (1 - b^t); 1 - 1 / t where all count the same
+    share = jnp.where(b < 1, (b - b**t) / jnp.where(b < 1, 1 - b**t, 1), 1 - 1 / t)
+    share = jnp.where(t > 1, share, 0)
+    return share * old + (1 - share) * new

@@ -1,0 +1,159 @@
+"""How PSGD fits a preconditioner on a group: relative steps of triangular or diagonal factors."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax.methods.gradient.axes import FULL, Group, along, statistic
+
+Factors = dict[str, jax.Array]  # by axis: upper triangular [copies, n, n], or diagonals [copies, n]
+
+
+def usual_probability(count: Any) -> jax.Array:
+    """How often PSGD fits by default: in every one of the first 500 steps, then less and less, and
+    from about step 4000 on in 3 of 100.
+
+    >>> print(usual_probability(0), usual_probability(10_000).round(2))
+    1.0 0.03
+    """
+    return jnp.clip(jnp.exp(-1e-3 * (count - 500.0)), 0.03, 1.0)
+
+
+def start(group: Group, dtype: jnp.dtype) -> Factors:
+    """Zeros: the scale of a tensor's factors is that of its first gradient."""
+    out = {}
+    for axis, kind in enumerate(group.kinds):
+        n = group.block[axis]
+        shape = (group.copies, n, n) if kind == FULL else (group.copies, n)
+        out[str(axis)] = jnp.zeros(shape, dtype)
+    return out
+
+
+def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
+    """Factors that are still zero become multiples of the identity, whose product is `scale`.
+
+    By default it is `(mean h^2)^{-1/4}`, the minimum of `h^T P h + v^T P^{-1} v` over multiples of
+    the identity, with the mean over `v`. Where `h` is zero they stay zero.
+
+    >>> print(started({"0": jnp.zeros((1, 2))}, jnp.array([[0.25, 0.25]]), None)["0"])
+    [[2. 2.]]
+    """
+    size = jnp.mean(jnp.square(h), tuple(range(1, h.ndim)))
+    if scale is None:
+        scale = jnp.where(size > 0, size, 1) ** -0.25
+    # zero also where the squares overflow: the next gradient decides
+    usable = (size > 0) & jnp.isfinite(size)
+    each = jnp.where(usable, scale, 0) ** (1 / len(q))
+    out = {}
+    for axis, x in q.items():
+        one = jnp.eye(x.shape[-1], dtype=x.dtype) if x.ndim == 3 else jnp.ones((), x.dtype)
+        new = _beside(each, x) * one
+        out[axis] = jnp.where(_unset(x), new, x)
+    return out
+
+
+def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
+    """One step of all factors on the pair `(h, v)`, `[copies, *block]` both.
+
+    With `A = h x_1 Q_1 ... x_k Q_k` and `B = v x_1 Q_1^{-T} ... x_k Q_k^{-T}` every factor moves by
+    `moved` with `mat_i(A) mat_i(A)^T` and `mat_i(B) mat_i(B)^T`. Copies without a gradient stay.
+    """
+    a, b = h, v
+    for axis, x in q.items():
+        a, b = along(a, int(axis), x), _against(b, int(axis), x)
+    known = jnp.any(h != 0, axis=tuple(range(1, h.ndim)))
+    out = {}
+    for axis, x in q.items():
+        kind = FULL if x.ndim == 3 else "diagonal"
+        of_h, of_v = (statistic(side, int(axis), kind) for side in (a, b))
+        new = moved(x, of_h, of_v, rate)
+        # nothing is known of what has had no gradient, nor where the step is not finite
+        good = known & jnp.all(jnp.isfinite(new), axis=tuple(range(1, x.ndim)))
+        out[axis] = jnp.where(_beside(good, x), new, x)
+    return balanced(out)
+
+
+def fitted_groups(
+    groups: tuple[Group, ...],
+    factors: dict[str, Factors],
+    h: dict[str, jax.Array],
+    key: jax.Array,
+    now: dict[str, jax.Array],
+) -> dict[str, Factors]:
+    """All factors after one step, on random vectors of their own."""
+    out = {}
+    for number, group in enumerate(groups):
+        mine = h[group.name]
+        v = jax.random.normal(jax.random.fold_in(key, number), mine.shape, mine.dtype)
+        squares = jnp.mean(jnp.square(mine), tuple(range(1, mine.ndim)), keepdims=True)
+        damped = mine + now["damping"] * jnp.sqrt(squares) * v
+        out[group.name] = fitted(factors[group.name], damped, v, now["fit_rate"])
+    return out
+
+
+def moved(q: jax.Array, of_h: jax.Array, of_v: jax.Array, rate: jax.Array) -> jax.Array:
+    """`Q - rate / |S + T| triu(S - T) Q`, `S` and `T` the two terms, in the group of triangular
+    matrices; entry by entry for a diagonal.
+
+    The norm is at least the spectral norm: the largest sum of absolute values in a row. At a fixed
+    point of the mean step `S` and `T` are equal.
+
+    >>> print(moved(jnp.array([[2.0]]), jnp.array([[3.0]]), jnp.array([[1.0]]), jnp.float32(0.5)))
+    [[1.5]]
+    """
+    total = jnp.abs(of_h + of_v)
+    rows = total if q.ndim == 2 else jnp.sum(total, axis=-1)
+    bound = jnp.max(rows, axis=-1)
+    share = rate / jnp.where(bound > 0, bound, 1)
+    difference = of_h - of_v
+    if q.ndim == 2:
+        return q - share[:, None] * difference * q
+    product = jnp.matmul(jnp.triu(difference), q, precision=jax.lax.Precision.HIGHEST)
+    return q - share[:, None, None] * product
+
+
+def balanced(q: Factors) -> Factors:
+    """Factors of one size, the product as it was: rounding would fail where one is huge.
+
+    >>> q = balanced({"0": jnp.array([[4.0]]), "1": jnp.array([[1.0]])})
+    >>> print(q["0"], q["1"])
+    [[2.]] [[2.]]
+    """
+    sizes = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) for x in q.values()]
+    safe = [jnp.where(size > 0, size, 1) for size in sizes]
+    mean = jnp.exp(sum(jnp.log(size) for size in safe) / len(safe))
+    out = {}
+    for (axis, x), size in zip(q.items(), safe, strict=True):
+        out[axis] = x * _beside(mean / size, x)
+    return out
+
+
+def preconditioned(q: Factors, tensors: jax.Array) -> jax.Array:
+    """`P G` with `P` the Kronecker product of all `Q_i^T Q_i`."""
+    for axis, x in q.items():
+        tensors = along(along(tensors, int(axis), x), int(axis), x if x.ndim == 2 else x.mT)
+    return tensors
+
+
+def _against(v: jax.Array, axis: int, q: jax.Array) -> jax.Array:
+    """`v x_i Q_i^{-T}`; factors that are zero count as the identity."""
+    if q.ndim == 2:
+        shape = [q.shape[0], *[1] * (v.ndim - 1)]
+        shape[axis + 1] = q.shape[1]
+        return v / jnp.where(q != 0, q, 1).reshape(shape)
+    q = jnp.where(_unset(q), jnp.eye(q.shape[-1], dtype=q.dtype), q)
+    columns = jnp.moveaxis(v, axis + 1, 1)
+    flat = columns.reshape(*columns.shape[:2], -1)
+    solved = jax.scipy.linalg.solve_triangular(q, flat, trans=1, lower=False)
+    return jnp.moveaxis(solved.reshape(columns.shape), 1, axis + 1)
+
+
+def _unset(q: jax.Array) -> jax.Array:
+    """Which copies are zero, as an array beside them."""
+    return ~jnp.any(q != 0, axis=tuple(range(1, q.ndim)), keepdims=True)
+
+
+def _beside(numbers: jax.Array, q: jax.Array) -> jax.Array:
+    """A number for every copy, with the axes of a factor."""
+    return numbers.reshape(numbers.shape + (1,) * (q.ndim - 1))

@@ -1,0 +1,158 @@
+"""Methods that see all parameters at once: what goes in and out of their step.
+
+A gradient that is not finite leaves everything as it was and gives an update of zero, and so does a
+step that is not finite itself. What a method keeps is in float32 or wider.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import named_leaves, select, wide_dtype
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import Checked, check_real, start_checked
+from kfac_optax.engine.state import GradientCounts
+from kfac_optax.linalg.gram import replicated
+from kfac_optax.methods.gradient import gate
+from kfac_optax.step_rules._per_layer import within
+
+
+class TreeState(NamedTuple):
+    """State of a method that sees all parameters at once."""
+
+    counts: GradientCounts
+    held: Any  # what the method keeps
+    given: dict[str, Checked]  # hyperparameters, as far as they made sense
+
+
+class Step(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+      gradient: in the dtype of the state; all zero where it was not finite.
+      finite: whether it was.
+      held: what the method keeps.
+      now: hyperparameters by name, in the dtype of the state.
+      count: gradients used so far, without this one.
+      params: as `update` got them.
+      extra: the extra arguments of `update`.
+    """
+
+    gradient: PyTree
+    finite: jax.Array
+    held: Any
+    now: dict[str, jax.Array]
+    count: jax.Array
+    params: PyTree | None
+    extra: dict[str, Any]
+
+
+class Made(NamedTuple):
+    """What a step makes.
+
+    Attributes:
+      direction: a tree like the gradient.
+      held: what the method keeps.
+      usable: whether there is a direction; it is zero otherwise.
+      skipped: statistics that were not finite, and have no part in what is held.
+    """
+
+    direction: PyTree
+    held: Any
+    usable: Any = True
+    skipped: Any = 0
+
+
+class Rule(NamedTuple):
+    """A method.
+
+    Attributes:
+      where: its name, for errors.
+      hyper: hyperparameters by name.
+      start: `(params, dtype) -> held`.
+      step: `Step -> Made`.
+      guarded: whether what is held goes back to what it was where the step is not finite. A method
+        with large arrays sees to that itself, without a copy of them.
+    """
+
+    where: str
+    hyper: dict[str, ScalarOrSchedule]
+    start: Callable[[PyTree, Any], Any]
+    step: Callable[[Step], Made]
+    guarded: bool = True
+
+
+def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """The method as a transformation whose state is a `TreeState`."""
+
+    def init(params: PyTree) -> TreeState:
+        check_real(rule.where, named_leaves(params))
+        held = rule.start(params, wide_dtype(params))
+        return TreeState(gate.no_counts(), held, start_checked(**rule.hyper))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        if not jax.tree.leaves(updates):
+            return updates, state
+        check_real(rule.where, named_leaves(updates))
+        dtype, counts = wide_dtype(state.held), state.counts
+        gradient = jax.tree.map(lambda x: x.astype(dtype), updates)
+        finite = finite_as_one(gradient)
+        gradient = jax.tree.map(lambda x: jnp.where(finite, x, 0), gradient)
+        now, given = gate.checked_all(state.given, counts.gradient_count, **rule.hyper)
+        now = {name: jnp.asarray(value, dtype) for name, value in now.items()}
+        with jax.named_scope(rule.where):
+            made = rule.step(
+                Step(gradient, finite, state.held, now, counts.gradient_count, params, extra)
+            )
+        good = finite & finite_as_one(made.direction)
+        held = made.held
+        if rule.guarded:
+            good = good & finite_as_one(held)
+        good, shown = jax.lax.optimization_barrier((good, good & made.usable))
+        if rule.guarded:
+            held = select(good, held, state.held)
+        out = jax.tree.map(
+            lambda new, old: within(jnp.where(shown, new, 0), old.dtype), made.direction, updates
+        )
+        counts = gate.counted(counts, finite, good, made.skipped, 0)
+        return out, TreeState(counts, held, given)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def finite_as_one(tree: PyTree) -> jax.Array:
+    """Whether all floating entries are finite, asked of one vector behind a barrier.
+
+    A number that depends on all leaves of a deep net and changes each takes minutes to compile
+    where XLA is free to compute it anew for every leaf.
+    """
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    parts = [_in_one(x) for x in floats]
+    return jax.lax.optimization_barrier(jnp.all(jnp.isfinite(jnp.concatenate(parts))))
+
+
+def _in_one(x: jax.Array) -> jax.Array:
+    """The entries as a vector; one number in their place where they are on explicit mesh axes."""
+    if replicated(x) is None:
+        return x.ravel()
+    return jnp.where(jnp.all(jnp.isfinite(x)), 0, jnp.nan).astype(x.dtype)[None]
+
+
+def zeros(tree: PyTree, dtype: Any) -> PyTree:
+    """A tree of zeros in the dtype of the state, with arrays of its own, divided over devices as
+    the tree is.
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype), tree)
+
+
+def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean of an average that started at zero `t` steps ago, `moment / (1 - b^t)`.
+
+    >>> print(unbiased(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(2)))
+    1.0
+    """
+    share = 1 - b ** t.astype(b.dtype)
+    return moment / jnp.where(share > 0, share, 1)
