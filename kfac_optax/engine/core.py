@@ -132,7 +132,7 @@ def scale_by_curvature(
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
     blocks = tuple(map(block_of, layers))
-    # raises where a coupling wants first moments that a block does not measure
+    # one pass measures first moments or products: all that want either have to agree
     of_first_moments(layers.layers, blocks, coupling, where)  # for its check
     if coupling is not None:
         coupling.check(layers.layers, blocks)

@@ -22,7 +22,9 @@ from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
+# of KL-clip: in the metric of the batch, or in that of the blocks
 BOUNDS = ("exact", "damped")
+# of fine and coarse part: by a model, added up, or handed on
 BALANCES = ("model", "sum", "apart")
 
 
@@ -128,6 +130,7 @@ def kfac(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015).
     """
+    # both bounds are on rate times update
     if learning_rate is None and kl_clip is not None:
         raise ValueError(
             "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. "
@@ -136,6 +139,7 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    # a block that is given knows how positions are shared
     if block is not None:
         check_unused(
             "kfac",
@@ -144,6 +148,7 @@ def kfac(
             positions=(positions, None),
         )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
+    # weights between units; other kinds of layers have blocks of their own
     linear = kronecker_by(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
         linear if block is None else block,
@@ -153,6 +158,7 @@ def kfac(
         recurrence=recurrence,
         precision=precision,
     )
+    # U_i = (A_i (x) G_i + damping I)^{-1} V_i, and what a coupling adds
     preconditioner = scale_by_curvature(
         layers,
         block=block_of,
@@ -168,6 +174,7 @@ def kfac(
         factor_dtype=factor_dtype,
         placement=placement,
     )
+    # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T
     if bound == "exact" and kl_clip is not None and balance != "apart":
         assert learning_rate is not None
         make = functools.partial(
@@ -181,8 +188,10 @@ def kfac(
         # an injected one is known only in an update
         late = isinstance(momentum, jax.Array)
         return with_checked(make, momentum=momentum) if late else make(momentum=momentum)
+    # the coarse part as far as an exact model agrees
     if coupling is not None and balance == "model":
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
+    # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
 
 
@@ -250,13 +259,16 @@ def kfac_two_level(
         coarse_weight=coarse_weight,
         precision=precision,
     )
+    # Z^T (Z F Z^T + damping I)^{-1} Z V
     coupling = coarse_correction(damping=coarse_damping, **common)
+    # an average of statistics, in place of products with the curvature of the batch
     if correction == "additive":
         check_unused(
             "kfac_two_level",
             f"correction='additive', which keeps averages; it belongs to {MODES}",
             coarse_operator=(coarse_operator, "batch"),
         )
+    # deflated: fine and coarse part one after the other, not side by side
     if correction != "additive":
         coupling = deflated(
             correction, coarse_operator=coarse_operator, space=coarse_space, **common
@@ -267,6 +279,7 @@ def kfac_two_level(
             "sums each layer; expected coarse_space='sums', or correction= one of "
             f"{', '.join(map(repr, MODES))}."
         )
+    # V through blocks and coupling, then a bound as for `kfac`
     return kfac(layers, coupling=coupling, precision=precision, **options)
 
 
