@@ -29,6 +29,7 @@ from kfac_optax.methods.signature import flat_signature
 
 def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
     del curved
+    # theta <- theta - rate m, m of g + weight_decay theta
     return optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.sgd(rate, momentum=config.momentum),
@@ -51,6 +52,7 @@ def _gradient_only(preset: Callable[..., Any]) -> Build:
 
 
 @flat_signature(ko.b_kfac, without=("coupling",))
+# the correction over blocks that are followed online
 def _online_two_level(layers: Any, **options: Any) -> Any:
     return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
 
@@ -63,6 +65,7 @@ def _two_products(layers: Any, **options: Any) -> Any:
 def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
+        # U of both levels, then the rate and momentum of SGD
         tx = ko.kfac_two_level(
             curved.layers,
             learning_rate=rate,
@@ -80,6 +83,7 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
+        # T of the bound is the whole step, so the momentum behind it has to be known
         options = {
             **curved.options,
             "kl_clip": 1e-3,
@@ -101,6 +105,7 @@ OPTIMIZERS = {
     "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
     # every method of the catalogue by the name of its preset, and variants of some
     **{name: of_record(record) for name, record in ko.CATALOGUE.items()},
+    # the same preset, measured by a recursion
     "kfra": of_record(ko.CATALOGUE["kflr"])._replace(label="KFRA", estimator=recursion),
     "kpsvd_two": Optimizer("KPSVD, two terms", True, preset_before_sgd(_two_products)),
     "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
@@ -183,6 +188,7 @@ def make(
         ValueError: the name is unknown.
     """
     optimizer = data.select(OPTIMIZERS, name, "config.optimizers")
+    # what a schedule multiplies the rate with
     factor = schedules.rate_factor(config.get("schedule"), steps=steps)
 
     def scheduled(rate: Rate) -> Rate:
@@ -190,6 +196,7 @@ def make(
         # own.
         return rate if factor is None else lambda step: rate * factor(step)
 
+    # gradients alone: no layers and no curvature
     if not optimizer.curvature:
         return Method(
             lambda rate: optax.with_extra_args_support(
@@ -203,9 +210,11 @@ def make(
         logits, model_state = models.apply(model, params, model_state, x, train=True)
         return likelihood.distribution(logits), (logits, model_state)
 
+    # for methods that take the data's own losses
     def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits, _ = models.apply(model, params, model_state, x, train=True)
         of_terms = likelihood.nll(logits, y)
+        # [N, ...] to one loss for each example
         return of_terms.reshape(len(of_terms), -1).mean(1)
 
     subsample = config.get("subsample") or None
@@ -213,11 +222,13 @@ def make(
     # that of losses would need targets to find the same layers
     of_model = drawn_labels(predict, losses, subsample)
     finds_layers = of_model if optimizer.estimator is own_losses else estimator
+    # shapes alone are needed to find layers
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
     drawn = None
     if optimizer.sampled:  # the gradient that it is given is a mean over the batch
+        # the Fisher of a mean over N examples
         curved.options["examples"] = len(x)
     if optimizer.drawn:
         # without a weight decay the prior is that of variance one
@@ -226,6 +237,7 @@ def make(
         drawn = _drawn(layers, examples, decay)
     in_one_pass = None
     if curved.options.get("factored_gradient") and optimizer.estimator is drawn_labels:
+        # one pass for loss, gradient and curvature: rows of the gradient are those of the curvature
         in_one_pass = estimator.value_and_grad(
             lambda prediction, targets: prediction.mean_nll(targets)
         )
@@ -239,11 +251,13 @@ def make(
 
 
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
     if optimizer.low_rank:
         options |= config.low_rank.to_dict() if "low_rank" in config else {}
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
+    # damping and periods are their own affair
     own = config.adaptive.to_dict() if "adaptive" in config else {}
     return {k: options[k] for k in _STRUCTURE if k in options} | schedules.resolve(
         own, steps=steps, where="config.adaptive"
@@ -259,6 +273,7 @@ def _extra(
     decay = config.weight_decay if optimizer.adaptive else 0.0
 
     def objective(value: Any, params: Any) -> Any:
+        # f(theta) + (decay / 2) |theta|^2
         return value + decay / 2 * optax.tree.norm(params, squared=True) if decay else value
 
     def extra(
@@ -276,11 +291,13 @@ def _extra(
         **due: Any,
     ):
         del grad  # the transformation gets it with the weight decay
+        # what takes products needs curvature in every update, statistics or not
         always = optimizer.adaptive or optimizer.products or optimizer.every_step
         curvature = None
         if always or measure in (None, True):
             batch = (x, targets) if of_losses else (x,)
             curvature = estimator.at(params, model_state, *batch, key=key)
+        # the host's schedule says what is due
         given = {"curvature": curvature, "refresh": refresh, **due}
         if optimizer.adaptive or optimizer.products:
             given["measure"] = measure
@@ -307,6 +324,7 @@ def _drawn(layers: Any, examples: int, decay: float) -> Callable[[Any, Any, jax.
 
 
 def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:
+    # what the presets do by default, where the configuration says nothing
     options = dict(curved.options)
     if optimizer.adaptive:
         defaults = inspect.signature(ko.kfac_adaptive).parameters

@@ -32,6 +32,7 @@ from kfac_optax.experiments import (
 from kfac_optax.experiments.pinn import METHODS, History
 from kfac_optax.experiments.results import write_json
 
+# the colours of the other figures
 _STYLES = {
     "adam": plots.STYLES["adam"],
     "lbfgs": plots.STYLES["muon"],
@@ -64,12 +65,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Raises a `ValueError` for settings that no comparison can be made of."""
     for name in ("seeds", "inside_points", "boundary_points", "test_points", "report_every"):
         if not config[name] > 0:
+            # everything is checked before anything is trained
             raise ValueError(f"config.{name}: got {config[name]}, expected a positive number")
     data.select(equations.EQUATIONS, config.equation, "config.equation")
     for name, rates in config.grid.items():
         method = data.select(METHODS, name, "config.grid")
         if any(rate <= 0 for rate in rates):
             raise ValueError(f"config.grid.{name}: got {rates}, expected positive learning rates")
+        # rows are at the ends of equal stretches
         if rates and config.steps[name] % config.report_every:
             raise ValueError(
                 f"config.steps.{name}: got {config.steps[name]}, expected a multiple of "
@@ -81,6 +84,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"many boundary_points ({config.boundary_points}) as inside_points "
                 f"({config.inside_points}), or (), which leaves the optimizer out"
             )
+    # an empty tuple leaves an optimizer out
     if not any(config.grid.values()):
         raise ValueError("config.grid: got no rates, expected some for at least one optimizer")
 
@@ -102,6 +106,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
         ValueError: the settings make no comparison.
     """
     validate(config)
+    # a bar in steps, since runs are of different lengths
     jobs, began = jobs_of(config), time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     progress = Progress(
@@ -110,6 +115,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
     total = sum(config.steps[job.name] for job in jobs)
     bar = progress.add_task("compiling", total=total)
     runs: dict[tuple[str, float], list[History]] = {}
+    # second derivatives of the network lose digits in single precision
     with progress, jax.enable_x64(config.float64):
         for done, (job, run) in enumerate(
             _train(config, jobs, lambda steps: progress.update(bar, advance=steps)), start=1
@@ -117,6 +123,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
             group = runs.setdefault((job.name, job.rate), [])
             group.append(run)
             progress.update(bar, description=METHODS[job.name].label)
+            # a line for all seeds of a rate
             if not console.is_terminal and job.seed == config.seeds - 1:
                 left = (time.perf_counter() - began) / done * (len(jobs) - done)
                 _say(console, config, job, group, left)
@@ -128,6 +135,7 @@ def _train(
 ) -> Iterator[tuple[Job, History]]:
     trainers: dict[str, pinn.Trainer] = {}
     for job in jobs:
+        # one program for all rates and seeds of an optimizer
         if job.name not in trainers:
             trainers = {job.name: pinn.prepare(config, job.name)}  # the others are done
         yield job, pinn.train(config, job.name, trainers[job.name], job.rate, job.seed, tick)
@@ -157,6 +165,7 @@ def at(run: History, *, steps: float = np.inf, seconds: float = np.inf) -> float
     >>> at(run, steps=1), at(run, seconds=1.5), at(run)
     (2.0, 2.0, 1.0)
     """
+    # the last row within both limits
     error = run.error[(run.steps <= steps) & (run.seconds <= seconds)][-1]
     return float(error) if np.isfinite(error) else np.inf
 
@@ -167,6 +176,7 @@ def median_worst(errors: Sequence[float]) -> str:
     >>> median_worst([1e-3, 2e-3, 0.5]), median_worst([1.0, np.inf, np.inf])
     ('2.0e-03 / 5.0e-01', 'diverged')
     """
+    # a run that is not finite is worse than any
     values = np.where(np.isfinite(errors), errors, np.inf)
     words = ["diverged" if x == np.inf else f"{x:.1e}" for x in (np.median(values), values.max())]
     return words[0] if words[0] == "diverged" else " / ".join(words)
@@ -174,6 +184,7 @@ def median_worst(errors: Sequence[float]) -> str:
 
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the lowest median error in the end."""
+    # the median of seeds, which one bad seed does not decide
     return results.best_rates(
         {key: float(np.median([at(run) for run in group])) for key, group in runs.items()}
     )
@@ -183,6 +194,7 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
     """Prints the table; writes curves.csv, summary.json and errors.png."""
     out.mkdir(parents=True, exist_ok=True)
     _write_curves(out / "curves.csv", runs)
+    # settings beside results, so that a file explains itself
     settings = {k: v for k, v in config.to_dict().items() if k != "out"}
     device = jax.devices()[0].device_kind
     about = {"settings": settings, "device": device, "jax": jax.__version__}
@@ -194,6 +206,7 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
 
 def common(runs: Runs) -> tuple[float, float]:
     """Steps and seconds that all runs at their best rates have reached."""
+    # where the first of them ends
     kept = [run for key in best_rates(runs).items() for run in runs[key]]
     return min(run.steps[-1] for run in kept), min(run.seconds[-1] for run in kept)
 
@@ -218,12 +231,14 @@ def table(config: ml_collections.ConfigDict, runs: Runs) -> Table:
     )
     for name, rate in best_rates(runs).items():
         group, rates = runs[name, rate], config.grid[name]
+        # a better rate may lie beyond the edge
         edge = "*" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         cells = [
             median_worst([at(run, steps=steps) for run in group]),
             median_worst([at(run, seconds=seconds) for run in group]),
             median_worst([at(run) for run in group]),
         ]
+        # of whole runs, where that of steps is of the fastest stretch
         taken = np.mean([run.seconds[-1] for run in group])
         rate_cell = f"{rate:g}{edge}" if METHODS[name].tuned else "own"
         made.add_row(
@@ -243,6 +258,7 @@ def draw(path: Path, config: ml_collections.ConfigDict, runs: Runs) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for name, rate in best_rates(runs).items():
         label = METHODS[name].label + _rate_words(name, rate)
+        # the same curves against both
         _curves(left, name, label, runs[name, rate], lambda run: run.steps)
         _curves(right, name, label, runs[name, rate], lambda run: run.seconds)
     left.set(ylabel="relative L2 error", xlabel="steps", xscale="log")
@@ -265,6 +281,7 @@ def _curves(
 ) -> None:
     color, dashes = _STYLES[name]
     for run in group:
+        # the first row is that before training, on no logarithmic axis
         axes.plot(x(run)[1:], run.error[1:], color=color, linewidth=0.6, alpha=0.5)
     middle = np.median([run.error for run in group], 0)
     mean_x = np.mean([x(run) for run in group], 0)
@@ -279,6 +296,7 @@ def _write_curves(path: Path, runs: Runs) -> None:
         for (name, rate), group in runs.items():
             for seed, run in enumerate(group):
                 for row in zip(*run, strict=True):
+                    # seven digits, as single precision has
                     writer.writerow((name, rate, seed, *(f"{x:.7g}" for x in row)))
 
 
@@ -289,6 +307,7 @@ def _summary(runs: Runs) -> list[dict[str, Any]]:
             "optimizer": name,
             "learning_rate": rate,
             "best": best[name] == rate,
+            # JSON knows no infinity
             "errors": [float(e) if np.isfinite(e := run.error[-1]) else None for run in group],
             "steps": int(group[0].steps[-1]),
             "seconds": [float(run.seconds[-1]) for run in group],

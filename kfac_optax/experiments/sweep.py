@@ -39,6 +39,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} "
             "training examples"
         )
+    # how test batches are normalised
     batch_statistics.check(config.get("evaluate_with") or "fresh")
     if not config.optimizers:
         raise ValueError("config.optimizers: got none, expected at least one")
@@ -47,6 +48,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in config.get("per_optimizer") or ():
         data.select(optimizers.OPTIMIZERS, name, "config.per_optimizer")
         settings.of(config, name)
+    # of the grid, and what single optimizers have instead
     for rate in (
         *config.grid,
         *(rate for name in config.optimizers for rate in _rates(config, name)),
@@ -67,6 +69,7 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
     that many here; `further` adds the others where one of these rates is the best.
     """
     names = dict.fromkeys(config.optimizers)
+    # the rate of the configuration first, so that a first table comes early
     rates = {name: _rates(config, name) for name in names}
     pairs = [(name, rates[name][0]) for name in names] + [
         (name, rate) for name in names for rate in rates[name][1:]
@@ -80,6 +83,7 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
 
 def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
     """The remaining seeds of every optimizer, at the rate that was best with the first ones."""
+    # best over the seeds that every rate has
     best = {name: results.best_rate(runs, name) for name in results.names(runs)}
     return [
         Job(name, rate, seed)
@@ -90,6 +94,7 @@ def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
 
 def _most_further(config: ml_collections.ConfigDict) -> int:
     """How many runs `further` can add: of every optimizer that has several rates."""
+    # a single rate needs no choice, hence no more runs
     several = [name for name in dict.fromkeys(config.optimizers) if len(_rates(config, name)) > 1]
     return len(several) * (
         config.seeds - min(config.get("tune_seeds") or config.seeds, config.seeds)
@@ -101,6 +106,7 @@ def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
 
 
 def _first_seeds(config: ml_collections.ConfigDict, name: str, rate: float) -> int:
+    # the rate that the configuration gives gets all seeds
     given = rate == _rates(config, name)[0]
     # With fewer seeds than that, every rate has all of them: `--config.seeds=1` needs no second
     # flag.
@@ -123,11 +129,13 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
         Stopped: another sweep is using the directory, it cannot be written to, or runs failed.
     """
     validate(config)
+    # one process at a time writes into a folder
     with folder.claimed(out):
         return _sweep(config, out, console)
 
 
 def _sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
+    # first a few seeds at every rate, then all of them at the best ones
     runs = _make(config, out, plan(config), console, later=_most_further(config))
     if jobs := further(config, runs):
         console.print("the best rate of each, with the remaining seeds", highlight=False)
@@ -143,12 +151,14 @@ def _make(
     console: Console,
     later: int = 0,
 ) -> dict[tuple[str, float], list[Run]]:
+    # what is on disk with the same settings is not made again
     pending = [job for job in jobs if _stored(config, out, job) is None]
     console.print(f"{config.name}: {len(jobs)} runs, {len(jobs) - len(pending)} done earlier")
     if pending:
         _train(config, out, pending, console, later)
     runs: dict[tuple[str, float], list[Run]] = {}
     for job in jobs:
+        # read from disk also where it was made just now: a report sees what files say
         finished = _stored(config, out, job)
         assert finished is not None, (
             f"{job.name} is not on disk although its training came to an end"
@@ -172,6 +182,7 @@ def _train(
     console: Console,
     later: int = 0,
 ) -> None:
+    # on a terminal; a log gets lines instead
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -185,6 +196,7 @@ def _train(
     )
     bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
     done = []
+    # epochs that are over, and when a log was last told
     finished, said = 0.0, time.monotonic()
     pace, total = estimate.Pace(), len(jobs) * config.epochs
     kinds = len({job.optimizer for job in jobs})
@@ -209,6 +221,7 @@ def _train(
 
     def receive(event: workers.Event) -> None:
         nonlocal finished, said, pace
+        # an estimate needs one epoch
         first = not left()
         progress.update(bar, advance=event.epochs, description="training")
         finished += event.epochs
@@ -221,6 +234,7 @@ def _train(
                 f"{afterwards()}",
                 highlight=False,
             )
+        # a log that is silent looks as if the run had stopped
         if not console.is_terminal and time.monotonic() - said >= _SILENCE:
             console.print(f"{finished:.1f} of {total} epochs, {left()} left", highlight=False)
             said = time.monotonic()
@@ -231,5 +245,6 @@ def _train(
                 console.print(line, markup=False, highlight=False)
                 said = time.monotonic()
 
+    # workers call back in this process
     with progress:
         workers.train_all(config, out, jobs, receive)

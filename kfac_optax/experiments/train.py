@@ -84,11 +84,14 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
         ValueError: a name is unknown, a batch is larger than the training set, or a label too large
           for the model.
     """
+    # what the configuration says of this optimizer alone goes first
     config = settings.of(config, name)
     dataset, key = start(config, seed=0)
+    # shapes are those of every seed
     problem = steps.problem(config, name, dataset)
     examples, tests = len(dataset.train_x), len(dataset.test_x)
 
+    # an array: one compiled program serves all rates
     rate = jnp.float32(config.learning_rate)
     init = jax.jit(functools.partial(steps.init, problem))
     shuffle = jax.jit(lambda key: steps.shuffle(problem, key, examples))
@@ -103,11 +106,13 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     # The first call allocates; the epochs of a run are timed without that.
     jax.block_until_ready(train(*arguments, 0, 1))
 
+    # all test examples at once, or in batches
     evaluate = _evaluation(problem, min(config.get("evaluation_batch") or tests, tests))
     choice = config.get("evaluate_with") or "fresh"
     batch_statistics.check(choice)
     if choice == "fresh" and batch_statistics.COLLECTION in state.model_state:
         evaluate = _with_fresh_statistics(problem, evaluate)
+    # an epoch is one call, or as many as keep a single one short
     per_call = min(config.get("steps_per_call") or problem.steps, problem.steps)
     metrics = ErrorMetrics if problem.likelihood.error else Metrics
     return Trainer(init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds)
@@ -117,6 +122,7 @@ def _in_compiled_loop(
     problem: steps.Problem, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[State, jax.Array]]:
     # State and reports in place: the state of a preconditioner can be far larger than the model.
+    # from 0 to 0: bounds are arrays, so any part of an epoch will do
     train = jax.jit(functools.partial(steps.train_many, problem), donate_argnums=(1, 2))
     return train.lower(*arguments, 0, 0).compile()
 
@@ -125,6 +131,7 @@ def _in_python(
     problem: steps.Problem, arguments: tuple[Any, ...], *, count: int
 ) -> Callable[..., tuple[State, jax.Array]]:
     # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU
+    # periods on the host, known before a step runs
     # (jax-ml/jax#12868): one step a call, and what is due is decided here.
     schedule = problem.method.due
 
@@ -135,12 +142,14 @@ def _in_python(
         step = functools.partial(steps.train_one, problem, **due)
         return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, 0).compile()
 
+    # every kind of step that the run will ask for
     kinds = {tuple(due(step).items()) for step in range(1 if schedule is None else count)}
     made = {kind: compiled(**dict(kind)) for kind in kinds}
 
     def train(
         rate: Any, state: Any, reports: Any, dataset: Any, epoch: Any, begin: int, end: int
     ) -> Any:
+        # a restored run goes on in the middle of its periods
         first = 0 if schedule is None else int(optax.tree.get(state.opt_state, "kfac_count"))
         for i in range(begin, end):
             state, reports = made[tuple(due(first + i - begin).items())](
@@ -154,6 +163,7 @@ def _in_python(
 def _evaluation(problem: steps.Problem, size: int) -> Callable[..., np.ndarray]:
     report = jax.jit(functools.partial(steps.evaluate, problem), static_argnames="size")
 
+    # weighted by the number of examples, as a last batch is smaller
     def evaluate(params: Any, model_state: Any, dataset: data.Dataset) -> np.ndarray:
         examples = len(dataset.test_x)
         if size == examples:
@@ -185,6 +195,7 @@ def _with_fresh_statistics(
         batches = [dataset.train_x[i * size : (i + 1) * size] for i in range(count)]
         runs = [functools.partial(after, params, model_state, x) for x in batches]
         old = model_state[name]
+        # how fast the running averages move, seen from one batch
         m = batch_statistics.momentum(runs[0], old)
         found = batch_statistics.mean_over(runs, old, m)
         return evaluate(params, {**model_state, name: found}, dataset)
@@ -194,6 +205,7 @@ def _with_fresh_statistics(
 
 def start(config: ml_collections.ConfigDict, *, seed: int) -> tuple[data.Dataset, jax.Array]:
     """Data set and random key of one seed: the same for every optimizer and learning rate."""
+    # data and training draw from keys of their own
     data_key, key = jax.random.split(jax.random.key(seed))
     return data.load(config.data, data_key), key
 
@@ -231,6 +243,7 @@ def run(
     epochs, reported = _steps_reported(rows, trainer)
     if epochs or done.step:
         progress(epochs + done.step / trainer.steps)
+    # rows of a run that goes on are handed out once more
     yield from rows
     jax.block_until_ready((state, dataset))
     step, seconds = done.step, done.seconds
@@ -238,17 +251,20 @@ def run(
         # again for the rest of an epoch: the key stays until its end
         drawn = trainer.shuffle(state.key)
         while step < trainer.steps:
+            # a call ends at a row, or when it has lasted for so many steps
             end = _call_end(trainer, config, step)
             began = time.perf_counter()
             state, reports = jax.block_until_ready(
                 trainer.train(rate_array, state, reports, dataset, drawn, step, end)
             )
+            # evaluation and files do not count
             seconds += time.perf_counter() - began
             progress((end - step) / trainer.steps)
             step = end
             if not _reports(trainer, config, step):
                 _keep(store, Position(rows, step, seconds), state, reports)
                 continue
+            # mean over the mini-batches since the row before
             loss, score = map(float, _mean(reports, reported, step))
             state = state._replace(key=drawn.next_key) if step == trainer.steps else state
             row = trainer.metrics(
@@ -273,6 +289,7 @@ def _begin(
 ) -> tuple[Position, State, jax.Array]:
     """Where a run begins: at its first state, or at what the store has of it."""
     reports = jnp.zeros((trainer.steps, 2))
+    # a state of the same structure says how to read what is there
     found = None if store is None else store.read((state, reports))
     if found is None:
         return Position(), state, reports
@@ -282,6 +299,7 @@ def _begin(
 
 def _steps_reported(rows: Sequence[Any], trainer: Trainer) -> tuple[int, int]:
     """Whole epochs, and steps of the next one, that the rows cover."""
+    # epoch is a whole number of steps up to rounding
     return divmod(round(rows[-1].epoch * trainer.steps) if rows else 0, trainer.steps)
 
 
@@ -302,6 +320,7 @@ def _over(config: ml_collections.ConfigDict, rows: Sequence[Any], row: Any) -> b
         sum(one.seconds for one in (*rows, row)),
         config.get("budget_seconds") or math.inf,
     )
+    # a loss that is not finite cannot get better
     return not math.isfinite(row.train_loss) or row.epoch >= config.epochs or spent >= budget
 
 
@@ -316,6 +335,7 @@ def _evaluated(
 ) -> Any:
     """The row with its test columns: those of the row before where it is not its turn to evaluate."""
     every = config.get("evaluate_every") or math.inf
+    # a last row, and the last one of every epoch, is always evaluated
     if over or row.epoch == round(row.epoch) or len(rows) % every == 0:
         test = map(float, trainer.evaluate(state.params, state.model_state, dataset))
     else:
@@ -323,6 +343,7 @@ def _evaluated(
     return type(row)(*row[:3], *test, row.seconds)
 
 
+# after a row, or between rows: the position tells
 def _keep(store: Store | None, position: Position, state: State, reports: jax.Array) -> None:
     if store is not None and store.due(position):
         store.write(position, (state, reports))
