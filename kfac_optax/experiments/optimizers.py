@@ -52,8 +52,8 @@ def _gradient_only(preset: Callable[..., Any]) -> Build:
 
 
 @flat_signature(ko.b_kfac, without=("coupling",))
-# the correction over blocks that are followed online
 def _online_two_level(layers: Any, **options: Any) -> Any:
+    # the correction over blocks that are followed online
     return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
 
 

@@ -99,8 +99,8 @@ def _start() -> tuple[Any, jax.Array, jax.Array]:
     return params, x, y
 
 
-# short periods: every branch is taken often
 def _over_sgd(preset: Callable[..., Any], **settings: Any) -> Callable[[ko.Layers], Any]:
+    # short periods: every branch is taken often
     periods = {"curvature_every": 2, "inverse_every": 10} | settings
 
     def make(layers: ko.Layers) -> Any:

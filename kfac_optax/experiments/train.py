@@ -343,7 +343,7 @@ def _evaluated(
     return type(row)(*row[:3], *test, row.seconds)
 
 
-# after a row, or between rows: the position tells
 def _keep(store: Store | None, position: Position, state: State, reports: jax.Array) -> None:
+    # after a row, or between rows: the position tells
     if store is not None and store.due(position):
         store.write(position, (state, reports))
