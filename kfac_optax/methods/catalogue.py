@@ -36,6 +36,7 @@ from kfac_optax.methods.kfac import (
     tekfac,
     thor,
     tkfac,
+    two_level,
     unitwise,
 )
 from kfac_optax.methods.record import Method, collect
@@ -44,6 +45,7 @@ from kfac_optax.methods.sample_space import smw, spring
 CATALOGUE: dict[str, Method] = collect(
     # K-FAC itself and what keeps its blocks
     fixed.RECORDS,
+    two_level.RECORDS,
     ekfac.RECORDS,
     tkfac.RECORDS,
     tekfac.RECORDS,

@@ -9,7 +9,8 @@ from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.engine.schedule import ADAPTIVE_CURVATURE_EVERY, ADAPTIVE_INVERSE_EVERY
-from kfac_optax.methods.kfac.fixed import coarse_numbers, kfac
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.kfac.two_level import coarse_numbers
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.damping import adapt_damping
