@@ -177,7 +177,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def score(runs: Runs) -> str:
     """What the runs are scored by besides the loss: `accuracy` or `error`."""
-    # columns of all runs are the same
     history = next(iter(runs.values()))[0].history
     return "accuracy" if "train_accuracy" in history else "error"
 
@@ -202,7 +201,6 @@ def base_runs(config: ml_collections.ConfigDict, runs: Runs) -> Runs:
 
 def best_runs(runs: Runs) -> Runs:
     """The runs of every optimizer at its best rate."""
-    # of every optimizer one rate
     return {key: runs[key] for key in ((name, best_rate(runs, name)) for name in names(runs))}
 
 
