@@ -107,18 +107,7 @@ def make(
             lambda *_, **__: {},
         )
 
-    def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
-        # In train mode, as the gradient sees the model.
-        logits, model_state = models.apply(model, params, model_state, x, train=True)
-        return likelihood.distribution(logits), (logits, model_state)
-
-    # for methods that take the data's own losses
-    def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = models.apply(model, params, model_state, x, train=True)
-        of_terms = likelihood.nll(logits, y)
-        # [N, ...] to one loss for each example
-        return of_terms.reshape(len(of_terms), -1).mean(1)
-
+    predict, losses = _measured(model, likelihood)
     subsample = config.get("subsample") or None
     estimator = optimizer.estimator(predict, losses, subsample)
     # that of losses would need targets to find the same layers
@@ -129,8 +118,8 @@ def make(
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
     drawn = None
-    if optimizer.sampled:  # the gradient that it is given is a mean over the batch
-        # the Fisher of a mean over N examples
+    if optimizer.sampled:
+        # the gradient that it is given is a mean over the batch
         curved.options["examples"] = len(x)
     if optimizer.drawn:
         # without a weight decay the prior is that of variance one
@@ -150,6 +139,25 @@ def make(
         in_one_pass,
         drawn,
     )
+
+
+def _measured(
+    model: nn.Module, likelihood: Likelihood
+) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+    """What estimators measure: the prediction of a model, and the losses `[N]` of the data."""
+
+    def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
+        # In train mode, as the gradient sees the model.
+        logits, model_state = models.apply(model, params, model_state, x, train=True)
+        return likelihood.distribution(logits), (logits, model_state)
+
+    def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = models.apply(model, params, model_state, x, train=True)
+        of_terms = likelihood.nll(logits, y)
+        # [N, ...] to one loss for each example
+        return of_terms.reshape(len(of_terms), -1).mean(1)
+
+    return predict, losses
 
 
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:

@@ -182,8 +182,78 @@ def _train(
     console: Console,
     later: int = 0,
 ) -> None:
+    display = _Display(config, jobs, console, later)
+    # workers call back in this process
+    with display.progress:
+        workers.train_all(config, out, jobs, display.receive)
+
+
+class _Display:
+    """What a terminal or a log is told while runs are made; `later` runs may come after them."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, jobs: Sequence[Job], console: Console, later: int
+    ):
+        self.config, self.jobs, self.console, self.later = config, jobs, console, later
+        self.total = len(jobs) * config.epochs
+        self.kinds = len({job.optimizer for job in jobs})
+        self.progress = _bar(console)
+        self.task = self.progress.add_task("compiling", total=self.total)
+        self.pace = estimate.Pace()
+        # epochs and runs that are over, and when a log was last told
+        self.finished, self.done, self.said = 0.0, 0, time.monotonic()
+
+    def receive(self, event: workers.Event) -> None:
+        """Takes notice of an event, and says what is new."""
+        # an estimate needs one epoch
+        first = not self._left()
+        self.progress.update(self.task, advance=event.epochs, description="training")
+        self.finished += event.epochs
+        self.pace = estimate.observe(
+            self.pace,
+            epochs=event.epochs,
+            seconds=event.seconds,
+            preparation=event.preparation,
+        )
+        if first and self._left():
+            many = _count(self.config.workers, "worker")
+            plan = f"{_count(len(self.jobs))}, {self._left()} on {many}{self._afterwards()}"
+            self.console.print(plan, highlight=False)
+        # a log that is silent looks as if the run had stopped
+        if time.monotonic() - self.said >= _SILENCE:
+            self._log(f"{self.finished:.1f} of {self.total} epochs, {self._left()} left")
+        if event.job is not None:
+            self.done += 1
+            self._log(f"[{self.done}/{len(self.jobs)}] {event.job.name}: {event.outcome}")
+
+    def _log(self, line: str) -> None:
+        """A line of a log; a terminal has the bar."""
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False)
+            self.said = time.monotonic()
+
+    def _left(self) -> str:
+        """How long these runs will take, nothing before it is known."""
+        seconds = self._seconds(self.total - self.finished, self.kinds)
+        return "" if seconds is None else f"about {estimate.words(seconds)}"
+
+    def _afterwards(self) -> str:
+        """What may come after these runs, each optimizer compiled once more."""
+        seconds = self._seconds(self.later * self.config.epochs, self.kinds + self.pace.prepared)
+        if not self.later or seconds is None:
+            return ""
+        words = estimate.words(seconds)
+        return f"; then up to {self.later} at the best rates, about {words} more"
+
+    def _seconds(self, epochs: float, optimizers: int) -> float | None:
+        return estimate.left(
+            self.pace, epochs=epochs, optimizers=optimizers, workers=self.config.workers
+        )
+
+
+def _bar(console: Console) -> Progress:
     # on a terminal; a log gets lines instead
-    progress = Progress(
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.1f}/{task.total:.0f}"),
@@ -194,57 +264,3 @@ def _train(
         console=console,
         disable=not console.is_terminal,
     )
-    bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
-    done = []
-    # epochs that are over, and when a log was last told
-    finished, said = 0.0, time.monotonic()
-    pace, total = estimate.Pace(), len(jobs) * config.epochs
-    kinds = len({job.optimizer for job in jobs})
-
-    def left() -> str:
-        seconds = estimate.left(
-            pace, epochs=total - finished, optimizers=kinds, workers=config.workers
-        )
-        return "" if seconds is None else f"about {estimate.words(seconds)}"
-
-    def afterwards() -> str:
-        """What may come after these runs, each optimizer compiled once more."""
-        seconds = estimate.left(
-            pace,
-            epochs=later * config.epochs,
-            optimizers=kinds + pace.prepared,
-            workers=config.workers,
-        )
-        if not later or seconds is None:
-            return ""
-        return f"; then up to {later} at the best rates, about {estimate.words(seconds)} more"
-
-    def receive(event: workers.Event) -> None:
-        nonlocal finished, said, pace
-        # an estimate needs one epoch
-        first = not left()
-        progress.update(bar, advance=event.epochs, description="training")
-        finished += event.epochs
-        pace = estimate.observe(
-            pace, epochs=event.epochs, seconds=event.seconds, preparation=event.preparation
-        )
-        if first and left():
-            console.print(
-                f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}"
-                f"{afterwards()}",
-                highlight=False,
-            )
-        # a log that is silent looks as if the run had stopped
-        if not console.is_terminal and time.monotonic() - said >= _SILENCE:
-            console.print(f"{finished:.1f} of {total} epochs, {left()} left", highlight=False)
-            said = time.monotonic()
-        if event.job is not None:
-            done.append(event.job)
-            if not console.is_terminal:
-                line = f"[{len(done)}/{len(jobs)}] {event.job.name}: {event.outcome}"
-                console.print(line, markup=False, highlight=False)
-                said = time.monotonic()
-
-    # workers call back in this process
-    with progress:
-        workers.train_all(config, out, jobs, receive)
