@@ -92,7 +92,7 @@ from kfac_optax.methods.gradient.vogn import vogn
 from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
 from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
-from kfac_optax.methods.kfac.fixed import kfac, kfac_two_level
+from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.kfac.foof import foof
 from kfac_optax.methods.kfac.hylo import hylo
 from kfac_optax.methods.kfac.ingd import ingd
@@ -116,6 +116,7 @@ from kfac_optax.methods.kfac.skfac import skfac
 from kfac_optax.methods.kfac.tekfac import tekfac
 from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.kfac.tkfac import tkfac
+from kfac_optax.methods.kfac.two_level import kfac_two_level
 from kfac_optax.methods.kfac.unitwise import quasi_diagonal, unitwise_natural
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw

@@ -60,6 +60,7 @@ def _geometry(layer: "Layer") -> tuple[str, ...]:
     groups = (layer.groups,) if layer.groups > 1 else ()
     shape = _shape(*layer.stack, *groups, layer.inputs, layer.outputs)
     bias = "no" if layer.bias is None else "yes"
+    # a model that is one layer has no path
     return layer.path or "(root)", layer.kind, shape, bias, str(layer.uses)
 
 
@@ -91,6 +92,7 @@ def _shape(*sizes: int) -> str:
 
 def columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of text under a header, every column as wide as its longest cell."""
+    # widths go by column, lines by row
     table = [header, *rows]
     by_column = zip(*table, strict=True)
     widths = [max(map(len, column)) for column in by_column]
@@ -102,4 +104,5 @@ def columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _line(row: tuple[str, ...], widths: Sequence[int]) -> str:
     cells = zip(row, widths, strict=True)
     padded = [cell.ljust(width) for cell, width in cells]
+    # the last column needs no filling
     return "  ".join(padded).rstrip()

@@ -34,6 +34,7 @@ def check_number(
     """Checks a hyperparameter that is a plain number; traced values and schedules are taken as they
     are.
     """
+    # known only in an update, where `checked` looks at it
     if callable(value) or isinstance(value, jax.Array):
         return
     if not _concrete(value):
@@ -121,6 +122,7 @@ def check_legal(where: str, name: str, value: ScalarOrSchedule | None) -> None:
     others.
     """
     legal = LEGAL[name]
+    # of schedules and traced numbers `checked` holds the same bounds
     check_number(
         where, name, value, above=legal.above, at_least=legal.at_least, at_most=legal.at_most
     )
@@ -134,6 +136,7 @@ def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
     """
     memory: dict[str, Checked] = {}
     for name, value in values.items():
+        # in use until it has been legal once
         good = jnp.full((), LEGAL[name].default, jnp.float32)
         if value is not None:
             now = jnp.asarray(resolve(value, jnp.zeros((), jnp.int32)), jnp.float32)
@@ -158,10 +161,12 @@ def checked(
     """
     key = f"given_{name}"
     before = memory[key]
+    # a plain number was checked at construction
     if _concrete(value):
         return value, memory  # type: ignore[return-value]
     value = jnp.asarray(resolve(value, count))
     good = _is_legal(name, value)
+    # what is out of range changes neither the value in use nor what is remembered
     used = jnp.where(good, value, before.last_good.astype(value.dtype))
     last = jnp.where(good, value.astype(jnp.float32), before.last_good)
     after = Checked(last, before.ignored_values + (~good).astype(jnp.int32))
@@ -170,6 +175,7 @@ def checked(
 
 def _is_legal(name: str, value: jax.Array) -> jax.Array:
     legal = LEGAL[name]
+    # NaN is in no range
     good = jnp.isfinite(value)
     if legal.above is not None:
         good = good & (value > legal.above)
@@ -220,6 +226,7 @@ def check_unused(where: str, beside: str, **words: tuple[Any, Any]) -> None:
     ValueError: kfac: got sharing='reduce', which has no effect beside block=; expected 'expand', the default.
     """
     for name, (value, default) in words.items():
+        # identity first: an array does not compare to one truth value
         if value is not default and value != default:
             raise ValueError(
                 f"{where}: got {name}={value!r}, which has no effect beside {beside}; "
@@ -247,6 +254,7 @@ def check_subsample(where: str, name: str, value: Any) -> None:
     if value is None or callable(value):
         return
     if isinstance(value, numbers.Integral):
+        # True is an integer too, but no number of examples
         if not isinstance(value, bool) and int(value) >= 2:
             return
     elif isinstance(value, numbers.Real) and 0 < float(value) <= 1:

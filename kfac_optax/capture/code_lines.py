@@ -23,6 +23,7 @@ def line_of(eqn: Any) -> str:
     frames = () if traceback is None else traceback.frames
     outside = [x for x in frames if not x.file_name.startswith(_INSIDE)]
     own = [x for x in outside if _INSTALLED not in x.file_name]
+    # the user's own line, or that of an installed library
     for frame in (*own, *outside):
         return f"{_shortened(frame.file_name)}:{frame.line_num}"
     return ""

@@ -72,6 +72,7 @@ class _Rewriting:
             self._equation(eqn)
         if not self.changed:
             return self.jaxpr
+        # values of calls that are written out have other names
         outs = list(map(self._named, self.jaxpr.outvars))
         return self.jaxpr.replace(eqns=self.equations, outvars=outs)
 
@@ -82,6 +83,7 @@ class _Rewriting:
         return None if isinstance(v, jex.Literal) else table.get(v)
 
     def _equation(self, eqn: Any) -> None:
+        # what calls handed out is now written by the equations inside them
         eqn = eqn.replace(invars=list(map(self._named, eqn.invars))) if self.names else eqn
         body = call_body(eqn)
         if body is not None and self._inlines(eqn, body):
@@ -133,6 +135,7 @@ class _Rewriting:
         closed, constants, carried = scan_body(eqn)
         given = scan_views(eqn, views)
         first = constants + carried
+        # an earlier step may have written data into a carry
         carry = [any(data) and not keep for keep in given.kept]  # an earlier step may have written
         carry = [a or b for a, b in zip(carry, data[constants:first], strict=True)]
         inside = [*data[:constants], *carry, *data[first:]]
@@ -141,6 +144,7 @@ class _Rewriting:
 
     def _is_kernel(self, v: Any) -> bool:
         """Whether a value is made of parameters, and of parameters only, but is none."""
+        # a parameter seen through casts and transposes is a layer's kernel already
         view = self._look(self.views, v)
         is_parameter = view is not None and view.complete
         return bool(self.made.get(v)) and not self.data.get(v) and not is_parameter
@@ -148,6 +152,7 @@ class _Rewriting:
     def _taken_apart(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
         """What computes a product of data and a kernel; `None` where it stays as it is."""
         # a placement of the output is that of one product
+        # integers and flags are linear in nothing
         if eqn.params.get("out_sharding") is not None or not all(map(is_real, eqn.invars)):
             return None
         for side in (0, 1):
@@ -156,9 +161,11 @@ class _Rewriting:
                 continue
             # every value that turns out not to come apart is tried as a whole
             self.whole = set()
+            # fewer values are taken apart every time, so this ends
             while True:
                 operands: list[Any] = []
                 kernel = self._expression(v, operands)
+                # one value, or no parameter in it: there is nothing to take apart
                 if isinstance(kernel, Leaf) or not any(map(self._is_parameter, operands)):
                     break
                 function = functools.partial(_product_of, eqn, side, kernel)
@@ -171,7 +178,9 @@ class _Rewriting:
 
     def _beside_data(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
         """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
+        # without data beside it there is nobody's example axis to take over
         rows = [v for v, moves in zip(eqn.invars, data, strict=True) if moves and is_real(v)]
+        # a token, or a position, that all examples share
         tokens = [v for v in eqn.invars if rows and self._is_repeated(v)]
         new: dict[Any, Any] = {}
         equations: list[Any] = []
@@ -189,6 +198,7 @@ class _Rewriting:
         if view is None or not view.complete or not is_real(v):
             return False
         axes = zip(view.axes, v.aval.shape, strict=True)
+        # an axis that no axis of the parameter is, of more than one row
         return any(axis is None and n > 1 for axis, n in axes)
 
     def _is_parameter(self, v: Any) -> bool:
@@ -201,6 +211,7 @@ class _Rewriting:
         if eqn is not None and not self._is_parameter(v) and v not in self.whole:
             made = self._node(eqn, operands, dtype)
             if made is not None:
+                # a value as it is: a parameter, or what does not come apart
                 return made
         operands.append(v)
         return Leaf(len(operands) - 1, dtype)
@@ -209,13 +220,16 @@ class _Rewriting:
         p, name, given = eqn.params, eqn.primitive.name, eqn.invars
         shapes = [v.aval.shape for v in given]
         of = functools.partial(self._expression, operands=operands, dtype=dtype)
+        # shapes that are broadcast would be another product
         if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
             return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
         # rounding to integers is no cast that passes a sum on
         if name == "convert_element_type" and is_real(given[0]) and is_real(eqn.outvars[0]):
+            # (the cast of M) x = the cast of (M x), up to rounding
             return self._expression(given[0], operands, dtype or eqn.outvars[0].aval.dtype)
         if name == "neg":
             return Negative(of(given[0]))
+        # one side is a scalar, for a quotient the divisor
         if name in ("mul", "div") and () in (shapes[1], shapes[0] if name == "mul" else None):
             scalar = 1 if shapes[1] == () else 0
             if self._look(self.made, given[scalar]) and not self._is_parameter(given[scalar]):
@@ -227,6 +241,7 @@ class _Rewriting:
         if name == "dot_general":
             return Product(of(given[0]), of(given[1]), _names_of_product(eqn))
         if name in ("concatenate", "stack"):
+            # a stack has an axis more than its parts
             axis = p["dimension"] if name == "concatenate" else p["axis"]
             sizes = tuple(shape[axis] for shape in shapes) if name == "concatenate" else ()
             return Joined(tuple(map(of, given)), axis, sizes)
@@ -247,6 +262,7 @@ def is_real(v: Any) -> bool:
 
 def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.Array:
     """The token, added to zeros that have their examples where `rows` have theirs."""
+    # along the axis of concatenation one row tells where the examples are
     one = rows if axis is None else jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
     one = jnp.broadcast_to(one, token.shape).astype(token.dtype)
     never = jnp.zeros(token.shape, bool)
@@ -256,6 +272,7 @@ def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.A
 def _names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
     """Names of the axes of both operands of a `dot_general`, and of its output."""
     (summed, _), places = eqn.params["dimension_numbers"], axes_of_product(eqn)
+    # names of the output's axes are their numbers; those summed over come behind
     rank = eqn.outvars[0].aval.ndim
     sides = []
     for side in (0, 1):
@@ -273,6 +290,7 @@ def _product_of(eqn: Any, side: int, kernel: Expression, x: Any, *operands: Any)
     def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
         return jnp.einsum(x, of_x, m, of_m, out, **options)
 
+    # new names for what products inside the kernel sum over
     highest = max(itertools.chain(*names), default=0)
     multiply = Multiply(operands, einsum, itertools.count(highest + 1))
     out = multiply(x, names[1 - side], kernel, names[side], names[2])

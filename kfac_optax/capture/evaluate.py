@@ -50,6 +50,7 @@ class Probe(NamedTuple):
 def _probe(
     measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, inverse: PyTree, zeros: Zeros
 ) -> jax.Array:
+    # s itself: a probe leaves values as they are
     return s
 
 
@@ -58,6 +59,7 @@ def _probe_forward(measure, s, a, extra, inverse, zeros):
 
 
 def _probe_backward(measure, residuals, g):
+    # nothing for a, extra and inverse; the statistics as the cotangent of `zeros`
     a, extra, inverse = residuals
     return g, None, None, None, measure(a, g, extra, inverse)
 
@@ -82,14 +84,17 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> 
     """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in
     front.
     """
+    # over layers of a scan statistics stay apart, over steps in time they are added up
     rides = [n for n, over_layers in site.scans if over_layers]
     measure = _over_stack(site, measure)
 
     def inside(a: jax.Array, s: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
+        # [layers, ...] to those of one
         one_layer = jax.tree.map(lambda x: x[(0,) * len(rides)], inverse)
         return measure(a, s, extra, one_layer)
 
     shapes = jax.eval_shape(inside, site.a, site.s, extra, inverse)
+    # rows stay apart in both
     lengths = [n for n, _ in site.scans]
     summed = jax.tree.map(lambda x: zeros_of_type(x, rides), shapes.summed)
     return Zeros(summed, jax.tree.map(lambda x: zeros_of_type(x, lengths), shapes.rows))
@@ -111,6 +116,7 @@ def evaluate(
 
 
 def _over_stack(site: Site, measure: Measure) -> Measure:
+    # stacked axes are in front, of a, g and the inverse
     """The measure of one layer mapped over a stack of layers, each with an inverse of its own."""
     for _ in range(site.stacked):
         measure = jax.vmap(measure, in_axes=(0, 0, None, 0))
@@ -127,6 +133,7 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
     """`indices` are the sites inside this jaxpr, `probes` what their probes are given, `depth` the
     enclosing scans.
     """
+    # values of the jaxpr, by the variable that holds them
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     queue = iter(zip(indices, probes, strict=True))
     pending: list[Any] = []
@@ -134,6 +141,7 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
+    # what has no tap is evaluated in one piece
     def flush() -> None:
         if pending:
             run_equations(jaxpr, pending, env)
@@ -146,6 +154,7 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
             continue
         flush()
         values = [read(v) for v in eqn.invars]
+        # taps come in order of execution, and so do the sites
         inside, mine = _take(queue, taps)
         if eqn.primitive is tap_p:
             outs = [_place(run, inside[0], values[0], values[1], mine[0])]
@@ -160,6 +169,7 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
 
 def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:
     pairs = [next(queue) for _ in range(n)]
+    # as many as the taps inside, one after another
     return [i for i, _ in pairs], [probe for _, probe in pairs]
 
 
@@ -175,6 +185,7 @@ def _call(run, eqn, values, inside, probes, depth) -> list[Any]:
     body = call_body(eqn)
     assert body is not None, eqn.primitive
 
+    # calls are looked into; jit would hide their taps
     def call(values, probes):
         return _evaluate(run, body.jaxpr, body.consts, values, inside, probes, depth)
 
@@ -189,7 +200,9 @@ def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
     params = eqn.params
     closed, constants, carried = scan_body(eqn)
     first = constants + carried
+    # of each tap inside: whether this scan is over layers, or over steps in time
     over_layers = [run.sites[i].scans[depth][1] for i in inside]
+    # zeros and inverses of layers ride along as scanned inputs; of one layer only the rows do
     riding = [
         None if p is None else p if layered else Probe(Zeros(None, p.zeros.rows), None)
         for p, layered in zip(probes, over_layers, strict=True)
@@ -197,6 +210,7 @@ def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
 
     def body(carry, xs):
         slices, ride = xs
+        # one layer: zeros from outside, to which every step adds
         merged = [
             None if p is None else r if layered else _same_layer(p, r)
             for p, r, layered in zip(probes, ride, over_layers, strict=True)
@@ -205,6 +219,7 @@ def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
         outs = _evaluate(run, closed.jaxpr, closed.consts, step, inside, merged, depth + 1)
         return outs[:carried], outs[carried:]
 
+    # [steps, ...] in front of what rides
     carry, ys = jax.lax.scan(
         body,
         values[constants:first],
@@ -223,6 +238,7 @@ def _same_layer(probe: Probe, ride: Probe) -> Probe:
 
 def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
     """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
+    # inputs are what others write, outputs all that is written: XLA drops what nobody reads
     made = {v for e in eqns for v in e.outvars}
     used = list(
         dict.fromkeys(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# the examples are in it, but on no axis that is known
 UNKNOWN = -1
 Axis = int | None
 
@@ -26,12 +27,15 @@ def of_inputs(jaxpr: Any, leaves: int, examples: int | None) -> list[Axis]:
 
 def _of_argument(aval: Any, examples: int | None) -> Axis:
     if aval.ndim == 0 or jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        # scalars and keys have no axis
         return None
+    # any argument as long as the batch on its first axis
     return 0 if aval.shape[0] == examples else UNKNOWN
 
 
 def sliced(axis: Axis) -> Axis:
     """Of one step of a scan over a value."""
+    # the axis that was scanned over is gone
     return UNKNOWN if axis in (0, UNKNOWN) else None if axis is None else axis - 1
 
 
@@ -43,7 +47,9 @@ def stacked(axis: Axis) -> Axis:
 def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
     """Axes of an equation's outputs, given those of its operands."""
     if all(axis is None for axis in axes):
+        # equations among parameters alone
         return [None] * len(eqn.outvars)
+    # as many outputs as operands
     if eqn.primitive.name == "optimization_barrier":
         return list(axes)
     return [_checked(_moved(eqn, axes, v), v.aval, examples) for v in eqn.outvars]
@@ -51,9 +57,11 @@ def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
 
 def _checked(axis: int, aval: Any, examples: int | None) -> int:
     """The axis, or the only one that is as long as the batch."""
+    # tokens of effects have no shape
     shape = getattr(aval, "shape", ())
     if 0 <= axis < len(shape) and shape[axis] == examples:
         return axis
+    # the program is followed no further, but only one axis can be it
     long = [i for i, n in enumerate(shape) if n == examples]
     return long[0] if len(long) == 1 else UNKNOWN
 
@@ -61,6 +69,7 @@ def _checked(axis: int, aval: Any, examples: int | None) -> int:
 def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     """Where the examples' axis of an operand goes; anything, where that is not known."""
     p, name = eqn.params, eqn.primitive.name
+    # the first operand whose axis is known
     side, axis = next(
         ((i, x) for i, x in enumerate(axes) if x not in (None, UNKNOWN)), (0, UNKNOWN)
     )
@@ -73,23 +82,28 @@ def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     if name == "reshape":
         return _reshaped(axis, eqn.invars[0].aval.shape, out.aval.shape)
     if name == "squeeze":
+        # axes in front of it that are gone
         return axis - sum(d < axis for d in p["dimensions"])
     if name == "dot_general":
         return axes_of_product(eqn)[side].get(axis, UNKNOWN)
     if name == "conv_general_dilated" and side == 0:
         numbers = p["dimension_numbers"]
+        # rows stay where the batch is, in whatever order axes are stored
         return numbers.out_spec[0] if axis == numbers.lhs_spec[0] else UNKNOWN
     if name == "gather" and side == 1:
         offset = p["dimension_numbers"].offset_dims
+        # axes of the output that are not offsets are those of the indices
         return [i for i in range(out.aval.ndim) if i not in offset][axis]
     if name.startswith(("reduce_", "arg")) and "axes" in p:
         return UNKNOWN if axis in p["axes"] else axis - sum(d < axis for d in p["axes"])
+    # elementwise, cumulative, or unknown with as many axes
     same_rank = getattr(out.aval, "ndim", 0) == eqn.invars[side].aval.ndim
     return axis if same_rank else UNKNOWN
 
 
 def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
     """The axis with as many numbers in front of it as before."""
+    # a reshape that keeps an axis keeps how many numbers are in front of it
     front = math.prod(before[:axis])
     fits = (i for i, n in enumerate(after) if n == before[axis] and math.prod(after[:i]) == front)
     return next(fits, UNKNOWN)
@@ -99,6 +113,7 @@ def axes_of_product(eqn: Any) -> tuple[dict[int, int], dict[int, int]]:
     """Where the axes of both operands of a `dot_general` are in its output; not those summed over."""
     summed, batched = eqn.params["dimension_numbers"]
     found: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    # batched axes come first, then the free ones of each side
     position = len(batched[0])
     for side in (0, 1):
         found[side].update((axis, i) for i, axis in enumerate(batched[side]))

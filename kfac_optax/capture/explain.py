@@ -37,12 +37,15 @@ def _other_uses(
     """A layer consumes each of its parameters once for every tap, and once for every use that was
     found, named by its equation; anything more the statistics do not see.
     """
+    # each use that a layer has is one consumer less
     used = [x for x in consumers if x != STOPPED]
     for site in sites:
         if site.found and site.name in used:
             used.remove(site.name)
+    # taps by modules see the output of whatever equation made it
     taps = sum(not site.found for site in sites)
     plain, rules = [x for x in used if not is_rule(x)], [x for x in used if is_rule(x)]
+    # the first `taps` of them are those that the taps see
     leaf, extra = name.rpartition("/")[2], plain[taps:] + rules
     if rules and len(plain) < taps:  # what a tap sees the output of
         words = f"{leaf} used through {_listed(rules)}: its own derivative rule, not measured"
@@ -54,6 +57,7 @@ def bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
     """Reasons of parameters whose layers have no part in the prediction, but which are used
     otherwise.
     """
+    # what stands behind a stopped gradient has no derivative to measure
     used = {i: [x for x in analysis.names(i) if x != STOPPED] for i in leaves}
     return {
         i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
@@ -73,6 +77,7 @@ def reason(
     if not consumers:
         return NOT_USED
     used = [x for x in consumers if x != STOPPED]
+    # all that is left is behind a stopped gradient
     if not used:
         return f"only used behind {STOPPED}"
     if all(map(is_rule, used)):

@@ -28,20 +28,25 @@ def group(
     Returns:
       The sites as uses of their layers, the layer of each, and the layers.
     """
+    # why a parameter has no layer, by its number
     problems: dict[int, str] = {}
     sites = list(analysis.sites)
     groups = _by_kernel(sites, problems)
+    # uses that see the kernel as the others do
     for key, members in groups.items():
         groups[key], problem = _fitting(members, sites, leaves[names[key[0]]])
         if problem is not None:
             problems.setdefault(key[0], problem)
+    # reasons are given only where the model uses the parameter
     tapped = tapped_leaves(analysis)
     used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
     problems |= _not_of_reals({i: leaves[names[i]].dtype for i in used})
     groups = {key: members for key, members in groups.items() if key[0] not in problems}
+    # a scale gives way to a kernel that has the same numbers
     groups = apart(groups, {key: _is_scale(sites[groups[key][0]]) for key in groups})
     biases = _biases(groups, sites, problems)
     owner = [-1] * len(sites)
+    # -1: a site of no layer
     for index, members in enumerate(groups.values()):
         for i in members:
             owner[i] = index
@@ -49,12 +54,14 @@ def group(
     layers = []
     for key, members in groups.items():
         bias = biases.get(key)
+        # the kernel and, where it has one, the bias
         mine = [leaf for leaf, _ in (key, *([] if bias is None else [bias]))]
         notes = unseen(mine, owned, names, analysis.consumers)
         partly = [
             Uncovered(name, tuple(leaves[name].shape), note, where) for name, note, where in notes
         ]
         layers.append(_layer([sites[i] for i in members], key, bias, names, partly))
+    # everything else is left over, each with its reason
     taken = {names[leaf] for leaf, _ in (*groups, *biases.values())}
     problems = bypasses(bypassed, analysis) | problems
     uncovered = tuple(
@@ -79,6 +86,7 @@ def _by_kernel(sites: Sequence[Site], problems: dict[int, str]) -> dict[Key, lis
             problems |= {o.leaf: why for o in site.params if o is not None}
         elif (kernel := site.params[0]) is not None:
             groups.setdefault(kernel.key, []).append(i)
+    # an addition is no layer of its own where a product has it for its bias
     biased = {site.bias for site in sites}
     return {
         key: members
@@ -97,6 +105,7 @@ def _biases(
     """The bias of each kernel, where all uses that have one agree on it and no other kernel uses
     it, nor a part of it.
     """
+    # pairs (kernel, bias) of all uses
     pairs = [(key, sites[i].bias) for key, members in groups.items() for i in members]
     pairs = [(key, bias) for key, bias in pairs if bias is not None]
     own = own_biases(pairs)
@@ -105,10 +114,12 @@ def _biases(
         for key, bias in pairs
         if own.get(key) != bias
     }
+    # parts of one parameter that overlap another layer's are no bias
     free = apart(dict.fromkeys([*groups, *own.values()]), {})
     own = {key: bias for key, bias in own.items() if bias in free and bias not in groups}
     for key, members in groups.items():
         for i in members:
+            # the use stays, without its bias
             if sites[i].bias not in (None, own.get(key)) and sites[i].bias not in free:
                 sites[i] = sites[i]._replace(params=sites[i].params[:1])
     return own
@@ -133,16 +144,20 @@ def _layer(
     partly: Sequence[Uncovered],
 ) -> Layer:
     kernel, part = names[key[0]], key[1]
+    # the first of them says how the kernel is stored
     # a look-up comes before a head that shares its table, and a use before one the other way round
     first = min(sites, key=lambda site: (not isinstance(site.geometry, Lookup), site.swapped))
     kinds = {site.geometry.kind for site in sites}
     groups, inputs, outputs = matrix_shape(first.geometry, first.kernel)
     mixed = bias is not None and any(site.bias is None for site in sites)
     swapped = any(site.swapped for site in sites)
+    # SUA: plain convolutions, whose bias is in all uses or in none
     channels = 0
     if isinstance(first.geometry, Conv) and not mixed:
         channels = first.geometry.plain_channels(first.kernel)
+    # how often scans around a use run it
     uses = [math.prod(site.loops) for site in sites]
+    # rows of all uses together
     rows = sum(n * math.prod(site.row_shape) for n, site in zip(uses, sites, strict=True))
     return Layer(
         path=kernel.rpartition("/")[0] or kernel,
@@ -185,6 +200,7 @@ def _fitting(members: Sequence[int], sites: list[Site], leaf: Any) -> tuple[list
 
     Taps have to agree; what was found in the program is left out where it does not fit them.
     """
+    # the front end knows best: a tap leads, then a use with a bias
     taps = [i for i in members if not sites[i].found]
     lead = sites[(taps or [i for i in members if sites[i].bias is not None] or members)[0]]
     kept = []
@@ -199,6 +215,7 @@ def _fitting(members: Sequence[int], sites: list[Site], leaf: Any) -> tuple[list
         if (reason := _misfit(sites[i], leaf)) is not None:
             return kept, reason
     alike = _alike([sites[i] for i in taps])
+    # two taps on one kernel have to agree
     return kept, None if alike else "layers of different kinds share it"
 
 
@@ -210,6 +227,7 @@ def _alike(sites: Sequence[Site]) -> bool:
         return True
     kinds = {site.geometry.kind for site in sites}
     if kinds == {"embedding", "dense"}:
+        # the head of a tied table sees its transpose
         heads = [site for site in sites if isinstance(site.geometry, Dense)]
         return all(
             site.params[0] is not None and site.params[0].permutation == (-1, -2) for site in heads
@@ -227,6 +245,7 @@ def _distinct(layers: Sequence[Layer]) -> list[Layer]:
     """Layers of one module with several kernels are told apart by the kernel, those of one kernel by
     their part of it; paths name rows in the state.
     """
+    # a path alone would name several
     count = collections.Counter(layer.path for layer in layers)
     return [
         layer
@@ -240,11 +259,13 @@ def _misfit(site: Site, leaf: Any) -> str | None:
     """Why the kernel operand of a site is not the parameter as stored, if it is not."""
     origin = site.params[0]
     assert origin is not None
+    # axes in front are those of a stack of layers
     moved = len(origin.permutation)
     if moved > len(site.kernel):
         return "the axes of its stack are not in front"
     used = (*site.kernel[: len(site.kernel) - moved], *(0,) * moved)
     stored = list(used)
+    # the shape before the transpose
     for i, axis in enumerate(origin.permutation):
         stored[axis] = site.kernel[len(site.kernel) - moved + i]
     if origin.part is not None:

@@ -128,6 +128,7 @@ class Multiply:
             case Negative():
                 return self(-x, of_x, kernel.of, of_kernel, out)
             case Moved():
+                # names[permutation[i]] = of_kernel[i]
                 names = [0] * len(of_kernel)
                 for name, axis in zip(of_kernel, kernel.permutation, strict=True):
                     names[axis] = name
@@ -140,6 +141,7 @@ class Multiply:
                 return self._reshaped(x, of_x, kernel, of_kernel, out)
 
     def value(self, leaf: Leaf) -> jax.Array:
+        # cast as the program casts it
         """Of a leaf."""
         value = self.operands[leaf.operand]
         return value if leaf.dtype is None else value.astype(leaf.dtype)
@@ -169,6 +171,7 @@ class Multiply:
     def _joined(self, x, of_x, kernel: Joined, of_kernel, out) -> jax.Array:
         """Each part meets its own slice of `x`, or makes its own slice of the output."""
         name, stacked = of_kernel[kernel.axis], not kernel.sizes
+        # a stack is a join of parts of length one
         sizes = kernel.sizes or (1,) * len(kernel.parts)
         starts = [0, *itertools.accumulate(sizes)]
         results = []
@@ -179,13 +182,16 @@ class Multiply:
                 mine = jax.lax.slice_in_dim(x, start, start + size, axis=of_x.index(name))
             kept = (of_x, of_kernel, out)
             if stacked:
+                # the stacked axis is in neither part nor its product
                 mine = mine.squeeze(of_x.index(name)) if name in of_x else mine
                 kept = tuple(tuple(n for n in names if n != name) for names in kept)
             mine_names, kernel_names, out_names = kept
             results.append(self(mine, mine_names, part, kernel_names, out_names))
         if name not in out:
+            # x M = sum_i x_i M_i
             return sum(results[1:], results[0])
         join = jnp.stack if stacked else jnp.concatenate
+        # x [M_1, M_2] = [x M_1, x M_2]
         return join(results, out.index(name))
 
     def _reshaped(self, x, of_x, kernel: Reshaped, of_kernel, out) -> jax.Array:
@@ -194,6 +200,7 @@ class Multiply:
         back: list[tuple[Names, Names, list[int]]] = []
         names = out
         for before, after in blocks_of_reshape(kernel.before, kernel.after):
+            # one name for every axis of M, as it was before the reshape
             old = tuple(of_kernel[axis] for axis in after)
             new = old if len(before) == len(after) == 1 else tuple(next(self.fresh) for _ in before)
             inner += new
@@ -207,6 +214,7 @@ class Multiply:
             if old[0] in out:
                 names = (*(n for n in names if n not in old), *new)
                 back.append((new, old, [kernel.after[i] for i in after]))
+        # x M with the axes as they were, then as the equation has them
         made = self(x, of_x, kernel.of, tuple(inner), names)
         for new, old, sizes in back:
             made, names = _regrouped(made, names, new, old, sizes)
@@ -217,6 +225,7 @@ def _regrouped(
     x: jax.Array, names: Names, old: Names, new: Names, sizes: Sequence[int]
 ) -> tuple[jax.Array, Names]:
     """The axes `old` become the axes `new`, behind the others."""
+    # [*rest, *old] to [*rest, *new]
     rest = [n for n in names if n not in old]
     x = x.transpose([names.index(n) for n in (*rest, *old)])
     return x.reshape(*x.shape[: len(rest)], *sizes), (*rest, *new)
@@ -229,6 +238,7 @@ def blocks_of_reshape(before: Sequence[int], after: Sequence[int]) -> list[tuple
     [((0, 1), (0,)), ((2,), (1, 2))]
     """
     blocks, i, j = [], 0, 0
+    # the shortest stretches of both with as many numbers
     while i < len(before) or j < len(after):
         first, second = i, j
         i, j = i + (i < len(before)), j + (j < len(after))

@@ -21,21 +21,26 @@ def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int]
     match geometry:
         case Contraction():
             order = [rank + axis for axis in geometry.kernel]
+        # [*window, C / groups, groups, q / groups], groups in front of the matrix
         case Conv(groups=groups) if groups > 1:
             parts[-1] = (groups, kernel[-1] // groups)
             order = [rank - 1, *range(rank - 1), rank]
+        # a transposed convolution: its outputs are the kernel's next to last axis
         case Conv(flipped=True):
             order = [*range(rank - 2), rank - 1, rank - 2]
         case ScaleShift():
+            # one row, the channels of which are outputs
             parts.insert(0, (1,))
             order = list(range(rank + 1))
         case _:
             order = list(range(rank))
+    # stored as it is used
     if not permutation or isinstance(geometry, ScaleShift):
         return Layout(tuple(kernel), tuple(n for part in parts for n in part), tuple(order))
     # parts in the order in which they are stored, and where each part of the used weight is found
     # there
     source = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
+    # where each part begins among all parts of the used weight
     starts = [sum(len(p) for p in parts[:i]) for i in range(rank)]
     stored: list[int] = []
     for axis in range(rank):
@@ -50,6 +55,7 @@ def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, i
     """`(groups, inputs, outputs)` of the weight the layer uses."""
     match geometry:
         case Contraction():
+            # in the order groups, inputs, outputs
             sizes = [kernel[axis] for axis in geometry.kernel]
             inner = geometry.groups + geometry.inputs
             return (

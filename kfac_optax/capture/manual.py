@@ -45,6 +45,7 @@ def tap_dense(
     (4, 2)
     """
     label = f"tap_dense{f' {name!r}' if name else ''}"
+    # s [*batch, q] = a [*batch, p] kernel [p, q]
     if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1] or s.shape[-1:] != kernel.shape[1:]:
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, "
@@ -55,6 +56,7 @@ def tap_dense(
             f"{label}: leading axes of s {s.shape} and a {a.shape} differ; expected the same rows."
         )
     _check_bias(label, bias, s)
+    # outside of tracing a tap is its first argument
     if not active():
         return s
     return place(s, a, kernel, *_given(bias), geometry=Dense(), name=name)
@@ -105,6 +107,7 @@ def tap_conv(
     (2, 5, 4)
     """
     label = f"tap_conv{f' {name!r}' if name else ''}"
+    # spatial axes; kernel [*window, C / groups, q]
     n = kernel.ndim - 2
     if (
         n < 1
@@ -118,9 +121,11 @@ def tap_conv(
         )
     per_axis = [_per_axis(label, x, n) for x in (strides, input_dilation, kernel_dilation)]
     steps, dilation, spread = per_axis
+    # how far a dilated window reaches
     reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:n], spread, strict=True)]
     pads = resolve_padding(a.shape[-1 - n : -1], reach, steps, dilation, padding)
     window = Window(tuple(kernel.shape[:n]), steps, pads, dilation, spread)
+    # [*batch, *out], as the window makes it of a
     expected = (*a.shape[: -1 - n], *window.outputs(a.shape))
     if s.shape[:-1] != expected:
         raise ValueError(
@@ -164,6 +169,7 @@ def tap_scale_shift(
     (4, 3)
     """
     label = f"tap_scale_shift{f' {name!r}' if name else ''}"
+    # one of both is enough
     operands = [x for x in (scale, shift) if x is not None]
     if not operands or s.shape != a.shape or any(x.shape != s.shape[-1:] for x in operands):
         raise ValueError(
@@ -172,6 +178,7 @@ def tap_scale_shift(
         )
     if not active():
         return s
+    # a shift alone is the bias of a layer that reads ones
     a = jax.numpy.ones_like(s) if scale is None else a
     return place(s, a, *operands, geometry=ScaleShift(), name=name)
 
@@ -206,6 +213,7 @@ def tap_embedding(
     (4, 3)
     """
     label = f"tap_embedding{f' {name!r}' if name else ''}"
+    # tokens of any integer type, a row of the table for each
     if (
         table.ndim != 2
         or s.shape != (*tokens.shape, *table.shape[1:])
@@ -233,6 +241,7 @@ def _check_bias(label: str, bias: Array | None, s: Array) -> None:
 
 
 def _per_axis(label: str, x: Any, axes: int) -> tuple[int, ...]:
+    # one number for all axes, as Flax has it
     out = tuple(x) if isinstance(x, Sequence) else (x,) * axes
     if len(out) != axes:
         raise ValueError(

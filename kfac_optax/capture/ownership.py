@@ -17,6 +17,7 @@ def own_biases(pairs: Iterable[tuple[Kernel, Bias]]) -> dict[Kernel, Bias]:
     >>> print(own_biases([("v", "a"), ("v", "a"), ("w", "b"), ("x", "c"), ("y", "c")]))
     {'v': 'a', 'w': 'b'}
     """
+    # both ways, to see who has more than one
     biases: dict[Kernel, set[Bias]] = {}
     kernels: dict[Bias, set[Kernel]] = {}
     for kernel, bias in pairs:
@@ -33,10 +34,12 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
     both.
     """
     kept: list[Key] = []
+    # whole leaves before parts, kernels before scales
     for key in sorted(groups, key=lambda key: (key[1] is not None, scales.get(key, False))):
         others = [other for other in kept if other[0] == key[0]]
         if any(_overlap(key[1], other[1]) for other in others):
             continue
+        # kernels beside kernels and scales beside scales; never both in one leaf
         if all(scales.get(key) == scales.get(other) for other in others):
             kept.append(key)
     return {key: members for key, members in groups.items() if key in kept}
@@ -45,5 +48,6 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
 def _overlap(one: Part | None, other: Part | None) -> bool:
     if one is None or other is None:
         return True
+    # boxes overlap where they do on every axis
     axes = zip(one.starts, one.sizes, other.starts, other.sizes, strict=True)
     return all(a < b + m and b < a + n for a, n, b, m in axes)

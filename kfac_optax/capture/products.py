@@ -37,11 +37,14 @@ def roles_in_product(eqn: Any, operand: int, view: View) -> Roles | None:
     """
     summed, batched = eqn.params["dimension_numbers"]
     mine, other = axes_of_product(eqn)[operand], axes_of_product(eqn)[1 - operand]
+    # axes of the operand: summed over, batched, free
     contracting, batch = list(summed[operand]), list(batched[operand])
     sizes = eqn.invars[operand].aval.shape
     free = [i for i in range(len(sizes)) if i not in contracting and i not in batch]
+    # the same parameter for several columns is no matrix of its own
     if any(view.axes[i] is None and sizes[i] > 1 for i in contracting + free):
         return None
+    # axes of the other side that meet mine
     theirs = dict(zip(contracting, summed[1 - operand], strict=True))
     theirs |= dict(zip(batch, batched[1 - operand], strict=True))
     rows = {axis: i for axis, i in other.items() if axis not in batched[1 - operand]}
@@ -49,6 +52,7 @@ def roles_in_product(eqn: Any, operand: int, view: View) -> Roles | None:
     repeated = [i for i in batch if view.axes[i] is None]
     rows |= {theirs[i]: mine[i] for i in repeated}
 
+    # in the order of storage, so that equal layers share a layout
     def as_stored(axes: Sequence[int]) -> list[int]:
         order = {i: axis for i, axis in enumerate(view.axes) if axis is not None}
         return sorted(axes, key=lambda i: order.get(i, len(view.stored)))
@@ -62,14 +66,17 @@ def contraction_of(
 ) -> Contraction:
     """The product as a layer whose kernel is the parameter as stored."""
     stored = [
+        # of the operand's axes those of the parameter, role by role
         [view.axes[i] for i in axes if view.axes[i] is not None]
         for axes in (roles.groups, roles.inputs, roles.outputs)
     ]
     # of length one, wherever they are
     stored[1] += [i for i in range(len(view.stored)) if i not in view.axes]
     kernel = [axis for axes in stored for axis in axes if axis is not None]
+    # from axes of the product to those of the other operand
     in_product = {i: axis for axis, i in roles.rows.items()}
     rows = examples_first(sorted(in_product), examples)
+    # a [*rows, *groups, *inputs], s [*rows, *groups, *outputs]
     a = [*(in_product[i] for i in rows), *(roles.theirs[i] for i in roles.groups + roles.inputs)]
     return Contraction(
         a=from_end(a, eqn.invars[1 - operand].aval.ndim),
@@ -79,12 +86,14 @@ def contraction_of(
         groups=len(roles.groups),
         inputs=len(stored[1]),
         outputs=len(stored[2]),
+        # one axis each is a dense layer, whatever it was written as
         kind="dense" if not roles.groups and max(map(len, stored)) <= 1 else "einsum",
     )
 
 
 def examples_first(rows: Sequence[int], examples: Sequence[int]) -> list[int]:
     """Axes in order, but that of the examples in front."""
+    # examples in front, positions behind
     first = [axis for axis in examples if axis in rows][:1]
     return first + [axis for axis in rows if axis not in first]
 

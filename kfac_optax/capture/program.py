@@ -32,6 +32,7 @@ def with_taps(closed: Any, leaves: int, examples: int | None) -> Any:
     """
     free, partial = unclaimed(closed.jaxpr, leaves, examples)
     taps = _placements(free) | dict.fromkeys(partial)
+    # None for a tap that sees a part of the uses only: it makes way for those of the equations
     return jex.ClosedJaxpr(_tapped(closed.jaxpr, (), taps), closed.consts) if taps else closed
 
 
@@ -50,6 +51,7 @@ _Taps = Mapping[Path, _Placement | None]  # None: the tap that is there is dropp
 def _placements(free: Sequence[Found]) -> dict[Path, _Placement]:
     """Where taps go: behind the bias of a product where that has one, else behind the product."""
     own = _biases_behind(free)
+    # additions that are a bias have no tap of their own
     spent = {where for where, _, _ in own.values()}
     taps: dict[Path, _Placement] = {}
     for found in free:
@@ -59,6 +61,7 @@ def _placements(free: Sequence[Found]) -> dict[Path, _Placement]:
         if found.path in own:
             path, bias, use = own[found.path]
             origins = (use.origin, bias)
+        # two uses meet in one equation only by mistake
         if path in taps:
             raise AssertionError(f"two layers claim the equation at {path}")
         taps[path] = _Placement(use, found.equation, found.path[-1], origins)
@@ -71,6 +74,7 @@ def _biases_behind(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]
     wanted = {x.path: x.bias for x in free if x.bias is not None and x.bias[0] in paths}
     first: dict[Any, Any] = {}
     for _, bias, use in wanted.values():
+        # the first bias that a kernel has, read the same way round
         first.setdefault(use.origin.key, (bias.key, _way_round(use)))
     wanted = {
         path: (where, bias, use)
@@ -90,6 +94,7 @@ def _biases_behind(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]
 
 def _way_round(use: Use) -> tuple[int, ...]:
     """Which of its axes a kernel sums over: `x W` or `x W^T`."""
+    # geometries other than products have one way only
     return getattr(use.geometry, "kernel", ())
 
 
@@ -102,6 +107,7 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps) -> Any:
         return v if isinstance(v, jex.Literal) else names.get(v, v)
 
     for i, old in enumerate(jaxpr.eqns):
+        # the path of an equation is its number in every jaxpr on the way
         here = (*path, i)
         eqn = old.replace(invars=list(map(name, old.invars))) if names else old
         if here in taps:
@@ -109,8 +115,10 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps) -> Any:
             if placement is None:
                 names[eqn.outvars[0]] = eqn.invars[0]
                 continue
+            # operands of the use itself, also where the tap is behind the bias
             source = jaxpr.eqns[placement.source]
             equations += _with_tap(eqn, placement, list(map(name, source.invars)))
+        # a call or scan with taps inside
         elif any(where[: len(here)] == here for where in taps):
             equations.append(_entered(eqn, here, taps))
         else:
@@ -126,6 +134,7 @@ def _entered(eqn: Any, path: Path, taps: _Taps) -> Any:
 def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Iterator[Any]:
     """The equation, and its output handed on through a tap, given the operands of the use."""
     use, (out,) = placement.use, eqn.outvars
+    # the use's own output is s; what read it before reads the tap's
     s = jex.Var(out.aval)
     a = s if use.other is None else operands[use.other]
     params = {
@@ -144,6 +153,7 @@ def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Itera
     yield from rewritten(_arranged(use, params), [s, a], out, eqn.source_info)
 
 
+# axes as layers have them, and back behind the tap
 def _arranged(use: Use, params: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def tap(s: jax.Array, a: jax.Array) -> jax.Array:
         assert use.arrange is not None

@@ -50,6 +50,7 @@ class _Survey:
 
     def claim(self, path: Path, leaves: set[int], between: int) -> int:
         """A tap knows of all uses of its parameters between its input and its output."""
+        # bits of the uses that its output depends on and its input does not
         mine = sum(
             1 << i
             for i, found in enumerate(self.found)
@@ -87,10 +88,12 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
       examples: N.
     """
     axes = example_axis.of_inputs(jaxpr, leaves, examples)
+    # of every argument the axis of its examples, if it has one
     survey = _Survey(examples, any(axis is not None for axis in axes))
     views = parameter_views(jaxpr, leaves)
     given = [_Known(view, 0, axis) for view, axis in zip(views, axes, strict=True)]
     leaking = 0
+    # outputs that depend on a use past its tap: the tap saw a part of it
     for known in _survey(jaxpr, given, (), survey):
         leaking |= known.uses
     leaking |= survey.carried
@@ -98,6 +101,7 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
     partial = _linked(partial, {path: leaves for path, (_, leaves) in survey.taps.items()})
     claimed = 0
     for path, (uses, _) in survey.taps.items():
+        # what a tap sees as a whole it keeps
         claimed |= 0 if path in partial else uses
     free = [found for i, found in enumerate(survey.found) if not claimed >> i & 1]
     return _seen_once(free), partial
@@ -109,6 +113,7 @@ def _linked(partial: set[Path], taps: Mapping[Path, set[int]]) -> set[Path]:
     All taps of a parameter or none: its layer is one.
     """
     while True:
+        # until no tap shares a parameter with one that goes
         touched = {leaf for path in partial for leaf in taps[path]}
         linked = {path for path, leaves in taps.items() if leaves & touched} | partial
         if linked == partial:
@@ -132,6 +137,7 @@ def _seen_once(found: Sequence[Found]) -> list[Found]:
         elif part is not None and (x.path in biases or not isinstance(x.use.geometry, ScaleShift)):
             shared_out.add(leaf)
     sliced = {x.use.origin.leaf for x in found if x.equation == "slice"}
+    # a look-up in the table goes before other uses of its rows
     sliced -= shared_out - tables
 
     def counts(x: Found) -> bool:
@@ -154,6 +160,7 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
 
     for i, eqn in enumerate(jaxpr.eqns):
         inputs = [look(v) for v in eqn.invars]
+        # None: neither a call, nor a scan, nor a parameter passed on
         outs = _entered_or_passed(eqn, inputs, (*path, i), survey)
         if outs is None or eqn.primitive.name == "slice":
             outs = _plain(eqn, inputs, survey) if outs is None else outs
@@ -161,6 +168,7 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
             axes = survey.axes(outs[0].axis, eqn.outvars[0].aval.shape) if any(views) else []
             use = find_use(eqn, views, axes)
             if use is not None:
+                # the bias is looked for when all views are known
                 products.append(len(survey.found))
                 bit = survey.add(Found((*path, i), eqn.primitive.name, use, None))
                 outs = [outs[0]._replace(uses=outs[0].uses | bit)]
@@ -176,6 +184,7 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
 
 
 def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
+    # bits of all operands
     uses = 0
     for x in inputs:
         uses |= x.uses
@@ -192,6 +201,7 @@ def _entered_or_passed(
         leaves = {view.leaf for view in views[2:] if view is not None}
         if views[2] is None:
             survey.idle.add(path)
+        # between its input and its output
         mine = survey.claim(path, leaves, inputs[0].uses & ~inputs[1].uses)
         return [inputs[0]._replace(view=None, uses=inputs[0].uses & ~mine)]
     if (body := call_body(eqn)) is not None:
@@ -210,12 +220,14 @@ def _survey_scan(eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey
     closed, constants, carried = scan_body(eqn)
     first = constants + carried
     views = scan_views(eqn, [x.view for x in inputs])
+    # one step sees a slice of what is scanned over
     steps = [
         *inputs[:first],
         *(x._replace(axis=example_axis.sliced(x.axis)) for x in inputs[first:]),
     ]
     inside = [x._replace(view=view) for x, view in zip(steps, views.inside, strict=True)]
     outs = _survey(closed.jaxpr, inside, path, survey)
+    # a result that is carried cannot be told from what a later step makes
     for x in outs[:carried]:
         survey.carried |= x.uses
     behind = views_behind_scan(eqn, views, [x.view for x in outs])

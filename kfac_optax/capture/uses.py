@@ -42,8 +42,10 @@ class Use(NamedTuple):
 
     def behind_transpose(self, place: Sequence[int]) -> "Use | None":
         """The same use seen where the axes of its output have moved to `place`."""
+        # nothing has moved
         if list(place) == sorted(place):
             return self
+        # other geometries have axes that cannot move
         if not isinstance(self.geometry, Contraction):
             return None
         rank = len(place)
@@ -64,6 +66,7 @@ def find_use(eqn: Any, views: Sequence[View | None], examples: Sequence[int]) ->
     handler = _HANDLERS.get(eqn.primitive.name)
     if handler is None or len(given) != 1:
         return None
+    # a scalar parameter, or one among integers, is no layer
     (operand, view), out = given[0], eqn.outvars[0].aval
     if not view.complete or out.ndim == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
@@ -83,6 +86,7 @@ def _product(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use
 def _scale(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use | None:
     """`x * scale` or `scale / x`, repeated over rows."""
     divided = eqn.primitive.name == "div"
+    # x / scale is not linear in the parameter
     if divided and operand != 0:
         return None
     other = 1 - operand
@@ -91,12 +95,14 @@ def _scale(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use |
         return jnp.broadcast_to(1 / x if divided else x, s.shape).astype(s.dtype)
 
     x = eqn.invars[other].aval
+    # x as it is: no equation has to be written
     plain = not divided and x.shape == eqn.outvars[0].aval.shape
     return _elementwise(eqn, operand, view, examples, other, None if plain else values)
 
 
 def _shift(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use | None:
     """`x + shift`, repeated over rows."""
+    # x - shift has the derivative -1
     sign = -1 if eqn.primitive.name == "sub" and operand == 1 else 1
 
     def ones(s: jax.Array, _: Any) -> jax.Array:
@@ -110,12 +116,14 @@ def _elementwise(
 ) -> Use | None:
     out, mine = eqn.outvars[0].aval.shape, eqn.invars[operand].aval.shape
     places = places_of(view, mine, out)
+    # axes of the output that the parameter does not have
     rows = [] if places is None else [i for i in range(len(out)) if i not in places]
     if places is None or not rows:
         return None
     order = examples_first(rows, examples)
     # rows that belong to no example are the positions of one
     apart = order[0] not in examples
+    # [*rows, *channels], and back
     order += [i for i in range(len(out)) if i not in rows]
     back = [order.index(i) for i in range(len(out))]
     geometry = ScaleShift(from_end([order.index(i) for i in places], len(out)))
@@ -150,6 +158,7 @@ def places_of(view: View, shape: Sequence[int], out: Sequence[int]) -> tuple[int
     Those of length one are nowhere; `None` where an axis is missing.
     """
     axes = view.axes if len(shape) == len(out) else (None,) * len(out)
+    # a scalar, or as many axes as the output has
     if shape and len(shape) != len(out):
         return None
     found = {
@@ -157,6 +166,7 @@ def places_of(view: View, shape: Sequence[int], out: Sequence[int]) -> tuple[int
         for i, axis in enumerate(axes)
         if axis is not None and view.stored[axis] == out[i] > 1
     }
+    # axes of length one have no place of their own
     wanted = [axis for axis, n in enumerate(view.stored) if n > 1]
     return tuple(found[axis] for axis in wanted) if set(found) == set(wanted) else None
 
@@ -169,6 +179,7 @@ def _rows_of_table(eqn: Any, operand: int, view: View, examples: Sequence[int]) 
     if view.axes != (0, 1) or view.part is not None or p["strides"] is not None:
         return None
     if (p["start_indices"][1], p["limit_indices"][1]) != (0, *width):
+        # whole rows, from the first on
         return None
 
     def arrange(s: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -181,6 +192,7 @@ def _rows_of_table(eqn: Any, operand: int, view: View, examples: Sequence[int]) 
 def _lookup(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use | None:
     """`table[tokens]`: whole rows of a table."""
     numbers, out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
+    # offsets are the last axis of the output, one index names a row
     whole_rows = (
         operand == 0
         and view.axes == (0, 1)
@@ -199,6 +211,7 @@ def _lookup(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use 
         tokens = jax.lax.squeeze(indices, [indices.ndim - 1])
         match eqn.params["mode"]:
             case jax.lax.GatherScatterMode.CLIP:
+                # as JAX reads indices that are out of range
                 tokens = jnp.clip(tokens, 0, view.stored[0] - 1)
             case jax.lax.GatherScatterMode.FILL_OR_DROP:
                 # those that still are negative are dropped, as beyond the end; an index would wrap
@@ -223,6 +236,7 @@ def _convolution(eqn: Any, operand: int, view: View, examples: Sequence[int]) ->
     if operand != 1 or not view.whole or p["batch_group_count"] != 1:
         return None
     numbers = p["dimension_numbers"]
+    # (spatial axes, channels) of input, kernel and output
     lhs, rhs, out = ((*x[2:], x[1]) for x in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
     used = (*rhs, numbers.rhs_spec[0])  # window, inputs, outputs
     shape = eqn.invars[1].aval.shape
@@ -233,9 +247,11 @@ def _convolution(eqn: Any, operand: int, view: View, examples: Sequence[int]) ->
         tuple(p["lhs_dilation"]),
         tuple(p["rhs_dilation"]),
     )
+    # [N, *spatial, C] for both
     to_a, to_s = (numbers.lhs_spec[0], *lhs), (numbers.out_spec[0], *out)
     back = [to_s.index(i) for i in range(len(to_s))]
     seen = view._replace(axes=tuple(view.axes[i] for i in used))
+    # in that order already
     plain = to_a == to_s == tuple(range(len(to_s)))
 
     def arrange(s: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -75,6 +75,7 @@ class View(NamedTuple):
     def permutation(self) -> tuple[int, ...]:
         """Stored axes (from the end) of the trailing axes of a whole view; `()` if none has moved."""
         n = len(self.axes)
+        # axes from the end, those that are in place left out
         now = [axis - n for axis in self.axes if axis is not None]
         while now and now[0] == -len(now):
             del now[0]
@@ -89,10 +90,12 @@ class View(NamedTuple):
         stored, but one of others.
         """
         if self.known and self.axes[:1] == (None,):
+            # repeated along the scan: every step sees all of it
             return self._replace(axes=self.axes[1:])
         inside = self._replace(stored=self.stored[1:], depth=self.depth + 1)
         if not self.known or self.axes[:1] != (0,) or not self._has_all_of_the_first():
             return inside.lost()
+        # the part of one step
         if self.part is not None:
             part = Part(*(sizes[1:] for sizes in self.part))
             inside = inside._replace(part=part, own=tuple(axis - 1 for axis in self.own[1:]))
@@ -105,6 +108,7 @@ class View(NamedTuple):
     def stacked(self, length: int) -> "View":
         """All steps of a scan, where each hands out what it has seen."""
         outside = self._replace(stored=(length, *self.stored), depth=self.depth - 1)
+        # the scan's axis in front
         axes = (0, *(None if x is None else x + 1 for x in self.axes))
         if self.part is not None:
             shape, starts, sizes = self.part
@@ -114,11 +118,13 @@ class View(NamedTuple):
 
     def cut(self, starts: Sequence[int], sizes: Sequence[int]) -> "View":
         """A box of the value."""
+        # the whole leaf is a part of itself
         part = Part(self.stored, (0,) * len(self.stored), self.stored)
         part, own = self.part or part, self.own if self.part else range(len(self.stored))
         first, size, stored = list(part.starts), list(part.sizes), list(self.stored)
         for axis, start, n in zip(self.axes, starts, sizes, strict=True):
             if axis is not None and n != stored[axis]:
+                # boxes of boxes are boxes
                 first[own[axis]] += start
                 size[own[axis]] = stored[axis] = n
         if tuple(stored) == self.stored:
@@ -130,6 +136,7 @@ class View(NamedTuple):
         """Without stored axes of the part that have one number there and are no axis of the value."""
         if self.part is None or not self.known:
             return self
+        # of length one in the leaf itself: it stays an axis
         whole = [self.part.shape[axis] for axis in self.own]
         kept = [i for i, n in enumerate(self.stored) if i in self.axes or n > 1 or whole[i] == 1]
         return self._replace(
@@ -158,6 +165,7 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
         return list(views[: len(eqn.outvars)]) if kept else None
     if name in ("add", "add_any", "sub"):
         view = _shifted(eqn, views)
+    # several operands, or a parameter behind another
     elif views[0] is None or any(views[1:]):
         return None
     elif name == "transpose":
@@ -188,6 +196,7 @@ def _broadcast(view: View, eqn: Any) -> View:
     shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
     axes: list[int | None] = [None] * len(shape)
     for old, new in enumerate(eqn.params["broadcast_dimensions"]):
+        # of length one, repeated: no axis of the parameter any more
         if before[old] == shape[new]:
             axes[new] = view.axes[old]
     return view._replace(axes=tuple(axes))
@@ -197,6 +206,7 @@ def _sliced(view: View, params: dict[str, Any]) -> View:
     starts, ends = params["start_indices"], params["limit_indices"]
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     strides = params["strides"]
+    # strides are no box
     if not view.known or (strides is not None and set(strides) != {1}):
         return view._replace(axes=(None,) * len(sizes)).lost()
     return view.cut(starts, sizes)
@@ -213,6 +223,7 @@ def _split(view: View, eqn: Any) -> list[View | None]:
 
 def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
     """Axes of length one come and go; merged or split, the others are lost."""
+    # axes of length one apart, nothing may change
     kept = [i for i, n in enumerate(before) if n != 1]
     if [before[i] for i in kept] != [n for n in after if n != 1]:
         return view._replace(axes=(None,) * len(after)).lost()
@@ -223,6 +234,7 @@ def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
 
 def parameter_views(jaxpr: Any, leaves: int) -> list[View | None]:
     """Views of the inputs of a jaxpr whose first `leaves` are the parameter leaves."""
+    # data has no view
     shapes = [v.aval.shape for v in jaxpr.invars]
     return [of_parameter(i, n) if i < leaves else None for i, n in enumerate(shapes)]
 
@@ -256,6 +268,7 @@ def views_behind_scan(eqn: Any, given: ScanViews, outs: Sequence[View | None]) -
     parameter again (a residual of an inner derivative, say).
     """
     _, constants, carried = scan_body(eqn)
+    # a carry that is handed on is what it was at the start
     carry = [
         view if keep else None
         for view, keep in zip(

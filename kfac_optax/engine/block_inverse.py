@@ -57,6 +57,7 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
     """
     expected = {bucket.name for bucket in buckets}
     advice = "Pass the layers, block, normalization and uncovered that the preconditioner had"
+    # other words leave other layers, and those make other buckets
     if expected != set(state.factors):
         raise ValueError(
             f"{where}: the state holds {', '.join(sorted(state.factors))}; expected "
@@ -73,6 +74,7 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
                 "whole_state(opt_state, placement), or run with worker_fraction=1."
             )
         try:
+            # only structures are compared: nothing is computed
             fresh = jax.eval_shape(jax.vmap(block.factorize, (0, None)), factors, number)
             same = jax.tree.structure(fresh) == jax.tree.structure(held)
         except (AttributeError, TypeError, ValueError):  # factors that the block cannot read
@@ -108,6 +110,7 @@ def solve_tree(operator: BlockInverse, tree: PyTree) -> PyTree:
     named: dict[str, jax.Array] = {}
     for bucket in operator.buckets:
         solve = jax.vmap(block_of_bucket(bucket).solve, (0, 0, None))
+        # V [copies, p, q], and (F_b + damping I)^{-1} V for every copy
         v = gather(bucket, leaves, dtype)
         solved = solve(operator.inverses[bucket.name], v, operator.damping)
         named |= scatter(bucket, solved, leaves | named)
@@ -129,6 +132,7 @@ def root_trees(where: str, operator: BlockInverse, trees: PyTree) -> PyTree:
         root = block_of_bucket(bucket).root_solve
         if root is None:
             raise _missing(where, bucket, "root_solve", "square root")
+        # one root is decomposed after another: their workspaces need not exist at once
         ready = after(operator.inverses[bucket.name], solved)
         z = jax.vmap(lambda x, bucket=bucket: gather(bucket, x, dtype))(leaves)
         # copies [*, n] outside, noise [n] inside: z is [n, copies, p, q]
@@ -150,6 +154,7 @@ def logdet(where: str, operator: BlockInverse) -> jax.Array:
         if of_block is None:
             raise _missing(where, bucket, "logdet", "determinant")
         shape, ready = bucket.shape, after(operator.inverses[bucket.name], total)
+        # log det of a block-diagonal matrix: the sum over blocks and copies
         each = jax.vmap(lambda x, of=of_block, shape=shape: of(x, operator.damping, shape))(ready)
         total = total + jnp.sum(each)
     return total

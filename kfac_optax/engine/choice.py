@@ -105,6 +105,7 @@ def blocks_of(
     check_choice("blocks_of", "convolution", convolution, CONVOLUTION)
     check_choice("blocks_of", "recurrence", recurrence, RECURRENCE)
     linear = kronecker_by(inverse, precision=precision) if linear is None else linear
+    # what is no `Block` chooses itself, and the other words would be ignored
     if not isinstance(linear, Block | ByWidth):
         check_unused(
             "blocks_of",
@@ -130,6 +131,7 @@ def blocks_of(
             return by_kind[layer.kind]
         if layer.kind in ("embedding", "tied_embedding"):
             return (lookup if layer.kind == "embedding" else tied)(layer)
+        # channels are known of plain convolutions only
         if convolution == "sua" and layer.channels:
             return of_channels
         if in_time is not None and layer.uses > 1 and layer.kind != "conv":
@@ -190,9 +192,11 @@ def cover(
         layers = leave_out(layers, ("scale_shift",), _PASSED)
     kept, left = list(layers.layers), list(layers.uncovered)
     if uncovered == "diagonal":
+        # what has no real gradient has no second moment either
         passed = (NOT_USED, COMPLEX, NOT_REAL, _PASSED)
         kept += [_single(u) for u in left if u.reason not in passed]
         left = [u for u in left if u.reason in passed]
+    # what a coverage table said of blocks and bytes was said of other layers
     return dataclasses.replace(
         layers,
         layers=tuple(kept),
@@ -255,6 +259,7 @@ def check_coupled(layers: Layers, where: str) -> None:
 
 def _single(parameter: Uncovered) -> Layer:
     shape = parameter.shape
+    # one row of n entries, each with a curvature of its own
     return Layer(
         path=parameter.path,
         kind="diagonal",

@@ -94,11 +94,13 @@ class CompiledStep:
     def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
         """One step."""
         counts = self._counts("arguments", (args, kwargs))
+        # the very array that was returned: its number is known without waiting for the device
         known = self.count is not None and counts[0] is self._returned
         count = self.count if known else _read(counts)
         assert count is not None
         result = self._kind(count)(*args, **kwargs)
         counts = self._counts("results", result)
+        # once, where the host starts to count by itself
         if not known:
             _check_counted(count, _read(counts))
         self.count, self._returned = count + 1, counts[0]
@@ -107,6 +109,7 @@ class CompiledStep:
     def _kind(self, count: int) -> Any:
         """The compiled function of this step."""
         due = dict(self._schedule(count))
+        # sorted: the order of the schedule's words makes no second program
         kind = tuple(sorted(due.items()))
         if kind not in self.kinds:
             self.kinds[kind] = jax.jit(_bound(self._function, due), **self._options)
@@ -155,6 +158,7 @@ def _read(counts: list[Any]) -> int:
     if len(numbers) > 1:
         raise ValueError(
             f"compile_step: got states with different counts, {sorted(numbers)}; expected one "
+            # several states (of optax.partition, say) have a count each
             "number, since one schedule serves all of them. Use the traced schedule, jax.jit."
         )
     return numbers.pop()
@@ -182,6 +186,7 @@ def _check_function(function: Callable[..., PyTree], schedule: Schedule) -> None
             "such as ko.HostSchedule(curvature_every=10, inverse_every=100)."
         )
     parameters = inspect.signature(function).parameters.values()
+    # **due takes whatever a schedule says
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
     named = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}

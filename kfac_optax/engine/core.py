@@ -132,6 +132,7 @@ def scale_by_curvature(
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
     blocks = tuple(map(block_of, layers))
+    # one pass measures first moments or products: all that want either have to agree
     of_first_moments(layers.layers, blocks, coupling, where)  # for its check
     if coupling is not None:
         coupling.check(layers.layers, blocks)
@@ -207,6 +208,7 @@ def scale_by_curvature(
         damping = own_damping if damping is None else damping
         if curvature is _MISSING:
             raise ValueError(NO_CURVATURE.format(where=where))
+        # optax.partition may leave a group empty
         if not jax.tree.leaves(updates):
             return updates, state
         leaves = named_leaves(updates)
@@ -235,6 +237,7 @@ def scale_by_curvature(
                 plan._replace(inverses=inverses_read(mine, buckets, inverses))
             )
 
+        # statistics first: a refresh in the same step sees them
         if curvature is not None and measure is not False:
             _check_curvature(where, curvature)
             due = True if measure or refresh is not None else due_at(count, measured_every)
@@ -244,6 +247,7 @@ def scale_by_curvature(
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
+        # (a, g) of layers whose gradient is sum_n a_n g_n^T
         rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
         covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
         finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
@@ -335,4 +339,5 @@ def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tup
 def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: Any) -> Any:
     if factor_dtype is not None:
         return jnp.dtype(factor_dtype)
+    # at least single precision: half would lose the small eigenvalues of factors
     return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))

@@ -31,6 +31,7 @@ class Share(NamedTuple):
 
     @property
     def start(self) -> np.ndarray:
+        # [groups, m] as one row of devices
         """First matrix that a device factorises, `[groups, m]`."""
         flat = self.count.ravel()
         return (np.cumsum(flat) - flat).reshape(self.count.shape)
@@ -60,6 +61,7 @@ class Division(NamedTuple):
     def table(self, of_group: np.ndarray) -> jax.Array:
         """The entry of this device in a table `[groups, ...]`."""
         me = jax.lax.axis_index(self.placement.axis)
+        # neighbours are one group: devices g m to g m + m - 1
         return jnp.asarray(of_group, jnp.int32)[me // self.placement.workers]
 
     def own(self, of_device: np.ndarray) -> jax.Array:
@@ -81,6 +83,7 @@ def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Divi
     kept = _over_groups(costs, groups)
     count = {name: np.zeros((groups, workers), int) for name in costs}
     for group in range(groups):
+        # the matrices of a group, divided once more within it
         within = {name: (int(kept[name][group]), cost) for name, (_, cost) in costs.items()}
         for member, part in enumerate(stagger.divide(within, parts=workers)):
             for name, (start, end) in part.items():
@@ -94,8 +97,10 @@ def _over_groups(costs: Mapping[str, tuple[int, float]], groups: int) -> dict[st
     have the least to factorise so far.
     """
     load, kept = np.zeros(groups), {}
+    # the largest first, to the groups with the least work
     for name, (copies, cost) in sorted(costs.items(), key=lambda item: -item[1][1]):
         counts = np.full(groups, copies // groups)
+        # one more for the first n mod groups
         counts[np.argsort(load, kind="stable")[: copies % groups]] += 1
         load += counts * cost
         kept[name] = counts
@@ -120,14 +125,17 @@ def make_own(
       statistic: of all matrices, `[copies, ...]`.
     """
     placement, most = division.placement, share.most
+    # first of all matrices that it factorises, and of those that it keeps
     start, first = division.own(share.start), division.table(share.first)
 
     def some(count: int) -> Callable[[PyTree], PyTree]:
         def run(trees: PyTree) -> PyTree:
             old, statistic = trees
             if count == 0:
+                # nothing to do: an array of the same shape
                 none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape[1:]), x.dtype), old)
                 return as_varying(placement, none)
+            # old inverses lie in places of the group, statistics in those of the bucket
             mine = _rows(old, start - first, count), _rows(statistic, start, count)
             made = jax.tree.map(lambda x: _longer(x, most), make(*mine))
             return as_varying(placement, made)
@@ -151,6 +159,7 @@ def _within_group(division: Division, share: Share, made: jax.Array) -> jax.Arra
     if groups == 1:
         return _to_all(placement, share.count.ravel(), made)
     members = np.arange(placement.devices).reshape(groups, workers).tolist()
+    # a gather would send more empty places than a sum sends zeros
     if workers * share.most > 2 * share.slots and not tracked(placement) and made.dtype != bool:
         start = division.own(share.start) - division.table(share.first)
         summed = _apart(placement, made, share.slots, start, division.own(share.count))
@@ -188,6 +197,7 @@ def _to_all(
     """
     longest, total = mine.shape[0], int(counts.sum())
     options: dict[str, Any] = {} if receivers is None else {"axis_index_groups": receivers}
+    # what is sent: W longest rows by a gather, twice the total by a sum
     if len(counts) * longest <= 2 * total or mine.dtype == bool:
         to = {"to": "invarying"} if tracked(placement) else {}
         together = jax.lax.all_gather(mine, placement.axis, **options, **to)
@@ -195,6 +205,7 @@ def _to_all(
     me = jax.lax.axis_index(placement.axis)
     if receivers is not None:
         me = me // len(receivers)
+    # row of the first, and number, of what this device has
     start, count = (jnp.asarray(x, jnp.int32)[me] for x in (np.cumsum(counts) - counts, counts))
     return jax.lax.psum(_apart(placement, mine, total, start, count), placement.axis, **options)
 
@@ -225,6 +236,7 @@ def failures(division: Division, good: Mapping[str, jax.Array]) -> jax.Array:
     The first device of a group counts for all that keep the same ones.
     """
     placement = division.placement
+    # one device of a group counts for all of it
     lead = jax.lax.axis_index(placement.axis) % placement.workers == 0
     bad = jnp.zeros((), jnp.int32)
     for name, mine in good.items():

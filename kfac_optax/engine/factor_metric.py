@@ -56,6 +56,7 @@ def factor_metric(
     block_of = blocks_of(block, normalization=normalization)
 
     def metric(state: PyTree, updates: PyTree) -> jax.Array:
+        # statistics and not their inverses: F_i without damping
         factors = the_state(state, CurvatureState, where).factors
         leaves = named_leaves(updates)
         buckets = make_buckets(present(layers, leaves), block_of)
@@ -65,9 +66,11 @@ def factor_metric(
                 f"{', '.join(sorted(bucket.name for bucket in buckets))}. Pass the layers, block, "
                 "normalization and uncovered that the preconditioner was made with."
             )
+        # at least single precision, or that of the updates
         dtype: Any = jnp.result_type(jnp.float32, *covered_leaves(updates, layers).values())
         total = jnp.zeros((), dtype)
         for bucket in buckets:
+            # U [copies, p, q], and the sum of <U, F U> over copies
             u = gather(bucket, leaves, dtype)
             total += jnp.sum(
                 u * jax.vmap(block_of_bucket(bucket).multiply)(factors[bucket.name], u)

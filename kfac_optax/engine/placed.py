@@ -31,6 +31,7 @@ def division_of(placement: Placement, factors: Mapping[str, PyTree]) -> Division
     costs = {}
     for name, statistic in factors.items():
         leaves = jax.tree.leaves(statistic)
+        # shapes of one copy
         costs[name] = leaves[0].shape[0], stagger.cost([x.shape[1:] for x in leaves])
     return divide(placement, costs)
 
@@ -43,6 +44,7 @@ def first_inverses(placement: Placement, factors: PyTree, inverses: PyTree) -> P
     division, devices = division_of(placement, factors), placement.devices
     kept = {}
     for name, share in division.shares.items():
+        # mapped, each device makes its own places; else all of them at once
         n = share.slots if placement.mapped else devices * share.slots
         kept[name] = jax.tree.map(lambda x, n=n: jnp.repeat(x[:1], n, 0), inverses[name])
     return kept
@@ -72,6 +74,7 @@ def factorize_placed(
       In a divided state what each device keeps, with the old ones in place of what is not finite,
       and how many that are; else all of them as they are, and zero.
     """
+    # undivided: every device keeps all inverses, and makes a part of them
     division, divided = division_of(placement, factors), placement.divided
 
     def on_device(held: PyTree, whole: PyTree, factors: PyTree, damping, count, previous):
@@ -88,6 +91,7 @@ def factorize_placed(
 
             new = make_own(division, share, make, old, factors[bucket.name])
             if divided:
+                # a copy may fail by itself
                 good[bucket.name] = finite = jax.vmap(all_finite)(new)
                 # places that nothing belongs to stay as they were
                 new = select(finite & used_slots(division, share), new, old)
@@ -119,6 +123,7 @@ def absorb_placed(
             if absorb is None or name not in news:
                 continue
             share, old = division.shares[name], held[name]
+            # rows that are not finite would only keep the factorisation busy
             mine = jax.tree.map(
                 lambda x: jnp.where(finite, x, 0), kept_rows(division, share, news[name])
             )
@@ -142,6 +147,7 @@ def solve_placed(
     """The block-diagonal preconditioner of a divided state: every device solves for what it keeps,
     then all exchange the results.
     """
+    # V [copies, p, q] on every device, of which each solves for its own
     division = division_of(placement, factors)
 
     def on_device(held: PyTree, vector: Vector, damping: jax.Array):
@@ -150,6 +156,7 @@ def solve_placed(
             share, solve = division.shares[bucket.name], block_of_bucket(bucket).solve
             mine = kept_rows(division, share, v)
             new = jax.vmap(solve, (0, 0, None))(held[bucket.name], mine, damping)
+            # (F_b + damping I)^{-1} V of all copies, on all devices
             solved.append(from_groups(division, share, new))
         return (), solved
 
@@ -170,6 +177,7 @@ class AllInverses:
         if name not in self._known:
             share = self._division.shares[name]
 
+            # collected once, by whoever asks first
             def on_device(held: PyTree):
                 return (), jax.tree.map(lambda x: from_groups(self._division, share, x), held)
 

@@ -101,6 +101,7 @@ class Placement:
             )
         _workers(self.worker_fraction, self.devices)
 
+    # several axes count as one
     @property
     def names(self) -> tuple[str, ...]:
         """The axes, as a tuple."""
@@ -112,6 +113,7 @@ class Placement:
         if self.mesh is None:
             self.check_mapped()
             return jax.lax.axis_size(self.axis)
+        # W
         count = 1
         for name in self.names:
             count *= self.mesh.shape[name]
@@ -168,6 +170,7 @@ def _workers(fraction: float, devices: int) -> int:
     Raises:
       ValueError: that is no whole number, or does not divide the devices into groups.
     """
+    # m = W fraction, up to rounding, has to divide W
     workers = max(1.0, devices * float(fraction))
     if abs(workers - round(workers)) > 1e-6 * devices or devices % round(workers):
         possible = ", ".join(f"{m}/{devices}" for m in range(1, devices + 1) if devices % m == 0)
@@ -227,6 +230,7 @@ def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: P
     placement.check_mapped()
     if placement.mapped:
         return function(held, *whole)
+    # what is divided has devices on axis 0, the rest is the same everywhere
     divided, same = P(placement.axis), P()
     mapped = jax.shard_map(
         function,
@@ -242,6 +246,7 @@ def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: P
 
 def tracked(placement: Placement) -> bool:
     """Whether `shard_map` keeps track of what differs between devices."""
+    # the index of a device is what differs first
     return bool(varying_axes(jax.typeof(jax.lax.axis_index(placement.axis))))
 
 
@@ -252,6 +257,7 @@ def as_varying(placement: Placement, tree: PyTree) -> PyTree:
 
     def cast(x: jax.Array) -> jax.Array:
         known = varying_axes(jax.typeof(x))
+        # pcast takes axes over which a value does not vary yet
         missing = tuple(name for name in placement.names if name not in known)
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 

@@ -70,6 +70,7 @@ def _share(parts: list[Vector]) -> jax.Array:
     """Norm of what comes after the first part over the norm of the sum."""
     if len(parts) == 1:
         return jnp.zeros((), jnp.float32)
+    # what the coupling adds, its parts summed up for every bucket
     added = _sum(parts[1:])
     changed, total = 0.0, 0.0
     for fine, more in zip(parts[0], added, strict=True):
@@ -100,6 +101,7 @@ def _from_rows(
         solve_rows = block_of_bucket(bucket).solve_rows
         if solve_rows is None or any(layer not in rows for layer in bucket.layers):
             continue
+        # a [copies, R, p] and g [copies, R, q]; sum_n a_n g_n^T is the gradient
         a, g = (
             _stacked(xs, dtype)
             for xs in zip(*(rows[layer] for layer in bucket.layers), strict=True)
@@ -125,6 +127,7 @@ def _stacked(rows: Sequence[jax.Array], dtype: Any) -> jax.Array:
 
 def _system(step, state, gradient, fine, leaves, curvature, axis_name) -> System:
     sizes = state.coarse.coarse_sizes
+    # rows of the coarse matrix on one side, buckets of layers on the other
     between = _Between(step, [v.shape for v in gradient])
     batch = _Batch(step, leaves, curvature, axis_name)
     held = inverses_of_all(step, state.factors, state.inverses)
@@ -151,14 +154,17 @@ class _Between(NamedTuple):
 
     def restrict(self, vector: Vector) -> jax.Array:
         rows = self.step.rows()
+        # R v: of every copy the sum of its entries
         restricted = jnp.concatenate([jnp.sum(vector[i], (1, 2)) for i in self.coupled()])
         return restricted if _in_order(rows) else restricted[np.argsort(rows)]
 
     def prolong(self, values: jax.Array) -> Vector:
         rows, start = self.step.rows(), 0
         by_bucket = values if _in_order(rows) else values[rows]
+        # layers outside the coupling get zero
         vector = [jnp.zeros((), values.dtype)] * len(self.shapes)
         for i in self.coupled():
+            # [copies, 1, 1]: all entries of a layer get its number
             vector[i] = by_bucket[start : start + self.shapes[i][0], None, None]
             start += self.shapes[i][0]
         return [jnp.broadcast_to(x, shape) for x, shape in zip(vector, self.shapes, strict=True)]
@@ -191,6 +197,7 @@ class _Batch(NamedTuple):
     axis_name: Any
 
     def product(self, vector: Vector) -> Vector:
+        # F v over the whole tree, cut into buckets again
         products = named_leaves(
             self._given().vector_product(self._as_tree(vector), axis_name=self.axis_name)
         )
@@ -200,6 +207,7 @@ class _Batch(NamedTuple):
         ]
 
     def coarse(self, prolong: Callable[[jax.Array], Vector], count: int, dtype: Any) -> jax.Array:
+        # the direction of row i: its unit vector, spread over the entries of a layer
         def direction(row: jax.Array) -> PyTree:
             return self._as_tree(prolong((jnp.arange(count) == row).astype(dtype)))
 

@@ -30,11 +30,13 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
     """
     block, (p, q) = block_of_bucket(bucket), bucket.shape
     here = f"{where}: block {block.name!r} of {bucket.name}"
+    # one layer of the bucket, no copies in front
     statistic = jax.eval_shape(lambda: block.init(bucket.layers[0], dtype))
     number = jax.ShapeDtypeStruct((), dtype)
     inverse = jax.eval_shape(block.factorize, statistic, number)
     _check_arrays(f"{here}: init(layer, dtype)", statistic)
     _check_arrays(f"{here}: factorize(statistic, damping)", inverse)
+    # solve and root_solve: from V [p, q] to V
     v = jax.ShapeDtypeStruct((p, q), dtype)
     solved = jax.eval_shape(block.solve, inverse, v, number)
     _check_same(f"{here}: solve(inverse, V, damping)", solved, v, "what V is")
@@ -48,6 +50,7 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
 def _check_refresh(here: str, block: Block, statistic: PyTree, inverse: PyTree, number: Any):
     if block.refresh is None:
         return
+    # a refresh makes of what is held what factorize makes of nothing
     count = jax.ShapeDtypeStruct((), "int32")
     new = jax.eval_shape(block.refresh, inverse, statistic, number, count)
     name = f"{here}: refresh(inverse, statistic, damping, count)"
@@ -60,6 +63,7 @@ def _check_due(here: str, block: Block, statistic: PyTree, inverse: PyTree, numb
     count = jax.ShapeDtypeStruct((), "int32")
     asked = jax.eval_shape(block.due, inverse, statistic, number, count)
     name = f"{here}: due(inverse, statistic, damping, count)"
+    # due, and what is held where it is not
     expected = jax.ShapeDtypeStruct((), "bool"), inverse
     _check_same(name, asked, expected, "a bool and what factorize returned")
 
@@ -88,6 +92,7 @@ def _check_same(
     def kinds(tree: PyTree) -> list[tuple]:
         return [(x.shape, x.dtype if dtypes else None) for x in jax.tree.leaves(tree)]
 
+    # structure first, so that leaves are paired rightly
     same = jax.tree.structure(got) == jax.tree.structure(expected)
     if not same or kinds(got) != kinds(expected):
         raise ValueError(
@@ -102,6 +107,7 @@ def _check_arrays(what: str, tree: PyTree) -> None:
 
 def _described(tree: PyTree) -> str:
     if hasattr(tree, "shape"):
+        # a tree as its type and its leaves
         return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
     paths = jax.tree_util.tree_leaves_with_path(tree)
     parts = [f"{jax.tree_util.keystr(path)} {_described(x)}" for path, x in paths]

@@ -34,6 +34,7 @@ def initial(
     dtype, factors = damping.dtype, {}
     buckets = make_buckets(mine, block_of)
     for bucket in buckets:
+        # the start of one layer, for every copy of the bucket
         one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
         factors[bucket.name] = jax.tree.map(
             lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
@@ -47,8 +48,10 @@ def initial(
     rows, index = 0, {}
     coupled = tuple(layer for layer in mine if layer.coupled)
     for layer in coupled:
+        # rows of the coarse matrix in order of execution, one for each copy
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
         rows += layer.copies
+    # p q, the number of parameters of each row
     sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in coupled])
     statistic = coupling.init(coupled, dtype)
     fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
@@ -121,6 +124,7 @@ def inverses_read(
     for bucket in buckets:
         if not block_of_bucket(bucket).reads_inverse:
             continue
+        # copies of a layer lie side by side in its bucket
         start = 0
         for layer in bucket.layers:
             mine = slice(start, start + layer.copies)
@@ -139,6 +143,7 @@ def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array,
     """Which parts of the inverses are due; all of them at first."""
     if parts == 1:
         return (due_at(state.kfac_count, every),)
+    # parts that no period has reached yet still hold the inverses of the start
     every = jnp.asarray(every).astype(jnp.int32)
     first = (state.kfac_count == 0) | (state.inverse_age > state.kfac_count)
     return tuple(
@@ -169,6 +174,7 @@ def when(
     """`change(view(state))` where due; only the fields that can change pass through the branch, as
     `view` shows them.
     """
+    # known while tracing: no branch is compiled
     if isinstance(due, bool):
         return change(view(state)) if due else view(state)
 
@@ -212,6 +218,7 @@ def accumulate(
     # curvature
     finite = good & (largest > 0).any()
     count = state.curvature_count + finite.astype(jnp.int32)
+    # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
     k = jnp.maximum(count, 1).astype(jnp.float32)
     weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
 
@@ -220,6 +227,7 @@ def accumulate(
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
     factors, news = {}, {}
+    # of layers [copies, ...] to those of buckets
     for bucket in step.buckets:
         stacked = stacked_of[bucket.name]
         if block_of_bucket(bucket).absorb is not None:
@@ -277,6 +285,7 @@ def _absorb(
             new = jax.vmap(absorb, (0, 0, 0, None, None))(
                 old, after(new_ones, previous), state.factors[bucket.name], step.damping, average
             )
+            # a copy may fail by itself
             good = jax.vmap(all_finite)(new)
             inverses[bucket.name] = previous = select(good & finite, new, old)
             failed = failed + jnp.sum(~good, dtype=jnp.int32)
@@ -302,6 +311,7 @@ def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> Curv
 
 def _divided(step: Step, parts: int) -> tuple[stagger.Part, ...]:
     costs = {}
+    # the shapes of factors tell the cost, without making any
     for bucket in step.buckets:
         start = functools.partial(block_of_bucket(bucket).init, bucket.layers[0])
         one = jax.eval_shape(functools.partial(start, step.damping.dtype))

@@ -38,6 +38,7 @@ def refresh_period(regular: int, *, warmup_steps: int, first: int = 1) -> Callab
     check_number("refresh_period", "first", first, at_least=1)
 
     def period(count: Any) -> Any:
+        # on the host, where a program per kind of step is chosen
         if isinstance(count, (int, np.integer)):
             return int(first if count < warmup_steps else regular)
         return jnp.where(count < warmup_steps, first, regular).astype(jnp.int32)

@@ -55,6 +55,7 @@ def state_shardings(
     >>> print(tuple(trace.trace["w"].spec))
     ('data',)
     """
+    # of the arguments the mesh, or else that of the parameters
     known = placement.mesh if mesh is None and placement is not None else mesh
     of_params = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     if known is None:
@@ -71,6 +72,7 @@ def state_shardings(
         if isinstance(leaf, optax.MaskedNode):
             return leaf
         sharding = getattr(param, "sharding", None)
+        # moments like the parameter; scalars and factors everywhere
         same = leaf.shape == param.shape and isinstance(sharding, NamedSharding)
         return sharding if same else everywhere
 
@@ -85,6 +87,7 @@ def state_shardings(
     )
     if placement is None or not placement.divided:
         return shardings
+    # [W slots, ...], the places of every device
     divided = NamedSharding(known, P(placement.axis))
 
     def with_inverses(node: Any) -> Any:
@@ -170,6 +173,7 @@ def _rearranged(
         shares, inverses = division_of(placement, node.factors).shares, {}
         for name, inverse in node.inverses.items():
             taken = rows(shares[name])
+            # rows of the old order for the places of the new one
             inverses[name] = jax.tree.map(lambda x, taken=taken: x[taken], inverse)
         return node._replace(inverses=inverses)
 

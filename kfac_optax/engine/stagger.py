@@ -32,6 +32,7 @@ def divide(costs: Mapping[str, tuple[int, float]], *, parts: int) -> tuple[Part,
     mean = sum(copies * cost for copies, cost in costs.values()) / parts
     load = [0.0] * parts
     taken = [dict.fromkeys(costs, 0) for _ in range(parts)]
+    # the largest first: small ones fill up what is left
     for name, (copies, cost) in sorted(costs.items(), key=lambda item: -item[1][1]):
         left = copies
         while left:
@@ -42,6 +43,7 @@ def divide(costs: Mapping[str, tuple[int, float]], *, parts: int) -> tuple[Part,
             load[j] += count * cost
             left -= count
     divided: list[Part] = []
+    # from numbers of copies to ranges
     start = dict.fromkeys(costs, 0)
     for counts in taken:
         divided.append({name: (start[name], start[name] + n) for name, n in counts.items() if n})
@@ -61,6 +63,7 @@ def cost(shapes: list[tuple[int, ...]]) -> float:
         entries = 1.0
         for size in shape:
             entries *= size
+        # n^3 = entries * n
         square = len(shape) >= 2 and shape[-1] == shape[-2]
         total += entries * shape[-1] if square else entries
     return total
@@ -100,6 +103,7 @@ def chosen(where: str, refresh: Any, parts: int) -> tuple[bool, ...]:
     """
     if isinstance(refresh, (bool, np.bool_)):
         return (bool(refresh),) * parts
+    # True and False are ints, but no numbers of parts
     if not isinstance(refresh, tuple) or not all(
         isinstance(j, int) and not isinstance(j, bool) for j in refresh
     ):

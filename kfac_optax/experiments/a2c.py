@@ -27,8 +27,10 @@ class ActorCritic(nn.Module):
         """Two likelihoods, whose joint Fisher the curvature measures: `[N]` policies and `[N]`
         values.
         """
+        # a shared trunk sees the gradients of both heads
         trunk = self._trunk("trunk", x) if self.shared else None
         hidden = [self._trunk(name, x) if trunk is None else trunk for name in ("actor", "critic")]
+        # small weights: at first all actions are about as likely
         head = functools.partial(nn.Dense, kernel_init=nn.initializers.orthogonal(0.01))
         logits = head(cartpole.ACTIONS, name="policy")(hidden[0])
         value = head(1, name="value")(hidden[1])[..., 0]
@@ -61,7 +63,9 @@ def _acktr(config: ml_collections.ConfigDict, layers: Any, schedule: Schedule) -
     radius, metric, steps, factor = (
         options.pop(name) for name in ("radius", "metric", "cold_steps", "cold_scale")
     )
+    # U of K-FAC, whose length the trust region decides on
     natural = ko.kfac(layers, learning_rate=1.0, kl_clip=None, **options)
+    # a few steps of plain gradients, until statistics are of some use
     warmed = ko.cold_start(natural, steps=steps, initial=optax.scale(factor))
     clipped = ko.clip_by_trust_region(
         warmed, learning_rate=schedule, radius=radius, metric=metric, layers=layers
@@ -122,12 +126,15 @@ def train(
       What happened in every update, `[updates]`.
     """
     model = ActorCritic(tuple(config.widths), config.shared)
+    # keys of parameters, environments and training
     init_key, reset_key, key = jax.random.split(key, 3)
     params = model.init(init_key, jnp.zeros((1, cartpole.OBSERVATIONS)))["params"]
+    # the model's own distributions, for labels drawn from them
     predict = lambda params, x: model.apply({"params": params}, x)
     fisher = ko.fisher(predict)
     samples = jnp.zeros((config.environments * config.rollout, cartpole.OBSERVATIONS))
     updates = updates_of(config)
+    # linearly to zero over the run
     schedule = lambda count: rate * (1 - count / updates)
     layers = fisher.layers(params, samples) if method.curvature else None
     tx = optax.with_extra_args_support(method.build(config, layers, schedule))
@@ -137,8 +144,10 @@ def train(
         rollout_key, label_key = jax.random.split(key)
         envs, returns, batch = rollout(config, predict, params, envs, returns, rollout_key)
         x, grads, entropy = gradient(config, predict, params, batch)
+        # the Fisher of the policy at observations of this rollout
         extra = {"curvature": fisher.at(params, x, key=label_key)} if method.curvature else {}
         steps, opt_state = tx.update(grads, opt_state, params, **extra)
+        # episodes end by themselves or at the limit of steps
         ended = batch.outcome.terminated | batch.outcome.truncated
         log = Log(batch.finished.sum(), ended.sum(), entropy)
         return (optax.apply_updates(params, steps), opt_state, envs, returns), log
@@ -159,6 +168,7 @@ def rollout(
     """`config.rollout` steps of all environments with actions drawn from the policy."""
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, Batch]:
+        # all environments step by step
         envs, returns = carry
         action_key, env_key = jax.random.split(key)
         heads = predict(params, envs.observation)
@@ -167,6 +177,7 @@ def rollout(
         new, outcome = jax.vmap(cartpole.step)(keys, envs, action)
         returns = returns + outcome.reward
         done = outcome.terminated | outcome.truncated
+        # returns of episodes that have ended, and of those that go on
         finished, returns = jnp.where(done, returns, 0), jnp.where(done, 0, returns)
         return (new, returns), Batch(
             envs.observation, action, heads["value"].mean, outcome, finished
@@ -191,12 +202,15 @@ def advantages(
       estimation (2016).
     """
     terminated, truncated = batch.outcome.terminated, batch.outcome.truncated
+    # an ended episode has no value behind it, one that was cut off has
     after = jnp.where(terminated, 0, following)
+    # delta_t = r_t + discount v_(t+1) - v_t
     deltas = scale * batch.outcome.reward + discount * after - batch.value
     goes_on = ~(terminated | truncated)
 
     def back(advantage: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         delta, goes_on = row
+        # A_t = delta_t + discount trace A_(t+1), within an episode
         advantage = delta + discount * trace * goes_on * advantage
         return advantage, advantage
 
@@ -215,14 +229,17 @@ def gradient(
     advantage = advantages(
         batch, following, discount=config.discount, trace=config.trace, scale=config.reward_scale
     )
+    # [T, n, ...] to [T n, ...]
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     x, action, weight = flat(batch.observation), flat(batch.action), flat(advantage)
+    # advantage plus value is an estimate of the return
     target = weight + flat(batch.value)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         heads = predict(params, x)
         log_p = jax.nn.log_softmax(heads["policy"].logits)
         entropy = -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, -1))
+        # policy gradient: advantages weigh log-probabilities
         policy = jnp.mean(weight * heads["policy"].nll(action))
         value = jnp.mean(jnp.square(heads["value"].mean - target))
         return policy + config.value_loss * value - config.entropy * entropy, entropy

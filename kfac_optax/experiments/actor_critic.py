@@ -21,6 +21,7 @@ from rich.table import Table
 from kfac_optax.experiments import a2c, command_line, data, plots, results, tables
 from kfac_optax.experiments.results import interval, write_json, write_rows
 
+# the colours of the other figures
 _STYLES = {
     "acktr": plots.STYLES["kfac"],
     "adam": plots.STYLES["adam"],
@@ -56,6 +57,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.grid.{name}: got {rates}, expected positive learning rates")
     if not any(config.grid.values()):
         raise ValueError("config.grid: got no rates, expected some for at least one optimizer")
+    # a point is a whole number of updates
     per_point = config.environments * config.rollout * config.points
     if config.steps % per_point:
         raise ValueError(
@@ -71,6 +73,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
         ValueError: the settings make no comparison.
     """
     validate(config)
+    # runs, not steps: all have the same length
     count = config.seeds * sum(map(len, config.grid.values()))
     progress = command_line.runs_bar(console)
     bar = progress.add_task("compiling", total=count)
@@ -79,6 +82,7 @@ def compare(config: ml_collections.ConfigDict, console: Console) -> Runs:
         for name, rate, run in _train(config):
             runs.setdefault((name, rate), []).append(run)
             progress.update(bar, advance=1, description=a2c.METHODS[name].label)
+            # a line for all seeds of a rate
             if not console.is_terminal and run.seed == config.seeds - 1:
                 mean = tables.mean_and_interval([r.returns[-1] for r in runs[name, rate]], ".0f")
                 console.print(
@@ -102,9 +106,11 @@ def _train(config: ml_collections.ConfigDict) -> Iterator[tuple[str, float, Run]
                 began = time.perf_counter()
                 log = jax.block_until_ready(train(*arguments))
                 seconds = time.perf_counter() - began
+                # episodes and their returns, added up over the updates of a point
                 total, episodes = (
                     np.asarray(x, float).reshape(config.points, -1).sum(1) for x in log[:2]
                 )
+                # no episode ended: no return, rather than none
                 returns = np.divide(
                     total, episodes, out=np.full_like(total, np.nan), where=episodes > 0
                 )
@@ -114,6 +120,7 @@ def _train(config: ml_collections.ConfigDict) -> Iterator[tuple[str, float, Run]
 def best_rates(runs: Runs) -> dict[str, float]:
     """Per optimizer the rate of the highest return, averaged over the whole run and the seeds."""
     return results.best_rates(
+        # the highest return is the lowest cost
         {
             key: -float(np.mean([np.nanmean(run.returns) for run in group]))
             for key, group in runs.items()
@@ -123,6 +130,7 @@ def best_rates(runs: Runs) -> dict[str, float]:
 
 def env_steps(config: ml_collections.ConfigDict) -> np.ndarray:
     """Environment steps at the end of every part of a run, `[points]`."""
+    # steps of all environments together
     return config.steps // config.points * np.arange(1, config.points + 1)
 
 
@@ -132,6 +140,7 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
     rows = _summary(config, runs)
     write_rows(out / "curves.csv", _curves(config, runs))
     write_rows(out / "summary.csv", rows)
+    # settings beside results, so that a file explains itself
     settings = {k: v for k, v in config.to_dict().items() if k != "out"}
     device = jax.devices()[0].device_kind
     write_json(
@@ -151,6 +160,7 @@ def report(config: ml_collections.ConfigDict, out: Path, console: Console, runs:
 def table(config: ml_collections.ConfigDict, runs: Runs) -> Table:
     """Return of every optimizer at its best rate, at several numbers of environment steps."""
     shown = _shown(config)
+    # columns at some parts of the run
     headings = [f"{env_steps(config)[i]:,} steps" for i in shown]
     made = tables.blank(
         f"{config.title}: return of an episode",
@@ -162,6 +172,7 @@ def table(config: ml_collections.ConfigDict, runs: Runs) -> Table:
     )
     for name, rate in best_rates(runs).items():
         group, rates = runs[name, rate], config.grid[name]
+        # a better rate may lie beyond the edge
         edge = "*" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
         cells = [tables.mean_and_interval([run.returns[i] for run in group], ".0f") for i in shown]
         seconds = tables.mean_and_interval([run.seconds for run in group], ".1f")
@@ -179,9 +190,11 @@ def draw(path: Path, config: ml_collections.ConfigDict, runs: Runs) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for name, rate in best_rates(runs).items():
         group, (color, dashes) = runs[name, rate], _STYLES[name]
+        # [points, seeds], and an interval at each point
         curves = np.transpose([run.returns for run in group])
         mean, half = np.transpose([interval(row) for row in curves])
         steps = env_steps(config)
+        # runs of one length: seconds in proportion to steps
         seconds = np.mean([run.seconds for run in group]) * steps / config.steps
         for axes, x in ((left, steps), (right, seconds)):
             label = f"{a2c.METHODS[name].label}, rate {rate:g}"
@@ -190,6 +203,7 @@ def draw(path: Path, config: ml_collections.ConfigDict, runs: Runs) -> None:
                 axes.fill_between(
                     x,
                     mean - half,
+                    # an episode ends after 500 steps
                     np.minimum(mean + half, 500),
                     color=color,
                     alpha=0.15,
@@ -214,6 +228,7 @@ def _curves(config: ml_collections.ConfigDict, runs: Runs) -> list[dict[str, Any
     for (name, rate), group in runs.items():
         for run in group:
             for i, steps in enumerate(env_steps(config)):
+                # the time of a point as a part of the run's
                 seconds = run.seconds * steps / config.steps
                 row = {
                     "optimizer": name,
@@ -244,6 +259,7 @@ def _summary(config: ml_collections.ConfigDict, runs: Runs) -> list[dict[str, An
         for i in _shown(config):
             column = f"return_{env_steps(config)[i]}"
             row[column], row[f"{column}_ci95"] = interval([run.returns[i] for run in group])
+        # mean over the run and then over seeds
         row["return_mean"], row["return_mean_ci95"] = interval(
             [float(np.nanmean(run.returns)) for run in group]
         )

@@ -35,9 +35,11 @@ def planted_linear(
     The teacher is one linear layer without bias, initialised as the students are; a target is the
     sign of one of its outputs, so every data set can be fitted without error.
     """
+    # teacher and inputs from keys of their own
     teacher_key, input_key = jax.random.split(key)
     teacher = nn.initializers.he_uniform()(teacher_key, (features, target_dim))
     x = jax.random.normal(input_key, (train + test, features))
+    # targets that a linear net can fit
     y = (x @ teacher > 0).astype(jnp.float32)
     return Dataset(x[:train], y[:train], x[train:], y[train:])
 
@@ -54,6 +56,7 @@ def digits(
 
     With `reconstruct` the pixels are the targets too.
     """
+    # any shape of 64 pixels: a vector, an image, rows
     if math.prod(shape) != 64:
         raise ValueError(
             f"config.data.shape: got {tuple(shape)}, expected one of 64 pixels, for example (8, 8, "
@@ -67,7 +70,9 @@ def digits(
             f"config.data: got train={train} and test={test}, expected at most {len(labels)} "
             "examples together"
         )
+    # drawn anew for every seed, train and test apart
     order = jax.random.permutation(key, len(labels))[: train + test]
+    # 16 shades of grey
     x = jnp.asarray(images, jnp.float32)[order].reshape(-1, *shape) / 16
     y = x if reconstruct else jnp.asarray(labels, jnp.int32)[order]
     return Dataset(x[:train], y[:train], x[train:], y[train:])
@@ -84,6 +89,7 @@ def fashion_mnist(
     dataset = _part(key, idx_files.read_images(Path(data_dir)), train, test)
     if not reconstruct:
         return dataset
+    # vectors of pixels, which are their own targets
     train_x, test_x = (x.reshape(len(x), -1) for x in (dataset.train_x, dataset.test_x))
     return Dataset(train_x, train_x, test_x, test_x)
 
@@ -107,6 +113,7 @@ def _part(key: jax.Array, images: idx_files.Images, train: int, test: int) -> Da
                 f"config.data.{name}: got {count}, expected at most the {len(x)} images in the "
                 "files"
             )
+        # all of them stay in the order of the files
         if count < len(x):
             order = np.asarray(jax.random.permutation(part_key, len(x)))[:count]
             x, y = x[order], y[order]
@@ -123,12 +130,14 @@ def characters(key: jax.Array, *, train: int, test: int, context: int, file: str
     """
     tokens = text.read(file)
     held_out = test * context + 1
+    # room for both parts, so that no window of the one is in the other
     room = len(tokens) - held_out - (train * context + 1)
     if room < 0:
         raise ValueError(
             f"config.data: got train={train} and test={test} windows of {context}, expected at "
             f"most {(len(tokens) - 2) // context} together in a text of {len(tokens)} characters"
         )
+    # windows begin elsewhere for every seed
     shift = int(jax.random.randint(key, (), 0, min(room, context - 1) + 1))
     parts = (
         *text.windows(tokens[shift:], count=train, context=context),

@@ -44,6 +44,7 @@ def read_images(directory: Path, *, height: int = 28, width: int = 28, classes: 
         ValueError: a file is truncated, too long, or of another shape.
     """
     parts = []
+    # images and labels of both parts
     for images_name, labels_name in (FILES[:2], FILES[2:]):
         images_path, labels_path = find(directory, images_name), find(directory, labels_name)
         images, labels = read(images_path, ndim=3), read(labels_path, ndim=1)
@@ -60,12 +61,14 @@ def read_images(directory: Path, *, height: int = 28, width: int = 28, classes: 
             raise ValueError(
                 f"{labels_path}: got label {labels.max()}, expected labels below {classes}"
             )
+        # one channel
         parts += [images[..., None], labels.astype(np.int32)]
     return Images(*parts)
 
 
 def find(directory: Path, name: str) -> Path:
     """The file `name` or `name.gz`, or its variant with a dot before `idx`."""
+    # packages name the files in different ways
     candidates = [
         directory / f"{stem}{end}"
         for stem in (name, name.replace("-idx", ".idx"))
@@ -89,6 +92,7 @@ def read(path: Path, *, ndim: int) -> np.ndarray:
         ValueError: another type or number of axes, or another size than the header says.
     """
     content = _bytes(path)
+    # four bytes, and four for the length of each axis
     start = 4 + 4 * ndim
     expected = bytes([0, 0, _UNSIGNED_BYTE, ndim])
     if len(content) < start or content[:4] != expected:
@@ -97,8 +101,10 @@ def read(path: Path, *, ndim: int) -> np.ndarray:
             f"{expected.hex(' ')} (an idx file of unsigned bytes with {ndim} axes) and a header of "
             f"{start} bytes. Is the download complete?"
         )
+    # big-endian
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=ndim, offset=4))
     size = int(np.prod(shape, dtype=np.int64))
+    # a download that broke off has a whole header
     if len(content) - start != size:
         raise ValueError(
             f"{path}: got {len(content) - start} bytes of data, expected {size} for the shape "
@@ -113,6 +119,7 @@ def _bytes(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             return file.read()
+    # gzip, deflate and early ends raise different errors
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"{path}: got a damaged gzip file ({error}), expected a whole one: fetch it again"

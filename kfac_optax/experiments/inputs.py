@@ -31,6 +31,7 @@ def pixels(x: jax.Array) -> jax.Array:
 
 def normalise(x: jax.Array, *, mean: Sequence[float] = (), std: Sequence[float] = ()) -> jax.Array:
     """`(pixels(x) - mean) / std`, where both hold one number per channel or nothing."""
+    # mean and std are those of numbers in [0, 1]
     x = pixels(x)
     if len(mean):
         x = x - jnp.asarray(mean, x.dtype)
@@ -53,6 +54,7 @@ def augment(key: jax.Array, x: jax.Array, *, crop: int = 0, flip: bool = False) 
     """
     crop_key, flip_key = jax.random.split(key)
     if crop:
+        # shifted by up to `crop` pixels in both directions
         padded = jnp.pad(x, ((0, 0), (crop, crop), (crop, crop), (0, 0)))
         corners = jax.random.randint(crop_key, (len(x), 2), 0, 2 * crop + 1)
 
@@ -61,6 +63,7 @@ def augment(key: jax.Array, x: jax.Array, *, crop: int = 0, flip: bool = False) 
 
         x = jax.vmap(cut)(padded, corners)
     if flip:
+        # every second image, by chance
         mirrored = jax.random.bernoulli(flip_key, 0.5, (len(x), 1, 1, 1))
         x = jnp.where(mirrored, x[:, :, ::-1], x)
     return x
@@ -81,4 +84,5 @@ def evaluation(
     """A mini-batch as the model is evaluated on it; targets that are images become numbers in [0,
     1].
     """
+    # images as targets get the same scale as inputs
     return normalise(x, mean=options.get("mean", ()), std=options.get("std", ())), pixels(y)

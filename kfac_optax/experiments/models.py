@@ -13,6 +13,7 @@ from kfac_optax.experiments.nets_dense import MLP, Autoencoder, LinearMLP
 from kfac_optax.experiments.nets_rows import RMSTransformer, RowLSTM
 from kfac_optax.experiments.nets_text import CharTransformer
 
+# by the word in the configuration
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear_mlp": LinearMLP,
     "mlp": MLP,
@@ -45,6 +46,7 @@ def build(config: ml_collections.ConfigDict, *, outputs: int) -> nn.Module:
 
 def init(model: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Any, Any]:
     """Initial parameters, and the other variables (`{}` for a model without batch statistics)."""
+    # in train mode, so that batch statistics are made
     variables = dict(model.init(key, x, train=True))
     return variables.pop("params"), variables
 
@@ -54,6 +56,7 @@ def apply(
 ) -> tuple[Any, Any]:
     """Logits, and the variables besides the parameters as the call leaves them."""
     variables = {"params": params, **model_state}
+    # models with batch statistics hand back the new ones
     if train and model_state:
         return model.apply(variables, x, train=True, mutable=list(model_state))
     return model.apply(variables, x, train=train), model_state

@@ -26,6 +26,7 @@ class SmallCNN(nn.Module):
             x = nn.relu(
                 nn.Conv(channels, (self.kernel, self.kernel), strides=2, kernel_init=_he)(x)
             )
+        # [N, H, W, C] to [N, features]
         x = x.reshape(len(x), -1)
         for width in self.hidden:
             x = nn.relu(nn.Dense(width)(x))
@@ -50,15 +51,18 @@ class VGG16(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images `[N, H, W, C]` to logits `[N, outputs]`."""
+        # batch statistics in training, running averages after it
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=self.bn_momentum
         )
         for group, layers in enumerate(self.groups):
             for _ in range(layers):
+                # widths double from group to group, up to eight times
                 x = nn.Conv(min(2**group, 8) * self.width, (3, 3), use_bias=False, kernel_init=_he)(
                     x
                 )
                 x = nn.relu(norm()(x))
+            # the last groups of small images have nothing left to pool
             if group < self.pooled:
                 x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(len(x), -1)
@@ -93,7 +97,9 @@ class ResNet(nn.Module):
         x = nn.relu(norm()(_conv(self.width)(x)))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
+                # the first block of a stage halves the image
                 x = _block(x, self.width * 2**stage, 2 if stage and not block else 1, norm)
+        # mean over all pixels
         return nn.Dense(self.outputs)(x.mean((1, 2)))
 
 
@@ -102,7 +108,9 @@ def _conv(channels: int, stride: int = 1) -> nn.Conv:
 
 
 def _block(x: jax.Array, channels: int, stride: int, norm: Any) -> jax.Array:
+    # no parameters in a shortcut: every other pixel, zeros for new channels
     shortcut = x[:, ::stride, ::stride]
     shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))
+    # two convolutions of 3 x 3
     y = nn.relu(norm()(_conv(channels, stride)(x)))
     return nn.relu(norm()(_conv(channels)(y)) + shortcut)

@@ -17,6 +17,7 @@ class LinearMLP(nn.Module):
         """Maps inputs `[N, features]` to logits `[N, outputs]`."""
 
         def dense(width: int) -> nn.Dense:
+            # batch normalization has the offset
             return nn.Dense(width, use_bias=False, kernel_init=nn.initializers.he_uniform())
 
         for _ in range(self.depth):
@@ -54,7 +55,9 @@ class Autoencoder(nn.Module):
         del train  # nothing in this model behaves differently in evaluation
         for width in self.widths[:-1]:
             x = nn.tanh(nn.Dense(width)(x))
+        # the code is linear
         x = nn.Dense(self.widths[-1])(x)
+        # the encoder backwards
         for width in reversed(self.widths[:-1]):
             x = nn.tanh(nn.Dense(width)(x))
         return nn.Dense(self.outputs)(x)

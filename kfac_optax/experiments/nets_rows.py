@@ -15,6 +15,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis."""
+        # a parameter that no module of Flax owns
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.epsilon) * scale
 
@@ -34,6 +35,7 @@ class RMSTransformer(nn.Module):
         x = nn.Dense(self.width)(x)
         for _ in range(self.depth):
             y = RMSNorm()(x)
+            # residual streams: attention, then a network on every row
             attended: Any = nn.MultiHeadDotProductAttention(
                 num_heads=self.heads, deterministic=True
             )(y)
@@ -55,6 +57,7 @@ class RowLSTM(nn.Module):
         """Maps rows `[N, T, features]` to logits `[N, outputs]`."""
         del train  # nothing in this model behaves differently in evaluation
         x += self.param("offset", nn.initializers.zeros, x.shape[-1:])
+        # the last state of the recurrence
         hidden: Any = nn.RNN(nn.LSTMCell(self.width))(x)
         return nn.Dense(self.outputs)(
             hidden[:, -1] * self.param("scale", nn.initializers.ones, (self.width,))

@@ -40,6 +40,7 @@ class CharTransformer(nn.Module):
             positions
         )
         for _ in range(self.depth):
+            # norm first, residual around it
             y = nn.LayerNorm()(x)
             x += self._attend(y, mask)
             y = nn.LayerNorm()(x)

@@ -1,4 +1,4 @@
-"""The compared optimizers by name, each a function of the learning rate."""
+"""One of the compared optimizers tied to a model: its layers, its options, what updates need."""
 
 import inspect
 from collections.abc import Callable
@@ -12,112 +12,19 @@ from flax import linen as nn
 import kfac_optax as ko
 from kfac_optax.experiments import data, models, schedules
 from kfac_optax.experiments.catalogue_optimizers import (
-    Build,
     Curved,
     Optimizer,
     Rate,
     drawn_labels,
-    of_record,
     own_losses,
     preconditioned,
-    preset_before_sgd,
-    recursion,
 )
+from kfac_optax.experiments.compared import OPTIMIZERS
 from kfac_optax.experiments.likelihoods import Likelihood
-from kfac_optax.methods.signature import flat_signature
+
+__all__ = ["OPTIMIZERS", "Curved", "Method", "Optimizer", "Rate", "make", "preconditioned"]
 
 
-def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-    del curved
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(rate, momentum=config.momentum),
-    )
-
-
-def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-    del curved
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
-
-
-def _gradient_only(preset: Callable[..., Any]) -> Build:
-    """A preset on the parameter tree alone, with weight decay in the gradient as for Adam."""
-
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        del curved
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), preset(rate))
-
-    return build
-
-
-@flat_signature(ko.b_kfac, without=("coupling",))
-def _online_two_level(layers: Any, **options: Any) -> Any:
-    return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
-
-
-@flat_signature(ko.kpsvd, without=("rank", "inverse"))
-def _two_products(layers: Any, **options: Any) -> Any:
-    return ko.kpsvd(layers, rank=2, **options)
-
-
-def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        tx = ko.kfac_two_level(
-            curved.layers,
-            learning_rate=rate,
-            coarse=coarse,
-            coarse_damping=coarse_damping,
-            **curved.options,
-        )
-        return preconditioned(tx, config, rate)
-
-    return build
-
-
-def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
-    """A preset whose whole step, momentum included, is bounded in the exact metric."""
-
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        options = {
-            **curved.options,
-            "kl_clip": 1e-3,
-            "bound": "exact",
-            "momentum": config.momentum,
-            **words,
-        }
-        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
-
-    return build
-
-
-OPTIMIZERS = {
-    "sgd": Optimizer("SGD", False, _sgd),
-    "adam": Optimizer("Adam", False, _adam),
-    "muon": Optimizer("Muon", False, _gradient_only(optax.contrib.muon)),
-    "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
-    "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
-    "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
-    # every method of the catalogue by the name of its preset, and variants of some
-    **{name: of_record(record) for name, record in ko.CATALOGUE.items()},
-    "kfra": of_record(ko.CATALOGUE["kflr"])._replace(label="KFRA", estimator=recursion),
-    "kpsvd_two": Optimizer("KPSVD, two terms", True, preset_before_sgd(_two_products)),
-    "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
-    "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
-    "two_level_galerkin": Optimizer(
-        "two-level, Galerkin", True, _two_level("factored", "galerkin")
-    ),
-    # The bound of these is the default one in every experiment: it is not tuned.
-    "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
-    "two_level_bounded": Optimizer(
-        "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
-    ),
-    "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
-    "b_kfac_two_level": Optimizer(
-        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
-    ),
-}
 # What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
 _STRUCTURE = (
     "uncovered",
@@ -183,6 +90,7 @@ def make(
         ValueError: the name is unknown.
     """
     optimizer = data.select(OPTIMIZERS, name, "config.optimizers")
+    # what a schedule multiplies the rate with
     factor = schedules.rate_factor(config.get("schedule"), steps=steps)
 
     def scheduled(rate: Rate) -> Rate:
@@ -190,6 +98,7 @@ def make(
         # own.
         return rate if factor is None else lambda step: rate * factor(step)
 
+    # gradients alone: no layers and no curvature
     if not optimizer.curvature:
         return Method(
             lambda rate: optax.with_extra_args_support(
@@ -198,26 +107,19 @@ def make(
             lambda *_, **__: {},
         )
 
-    def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
-        # In train mode, as the gradient sees the model.
-        logits, model_state = models.apply(model, params, model_state, x, train=True)
-        return likelihood.distribution(logits), (logits, model_state)
-
-    def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = models.apply(model, params, model_state, x, train=True)
-        of_terms = likelihood.nll(logits, y)
-        return of_terms.reshape(len(of_terms), -1).mean(1)
-
+    predict, losses = _measured(model, likelihood)
     subsample = config.get("subsample") or None
     estimator = optimizer.estimator(predict, losses, subsample)
     # that of losses would need targets to find the same layers
     of_model = drawn_labels(predict, losses, subsample)
     finds_layers = of_model if optimizer.estimator is own_losses else estimator
+    # shapes alone are needed to find layers
     params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
     drawn = None
-    if optimizer.sampled:  # the gradient that it is given is a mean over the batch
+    if optimizer.sampled:
+        # the gradient that it is given is a mean over the batch
         curved.options["examples"] = len(x)
     if optimizer.drawn:
         # without a weight decay the prior is that of variance one
@@ -226,6 +128,7 @@ def make(
         drawn = _drawn(layers, examples, decay)
     in_one_pass = None
     if curved.options.get("factored_gradient") and optimizer.estimator is drawn_labels:
+        # one pass for loss, gradient and curvature: rows of the gradient are those of the curvature
         in_one_pass = estimator.value_and_grad(
             lambda prediction, targets: prediction.mean_nll(targets)
         )
@@ -238,12 +141,33 @@ def make(
     )
 
 
+def _measured(
+    model: nn.Module, likelihood: Likelihood
+) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
+    """What estimators measure: the prediction of a model, and the losses `[N]` of the data."""
+
+    def predict(params: Any, model_state: Any, x: jax.Array) -> Any:
+        # In train mode, as the gradient sees the model.
+        logits, model_state = models.apply(model, params, model_state, x, train=True)
+        return likelihood.distribution(logits), (logits, model_state)
+
+    def losses(params: Any, model_state: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = models.apply(model, params, model_state, x, train=True)
+        of_terms = likelihood.nll(logits, y)
+        # [N, ...] to one loss for each example
+        return of_terms.reshape(len(of_terms), -1).mean(1)
+
+    return predict, losses
+
+
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
     if optimizer.low_rank:
         options |= config.low_rank.to_dict() if "low_rank" in config else {}
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
+    # damping and periods are their own affair
     own = config.adaptive.to_dict() if "adaptive" in config else {}
     return {k: options[k] for k in _STRUCTURE if k in options} | schedules.resolve(
         own, steps=steps, where="config.adaptive"
@@ -259,6 +183,7 @@ def _extra(
     decay = config.weight_decay if optimizer.adaptive else 0.0
 
     def objective(value: Any, params: Any) -> Any:
+        # f(theta) + (decay / 2) |theta|^2
         return value + decay / 2 * optax.tree.norm(params, squared=True) if decay else value
 
     def extra(
@@ -276,11 +201,13 @@ def _extra(
         **due: Any,
     ):
         del grad  # the transformation gets it with the weight decay
+        # what takes products needs curvature in every update, statistics or not
         always = optimizer.adaptive or optimizer.products or optimizer.every_step
         curvature = None
         if always or measure in (None, True):
             batch = (x, targets) if of_losses else (x,)
             curvature = estimator.at(params, model_state, *batch, key=key)
+        # the host's schedule says what is due
         given = {"curvature": curvature, "refresh": refresh, **due}
         if optimizer.adaptive or optimizer.products:
             given["measure"] = measure
@@ -307,6 +234,7 @@ def _drawn(layers: Any, examples: int, decay: float) -> Callable[[Any, Any, jax.
 
 
 def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:
+    # what the presets do by default, where the configuration says nothing
     options = dict(curved.options)
     if optimizer.adaptive:
         defaults = inspect.signature(ko.kfac_adaptive).parameters

@@ -17,6 +17,7 @@ from kfac_optax.experiments.results import Run, Runs, best_runs, score
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; the dashes
 # tell the optimizers apart without any colour.
+# colour and dashes; also on paper and in grey
 STYLES = {
     "sgd": ("#E69F00", "-"),
     "adam": ("#009E73", "--"),
@@ -40,16 +41,19 @@ _SECONDS = "training time (s), compilation and evaluation left out"
 
 def style(name: str) -> tuple[str, Any]:
     """Colour and dashes of an optimizer: its own, or a pair by its place among those without."""
+    # those of the paper always look the same
     if name in STYLES:
         return STYLES[name]
     pairs = ((color, dashes) for dashes, color in itertools.product(_DASHES, _COLORS))
     free = (pair for pair in pairs if pair not in STYLES.values())
+    # the order of the table is fixed, and so are their styles
     place = [x for x in OPTIMIZERS if x not in STYLES].index(name)
     return next(itertools.islice(free, place, None))
 
 
 def loss(path: Path, runs: Runs, *, title: str) -> None:
     """Training loss per epoch, every optimizer at one learning rate (the paper's Figure 1, left)."""
+    # the first figure of the paper
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     _losses(axes, runs)
@@ -62,6 +66,7 @@ def loss(path: Path, runs: Runs, *, title: str) -> None:
 def scores(path: Path, runs: Runs, *, title: str) -> None:
     """Training and test accuracy, or error, side by side per epoch (the paper's Figures 2 and 3)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
+    # both parts on one scale
     panels = figure.subplots(1, 2, sharey=True)
     for axes, part in zip(panels, ("train", "test"), strict=True):
         _scores(axes, runs, part)
@@ -78,6 +83,7 @@ def over_seconds(path: Path, runs: Runs, *, title: str) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _losses(left, runs, in_seconds=True)
+    # accuracy starts at its lowest value, an error is logarithmic
     _scores(right, runs, "test", in_seconds=True)
     _score_limits((right,), runs, ("test",))
     for axes in (left, right):
@@ -91,6 +97,7 @@ def over_seconds(path: Path, runs: Runs, *, title: str) -> None:
 def tuned_loss(path: Path, runs: Runs, *, title: str) -> None:
     """Training loss of every optimizer at its best rate, against epochs and against seconds."""
     best = best_runs(runs)
+    # against epochs and against seconds, with one scale of losses
     figure, (left, right) = _epochs_and_seconds(best, title)
     _losses(left, best, with_rate=True)
     _losses(right, best, in_seconds=True)
@@ -132,6 +139,7 @@ def _losses(axes: Axes, runs: Runs, *, in_seconds: bool = False, with_rate: bool
 def _scores(
     axes: Axes, runs: Runs, part: str, *, in_seconds: bool = False, with_rate: bool = False
 ) -> None:
+    # accuracy in per cent, errors as they are
     percent = score(runs) == "accuracy"
     factor = 100.0 if percent else 1.0
     _curves(
@@ -150,6 +158,7 @@ def _score_limits(panels: Iterable[Axes], runs: Runs, parts: Sequence[str]) -> N
     columns = [f"{part}_{score(runs)}" for part in parts]
     for axes in panels:
         if score(runs) == "accuracy":
+            # a little room above 100 %
             low = 100 * min(_range(runs, column)[0] for column in columns)
             axes.set_ylim(low - 1, 101)
         else:
@@ -158,6 +167,7 @@ def _score_limits(panels: Iterable[Axes], runs: Runs, parts: Sequence[str]) -> N
 
 def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
     lows, highs = zip(*(_range(runs, column) for column in columns), strict=True)
+    # less than a decade: labels have to be closer
     narrow = max(highs) < 10 * min(lows)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(
@@ -172,6 +182,7 @@ def _logarithmic(axes: Axes, runs: Runs, columns: Sequence[str]) -> None:
 def _curves(
     axes: Axes, runs: Runs, column: str, *, in_seconds: bool, with_rate: bool, factor: float = 1.0
 ) -> None:
+    # a rate in the legend, if curves have different ones
     with_rate = with_rate or _rates_differ(runs)
     for (name, rate), group in runs.items():
         note = f", rate {rate:g}" if with_rate and OPTIMIZERS[name].tuned else ""
@@ -179,6 +190,7 @@ def _curves(
 
 
 def _rates_differ(runs: Runs) -> bool:
+    # optimizers that find their rate say nothing of it
     return len({rate for name, rate in runs if OPTIMIZERS[name].tuned}) > 1
 
 
@@ -188,6 +200,7 @@ def _rate_words(runs: Runs) -> str:
 
 
 def _range(runs: Runs, column: str) -> tuple[float, float]:
+    # runs that diverged would stretch the axes
     kept = [run.history[column] for group in runs.values() for run in group if not run.diverged]
     return (min(map(np.min, kept)), max(map(np.max, kept))) if kept else (0.1, 1.0)
 
@@ -203,15 +216,18 @@ def _curve(
     note: str = "",
 ) -> None:
     color, dashes = style(name)
+    # diverged runs are counted in the legend
     kept = [run for run in group if not run.diverged]
     label = OPTIMIZERS[name].label + note
     if len(kept) < len(group):
         label += f" ({len(group) - len(kept)} of {len(group)} diverged)"
     if not kept:
+        # an entry of the legend without a curve
         axes.plot([], [], color=color, linestyle=dashes, label=label)
         return
     x, values = (clock.curves if in_seconds else clock.by_epoch)(kept, column)
     values = factor * values
+    # the mean thick, every seed thin behind it
     (line,) = axes.plot(
         x, values.mean(0), color=color, linestyle=dashes, linewidth=2.2, label=label, zorder=3
     )
@@ -224,6 +240,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     long, in two.
     """
     handles, labels = axes.get_legend_handles_labels()
+    # about ten letters in an inch
     long = sum(len(label) + 8 for label in labels) > 10 * figure.get_figwidth()
     columns = math.ceil(len(labels) / 2) if long else len(labels)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -54,9 +54,11 @@ def training() -> Training:
     batch = data.planted_linear(
         jax.random.key(0), train=EXAMPLES, test=0, features=FEATURES, target_dim=OUTPUTS
     )
+    # compiled once, the same in every process
     variables = jax.jit(lambda: model.init(jax.random.key(1), batch.train_x, train=False))()
     statistics = variables["batch_stats"]
 
+    # batch statistics of the batch, over all processes
     def predict(params: Any, x: jax.Array) -> ko.Bernoulli:
         variables = {"params": params, "batch_stats": statistics}
         logits, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -72,6 +74,7 @@ def training() -> Training:
     )
 
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
+        # XLA sums over processes, as the batch is sharded
         loss, grads = jax.value_and_grad(lambda p: predict(p, x).mean_nll(y))(params)
         updates, state = tx.update(grads, state, params, curvature=estimator.at(params, x))
         return optax.apply_updates(params, updates), state, loss
@@ -94,18 +97,22 @@ def train(out: Path, *, steps: int, save_every: int, die_at: int | None = None) 
     Returns:
         The losses of the steps that were made here.
     """
+    # every device of every process on one axis
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
     parts = training()
     x, y = (_split(array, mesh) for array in (parts.batch.train_x, parts.batch.train_y))
+    # results that every process has whole
     step = jax.jit(parts.step, out_shardings=replicated)
     manager = ocp.CheckpointManager(
         out.absolute() / "checkpoints",
         options=ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=save_every),
     )
+    # from the last checkpoint, or from the start
     first, params, state = _start(parts, manager, replicated)
     losses: list[float] = []
     for i in range(first, steps):
+        # an exercise: one process dies without a word
         if i == die_at and jax.process_index() == jax.process_count() - 1:
             manager.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -122,6 +129,7 @@ def _split(array: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
     """An array over all devices, of which every process makes its own rows."""
     host = np.asarray(array)
     sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    # from host memory only rows of this process are taken
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
@@ -139,12 +147,14 @@ def _start(parts: Training, manager: Any, replicated: Any) -> tuple[int, Any, An
     if last is None:
         params, state = jax.jit(parts.init, out_shardings=replicated)()
         return 0, params, state
+    # types and shardings to read into, without making any values
     params, state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(parts.init),
     )
     words = ocp.args.Composite(description=ocp.args.JsonRestore())
     found = manager.restore(last, args=words).description
+    # refused before arrays are read that would not fit
     ko.check_state(found, parts.tx, params, parts.layers)
     target = ocp.args.StandardRestore({"params": params, "opt_state": state})
     run = manager.restore(last, args=ocp.args.Composite(run=target)).run
@@ -164,6 +174,7 @@ def launch(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> int
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     running = [subprocess.Popen(command, env=environment) for command in commands]
     try:
+        # until all have ended, or one has failed
         while any(process.poll() is None for process in running):
             if any(process.poll() for process in running):
                 break
@@ -172,6 +183,7 @@ def launch(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> int
         codes = [process.poll() for process in running]
     finally:
         _end(running)
+    # minus the signal
     killed = {i: code for i, code in enumerate(codes) if code and code < 0}
     # an exit code beside a signal is a process that has lost its partner
     dead = killed or {i: code for i, code in enumerate(codes) if code}
@@ -184,6 +196,7 @@ def launch(commands: Sequence[Sequence[str]], say: Callable[[str], None]) -> int
 
 
 def _end(running: Sequence[subprocess.Popen]) -> None:
+    # all are asked before one is waited for
     for process in running:
         if process.poll() is None:
             process.terminate()
@@ -198,6 +211,7 @@ def _end(running: Sequence[subprocess.Popen]) -> None:
 
 def _free_port() -> int:
     with socket.socket() as found:
+        # a port that was free a moment ago
         found.bind(("localhost", 0))
         return found.getsockname()[1]
 
@@ -206,6 +220,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_AsWritten)
     add = parser.add_argument
     add("--processes", type=int, default=4, help="that share every batch")
+    # words and their defaults
     add("--steps", type=int, default=40, help="of the whole run")
     add("--save_every", type=int, default=10, help="steps from one checkpoint to the next")
     add("--out", default="results/processes", help="directory that all processes see")
@@ -238,6 +253,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _one_of_them(options: argparse.Namespace) -> int:
+    # blocks until all processes are there
     jax.distributed.initialize(
         options.coordinator,
         num_processes=options.processes,
@@ -258,6 +274,7 @@ def _one_of_them(options: argparse.Namespace) -> int:
             flush=True,
         )
         os._exit(1)  # an ordinary end would wait for the dead one
+    # one process speaks for all
     if options.process_id == 0:
         print((out / "losses.json").read_text())
     return 0

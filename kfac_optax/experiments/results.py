@@ -40,6 +40,7 @@ Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning ra
 
 
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
+    # what has no influence is left out, so that it makes no run again
     """All that decides the outcome of a run, as JSON gives it back."""
     kind = optimizers.OPTIMIZERS[job.optimizer]
     common = settings.identity(
@@ -64,6 +65,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         for row in rows:
+            # eight digits tell single-precision numbers apart
             writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
@@ -78,6 +80,7 @@ def best_rates(scores: Mapping[tuple[str, float], float]) -> dict[str, float]:
     >>> best_rates({("adam", 0.1): math.nan, ("adam", 0.01): 2.0, ("sgd", 0.1): math.inf})
     {'adam': 0.01, 'sgd': 0.1}
     """
+    # not finite is worse than any
     ranks = {key: x if math.isfinite(x) else math.inf for key, x in scores.items()}
     best: dict[str, float] = {}
     for name, rate in ranks:
@@ -107,15 +110,19 @@ def record(
         Stopped: a file cannot be written.
     """
     marker, path = directory / "run.json", directory / "metrics.csv"
+    # marker last, and gone first: a whole run or none
     with folder.writing(path):
         directory.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     for i, row in enumerate(metrics):
+        # the first row says which columns there are
         if not i:
             _append(path, row._fields)
         _append(path, [f"{value:.7g}" for value in row])
+    # the last row decides
     status = "finished" if math.isfinite(row.train_loss) else "diverged"
+    # JSON has no NaN
     final = {k: v if math.isfinite(v) else None for k, v in row._asdict().items()}
     write_json(marker, {"settings": settings, "status": status, "final": final, **details})
     run = load(directory, settings)
@@ -144,11 +151,13 @@ def load(directory: Path, settings: Mapping[str, Any]) -> Run | None:
 
 def _read(directory: Path, settings: Mapping[str, Any]) -> Run | None:
     stored = json.loads((directory / "run.json").read_text())
+    # other settings: another run
     if stored["settings"] != settings:
         return None
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     final = stored["final"]["epoch"]
+    # rows after the end, or too few
     if not rows or float(rows[-1]["epoch"]) != float(f"{final:.7g}"):
         raise ValueError(f"metrics.csv has {len(rows)} rows, which do not end at epoch {final}")
     history = {k: np.array([float(row[k]) for row in rows]) for k in rows[0]}
@@ -158,8 +167,10 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> Run | None:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t; NaN width for a single value."""
     array = np.asarray(values, float)
+    # a single seed has a mean and no interval
     if len(array) < 2:
         return (float(array[0]) if len(array) else math.nan), math.nan
+    # s / sqrt(n), and the quantile of n - 1 degrees of freedom
     error = array.std(ddof=1) / math.sqrt(len(array))
     return float(array.mean()), float(stats.t.ppf(0.975, len(array) - 1) * error)
 
@@ -227,6 +238,7 @@ def has_one_row_per_epoch(run: Run) -> bool:
 
 def ms_per_step(runs: Sequence[Run]) -> list[float]:
     """Mean milliseconds of a training step in each run."""
+    # seconds are those since the row before
     return [float(1e3 * run.history["seconds"].sum() / steps_of(run)[-1]) for run in runs]
 
 
@@ -240,11 +252,13 @@ def best_rate(runs: Runs, optimizer: str) -> float:
 
     Rates are compared by the seeds that all of them were tried with.
     """
+    # all rates with as many seeds as the one that has the fewest
     tried = {rate: group for (name, rate), group in runs.items() if name == optimizer}
     seeds = min(map(len, tried.values()))
 
     def cost(rate: float) -> tuple[bool, float]:
         group = tried[rate][:seeds]
+        # a rate that diverged once comes behind all that did not
         return any(run.diverged for run in group), interval(finals(group, "train_loss"))[0]
 
     return min(tried, key=cost)
@@ -255,6 +269,7 @@ def cost_of(runs: Sequence[Run], target: float) -> tuple[list[float], list[float
     epochs, seconds = [], []
     for run in runs:
         reached = np.flatnonzero(run.history["train_loss"] <= target)
+        # the first row at or below the target
         if len(reached):
             epochs.append(float(run.history["epoch"][reached[0]]))
             seconds.append(float(run.history["seconds"][: reached[0] + 1].sum()))
@@ -267,6 +282,7 @@ def write_summary(path: Path, runs: Runs, *, targets: Sequence[float]) -> None:
     columns = ("train_loss", f"train_{kind}", "test_loss", f"test_{kind}")
     rows = []
     order = names(runs)
+    # in the order of the configuration, large rates first
     for name, rate in sorted(runs, key=lambda key: (order.index(key[0]), -key[1])):
         group = runs[name, rate]
         row: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "seeds": len(group)}

@@ -23,6 +23,7 @@ from absl import logging
 
 import kfac_optax as ko
 
+# a classification so small that thousands of steps take seconds
 EXAMPLES, BATCH, FEATURES, CLASSES = 256, 32, 8, 4
 FAULTS = ("none", "nan", "infinite", "zeros", "weightless", "equal", "damping")
 _STEPS_PER_CALL = 20
@@ -56,6 +57,7 @@ class Report(NamedTuple):
 
     def failures(self) -> list[str]:
         """What is not as it has to be."""
+        # at the first tenth, when caches are full, and at the end
         (first, last), (early, late) = self.loss, self.memory
         found = {
             f"the loss went from {first:.4f} to {last:.4f}": not last < 0.8 * first,
@@ -63,6 +65,7 @@ class Report(NamedTuple):
             f"arrays alive went from {self.arrays[0]} to {self.arrays[1]}": (
                 self.arrays[1] > self.arrays[0]
             ),
+            # a second trace means that a fault changed shapes or types
             f"the step was traced {self.traces} times": self.traces != 1,
             "parameters or state are not finite": not self.finite,
             "the state counted none of the faults": any(self.faults.values()) and not self.problems,
@@ -71,6 +74,7 @@ class Report(NamedTuple):
 
 
 def _predict(params: Any, x: jax.Array, weights: jax.Array | None = None) -> ko.Categorical:
+    # two hidden layers and a head
     for name in ("first", "second"):
         w, b = params[name]["w"], params[name]["b"]
         x = jnp.tanh(ko.tap_dense(x @ w + b, x, w, b))
@@ -84,6 +88,7 @@ ESTIMATOR = ko.ggn(_predict)
 def _start() -> tuple[Any, jax.Array, jax.Array]:
     """Parameters, inputs and labels, which a linear teacher gives."""
     keys = jax.random.split(jax.random.key(0), 5)
+    # three layers, so that levels have something to couple
     sizes = {"first": (FEATURES, 8), "second": (8, 8), "last": (8, CLASSES)}
     params = {
         name: {"w": jax.random.normal(key, shape) / shape[0] ** 0.5, "b": jnp.zeros(shape[1])}
@@ -95,6 +100,7 @@ def _start() -> tuple[Any, jax.Array, jax.Array]:
 
 
 def _over_sgd(preset: Callable[..., Any], **settings: Any) -> Callable[[ko.Layers], Any]:
+    # short periods: every branch is taken often
     periods = {"curvature_every": 2, "inverse_every": 10} | settings
 
     def make(layers: ko.Layers) -> Any:
@@ -127,13 +133,16 @@ class Batch(NamedTuple):
 
 def _batch(x: jax.Array, y: jax.Array, key: jax.Array, fault: jax.Array) -> Batch:
     """A batch of random examples, spoilt as the number of the fault says."""
+    # with replacement, as only the faults matter
     index = jax.random.randint(key, (BATCH,), 0, EXAMPLES)
     index = jnp.where(fault == FAULTS.index("equal"), index[0], index)
     x, y = x[index], y[index]
     x = jnp.where(fault == FAULTS.index("zeros"), 0, x)
+    # one number is enough
     x = x.at[0, 0].set(jnp.where(fault == FAULTS.index("nan"), jnp.nan, x[0, 0]))
     weights = jnp.where(fault == FAULTS.index("weightless"), jnp.zeros(BATCH), 1)
     gradient = jnp.where(fault == FAULTS.index("infinite"), jnp.inf, 1.0)
+    # a damping that is not a number
     damping = jnp.where(fault == FAULTS.index("damping"), jnp.nan, 0.05)
     return Batch(x, y, weights, gradient, damping)
 
@@ -154,6 +163,7 @@ class _Steps:
         def one(carry: tuple[Any, Any], given: Any) -> tuple[tuple[Any, Any], None]:
             return self._step(*carry, _batch(*self._data, *given)), None
 
+        # a key and a fault for every step
         keys = jax.random.split(key, len(faults))
         return jax.lax.scan(one, (params, state), (keys, faults))[0]
 
@@ -161,6 +171,7 @@ class _Steps:
         def loss(params: Any) -> jax.Array:
             return _predict(params, batch.x, batch.weights).mean_nll(batch.y)
 
+        # infinite times zero is NaN, which is a fault too
         grads = jax.tree.map(lambda g: g * batch.gradient, jax.grad(loss)(params))
         updates, state = self.tx.update(
             grads,
@@ -186,20 +197,24 @@ def soak(name: str, *, steps: int, seed: int = 0, fault_rate: float = 0.1) -> Re
     before = float(full(params))
     made = _Steps(name, params, x, y)
     state = jax.jit(made.tx.init)(params)
+    # whole calls, at least as many steps
     calls = -(-steps // _STEPS_PER_CALL)
     rng, early = np.random.default_rng(seed), (0.0, 0)
     total = np.zeros(len(FAULTS), int)
     for call in range(calls):
         kinds = rng.integers(1, len(FAULTS), _STEPS_PER_CALL)
+        # 0 is no fault
         faults = np.where(rng.random(_STEPS_PER_CALL) < fault_rate, kinds, 0).astype(np.int32)
         total += np.bincount(faults, minlength=len(FAULTS))
         key = jax.random.key(int(rng.integers(2**31)))
         params, state = made.run(params, state, key, faults)
+        # compiled, warm, and with all buffers there
         if call == calls // 10:
             early = _footprint((params, state))
     late = _footprint((params, state))
     arrays = jax.tree.leaves((params, state))
     finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in arrays)
+    # memory of the process, and arrays of JAX
     memory, alive = (early[0], late[0]), (early[1], late[1])
     after, problems = float(full(params)), ko.problems(state)
     done = calls * _STEPS_PER_CALL
@@ -213,6 +228,7 @@ def _footprint(tree: Any) -> tuple[float, int]:
     """MiB of this process, and how many arrays are alive, once the tree is there."""
     jax.block_until_ready(tree)
     gc.collect()
+    # resident pages
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(jax.live_arrays())
 

@@ -28,6 +28,7 @@ from kfac_optax.experiments import (
 )
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 
+# so that a difference is that of the correction alone
 # The optimizer that each two-level one adds a coarse correction to.
 FINE = {
     "two_level": "kfac",
@@ -60,16 +61,19 @@ def experiment_of(config: ml_collections.ConfigDict, problem: str) -> ml_collect
     Raises:
         ValueError: the problem is unknown.
     """
+    # a problem keeps its model and data; optimizers, seeds and grid are those of the suite
     own = data.select(config.experiments.to_dict(), problem, "config.problems")
     own.update(
         {name: config[name] for name in ("optimizers", "seeds", "tune_seeds", "grid", "workers")},
         tune=True,
     )
+    # a folder of data is that of this machine
     if "data_dir" in own:
         own["data_dir"] = own["data"]["data_dir"] = config.data_dir
     changes = {name: dict(values) for name, values in own.get("per_optimizer", {}).items()}
     for name in config.optimizers:
         mine = changes.setdefault(name, {})
+        # what finds its rate is not tuned
         mine["grid"] = () if name in config.untuned else config.grid
     return ml_collections.ConfigDict(own | {"per_optimizer": changes})
 
@@ -77,6 +81,7 @@ def experiment_of(config: ml_collections.ConfigDict, problem: str) -> ml_collect
 def suite(config: ml_collections.ConfigDict, out: Path, console: Console) -> None:
     """Trains whatever is not finished yet, problem by problem, then reports."""
     chosen = {name: experiment_of(config, name) for name in config.problems}
+    # problems whose files are not there
     missing = [name for name, one in chosen.items() if "data_dir" in one and not one.data_dir]
     if missing:
         console.print(
@@ -92,6 +97,7 @@ def suite(config: ml_collections.ConfigDict, out: Path, console: Console) -> Non
         sweep.validate(one)
         if "data_dir" in one:
             idx_files.find(Path(one.data_dir), idx_files.FILES[0])
+    # an interruption ends in words, as runs are kept
     with command_line.ends_in_words(console, "suite"):
         runs = {name: sweep.sweep(one, out / name, console) for name, one in chosen.items()}
         report(chosen, runs, out, console)
@@ -104,6 +110,7 @@ def report(
     console: Console,
 ) -> None:
     """Prints the tables and the verdict; writes suite.csv and suite.png."""
+    # the best rate of each optimizer on each problem
     best = {name: results.best_runs(found) for name, found in runs.items()}
     targets = {name: one.targets[0] for name, one in experiments.items()}
     console.print(_losses(best))
@@ -122,8 +129,10 @@ def pair(best: results.Runs, two_level: str) -> Pair | None:
     groups = {name: group for (name, _), group in best.items()}
     if two_level not in groups or FINE[two_level] not in groups:
         return None
+    # a pair has the same seed, hence the same data and start
     ours, theirs = (_finals(groups[name]) for name in (two_level, FINE[two_level]))
     pairs = list(zip(ours, theirs, strict=True))
+    # a ratio with a run that diverged is none
     finite = all(map(math.isfinite, ours + theirs))
     return Pair(
         below=sum(a < b for a, b in pairs),
@@ -134,6 +143,7 @@ def pair(best: results.Runs, two_level: str) -> Pair | None:
 
 
 def _finals(group: Sequence[results.Run]) -> list[float]:
+    # above all others
     return [math.inf if run.diverged else float(run.history["train_loss"][-1]) for run in group]
 
 
@@ -155,6 +165,7 @@ def _loss(group: Sequence[results.Run]) -> str:
     kept = results.finals(group, "train_loss")
     if not kept:
         return "diverged"
+    # the worst seed, or how many diverged
     note = (
         f"{max(kept):.4g}"
         if len(kept) == len(group)
@@ -175,6 +186,7 @@ def _costs(best: Mapping[str, results.Runs], targets: Mapping[str, float]) -> Ta
 
 
 def _cost(key: tuple[str, float], group: Sequence[results.Run], target: float) -> str:
+    # what finds its rate has none to name
     rate = f"{key[1]:g}" if OPTIMIZERS[key[0]].tuned else "own"
     epochs, seconds = results.cost_of(group, target)
     share = f"({len(epochs)}/{len(group)})"
@@ -184,6 +196,7 @@ def _cost(key: tuple[str, float], group: Sequence[results.Run], target: float) -
 
 
 def _rows(table: Table, cells: Mapping[str, Mapping[str, str]]) -> None:
+    # optimizers in rows, problems in columns
     for name in next(iter(cells.values())):
         table.add_row(OPTIMIZERS[name].label, *(column[name] for column in cells.values()))
 
@@ -201,6 +214,7 @@ def _print_pairs(two_level: str, best: Mapping[str, results.Runs], console: Cons
             f"  {name}: below on {one.below} of {one.seeds} seeds, ratio of means {one.ratio:.3g}"
         )
         console.print(words, highlight=False)
+    # problems on which every seed agrees
     better = sum(one.below == one.seeds for one in pairs.values())
     worse = sum(one.above == one.seeds for one in pairs.values())
     console.print(
@@ -229,6 +243,7 @@ def _write_csv(path: Path, best: Mapping[str, results.Runs], targets: Mapping[st
                 "reached": len(epochs),
             }
             row |= {"epochs": results.interval(epochs)[0], "seconds": results.interval(seconds)[0]}
+            # empty cells for what is no pair
             one = pair(found, name) if name in FINE else None
             row |= {
                 "seeds_below": one.below if one else "",
@@ -244,11 +259,13 @@ def _draw(path: Path, best: Mapping[str, results.Runs]) -> None:
     for axes, (problem, found) in zip(panels, best.items(), strict=True):
         for (name, _), group in found.items():
             color, dashes = plots.style(name)
+            # in the legend also where all seeds diverged
             (line,) = axes.plot([], [], color=color, linestyle=dashes, label=OPTIMIZERS[name].label)
             kept = [run for run in group if not run.diverged]
             if not kept:
                 continue
             epochs, values = clock.by_epoch(kept, "train_loss")
+            # thin seeds, their mean thick
             axes.plot(epochs, values.T, color=line.get_color(), linewidth=0.5, alpha=0.6)
             axes.plot(epochs, values.mean(0), color=line.get_color(), linestyle=dashes, linewidth=2)
         axes.set(title=problem, xlabel="epoch", yscale="log")

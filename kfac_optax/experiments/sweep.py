@@ -39,6 +39,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.batch_size: got {config.batch_size}, expected at most the {config.data.train} "
             "training examples"
         )
+    # how test batches are normalised
     batch_statistics.check(config.get("evaluate_with") or "fresh")
     if not config.optimizers:
         raise ValueError("config.optimizers: got none, expected at least one")
@@ -47,6 +48,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for name in config.get("per_optimizer") or ():
         data.select(optimizers.OPTIMIZERS, name, "config.per_optimizer")
         settings.of(config, name)
+    # of the grid, and what single optimizers have instead
     for rate in (
         *config.grid,
         *(rate for name in config.optimizers for rate in _rates(config, name)),
@@ -67,6 +69,7 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
     that many here; `further` adds the others where one of these rates is the best.
     """
     names = dict.fromkeys(config.optimizers)
+    # the rate of the configuration first, so that a first table comes early
     rates = {name: _rates(config, name) for name in names}
     pairs = [(name, rates[name][0]) for name in names] + [
         (name, rate) for name in names for rate in rates[name][1:]
@@ -80,6 +83,7 @@ def plan(config: ml_collections.ConfigDict) -> list[Job]:
 
 def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
     """The remaining seeds of every optimizer, at the rate that was best with the first ones."""
+    # best over the seeds that every rate has
     best = {name: results.best_rate(runs, name) for name in results.names(runs)}
     return [
         Job(name, rate, seed)
@@ -90,6 +94,7 @@ def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
 
 def _most_further(config: ml_collections.ConfigDict) -> int:
     """How many runs `further` can add: of every optimizer that has several rates."""
+    # a single rate needs no choice, hence no more runs
     several = [name for name in dict.fromkeys(config.optimizers) if len(_rates(config, name)) > 1]
     return len(several) * (
         config.seeds - min(config.get("tune_seeds") or config.seeds, config.seeds)
@@ -101,6 +106,7 @@ def _rates(config: ml_collections.ConfigDict, name: str) -> list[float]:
 
 
 def _first_seeds(config: ml_collections.ConfigDict, name: str, rate: float) -> int:
+    # the rate that the configuration gives gets all seeds
     given = rate == _rates(config, name)[0]
     # With fewer seeds than that, every rate has all of them: `--config.seeds=1` needs no second
     # flag.
@@ -123,11 +129,13 @@ def sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> res
         Stopped: another sweep is using the directory, it cannot be written to, or runs failed.
     """
     validate(config)
+    # one process at a time writes into a folder
     with folder.claimed(out):
         return _sweep(config, out, console)
 
 
 def _sweep(config: ml_collections.ConfigDict, out: Path, console: Console) -> results.Runs:
+    # first a few seeds at every rate, then all of them at the best ones
     runs = _make(config, out, plan(config), console, later=_most_further(config))
     if jobs := further(config, runs):
         console.print("the best rate of each, with the remaining seeds", highlight=False)
@@ -143,12 +151,14 @@ def _make(
     console: Console,
     later: int = 0,
 ) -> dict[tuple[str, float], list[Run]]:
+    # what is on disk with the same settings is not made again
     pending = [job for job in jobs if _stored(config, out, job) is None]
     console.print(f"{config.name}: {len(jobs)} runs, {len(jobs) - len(pending)} done earlier")
     if pending:
         _train(config, out, pending, console, later)
     runs: dict[tuple[str, float], list[Run]] = {}
     for job in jobs:
+        # read from disk also where it was made just now: a report sees what files say
         finished = _stored(config, out, job)
         assert finished is not None, (
             f"{job.name} is not on disk although its training came to an end"
@@ -172,7 +182,78 @@ def _train(
     console: Console,
     later: int = 0,
 ) -> None:
-    progress = Progress(
+    display = _Display(config, jobs, console, later)
+    # workers call back in this process
+    with display.progress:
+        workers.train_all(config, out, jobs, display.receive)
+
+
+class _Display:
+    """What a terminal or a log is told while runs are made; `later` runs may come after them."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, jobs: Sequence[Job], console: Console, later: int
+    ):
+        self.config, self.jobs, self.console, self.later = config, jobs, console, later
+        self.total = len(jobs) * config.epochs
+        self.kinds = len({job.optimizer for job in jobs})
+        self.progress = _bar(console)
+        self.task = self.progress.add_task("compiling", total=self.total)
+        self.pace = estimate.Pace()
+        # epochs and runs that are over, and when a log was last told
+        self.finished, self.done, self.said = 0.0, 0, time.monotonic()
+
+    def receive(self, event: workers.Event) -> None:
+        """Takes notice of an event, and says what is new."""
+        # an estimate needs one epoch
+        first = not self._left()
+        self.progress.update(self.task, advance=event.epochs, description="training")
+        self.finished += event.epochs
+        self.pace = estimate.observe(
+            self.pace,
+            epochs=event.epochs,
+            seconds=event.seconds,
+            preparation=event.preparation,
+        )
+        if first and self._left():
+            many = _count(self.config.workers, "worker")
+            plan = f"{_count(len(self.jobs))}, {self._left()} on {many}{self._afterwards()}"
+            self.console.print(plan, highlight=False)
+        # a log that is silent looks as if the run had stopped
+        if time.monotonic() - self.said >= _SILENCE:
+            self._log(f"{self.finished:.1f} of {self.total} epochs, {self._left()} left")
+        if event.job is not None:
+            self.done += 1
+            self._log(f"[{self.done}/{len(self.jobs)}] {event.job.name}: {event.outcome}")
+
+    def _log(self, line: str) -> None:
+        """A line of a log; a terminal has the bar."""
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False)
+            self.said = time.monotonic()
+
+    def _left(self) -> str:
+        """How long these runs will take, nothing before it is known."""
+        seconds = self._seconds(self.total - self.finished, self.kinds)
+        return "" if seconds is None else f"about {estimate.words(seconds)}"
+
+    def _afterwards(self) -> str:
+        """What may come after these runs, each optimizer compiled once more."""
+        seconds = self._seconds(self.later * self.config.epochs, self.kinds + self.pace.prepared)
+        if not self.later or seconds is None:
+            return ""
+        words = estimate.words(seconds)
+        return f"; then up to {self.later} at the best rates, about {words} more"
+
+    def _seconds(self, epochs: float, optimizers: int) -> float | None:
+        return estimate.left(
+            self.pace, epochs=epochs, optimizers=optimizers, workers=self.config.workers
+        )
+
+
+def _bar(console: Console) -> Progress:
+    # on a terminal; a log gets lines instead
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:.1f}/{task.total:.0f}"),
@@ -183,53 +264,3 @@ def _train(
         console=console,
         disable=not console.is_terminal,
     )
-    bar = progress.add_task("compiling", total=len(jobs) * config.epochs)
-    done = []
-    finished, said = 0.0, time.monotonic()
-    pace, total = estimate.Pace(), len(jobs) * config.epochs
-    kinds = len({job.optimizer for job in jobs})
-
-    def left() -> str:
-        seconds = estimate.left(
-            pace, epochs=total - finished, optimizers=kinds, workers=config.workers
-        )
-        return "" if seconds is None else f"about {estimate.words(seconds)}"
-
-    def afterwards() -> str:
-        """What may come after these runs, each optimizer compiled once more."""
-        seconds = estimate.left(
-            pace,
-            epochs=later * config.epochs,
-            optimizers=kinds + pace.prepared,
-            workers=config.workers,
-        )
-        if not later or seconds is None:
-            return ""
-        return f"; then up to {later} at the best rates, about {estimate.words(seconds)} more"
-
-    def receive(event: workers.Event) -> None:
-        nonlocal finished, said, pace
-        first = not left()
-        progress.update(bar, advance=event.epochs, description="training")
-        finished += event.epochs
-        pace = estimate.observe(
-            pace, epochs=event.epochs, seconds=event.seconds, preparation=event.preparation
-        )
-        if first and left():
-            console.print(
-                f"{_count(len(jobs))}, {left()} on {_count(config.workers, 'worker')}"
-                f"{afterwards()}",
-                highlight=False,
-            )
-        if not console.is_terminal and time.monotonic() - said >= _SILENCE:
-            console.print(f"{finished:.1f} of {total} epochs, {left()} left", highlight=False)
-            said = time.monotonic()
-        if event.job is not None:
-            done.append(event.job)
-            if not console.is_terminal:
-                line = f"[{len(done)}/{len(jobs)}] {event.job.name}: {event.outcome}"
-                console.print(line, markup=False, highlight=False)
-                said = time.monotonic()
-
-    with progress:
-        workers.train_all(config, out, jobs, receive)

@@ -25,6 +25,7 @@ from kfac_optax.experiments.results import (
     worst,
 )
 
+# what a note says of each kind of score
 _SCORES = {"accuracy": "", "error": " Error: mean squared, per pixel."}
 
 
@@ -40,9 +41,11 @@ def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Tab
     rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
+    # rises are counted from epoch to epoch
     by_epoch = all(has_one_row_per_epoch(run) for group in runs.values() for run in group)
     rising = ("rises",) if by_epoch else ()
     note = _RISES if by_epoch else ""
+    # optimizers that find their rate have none to name
     table = blank(
         "Every optimizer at "
         + (f"learning rate {_listed(rates)}" if rates else "the rate it finds"),
@@ -59,6 +62,7 @@ def fixed_rate(runs: Runs, *, workers: int, evaluate_with: str = "fresh") -> Tab
         f"{_STATISTICS[evaluate_with]}" + _SCORES[kind],
     )
     for (name, rate), group in runs.items():
+        # rates differ where the configuration gives some
         table.add_row(
             OPTIMIZERS[name].label
             + (f" ({rate:g})" if len(rates) > 1 and OPTIMIZERS[name].tuned else ""),
@@ -77,6 +81,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
     rates = _rates(runs)
     kind = score(runs)
     heading, factor, digits = _columns(kind)
+    # what it took to get to fixed losses
     table = blank(
         "Every optimizer at "
         + (f"its best learning rate of {_listed(rates)}" if rates else "the rate it finds"),
@@ -91,6 +96,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
         "the grid, a better rate may lie beyond.",
     )
     for name in names(runs):
+        # the best rate was chosen by the loss, not by the test score
         rate = best_rate(runs, name)
         group = runs[name, rate]
         cells = [_reached(group, target) for target in targets]
@@ -103,6 +109,7 @@ def tuned(runs: Runs, *, targets: Sequence[float]) -> Table:
 
 def every_rate(runs: Runs) -> Table:
     """Mean final training loss and worst seed of every optimizer at every rate."""
+    # the largest first, as rates are tried downwards
     rates = sorted({rate for _, rate in runs}, reverse=True)
     table = blank(
         "Every optimizer at every learning rate: final train loss, worst seed below",
@@ -111,6 +118,7 @@ def every_rate(runs: Runs) -> Table:
         "was not tried.",
     )
     for name in names(runs):
+        # not every optimizer was tried at every rate
         groups = [runs.get((name, rate)) for rate in rates]
         table.add_row(OPTIMIZERS[name].label, *(_mean_and_worst(group) for group in groups))
     return table
@@ -128,6 +136,7 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
     """What every optimizer at its best rate reaches in the same training seconds, and when it
     reaches fixed losses.
     """
+    # up to the second that all runs have reached
     best = best_runs(runs)
     seconds = clock.common(best)
     table = blank(
@@ -143,6 +152,7 @@ def race(runs: Runs, *, targets: Sequence[float]) -> Table:
         "did; - when at most half did. *: an edge of the grid.",
     )
     for (name, _), group in best.items():
+        # to a loss: seconds and steps
         cells = [_raced(group, target) for target in targets]
         loss = mean_and_interval(clock.at(group, "train_loss", seconds=seconds), ".4f")
         table.add_row(
@@ -169,12 +179,14 @@ def _rate(runs: Runs, name: str) -> str:
     if not OPTIMIZERS[name].tuned:
         return "own"
     rate, tried = best_rate(runs, name), [rate for other, rate in runs if other == name]
+    # marked where a better rate may lie beyond
     return f"{rate:g}" + ("*" if len(tried) > 1 and rate in (min(tried), max(tried)) else "")
 
 
 def _raced(group: Sequence[Run], target: float) -> str:
     epochs, seconds = cost_of(group, target)
     share = f"({len(epochs)}/{len(group)})"
+    # a mean over the few best seeds would flatter
     if 2 * len(epochs) <= len(group):
         return f"- {share}"
     steps = [epoch * group[0].steps for epoch in epochs]
@@ -203,6 +215,7 @@ def blank(title: str, headings: Sequence[str], caption: str) -> Table:
 
 
 def _loss(group: Sequence[Run]) -> str:
+    # of runs that diverged there is no final loss
     diverged = sum(run.diverged for run in group)
     if diverged == len(group):
         return "diverged"
@@ -221,24 +234,29 @@ def _rises(group: Sequence[Run]) -> str:
 
 
 def mean_and_interval(values: Sequence[float], digits: str) -> str:
+    # means of nothing
     """Mean and half width of the 95 % interval, as text."""
     if not values:
         return "-"
     mean, half = interval(values)
+    # a single value has no interval
     return f"{mean:{digits}}" if math.isnan(half) else f"{mean:{digits}} ± {half:{digits}}"
 
 
 def _reached(group: Sequence[Run], target: float) -> str:
     epochs, seconds = cost_of(group, target)
     share = f"({len(epochs)}/{len(group)})"
+    # a mean over the few best seeds would flatter
     if 2 * len(epochs) <= len(group):
         return f"- {share}"
+    # one digit is enough above ten seconds
     mean = np.mean(seconds)
     return f"{np.mean(epochs):.1f} ep\n{mean:.{1 if mean >= 10 else 2}f} s {share}"
 
 
 def _seeds(runs: Runs) -> str:
     counts = sorted({len(group) for group in runs.values()})
+    # rates have as many seeds as were trained
     words = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return "1 seed" if words == "1" else f"{words} seeds"
 

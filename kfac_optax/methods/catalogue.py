@@ -36,28 +36,35 @@ from kfac_optax.methods.kfac import (
     tekfac,
     thor,
     tkfac,
+    two_level,
     unitwise,
 )
 from kfac_optax.methods.record import Method, collect
 from kfac_optax.methods.sample_space import smw, spring
 
 CATALOGUE: dict[str, Method] = collect(
+    # K-FAC itself and what keeps its blocks
     fixed.RECORDS,
+    two_level.RECORDS,
     ekfac.RECORDS,
     tkfac.RECORDS,
     tekfac.RECORDS,
     kpsvd.RECORDS,
     adaptive.RECORDS,
     low_rank_records.RECORDS,
+    # one side, or one vector, of each layer
     foof.RECORDS,
     eva.RECORDS,
+    # all layers together, through rows of the batch
     smw.RECORDS,
     spring.RECORDS,
+    # every layer's own refresh, roots without inverses, rows in place of factors
     thor.RECORDS,
     ingd.RECORDS,
     singd.RECORDS,
     skfac.RECORDS,
     hylo.RECORDS,
+    # posteriors, rank-one updates, exact outputs, single units, linear nets, quasi-Newton
     noisy.RECORDS,
     mkor.RECORDS,
     mkor_hybrid.RECORDS,
@@ -65,6 +72,7 @@ CATALOGUE: dict[str, Method] = collect(
     unitwise.RECORDS,
     linear_natural.RECORDS,
     k_bfgs_presets.RECORDS,
+    # from gradients alone
     presets.RECORDS,
     distributed.RECORDS,
     sketchy.RECORDS,

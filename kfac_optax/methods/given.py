@@ -52,6 +52,7 @@ def unknown_numbers(words: Mapping[str, Any], schedules: tuple[str, ...]) -> dic
       words: of a preset.
       schedules: those besides `HANDED_ON`, which may be schedules too.
     """
+    # arrays everywhere, schedules where the preset has a rule for them
     return {
         word: value
         for word, value in words.items()
@@ -80,6 +81,7 @@ def with_checked(
     """
 
     def init(params: PyTree) -> GivenState:
+        # the number in use before any was legal
         memory = start_checked(**{name: _cautious(name, x) for name, x in numbers.items()})
         first = {name: memory[f"given_{name}"].last_good for name in numbers}
         inner = optax.with_extra_args_support(make(**first)).init(params)
@@ -90,6 +92,7 @@ def with_checked(
         memory = state.given
         for name, value in numbers.items():
             used[name], memory = checked(memory, name, value, state.given_count)
+        # made in every update, of numbers that are legal by now; the state's form stays
         tx = optax.with_extra_args_support(make(**used))
         updates, inner = tx.update(updates, state.inner, params, **extra)
         return updates, GivenState(inner, optax.safe_increment(state.given_count), memory)

@@ -71,12 +71,14 @@ class Method:
         31
         """
         sizes = [(layer.copies, sizes_of(layer, rank)) for layer in layers]
+        # of a stack every layer counts
         copies = sum(layer.copies for layer in layers)
         return sum(number * self.state(size) for number, size in sizes) + self.across(copies)
 
 
 def sizes_of(layer: Layer, rank: int = 0) -> Sizes:
     """The sizes of a layer that runs with a rank."""
+    # p counts the row of the bias
     p, q = layer.shape
     return Sizes(p, q, rank, layer.rows, layer.bias is not None)
 
@@ -88,6 +90,7 @@ def collect(*records: Iterable[Method]) -> dict[str, Method]:
       ValueError: a name occurs twice, or a record needs something that there is not.
     """
     found: dict[str, Method] = {}
+    # in the order of the files, which is that of the page of methods
     for record in (x for those in records for x in those):
         if record.name in found:
             raise ValueError(f"catalogue: two records are named {record.name!r}; expected one.")

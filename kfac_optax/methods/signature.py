@@ -82,15 +82,19 @@ def flat_signature(
         def preset(*args: Any, **words: Any) -> Any:
             for word in words:
                 _check_known(function.__name__, word, tuple(parameters))
+            # a default that is printed as a number, but is none, was not given
             given = {k: v for k, v in words.items() if not isinstance(v, Default)}
             for word in given.keys() & frozenset(STATIC):
                 _check_static(function.__name__, word, given[word])
+            # known only when a step runs: arrays, and schedules where the preset has a rule for
+            # them
             late = unknown_numbers(given, schedules)
             # made once all the same: what is wrong with the other words is said now
             tx = function(*args, **given)
             return with_checked(functools.partial(function, *args, **given), **late) if late else tx
 
         made = cast(Any, preset)
+        # what help, editors and inject_hyperparams see
         made.__signature__ = inspect.Signature(list(parameters.values()))
         return made
 
@@ -123,12 +127,14 @@ def _parameters(
             of_all[name] = parameter
     for source in sources:
         for name, parameter in inspect.signature(source).parameters.items():
+            # the function's own words go before those of its sources
             if parameter.kind is parameter.KEYWORD_ONLY and name not in without:
                 of_all.setdefault(name, parameter)
     return {name: _not_a_number(parameter) for name, parameter in of_all.items()}
 
 
 def _not_a_number(parameter: inspect.Parameter) -> inspect.Parameter:
+    # inject_hyperparams makes an array of every number among the defaults
     number = isinstance(parameter.default, (int, float))
     if parameter.name not in STATIC or not number:
         return parameter

@@ -22,9 +22,11 @@ ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
 
 def strategies(devices: int) -> dict[str, float | None]:
     """Worker fractions to compare, by name; in between, groups of about the root of `W`."""
+    # the largest divisor of W that is at most its root
     workers = max(m for m in range(1, devices + 1) if devices % m == 0 and m * m <= devices)
     found = {"no placement": None, "all keep all": 1.0, "one keeps each": 1 / devices}
     if 1 < workers < devices:
+        # neither of the two extremes
         found[f"{workers} keep each"] = workers / devices
     return found
 
@@ -51,6 +53,7 @@ def table(
 
 
 def _cells(found: Costs, mean: float) -> list[str]:
+    # bytes of one device: at a statistic, at a refresh, in a step, on average
     sent = [found.statistics, found.refresh, found.step, mean]
     return [
         f"{found.memory / 2**30:.2f}",
@@ -71,6 +74,7 @@ def read_layers(path: str) -> list[Shape]:
         raise ValueError(f"planner: {path} holds {rows!r}; expected a list of [copies, p, q].")
     for row in rows:
         good = isinstance(row, list) and len(row) == 3
+        # True is an int as well
         if not good or any(not isinstance(n, int) or n < 1 for n in row):
             raise ValueError(
                 f"planner: {path} has the row {row!r}; expected [copies, p, q], three whole "
@@ -95,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inverse-every", type=_whole, default=100)
     parser.add_argument("--packed", action="store_true", help="send factors without double entries")
     given = parser.parse_args(arguments)
+    # known networks, or the one of a file
     named = {name: MODELS[name]() for name in given.model}
     if given.layers is not None:
         named = {given.layers: read_layers(given.layers)}

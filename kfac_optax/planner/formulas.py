@@ -70,6 +70,7 @@ class Costs(NamedTuple):
         >>> print(Costs(0, 40.0, 100.0, 5.0, 0.0, 1.0).per_step(10, 100))
         10.0
         """
+        # a statistic and a refresh are shared out among the steps of their periods
         return self.step + self.statistics / curvature_every + self.refresh / inverse_every
 
 
@@ -119,16 +120,21 @@ def costs(
     """
     factors = sum(s.copies * s.factors for s in shapes)
     sent = sum(s.copies * (s.packed if packed else s.factors) for s in shapes)
+    # a sum over a ring sends everything twice: once to add up, once to hand on
     summed = _ring(devices) * 2 * sent * (sent_itemsize or itemsize)
     total = EIGH * sum(float(s.copies * s.work) for s in shapes)
     inverses = sum(s.copies * s.inverse for s in shapes)
+    # every device does all of the work
     if worker_fraction is None:
         return Costs((factors + inverses) * itemsize, summed, 0.0, 0.0, total, float(devices))
+    # no device is needed to divide work over some
     placement = Placement("device", worker_fraction, AbstractMesh((devices,), ("device",)))
     named = {f"{i}": (s.copies, float(s.work)) for i, s in enumerate(shapes)}
     shares = divide(placement, named).shares.values()
     pairs = list(zip(shapes, shares, strict=True))
+    # operations of every device, [W]
     load = sum(share.count.ravel() * EIGH * float(s.work) for s, share in pairs)
+    # the fullest device decides on memory
     kept = sum(share.slots * s.inverse for s, share in pairs)
     refresh = sum(_refreshed(share) * s.inverse for s, share in pairs)
     step = sum(_exchanged(share) * s.gradient for s, share in pairs)
@@ -138,6 +144,7 @@ def costs(
         refresh=refresh * itemsize,
         step=step * itemsize,
         work=float(np.max(load)),
+        # largest over mean: one where all have the same work
         balance=float(np.max(load) / np.mean(load)),
     )
 
@@ -150,12 +157,14 @@ def _ring(devices: int) -> float:
 def _refreshed(share: Share) -> float:
     """Matrices that a device sends in a refresh."""
     groups, workers = share.count.shape
+    # one group: the inverses go to everyone
     return _to_all(workers, share.most, share.copies if groups == 1 else share.slots)
 
 
 def _exchanged(share: Share) -> float:
     """Preconditioned gradients that a device sends in a step."""
     groups = share.count.shape[0]
+    # groups hand each other what they have solved for
     return 0.0 if groups == 1 else _to_all(groups, share.slots, share.copies)
 
 

@@ -72,11 +72,13 @@ def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fi
     >>> import kfac_optax as ko
     >>> ko.testing.check_block(dense_case(ko.kronecker(), exact=True))
     """
+    # the bias is a row of the matrix that no input has
     width = p - bias
 
     def rows(seed: int, examples: int) -> Rows:
         random = np.random.default_rng(seed)
         shapes = (examples, width), (examples, q)
+        # a [N, p], g [N, q]
         a, g = (jnp.asarray(random.standard_normal(shape)) for shape in shapes)
         return [(a, g)]
 
@@ -100,13 +102,16 @@ def measure(
     case: Case, rows: Rows, examples: int, dtype: Any = jnp.float64, weights: Any = None
 ) -> PyTree:
     """The statistic of a case's block, added up over uses; `weights [examples]`."""
+    # rows of all uses, positions counted
     count = sum(g[..., 0].size for _, g in rows)
     use = Use(case.layer, examples, count, dtype)
     parts = []
     for a, g in rows:
+        # tokens have no axis of features
         lead = a.shape if jnp.issubdtype(a.dtype, jnp.integer) else a.shape[:-1]
         spread = None
         if weights is not None:
+            # a weight for each example, the same at all of its positions
             spread = jnp.broadcast_to(weights.reshape(-1, *(1,) * (len(lead) - 1)), lead)
         known = ()
         if case.block.reads_inverse:
@@ -114,12 +119,14 @@ def measure(
             start = case.block.init(case.layer, dtype)
             known = (case.block.factorize(start, jnp.ones((), dtype)),)
         part = case.block.measure(a, g, use._replace(weights=spread), *known)
+        # what a block absorbs comes beside its statistic
         parts.append(part if case.block.absorb is None else part[0])
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _columns(apply: Any, shape: tuple[int, int], operands: PyTree, *rest: Any) -> jax.Array:
+    # unit matrices E_ij [p, q], whose images are the columns
     eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
     return jax.vmap(lambda v: apply(operands, v, *rest))(eye).reshape(len(eye), -1).T
 

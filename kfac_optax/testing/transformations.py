@@ -44,6 +44,7 @@ def check_transformation(trial: Trial) -> None:
     >>> tx = ko.kfac(estimator.layers(w, x), learning_rate=1.0, curvature_every=1, inverse_every=1)
     >>> check_transformation(Trial("kfac", tx, w, arguments))
     """
+    # compiled once for all laws
     step = _Compiled(trial)
     start = jax.jit(trial.tx.init)(trial.params)
     _check_steps(trial, step, start)
@@ -83,6 +84,7 @@ class _Compiled:
 
         def step(params: PyTree, state: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
             # runs when the step is traced only; sizes of JAX's caches are no public number
+            # a second trace would mean that something has changed its type
             self.traces += 1
             gradient, more = trial.arguments(params, scale)
             return tx.update(gradient, state, params, **more)
@@ -94,6 +96,7 @@ class _Compiled:
 
 
 def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
+    # a few steps: a first one may differ from those behind it
     params, state, one = trial.params, start, jnp.float32(1)
     expected = _kinds(start)
     weak = [path for path, (_, _, is_weak) in expected.items() if is_weak]
@@ -101,6 +104,7 @@ def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
     for number in range(3):
         updates, state = step(params, state, one)
         got = _kinds(state)
+        # where another type, shape or structure would be compiled again
         changed = {path: kind for path, kind in got.items() if expected.get(path) != kind}
         same = not changed and got.keys() == expected.keys()
         law = "the state keeps its structure, shapes and dtypes"
@@ -108,6 +112,7 @@ def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
         like = _kinds(updates) == _kinds(params)
         _holds(trial, "updates are like parameters", like, f"got {_kinds(updates)}")
         _finite(trial, f"step {number}", (updates, state), like=start)
+        # small steps, so that the problem stays what it is
         params = optax.apply_updates(params, jax.tree.map(lambda u: -0.01 * u, updates))
     _holds(trial, "one trace serves all steps", step.traces == 1, f"{step.traces} traces")
 
@@ -119,6 +124,7 @@ def _check_zero_batch(trial: Trial, step: Any, start: PyTree) -> None:
 
 def _check_broken_batch(trial: Trial, step: Any, start: PyTree) -> None:
     _, good = step(trial.params, start, jnp.float32(1))
+    # after a good batch: a first one would find nothing to spoil
     updates, state = step(trial.params, good, jnp.float32(jnp.nan))
     largest = max(float(np.abs(u).max()) for u in map(np.asarray, jax.tree.leaves(updates)))
     _holds(trial, "a broken batch gives an update of zeros", largest == 0, f"found {largest:.3g}")
@@ -128,8 +134,10 @@ def _check_broken_batch(trial: Trial, step: Any, start: PyTree) -> None:
 
 def _check_checkpoint(trial: Trial, step: Any, start: PyTree) -> None:
     _, state = step(trial.params, start, jnp.float32(1))
+    # as files keep it
     saved = [np.asarray(x) for x in jax.tree.leaves(state)]
     restored = jax.tree.unflatten(jax.tree.structure(start), [jnp.asarray(x) for x in saved])
+    # the same step from both
     expected, got = (step(trial.params, s, jnp.float32(1)) for s in (state, restored))
     for path, x, y in _pairs(got, expected):
         same = np.array_equal(x, y, equal_nan=True)
@@ -156,9 +164,11 @@ def _pairs(got: PyTree, expected: PyTree) -> list[tuple[str, np.ndarray, np.ndar
 
 def _finite(trial: Trial, when: str, tree: PyTree, *, like: PyTree) -> None:
     """No NaN anywhere; infinity only in scalars, and only if the transformation starts with it."""
+    # clips start with an infinite bound, say
     infinite_at_first = any(np.isinf(np.asarray(x)).any() for x in jax.tree.leaves(like))
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         x = np.asarray(x)
+        # a matrix has no reason to be infinite
         bad = np.isnan(x) if infinite_at_first and x.ndim == 0 else ~np.isfinite(x)
         name = jax.tree_util.keystr(path)
         _holds(trial, "all is finite", not bad.any(), f"{when}, {name} is {x.ravel()[:3]}")

@@ -88,7 +88,9 @@ def merged(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     >>> print(merged((3, 3, 8, 16), 16), merged((4, 4), 16), merged((1, 5), 16), merged((), 16))
     (9, 8, 16) (4, 4) (5,) (1,)
     """
+    # a leaf of one number is a vector of length one
     axes = [n for n in shape if n != 1] or [1]
+    # a product of neighbours fits, and two axes are left at least: no matrix becomes a vector
     out = axes[:1]
     for i, n in enumerate(axes[1:], start=2):
         left = len(axes) - i
@@ -115,9 +117,11 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
             f"{where}: stacked({name!r}) is {stack!r} for a leaf of shape {shape}; expected the "
             f"number of its leading axes that count equal parameters, 0 to {len(shape)}."
         )
+    # copies of the stack are tensors of their own
     axes = merged(shape[stack:], rules.merge)
     divided = [_divide(n, len(axes), rules) for n in axes]
     if rules.sides == SHORT and len(axes) > 1:
+        # of equal lengths the first
         short = axes.index(min(axes))
         whole = [(1, n, IDENTITY) for n in axes]
         divided = [*whole[:short], divided[short], *whole[short + 1 :]]
@@ -127,6 +131,7 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
 
 def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
     """Number of pieces of an axis, their length and what is kept of them."""
+    # a vector has no other axis to take a second moment over
     kind = FULL if order > 1 else rules.vectors
     if kind != FULL:
         return 1, length, kind
@@ -136,6 +141,7 @@ def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
         return 1, length, FULL
     if rules.long_axes != "split":
         return 1, length, rules.long_axes
+    # the fewest pieces, of nearly equal length
     pieces = -(-length // rules.max_dim)
     return pieces, -(-length // pieces), FULL
 
@@ -173,9 +179,11 @@ def scatter(
     is false the leaves may be any part of the tensors.
     """
     starts = [0]
+    # the first entry of each leaf along the axis of copies
     for view in group.views:
         starts.append(starts[-1] + view.tensors)
     if some is None or len(group.views) < _MANY:
+        # in a small group slices are static
         parts = [tensors[a:b] for a, b in itertools.pairwise(starts)]
     else:
         parts = []
@@ -203,6 +211,7 @@ def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
 
 def _grid(view: View) -> tuple[int, ...]:
     pairs = zip(view.pieces, view.block, strict=True)
+    # [pieces_1, block_1, pieces_2, block_2, ...]
     return tuple(n for pair in pairs for n in pair)
 
 
@@ -210,10 +219,12 @@ def _cut(leaf: jax.Array, view: View) -> jax.Array:
     k = len(view.axes)
     if view.axes == view.block:  # whole: fewer operations to compile for a deep net
         return leaf.reshape(view.copies, *view.axes)
+    # [copies, *axes], the last piece of every axis filled up with zeros
     leaf = leaf.reshape(view.copies, *view.axes)
     full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
     fill = [(0, whole - n) for whole, n in zip(full, view.axes, strict=True)]
     leaf = jnp.pad(leaf, [(0, 0), *fill]).reshape(view.copies, *_grid(view))
+    # all pieces in front, then the blocks: [copies, pieces_1, ..., block_1, ...]
     order = [0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2)]
     return leaf.transpose(order).reshape(-1, *view.block)
 
@@ -223,11 +234,13 @@ def _join(tensors: jax.Array, view: View) -> jax.Array:
     if view.axes == view.block:
         return tensors.reshape(view.shape)
     tensors = tensors.reshape(view.copies, *view.pieces, *view.block)
+    # and back: every axis of pieces beside its block
     order = [0]
     for i in range(1, k + 1):
         order += [i, k + i]
     full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
     tensors = tensors.transpose(order).reshape(view.copies, *full)
+    # what was filled up is cut off
     return tensors[(slice(None), *(slice(n) for n in view.axes))].reshape(view.shape)
 
 
@@ -240,8 +253,10 @@ def statistic(tensors: jax.Array, axis: int, kind: str) -> jax.Array:
      [2. 1.]] [5. 1.]
     """
     mine, other = _letters(tensors, axis)
+    # sum over all other axes of G_j^2
     if kind == DIAGONAL:
         return jnp.einsum(f"{mine},{mine}->z{mine[axis + 1]}", tensors, tensors, precision=_HIGHEST)
+    # sum over all other axes of G_j G_k
     out = f"z{mine[axis + 1]}Z"
     return jnp.einsum(f"{mine},{other}->{out}", tensors, tensors, precision=_HIGHEST)
 
@@ -254,6 +269,7 @@ def unfolded(tensors: jax.Array, axis: int) -> jax.Array:
      [1. 4.]
      [2. 5.]]
     """
+    # [copies, n_i, others] to [copies, n_i, rest]
     first = jnp.moveaxis(tensors, axis + 1, 1)
     return first.reshape(*first.shape[:2], -1)
 
@@ -269,10 +285,12 @@ def along(tensors: jax.Array, axis: int, matrices: jax.Array) -> jax.Array:
     mine, other = _letters(tensors, axis)
     letter = mine[axis + 1]
     if matrices.ndim == 2:
+        # a diagonal: one number for every entry of the axis
         return jnp.einsum(f"{mine},z{letter}->{mine}", tensors, matrices)
     return jnp.einsum(f"{mine},zZ{letter}->{other}", tensors, matrices, precision=_HIGHEST)
 
 
 def _letters(tensors: jax.Array, axis: int) -> tuple[str, str]:
+    # z the copies, Z the axis behind the product
     letters = string.ascii_lowercase[: tensors.ndim - 1]
     return "z" + letters, "z" + letters[:axis] + "Z" + letters[axis + 1 :]

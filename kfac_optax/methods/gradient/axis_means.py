@@ -19,6 +19,7 @@ def averaged(
     """Averages with the means of these tensors over all axes but one in them."""
     out = {}
     for i in range(len(group.block)):
+        # axis 0 is that of copies
         others = tuple(axis + 1 for axis in range(len(group.block)) if axis != i)
         out[str(i)] = held * means[str(i)] + (1 - held) * jnp.mean(tensors, others)
     return out
@@ -28,12 +29,14 @@ def against_product(
     group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
 ) -> jax.Array:
     """`(c c^T + damping I)^{-1} G`, `c` the product of the means of all axes."""
+    # c = v_1 (x) ... (x) v_k
     c = jnp.ones_like(tensors)
     for axis, v in means.items():
         c = c * _along_axis(group, v, int(axis))
     within = tuple(range(1, tensors.ndim))
     along_c = jnp.sum(c * tensors, within, keepdims=True)
     size = jnp.sum(jnp.square(c), within, keepdims=True)
+    # (G - c <c, G> / (damping + |c|^2)) / damping
     return (tensors - along_c * c / (damping + size)) / damping
 
 
@@ -42,8 +45,10 @@ def between_roots(
 ) -> jax.Array:
     """`G x_1 H_1^r ... x_k H_k^r`, `H = v v^T + damping I` and `r = -1 / (2 k)`."""
     power = -1 / (2 * len(group.block))
+    # one axis after another: their matrices commute, being on different axes
     for axis, v in means.items():
         size = jnp.sum(jnp.square(v), 1, keepdims=True)
+        # u = v / |v|; zero where nothing has been measured
         unit = _along_axis(group, v / jnp.sqrt(jnp.where(size > 0, size, 1)), int(axis))
         # H^r = damping^r I + [(damping + |v|^2)^r - damping^r] u u^T
         change = (damping + size) ** power - damping**power

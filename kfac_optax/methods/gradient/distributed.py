@@ -92,7 +92,9 @@ def scale_by_distributed_shampoo(
     check_root(where, root)
     hyper: dict[str, Any] = dict(momentum=momentum, decay=decay, ridge=ridge, start_step=start_step)
     hyper |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
+    # of the preconditioned gradient and of the grafted one
     finish = two_momenta(graft_of(where, graft), nesterov=nesterov)
+    # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T, H_i^(-1/p), then the finish
     return by_phases(where, rules, hyper, shampoo_phases(root, inverse), finish, state=ShampooState)
 
 

@@ -89,6 +89,7 @@ def scale_by_eva_s(
     check_choice(where, "form", form, FORMS)
     check_number(where, "damping", damping, above=0)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
+    # (c c^T + damping I)^{-1} G, or roots of (v_i v_i^T + damping I) on every axis
     solve = against_product if form == "product" else between_roots
 
     def start(begin: Start) -> tuple:
@@ -96,6 +97,7 @@ def scale_by_eva_s(
 
     def advance(step: Step, state: Any) -> Advanced:
         number = (step.count + 1).astype(step.dtype)
+        # number k enters with weight 1/k while that is more than 1 - decay
         held = jnp.minimum(1 - 1 / number, step.value("decay"))
         new = {}
         for group in step.groups:

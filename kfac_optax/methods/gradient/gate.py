@@ -53,6 +53,7 @@ def check_groups(where: str, groups: tuple[Group, ...], held: Mapping[str, Any])
     Raises:
       ValueError: names what was found and expected.
     """
+    # tensors of every group, now and at the start
     got = {group.name: group.copies for group in groups}
     expected = {name: _copies(axes) for name, axes in held.items()}
     same = got.keys() == expected.keys()
@@ -76,6 +77,7 @@ def cleaned_tensors(
     Asked of stacked tensors: a number that depends on all leaves of a deep net and changes each
     takes long to compile.
     """
+    # float32 at least, before products are formed
     wide = {n: x.astype(dtype) for n, x in leaves.items()}
     tensors = {group.name: gather(group, wide) for group in groups}
     finite = all_finite(tensors)
@@ -89,9 +91,11 @@ def passed_on(
     it is. Leaves without entries stay as they are.
     """
     leaves = named_leaves(updates)
+    # all or nothing: a step in a part of the leaves would be another direction
     good = finite & all_finite(new)
     cast: dict[str, jax.Array] = {}
     for group in groups:
+        # [copies, *block], still of the width of the state
         whole = jnp.where(good, new[group.name], 0)
         dtypes = {leaves[view.name].dtype for view in group.views}
         if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
@@ -129,9 +133,11 @@ def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.A
     >>> print(*averaged(0.9, jnp.int32(4), jnp.float32), *averaged(1.0, jnp.int32(4), jnp.float32))
     0.75 0.25 1.0 1.0
     """
+    # number k enters with weight 1/k while that is more than 1 - decay
     k = jnp.maximum(count, 1).astype(dtype)
     decay = jnp.asarray(decay, dtype)
     weight = jnp.minimum(1 - 1 / k, decay)
+    # a decay of one sums, as Shampoo and AdaGrad do
     sums = decay >= 1
     return jnp.where(sums, 1, weight), jnp.where(sums, 1, 1 - weight)
 
@@ -142,6 +148,7 @@ def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:
     for name, axes in new.items():
         kept[name] = {}
         for axis, value in axes.items():
+            # a copy may fail by itself
             good = jax.vmap(all_finite)(value)
             kept[name][axis] = select(good & finite, value, old[name][axis])
             bad = bad + jnp.sum(~good & finite, dtype=jnp.int32)
@@ -159,6 +166,7 @@ def counted(
     counts: GradientCounts, finite: jax.Array, good: jax.Array, statistics: Any, inverses: Any
 ) -> GradientCounts:
     """The counts after a step."""
+    # schedules and periods do not move in steps that are left out
     accepted_now = jnp.where(
         good, optax.safe_increment(counts.gradient_count), counts.gradient_count
     )

@@ -109,6 +109,7 @@ def _series(eps: float) -> Phases:
         usable = jnp.where(jnp.isfinite(eps) & (jnp.asarray(eps) > 0), eps, 1e-6).astype(dtype)
         first = usable ** (-1 / (2 * len(group.block)))
         for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
+            # [copies, n, n] or [copies, n]
             one = jnp.eye(n, dtype=dtype) if kind == FULL else jnp.ones(n, dtype)
             roots[str(i)] = jnp.tile(first * one, (group.copies,) + one.ndim * (1,))
         return {}, roots
@@ -118,6 +119,7 @@ def _series(eps: float) -> Phases:
 
     def refresh(group: Group, step: Step, factors: ByAxis, roots: ByAxis, previous: PyTree):
         # the gradient of this step is all that the roots see; those between have no part
+        # R of H^(-1/p), p = 2 k for k axes
         made, p, decay = {}, 2 * len(group.block), step.value("decay")
         for i, kind in enumerate(group.kinds):
             new = statistic(step.tensors[group.name], i, kind)
@@ -126,6 +128,7 @@ def _series(eps: float) -> Phases:
         return made, previous
 
     def apply(group: Group, step: Step, factors: ByAxis, roots: ByAxis, weights: Weights):
+        # G x_1 R_1 ... x_k R_k
         u = step.tensors[group.name]
         for i in range(len(group.block)):
             u = along(u, i, roots[str(i)])

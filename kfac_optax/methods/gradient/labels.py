@@ -60,6 +60,7 @@ def matrix_labels(
     >>> print(matrix_labels(params))
     {'Dense_0': {'bias': 'other', 'kernel': 'matrix'}, 'embed': 'other'}
     """
+    # a single pattern may be a string
     more = (more_others,) if isinstance(more_others, str) else tuple(more_others)
     patterns = ((others,) if isinstance(others, str) else tuple(others)) + more
     names = named_leaves(params)
@@ -86,6 +87,7 @@ def _named(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether one of the patterns means this path."""
     whole = name.lower()
     for pattern in patterns:
+        # a pattern with a slash means a whole path
         texts = [whole] if "/" in pattern else whole.split("/")
         if any(fnmatch.fnmatchcase(text, pattern.lower()) for text in texts):
             return True
@@ -136,6 +138,7 @@ def axes_table(
     """
     where = "axes_table"
     rules = Rules(max_dim, merge, long_axes, vectors, stacked, sides)
+    # words of any preconditioner: SOAP leaves axes alone, Shampoo keeps diagonals
     kinds = (DIAGONAL, IDENTITY)
     check_rules(where, rules, ("split", *kinds), (FULL, *kinds))
     words = _labels_of(where, params, labels)
@@ -143,6 +146,7 @@ def axes_table(
     for name, leaf in named_leaves(params).items():
         shape = "x".join(map(str, leaf.shape)) or "()"
         label = () if words is None else (words[name],)
+        # no tensor, hence no statistic
         if not leaf.size:
             rows.append((name, shape, *label, "no entries", "0"))
             continue
@@ -168,6 +172,7 @@ def _axes(view: View) -> str:
     """The axes of a leaf and what each gets."""
     said = []
     for whole, pieces, n, kind in zip(view.axes, view.pieces, view.block, view.kinds, strict=True):
+        # what an axis holds, and how often
         gets = {FULL: f"{n}x{n}", DIAGONAL: "diagonal", IDENTITY: "as it is"}[kind]
         if pieces > 1:
             gets = f"{pieces} matrices {gets}"
@@ -178,6 +183,7 @@ def _axes(view: View) -> str:
 
 def _numbers(view: View) -> int:
     """Entries of one statistic of every tensor of a leaf."""
+    # n^2 for a matrix, n for a diagonal
     each = 0
     for n, kind in zip(view.block, view.kinds, strict=True):
         each += {FULL: n * n, DIAGONAL: n, IDENTITY: 0}[kind]

@@ -16,10 +16,13 @@ def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.A
     rank of `mat_i(G)`, and `n_i` times that where only the diagonal is kept. A root made before
     knows nothing of directions that came later, and would blow them up by that of the ridge.
     """
+    # |U|^2 <= (r_1 ... r_k)^(1/k) / w
     entries, bound = math.prod(group.block), 1.0
     for n, kind in zip(group.block, group.kinds, strict=True):
+        # the rank of mat_i(G); a diagonal has as many numbers as it is long
         rank = min(n, entries // n) * (1 if kind == FULL else n)
         bound *= rank ** (1 / len(group.block))
+    # w, the weight of this step in its statistic
     largest = jnp.sqrt(bound / weight)
     size = norms(u.reshape(group.copies, 1, -1))
     usable = jnp.isfinite(size) & (size > 0)

@@ -55,6 +55,7 @@ def shampoo(
     Reference: Gupta, Koren & Singer, Shampoo: Preconditioned Stochastic Tensor Optimization (2018),
       algorithm 2.
     """
+    # theta <- theta - rate (U + weight_decay theta)
     preconditioner = scale_by_shampoo(momentum=momentum, **options)
     return with_step("shampoo", preconditioner, learning_rate, weight_decay)
 
@@ -137,11 +138,13 @@ def eva_s(
     Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
       Approximation (2023).
     """
+    # KL-clip takes the rate of the whole optimizer
     clipped = clip_by_kl(scale_by_eva_s(**options), learning_rate=learning_rate, kl_clip=kl_clip)
     return with_step("eva_s", clipped, learning_rate, weight_decay, momentum)
 
 
 # L, R, their roots and the momentum; of a vector one matrix and its root
+# matrices: n^2 for every axis; entries: the leaf itself
 _of_shampoo = of_leaves(lambda shape: 2 * matrices(shape) + entries(shape))
 # no basis of a vector, which is Adam's
 _of_soap = of_leaves(

@@ -26,6 +26,7 @@ def sampled_tensors(step: Step, examples: Numeric | None) -> dict[str, jax.Array
             ".sampled_gradient())\n\n"
             "with examples= the number of examples in x, or gradients of single examples."
         )
+    # by name, so that leaves may come in another order
     leaves, own, tensors = named_leaves(given), named_leaves(step.updates), {}
     for group in step.groups:
         for view in group.views:
@@ -56,8 +57,10 @@ def _checked(
             f"gradient, and found {sorted(leaves)}."
         )
     leaf = leaves[name]
+    # a mean over examples is one sample
     if examples is not None and leaf.shape == like.shape:
         return leaf[None]
+    # a gradient for every example
     if examples is None and leaf.shape[1:] == like.shape and leaf.ndim:
         return leaf
     expected = f"{like.shape}, the mean over examples={examples}"

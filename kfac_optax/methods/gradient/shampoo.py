@@ -132,6 +132,7 @@ def scale_by_shampoo(
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
+    # the length of the step first, so that momentum adds up grafted steps
     finish = graft_then_momentum(
         graft_of(where, graft), momentum=momentum is not None, nesterov=nesterov
     )
@@ -157,6 +158,7 @@ def shampoo_phases(root: int | None, method: str) -> Phases:
 
     def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
         made, p = {}, power_of(group, root)
+        # diagonal axes hold their statistic alone
         for axis, old in inverses.items():
             # one batched factorisation after another
             ready = after(factors[axis], previous)
@@ -164,17 +166,21 @@ def shampoo_phases(root: int | None, method: str) -> Phases:
             previous = jax.vmap(lambda h, r=ridge: inverse_root(h, p, ridge=r, method=method))(
                 ready
             )
+            # nothing measured: the identity stays
             known = jnp.any(factors[axis] != 0, axis=(1, 2))
             made[axis] = select(known, previous, old)
         return made, previous
 
     def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+        # G x_1 H_1^(-1/p) ... x_k H_k^(-1/p)
         u, p = step.tensors[group.name], power_of(group, root)
         for i in range(len(group.block)):
+            # a diagonal axis has no entry among the inverses
             matrices = inverses.get(str(i))
             if matrices is None:
                 matrices = diagonal_root(factors[str(i)], p, step.value("ridge"))
             u = along(u, i, matrices)
+        # the bound is that of p = 2 k
         return u if root is not None else no_longer_than_fresh(group, u, weights[1])
 
     return Phases(start, averaged_in, apply, refresh)
@@ -185,12 +191,14 @@ def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weig
     held, new = weights
     out = {}
     for i, kind in enumerate(group.kinds):
+        # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T
         out[str(i)] = held * factors[str(i)] + new * statistic(tensors, i, kind)
     return out
 
 
 def power_of(group: Group, root: int | None) -> int:
     """`p` of the roots `H^(-1/p)`."""
+    # k axes with the root 2 k each: together the inverse root
     return 2 * len(group.block) if root is None else root
 
 

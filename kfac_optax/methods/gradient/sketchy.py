@@ -110,6 +110,7 @@ def scale_by_sketchy(
     if momentum is not None:
         hyper["momentum"] = momentum
     lengths = graft_of(where, graft)
+    # the norm of another optimizer's step, then momentum
     finish = graft_then_momentum(lengths, momentum=momentum is not None, nesterov=nesterov)
     return by_phases(where, rules, hyper, _sketches(rank, root), finish)
 
@@ -119,6 +120,7 @@ def _sketches(rank: int, root: int | None) -> Phases:
 
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         factors = zeros_by_axis(group, dtype)  # diagonals stay what they are in Shampoo
+        # U D U^T + rho I, [copies, n, rank] and what goes with it
         for i in group.axes_of(FULL):
             one = no_sketch(group.block[i], rank, dtype)
             factors[str(i)] = jax.tree.map(
@@ -135,10 +137,12 @@ def _sketches(rank: int, root: int | None) -> Phases:
                 absorb = jax.vmap(absorb_columns, in_axes=(0, 0, None, None))
                 out[str(i)] = absorb(old, unfolded(tensors, i), *weights)
             else:
+                # H_i <- e H_i + (1 - e) diag(mat_i(G) mat_i(G)^T)
                 out[str(i)] = weights[0] * old + weights[1] * statistic(tensors, i, kind)
         return out
 
     def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+        # G x_1 H_1^(-1/p) ... x_k H_k^(-1/p)
         u, p, ridge = step.tensors[group.name], power_of(group, root), step.value("ridge")
         for i, kind in enumerate(group.kinds):
             own = factors[str(i)]
@@ -154,6 +158,7 @@ def _sketches(rank: int, root: int | None) -> Phases:
 
 def _times_root(tensors: jax.Array, axis: int, sketch: Sketch, p: int, ridge: jax.Array):
     """`G x_i (U D U^T + rho I)^(-1/p)`; no matrix of the size of the axis is formed."""
+    # [copies, rank] within the directions, [copies] without
     inside, outside = jax.vmap(lambda s: root_weights(s, p, ridge))(sketch)
     directions = sketch.low.vectors
     # coordinates in the directions, U^T mat_i(G)
@@ -208,6 +213,7 @@ def sketchy(
 
 def _numbers(sizes: Any) -> int:
     def of_axis(n: int) -> int:
+        # U [n, k], D [k], rho
         k = min(sizes.r, n)
         return n * k + k + 1
 

@@ -127,6 +127,7 @@ def scale_by_soap(
         good = step.finite & all_finite((tensors, nu))
         mu, nu = select(good, (mu, nu), (state.mu, state.nu))
         with jax.named_scope("soap/statistics"):
+            # e H_i + (1 - e) mat_i(G) mat_i(G)^T
             weights = gate.averaged(step.now["decay"], step.count + 1, step.dtype)
             new = {}
             for group in step.groups:
@@ -137,7 +138,9 @@ def scale_by_soap(
             return _refreshed(step.groups, factors, held, basis, step.count == 0)
 
         with jax.named_scope("soap/bases"):
+            # periods follow the steps that were accepted
             due = good & due_at(step.count, step.now["inverse_every"])
+            # squares live in the bases, and move with them
             held = (state.bases, nu, jnp.zeros((), jnp.int32))
             bases, nu, failed = gate.when_due(due, refresh, held)
         return Advanced(tensors, (factors, bases, mu, nu), good, skipped, failed)
@@ -157,24 +160,30 @@ def _start(begin: Start) -> tuple:
 def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
     """Adam's direction in the bases of the step before, and its moments."""
     mu, nu, tensors = {}, {}, {}
+    # schedules at this step
     b1, b2, eps = (step.value(name) for name in ("b1", "b2", "eps"))
     for group in step.groups:
         name, q = group.name, state.bases[group.name]
         # in a basis of its own all but rounding is on the diagonal of a gradient
         t = step.count if q else step.count + 1
         old = state.mu[name], state.nu[name]
+        # G' = Q_L^T G Q_R
         turned = _rotated(group, step.tensors[name], q, back=False)
         mean = b1 * old[0] + (1 - b1) * step.tensors[name]
+        # V <- b2 V + (1 - b2) G'^2, in the bases
         square = b2 * old[1] + (1 - b2) * jnp.square(turned)
         mu[name], nu[name] = select(t > 0, (mean, square), old)
         turned_mean = _rotated(group, mu[name], q, back=False)
+        # M' / (sqrt(V) + eps), both without their bias
         u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
+        # Q_L (...) Q_R^T
         tensors[name] = _rotated(group, u, q, back=True)
     return tensors, mu, nu
 
 
 def _unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     """The mean of a moment that started at zero `t` steps ago."""
+    # 1 - b^t
     share = jnp.where(b < 1, 1 - b ** t.astype(b.dtype), 1)
     return moment / jnp.where(t > 0, share, 1)
 
@@ -234,6 +243,7 @@ def _refreshed(
             if basis == "eigh":
                 new, order = _eigenvectors(ready, q)
             else:
+                # a first basis from scratch, later ones by a step of power iteration
                 new, order = jax.lax.cond(first, _eigenvectors, _power_step, ready, q)
             previous = new
             good = jax.vmap(all_finite)(new)
@@ -246,6 +256,7 @@ def _refreshed(
 
 def _eigenvectors(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvectors, the largest value first; squares stay with the rank of the value."""
+    # psd_eigh gives values in ascending order
     vectors = jax.vmap(psd_eigh)(matrices).vectors[..., ::-1]
     order = jnp.broadcast_to(jnp.arange(q.shape[-1]), q.shape[:-1])
     return vectors, order
@@ -255,6 +266,7 @@ def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array
     """One orthogonalised product with columns in descending order of their Rayleigh quotients."""
     with jax.default_matmul_precision("highest"):
         products = matrices @ q
+        # q_j^T H q_j
         values = jnp.sum(q * products, axis=1)
         order = jnp.argsort(-values, axis=-1)
         sorted_products = jnp.take_along_axis(products, order[:, None, :], axis=2)
@@ -263,5 +275,6 @@ def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array
 
 def _in_order(tensors: jax.Array, axis: int, order: jax.Array) -> jax.Array:
     shape = [1] * tensors.ndim
+    # [copies, 1, ..., n, ..., 1]
     shape[0], shape[axis + 1] = order.shape
     return jnp.take_along_axis(tensors, order.reshape(shape), axis=axis + 1)

@@ -106,6 +106,7 @@ def scale_by_tnt(
     hyper: dict[str, Any] = dict(damping=damping, decay=decay, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
+    # a natural gradient has a length of its own: nothing is grafted
     finish = graft_then_momentum(None, momentum=momentum is not None)
     return by_phases(where, rules, hyper, _tensor_normal(examples), finish)
 
@@ -113,6 +114,7 @@ def scale_by_tnt(
 def _tensor_normal(examples: Numeric | None) -> Phases:
     """Averages over sampled gradients and their inverses, normalised by the trace."""
 
+    # the identity until something has been measured
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         return zeros_by_axis(group, dtype), identities(group, dtype)
 
@@ -131,12 +133,14 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
         for axis, old in inverses.items():
             # one batched factorisation after another
             ready = after(scale[:, None, None] * factors[axis], previous)
+            # l_i = damping^(1/k) n / n_i
             shift = _share(group, int(axis), step.value("damping"))
             previous = jax.vmap(lambda a, s=shift: psd_inverse(a, s))(ready)
             made[axis] = select(known, previous, old)
         return made, previous
 
     def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+        # G x_1 (F_1 + l_1 I)^{-1} ... x_k (F_k + l_k I)^{-1}
         u = step.tensors[group.name]
         scale, known = _scale(group, factors)
         for i, kind in enumerate(group.kinds):
@@ -144,6 +148,7 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
                 u = along(u, i, inverses[str(i)])
             else:  # never stale
                 shift = _share(group, i, step.value("damping"))
+                # a diagonal axis is divided by
                 divisor = scale[:, None] * factors[str(i)] + shift
                 u = along(u, i, jnp.where(known[:, None], 1 / divisor, 1))
         return u
@@ -162,6 +167,7 @@ def _scale(group: Group, factors: ByAxis) -> tuple[jax.Array, jax.Array]:
 
 def _share(group: Group, axis: int, damping: jax.Array) -> jax.Array:
     """The part of the damping that one axis gets, `damping^(1/k) n / n_i`."""
+    # n = (n_1 ... n_k)^(1/k), so that the product over axes is the damping
     k, mean = len(group.block), 1.0
     for n in group.block:
         mean *= n ** (1 / k)
@@ -203,6 +209,7 @@ def tnt(
 
     Reference: Ren & Goldfarb, Tensor Normal Training for Deep Learning Models (2021).
     """
+    # theta <- theta - rate (U + weight_decay theta)
     preconditioner = scale_by_tnt(momentum=momentum, **options)
     return with_step("tnt", preconditioner, learning_rate, weight_decay)
 

@@ -25,10 +25,13 @@ def with_step(
     """The preconditioner, decoupled weight decay and momentum if there are any, and the rate."""
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "weight_decay", weight_decay)
+    # U, then w theta, then momentum, then the rate
     parts = [preconditioner]
+    # an array may be anything by the time a step runs
     if not isinstance(weight_decay, (int, float)) or weight_decay != 0:
         parts.append(optax.add_decayed_weights(weight_decay))
     if momentum is not None:
+        # optax.trace takes a number
         if callable(momentum):
             raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
         check_legal(where, "momentum", momentum)
@@ -54,6 +57,7 @@ def of_leaves(numbers: Callable[[tuple[int, ...]], int]) -> Callable[[Sizes], in
     """
 
     def state(sizes: Sizes) -> int:
+        # [p, q] without the row of the bias, which is a leaf of its own
         kernel = numbers((sizes.p - sizes.bias, sizes.q))
         return kernel + (numbers((sizes.q,)) if sizes.bias else 0)
 

@@ -9,7 +9,8 @@ from kfac_optax._validate import check_choice
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.engine.schedule import ADAPTIVE_CURVATURE_EVERY, ADAPTIVE_INVERSE_EVERY
-from kfac_optax.methods.kfac.fixed import coarse_numbers, kfac
+from kfac_optax.methods.kfac.fixed import kfac
+from kfac_optax.methods.kfac.two_level import coarse_numbers
 from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.damping import adapt_damping
@@ -106,6 +107,7 @@ def kfac_adaptive(
     block = options.get("block")
     if inverse == "cholesky" and block is not None and not isinstance(block, Block):
         inverse = "auto"  # the default has no say where a function gives every layer its block
+    # U: the model behind it decides on the length of the step, so there is no KL-clip
     preconditioner = kfac(
         layers,
         kl_clip=None,
@@ -115,6 +117,7 @@ def kfac_adaptive(
         axis_name=axis_name,
         **options,
     )
+    # (alpha, mu) = argmin of the model over alpha U + mu Delta_-
     step = quadratic_step(
         learning_rate=learning_rate,
         momentum=momentum,
@@ -122,6 +125,7 @@ def kfac_adaptive(
         subsample=model_subsample,
         axis_name=axis_name,
     )
+    # lambda by how well the model foresaw the objective; both take it as an extra argument
     return adapt_damping(
         optax.chain(preconditioner, step),
         initial_damping=initial_damping,
@@ -190,6 +194,7 @@ def kfac_two_level_adaptive(
     Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning
       (2020), algorithm 1, with the step of Martens & Grosse (2015), algorithm 2.
     """
+    # Z^T (Z F Z^T + damping I)^{-1} Z V, at the adapted damping too
     coupling = coarse_correction(
         coarse,
         damping=coarse_damping,
@@ -199,6 +204,7 @@ def kfac_two_level_adaptive(
         precision=options.get("precision", "highest"),
     )
     check_choice("kfac_two_level_adaptive", "balance", balance, ("model", "sum"))
+    # parts that stay apart get a rate each from the model
     apart = "apart" if balance == "model" else "sum"
     return kfac_adaptive(layers, coupling=coupling, balance=apart, **options)
 
@@ -208,7 +214,9 @@ def _numbers(s: Sizes) -> int:
     return 2 * (s.p**2 + s.q**2) + s.p * s.q
 
 
+# short periods: few steps see every branch
 _SHORT: dict[str, Any] = dict(curvature_every=2, inverse_every=3, adapt_every=2)
+# the ratio of reduction takes the objective at two points
 _NEEDS = frozenset({"gradient", "curvature", "value", "value_fn"})
 
 RECORDS = (
@@ -226,6 +234,7 @@ RECORDS = (
         test="tests/step_rules/test_damping.py::"
         "test_on_a_quadratic_the_ratio_is_one_and_the_damping_shrinks_by_the_factor",
         build=lambda layers, **options: kfac_adaptive(layers, **(_SHORT | options)),
+        # its default inverse, unlike that of `kfac`
         block_of=lambda layer: kronecker("cholesky"),
     ),
     Method(

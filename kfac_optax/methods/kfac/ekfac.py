@@ -81,11 +81,13 @@ def where_examples(
     """A block, or one for every layer, where the gradient is known for every example; else what
     `kfac` takes.
     """
+    # what `kfac` gives to each kind of layer
     plain = kronecker(inverse, precision=precision)
     others = blocks_of(plain, inverse=inverse, normalization=normalization, precision=precision)
 
     def block_of(layer: Layer) -> Block:
         other = others(layer)
+        # moments in the basis are means over examples, whose rows have to be known
         if other is not plain or not layer.per_example:
             return other
         return block if isinstance(block, Block) else block(layer)
@@ -95,6 +97,7 @@ def where_examples(
 
 def corrected_numbers(s: Sizes) -> int:
     """Those of K-FAC, the moments in its basis and their count."""
+    # S [p, q], and how many statistics are in it
     return eigen_numbers(s) + s.p * s.q + 1
 
 
@@ -109,6 +112,7 @@ RECORDS = (
         needs=frozenset({"gradient", "curvature"}),
         state=corrected_numbers,
         state_text="2 (p² + q²) + p q + p + q + 1",
+        # every statistic moves S, a refresh the basis
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_ekfac.py::test_every_way_to_use_a_layer",
         build=lambda layers, **options: ekfac(layers, **(SHORT_CLIPPED | options)),

@@ -15,6 +15,7 @@ from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
+# a scale has no input side, a tied table two of them
 LEFT_OUT = ("scale_shift", "tied_embedding")
 
 
@@ -35,15 +36,19 @@ def _preset(
     precision: jax.lax.PrecisionLike = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     if learning_rate is None and kl_clip is not None:
+        # nu depends on the rate
         raise ValueError(
             f"{where}: got kl_clip without learning_rate; KL-clip bounds the step that will be "
             "taken. Pass learning_rate=, the rate of the optimizer that follows, or kl_clip=None."
         )
     check_choice(where, "uncovered", uncovered, WITHOUT_DIAGONAL)
+    # (c c^T + damping I)^{-1} V = (V - c <c, V> / (damping + |c|^2)) / damping
     check_number(where, "damping", damping, above=0)
     layers = cover(layers, where=where)
+    # left out first, so that `uncovered` decides on what is left over
     layers = leave_out(layers, LEFT_OUT, "{kind}: no block of rank one")
     layers = cover(layers, uncovered=uncovered, where=where)
+    # c = vec(a b^T), or a alone
     block = rank_one(outputs, sharing=sharing, precision=precision)
     preconditioner = scale_by_curvature(
         layers,
@@ -152,9 +157,11 @@ def _two_means(sizes: Sizes) -> int:
 
 
 def _one_mean(sizes: Sizes) -> int:
+    # the mean input, and the same between refreshes
     return 2 * sizes.p
 
 
+# a rate for the bound, and a statistic in every other step
 _SHORT: dict[str, Any] = dict(learning_rate=0.1, damping=0.05, curvature_every=2)
 
 RECORDS = (

@@ -1,4 +1,4 @@
-"""Ready-made preconditioners; chain one with `optax.sgd` or any other optimizer."""
+"""K-FAC as a preconditioner; chain it with `optax.sgd` or any other optimizer."""
 
 import functools
 from typing import Any
@@ -6,11 +6,9 @@ from typing import Any
 import jax
 import optax
 
-from kfac_optax._types import Block, Coupling, Layers, Numeric, ScalarOrSchedule
+from kfac_optax._types import Block, Coupling, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.couplings.coarse import coarse_correction
-from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.placement import Placement
@@ -22,7 +20,9 @@ from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
+# of KL-clip: in the metric of the batch, or in that of the blocks
 BOUNDS = ("exact", "damped")
+# of fine and coarse part: by a model, added up, or handed on
 BALANCES = ("model", "sum", "apart")
 
 
@@ -128,6 +128,7 @@ def kfac(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015).
     """
+    # both bounds are on rate times update
     if learning_rate is None and kl_clip is not None:
         raise ValueError(
             "kfac: got kl_clip without learning_rate; KL-clip bounds the step that will be taken. "
@@ -136,6 +137,7 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    # a block that is given knows how positions are shared
     if block is not None:
         check_unused(
             "kfac",
@@ -144,6 +146,7 @@ def kfac(
             positions=(positions, None),
         )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
+    # weights between units; other kinds of layers have blocks of their own
     linear = kronecker_by(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
         linear if block is None else block,
@@ -153,6 +156,7 @@ def kfac(
         recurrence=recurrence,
         precision=precision,
     )
+    # U_i = (A_i (x) G_i + damping I)^{-1} V_i, and what a coupling adds
     preconditioner = scale_by_curvature(
         layers,
         block=block_of,
@@ -168,6 +172,7 @@ def kfac(
         factor_dtype=factor_dtype,
         placement=placement,
     )
+    # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T
     if bound == "exact" and kl_clip is not None and balance != "apart":
         assert learning_rate is not None
         make = functools.partial(
@@ -181,103 +186,16 @@ def kfac(
         # an injected one is known only in an update
         late = isinstance(momentum, jax.Array)
         return with_checked(make, momentum=momentum) if late else make(momentum=momentum)
+    # the coarse part as far as an exact model agrees
     if coupling is not None and balance == "model":
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
+    # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
-
-
-@flat_signature(kfac, without=("coupling",))
-def kfac_two_level(
-    layers: Layers,
-    *,
-    coarse: str = "factored",
-    coarse_damping: str = "identity",
-    resample: str = "nearest",
-    fine_weight: Numeric = 1.0,
-    coarse_weight: Numeric = 1.0,
-    correction: str = "additive",
-    coarse_operator: str = "batch",
-    coarse_space: str = "sums",
-    precision: Any = "highest",
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Two-level K-FAC: K-FAC plus a coarse correction that couples the layers, then a bound on the
-    step.
-
-    `U = fine_weight * blockdiag(F_ii + damping I)^{-1} V + coarse_weight * Z^T (F_c + damping
-    I)^{-1} Z V`, with `Z` summing all entries of each layer and `F_c = Z F Z^T` an `L x L` matrix.
-    This is the additive correction; the others, see `deflated`, take exact products with the
-    curvature of the batch, so `curvature` has to be passed in every step.
-
-    Args:
-      layers: from `fisher.layers(params, *args)`.
-      coarse: `"factored"` (the paper) or `"exact"`, see `coarse_correction`.
-      coarse_damping: `"identity"` (the paper) or `"galerkin"`; of the additive correction, the
-        others need the latter.
-      resample: how maps of unequal size are compared, `"nearest"` (the paper) or `"area"`.
-      fine_weight: weight of the block-diagonal level.
-      coarse_weight: weight of the correction.
-      correction: `"additive"` (the paper), `"a-def1"`, `"a-def2"` or `"bnn"`.
-      coarse_operator: of the last three, `"batch"` (exact, one forward-mode pass per layer and
-        step) or `"averaged"`.
-      coarse_space: of the last three, `"sums"` of each layer (the paper), or `"updates"`,
-        `"residual"`, `"krylov"` or `"spectral"`, see `deflated`.
-      precision: matmul precision of factor products, solves and the correction.
-      **options: as for `kfac`; damping is that of both levels, `inverse` that of the fine one.
-
-    Returns:
-      A transformation; its state is made of arrays only.
-
-    Raises:
-      ValueError: a hyperparameter out of range, or KL-clip without a rate.
-
-    >>> import jax.numpy as jnp, kfac_optax as ko
-    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
-    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
-    >>> tx = kfac_two_level(estimator.layers(w, x), learning_rate=1.0, damping=0.5, kl_clip=None)
-    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
-    >>> print([f"{u:.3f}" for u in updates.ravel()])
-    ['2.333', '2.333']
-
-    Reference: Tselepidis, Kohler & Orvieto, Two-Level K-FAC Preconditioning for Deep Learning
-      (2020), algorithm 1.
-    """
-    check_choice("kfac_two_level", "correction", correction, ("additive", *MODES))
-    common: dict[str, Any] = dict(
-        coarse=coarse,
-        resample=resample,
-        fine_weight=fine_weight,
-        coarse_weight=coarse_weight,
-        precision=precision,
-    )
-    coupling = coarse_correction(damping=coarse_damping, **common)
-    if correction == "additive":
-        check_unused(
-            "kfac_two_level",
-            f"correction='additive', which keeps averages; it belongs to {MODES}",
-            coarse_operator=(coarse_operator, "batch"),
-        )
-    if correction != "additive":
-        coupling = deflated(
-            correction, coarse_operator=coarse_operator, space=coarse_space, **common
-        )
-    elif coarse_space != "sums":
-        raise ValueError(
-            f"kfac_two_level: got coarse_space={coarse_space!r} with correction='additive', which "
-            "sums each layer; expected coarse_space='sums', or correction= one of "
-            f"{', '.join(map(repr, MODES))}."
-        )
-    return kfac(layers, coupling=coupling, precision=precision, **options)
 
 
 def eigen_numbers(s: Sizes) -> int:
     """Both factors, their eigenvectors and eigenvalues."""
     return 2 * (s.p**2 + s.q**2) + s.p + s.q
-
-
-def coarse_numbers(layers: int) -> int:
-    """Two factors of the coarse matrix, its eigendecomposition, sizes and index of the layers."""
-    return 3 * layers**2 + 3 * layers
 
 
 RECORDS = (
@@ -296,23 +214,5 @@ RECORDS = (
         test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
         build=lambda layers, **options: kfac(layers, **(SHORT_CLIPPED | options)),
         block_of=lambda layer: kronecker(),
-    ),
-    Method(
-        name="kfac_two_level",
-        kind="preconditioner",
-        summary="K-FAC plus an L×L coarse correction that couples the layers, then KL-clip; "
-        '`balance="model"`: the correction enters as far as an exact model agrees; '
-        '`correction="a-def2"`, `"a-def1"`, `"bnn"`: deflated, with exact products',
-        paper="Tselepidis, Kohler & Orvieto (2020); Tang, Nabben, Vuik & Erlangga (2009); "
-        "Koroko et al. (2023)",
-        equation="U = blockdiag(A ⊗ G + λ I)⁻¹ V + Zᵀ (Z F Zᵀ + λ I)⁻¹ Z V",
-        needs=frozenset({"gradient", "curvature"}),
-        state=eigen_numbers,
-        state_text="2 (p² + q²) + p + q, without p + q where p or q is above 128, and 3 L² + 3 L",
-        cost=("O(d³ + L³)", "O(d³ + L²)"),
-        test="tests/methods/test_two_level_dense.py::test_update_equals_dense_formula",
-        build=lambda layers, **options: kfac_two_level(layers, **(SHORT_CLIPPED | options)),
-        block_of=lambda layer: kronecker(),
-        across=coarse_numbers,
     ),
 )

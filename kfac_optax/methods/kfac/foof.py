@@ -84,12 +84,15 @@ def foof(
     """
     check_choice("foof", "uncovered", uncovered, WITHOUT_DIAGONAL)
     check_choice("foof", "normalization", normalization, ("unitwise", "pass"))
+    # A alone: the factor of outputs is the identity
     linear = foof_block(sharing=sharing, positions=positions, precision=precision)
+    # counts of tokens, their sum with a head, (x, 1) of every channel
     others = {kind: foof_block(kind, precision=precision) for kind in OF if kind != "linear"}
 
     def block_of(layer: Layer) -> Block:
         return others.get(layer.kind, linear)
 
+    # (A_i + damping I)^{-1} V_i, with no bound on the step
     return scale_by_curvature(
         layers,
         block=block_of,
@@ -108,6 +111,7 @@ def foof(
 
 
 def _numbers(sizes: Sizes) -> int:
+    # A and its inverse
     return 2 * sizes.p**2
 
 

@@ -72,10 +72,12 @@ def hylo(
       Gradient Descent Method (2022).
     """
     words: dict[str, Any] = dict(selection=selection, critical=critical, seed=seed)
+    # one block for every shape, so that layers of equal shape share a batched call
     made = functools.cache(functools.partial(hylo_block, rank=rank, precision=precision, **words))
     made((1, 1))  # checks what it is given
     return kfac(
         layers,
+        # vec(a_b g_b^T) is known where rows are those of examples
         block=where_examples(lambda layer: made(layer.shape), normalization, precision),
         normalization=beside_blocks(normalization),
         kl_clip=kl_clip,
@@ -89,6 +91,7 @@ def _numbers(sizes: Sizes) -> int:
     return sizes.r * (sizes.p + sizes.q) + sizes.r**2 + 2
 
 
+# fewer rows than the batch has; one critical statistic, then draws
 _SHORT = SHORT | {"rank": 2, "critical": 1}
 
 RECORDS = (

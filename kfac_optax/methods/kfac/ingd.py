@@ -34,11 +34,13 @@ def ingd(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArg
     Reference: Lin, Duruisseaux, Leok, Nielsen, Khan & Schmidt, Simplifying Momentum-based
       Positive-definite Submanifold Optimization with Applications to Deep Learning (2023).
     """
+    # K and C with all their entries
     return singd(layers, structure="dense", **options)
 
 
 def _dense_numbers(sizes: Sizes) -> int:
     """Roots and momenta of both sides, and the two means."""
+    # K, m of inputs [p, p], C, m of outputs [q, q]
     return 2 * (sizes.p**2 + sizes.q**2) + 2
 
 
@@ -53,6 +55,7 @@ RECORDS = (
         needs=frozenset({"gradient", "curvature"}),
         state=_dense_numbers,
         state_text="2 (p² + q²) + 2",
+        # a statistic costs what a refresh does elsewhere
         cost=("O(d³) at every statistic", "O(d³)"),
         test=TEST,
         build=lambda layers, **options: ingd(layers, **(SHORT | options)),

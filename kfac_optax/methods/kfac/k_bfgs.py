@@ -80,6 +80,7 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
         _check(rule.where, curvature)
         leaves, dtype = named_leaves(updates), wide_dtype(updates)
         mine = present(rule.layers, leaves)
+        # buckets by shape alone: there is one kind of block
         buckets, (rate, numbers) = make_buckets(mine), _numbers(rule, state, dtype)
 
         def measured(curvature: Any, block: Block) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
         held, new = {}, {name: -rate.astype(x.dtype) * x for name, x in leaves.items()}
         for bucket in buckets:
             v = gather(bucket, leaves, dtype)
+            # H_A V H_G, with A of this batch in it
             held[bucket.name], step = steps_of(
                 state.pairs[bucket.name], before[bucket.name], v, numbers
             )
@@ -122,9 +124,12 @@ def _check(where: str, curvature: Any) -> None:
 
 def _numbers(rule: Rule, state: KBFGSState, dtype: Any) -> tuple[jax.Array, Numbers]:
     """The rate of this step, and what its pairs depend on."""
+    # a rate, damping and decay may follow schedules of their own
     given = (rule.learning_rate, rule.damping, rule.decay)
     rate, damping, decay = (jnp.asarray(resolve(x, state.step_count), dtype) for x in given)
+    # number k enters with weight 1/k while that is more than 1 - decay
     weight = jnp.minimum(1 - 1 / (state.accepted_steps + 1).astype(dtype), decay)
+    # lambda_A = lambda_G = sqrt(damping)
     return rate, Numbers(jnp.sqrt(damping), weight, state.accepted_steps == 0)
 
 

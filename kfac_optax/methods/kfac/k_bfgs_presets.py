@@ -33,6 +33,7 @@ def _preset(
     check_number(where, "damping", damping, above=0, at_most=1)
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_choice(where, "uncovered", uncovered, UNCOVERED)
+    # left out first, so that `uncovered` decides on what is left over
     layers = leave_out(cover(layers, where=where), LEFT_OUT, "{kind}: no pairs of pre-activations")
     layers = cover(layers, uncovered=uncovered, where=where)
     return scale_by_pairs(
@@ -133,19 +134,23 @@ def k_bfgs_l(
 
 def _numbers(sizes: Sizes) -> int:
     """Moments and inverse of the inputs, inverse of the outputs, and the averaged pair."""
+    # A, H_A [p, p], H_G [q, q], and (Delta h, Delta g) [q]
     return 2 * sizes.p**2 + sizes.q**2 + 2 * sizes.q
 
 
 def _numbers_of_pairs(sizes: Sizes) -> int:
+    # r pairs and the averaged one, [r + 1, q] each
     return 2 * sizes.p**2 + 2 * (sizes.r + 1) * sizes.q
 
 
+# a whole optimizer has no default of its rate
 _SHORT: dict[str, Any] = dict(learning_rate=0.05)
 _COMMON: dict[str, Any] = dict(
     kind="optimizer",
     paper="Goldfarb, Ren & Bahamou (2020)",
     equation="θ ← θ - α H_A V H_G, H_G of pairs (Δh, Δg), H_A of pairs (s, (A + √λ I) s)",
     needs=frozenset({"gradient", "curvature", "losses"}),
+    # pairs have a state of their own
     block_of=None,
 )
 

@@ -67,6 +67,7 @@ def kflr(
 
     Reference: Botev, Ritter & Barber, Practical Gauss-Newton Optimisation for Deep Learning (2017).
     """
+    # (A + pi sqrt(damping) I)^{-1} V (H + sqrt(damping)/pi I)^{-1}
     preconditioner = kfac(
         layers,
         kl_clip=None,
@@ -77,6 +78,7 @@ def kflr(
         axis_name=axis_name,
         **options,
     )
+    # alpha U + mu Delta_-, the minimum of a model with exact products
     chain = optax.chain(
         preconditioner, quadratic_step(momentum=momentum, damping=damping, axis_name=axis_name)
     )
@@ -84,6 +86,7 @@ def kflr(
     def update(
         updates: PyTree, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
     ):
+        # without a batch there is no product with its curvature
         if curvature is None:
             raise ValueError(
                 NO_CURVATURE.format(where="kflr")
@@ -98,6 +101,7 @@ def kflr(
 
 def _numbers(sizes: Sizes) -> int:
     """Both factors, their inverses, and the last step."""
+    # A, H and their inverses; Delta_- [p, q]
     return 2 * (sizes.p**2 + sizes.q**2) + sizes.p * sizes.q
 
 

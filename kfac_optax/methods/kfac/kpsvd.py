@@ -70,6 +70,7 @@ def kpsvd(
     Reference: Koroko et al., Efficient Approximations of the Fisher Matrix in Neural Networks using
       Kronecker Product Singular Value Decomposition (2022).
     """
+    # power iterations need a and g of every example
     block = _block(rank, first, inverse, precision)
     return kfac(
         layers,
@@ -87,16 +88,19 @@ def _block(rank: int, first: str, inverse: str, precision: Any) -> Block:
         )
     check_choice("kpsvd", "first", first, FIRST)
     if rank == 1:
+        # one product, its damping exact or shared out between both factors
         check_unused(
             "kpsvd", "rank=1 (of K-FAC's product alone that is kfac)", first=(first, "svd")
         )
         return kpsvd_block(inverse, precision=precision)
+    # A_1 (x) G_1 + A_2 (x) G_2, both factors of the first with their share of the damping
     check_unused("kpsvd", "rank=2, whose damping is factored", inverse=(inverse, "eigh"))
     return kpsvd_two_block(first, precision=precision)
 
 
 def _numbers(s: Sizes) -> int:
     """Both products and their scale, both directions, and the factors' eigendecompositions."""
+    # on each side the factor, the direction of the next iteration, and eigenvectors
     return 3 * (s.p**2 + s.q**2) + s.p + s.q + 1
 
 

@@ -52,7 +52,9 @@ def linear_natural(
       its application to the nonlinear case (2018).
     """
     check_coupled(layers, "linear_natural")
+    # L counts layers with weights between units, every one of a stack
     share = 1 / sum(layer.copies for layer in layers if layer.coupled)
+    # U_l = (1/L) (A_l (x) G_l + damping I)^{-1} V_l
     return optax.chain(kfac(layers, damping=damping, kl_clip=None, **options), optax.scale(share))
 
 

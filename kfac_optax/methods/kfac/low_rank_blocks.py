@@ -69,6 +69,7 @@ def low_rank_blocks(
     check_choice(where, "method", method, METHODS)
     if not callable(rank):
         check_number(where, "rank", rank, at_least=1)
+    # "rs_kfac" sketches dense averages: nothing is followed
     overwrite, corrected = _ONLINE.get(method, (False, False))
     options |= {
         "overwrite": overwrite,
@@ -76,6 +77,7 @@ def low_rank_blocks(
         "precision": precision,
     }
 
+    # one block for all layers of equal rank and shape: they share a batched call
     @functools.cache
     def made(rank: int, shape: tuple[int, int], online: tuple[bool, bool]) -> Block:
         block = low_rank(rank, online=online, **options)
@@ -92,14 +94,17 @@ def low_rank_blocks(
         recurrence=recurrence,
         precision=precision,
     )
+    # followed online, every position is a row of its own
     rows_apart = method in _ONLINE and options.get("sharing", "expand") == "expand"
 
     def block_of(layer: Layer) -> Block:
         other = others(layer)
         if other is not linear:
             return other
+        # a rank of its own for every layer
         mine = rank(layer) if callable(rank) else rank
         follows = rows_apart and layer.kind in ("dense", "einsum")
+        # online where the rank and the rows of a batch are fewer than the dimension
         p, q = (follows and mine + layer.rows < d for d in layer.shape)
         return made(mine, layer.shape, (p, q))
 
@@ -107,6 +112,7 @@ def low_rank_blocks(
 
 
 def _describe(rank: int, dimension: int, online: bool) -> str:
+    # words of the coverage table
     if rank >= dimension:
         return f"all {dimension}, clamped" if rank > dimension else f"all {dimension}"
     return f"{rank} of {dimension} {'online' if online else 'sketched'}"

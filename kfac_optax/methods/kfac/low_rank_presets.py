@@ -13,6 +13,7 @@ from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.kfac.low_rank_blocks import Rank, low_rank_blocks
 from kfac_optax.methods.signature import flat_signature
 
+# words of the blocks that `kfac` does not know
 _OF_BLOCKS = (
     "rank",
     "correct_every",
@@ -25,7 +26,9 @@ _OF_BLOCKS = (
     "target_error",
     "seed",
 )
+# words of `kfac` that are of no effect beside blocks that are given
 _OF_BLOCKS_ALONE = ("inverse", "convolution", "recurrence", "sharing", "positions")
+# words that both need
 _OF_BOTH = ("normalization", "precision")
 # Words of `low_rank` and `kfac` that the presets decide on themselves.
 _SET = ("block", "online", "overwrite", "correct_every")
@@ -233,10 +236,12 @@ def b_r_c(
 
 def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """`kfac` with the blocks of a method; options of one, of the other, or of both."""
+    # the same words may be for the blocks, for `kfac`, or for both
     for_blocks = {
         k: options[k] for k in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE, *_OF_BOTH) if k in options
     }
     rest = {k: v for k, v in options.items() if k not in (*_OF_BLOCKS, *_OF_BLOCKS_ALONE)}
+    # blocks have seen the word; all that is left is whether layers are left out
     if "normalization" in rest:
         rest["normalization"] = beside_blocks(rest["normalization"])
     return kfac(layers, block=low_rank_blocks(method, **for_blocks), **rest)

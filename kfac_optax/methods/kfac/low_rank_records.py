@@ -8,16 +8,19 @@ from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 
 
 def _follows(d: int, s: Sizes) -> bool:
+    # the rule of `low_rank_blocks`, for one factor
     return s.r + s.n < d
 
 
 def _pairs(d: int, s: Sizes) -> int:
     """Eigenvectors, eigenvalues, and trace, rank in use, rest and damping of one factor."""
+    # U [d, k], D [k], and four scalars
     kept = min(s.r, d)
     return kept * d + kept + 4
 
 
 def _with_averages(s: Sizes) -> int:
+    # a dense average beside what is kept of it
     return sum(d * d + _pairs(d, s) for d in (s.p, s.q))
 
 
@@ -26,10 +29,12 @@ def _without_averages(s: Sizes) -> int:
     return sum((d if _follows(d, s) else d * d) + _pairs(d, s) for d in (s.p, s.q))
 
 
+# a rank below the widths: something is cut off
 _SHORT = SHORT_CLIPPED | {"rank": 2}
 _COMMON: dict[str, Any] = dict(
     kind="preconditioner", needs=frozenset({"gradient", "curvature"}), state=_with_averages
 )
+# each factor: the average, then eigenvectors, eigenvalues and four scalars
 _DENSE = "d² + r d + r + 4 for each factor"
 _TESTS = "tests/methods/test_low_rank_presets.py::"
 _ONLINE_PAPER = "Puiu, *Brand New K-FACs* (2022)"
@@ -57,6 +62,7 @@ RECORDS = (
         test=f"{_TESTS}test_enough_rank_is_dense_kfac",
         build=lambda layers, **options: b_kfac(layers, **(_SHORT | options)),
         block_of=low_rank_blocks("b_kfac", rank=2),
+        # no average of a factor that is followed
         **(_COMMON | {"state": _without_averages}),
     ),
     Method(

@@ -17,6 +17,7 @@ from kfac_optax.methods.record import Method, Sizes
 from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.graft import graft_norm
 
+# a scale has no input side; inverses of the size of a vocabulary have no room
 LEFT_OUT = ("scale_shift", "tied_embedding", "embedding")
 
 
@@ -88,6 +89,7 @@ def mkor(
     # what is left out is left over, and named so, before `uncovered` decides about it
     layers = leave_out(layers, LEFT_OUT, "{kind}: no inverse factors of rank-one updates")
     layers = cover(layers, uncovered=uncovered, where="mkor")
+    # J_A <- (decay J_A^{-1} + (1 - decay) a a^T)^{-1}, and J_G with b
     block = mkor_block(
         form,
         threshold=threshold,
@@ -108,6 +110,7 @@ def mkor(
     )
     # a gradient that is not finite has no norm to give
     norm_of = optax.stateless(lambda updates, params: _zero_unless_finite(updates))
+    # J_A V J_G |V| / |J_A V J_G|, layer by layer
     return graft_norm(preconditioner, norm_of=norm_of, layers=layers)
 
 
@@ -118,6 +121,7 @@ def _zero_unless_finite(tree: PyTree) -> PyTree:
 
 def _numbers(sizes: Sizes) -> int:
     """Both inverses, and the averages of the means."""
+    # J_A, J_G, a and b
     return sizes.p**2 + sizes.q**2 + sizes.p + sizes.q
 
 
@@ -127,6 +131,7 @@ COMMON: dict[str, Any] = dict(
     paper="Mozaffari, Li, Zhang & Mehri Dehnavi (2023)",
     state=_numbers,
     state_text="p² + q² + p + q",
+    # a rank-one update is products with a vector, a step products with matrices
     cost=("O(d²)", "O(d³)"),
     block_of=lambda layer: mkor_block(),
 )

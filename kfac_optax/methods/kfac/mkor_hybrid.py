@@ -54,7 +54,9 @@ def mkor_h(
     Reference: Mozaffari, Li, Zhang & Mehri Dehnavi, MKOR: Momentum-Enabled Kronecker-Factor-Based
       Optimizer Using Rank-1 Updates (2023).
     """
+    # J_A V J_G while the averaged decrease of the loss is above the threshold, then V
     return until_stalled(
+        # losses are averaged over devices as the statistics are
         mkor(layers, axis_name=axis_name, **options),
         threshold=least_decrease,
         decay=decrease_decay,
@@ -68,6 +70,7 @@ RECORDS = (
         name="mkor_h",
         summary="the same until the loss stops falling, then the gradient as it is",
         equation="as mkor, then U = V",
+        # the switch reads the value of the loss
         needs=frozenset({"gradient", "curvature", "losses", "value"}),
         test="tests/methods/test_mkor.py::test_after_the_switch_it_is_the_method_that_follows",
         build=lambda layers, **options: mkor_h(layers, **(SHORT | options)),

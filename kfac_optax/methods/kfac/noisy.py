@@ -74,7 +74,9 @@ def noisy_kfac(
     """
     check_legal("noisy_kfac", "weight_decay", weight_decay)
     check_legal("noisy_kfac", "damping", damping)
+    # (F + (w + lambda) I)^{-1}: the precision of the prior damps too
     inner = kfac(layers, damping=_total(weight_decay, damping), inverse="eigh", **options)
+    # V + w M, the gradient of the negative log posterior
     return add_weight_decay(inner, weight_decay, mode="loss")
 
 
@@ -82,6 +84,7 @@ def _total(first: ScalarOrSchedule, second: ScalarOrSchedule) -> ScalarOrSchedul
     def total(count: jax.Array) -> Numeric:
         return resolve(first, count) + resolve(second, count)
 
+    # a schedule only where one of them is, so that numbers are checked at construction
     if callable(first) or callable(second):
         return total
     return first + second

@@ -75,8 +75,10 @@ def singd(
     Reference: Lin, Dangel, Eschenhagen, Neklyudov, Kristiadi, Turner & Makhzani, Structured
       Inverse-Free Natural Gradient: Memory-Efficient & Numerically-Stable KFAC (2024).
     """
+    # K <- K (I - beta m): the rate beta, and the momentum of m
     roots: dict[str, Any] = dict(root_rate=root_rate, root_momentum=root_momentum)
     roots |= dict(coupled=coupled, sharing=sharing, positions=positions, precision=precision)
+    # the shape of a layer decides on its structure's sizes
     make = functools.partial(inverse_free, structure=structure, size=size, **roots)
     return kfac(
         layers,
@@ -91,10 +93,12 @@ def singd(
 def _blocks(make: Any, normalization: str, precision: Any) -> BlockOf:
     """A block of roots for every shape; other kinds of layers get what `kfac` gives them."""
     made = functools.cache(make)
+    # stands for every layer that gets roots, and checks the words
     linear = made((1, 1))
     others = blocks_of(linear, normalization=normalization, precision=precision)
 
     def block_of(layer: Layer) -> Block:
+        # embeddings and normalisation layers keep the blocks of `kfac`
         other = others(layer)
         return made(layer.shape) if other is linear else other
 
@@ -106,6 +110,7 @@ TEST = "tests/blocks/test_inverse_free.py::test_steps_are_the_dense_formula"
 
 def _diagonal_numbers(sizes: Sizes) -> int:
     """Roots and momenta of both sides, and the two means."""
+    # K, m of inputs [p], C, m of outputs [q]
     return 2 * (sizes.p + sizes.q) + 2
 
 
@@ -119,6 +124,7 @@ RECORDS = (
         needs=frozenset({"gradient", "curvature"}),
         state=_diagonal_numbers,
         state_text="2 (p + q) + 2 with diagonal roots",
+        # diagonals are multiplied entry by entry
         cost=("O(d) with diagonal roots", "O(d²)"),
         test=TEST,
         build=lambda layers, **options: singd(layers, **(SHORT | options)),

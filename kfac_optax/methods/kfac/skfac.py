@@ -73,6 +73,7 @@ def skfac(
       Approximate Curvature (2021).
     """
     check_choice("skfac", "sharing", sharing, SHARING)
+    # a number is checked here, the result of a function by the block
     if rows is not None and not callable(rows):
         check_number("skfac", "rows", rows, at_least=1)
     return kfac(
@@ -87,14 +88,17 @@ def skfac(
 
 def _blocks(rows: Rows | None, sharing: str, normalization: str, precision: Any) -> BlockOf:
     """The block of rows where a layer has some; what `kfac` gives to others."""
+    # the same factors as dense matrices, for layers without rows of their own
     plain = kronecker("cholesky", sharing=sharing, precision=precision)
     others = blocks_of(plain, normalization=normalization, precision=precision)
     made = functools.cache(functools.partial(skfac_block, sharing=sharing, precision=precision))
 
     def block_of(layer: Layer) -> Block:
         other = others(layer)
+        # a kind of its own, or rows that are not kept
         if other is not plain or not _fits(layer, sharing):
             return other
+        # room for the rows of the batch that was traced
         room = layer.rows if rows is None else rows
         return made(layer.shape, room(layer) if callable(room) else room)
 
@@ -102,21 +106,26 @@ def _blocks(rows: Rows | None, sharing: str, normalization: str, precision: Any)
 
 
 def _fits(layer: Layer, sharing: str) -> bool:
+    # positions are averaged: one row for each example
     if sharing == "reduce":
         return layer.per_example
+    # a row for each position, of these kinds alone
     return layer.kind in ("dense", "einsum")
 
 
 def _numbers(sizes: Sizes) -> int:
     """Twice the rows of the batch are kept by what `build` makes."""
+    # the mean eigenvalue of each factor
     total, rows = 2, 2 * sizes.n
     for dimension in (sizes.p, sizes.q):
+        # U [m, d], U U^T [m, m] and its shift, or the dense factor where that is smaller
         few = rows < dimension
         total += rows * dimension + rows**2 + 1 if few else dimension**2
     return total
 
 
 def _twice(layer: Layer) -> int:
+    # a `ggn` has a row for every column of the output, of which there are two
     return 2 * layer.rows
 
 

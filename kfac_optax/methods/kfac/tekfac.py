@@ -53,9 +53,11 @@ def tekfac(
 
     Reference: Gao et al., Eigenvalue-corrected Natural Gradient Based on a New Approximation (2020).
     """
+    # U_Phi, U_Psi of `tkfac`, S of `ekfac`
     block = tekfac_block(sharing=sharing, precision=precision)
     return kfac(
         layers,
+        # |g|^2 a a^T needs both of an example
         block=where_examples(block, normalization, precision),
         normalization=beside_blocks(normalization),
         precision=precision,
@@ -71,6 +73,7 @@ RECORDS = (
         paper="Gao et al. (2020)",
         equation="U = U_Φ [(U_Φᵀ V U_Ψ) / (S + λ)] U_Ψᵀ, S = E[(U_Φᵀ a gᵀ U_Ψ)²]",
         needs=frozenset({"gradient", "curvature"}),
+        # S [p, q] beside the factors and their bases
         state=corrected_numbers,
         state_text="2 (p² + q²) + p q + p + q + 1",
         cost=("O(d³)", "O(d³)"),

@@ -83,12 +83,15 @@ def thor(
     Reference: Chen et al., THOR, Trace-based Hardware-driven Layer-Oriented Natural Gradient
       Descent Computation (2021).
     """
+    # A and G zero outside of blocks on their diagonals
     split = split_kronecker(
         size, sharing=sharing, positions=positions, balanced=balanced, precision=precision
     )
+    # embeddings and normalisation layers keep the blocks of `kfac`
     others = blocks_of(split, inverse="cholesky", normalization=normalization, precision=precision)
     return kfac(
         layers,
+        # what is due at a refresh is each layer's own say
         block=_gated(split, others, refresh_above, freeze_below),
         normalization=beside_blocks(normalization),
         kl_clip=kl_clip,
@@ -109,6 +112,7 @@ def _gated(split: Block, others: BlockOf, refresh_above: Numeric, freeze_below: 
 
     made((1, 1))  # checks the bounds
 
+    # layers of other kinds are refreshed with every period
     def block_of(layer: Layer) -> Block:
         other = others(layer)
         return made(layer.shape) if other is split else other
@@ -119,9 +123,11 @@ def _gated(split: Block, others: BlockOf, refresh_above: Numeric, freeze_below: 
 def _numbers(sizes: Sizes) -> int:
     """Blocks of both factors and of their inverses, and what the gate remembers."""
     factors = 0
+    # the last block of a factor is padded
     for dimension in (sizes.p, sizes.q):
         count, width = group_sizes(dimension, sizes.r)
         factors += count * width**2
+    # blocks and their inverses; the four numbers of `Gated`
     return 2 * factors + 4
 
 

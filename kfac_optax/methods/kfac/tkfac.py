@@ -62,9 +62,11 @@ def tkfac(
     Reference: Gao et al., A Trace-restricted Kronecker-Factored Approximation to Natural Gradient
       (2021).
     """
+    # delta Phi = E[|g|^2 a a^T], delta Psi = E[|a|^2 g g^T]
     block = tkfac_block(
         inverse, sharing=sharing, positions=positions, split=split, precision=precision
     )
+    # layers without rows of examples have A and G of `kfac`
     return kfac(
         layers,
         block=where_examples(block, normalization, precision, inverse),
@@ -83,6 +85,7 @@ RECORDS = (
         equation="U = (δ Φ ⊗ Ψ + λ I)⁻¹ V, δ Φ = E[|g|² a aᵀ], δ Ψ = E[|a|² g gᵀ]",
         needs=frozenset({"gradient", "curvature"}),
         state=eigen_numbers,
+        # factors, eigenvectors, and eigenvalues on both sides
         state_text="2 (p² + q²) + p + q",
         cost=("O(d³)", "O(d³)"),
         test="tests/blocks/test_tkfac.py::test_both_partial_traces_are_those_of_the_exact_block",

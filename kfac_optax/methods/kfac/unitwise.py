@@ -58,6 +58,7 @@ def quasi_diagonal(
 
     Reference: Ollivier, Riemannian Metrics for Neural Networks I: Feedforward Networks (2015).
     """
+    # M_ii, M_i0 and M_00 of every unit k, M = E[g_k^2 a a^T]
     return kfac(layers, block=quasi_diagonal_block(), kl_clip=kl_clip, **options)
 
 
@@ -98,18 +99,21 @@ def unitwise_natural(
 
     Reference: Ollivier, Riemannian Metrics for Neural Networks I: Feedforward Networks (2015).
     """
+    # U_k = (E[g_k^2 a a^T] + damping I)^{-1} V_k
     block = unit_block(precision=precision)
     return kfac(layers, block=block, kl_clip=kl_clip, precision=precision, **options)
 
 
 def _quasi_diagonal_numbers(sizes: Sizes) -> int:
     """Two numbers for each weight and one for each bias, as measured and as solved with."""
+    # M_ii for every input, M_i0 for all but the bias
     p, q = sizes.p, sizes.q
     return 2 * (2 * p - 1) * q if sizes.bias else 2 * p * q
 
 
 def _unit_numbers(sizes: Sizes) -> int:
     """Metric, eigenvectors and eigenvalues of every unit."""
+    # q matrices [p, p], their eigenvectors, and p values each
     return sizes.q * (2 * sizes.p**2 + sizes.p)
 
 
@@ -124,6 +128,7 @@ RECORDS = (
         needs=frozenset({"gradient", "curvature"}),
         state=_quasi_diagonal_numbers,
         state_text="2 (2 p - 1) q, without a bias 2 p q",
+        # no matrix is factorised
         cost=("O(d²)", "O(d²)"),
         test="tests/blocks/test_per_unit.py::test_quasi_diagonal_is_the_formula_of_the_paper",
         build=lambda layers, **options: quasi_diagonal(layers, **(SHORT | options)),
@@ -138,6 +143,7 @@ RECORDS = (
         needs=frozenset({"gradient", "curvature"}),
         state=_unit_numbers,
         state_text="q (2 p² + p)",
+        # q eigendecompositions of order p
         cost=("O(d⁴)", "O(d³)"),
         test="tests/blocks/test_per_unit.py::test_unit_blocks_are_those_of_the_dense_matrix",
         build=lambda layers, **options: unitwise_natural(layers, **(SHORT | options)),

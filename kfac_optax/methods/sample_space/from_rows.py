@@ -26,6 +26,7 @@ def rows_of_gradient(
     """
     mine = present(layers, leaves)
     known = {name for layer in mine for name in (layer.kernel, layer.bias)}
+    # what the model does not use has columns of zeros in J
     known |= {u.path for u in layers.uncovered if u.reason == NOT_USED}
     if left := [name for name in leaves if name not in known]:
         raise ValueError(
@@ -38,12 +39,15 @@ def rows_of_gradient(
 
 def kernel_of_rows(rows: dict[Layer, Any], space: Space, dtype: Any, axis_name: Any) -> jax.Array:
     """`(1/N) J J^T` of all devices, its rows in the order of the space."""
+    # J J^T = sum over layers of J_l J_l^T
     parts = []
     for layer, (a, g) in rows.items():
+        # tokens stay integers
         a = a if layer.kind == "embedding" else a.astype(dtype)
         parts.append(
             _part(layer, _together(a, 1, axis_name), _together(g.astype(dtype), 2, axis_name))
         )
+    # from (device, b, k) of all layers to the order of the space
     order = _order(space)
     kernel = sum(parts[1:], parts[0])[order][:, order]
     return symmetrize(kernel) / space.examples
@@ -51,14 +55,17 @@ def kernel_of_rows(rows: dict[Layer, Any], space: Space, dtype: Any, axis_name: 
 
 def _part(layer: Layer, a: jax.Array, g: jax.Array) -> jax.Array:
     if layer.kind == "embedding":
+        # <e_s, e_t> is one for the same token, else zero
         return token_kernel(a, g)
     if layer.kind == "scale_shift":
         return channel_kernel(a, g, scale_and_shift=layer.bias is not None)
+    # positions t of an example are added up: D_bk = sum_t a_bt g_kbt^T
     return row_kernel(a, g)
 
 
 def _together(x: jax.Array, axis: int, axis_name: Any) -> jax.Array:
     """The examples of all devices on one axis."""
+    # [..., N, ...] to [..., devices N, ...]
     return jnp.moveaxis(of_all_devices(jnp.moveaxis(as_replicated(x), axis, 0), axis_name), 0, axis)
 
 
@@ -68,9 +75,12 @@ def _order(space: Space) -> np.ndarray:
     In the space a device comes after the other, and on each a head after the other.
     """
     examples = space.heads[0][0]
+    # outputs of each head, for one example
     counts = [math.prod(shape[1:]) for shape in space.heads]
     total = sum(counts)
     devices = space.size // (examples * total)
+    # numbers of rows as the kernel has them, [devices, N, outputs of all heads]
     numbers = np.arange(space.size).reshape(devices, examples, total)
     of_heads = np.split(numbers, np.cumsum(counts)[:-1], axis=2)
+    # heads one after another, as `flat` joins them
     return np.concatenate([x.reshape(devices, -1) for x in of_heads], 1).ravel()

@@ -88,9 +88,11 @@ def smw(
       Training Neural Networks (2019); Chen & Heyl, Empowering deep neural quantum states through
       efficient optimization (2024), for the step from residuals.
     """
+    # no momentum: every step stands alone
     rule = Rule("smw", layers, damping, None, cutoff, sampled, chunk, refine, axis_name)
     if kl_clip is None:
         return scale_by_samples(rule)
+    # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|))), i the leaves
     return clip_by_kl(scale_by_samples(rule), learning_rate=learning_rate, kl_clip=kl_clip)
 
 
@@ -105,11 +107,13 @@ RECORDS = (
         paper="Ren & Goldfarb (2019); Chen & Heyl (2024)",
         equation="U = (V - Jᵀ (J Jᵀ + N λ I)⁻¹ J V) / λ",
         needs=frozenset({"gradient", "curvature"}),
+        # nothing is kept between steps
         state=lambda sizes: 0,
         state_text="0",
         cost=("nothing", COST),
         test="tests/methods/test_sample_space.py::test_it_is_the_dense_damped_solve",
         build=lambda layers, **options: smw(layers, **(_SHORT | options)),
+        # a solve over all layers together
         block_of=None,
     ),
 )

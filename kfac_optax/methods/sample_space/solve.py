@@ -51,9 +51,11 @@ def next_direction(
     momentum: Any,
 ) -> tuple[Leaves, Solved]:
     """The new direction and how it was solved for; nothing is read of a batch that is not finite."""
+    # products with J / sqrt(N) and its transpose
     space = _space(rule, curvature, leaves)
     dtype = wide_dtype(leaves)
     gradient = {n: x.astype(dtype) for n, x in leaves.items()}
+    # with residuals V = J^T start / sqrt(N)
     start = None if residual is None else space.flat(residual)
     if momentum is None:
         solved = _solve(rule, curvature, space, gradient, start, damping)
@@ -68,6 +70,7 @@ def next_direction(
     else:
         start = start - there
     solved = _solve(rule, curvature, space, gradient, start, damping)
+    # phi <- mu phi + x
     return {n: kept[n] + x for n, x in solved.solution.items()}, solved
 
 
@@ -86,6 +89,7 @@ def _space(rule: Rule, curvature: Any, leaves: Leaves) -> Space:
 
 
 def _check_divisible(rule: Rule, damping: Any, start: Any) -> None:
+    # whether a traced damping is zero cannot be seen here
     if start is None and rule.cutoff is None and isinstance(damping, (int, float)) and damping == 0:
         raise ValueError(
             f"{rule.where}.update: damping=0, by which the formula for a gradient divides; expected "
@@ -99,6 +103,7 @@ def _solve(
 ) -> Solved:
     """`(F + damping I)^{-1}` of the gradient, or of `J^T start / sqrt(N)`."""
     dtype = wide_dtype(gradient)
+    # column by column with products, or at once from rows of layers
     if rule.layers is None:
         kernel = kernel_of(space.forward, space.adjoint, space.size, dtype, chunk=rule.chunk)
     else:
@@ -110,15 +115,18 @@ def _solve(
     usable = all_finite((kernel, gradient)) & (jnp.trace(kernel) > 0)
     _check_divisible(rule, damping, start)
     inverse = factor_kernel(kernel, damping, cutoff=rule.cutoff)
+    # (V - J^T (J J^T + N damping I)^{-1} J V) / damping
     if start is None:
         solution = solve_in_parameters(
             inverse, space.forward, space.adjoint, gradient, refine=rule.refine
         )
     else:
+        # J^T (J J^T + N damping I)^{-1} residual, which never divides by the damping
         gradient = space.adjoint(start)
         solution = solve_in_samples(inverse, space.adjoint, start)
     # by exact products, also where the kernel was made of rows
     left = residual_of(space.forward, space.adjoint, inverse.damping, solution, gradient)
+    # |g - (F + damping I) x| / |g|
     size = inner(gradient, gradient)
     error = jnp.sqrt(inner(left, left) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
     usable = usable & all_finite((solution, error))

@@ -47,20 +47,25 @@ def sample_space(
       dtype: of the vectors.
       axis_name: mapped axis over which the batch is split.
     """
+    # shapes of the outputs, by head
     shapes = jax.eval_shape(jacobian.jvp, params)
     treedef = jax.tree.structure(shapes)
     leaves = jax.tree.leaves(shapes)
     mine = sum(x.size for x in leaves)
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    # 1 / sqrt(N), on each side of J J^T
     scale = jacobian.examples**-0.5
 
     def flat(rows: PyTree) -> jax.Array:
         parts = [jnp.ravel(as_replicated(x)).astype(dtype) for x in jax.tree.leaves(rows)]
+        # [N, ...] of every head to one vector, then that of all devices
         return of_all_devices(scale * jnp.concatenate(parts), axis_name)
 
+    # J v / sqrt(N)
     def forward(vector: Leaves) -> jax.Array:
         return flat(jacobian.jvp(like_parameters(params, vector)))
 
+    # J^T u / sqrt(N)
     def adjoint(u: jax.Array) -> Leaves:
         if axis_name is not None:  # the rows of this device
             start = jax.lax.axis_index(axis_name) * mine
@@ -73,6 +78,7 @@ def sample_space(
         return {name: scale * product[name].astype(dtype) for name in names}
 
     def given(rows: PyTree) -> jax.Array:
+        # rows of the residual are those of J, output by output
         shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(rows)], [x.shape for x in leaves]
         if shapes != expected:
             raise ValueError(
@@ -91,5 +97,6 @@ def of_all_devices(rows: jax.Array, axis_name: Any) -> jax.Array:
         return rows
     devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     # a sum, unlike all_gather, gives what shard_map knows to be the same on all devices
+    # [devices, n], zero but for the rows of this one
     apart = jnp.zeros((devices, *rows.shape), rows.dtype).at[mine].set(rows)
     return jax.lax.psum(apart, axis_name).reshape(-1, *rows.shape[1:])

@@ -71,16 +71,20 @@ def spring(
     Reference: Goldshlager, Abrahamsen & Lin, A Kaczmarz-inspired approach to accelerate the
       optimization of neural network wavefunctions (2024).
     """
+    # a whole optimizer: the bound is on its step, rate included
     check_legal("spring", "learning_rate", learning_rate)
+    # phi <- mu phi + (F + damping I)^{-1} (V - mu F phi)
     rule = Rule("spring", layers, damping, momentum, cutoff, sampled, chunk, refine, axis_name)
     parts = [scale_by_samples(rule), optax.scale_by_learning_rate(learning_rate)]
     if norm_constraint is not None:
         check_number("spring", "norm_constraint", norm_constraint, above=0)
+        # |step|^2 <= norm_constraint
         parts.append(optax.clip_by_global_norm(norm_constraint**0.5))
     return optax.chain(*parts)
 
 
 def _last_direction(sizes: Sizes) -> int:
+    # phi, like the parameters
     return sizes.p * sizes.q
 
 

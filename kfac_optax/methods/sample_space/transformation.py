@@ -25,12 +25,14 @@ _TOO_MUCH = 0.1  # share of the gradient that a solve may leave
 def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
     """`x = (F + damping I)^{-1} (g - momentum F phi)`, `phi <- momentum phi + x`."""
     _check(rule)
+    # hyperparameters that an update checks
     hyper = {"damping": rule.damping}
     if rule.momentum is not None:
         hyper["momentum"] = rule.momentum
 
     def init(params: PyTree) -> SampleSpaceState:
         check_real(rule.where, named_leaves(params))
+        # at least single precision
         previous, wide = None, wide_dtype(params)
         if rule.momentum is not None:
             previous = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), params)
@@ -49,10 +51,12 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         **extra: Any,
     ) -> tuple[PyTree, SampleSpaceState]:
         del params, extra
+        # optax.partition may leave a group empty
         if not jax.tree.leaves(updates):
             return updates, state
         leaves = named_leaves(updates)
         check_real(rule.where, leaves)
+        # a damping given to `update` goes before that of the preset
         damping = rule.damping if damping is None else damping
         damping, given = checked(state.given, "damping", damping, state.sample_count)
         momentum = None
@@ -62,6 +66,7 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
             new, solved = next_direction(
                 rule, state.previous_update, leaves, curvature, residual, damping, momentum
             )
+        # a step that cannot be used is zero, and phi stays
         zeroed = {n: jnp.where(solved.usable, x, 0) for n, x in new.items()}
         cast = {n: within(x, leaves[n].dtype) for n, x in zeroed.items()}
         state = state._replace(
@@ -72,6 +77,7 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
             given=given,
         )
         if momentum is not None:
+            # phi keeps the precision of the solve
             old = named_leaves(state.previous_update)
             kept = {n: jnp.where(solved.usable, x, old[n]) for n, x in new.items()}
             state = state._replace(previous_update=replace_leaves(state.previous_update, kept))
@@ -90,6 +96,7 @@ def _check(rule: Rule) -> None:
     if rule.momentum is not None:
         check_legal(rule.where, "momentum", rule.momentum)
     if rule.cutoff is not None:
+        # relative to the largest eigenvalue of J J^T / N
         check_number(rule.where, "cutoff", rule.cutoff, above=0, at_most=1)
     check_number(rule.where, "chunk", rule.chunk, at_least=1)
     check_number(rule.where, "refine", rule.refine, at_least=0)

@@ -1,0 +1,118 @@
+"""The compared optimizers by name, each a function of the learning rate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import optax
+
+import kfac_optax as ko
+from kfac_optax.experiments.catalogue_optimizers import (
+    Build,
+    Curved,
+    Optimizer,
+    Rate,
+    of_record,
+    preconditioned,
+    preset_before_sgd,
+    recursion,
+)
+from kfac_optax.methods.signature import flat_signature
+
+
+def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    del curved
+    # theta <- theta - rate m, m of g + weight_decay theta
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(rate, momentum=config.momentum),
+    )
+
+
+def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    del curved
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
+
+
+def _gradient_only(preset: Callable[..., Any]) -> Build:
+    """A preset on the parameter tree alone, with weight decay in the gradient as for Adam."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        del curved
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), preset(rate))
+
+    return build
+
+
+@flat_signature(ko.b_kfac, without=("coupling",))
+def _online_two_level(layers: Any, **options: Any) -> Any:
+    # the correction over blocks that are followed online
+    return ko.b_kfac(layers, coupling=ko.coarse_correction(), **options)
+
+
+@flat_signature(ko.kpsvd, without=("rank", "inverse"))
+def _two_products(layers: Any, **options: Any) -> Any:
+    return ko.kpsvd(layers, rank=2, **options)
+
+
+def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        # U of both levels, then the rate and momentum of SGD
+        tx = ko.kfac_two_level(
+            curved.layers,
+            learning_rate=rate,
+            coarse=coarse,
+            coarse_damping=coarse_damping,
+            **curved.options,
+        )
+        return preconditioned(tx, config, rate)
+
+    return build
+
+
+def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
+    """A preset whose whole step, momentum included, is bounded in the exact metric."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        assert curved is not None
+        # T of the bound is the whole step, so the momentum behind it has to be known
+        options = {
+            **curved.options,
+            "kl_clip": 1e-3,
+            "bound": "exact",
+            "momentum": config.momentum,
+            **words,
+        }
+        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
+
+    return build
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer("SGD", False, _sgd),
+    "adam": Optimizer("Adam", False, _adam),
+    "muon": Optimizer("Muon", False, _gradient_only(optax.contrib.muon)),
+    "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
+    "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
+    "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
+    # every method of the catalogue by the name of its preset, and variants of some
+    **{name: of_record(record) for name, record in ko.CATALOGUE.items()},
+    # the same preset, measured by a recursion
+    "kfra": of_record(ko.CATALOGUE["kflr"])._replace(label="KFRA", estimator=recursion),
+    "kpsvd_two": Optimizer("KPSVD, two terms", True, preset_before_sgd(_two_products)),
+    "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
+    "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
+    "two_level_galerkin": Optimizer(
+        "two-level, Galerkin", True, _two_level("factored", "galerkin")
+    ),
+    # The bound of these is the default one in every experiment: it is not tuned.
+    "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
+    "two_level_bounded": Optimizer(
+        "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
+    ),
+    "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
+    "b_kfac_two_level": Optimizer(
+        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
+    ),
+}
