@@ -45,5 +45,6 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
 def _overlap(one: Part | None, other: Part | None) -> bool:
     if one is None or other is None:
         return True
-    axes = zip(one.starts, one.sizes, other.starts, other.sizes, strict=True)
+    # from the last axis on: a part inside a scan over the leaf has all of the axes in front
+    axes = zip(*map(reversed, (one.starts, one.sizes, other.starts, other.sizes)), strict=False)
     return all(a < b + m and b < a + n for a, n, b, m in axes)
