@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._layout import as_replicated, laid_out
+from kfac_optax._parts import boxes_left, emptied
 from kfac_optax._reasons import NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Bucket, Layer, Layers, Part, PyTree
 
@@ -291,13 +292,13 @@ def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[L
 
 
 def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
-    """The leaves of the layers by name; without `layers` all of them."""
+    """The leaves of the layers by name, zero in what none has of one; without `layers` all of them."""
     leaves = named_leaves(tree)
     if layers is None:
         return leaves
     mine = present(layers, leaves)
     names = set(itertools.chain.from_iterable(layer.leaves for layer in mine))
-    return {name: x for name, x in leaves.items() if name in names}
+    return emptied({name: x for name, x in leaves.items() if name in names}, boxes_left(mine))
 
 
 def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:

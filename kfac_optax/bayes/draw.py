@@ -11,6 +11,7 @@ from kfac_optax._validate import check_number
 from kfac_optax.engine.block_inverse import (
     BlockInverse,
     covered_names,
+    covered_only,
     covered_with,
     of_state,
     root_trees,
@@ -43,6 +44,8 @@ def draw(
         noise[name] = jax.random.normal(own, noise[name].shape, dtype)
     # R z, with R R^T = (F + damping I)^{-1}
     spread = root_trees(where, operator, noise)
+    # boxes that no block has of a leaf that layers share out: zero, as other leaves without one
+    spread = jax.vmap(lambda x: covered_only(operator, x))(named_leaves(spread))
 
     def repeated(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (count, *x.shape))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._parts import boxes_left, size_of
 from kfac_optax._tree import (
     inner,
     named_leaves,
@@ -20,6 +21,8 @@ from kfac_optax.bayes.outputs import Outputs, averaged, linearized
 from kfac_optax.engine.block_inverse import (
     BlockInverse,
     covered_names,
+    covered_only,
+    layers_of,
     logdet,
     solve_tree,
 )
@@ -72,8 +75,7 @@ class Posterior:
         # a block-diagonal solve; what no block covers is fixed, so it is zero
         zeros = jax.tree.map(jnp.zeros_like, vector)
         solved = named_leaves(solve_tree(self._operator, vector))
-        names = covered_names(self._operator)
-        return replace_leaves(zeros, {name: solved[name] for name in names})
+        return replace_leaves(zeros, covered_only(self._operator, solved))
 
     def covariance_product(self, vector: PyTree) -> PyTree:
         """Covariance times a tree like the parameters, zero where no block is."""
@@ -169,8 +171,9 @@ class Posterior:
         """
         # log det(N F + prior I) = P log N + log det(F + prior / N I)
         leaves = named_leaves(self.mean)
-        random = {name: leaves[name] for name in covered_names(self._operator)}
-        count = sum(x.size for x in random.values())
+        random = covered_only(self._operator, leaves)
+        fixed = sum(map(size_of, boxes_left(layers_of(self._operator)).values()))
+        count = sum(x.size for x in random.values()) - fixed
         square = self.prior_precision * inner(random, random)
         prior = count * jnp.log(self.prior_precision) - square
         determinant = logdet("Posterior.log_evidence", self._operator)

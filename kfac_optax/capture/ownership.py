@@ -48,6 +48,7 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
 def _overlap(one: Part | None, other: Part | None) -> bool:
     if one is None or other is None:
         return True
-    # boxes overlap where they do on every axis
-    axes = zip(one.starts, one.sizes, other.starts, other.sizes, strict=True)
+    # boxes overlap where they do on every axis; from the last one on: a part inside a scan over the
+    # leaf has all of the axes in front
+    axes = zip(*map(reversed, (one.starts, one.sizes, other.starts, other.sizes)), strict=False)
     return all(a < b + m and b < a + n for a, n, b, m in axes)

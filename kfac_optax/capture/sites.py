@@ -291,5 +291,5 @@ def _note(
     line: str = "",
 ) -> None:
     for view in inputs:
-        if view is not None:
+        if view is not None and 0 not in view.stored:  # what has no numbers is not used
             consumers.setdefault(view.leaf, []).append(Consumer(name, line))

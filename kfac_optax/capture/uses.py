@@ -70,6 +70,8 @@ def find_use(eqn: Any, views: Sequence[View | None], examples: Sequence[int]) ->
     (operand, view), out = given[0], eqn.outvars[0].aval
     if not view.complete or out.ndim == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
         return None
+    if 0 in view.stored:  # nothing to measure
+        return None
     return handler(eqn, operand, view, examples)
 
 

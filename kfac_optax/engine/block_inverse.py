@@ -1,10 +1,12 @@
 """What blocks hold, as one block-diagonal operator on trees like the parameters."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._parts import boxes_left, emptied
 from kfac_optax._tree import (
     gather,
     make_buckets,
@@ -162,7 +164,19 @@ def logdet(where: str, operator: BlockInverse) -> jax.Array:
 
 def covered_names(operator: BlockInverse) -> list[str]:
     """Parameters with a block, by path."""
-    return [name for bucket in operator.buckets for x in bucket.layers for name in _names(x)]
+    names = [name for x in layers_of(operator) for name in _names(x)]
+    return list(dict.fromkeys(names))  # layers may have parts of one parameter
+
+
+def covered_only(operator: BlockInverse, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The leaves with a block, zero in boxes that no layer has of those that layers share out."""
+    mine = {name: leaves[name] for name in covered_names(operator)}
+    return emptied(mine, boxes_left(layers_of(operator)))
+
+
+def layers_of(operator: BlockInverse) -> list[Layer]:
+    """All layers with a block."""
+    return [layer for bucket in operator.buckets for layer in bucket.layers]
 
 
 def _leaves(operator: BlockInverse, tree: PyTree) -> dict[str, jax.Array]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kfac_optax._parts import boxes_left
 from kfac_optax._reasons import COMPLEX, NOT_REAL, NOT_USED
-from kfac_optax._types import Block, Layer, Layers, Layout, Uncovered
+from kfac_optax._types import Block, Layer, Layers, Layout, Part, Uncovered
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding, tied_embedding
@@ -188,13 +189,14 @@ def cover(
     check_choice(where, "normalization", normalization, NORMALIZATION)
     if uncovered == "raise":
         _refuse(where, layers)
+    rest = _boxes_used(layers) if uncovered == "diagonal" else []
     if normalization == "pass":
         layers = leave_out(layers, ("scale_shift",), _PASSED)
     kept, left = list(layers.layers), list(layers.uncovered)
     if uncovered == "diagonal":
         # what has no real gradient has no second moment either
         passed = (NOT_USED, COMPLEX, NOT_REAL, _PASSED)
-        kept += [_single(u) for u in left if u.reason not in passed]
+        kept += [_single(u) for u in left if u.reason not in passed] + rest
         left = [u for u in left if u.reason in passed]
     # what a coverage table said of blocks and bytes was said of other layers
     return dataclasses.replace(
@@ -205,6 +207,13 @@ def cover(
         state_bytes=(),
         graft=layers.graft or uncovered == "graft",
     )
+
+
+def _boxes_used(layers: Layers) -> list[Layer]:
+    """What no layer has of parameters that layers share out, where they have other uses."""
+    partly = {u.path: u for layer in layers for u in layer.partly}
+    boxes = [(name, box) for name, left in boxes_left(layers).items() for box in left]
+    return [_single(partly[name], box) for name, box in boxes if name in partly]
 
 
 def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
@@ -257,11 +266,12 @@ def check_coupled(layers: Layers, where: str) -> None:
         )
 
 
-def _single(parameter: Uncovered) -> Layer:
-    shape = parameter.shape
+def _single(parameter: Uncovered, box: Part | None = None) -> Layer:
+    """A parameter, or a box of it, as a layer on its own."""
+    shape = parameter.shape if box is None else box.sizes
     # one row of n entries, each with a curvature of its own
     return Layer(
-        path=parameter.path,
+        path=f"{parameter.path}{box or ''}",
         kind="diagonal",
         kernel=parameter.path,
         bias=None,
@@ -269,4 +279,5 @@ def _single(parameter: Uncovered) -> Layer:
         outputs=math.prod(shape),
         layout=Layout(shape, shape, tuple(range(len(shape)))),
         notes=(parameter.reason,),
+        part=box,
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_optax._parts import boxes_left, emptied
 from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.engine.placed import inverses_of_all, solve_placed
@@ -62,8 +63,15 @@ def precondition(
         parts = parts if separate else [_sum(parts)]
         # here and not leaf by leaf: few arrays depend on all of them, which XLA compiles far sooner
         finite = finite & all_finite(parts)
+        # numbers of shared leaves that no layer has: checked with the parts, and in the first alone
+        boxes = boxes_left(step.layers)
+        rest = {name: [leaves[name][box.slices] for box in boxes[name]] for name in boxes}
+        finite = finite & all_finite(rest)
         parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
-    return [_named(step, part, leaves) for part in parts], share, finite
+        first = leaves | {name: jnp.where(finite, leaves[name], 0) for name in boxes}
+        others = leaves | {name: jnp.zeros_like(leaves[name]) for name in boxes}
+    named = [_named(step, part, others if i else first) for i, part in enumerate(parts)]
+    return named, share, finite
 
 
 def _share(parts: list[Vector]) -> jax.Array:
@@ -216,7 +224,7 @@ class _Batch(NamedTuple):
 
     def _as_tree(self, vector: Vector) -> PyTree:
         """Like the parameters, zeros where no block is."""
-        named = _named(self.step, vector, self.leaves)
+        named = _named(self.step, vector, emptied(self.leaves, boxes_left(self.step.layers)))
         return replace_leaves(jax.tree.map(jnp.zeros_like, self.curvature.params), named)
 
     def _given(self) -> Any:

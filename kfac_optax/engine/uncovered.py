@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import covered_leaves, grafted_leaves, replace_leaves
+from kfac_optax._parts import boxes_left, size_of
+from kfac_optax._tree import covered_leaves, grafted_leaves, named_leaves, present, replace_leaves
 from kfac_optax._types import Layers, PyTree
 from kfac_optax.step_rules._per_layer import root_mean_square, within
 
@@ -14,10 +15,10 @@ WITHOUT_DIAGONAL = ("pass", "graft", "raise")
 def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
     """Gradients of parameters without a block, rescaled.
 
-    `g_j <- g_j rms(U) / rms(g_j)` for every leaf `g_j` without a block that the model uses, with
-    `U` the preconditioned updates of all parameters that have one, and `rms` the root of the mean
-    square of the entries. So one rate fits all parameters, whatever the scale of the loss. A
-    gradient that vanishes stays zero.
+    `g_j <- g_j rms(U) / rms(g_j)` for every leaf `g_j` without a block that the model uses, and
+    every box that no layer has of a leaf that layers share out, with `U` the preconditioned updates
+    of all parameters that have one, and `rms` the root of the mean square of the entries. So one
+    rate fits all parameters, whatever the scale of the loss. A gradient that vanishes stays zero.
 
     Args:
       updates: preconditioned where there are blocks, gradients elsewhere.
@@ -35,12 +36,21 @@ def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
     Reference: Agarwal, Anil, Hazan, Koren & Zhang, Disentangling Adaptive Gradient Methods from
     Learning Rates (2020), on grafting; here the size is that of the other parameters.
     """
-    left = grafted_leaves(updates, layers)
-    if not left:
+    left, leaves = grafted_leaves(updates, layers), named_leaves(updates)
+    rest = boxes_left(present(layers, leaves)) if layers.graft else {}
+    if not left and not rest:
         return updates
     with jax.named_scope("kfac/graft_uncovered"):
-        wanted = root_mean_square(covered_leaves(updates, layers))
-        return replace_leaves(updates, {name: _with_size(x, wanted) for name, x in left.items()})
+        idle = sum(map(size_of, rest.values()))
+        wanted = root_mean_square(covered_leaves(updates, layers), idle)
+        new = {name: _with_size(x, wanted) for name, x in left.items()}
+        # of leaves that layers share out what none has, each box on its own
+        for name, boxes in rest.items():
+            new[name] = leaves[name]
+            for box in boxes:
+                x = _with_size(leaves[name][box.slices], wanted)
+                new[name] = new[name].at[box.slices].set(x)
+        return replace_leaves(updates, new)
 
 
 def _with_size(x: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -200,7 +200,8 @@ def match_layers(
         # the same parameter with another shape is another model
         mine = (*layer.stack, layer.inputs, layer.outputs)
         theirs = (*other.stack, other.inputs, other.outputs)
-        other_bias = layer.bias is not None and layer.bias != other.bias
+        biases = (layer.bias, layer.bias_part), (other.bias, other.bias_part)
+        other_bias = layer.bias is not None and biases[0] != biases[1]
         if mine != theirs or other_bias:
             raise ValueError(
                 f"{where}: layer {layer.path!r} has shape "

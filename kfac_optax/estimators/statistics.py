@@ -110,7 +110,8 @@ def _single(plan: Plan, kind: Kind) -> list[str]:
     Raises:
       ValueError: the estimator measures none.
     """
-    names = [layer.kernel for layer in plan.layers if layer.kind == "diagonal"]
+    # one leaf may have several, boxes that no other layer has
+    names = list(dict.fromkeys(x.kernel for x in plan.layers if x.kind == "diagonal"))
     if names and not kind.gradients:
         paths = [layer.path for layer in plan.layers if layer.kind == "diagonal"]
         raise ValueError(
@@ -135,7 +136,8 @@ def _of_pullback(
         # One gradient of all examples squared estimates the sum of squares, since the terms are
         # independent with mean zero: by labels drawn from the model, or by random signs.
         if layer.kind == "diagonal":
-            gradient = as_replicated(pulled.leaves[layer.kernel]).astype(plan.dtype)
+            gradient = as_replicated(pulled.leaves[layer.kernel])
+            gradient = gradient[layer.box(layer.part)].astype(plan.dtype)
             blocks[i] = jnp.square(gradient).reshape(1, 1, -1) / setting.examples
     return (blocks, across), columns
 

@@ -121,7 +121,8 @@ class Bernoulli:
         """Divergence `KL(self || other)` of every term, summed over the event axes, unweighted.
 
         `sum_event [y (log y - log y') + (1 - y) (log(1 - y) - log(1 - y'))]`. Its Hessian in the
-        logits of either is the Fisher where the two agree.
+        logits of either is the Fisher where the two agree. An outcome without probability here
+        counts nothing; infinite where one with it is forbidden in `other`.
 
         Args:
             other: A prediction of the same terms.
@@ -138,12 +139,8 @@ class Bernoulli:
         """
         _common.check_other(self, other)
         x, x_other = _common.widen(self.logits), _common.widen(other.logits)
-        tails = [
-            jax.nn.sigmoid(sign * x)
-            * (jax.nn.log_sigmoid(sign * x) - jax.nn.log_sigmoid(sign * x_other))
-            for sign in (1, -1)
-        ]
-        return _common.event_sum(tails[0] + tails[1], batch_ndim=self.batch_ndim)
+        one, zero = _gain(x, x_other), _gain(-x, -x_other)
+        return _common.event_sum(one + zero, batch_ndim=self.batch_ndim)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws 0/1 targets `[*batch, *event]` in the dtype of the logits."""
@@ -181,3 +178,12 @@ class Bernoulli:
         variance = jax.nn.sigmoid(x) * jax.nn.sigmoid(-x)
         product = variance * _common.widen(v[0])
         return (product.astype(self.logits.dtype),)
+
+
+def _gain(x: jax.Array, x_other: jax.Array) -> jax.Array:
+    """`y (log y - log y')` of one of the two outcomes, given its logits."""
+    possible = x > -jnp.inf
+    # where nothing is counted no infinity meets another, in gradients neither
+    log_y = jax.nn.log_sigmoid(jnp.where(possible, x, 0))
+    log_other = jax.nn.log_sigmoid(jnp.where(possible, x_other, 0))
+    return jnp.where(possible, jnp.exp(log_y) * (log_y - log_other), 0)

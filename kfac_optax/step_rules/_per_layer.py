@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._parts import boxes_left, copied
 from kfac_optax._tree import (
     covered_leaves,
     gather,
@@ -120,9 +121,9 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     return times_power(root, exponent[:, 0, 0])
 
 
-def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
+def root_mean_square(leaves: Mapping[str, jax.Array], left_out: int = 0) -> jax.Array:
     """Root of the mean square over the entries of all leaves together, without overflow of the
-    squares.
+    squares; `left_out` entries are zero and do not count.
 
     >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
     3e+30
@@ -133,7 +134,7 @@ def root_mean_square(leaves: Mapping[str, jax.Array]) -> jax.Array:
     exponent = exponent_of(sizes)
     scaled = [times_power(x, -exponent) for x in sizes.values()]
     total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), wide)
-    entries = sum(x.size for x in scaled)
+    entries = sum(x.size for x in scaled) - left_out
     root = jnp.sqrt(total / max(entries, 1))
     return times_power(root, exponent)
 
@@ -143,13 +144,20 @@ def scale_layers(
     scale: jax.Array,
     layers: Layers | None,
 ) -> PyTree:
-    """`tree` with the leaves of the layers multiplied by one number, and those that have been given
-    their size.
+    """`tree` with what the layers have multiplied by one number, and what has been given their
+    size.
     """
     mine = covered_leaves(tree, layers)
-    if layers is not None:
-        mine |= grafted_leaves(tree, layers)
     scaled = {name: x * scale.astype(x.dtype) for name, x in mine.items()}
+    if layers is None:
+        return replace_leaves(tree, scaled)
+    left = grafted_leaves(tree, layers)
+    scaled |= {name: x * scale.astype(x.dtype) for name, x in left.items()}
+    # what no layer has of a leaf that some share out goes with the leaves that none has
+    leaves = named_leaves(tree)
+    for name, boxes in boxes_left(present(layers, leaves)).items():
+        rest = leaves[name] * scale.astype(leaves[name].dtype) if layers.graft else leaves[name]
+        scaled[name] = copied(scaled[name], boxes, rest)
     return replace_leaves(tree, scaled)
 
 
@@ -175,14 +183,22 @@ def map_layers(
     new: dict[str, jax.Array] = {}
     reports = [jnp.zeros((0,), dtype)]
     buckets: Sequence[Bucket] = ()
-    if layers is not None:
-        buckets = make_buckets(present(layers, leaves[0]))
+    mine = () if layers is None else present(layers, leaves[0])
+    if mine:
+        buckets = make_buckets(mine)
     for bucket in buckets:
         gathered = [gather(bucket, x, dtype) for x in leaves]
         matrices, report = function(*gathered)
         new |= scatter(bucket, matrices, leaves[0] | new)
         reports.append(report)
-    # what belongs to no layer is a matrix of one row
+    # what belongs to no layer is a matrix of one row: boxes of leaves that layers share out, and
+    # all other leaves
+    for name, boxes in boxes_left(mine).items():
+        for box in boxes:
+            rows = [_widened(x[name][box.slices], dtype).reshape(1, 1, -1) for x in leaves]
+            matrix, report = function(*rows)
+            new[name] = new[name].at[box.slices].set(matrix.reshape(box.sizes))
+            reports.append(report)
     for name in [n for n in leaves[0] if n not in new]:
         rows = [_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves]
         matrix, report = function(*rows)

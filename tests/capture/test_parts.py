@@ -62,6 +62,17 @@ def transposed(p, x):
     return jax.jit(lambda w: jnp.tanh(x @ w) @ w.T)(p["w"].T[:, 1:][:, :2])
 
 
+def scanned_and_unrolled(p, x):
+    """A part inside of a scan over the leaf, where it has an axis less, and one outside."""
+    hidden = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"][:, :, :3])[0]
+    return hidden @ p["w"][0, :, 3:]
+
+
+def with_empty_slices(p, x):
+    """As of a list of widths one of which is zero."""
+    return jnp.concatenate([x @ p["w"][:, :0], x @ p["w"][:, :2], x @ p["w"][:, 2:]], 1)
+
+
 AXES = ("NWC", "WIO", "NWC")
 X = normal(N, 3)
 FUSED = {"w": normal(3, 6), "b": normal(6)}
@@ -77,6 +88,13 @@ MODELS = {
     ),
     "convolved": (convolved, {"w": normal(2, 3, 2, 2)}, normal(N, 4, 2), ["w[0]", "w[1]"]),
     "scanned": (scanned, {"w": normal(2, 3, 6)}, X, ["w[:, 0:3]", "w[:, 3:6]"]),
+    "scanned and unrolled": (
+        scanned_and_unrolled,
+        {"w": normal(2, 3, 6)},
+        X,
+        ["w[:, 0:3]", "w[0, :, 3:6]"],
+    ),
+    "with empty slices": (with_empty_slices, {"w": normal(3, 4)}, X, ["w[:, 0:2]", "w[:, 2:4]"]),
     "transposed": (transposed, {"w": normal(4, 3)}, X, ["w"]),
 }
 
@@ -163,7 +181,7 @@ def test_what_a_part_leaves_over_passes(x64):
     estimator = ko.ggn(lambda p, x: ko.Normal(model(p, x)))
     layers = estimator.layers(params, X)
     assert [layer.notes for layer in layers] == [(), ("partly also used by exp: not measured",)]
-    tx = ko.kfac(layers, learning_rate=0.1, kl_clip=None)
+    tx = ko.kfac(layers, learning_rate=0.1, kl_clip=None, uncovered="pass")
 
     @jax.jit
     def step(params):

@@ -83,6 +83,18 @@ def test_classes_that_are_forbidden():
             assert jnp.isfinite(jax.grad(divergence, argument)(*pair)).all()
 
 
+def test_outcomes_that_are_forbidden():
+    """As classes that are."""
+    sure, open_to_all = jnp.asarray([[jnp.inf, -jnp.inf]]), jnp.zeros((1, 2))
+    divergence = lambda x, y: ko.Bernoulli(x).kl(ko.Bernoulli(y)).sum()
+    np.testing.assert_allclose(divergence(sure, open_to_all), 2 * jnp.log(2), rtol=1e-12)
+    assert divergence(open_to_all, sure) == divergence(sure, -sure) == jnp.inf
+    assert divergence(sure, sure) == 0
+    for argument in (0, 1):
+        for pair in ((sure, open_to_all), (sure, sure)):
+            assert jnp.isfinite(jax.grad(divergence, argument)(*pair)).all()
+
+
 def test_half_precision_is_widened():
     half = ko.Categorical(jnp.asarray([[0.0, 1.0]], jnp.bfloat16))
     other = ko.Categorical(jnp.asarray([[0.0, 1.0 + 2**-6]], jnp.bfloat16))

@@ -96,7 +96,7 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
             held[bucket.name], step = steps_of(
                 state.pairs[bucket.name], before[bucket.name], v, numbers
             )
-            new |= scatter(bucket, -rate * step, leaves)
+            new |= scatter(bucket, -rate * step, new)
         # the second pass, over the same batch behind the step
         old = named_leaves(curvature.params)
         moved = old | {name: old[name] + x.astype(old[name].dtype) for name, x in new.items()}

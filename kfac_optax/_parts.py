@@ -1,0 +1,81 @@
+"""What no layer has of parameters that layers share out."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Layer, Part
+
+
+def boxes_left(layers: Iterable[Layer]) -> dict[str, tuple[Part, ...]]:
+    """Boxes that no layer has, of every leaf of which some layer has a part; by path.
+
+    >>> from kfac_optax._types import Layout
+    >>> layout, part = Layout((2, 1), (2, 1), (0, 1)), Part((2, 3), (0, 1), (2, 1))
+    >>> layer = Layer("w", "dense", "w", None, 2, 1, layout, part=part)
+    >>> print(*boxes_left([layer])["w"])
+    [:, 0] [:, 2]
+    """
+    taken: dict[str, list[Part]] = {}
+    for layer in layers:
+        for name, part in ((layer.kernel, layer.part), (layer.bias, layer.bias_part)):
+            if name is not None and part is not None:
+                taken.setdefault(name, []).append(_of_leaf(part, layer.stack))
+    left = {name: _left_over(parts) for name, parts in taken.items()}
+    return {name: boxes for name, boxes in left.items() if boxes}
+
+
+def _of_leaf(part: Part, stack: tuple[int, ...]) -> Part:
+    """A part behind the axes of a stack, as a part of the whole leaf."""
+    return Part((*stack, *part.shape), (0,) * len(stack) + part.starts, (*stack, *part.sizes))
+
+
+def _left_over(taken: Sequence[Part]) -> tuple[Part, ...]:
+    # all of the leaf, before anything is taken
+    shape = taken[0].shape
+    boxes = [Part(shape, (0,) * len(shape), shape)]
+    for part in taken:
+        boxes = [rest for box in boxes for rest in _without(box, part)]
+    return tuple(boxes)
+
+
+def _without(box: Part, taken: Part) -> list[Part]:
+    """What is left of a box, as boxes: slabs in front of and behind what is taken, axis by axis."""
+    left: list[Part] = []
+    for axis, (start, size) in enumerate(zip(taken.starts, taken.sizes, strict=True)):
+        first, end = box.starts[axis], box.starts[axis] + box.sizes[axis]
+        low, high = max(start, first), min(start + size, end)
+        if low >= high:  # they do not meet
+            return [*left, box]
+        left += [_along(box, axis, a, b) for a, b in ((first, low), (high, end)) if a < b]
+        box = _along(box, axis, low, high)
+    return left
+
+
+def _along(box: Part, axis: int, start: int, end: int) -> Part:
+    """The box from `start` to `end` along an axis."""
+    starts, sizes = list(box.starts), list(box.sizes)
+    starts[axis], sizes[axis] = start, end - start
+    return Part(box.shape, tuple(starts), tuple(sizes))
+
+
+def size_of(boxes: Iterable[Part]) -> int:
+    """How many numbers are in them."""
+    return sum(math.prod(box.sizes) for box in boxes)
+
+
+def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Array:
+    """`into` with the numbers of `source` in these boxes."""
+    for box in boxes:
+        into = into.at[box.slices].set(source[box.slices].astype(into.dtype))
+    return into
+
+
+def emptied(
+    leaves: Mapping[str, jax.Array], boxes: Mapping[str, Iterable[Part]]
+) -> dict[str, jax.Array]:
+    """Leaves by name, zero in these boxes of some."""
+    zeros = {name: jnp.zeros_like(leaves[name]) for name in boxes if name in leaves}
+    return {n: copied(x, boxes[n], zeros[n]) if n in zeros else x for n, x in leaves.items()}
