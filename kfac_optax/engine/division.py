@@ -72,7 +72,7 @@ class Division(NamedTuple):
 
 def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Division:
     """Divides matrices over devices: evenly over groups first, bucket by bucket, so that few places
-    stay empty; then by cost over the devices of each group.
+    stay empty; then by cost over the devices of each group. The order of `costs` has no say.
 
     >>> placement = Placement("data", mesh=jax.make_mesh((1,), ("data",)))
     >>> print(divide(placement, {"small": (6, 2.0)}).shares["small"].count)
@@ -80,6 +80,9 @@ def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Divi
     """
     devices, workers = placement.devices, placement.workers
     groups = devices // workers
+    # among equal costs the first one is served first, and the buckets of a state change their order
+    # wherever JAX puts a dictionary together again
+    costs = {name: costs[name] for name in sorted(costs)}
     kept = _over_groups(costs, groups)
     count = {name: np.zeros((groups, workers), int) for name in costs}
     for group in range(groups):

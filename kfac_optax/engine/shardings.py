@@ -113,6 +113,9 @@ def whole_state(opt_state: PyTree, placement: Placement) -> PyTree:
     Returns:
       The state, its inverses `[copies, ...]` by bucket.
 
+    Raises:
+      ValueError: the state is not divided as the placement says.
+
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> layers = estimator.layers(jnp.zeros((2, 1)), jnp.ones((4, 2)))
@@ -131,7 +134,10 @@ def whole_state(opt_state: PyTree, placement: Placement) -> PyTree:
         pairs = enumerate(share.kept)
         return np.concatenate([g * workers * share.slots + np.arange(n) for g, n in pairs])
 
-    return _rearranged(opt_state, placement, rows)
+    def places(share: Share) -> int:
+        return share.count.size * share.slots  # on all devices, empty ones among them
+
+    return _rearranged("whole_state", opt_state, placement, rows, places)
 
 
 def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
@@ -142,6 +148,12 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
     Args:
       opt_state: any Optax state, of preconditioners without a placement.
       placement: that of the preconditioners to come.
+
+    Returns:
+      The state, its inverses `[W slots, ...]` by bucket, those of one device behind another's.
+
+    Raises:
+      ValueError: the state is divided already.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -159,22 +171,45 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
         kept = np.minimum(kept, share.copies - 1)
         return np.repeat(kept, share.count.shape[1], 0).ravel()
 
-    return _rearranged(opt_state, placement, rows)
+    return _rearranged("divided_state", opt_state, placement, rows, lambda share: share.copies)
 
 
 def _rearranged(
-    opt_state: PyTree, placement: Placement, rows: Callable[[Share], np.ndarray]
+    where: str,
+    opt_state: PyTree,
+    placement: Placement,
+    rows: Callable[[Share], np.ndarray],
+    places: Callable[[Share], int],
 ) -> PyTree:
-    """A state with other rows of its inverses, of every bucket those that its share says."""
+    """A state with other rows of its inverses, of every bucket those that its share says, out of
+    as many as there have to be.
+
+    Raises:
+      ValueError: there are more or fewer.
+    """
 
     def change(node: Any) -> Any:
         if not isinstance(node, CurvatureState) or not placement.divided:
             return node
         shares, inverses = division_of(placement, node.factors).shares, {}
         for name, inverse in node.inverses.items():
-            taken = rows(shares[name])
+            share = shares[name]
+            # an index beyond the last row would silently mean the last row
+            _check_places(where, name, inverse, places(share))
+            taken = rows(share)
             # rows of the old order for the places of the new one
             inverses[name] = jax.tree.map(lambda x, taken=taken: x[taken], inverse)
         return node._replace(inverses=inverses)
 
     return jax.tree.map(change, opt_state, is_leaf=lambda node: isinstance(node, CurvatureState))
+
+
+def _check_places(where: str, name: str, inverse: PyTree, expected: int) -> None:
+    """Raises where a bucket does not have as many inverses as it has to."""
+    for x in jax.tree.leaves(inverse):
+        if x.shape[0] != expected:
+            raise ValueError(
+                f"{where}: the state holds {x.shape[0]} inverses of {name}; expected {expected}. "
+                "whole_state takes a state that this very placement has divided, divided_state one "
+                "that none has."
+            )

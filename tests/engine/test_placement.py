@@ -31,6 +31,20 @@ def test_every_matrix_is_made_once_and_kept_by_as_many_devices_as_asked(workers)
         assert share.slots == -(-copies // (8 // workers))
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_who_keeps_what_does_not_depend_on_the_order_of_buckets(workers):
+    """A state comes out of a compiled step with its buckets in another order; `[p, q]` and
+    `[q, p]` cost the same.
+    """
+    costs = {"5x4": (3, 189.0), "4x5": (3, 189.0), "small": (5, 2.0)}
+    placement = ko.Placement("data", workers / 8, MESH)
+    one, other = (
+        divide(placement, dict(order)).shares for order in (costs.items(), sorted(costs.items()))
+    )
+    for name in costs:
+        np.testing.assert_array_equal(one[name].count, other[name].count)
+
+
 def test_no_device_has_more_work_than_the_mean_and_one_matrix():
     division = divide(ko.Placement("data", 1.0, MESH), COSTS)
     load = sum(division.shares[name].count.ravel() * cost for name, (_, cost) in COSTS.items())
@@ -51,6 +65,18 @@ def test_dividing_a_state_and_putting_it_together_again_changes_nothing(workers)
     shapes = jax.eval_shape(tx.init, problem.params)
     assert jax.tree.map(jnp.shape, divided) == jax.tree.map(jnp.shape, shapes)
     h.assert_equal(ko.whole_state(divided, placement), state)
+
+
+def test_a_state_is_not_divided_twice_nor_put_together_as_another_placement_says():
+    _, state, _ = h.reference_run("kfac")
+    four, eight = (ko.Placement("data", 0.0, AbstractMesh((n,), ("data",))) for n in (4, 8))
+    divided = ko.divided_state(state, eight)
+    with pytest.raises(ValueError, match="divided_state: the state holds 8 .* expected 2"):
+        ko.divided_state(divided, eight)
+    with pytest.raises(ValueError, match="whole_state: the state holds 8 .* expected 4"):
+        ko.whole_state(divided, four)
+    with pytest.raises(ValueError, match="whole_state: the state holds 2 .* expected 8"):
+        ko.whole_state(state, eight)
 
 
 def test_a_divided_state_is_not_read_as_a_whole_one():
