@@ -3,30 +3,18 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, replace_leaves
-from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
+from kfac_optax._types import Block, Coupling, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._validate import NO_CURVATURE
+from kfac_optax.engine.arguments import check_factored, check_numbers
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
-from kfac_optax.engine.placed import inverses_of_all
 from kfac_optax.engine.placement import Placement, checked_placement
-from kfac_optax.engine.precondition import precondition
-from kfac_optax.engine.protocol import check_block
-from kfac_optax.engine.refresh import (
-    due_at,
-    initial,
-    inverses_read,
-    parts_due,
-    refresh_parts,
-    take_statistics,
-)
 from kfac_optax.engine.schedule import INVERSE_EVERY
-from kfac_optax.engine.stagger import check_parts, chosen
-from kfac_optax.engine.state import CurvatureState, Step
-from kfac_optax.engine.uncovered import graft_uncovered
-from kfac_optax.estimators.plan import Plan, of_first_moments
+from kfac_optax.engine.stagger import check_parts
+from kfac_optax.engine.state import CurvatureState
+from kfac_optax.engine.step import Rule, start_state, take_step
+from kfac_optax.estimators.plan import of_first_moments
 
 _MISSING: Any = object()
 
@@ -118,7 +106,7 @@ def scale_by_curvature(
       ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot;
         `curvature` missing or made for another model.
 
-    >>> import kfac_optax as ko
+    >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
     >>> tx = scale_by_curvature(estimator.layers(w, x), block=ko.kronecker(), damping=0.5)
@@ -127,8 +115,8 @@ def scale_by_curvature(
     [1. 1.]
     """
     where = "scale_by_curvature"
-    _check(where, damping, decay, curvature_every, inverse_every)
-    own_damping, parts = damping, check_parts(where, stagger)
+    check_numbers(where, damping, decay, curvature_every, inverse_every)
+    parts = check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
     blocks = tuple(map(block_of, layers))
@@ -138,60 +126,29 @@ def scale_by_curvature(
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)
     placement = checked_placement(where, placement, parts, factored_gradient, axis_name)
-    if factored_gradient and all(b.solve_rows is None for b in blocks):
-        names = ", ".join(sorted({b.name for b in blocks}))
-        raise ValueError(
-            f"{where}: got factored_gradient=True, but no block can solve for rows: {names}. "
-            "Expected one of low_rank or kronecker('cholesky'): pass inverse='cholesky', or take a "
-            "preset of low rank."
-        )
+    if factored_gradient:
+        check_factored(where, blocks)
+    rule = Rule(
+        where,
+        layers,
+        block_of,
+        coupling,
+        dict(
+            damping=damping,
+            decay=decay,
+            curvature_every=curvature_every,
+            inverse_every=inverse_every,
+        ),
+        parts,
+        factored_gradient,
+        separate,
+        axis_name,
+        factor_dtype,
+        placement,
+    )
 
     def init(params: PyTree) -> CurvatureState:
-        def zero(dtype: Any = jnp.int32) -> jax.Array:
-            # a new array each time: a buffer that occurs twice cannot be donated
-            return jnp.zeros((), dtype)
-
-        state = CurvatureState(
-            zero(),
-            zero(),
-            zero(),
-            zero(),
-            zero(),
-            zero(jnp.float32),
-            zero(jnp.float32),
-            zero(),
-            zero(),
-            zero(),
-            zero(),
-            {},
-        )
-        state = state._replace(
-            given=start_checked(
-                damping=damping,
-                decay=decay,
-                curvature_every=curvature_every,
-                inverse_every=inverse_every,
-            )
-        )
-        # nothing refreshed yet: older than the first step
-        state = state._replace(inverse_age=jnp.ones((), jnp.int32))
-        # optax.tree.map_params asks with a placeholder: factors are one non-parameter
-        if not jax.tree.leaves(params):
-            return state
-        leaves = named_leaves(params)
-        mine = _own_layers(where, layers, leaves)
-        dtype = _dtype(leaves, mine, factor_dtype)
-        first, _ = checked(state.given, "damping", damping, state.kfac_count)
-        start = jnp.asarray(first, dtype)
-        for bucket in make_buckets(mine, block_of):
-            check_block(where, bucket, dtype)
-        # one compiled call instead of an eager one per array
-        factors, inverses, coarse = jax.jit(
-            lambda damping: initial(mine, block_of, coupling, damping, placement)
-        )(start)
-        return state._replace(
-            damping=jnp.array(start, jnp.float32), factors=factors, inverses=inverses, coarse=coarse
-        )
+        return start_state(rule, params)
 
     def update(
         updates,
@@ -205,139 +162,11 @@ def scale_by_curvature(
         **extra,
     ):
         del params, extra
-        damping = own_damping if damping is None else damping
         if curvature is _MISSING:
             raise ValueError(NO_CURVATURE.format(where=where))
         # optax.partition may leave a group empty
         if not jax.tree.leaves(updates):
             return updates, state
-        leaves = named_leaves(updates)
-        mine = _own_layers(where, layers, leaves)
-        dtype = _dtype(leaves, mine, factor_dtype)
-        count = state.kfac_count
-        # all of them in every step: what is remembered does not depend on who decides about the
-        # schedule
-        damping, given = checked(state.given, "damping", damping, count)
-        weight, given = checked(given, "decay", decay, count)
-        measured_every, given = checked(given, "curvature_every", curvature_every, count)
-        inverted_every, given = checked(given, "inverse_every", inverse_every, count)
-        if placement is not None:
-            placement.check_mapped()
-        buckets = make_buckets(mine, block_of)
-        step = Step(mine, buckets, coupling, jnp.asarray(damping, dtype), placement)
-        plan = Plan(mine, tuple(map(block_of, mine)), coupling, dtype, axis_name, count)
-        if placement is not None:
-            plan = plan._replace(travel=placement.travel)
-        held = state
-
-        def statistics():
-            # only here: a divided state has to be collected for it
-            inverses = inverses_of_all(step, held.factors, held.inverses)
-            return curvature.statistics(
-                plan._replace(inverses=inverses_read(mine, buckets, inverses))
-            )
-
-        # statistics first: a refresh in the same step sees them
-        if curvature is not None and measure is not False:
-            _check_curvature(where, curvature)
-            due = True if measure or refresh is not None else due_at(count, measured_every)
-            state = take_statistics(step, state, due, statistics, weight)
-        if refresh is None:
-            parts_now: Any = parts_due(state, inverted_every, parts)
-        else:
-            parts_now = chosen(f"{where}.update", refresh, parts)
-        state = refresh_parts(step, state, parts_now)
-        # (a, g) of layers whose gradient is sum_n a_n g_n^T
-        rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
-        covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
-        finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
-        new, share, finite = precondition(
-            step, state, leaves, dtype, curvature, axis_name, rows, finite, separate
-        )
-        # what no block covers is left out as well where any part of the update is not finite
-        updates = replace_leaves(
-            updates, {n: jnp.where(finite, x, 0) for n, x in leaves.items() if n not in covered}
-        )
-        updates = _joined(updates, new, separate, layers)
-        state = state._replace(
-            kfac_count=optax.safe_increment(state.kfac_count),
-            inverse_age=optax.safe_increment(state.inverse_age),
-            damping=step.damping.astype(jnp.float32),
-            coarse_share=jnp.where(
-                jnp.isfinite(share), share.astype(jnp.float32), state.coarse_share
-            ),
-            non_finite_updates=state.non_finite_updates + (~finite).astype(jnp.int32),
-            given=given,
-        )
-        return updates, state
+        return take_step(rule, updates, state, curvature, measure, refresh, damping)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _joined(
-    updates: PyTree, parts: list[dict[str, jax.Array]], separate: bool, layers: Layers
-) -> PyTree:
-    """The parts as trees like the gradient, one by one, or the only one as it is."""
-    first = graft_uncovered(replace_leaves(updates, parts[0]), layers)
-    if not separate:
-        return first
-    zeros = jax.tree.map(jnp.zeros_like, updates)
-    return Directions((first, *(replace_leaves(zeros, part) for part in parts[1:])))
-
-
-def _check(where, damping, decay, curvature_every, inverse_every) -> None:
-    check_legal(where, "damping", damping)
-    check_legal(where, "decay", decay)
-    check_legal(where, "curvature_every", curvature_every)
-    check_legal(where, "inverse_every", inverse_every)
-
-
-def _gradient_rows(
-    where: str, curvature: Any, plan: Plan
-) -> dict[Layer, tuple[jax.Array, jax.Array]]:
-    """Rows whose products are the gradients of layers.
-
-    Raises:
-      ValueError: the curvature knows no gradient.
-    """
-    if not hasattr(curvature, "gradient_rows"):
-        got = "None" if curvature is None else "curvature from fisher.at(...)"
-        raise ValueError(
-            f"{where}.update: factored_gradient=True and got {got}; expected curvature that shares "
-            "its pass with the gradient, in every step: loss, grads, curvature = "
-            "fisher.value_and_grad(loss_fn)(params, *args, targets=y, key=key). Statistics still "
-            "follow curvature_every (or measure=)."
-        )
-    return curvature.gradient_rows(plan)
-
-
-def _check_curvature(where: str, curvature: Any) -> None:
-    if not hasattr(curvature, "statistics"):
-        raise TypeError(
-            f"{where}.update: curvature is a {type(curvature).__name__}; expected "
-            "fisher.at(params, *args, key=key) or None."
-        )
-
-
-def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tuple[Layer, ...]:
-    mine = present(layers, leaves)
-    if not mine:
-        raise ValueError(
-            f"{where}: none of the layers {', '.join(x.kernel for x in layers)} is among the "
-            f"parameters {', '.join(leaves)}. Pass the parameter tree that `layers` was made from."
-        )
-    for layer in mine:
-        got, expected = tuple(leaves[layer.kernel].shape), layer.stored
-        if got != expected:
-            raise ValueError(
-                f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "
-                "`layers` was made. Make it again: layers = fisher.layers(params, *args)."
-            )
-    return mine
-
-
-def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: Any) -> Any:
-    if factor_dtype is not None:
-        return jnp.dtype(factor_dtype)
-    # at least single precision: half would lose the small eigenvalues of factors
-    return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfac_optax._tree import path_name, select
 from kfac_optax._types import PyTree
-from kfac_optax.engine.refresh import due_at
+from kfac_optax.engine.branches import due_at
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.methods.gradient.treewise import Step, finite_as_one
 

@@ -1,0 +1,52 @@
+"""Factors, inverses and coupling before anything was measured."""
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._tree import make_buckets
+from kfac_optax._types import Coupling, Layer
+from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.placed import first_inverses
+from kfac_optax.engine.placement import Placement
+from kfac_optax.engine.refresh import factorize_all
+from kfac_optax.engine.state import CoarseState, Step, block_of_bucket
+from kfac_optax.linalg.factorize import after
+
+
+def initial(
+    mine: tuple[Layer, ...],
+    block_of: BlockOf,
+    coupling: Coupling | None,
+    damping: jax.Array,
+    placement: Placement | None = None,
+) -> tuple:
+    """Factors, held inverses and coupling before anything was measured."""
+    dtype, factors = damping.dtype, {}
+    buckets = make_buckets(mine, block_of)
+    for bucket in buckets:
+        # the start of one layer, for every copy of the bucket
+        one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
+        factors[bucket.name] = jax.tree.map(
+            lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
+        )
+    inverses = factorize_all(buckets, factors, damping)
+    kept = inverses
+    if placement is not None and placement.divided:
+        kept = first_inverses(placement, factors, inverses)
+    if coupling is None:
+        return factors, kept, ()
+    rows, index = 0, {}
+    coupled = tuple(layer for layer in mine if layer.coupled)
+    for layer in coupled:
+        # rows of the coarse matrix in order of execution, one for each copy
+        index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
+        rows += layer.copies
+    # p q, the number of parameters of each row
+    sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in coupled])
+    statistic = coupling.init(coupled, dtype)
+    fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
+    return (
+        factors,
+        kept,
+        CoarseState(statistic, coupling.factorize(after(statistic, inverses), fine), sizes, index),
+    )
