@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import Average, Bucket, PyTree
-from kfac_optax.engine.refresh import inverses_read
+from kfac_optax.engine.accumulate import inverses_read
 from kfac_optax.engine.state import block_of_bucket
 from kfac_optax.estimators.estimator import Estimator
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs

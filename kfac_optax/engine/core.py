@@ -6,22 +6,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import all_finite, make_buckets, named_leaves, present, replace_leaves
-from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_legal, checked, start_checked
+from kfac_optax._tree import all_finite, make_buckets, named_leaves, replace_leaves
+from kfac_optax._types import Block, Coupling, Directions, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._validate import NO_CURVATURE, checked, start_checked
+from kfac_optax.engine.accumulate import inverses_read, take_statistics
+from kfac_optax.engine.arguments import (
+    check_curvature,
+    check_numbers,
+    dtype_of,
+    gradient_rows,
+    own_layers,
+)
+from kfac_optax.engine.branches import due_at, parts_due
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.engine.placed import inverses_of_all
 from kfac_optax.engine.placement import Placement, checked_placement
 from kfac_optax.engine.precondition import precondition
 from kfac_optax.engine.protocol import check_block
-from kfac_optax.engine.refresh import (
-    due_at,
-    initial,
-    inverses_read,
-    parts_due,
-    refresh_parts,
-    take_statistics,
-)
+from kfac_optax.engine.refresh import initial, refresh_parts
 from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.engine.stagger import check_parts, chosen
 from kfac_optax.engine.state import CurvatureState, Step
@@ -127,7 +129,7 @@ def scale_by_curvature(
     [1. 1.]
     """
     where = "scale_by_curvature"
-    _check(where, damping, decay, curvature_every, inverse_every)
+    check_numbers(where, damping, decay, curvature_every, inverse_every)
     own_damping, parts = damping, check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)
@@ -178,8 +180,8 @@ def scale_by_curvature(
         if not jax.tree.leaves(params):
             return state
         leaves = named_leaves(params)
-        mine = _own_layers(where, layers, leaves)
-        dtype = _dtype(leaves, mine, factor_dtype)
+        mine = own_layers(where, layers, leaves)
+        dtype = dtype_of(leaves, mine, factor_dtype)
         first, _ = checked(state.given, "damping", damping, state.kfac_count)
         start = jnp.asarray(first, dtype)
         for bucket in make_buckets(mine, block_of):
@@ -210,8 +212,8 @@ def scale_by_curvature(
         if not jax.tree.leaves(updates):
             return updates, state
         leaves = named_leaves(updates)
-        mine = _own_layers(where, layers, leaves)
-        dtype = _dtype(leaves, mine, factor_dtype)
+        mine = own_layers(where, layers, leaves)
+        dtype = dtype_of(leaves, mine, factor_dtype)
         count = state.kfac_count
         # all of them in every step: what is remembered does not depend on who decides about the
         # schedule
@@ -236,7 +238,7 @@ def scale_by_curvature(
             )
 
         if curvature is not None and measure is not False:
-            _check_curvature(where, curvature)
+            check_curvature(where, curvature)
             due = True if measure or refresh is not None else due_at(count, measured_every)
             state = take_statistics(step, state, due, statistics, weight)
         if refresh is None:
@@ -244,7 +246,7 @@ def scale_by_curvature(
         else:
             parts_now = chosen(f"{where}.update", refresh, parts)
         state = refresh_parts(step, state, parts_now)
-        rows = _gradient_rows(where, curvature, plan) if factored_gradient else None
+        rows = gradient_rows(where, curvature, plan) if factored_gradient else None
         covered = {name for layer in mine for name in (layer.kernel, layer.bias)}
         finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
         new, share, finite = precondition(
@@ -279,60 +281,3 @@ def _joined(
         return first
     zeros = jax.tree.map(jnp.zeros_like, updates)
     return Directions((first, *(replace_leaves(zeros, part) for part in parts[1:])))
-
-
-def _check(where, damping, decay, curvature_every, inverse_every) -> None:
-    check_legal(where, "damping", damping)
-    check_legal(where, "decay", decay)
-    check_legal(where, "curvature_every", curvature_every)
-    check_legal(where, "inverse_every", inverse_every)
-
-
-def _gradient_rows(
-    where: str, curvature: Any, plan: Plan
-) -> dict[Layer, tuple[jax.Array, jax.Array]]:
-    """Rows whose products are the gradients of layers.
-
-    Raises:
-      ValueError: the curvature knows no gradient.
-    """
-    if not hasattr(curvature, "gradient_rows"):
-        got = "None" if curvature is None else "curvature from fisher.at(...)"
-        raise ValueError(
-            f"{where}.update: factored_gradient=True and got {got}; expected curvature that shares "
-            "its pass with the gradient, in every step: loss, grads, curvature = "
-            "fisher.value_and_grad(loss_fn)(params, *args, targets=y, key=key). Statistics still "
-            "follow curvature_every (or measure=)."
-        )
-    return curvature.gradient_rows(plan)
-
-
-def _check_curvature(where: str, curvature: Any) -> None:
-    if not hasattr(curvature, "statistics"):
-        raise TypeError(
-            f"{where}.update: curvature is a {type(curvature).__name__}; expected "
-            "fisher.at(params, *args, key=key) or None."
-        )
-
-
-def _own_layers(where: str, layers: Layers, leaves: dict[str, jax.Array]) -> tuple[Layer, ...]:
-    mine = present(layers, leaves)
-    if not mine:
-        raise ValueError(
-            f"{where}: none of the layers {', '.join(x.kernel for x in layers)} is among the "
-            f"parameters {', '.join(leaves)}. Pass the parameter tree that `layers` was made from."
-        )
-    for layer in mine:
-        got, expected = tuple(leaves[layer.kernel].shape), layer.stored
-        if got != expected:
-            raise ValueError(
-                f"{where}: layer {layer.path!r} has a weight of shape {got}, but {expected} when "
-                "`layers` was made. Make it again: layers = fisher.layers(params, *args)."
-            )
-    return mine
-
-
-def _dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_dtype: Any) -> Any:
-    if factor_dtype is not None:
-        return jnp.dtype(factor_dtype)
-    return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))

@@ -32,6 +32,7 @@ class Share(NamedTuple):
     @property
     def start(self) -> np.ndarray:
         """First matrix that a device factorises, `[groups, m]`."""
+        # an exclusive sum over devices in their order
         flat = self.count.ravel()
         return (np.cumsum(flat) - flat).reshape(self.count.shape)
 
@@ -83,6 +84,7 @@ def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Divi
     costs = {name: costs[name] for name in sorted(costs)}
     kept = _over_groups(costs, groups)
     count = {name: np.zeros((groups, workers), int) for name in costs}
+    # within a group all keep the same: there only work has to be even
     for group in range(groups):
         within = {name: (int(kept[name][group]), cost) for name, (_, cost) in costs.items()}
         for member, part in enumerate(stagger.divide(within, parts=workers)):
@@ -98,6 +100,7 @@ def _over_groups(costs: Mapping[str, tuple[int, float]], groups: int) -> dict[st
     """
     load, kept = np.zeros(groups), {}
     for name, (copies, cost) in sorted(costs.items(), key=lambda item: -item[1][1]):
+        # what cannot be divided evenly goes, one each, to the groups with the least work
         counts = np.full(groups, copies // groups)
         counts[np.argsort(load, kind="stable")[: copies % groups]] += 1
         load += counts * cost
@@ -123,11 +126,13 @@ def make_own(
       statistic: of all matrices, `[copies, ...]`.
     """
     placement, most = division.placement, share.most
+    # ranges of the whole bucket [copies, ...]; less `first` they are those of [slots, ...]
     start, first = division.own(share.start), division.table(share.first)
 
     def some(count: int) -> Callable[[PyTree], PyTree]:
         def run(trees: PyTree) -> PyTree:
             old, statistic = trees
+            # LAPACK takes no empty batch
             if count == 0:
                 none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape[1:]), x.dtype), old)
                 return as_varying(placement, none)
@@ -149,10 +154,12 @@ def make_own(
 def _within_group(division: Division, share: Share, made: jax.Array) -> jax.Array:
     """What all devices of a group have made, from `[most, ...]` on each to `[slots, ...]`."""
     placement, (groups, workers) = division.placement, share.count.shape
+    # one device of each group: it has all of its own
     if workers == 1:
         return made
     if groups == 1:
         return _to_all(placement, share.count.ravel(), made)
+    # neighbours: [[0, ..., m - 1], [m, ...], ...]
     members = np.arange(placement.devices).reshape(groups, workers).tolist()
     if workers * share.most > 2 * share.slots and not tracked(placement) and made.dtype != bool:
         start = division.own(share.start) - division.table(share.first)
@@ -193,9 +200,11 @@ def _to_all(
     options: dict[str, Any] = {} if receivers is None else {"axis_index_groups": receivers}
     if len(counts) * longest <= 2 * total or mine.dtype == bool:
         to = {"to": "invarying"} if tracked(placement) else {}
+        # [n, ...] of each device -> [devices, n, ...] -> [total, ...]
         together = jax.lax.all_gather(mine, placement.axis, **options, **to)
         return _flat(together)[_places(counts, longest)]
     me = jax.lax.axis_index(placement.axis)
+    # position among those that take part
     if receivers is not None:
         me = me // len(receivers)
     start, count = (jnp.asarray(x, jnp.int32)[me] for x in (np.cumsum(counts) - counts, counts))

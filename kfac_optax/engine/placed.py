@@ -30,6 +30,7 @@ def division_of(placement: Placement, factors: Mapping[str, PyTree]) -> Division
     """How matrices whose factors are `[copies, ...]` by bucket are divided."""
     costs = {}
     for name, statistic in factors.items():
+        # of one layer, without the axis of copies
         leaves = jax.tree.leaves(statistic)
         costs[name] = leaves[0].shape[0], stagger.cost([x.shape[1:] for x in leaves])
     return divide(placement, costs)
@@ -43,6 +44,7 @@ def first_inverses(placement: Placement, factors: PyTree, inverses: PyTree) -> P
     division, devices = division_of(placement, factors), placement.devices
     kept = {}
     for name, share in division.shares.items():
+        # [copies, ...] -> [W slots, ...], of which every device has [slots, ...]
         n = share.slots if placement.mapped else devices * share.slots
         kept[name] = jax.tree.map(lambda x, n=n: jnp.repeat(x[:1], n, 0), inverses[name])
     return kept
@@ -81,6 +83,7 @@ def factorize_placed(
         made, good = {}, {}
         for bucket in step.buckets:
             block, share = block_of_bucket(bucket), division.shares[bucket.name]
+            # [slots, ...] of this device, or [copies, ...] of all
             old = (held if divided else whole)[bucket.name]
 
             def make(old, statistic, block=block, previous=previous):
@@ -94,6 +97,7 @@ def factorize_placed(
             previous = made[bucket.name] = new
         return (made, failures(division, good)) if divided else ((), made)
 
+    # a divided state stays on its devices, a whole one is the same on all of them
     held, whole = (inverses, {}) if divided else ({}, inverses)
     mine, of_all = on_devices(
         placement, on_device, held, whole, factors, step.damping, count, previous
@@ -119,6 +123,7 @@ def absorb_placed(
             if absorb is None or name not in news:
                 continue
             share, old = division.shares[name], held[name]
+            # rows that are not finite would only keep the factorisation busy
             mine = jax.tree.map(
                 lambda x: jnp.where(finite, x, 0), kept_rows(division, share, news[name])
             )
@@ -149,6 +154,7 @@ def solve_placed(
         for bucket, v in zip(step.buckets, vector, strict=True):
             share, solve = division.shares[bucket.name], block_of_bucket(bucket).solve
             mine = kept_rows(division, share, v)
+            # V [slots, p, q] here, U [copies, p, q] everywhere
             new = jax.vmap(solve, (0, 0, None))(held[bucket.name], mine, damping)
             solved.append(from_groups(division, share, new))
         return (), solved

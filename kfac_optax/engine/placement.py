@@ -70,6 +70,7 @@ class Placement:
     statistics_dtype: Any = None
 
     def __post_init__(self) -> None:
+        # what JAX would say much later, inside a compiled step
         names = self.names
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError(
@@ -135,6 +136,7 @@ class Placement:
     @property
     def mapped(self) -> bool:
         """Whether this is traced inside `shard_map` or `pmap` over the axis."""
+        # JAX has no other question for it than asking for the position on the axis
         try:
             jax.lax.axis_index(self.axis)
         except NameError:
@@ -168,6 +170,7 @@ def _workers(fraction: float, devices: int) -> int:
     Raises:
       ValueError: that is no whole number, or does not divide the devices into groups.
     """
+    # m = W * fraction; 0 stands for one device
     workers = max(1.0, devices * float(fraction))
     if abs(workers - round(workers)) > 1e-6 * devices or devices % round(workers):
         possible = ", ".join(f"{m}/{devices}" for m in range(1, devices + 1) if devices % m == 0)
@@ -225,6 +228,7 @@ def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: P
       Both results, the first divided as `held` is.
     """
     placement.check_mapped()
+    # already on the devices: a `shard_map` or `pmap` of the caller
     if placement.mapped:
         return function(held, *whole)
     divided, same = P(placement.axis), P()
@@ -251,6 +255,7 @@ def as_varying(placement: Placement, tree: PyTree) -> PyTree:
         return tree
 
     def cast(x: jax.Array) -> jax.Array:
+        # axes that it varies over already must not be named again
         known = varying_axes(jax.typeof(x))
         missing = tuple(name for name in placement.names if name not in known)
         return jax.lax.pcast(x, missing, to="varying") if missing else x

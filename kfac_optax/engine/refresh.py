@@ -1,24 +1,24 @@
-"""What changes between steps: factors take in new statistics, inverses are factorised again."""
+"""Inverses before anything was measured, and made anew from the factors."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import all_finite, make_buckets, select, together
-from kfac_optax._types import Average, Block, Bucket, Coupling, Layer, PyTree
+from kfac_optax._tree import all_finite, make_buckets, select
+from kfac_optax._types import Block, Bucket, Coupling, Layer, PyTree
 from kfac_optax.engine import stagger
+from kfac_optax.engine.accumulate import online
+from kfac_optax.engine.branches import BLOCKS, COARSE, INVERSES, when
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.placed import (
-    absorb_placed,
     factorize_placed,
     first_inverses,
     inverses_of_all,
 )
 from kfac_optax.engine.placement import Placement
-from kfac_optax.engine.protocol import check_measured
 from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
 from kfac_optax.linalg.factorize import after
 
@@ -33,6 +33,7 @@ def initial(
     """Factors, held inverses and coupling before anything was measured."""
     dtype, factors = damping.dtype, {}
     buckets = make_buckets(mine, block_of)
+    # [...] of one layer, the same for all: [copies, ...]
     for bucket in buckets:
         one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
         factors[bucket.name] = jax.tree.map(
@@ -44,6 +45,7 @@ def initial(
         kept = first_inverses(placement, factors, inverses)
     if coupling is None:
         return factors, kept, ()
+    # rows of the coarse matrix are in order of execution, buckets are not
     rows, index = 0, {}
     coupled = tuple(layer for layer in mine if layer.coupled)
     for layer in coupled:
@@ -69,7 +71,7 @@ def _factorize(
     there is no state.
     """
     inverses: dict[str, PyTree] = {}
-    previous: PyTree = () if state is None else _online(buckets, state)
+    previous: PyTree = () if state is None else online(buckets, state)
     for bucket in buckets:
         block, statistic = block_of_bucket(bucket), factors[bucket.name]
         if state is None:
@@ -91,6 +93,7 @@ def _renewed(
 ) -> PyTree:
     """New inverses of a bucket, where its layers' own rule finds them due."""
 
+    # once the bucket before is done: one LAPACK call at a time
     def renew() -> PyTree:
         ready = after(statistic, previous)
         if block.refresh is None:
@@ -104,194 +107,16 @@ def _renewed(
     return jax.lax.cond(jnp.any(due), lambda: select(due, renew(), kept), lambda: kept)
 
 
-def _online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:
-    """What is held for blocks that absorb: it has changed with the statistics of this step."""
-    return {
-        b.name: state.inverses[b.name] for b in buckets if block_of_bucket(b).absorb is not None
-    }
-
-
-def inverses_read(
-    layers: tuple[Layer, ...], buckets: tuple[Bucket, ...], inverses: Mapping[str, PyTree]
-) -> tuple[PyTree, ...]:
-    """What is held for every layer whose block measures in it, `[copies, ...]`; `None` for
-    others.
-    """
-    found: dict[Layer, PyTree] = {}
-    for bucket in buckets:
-        if not block_of_bucket(bucket).reads_inverse:
-            continue
-        start = 0
-        for layer in bucket.layers:
-            mine = slice(start, start + layer.copies)
-            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], inverses[bucket.name])
-            start += layer.copies
-    return tuple(found.get(layer) for layer in layers)
-
-
-def due_at(count: jax.Array, every: Any) -> jax.Array:
-    """Whether something with this period is due at a step."""
-    # hyperparameters injected by Optax are floats, periods included
-    return count % jnp.asarray(every).astype(jnp.int32) == 0
-
-
-def parts_due(state: CurvatureState, every: Any, parts: int) -> tuple[jax.Array, ...]:
-    """Which parts of the inverses are due; all of them at first."""
-    if parts == 1:
-        return (due_at(state.kfac_count, every),)
-    every = jnp.asarray(every).astype(jnp.int32)
-    first = (state.kfac_count == 0) | (state.inverse_age > state.kfac_count)
-    return tuple(
-        first | (state.kfac_count % every == stagger.phase(j, every, parts)) for j in range(parts)
-    )
-
-
-STATISTICS = (
-    "factors",
-    "curvature_count",
-    "skipped_statistics",
-    "coarse",
-    "inverses",
-    "failed_inverses",
-)
-BLOCKS = ("inverses", "failed_inverses", "inverse_age")
-COARSE = ("failed_inverses", "coarse")
-INVERSES = (*BLOCKS, "coarse")
-
-
-def when(
-    due: Any,
-    change: Any,
-    state: CurvatureState,
-    fields: tuple[str, ...],
-    view: Any = lambda state: state,
-) -> CurvatureState:
-    """`change(view(state))` where due; only the fields that can change pass through the branch, as
-    `view` shows them.
-    """
-    if isinstance(due, bool):
-        return change(view(state)) if due else view(state)
-
-    def changed(_: None) -> tuple:
-        new = change(view(state))
-        return tuple(getattr(new, name) for name in fields)
-
-    def same(_: None) -> tuple:
-        old = view(state)
-        return tuple(getattr(old, name) for name in fields)
-
-    return state._replace(**dict(zip(fields, jax.lax.cond(due, changed, same, None), strict=True)))
-
-
-def take_statistics(
-    step: Step,
-    state: CurvatureState,
-    due: Any,
-    measure: Callable[[], tuple[list, PyTree]],
-    decay: Any,
-) -> CurvatureState:
-    """New statistics where due; of what is held, only blocks that absorb pass through the branch."""
-
-    def view(state: CurvatureState) -> CurvatureState:
-        return state._replace(inverses=_online(step.buckets, state))
-
-    new = when(due, lambda s: accumulate(step, s, measure(), decay), state, STATISTICS, view)
-    return new._replace(inverses=state.inverses | new.inverses)
-
-
-def accumulate(
-    step: Step, state: CurvatureState, measured: tuple[list, PyTree], decay: Any
-) -> CurvatureState:
-    """Averages in new statistics, unless they are not finite; blocks that absorb do so."""
-    per_layer, across = measured
-    measured_of = dict(zip(step.layers, per_layer, strict=True))
-    stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
-    largest = _largest((stacked_of, across))
-    good = jnp.isfinite(largest).all()
-    # weights that are all zero give zeros everywhere: no example, nothing learnt about the
-    # curvature
-    finite = good & (largest > 0).any()
-    count = state.curvature_count + finite.astype(jnp.int32)
-    k = jnp.maximum(count, 1).astype(jnp.float32)
-    weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
-
-    def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        e = weight.astype(old.dtype)
-        return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
-
-    factors, news = {}, {}
-    for bucket in step.buckets:
-        stacked = stacked_of[bucket.name]
-        if block_of_bucket(bucket).absorb is not None:
-            stacked, news[bucket.name] = stacked
-        check_measured("scale_by_curvature.update", bucket, stacked, state.factors[bucket.name])
-        factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
-    coarse = state.coarse
-    if isinstance(coarse, CoarseState):
-        coarse = coarse._replace(
-            coarse_factors=jax.tree.map(average, coarse.coarse_factors, across)
-        )
-    skipped = state.skipped_statistics + (~good).astype(jnp.int32)
-    state = state._replace(
-        factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse
-    )
-    averaged = Average(weight, count, jnp.asarray(decay, jnp.float32))
-    return _absorb(step, state, news, averaged, finite) if news else state
-
-
-def _stacked(bucket: Bucket, measured_of: dict[Layer, PyTree]) -> PyTree:
-    """What the layers of a bucket measured, on one axis."""
-    return jax.tree.map(
-        lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
-    )
-
-
-def _largest(tree: PyTree) -> jax.Array:
-    """The largest size in each leaf, `[leaves]`, NaN where one of its entries is: one pass tells
-    both whether all of them are finite and whether any is not zero.
-    """
-    leaves = [x for x in jax.tree.leaves(tree) if x.size]
-    dtype = jnp.result_type(jnp.float32, *leaves)
-    return together([jnp.max(jnp.abs(x)).astype(dtype) for x in leaves])
-
-
-def _absorb(
-    step: Step, state: CurvatureState, news: dict, average: Average, finite: jax.Array
-) -> CurvatureState:
-    """What is held, with the news in it; layer by layer, what is not finite keeps the old one."""
-    if step.placement is not None and step.placement.divided:
-        with jax.named_scope("kfac/absorb"):
-            made, lost = absorb_placed(step, step.placement, state, news, average, finite)
-        return state._replace(
-            inverses=state.inverses | made, failed_inverses=state.failed_inverses + lost
-        )
-    inverses, failed, previous = dict(state.inverses), state.failed_inverses, ()
-    with jax.named_scope("kfac/absorb"):
-        for bucket in step.buckets:
-            absorb = block_of_bucket(bucket).absorb
-            if absorb is None:
-                continue
-            # rows that are not finite would only keep the factorisation busy
-            new_ones = jax.tree.map(lambda x: jnp.where(finite, x, 0), news[bucket.name])
-            old = state.inverses[bucket.name]
-            new = jax.vmap(absorb, (0, 0, 0, None, None))(
-                old, after(new_ones, previous), state.factors[bucket.name], step.damping, average
-            )
-            good = jax.vmap(all_finite)(new)
-            inverses[bucket.name] = previous = select(good & finite, new, old)
-            failed = failed + jnp.sum(~good, dtype=jnp.int32)
-    return state._replace(inverses=inverses, failed_inverses=failed)
-
-
 def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> CurvatureState:
     """New inverses of the parts that are due, Python bools or traced ones; the coupling goes with
     the first part.
     """
+    # all at once: the coupling in the same branch
     if len(due) == 1:
         return when(
             due[0], lambda s: refactorize_coarse(step, refactorize(step, s)), state, INVERSES
         )
-    previous: PyTree = _online(step.buckets, state)
+    previous: PyTree = online(step.buckets, state)
     for one_due, part in zip(due, _divided(step, len(due)), strict=True):
         if part and one_due is not False:
             state, previous = _refresh_part(step, state, one_due, part, previous)
@@ -328,6 +153,7 @@ def _refresh_part(
             factors=after(pieces(state.factors), previous), inverses=pieces(state.inverses)
         )
 
+    # [n, ...] back into [copies, ...], from its first row on
     def put(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
         same = whole.shape == piece.shape
         return piece if same else jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
@@ -370,7 +196,7 @@ def _made(step: Step, state: CurvatureState) -> tuple[dict[str, PyTree], Any]:
         state.factors,
         state.inverses,
         state.curvature_count,
-        _online(step.buckets, state),
+        online(step.buckets, state),
     )
 
 

@@ -55,6 +55,7 @@ def state_shardings(
     >>> print(tuple(trace.trace["w"].spec))
     ('data',)
     """
+    # what is given, then that of the placement, then that of the first parameter on one
     known = placement.mesh if mesh is None and placement is not None else mesh
     of_params = jax.tree.map(lambda x: getattr(x, "sharding", None), params)
     if known is None:
@@ -67,6 +68,7 @@ def state_shardings(
         known = meshes[0]
     everywhere = NamedSharding(known, P())
 
+    # statistics of a parameter (momentum) have its shape; others, counts say, do not
     def beside(leaf: Any, param: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):
             return leaf
@@ -85,6 +87,7 @@ def state_shardings(
     )
     if placement is None or not placement.divided:
         return shardings
+    # [W slots, ...]: axis 0 of every inverse, the devices in their order
     divided = NamedSharding(known, P(placement.axis))
 
     def with_inverses(node: Any) -> Any:
@@ -163,6 +166,7 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
     """
 
     def rows(share: Share) -> np.ndarray:
+        # [groups, slots] -> [groups, m, slots]: every device of a group keeps the same
         kept = share.first[:, None] + np.arange(share.slots)
         # empty places repeat the last matrix
         kept = np.minimum(kept, share.copies - 1)

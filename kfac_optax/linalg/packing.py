@@ -30,6 +30,7 @@ def pack(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch rows column
     n = matrix.shape[-1]
     half = (n + 1) // 2
     rest = n - half
+    # both triangles with their diagonals: [h, h] and [n - h, n - h]
     upper = jnp.triu(matrix[..., :half, :half])
     lower = jnp.tril(matrix[..., half:, half:])
     batch = [(0, 0)] * (matrix.ndim - 2)
@@ -48,9 +49,11 @@ def unpack(packed: Float[Array, "*batch rows columns"], n: int) -> Float[Array, 
     """
     half = (n + 1) // 2
     rest = n - half
+    # the same corners: what the other triangle left there is cut off
     upper = jnp.triu(packed[..., :half, :half])
     lower = jnp.tril(packed[..., 1 : rest + 1, :rest])
     left = packed[..., rest + 1 :, :]
+    # mirrored, the diagonal once
     first = upper + jnp.triu(upper, 1).mT
     last = lower + jnp.tril(lower, -1).mT
     top = jnp.concatenate([first, left.mT], -1)

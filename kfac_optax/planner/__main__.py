@@ -22,6 +22,7 @@ ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
 
 def strategies(devices: int) -> dict[str, float | None]:
     """Worker fractions to compare, by name; in between, groups of about the root of `W`."""
+    # the largest divisor of W up to its root
     workers = max(m for m in range(1, devices + 1) if devices % m == 0 and m * m <= devices)
     found = {"no placement": None, "all keep all": 1.0, "one keeps each": 1 / devices}
     if 1 < workers < devices:
@@ -52,6 +53,7 @@ def table(
 
 def _cells(found: Costs, mean: float) -> list[str]:
     sent = [found.statistics, found.refresh, found.step, mean]
+    # bytes as GiB and MiB, operations as TFLOP
     return [
         f"{found.memory / 2**30:.2f}",
         *(f"{x / 2**20:.1f}" for x in sent),
@@ -69,9 +71,10 @@ def read_layers(path: str) -> list[Shape]:
     rows = json.loads(pathlib.Path(path).read_text())
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"planner: {path} holds {rows!r}; expected a list of [copies, p, q].")
+    # not isinstance: True is an int for Python, and no size
     for row in rows:
         good = isinstance(row, list) and len(row) == 3
-        if not good or any(not isinstance(n, int) or n < 1 for n in row):
+        if not good or any(type(n) is not int or n < 1 for n in row):
             raise ValueError(
                 f"planner: {path} has the row {row!r}; expected [copies, p, q], three whole "
                 "numbers of at least 1."
@@ -95,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inverse-every", type=_whole, default=100)
     parser.add_argument("--packed", action="store_true", help="send factors without double entries")
     given = parser.parse_args(arguments)
+    # a file replaces the models
     named = {name: MODELS[name]() for name in given.model}
     if given.layers is not None:
         named = {given.layers: read_layers(given.layers)}

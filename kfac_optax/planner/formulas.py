@@ -117,18 +117,22 @@ def costs(
     Reference: Pauloski, Huang, Huang, Venkataraman, Chard, Foster & Zhang, KAISA: An Adaptive
       Second-Order Optimizer Framework for Deep Neural Networks (2021), for the strategies.
     """
+    # factors: kept by all, and summed over all
     factors = sum(s.copies * s.factors for s in shapes)
     sent = sum(s.copies * (s.packed if packed else s.factors) for s in shapes)
     summed = _ring(devices) * 2 * sent * (sent_itemsize or itemsize)
     total = EIGH * sum(float(s.copies * s.work) for s in shapes)
     inverses = sum(s.copies * s.inverse for s in shapes)
+    # every device factorises all, nothing else travels
     if worker_fraction is None:
         return Costs((factors + inverses) * itemsize, summed, 0.0, 0.0, total, float(devices))
+    # divided as the optimizer itself divides them
     placement = Placement("device", worker_fraction, AbstractMesh((devices,), ("device",)))
     named = {f"{i}": (s.copies, float(s.work)) for i, s in enumerate(shapes)}
     shares = divide(placement, named).shares.values()
     pairs = list(zip(shapes, shares, strict=True))
     load = sum(share.count.ravel() * EIGH * float(s.work) for s, share in pairs)
+    # places count, empty ones too
     kept = sum(share.slots * s.inverse for s, share in pairs)
     refresh = sum(_refreshed(share) * s.inverse for s, share in pairs)
     step = sum(_exchanged(share) * s.gradient for s, share in pairs)
@@ -149,16 +153,19 @@ def _ring(devices: int) -> float:
 
 def _refreshed(share: Share) -> float:
     """Matrices that a device sends in a refresh."""
+    # among the m devices of a group, which keep the same ones
     groups, workers = share.count.shape
     return _to_all(workers, share.most, share.copies if groups == 1 else share.slots)
 
 
 def _exchanged(share: Share) -> float:
     """Preconditioned gradients that a device sends in a step."""
+    # among one device of each group; one group has all and sends nothing
     groups = share.count.shape[0]
     return 0.0 if groups == 1 else _to_all(groups, share.slots, share.copies)
 
 
 def _to_all(devices: int, places: int, copies: int) -> float:
     """Matrices sent so that all devices have all: gathered, or where many places are empty summed."""
+    # gathering sends empty places, a sum sends every matrix twice
     return _ring(devices) * min(devices * places, 2 * copies)

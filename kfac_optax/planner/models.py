@@ -10,12 +10,13 @@ def resnet50() -> list[Shape]:
     >>> print(sum(s.copies for s in shapes), sum(s.copies * s.gradient for s in shapes))
     54 25503912
     """
+    # 7 x 7 taps of three colours
     counts: dict[tuple[int, int], int] = {(147, 64): 1}
 
     def add(p: int, q: int) -> None:
         counts[p, q] = counts.get((p, q), 0) + 1
 
-    inputs = 64
+    inputs = 64  # of the first stage
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         add(inputs, 4 * width)  # the shortcut of a stage's first block
         for _ in range(blocks):
@@ -23,6 +24,7 @@ def resnet50() -> list[Shape]:
             add(9 * width, width)
             add(width, 4 * width)
             inputs = 4 * width
+    # the only layer with a bias
     add(2049, 1000)
     return [Shape(copies, p, q) for (p, q), copies in counts.items()]
 
@@ -33,6 +35,7 @@ def bert_large() -> list[Shape]:
     >>> print(sum(s.copies * s.gradient for s in bert_large()))
     302211072
     """
+    # queries, keys, values and output; then in and out of the MLP
     return [Shape(96, 1025, 1024), Shape(24, 1025, 4096), Shape(24, 4097, 1024)]
 
 
@@ -44,6 +47,7 @@ def decoder_1b() -> list[Shape]:
     973078528
     """
     return [
+        # queries and output, keys and values, gate and up, down
         Shape(32, 2048, 2048),
         Shape(32, 2048, 512),
         Shape(32, 2048, 8192),

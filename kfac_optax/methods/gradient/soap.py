@@ -10,7 +10,7 @@ import optax
 from kfac_optax._tree import all_finite, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
-from kfac_optax.engine.refresh import due_at
+from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after, psd_eigh
 from kfac_optax.methods.gradient import gate
