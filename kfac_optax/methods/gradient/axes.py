@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import string
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -111,12 +112,7 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
     >>> print(view_of("here", "w", (6, 2), rules)[3:])
     ((6, 2), (2, 1), (3, 2), ('full', 'full'))
     """
-    stack = 0 if rules.stacked is None else rules.stacked(name)
-    if not 0 <= stack <= len(shape):
-        raise ValueError(
-            f"{where}: stacked({name!r}) is {stack!r} for a leaf of shape {shape}; expected the "
-            f"number of its leading axes that count equal parameters, 0 to {len(shape)}."
-        )
+    stack = stacked_axes(where, name, shape, rules.stacked)
     # copies of the stack are tensors of their own
     axes = merged(shape[stack:], rules.merge)
     divided = [_divide(n, len(axes), rules) for n in axes]
@@ -127,6 +123,27 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
         divided = [*whole[:short], divided[short], *whole[short + 1 :]]
     pieces, block, kinds = zip(*divided, strict=True)
     return View(name, shape, math.prod(shape[:stack]), axes, pieces, block, kinds)
+
+
+def stacked_axes(
+    where: str, name: str, shape: tuple[int, ...], stacked: Callable[[str], int] | None
+) -> int:
+    """The number of leading axes of a leaf that count equal parameters.
+
+    Raises:
+      ValueError: `stacked` gives no integer, or more axes than the leaf has.
+    """
+    given = 0 if stacked is None else stacked(name)
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= len(shape):
+        raise ValueError(
+            f"{where}: stacked({name!r}) is {given!r} for a leaf of shape {shape}; expected the number "
+            f"of leading axes that count equal parameters, an integer from 0 to {len(shape)}."
+        )
+    return number
 
 
 def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
