@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 import string
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._validate import check_choice, check_real
+from kfac_optax.methods.gradient.stacks import stacked_axes
 from kfac_optax.methods.signature import check_size
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
@@ -123,27 +123,6 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
         divided = [*whole[:short], divided[short], *whole[short + 1 :]]
     pieces, block, kinds = zip(*divided, strict=True)
     return View(name, shape, math.prod(shape[:stack]), axes, pieces, block, kinds)
-
-
-def stacked_axes(
-    where: str, name: str, shape: tuple[int, ...], stacked: Callable[[str], int] | None
-) -> int:
-    """The number of leading axes of a leaf that count equal parameters.
-
-    Raises:
-      ValueError: `stacked` gives no integer, or more axes than the leaf has.
-    """
-    given = 0 if stacked is None else stacked(name)
-    try:
-        number = operator.index(given)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= len(shape):
-        raise ValueError(
-            f"{where}: stacked({name!r}) is {given!r} for a leaf of shape {shape}; expected the number "
-            f"of leading axes that count equal parameters, an integer from 0 to {len(shape)}."
-        )
-    return number
 
 
 def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:

@@ -18,9 +18,9 @@ from kfac_optax.methods.gradient.axes import (
     View,
     check_rules,
     merged,
-    stacked_axes,
     view_of,
 )
+from kfac_optax.methods.gradient.stacks import stacked_axes
 
 # components of paths; what they name has one row for a symbol or a class, and most are rarely seen
 EMBEDDINGS_AND_HEADS = ("*embed*", "wte", "wpe", "head", "lm_head", "logits", "classifier")
