@@ -59,7 +59,8 @@ def _weights(size: Array, p: int, least: Numeric) -> tuple[Array, Array, Array]:
     """`(1 - b) / b`, `b^(-1/p)`, and whether there is anything new."""
     known = size > 0
     usable = jnp.where(known, size, 1)  # where nothing is new the root stays anyway
-    # ||X|| / (1 + ||X||) written so that it is never a quotient of infinities
-    b = jnp.maximum(jnp.asarray(least, size.dtype), 1 / (1 + 1 / usable))
-    odds = jnp.minimum(1 / usable, (1 - b) / b)
-    return odds, b ** (-1 / p), known
+    # (1 - b) / b = min((1 - least) / least, 1 / ||X||): of a large ||X|| the weight b rounds to one
+    least = jnp.asarray(least, size.dtype)
+    odds = jnp.minimum(1 / usable, (1 - least) / least)
+    # b = 1 / (1 + odds)
+    return odds, jnp.exp(jnp.log1p(odds) / p), known

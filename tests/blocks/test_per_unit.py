@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import kfac_optax as ko
@@ -120,6 +121,38 @@ def test_a_dead_unit_and_a_dead_input_get_no_step_without_damping(x64):
     for block in (ko.quasi_diagonal_block(), ko.unit_block()):
         got = solved(block, a, g, v)
         assert np.isfinite(got).all() and (got[:, 0] == 0).all() and abs(got[1, 1]) < 1e-12
+
+
+@pytest.mark.parametrize("preset", [ko.quasi_diagonal, ko.unitwise_natural])
+def test_with_defaults_a_net_is_trained(preset):
+    """Nothing bounds their steps, so that old metrics would make the loss grow."""
+    kernels = np.random.default_rng(0).normal(size=(3, 16, 6))
+    x, params = jnp.asarray(kernels[0, :, :4]), {"a": kernels[1, :4] / 2, "b": kernels[2, :6, :2]}
+    x, params = jnp.float32(x), jax.tree.map(jnp.float32, params)
+    labels = (x[:, 0] * x[:, 1] > 0).astype(int)
+
+    def predict(params, x):
+        return ko.Categorical(jnp.tanh(x @ params["a"]) @ params["b"])
+
+    def loss(params):
+        return predict(params, x).mean_nll(labels)
+
+    estimator = ko.ggn(predict)
+    tx = optax.chain(preset(estimator.layers(params, x)), optax.sgd(0.1))
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            curvature = estimator.at(params, x)
+            updates, state = tx.update(grads, state, params, curvature=curvature)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=10)[1]
+
+    values = train(params)
+    assert (values[1:] < values[:-1]).all()
 
 
 def test_inputs_alone_are_refused():

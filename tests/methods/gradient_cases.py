@@ -54,10 +54,26 @@ def draws(seed, *shape, steps=5):
 
 def run(tx, gradients, params=None):
     """Updates for a list of gradient trees, and the last state; one compiled step."""
+    return _run(tx, jax.jit(tx.update), gradients, params)
+
+
+def run_of_two(name, gradients):
+    """`run` of the relative with this name and a period of two, whose step is compiled once for
+    all tests with leaves of the same shapes.
+    """
+    return _run(*_of_two(name), gradients, None)
+
+
+@functools.cache
+def _of_two(name):
+    tx = SCALE_BY[name](inverse_every=2)
+    return tx, jax.jit(tx.update)
+
+
+def _run(tx, step, gradients, params):
     first = jax.tree.map(jnp.asarray, gradients[0])
     params = first if params is None else params
     state = tx.init(params)
-    step = jax.jit(tx.update)
     out = []
     for gradient in gradients:
         update, state = step(jax.tree.map(jnp.asarray, gradient), state, params)

@@ -26,7 +26,7 @@ def steps(dtype=jnp.float32):
 @functools.cache
 def plain(name):
     """Updates of the default transformation, shared by the tests of one process."""
-    return c.run(c.SCALE_BY[name](inverse_every=2), steps())
+    return c.run_of_two(name, steps())
 
 
 @every
@@ -50,12 +50,12 @@ def test_state_is_of_strong_types_and_stays_so(name):
 @every
 def test_narrow_gradients_have_a_wide_state(name):
     dtype = jnp.float16 if name in ("soap", "jorge") else jnp.bfloat16
-    updates, state = c.run(c.SCALE_BY[name](inverse_every=2), steps(dtype))
+    updates, state = c.run_of_two(name, steps(dtype))
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     floats = {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
     assert floats == {jnp.dtype(jnp.float32)}
     wide = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in steps(dtype)]
-    expected, _ = c.run(c.SCALE_BY[name](inverse_every=2), wide)
+    expected, _ = c.run_of_two(name, wide)
     narrowed = jax.tree.map(lambda x: x.astype(dtype), expected)
     h.assert_close(updates, narrowed, rtol=2e-2, atol=1e-3)
 
@@ -73,7 +73,7 @@ def test_bad_batch_is_as_if_it_had_not_been(name):
     bad = np.inf if name in ("shampoo", "tnt") else np.nan
     worse = jax.tree.map(lambda x: x, steps()[1]) | {"vector": steps()[1]["vector"].at[0].set(bad)}
     gradients = [worse, steps()[0], worse, *steps()[1:]]
-    updates, state = c.run(c.SCALE_BY[name](inverse_every=2), gradients)
+    updates, state = c.run_of_two(name, gradients)
     expected, clean = plain(name)
     for zero in (updates[0], updates[2]):
         h.assert_equal(zero, jax.tree.map(jnp.zeros_like, zero))
@@ -83,12 +83,40 @@ def test_bad_batch_is_as_if_it_had_not_been(name):
     assert "2 gradients were not finite" in ko.problems(state)[0]
 
 
-def test_bad_batch_does_not_reach_graft_and_momentum():
-    tx = ko.scale_by_shampoo(graft="adam", momentum=0.9)
-    worse = jax.tree.map(lambda x: x * jnp.nan, steps()[0])
-    expected, _ = c.run(tx, steps())
-    updates, _ = c.run(tx, [*steps()[:2], worse, *steps()[2:]])
+@every
+@pytest.mark.parametrize("at", [0, 1])
+def test_gradients_too_large_to_square_are_soon_forgotten(name, at):
+    """Its momentum apart, if it has one: no average stays at infinity."""
+    huge = jax.tree.map(lambda x: 1e25 * x, steps()[1])
+    gradients = [*steps()[:at], huge, *steps()[at:]]
+    updates, state = c.run_of_two(name, gradients)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    sizes = [jnp.linalg.norm(x) for x in jax.tree.leaves(updates[-1]) if x.size]
+    assert min(sizes) > 1e-2
+    if name not in ("distributed_shampoo", "jorge"):  # those go on by momentum
+        assert max(sizes) < 1e4
+
+
+@pytest.mark.parametrize("factor", [jnp.nan, 1e25])
+def test_bad_batch_does_not_reach_graft_and_momentum(factor):
+    """One whose squares overflow in Adam is as bad as one that is not finite."""
+    words = dict(graft="adam", momentum=0.9, vectors="diagonal")
+    tx = ko.scale_by_shampoo(**words)
+    gradients = [{"vector": tree["vector"]} for tree in steps()]
+    worse = jax.tree.map(lambda x: x * factor, gradients[0])
+    expected, _ = c.run(tx, gradients)
+    updates, state = c.run(tx, [*gradients[:2], worse, *gradients[2:]])
     h.assert_equal([updates[i] for i in (0, 1, 3, 4)], expected)
+    h.assert_equal(updates[2], jax.tree.map(jnp.zeros_like, worse))
+    assert int(state.counts.skipped_gradients + state.counts.non_finite_updates) == 1
+
+
+@pytest.mark.parametrize("name", ["distributed_shampoo", "jorge"])
+def test_no_momentum_overflows(name):
+    """Also that of the two which a step does not use."""
+    largest = jnp.full((2, 2), 3e38)
+    _, state = c.run_of_two(name, [largest] * 3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 @one_of_a_kind
@@ -97,7 +125,7 @@ def test_equal_shapes_together_are_as_one_by_one(name):
         {"a": jnp.asarray(a, jnp.float32), "b": jnp.asarray(b, jnp.float32)}
         for a, b in zip(c.draws(1, 3, 4), c.draws(2, 3, 4), strict=True)
     ]
-    together, state = c.run(c.SCALE_BY[name](inverse_every=2), trees)
+    together, state = c.run_of_two(name, trees)
     assert jax.tree.leaves(state[1])[0].shape[0] == 2
     for leaf in "ab":
         alone, _ = c.run(c.SCALE_BY[name](inverse_every=2), [tree[leaf] for tree in trees])
@@ -109,7 +137,7 @@ def test_stacked_leaves_are_layers_of_their_own(name):
     stacked = [jnp.asarray(g, jnp.float32) for g in c.draws(3, 2, 3, 4)]
     tx = c.SCALE_BY[name](inverse_every=2, stacked=lambda path: 1 if path == "scanned" else 0)
     together, _ = c.run(tx, [{"scanned": g} for g in stacked])
-    apart, _ = c.run(c.SCALE_BY[name](inverse_every=2), [{"a": g[0], "b": g[1]} for g in stacked])
+    apart, _ = c.run_of_two(name, [{"a": g[0], "b": g[1]} for g in stacked])
     for one, two in zip(together, apart, strict=True):
         h.assert_close(one["scanned"], jnp.stack([two["a"], two["b"]]), rtol=1e-4)
     with pytest.raises(ValueError, match="stacked"):

@@ -1,5 +1,6 @@
 """Jorge: orders of its series, the published form, and what that does not keep."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,6 +51,21 @@ def test_the_root_of_other_matrices_is_of_first_order(x64):
     for series in (found, theirs):
         np.testing.assert_allclose(series[:-1] / series[1:], 2, rtol=0.1)
     assert (found < 1.1 * theirs).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e9])
+def test_the_step_of_a_large_statistic_is_full(size):
+    """`||Y|| = 1` whatever `||X||` is, also where the weight `b` rounds to one."""
+    root = 1e-6**-0.25 * np.eye(2, dtype=np.float32)
+    news = np.array([[2.0, 1.0], [1.0, 2.0]], np.float32)
+    y = news / np.linalg.norm(news)
+    series = np.eye(2) - y / 8 + 9 / 128 * y @ y
+    got = root_step(root, size * news, 4, 0.0)
+    np.testing.assert_allclose(got, series.T @ root @ series, rtol=1e-5)
+    diagonal = diagonal_step(root.diagonal(), np.full(2, size, np.float32), 4, 0.0)
+    along = 0.5**0.5
+    exact = root[0, 0] * (1 - along / 8 + 9 / 128 * along**2) ** 2
+    np.testing.assert_allclose(diagonal, exact, rtol=1e-5)
 
 
 def test_root_stays_positive_definite_where_the_published_form_does_not(x64):
@@ -106,7 +122,7 @@ def test_norms_stay_without_graft(x64):
 def test_statistic_of_nothing_keeps_the_roots():
     tx = ko.scale_by_jorge(inverse_every=1)
     state = tx.init(jnp.ones((2, 2)))
-    _, after = tx.update(jnp.zeros((2, 2)), state)
+    _, after = jax.jit(tx.update)(jnp.zeros((2, 2)), state)
     np.testing.assert_array_equal(after.inverses["2x2"]["0"], state.inverses["2x2"]["0"])
 
 

@@ -161,6 +161,8 @@ def test_what_it_cannot_take_is_said():
             setup(**words)
     with pytest.raises(ValueError, match="k_bfgs_l: memory=0"):
         setup(ko.k_bfgs_l, memory=0)
+    with pytest.raises(TypeError, match="k_bfgs_l: memory is 2.5; expected a Python int"):
+        setup(ko.k_bfgs_l, memory=2.5)
 
 
 def test_layers_without_pairs_are_left_over_by_name():

@@ -66,6 +66,13 @@ def test_a_pattern_that_names_nothing_is_an_error():
         ko.matrix_labels(PARAMS, matrix="a", other="a")
 
 
+@pytest.mark.parametrize("number", [9, -1, 1.0])
+@pytest.mark.parametrize("ask", [ko.matrix_labels, ko.axes_table])
+def test_axes_that_a_leaf_does_not_have_are_an_error(ask, number):
+    with pytest.raises(ValueError, match=f"{ask.__name__}: stacked.* is {number}.*an integer from"):
+        ask(PARAMS, stacked=lambda name: number)
+
+
 @pytest.mark.parametrize(
     "words",
     [{}, dict(max_dim=3), dict(max_dim=3, long_axes="diagonal", vectors="diagonal"), dict(merge=1)],

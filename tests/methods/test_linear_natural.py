@@ -68,9 +68,7 @@ def test_it_moves_the_function_as_the_natural_gradient(x64):
 def test_the_logarithm_of_the_loss_falls_with_slope_two(x64):
     case, rate, steps = Setting(), 1e-3, 50
     tx = optax.chain(
-        ko.linear_natural(
-            case.layers, damping=1e-12, curvature_every=1, inverse_every=1, decay=0.0
-        ),
+        ko.linear_natural(case.layers, damping=1e-12, decay=0.0),
         optax.sgd(rate),
     )
 

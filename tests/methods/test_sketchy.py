@@ -84,6 +84,17 @@ def test_upper_bound_is_what_preconditions(x64):
     np.testing.assert_allclose(updates[-1], expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_direction_that_no_sketch_has_seen_is_not_blown_up(x64):
+    """Roots of the ridge would make it `1e-6^(-1/4)` times as long on either side."""
+    gradients = [np.diag([1.0, 0.0, 0.0]), np.diag([0.0, 1.0, 0.0])]
+    words = dict(rank=1, merge=1, curvature_every=5)
+    updates, _ = c.run(ko.scale_by_sketchy(decay=1.0, **words), gradients)
+    # sums of both would have been diag(1, 1, 0) with roots of at most one; three is the rank
+    assert np.linalg.norm(updates[1]) <= 3**0.5
+    free, _ = c.run(ko.scale_by_sketchy(decay=1.0, root=4, **words), gradients)
+    assert np.linalg.norm(free[1]) > 900
+
+
 def test_vector_is_adagrad_of_its_sketch(x64):
     gradients = c.draws(3, 6, steps=9)
     updates, state = c.run(ko.scale_by_sketchy(rank=2, decay=1.0, ridge=0.0), gradients)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._validate import check_choice, check_real
+from kfac_optax.methods.gradient.stacks import stacked_axes
 from kfac_optax.methods.signature import check_size
 
 FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
@@ -111,12 +112,7 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
     >>> print(view_of("here", "w", (6, 2), rules)[3:])
     ((6, 2), (2, 1), (3, 2), ('full', 'full'))
     """
-    stack = 0 if rules.stacked is None else rules.stacked(name)
-    if not 0 <= stack <= len(shape):
-        raise ValueError(
-            f"{where}: stacked({name!r}) is {stack!r} for a leaf of shape {shape}; expected the "
-            f"number of its leading axes that count equal parameters, 0 to {len(shape)}."
-        )
+    stack = stacked_axes(where, name, shape, rules.stacked)
     # copies of the stack are tensors of their own
     axes = merged(shape[stack:], rules.merge)
     divided = [_divide(n, len(axes), rules) for n in axes]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import all_finite
+from kfac_optax._tree import all_finite, select
 from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice, check_number
 from kfac_optax.engine.state import GradientCounts
@@ -108,6 +108,8 @@ def scale_by_eva_s(
         for group in step.groups:  # with this gradient in the means
             tensors = step.tensors[group.name]
             out[group.name] = solve(group, tensors, means[group.name], step.value("damping"))
-        return Advanced(out, (means,), step.finite & all_finite(out), skipped)
+        good = step.finite & all_finite(out)
+        # means whose squares overflow would stop every step until they are forgotten
+        return Advanced(out, (select(good, means, state.means),), good, skipped)
 
     return transformation(Axiswise(where, rules, hyper, EvaSState, "means", start, advance))

@@ -155,6 +155,19 @@ def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:
     return kept, bad
 
 
+def as_finite(new: PyTree, old: PyTree) -> jax.Array:
+    """Whether every leaf that was finite is so still; some hold an infinity from the start.
+
+    >>> print(as_finite({"mean": jnp.inf}, {"mean": 0.0}), as_finite({"least": 1.0}, {"least": jnp.inf}))
+    False True
+    """
+    kept = jnp.bool_(True)
+    for x, before in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+            kept = kept & (all_finite(x) | ~all_finite(before))
+    return kept
+
+
 def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
     """`change(held)` where due, in a branch of its own unless that is known."""
     if isinstance(due, bool):

@@ -20,6 +20,7 @@ from kfac_optax.methods.gradient.axes import (
     merged,
     view_of,
 )
+from kfac_optax.methods.gradient.stacks import stacked_axes
 
 # components of paths; what they name has one row for a symbol or a class, and most are rarely seen
 EMBEDDINGS_AND_HEADS = ("*embed*", "wte", "wpe", "head", "lm_head", "logits", "classifier")
@@ -53,7 +54,8 @@ def matrix_labels(
       A tree of labels like the parameters.
 
     Raises:
-      ValueError: one of `more_others` names no leaf; both labels are the same.
+      ValueError: one of `more_others` names no leaf; both labels are the same; `stacked` gives no
+        number of axes of a leaf.
 
     >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((9, 4)), "Dense_0": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
@@ -76,7 +78,7 @@ def matrix_labels(
     def label(path: tuple, leaf: jax.Array) -> str:
         name = path_name(path)
         # a scale [layers, n] of scanned layers is a vector of each
-        own = leaf.shape[0 if stacked is None else stacked(name) :]
+        own = leaf.shape[stacked_axes("matrix_labels", name, leaf.shape, stacked) :]
         is_matrix = len(merged(own, 1)) > 1 and leaf.size > 0
         return matrix if is_matrix and not _named(name, patterns) else other
 

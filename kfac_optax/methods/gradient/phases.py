@@ -100,10 +100,10 @@ def by_phases(
                 own = factors[group.name], inverses[group.name]
                 tensors[group.name] = phases.apply(group, step, *own, weights)
         tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
-        # a momentum that is not finite would stay so for ever
-        good = step.finite & all_finite(tensors)
+        # a momentum that is not finite would stay so for ever, and so would squares in the graft
+        good = step.finite & all_finite((tensors, trace)) & gate.as_finite(graft, held.graft)
         trace = select(good, trace, held.trace)
-        graft = select(step.finite, graft, held.graft)
+        graft = select(good, graft, held.graft)
         return Advanced(tensors, (factors, inverses, trace, graft), good, skipped, failed)
 
     return transformation(Axiswise(where, rules, hyper, state, groups_in, start, advance))

@@ -25,6 +25,7 @@ from kfac_optax.methods.gradient.axes import (
     unfolded,
 )
 from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.methods.gradient.length import no_longer_than_fresh
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
 from kfac_optax.methods.gradient.phases import (
     ByAxis,
@@ -64,7 +65,8 @@ def scale_by_sketchy(
 
     `(U diag(D) U^T + rho I)^(-1/p) = U [(D + rho)^(-1/p) - rho^(-1/p)] U^T + rho^(-1/p) I`,
 
-    `p` twice the number of axes. Axes not longer than `rank` are those of `scale_by_shampoo` with
+    `p` twice the number of axes; without `root` the update is no longer than a sketch of this very
+    gradient could make it, as in `scale_by_shampoo`. Axes not longer than `rank` are those of `scale_by_shampoo` with
     roots of every step; a vector gives S-AdaGrad. An axis of length `n` with `m` entries of the
     others takes an eigendecomposition of a matrix of `min(n, rank + m)` rows whenever it is
     measured, and `n rank + rank + 1` numbers in place of `2 n^2`.
@@ -151,7 +153,8 @@ def _sketches(rank: int, root: int | None) -> Phases:
                 if kind == FULL
                 else along(u, i, diagonal_root(own, p, ridge))
             )
-        return u
+        # a gradient that no sketch has seen, between two of them or too large to be squared
+        return u if root is not None else no_longer_than_fresh(group, u, weights[1])
 
     return Phases(start, take_in, apply)
 

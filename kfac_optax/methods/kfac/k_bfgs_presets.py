@@ -9,7 +9,7 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.methods.kfac.k_bfgs import Rule, scale_by_pairs
 from kfac_optax.methods.record import Method, Sizes
-from kfac_optax.methods.signature import flat_signature
+from kfac_optax.methods.signature import check_size, flat_signature
 
 UNCOVERED = ("pass", "raise")
 # Checked in every update where they are arrays or schedules.
@@ -114,6 +114,7 @@ def k_bfgs_l(
       An optimizer; its state is a `KBFGSState` of arrays only.
 
     Raises:
+      TypeError: as of `k_bfgs`; `memory` is no Python integer.
       ValueError: as of `k_bfgs`; `memory < 1`.
 
     >>> import jax, jax.numpy as jnp, kfac_optax as ko
@@ -128,7 +129,7 @@ def k_bfgs_l(
     Reference: Goldfarb, Ren & Bahamou, Practical Quasi-Newton Methods for Training Deep Neural
       Networks (2020).
     """
-    check_number("k_bfgs_l", "memory", memory, at_least=1)
+    check_size("k_bfgs_l", "memory", memory)
     return _preset("k_bfgs_l", memory, layers, **options)
 
 

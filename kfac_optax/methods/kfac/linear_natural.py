@@ -16,7 +16,12 @@ from kfac_optax.methods.signature import flat_signature
     kfac, without=("kl_clip", "bound", "balance", "coupling", "learning_rate", "momentum")
 )
 def linear_natural(
-    layers: Layers, *, damping: ScalarOrSchedule = 1e-6, **options: Any
+    layers: Layers,
+    *,
+    damping: ScalarOrSchedule = 1e-6,
+    curvature_every: ScalarOrSchedule = 1,
+    inverse_every: ScalarOrSchedule = 1,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC divided by the number of layers: `U_l = (1/L) (A_l (x) G_l + damping I)^{-1} V_l`.
 
@@ -32,6 +37,8 @@ def linear_natural(
     Args:
       layers: from `ggn(predict).layers(params, *args)`.
       damping: as for `kfac`, small for the statement above to hold.
+      curvature_every: period of the statistics; the statement is about those of every step.
+      inverse_every: period of the inverses.
       **options: as for `kfac`.
 
     Returns:
@@ -54,6 +61,7 @@ def linear_natural(
     check_coupled(layers, "linear_natural")
     # L counts layers with weights between units, every one of a stack
     share = 1 / sum(layer.copies for layer in layers if layer.coupled)
+    options |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
     # U_l = (1/L) (A_l (x) G_l + damping I)^{-1} V_l
     return optax.chain(kfac(layers, damping=damping, kl_clip=None, **options), optax.scale(share))
 

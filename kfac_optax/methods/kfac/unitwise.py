@@ -24,7 +24,12 @@ _SET = (
 
 @flat_signature(kfac, without=_SET)
 def quasi_diagonal(
-    layers: Layers, *, kl_clip: ScalarOrSchedule | None = None, **options: Any
+    layers: Layers,
+    *,
+    kl_clip: ScalarOrSchedule | None = None,
+    curvature_every: ScalarOrSchedule = 1,
+    inverse_every: ScalarOrSchedule = 1,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The quasi-diagonal natural gradient: of every unit's metric the diagonal and the row of its
     bias, at the cost of a few sums.
@@ -39,7 +44,10 @@ def quasi_diagonal(
 
     Args:
       layers: from `ggn(predict).layers(params, *args)`, or another estimator's.
-      kl_clip: as for `kfac`; `None`, as here, for none.
+      kl_clip: as for `kfac`; `None`, as here, for none. Nothing bounds a step then, and a metric
+        that is some steps old can make it too long.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses.
       **options: as for `kfac`.
 
     Returns:
@@ -58,6 +66,7 @@ def quasi_diagonal(
 
     Reference: Ollivier, Riemannian Metrics for Neural Networks I: Feedforward Networks (2015).
     """
+    options |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
     # M_ii, M_i0 and M_00 of every unit k, M = E[g_k^2 a a^T]
     return kfac(layers, block=quasi_diagonal_block(), kl_clip=kl_clip, **options)
 
@@ -67,6 +76,8 @@ def unitwise_natural(
     layers: Layers,
     *,
     kl_clip: ScalarOrSchedule | None = None,
+    curvature_every: ScalarOrSchedule = 1,
+    inverse_every: ScalarOrSchedule = 1,
     precision: Any = "highest",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -79,7 +90,10 @@ def unitwise_natural(
 
     Args:
       layers: from `ggn(predict).layers(params, *args)`, or another estimator's.
-      kl_clip: as for `kfac`; `None`, as here, for none.
+      kl_clip: as for `kfac`; `None`, as here, for none. Nothing bounds a step then, and a metric
+        that is some steps old can make it too long.
+      curvature_every: period of the statistics.
+      inverse_every: period of the inverses.
       precision: matmul precision of moments and solves.
       **options: as for `kfac`.
 
@@ -101,6 +115,7 @@ def unitwise_natural(
     """
     # U_k = (E[g_k^2 a a^T] + damping I)^{-1} V_k
     block = unit_block(precision=precision)
+    options |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
     return kfac(layers, block=block, kl_clip=kl_clip, precision=precision, **options)
 
 
