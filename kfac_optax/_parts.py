@@ -23,6 +23,7 @@ def boxes_left(layers: Iterable[Layer]) -> dict[str, tuple[Part, ...]]:
         for name, part in ((layer.kernel, layer.part), (layer.bias, layer.bias_part)):
             if name is not None and part is not None:
                 taken.setdefault(name, []).append(_of_leaf(part, layer.stack))
+    # parts that together are all of a leaf leave nothing
     left = {name: _left_over(parts) for name, parts in taken.items()}
     return {name: boxes for name, boxes in left.items() if boxes}
 
@@ -45,11 +46,13 @@ def _without(box: Part, taken: Part) -> list[Part]:
     """What is left of a box, as boxes: slabs in front of and behind what is taken, axis by axis."""
     left: list[Part] = []
     for axis, (start, size) in enumerate(zip(taken.starts, taken.sizes, strict=True)):
+        # what is taken of the box along this axis, [low, high)
         first, end = box.starts[axis], box.starts[axis] + box.sizes[axis]
         low, high = max(start, first), min(start + size, end)
         if low >= high:  # they do not meet
             return [*left, box]
         left += [_along(box, axis, a, b) for a, b in ((first, low), (high, end)) if a < b]
+        # the slabs are gone; the next axis cuts what is between them
         box = _along(box, axis, low, high)
     return left
 

@@ -179,7 +179,8 @@ class _Rewriting:
     def _beside_data(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
         """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
         # without data beside it there is nobody's example axis to take over
-        rows = [v for v, moves in zip(eqn.invars, data, strict=True) if moves and is_real(v)]
+        beside = zip(eqn.invars, data, strict=True)
+        rows = [v for v, moves in beside if moves and is_real(v) and 0 not in v.aval.shape]
         # a token, or a position, that all examples share
         tokens = [v for v in eqn.invars if rows and self._is_repeated(v)]
         new: dict[Any, Any] = {}

@@ -177,11 +177,18 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
         view = _sliced(views[0], eqn.params)
     elif name == "split":
         return _split(views[0], eqn)
-    elif name in _RESHAPING:
+    elif name in _RESHAPING or _sums_nothing(eqn):
         view = _reshaped(views[0], eqn.invars[0].aval.shape, out.shape)
     else:
         return None
     return None if view is None else [view]
+
+
+def _sums_nothing(eqn: Any) -> bool:
+    """Whether a sum is over axes of length one, as an einsum makes of an axis that nothing else has."""
+    if eqn.primitive.name != "reduce_sum":
+        return False
+    return all(eqn.invars[0].aval.shape[axis] == 1 for axis in eqn.params["axes"])
 
 
 def _shifted(eqn: Any, views: Sequence[View | None]) -> View | None:

@@ -54,6 +54,7 @@ def divide(spec: Spec, params: PyTree, args: tuple[PyTree, ...], size: int) -> M
       ValueError: the batch has no such parts, or the model does not see them as such.
     """
     where, kind = spec.kind.name, spec.kind
+    # N of the whole batch, from shapes alone
     _, heads = split_outputs(kind, jax.eval_shape(spec.function, params, *args))
     examples = count_examples(kind, heads)
     leaves, treedef = jax.tree.flatten(args)
@@ -63,6 +64,7 @@ def divide(spec: Spec, params: PyTree, args: tuple[PyTree, ...], size: int) -> M
             f"{where}.at: microbatch_size={size} of a batch of {examples} examples; expected a "
             "divisor of it, and arguments of the model with the examples on axis 0."
         )
+    # [N, ...] -> [count, size, ...]
     count = examples // size
     mine = [x for x, is_cut in zip(leaves, cut, strict=True) if is_cut]
     if any(count_parts(x, count) != count for x in mine):
@@ -71,6 +73,7 @@ def divide(spec: Spec, params: PyTree, args: tuple[PyTree, ...], size: int) -> M
             "a multiple of the number of devices, so that each has its share of every microbatch."
         )
 
+    # one microbatch in the places of the arrays it was cut from, all else as it is
     def join(part: Sequence[Any]) -> tuple[PyTree, ...]:
         left = iter(part)
         pairs = zip(leaves, cut, strict=True)
@@ -78,6 +81,7 @@ def divide(spec: Spec, params: PyTree, args: tuple[PyTree, ...], size: int) -> M
 
     batch = Microbatches(spec, [parts_first(x, count) for x in mine], join, count)
     _check_heads(batch, params, size)
+    # weights are divided by their mean over the batch, which no microbatch knows
     means = _mean_weights(batch, params, heads)
     return batch._replace(spec=spec._replace(kind=kind._replace(mean_weights=means)))
 
@@ -134,6 +138,7 @@ def mean_over(
         return jax.tree.map(jnp.add, total, means), rows
 
     parts = batch.parts, jnp.arange(batch.count)
+    # sums are carried from one microbatch to the next, rows are stacked
     shapes, _ = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
     total, rows = jax.lax.scan(add, jax.tree.map(zeros_of_type, shapes), parts)
     return jax.tree.map(lambda x: x / batch.count, total), rows
@@ -143,6 +148,7 @@ def rows_apart(plan: Plan, statistics: PyTree) -> tuple[PyTree, dict[int, PyTree
     """The statistics of a plan without those of its news that are rows of the batch, and these."""
     blocks, across = statistics
     means, rows = list(blocks), {}
+    # a block that keeps columns of the batch gives (means, columns)
     for i, block in enumerate(plan.blocks):
         if block.absorb is not None and block.absorbs == "columns":
             means[i], rows[i] = blocks[i]

@@ -202,6 +202,20 @@ def test_the_value_is_the_same_and_other_programs_are_handed_back():
     np.testing.assert_allclose(got, adapted(params, X), rtol=1e-5, atol=1e-6)
 
 
+def test_a_token_beside_no_rows():
+    """Data without rows says nothing of the examples: the token stays what it is."""
+
+    def model(p, x):
+        front = jnp.broadcast_to(p["front"], (N, 2, 3))
+        rows = jnp.concatenate([front, x[:, None][:, :0]], 1)
+        return rows.sum(1) * x @ p["w"]
+
+    params = {"front": jnp.asarray(normal(1, 1, 3)), "w": jnp.asarray(normal(3, 2))}
+    layers = ko.ggn(lambda p, x: ko.Normal(model(p, x))).layers(params, X)
+    assert [layer.path for layer in layers] == ["w"]
+    assert [u.path for u in layers.uncovered] == ["front"]
+
+
 def test_what_is_not_linear_in_a_parameter_is_named():
     """A masked weight, one of norm one: no sum of products with it."""
 

@@ -68,6 +68,12 @@ def scanned_and_unrolled(p, x):
     return hidden @ p["w"][0, :, 3:]
 
 
+def with_an_axis_left(p, x):
+    """The axis of the stack is kept, and an einsum sums over it."""
+    hidden = jnp.tanh(jnp.einsum("nd,ldk->nk", x, p["w"][:1]))
+    return jnp.einsum("nd,ldk->nk", hidden, p["w"][1:]) + jnp.sin(x) @ p["w"][0]
+
+
 def with_empty_slices(p, x):
     """As of a list of widths one of which is zero."""
     return jnp.concatenate([x @ p["w"][:, :0], x @ p["w"][:, :2], x @ p["w"][:, 2:]], 1)
@@ -94,6 +100,7 @@ MODELS = {
         X,
         ["w[:, 0:3]", "w[0, :, 3:6]"],
     ),
+    "with an axis left": (with_an_axis_left, {"w": normal(2, 3, 3)}, X, ["w[0]", "w[1]"]),
     "with empty slices": (with_empty_slices, {"w": normal(3, 4)}, X, ["w[:, 0:2]", "w[:, 2:4]"]),
     "transposed": (transposed, {"w": normal(4, 3)}, X, ["w"]),
 }
