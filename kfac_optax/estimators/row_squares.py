@@ -31,10 +31,12 @@ def mean_squares(
     [[6.5]]
     """
     out: dict[str, jax.Array] = {}
+    # layers may be parts of one leaf, whose other numbers have no derivative
+    zeros = {name: jnp.zeros_like(x) for name, x in leaves.items()}
     for layer, (a, g) in rows.items():
         total = jax.vmap(lambda g, a=a, layer=layer: _squares(layer, a, g))(g).sum(0)
         (bucket,) = make_buckets([layer])
-        out |= scatter(bucket, total / a.shape[1], leaves)
+        out |= scatter(bucket, total / a.shape[1], zeros | out)
     return out
 
 

@@ -8,6 +8,7 @@ import pytest
 import kfac_optax as ko
 from kfac_optax._types import Part
 from kfac_optax.capture.ownership import apart
+from kfac_optax.estimators.row_squares import mean_squares
 from tests import oracles
 from tests.layers.gradients import assert_gradients, squares
 
@@ -176,6 +177,23 @@ def test_products_of_parts_are_exact(x64):
     rows = rows.reshape(-1, 6)
     got = oracles.dense_block(estimator, params, (X[:, :2],), layer)
     np.testing.assert_allclose(got, rows.T @ rows / N, rtol=1e-10, atol=1e-12)
+
+
+def test_squares_of_parts_are_those_of_the_examples_gradients(x64):
+    """Entry by entry; what nothing uses has none."""
+
+    def losses(p, x):
+        return squares(fused(p, x) + x @ p["idle"][:, :2])
+
+    params = jax.tree.map(jnp.asarray, FUSED | {"idle": normal(3, 4)})
+    estimator = ko.empirical_fisher(losses)
+    layers = estimator.layers(params, X)
+    rows = estimator.at(params, X).rows(layers.layers)
+    got = mean_squares(rows, params)
+    jacobian = jax.jit(jax.jacobian(losses))(params, X)
+    for name, x in jacobian.items():
+        np.testing.assert_allclose(got[name], jnp.square(x).mean(0), rtol=1e-10, atol=1e-14)
+    assert not got["idle"][:, 2:].any()
 
 
 def test_what_a_part_leaves_over_passes(x64):
