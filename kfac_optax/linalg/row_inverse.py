@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax._validate import check_number
+
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -53,6 +55,9 @@ def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float
     Returns:
       A `RowInverse`: `.product(x)`, `.diagonal()`, `.column(i)`.
 
+    Raises:
+      ValueError: a damping that is not positive.
+
     >>> inverse = inverse_of_rows(jnp.array([[2.0, 0.0], [0.0, 0.0]]), 1.0)
     >>> print(inverse.product(jnp.ones(2)), inverse.diagonal())
     [0.3333333 1.       ] [0.3333333 1.       ]
@@ -60,6 +65,7 @@ def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float
     Reference: Frantar, Kurtic & Alistarh, M-FAC: Efficient Matrix-Free Approximations of
       Second-Order Information (2021), the static algorithm.
     """
+    check_number("inverse_of_rows", "damping", damping, above=0)
     m = len(rows)
     damping = jnp.asarray(damping, rows.dtype)
 

@@ -49,17 +49,22 @@ def of_batch(name):
     return OF_BATCH["losses" in ko.CATALOGUE[name].needs or name == "skfac"]
 
 
-def run(name, tx, steps=4):
-    @jax.jit
-    def step(params, state):
+def run(name, *txs, steps=4):
+    """Parameters and states of all, side by side: one program for what they have in common."""
+
+    def one(tx, params, state):
         gradient, more = of_batch(name)(params, jnp.float32(1))
         updates, state = tx.update(gradient, state, params, **more)
         return optax.apply_updates(params, jax.tree.map(lambda u: 0.1 * u, updates)), state
 
-    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
+    @jax.jit
+    def step(all_of):
+        return [one(tx, *mine) for tx, mine in zip(txs, all_of, strict=True)]
+
+    all_of = jax.jit(lambda: [(PARAMS, tx.init(PARAMS)) for tx in txs])()
     for _ in range(steps):
-        params, state = step(params, state)
-    return params, state, step
+        all_of = step(all_of)
+    return all_of, step
 
 
 @every_method
@@ -67,17 +72,17 @@ def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
     static = {word: 2 for word in ("rank", "window") if word in words(name)}
     given = numbers(name)
-    plain, _, _ = run(name, made(name, **given, **static))
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
-    injected, state, step = run(name, made(name, factory, **given, **static))
+    txs = made(name, **given, **static), made(name, factory, **given, **static)
+    (beside, (injected, state)), step = run(name, *txs)
     assert set(state.hyperparams) == set(given)
     assert set(given) & set(STATIC) == set()
-    chex.assert_trees_all_close(injected, plain, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(injected, beside[0], rtol=1e-4, atol=1e-5)
 
     # all of them without sense in one step: the last good ones count, and each is named
     spoilt = {word: nonsense(value) for word, value in state.hyperparams.items()}
-    params, after = step(injected, state._replace(hyperparams=spoilt))
-    expected, _ = step(injected, state)
+    _, (params, after) = step([beside, (injected, state._replace(hyperparams=spoilt))])
+    _, (expected, _) = step([beside, (injected, state)])
     chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
     said = " ".join(ko.problems(after))
     # the momentum of what follows counts for one bound alone
@@ -198,9 +203,9 @@ def test_low_rank_presets_hand_words_to_where_they_act(normalization):
 def test_an_injected_momentum_is_checked_where_a_bound_counts_it():
     make = optax.inject_hyperparams(ko.kfac)
     tx = make(LAYERS, learning_rate=0.1, bound="exact", momentum=0.8)
-    _, state, step = run("kfac", tx, steps=2)
+    [(_, state)], step = run("kfac", tx, steps=2)
     bad = state._replace(hyperparams=state.hyperparams | {"momentum": jnp.float32(jnp.nan)})
-    (params, after), (expected, _) = step(PARAMS, bad), step(PARAMS, state)
+    [(params, after)], [(expected, _)] = step([(PARAMS, bad)]), step([(PARAMS, state)])
     chex.assert_trees_all_close(params, expected, rtol=1e-5)
     assert "1 values of momentum made no sense" in ko.problems(after)[0]
 

@@ -182,6 +182,8 @@ def test_three_forms_of_the_inverse_agree():
         np.testing.assert_allclose(inverse.product(jnp.asarray(x)), expected, rtol=1e-10)
         diagonal = np.diag(np.linalg.inv(g.T @ g / m + lam * np.eye(D)))
         np.testing.assert_allclose(inverse.diagonal(), diagonal, rtol=1e-10)
+    with pytest.raises(ValueError, match="inverse_of_rows: damping=0.0; expected damping > 0"):
+        ko.inverse_of_rows(jnp.asarray(g), 0.0)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -209,9 +211,13 @@ def test_tonga_without_decay_is_mfac_with_its_damping_by_the_count(x64):
         np.testing.assert_allclose(r * a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("make", [ko.ggt, ko.mfac], ids=["ggt", "mfac"])
+def tonga_of(window):
+    return ko.tonga(rank=1, block=window - 1, decay=0.5)
+
+
+@pytest.mark.parametrize("make", [ko.ggt, ko.mfac, tonga_of], ids=["ggt", "mfac", "tonga"])
 def test_a_gradient_whose_square_overflows_is_not_kept(make):
-    """It would spoil all steps until it leaves the window."""
+    """It would spoil all steps until it leaves the window; and nothing is forgotten for it."""
     huge = trees(1e30 * GRADIENTS)
     good = trees(GRADIENTS)
     updates, state = c.run(make(window=3), [good[0], huge[1], good[2]])

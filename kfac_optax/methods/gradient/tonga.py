@@ -85,10 +85,12 @@ def tonga(
         full = given.finite & (given.held.count >= rank + block)
         old = when_due(full, lambda window: _compressed(window, rank), given.held)
         place = old.count
-        root = jnp.where(given.finite, jnp.sqrt(given.now["decay"]), 1)
-        decayed = old._replace(rows=root * old.rows, gram=root**2 * old.gram)
-        held, fits = put_at(decayed, vector[None], place[None], given.finite)
-        held = held._replace(count=jnp.where(fits, place + 1, old.count))
+        held, fits = put_at(old, vector[None], place[None], given.finite)
+        # C <- decay C + V V^T, where V is taken in: all columns but the new one
+        root = jnp.where(fits, jnp.sqrt(given.now["decay"]), 1)
+        scale = jnp.where(jnp.arange(rank + block) == place, 1, root)
+        rows, gram = scale[:, None] * held.rows, scale[:, None] * held.gram * scale
+        held = Window(rows, gram, jnp.where(fits, place + 1, old.count))
         kernel = factor_kernel(held.gram, shift_for(given.now["damping"], jnp.trace(held.gram)))
         newest = (jnp.arange(rank + block) == place).astype(vector.dtype)
         direction = combine(held, kernel_solve(kernel, newest))
