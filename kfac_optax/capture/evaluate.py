@@ -134,7 +134,8 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
     enclosing scans.
     """
     # values of the jaxpr, by the variable that holds them
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    env = dict(zip(variables, [*consts, *inputs], strict=True))
     queue = iter(zip(indices, probes, strict=True))
     pending: list[Any] = []
 
@@ -239,13 +240,11 @@ def _same_layer(probe: Probe, ride: Probe) -> Probe:
 def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
     """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
     # inputs are what others write, outputs all that is written: XLA drops what nobody reads
-    made = {v for e in eqns for v in e.outvars}
-    used = list(
-        dict.fromkeys(
-            v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made
-        )
-    )
-    outs = [v for e in eqns for v in e.outvars if not isinstance(v, jex.DropVar)]
+    written = [v for eqn in eqns for v in eqn.outvars]
+    read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
+    made = set(written)
+    used = list(dict.fromkeys(v for v in read if v not in made))
+    outs = [v for v in written if not isinstance(v, jex.DropVar)]
     part = jaxpr.replace(
         constvars=[],
         invars=used,
@@ -253,6 +252,6 @@ def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
         eqns=list(eqns),
         debug_info=jaxpr.debug_info.with_unknown_names(),
     )
-    env.update(
-        zip(outs, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))(*[env[v] for v in used]), strict=True)
-    )
+    compute = jex.jaxpr_as_fun(jex.ClosedJaxpr(part, []))
+    values = compute(*[env[v] for v in used])
+    env.update(zip(outs, values, strict=True))

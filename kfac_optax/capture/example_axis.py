@@ -70,9 +70,8 @@ def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     """Where the examples' axis of an operand goes; anything, where that is not known."""
     p, name = eqn.params, eqn.primitive.name
     # the first operand whose axis is known
-    side, axis = next(
-        ((i, x) for i, x in enumerate(axes) if x not in (None, UNKNOWN)), (0, UNKNOWN)
-    )
+    known = ((i, x) for i, x in enumerate(axes) if x not in (None, UNKNOWN))
+    side, axis = next(known, (0, UNKNOWN))
     if axis == UNKNOWN or axis is None:
         return UNKNOWN
     if name == "transpose":
@@ -105,8 +104,10 @@ def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
     """The axis with as many numbers in front of it as before."""
     # a reshape that keeps an axis keeps how many numbers are in front of it
     front = math.prod(before[:axis])
-    fits = (i for i, n in enumerate(after) if n == before[axis] and math.prod(after[:i]) == front)
-    return next(fits, UNKNOWN)
+    for i, n in enumerate(after):
+        if n == before[axis] and math.prod(after[:i]) == front:
+            return i
+    return UNKNOWN
 
 
 def axes_of_product(eqn: Any) -> tuple[dict[int, int], dict[int, int]]:

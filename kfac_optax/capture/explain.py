@@ -25,8 +25,9 @@ def unseen(
         # named by the equation that reads it
         biased = [site for site in sites if site.bias is not None and site.bias[0] == leaf]
         mine += [site._replace(name="add") for site in biased]
-        note, others = _other_uses(names[leaf], [x.name for x in consumers.get(leaf, [])], mine)
-        where = listed(x.line for x in consumers.get(leaf, []) if x.name in others)
+        reading = consumers.get(leaf, [])
+        note, others = _other_uses(names[leaf], [x.name for x in reading], mine)
+        where = listed(x.line for x in reading if x.name in others)
         notes.append((names[leaf], note, where))
     return [x for x in notes if x[1]]
 
@@ -44,7 +45,8 @@ def _other_uses(
             used.remove(site.name)
     # taps by modules see the output of whatever equation made it
     taps = sum(not site.found for site in sites)
-    plain, rules = [x for x in used if not is_rule(x)], [x for x in used if is_rule(x)]
+    plain = [x for x in used if not is_rule(x)]
+    rules = [x for x in used if is_rule(x)]
     # the first `taps` of them are those that the taps see
     leaf, extra = name.rpartition("/")[2], plain[taps:] + rules
     if rules and len(plain) < taps:  # what a tap sees the output of

@@ -202,7 +202,8 @@ def _fitting(members: Sequence[int], sites: list[Site], leaf: Any) -> tuple[list
     """
     # the front end knows best: a tap leads, then a use with a bias
     taps = [i for i in members if not sites[i].found]
-    lead = sites[(taps or [i for i in members if sites[i].bias is not None] or members)[0]]
+    biased = [i for i in members if sites[i].bias is not None]
+    lead = sites[(taps or biased or members)[0]]
     kept = []
     for i in members:
         site = aligned(sites[i], lead) if sites[i].found else sites[i]

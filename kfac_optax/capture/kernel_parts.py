@@ -202,7 +202,8 @@ class Multiply:
         for before, after in blocks_of_reshape(kernel.before, kernel.after):
             # one name for every axis of M, as it was before the reshape
             old = tuple(of_kernel[axis] for axis in after)
-            new = old if len(before) == len(after) == 1 else tuple(next(self.fresh) for _ in before)
+            same = len(before) == len(after) == 1
+            new = old if same else tuple(next(self.fresh) for _ in before)
             inner += new
             if old == new or not old:
                 continue

@@ -48,7 +48,8 @@ def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int]
         stored += range(starts[used], starts[used] + len(parts[used]))
     flat = [n for part in parts for n in part]
     shape = tuple(kernel[source.index(axis)] for axis in range(rank))
-    return Layout(shape, tuple(flat[i] for i in stored), tuple(stored.index(i) for i in order))
+    split = tuple(flat[i] for i in stored)
+    return Layout(shape, split, tuple(stored.index(i) for i in order))
 
 
 def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, int]:
@@ -64,9 +65,9 @@ def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, i
                 math.prod(sizes[inner:]),
             )
         case Conv():
-            inputs, outputs = (
-                (kernel[-1], kernel[-2]) if geometry.flipped else (kernel[-2], kernel[-1])
-            )
+            inputs, outputs = kernel[-2], kernel[-1]
+            if geometry.flipped:
+                inputs, outputs = outputs, inputs
             return geometry.groups, math.prod(kernel[:-2]) * inputs, outputs // geometry.groups
         case ScaleShift():
             return 1, 1, math.prod(kernel)

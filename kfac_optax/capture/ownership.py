@@ -23,7 +23,8 @@ def own_biases(pairs: Iterable[tuple[Kernel, Bias]]) -> dict[Kernel, Bias]:
     for kernel, bias in pairs:
         biases.setdefault(kernel, set()).add(bias)
         kernels.setdefault(bias, set()).add(kernel)
-    only = {kernel: next(iter(mine)) for kernel, mine in biases.items() if len(mine) == 1}
+    single = {kernel: mine for kernel, mine in biases.items() if len(mine) == 1}
+    only = {kernel: next(iter(mine)) for kernel, mine in single.items()}
     return {kernel: bias for kernel, bias in only.items() if len(kernels[bias]) == 1}
 
 
@@ -35,7 +36,8 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
     """
     kept: list[Key] = []
     # whole leaves before parts, kernels before scales
-    for key in sorted(groups, key=lambda key: (key[1] is not None, scales.get(key, False))):
+    in_order = sorted(groups, key=lambda key: (key[1] is not None, scales.get(key, False)))
+    for key in in_order:
         others = [other for other in kept if other[0] == key[0]]
         if any(_overlap(key[1], other[1]) for other in others):
             continue

@@ -77,7 +77,8 @@ def contraction_of(
     in_product = {i: axis for axis, i in roles.rows.items()}
     rows = examples_first(sorted(in_product), examples)
     # a [*rows, *groups, *inputs], s [*rows, *groups, *outputs]
-    a = [*(in_product[i] for i in rows), *(roles.theirs[i] for i in roles.groups + roles.inputs)]
+    features = [roles.theirs[i] for i in roles.groups + roles.inputs]
+    a = [*(in_product[i] for i in rows), *features]
     return Contraction(
         a=from_end(a, eqn.invars[1 - operand].aval.ndim),
         s=from_end([*rows, *roles.features], eqn.outvars[0].aval.ndim),

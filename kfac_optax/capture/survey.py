@@ -97,7 +97,8 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
     for known in _survey(jaxpr, given, (), survey):
         leaking |= known.uses
     leaking |= survey.carried
-    partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking} | survey.idle
+    partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking}
+    partial |= survey.idle
     partial = _linked(partial, {path: leaves for path, (_, leaves) in survey.taps.items()})
     claimed = 0
     for path, (uses, _) in survey.taps.items():

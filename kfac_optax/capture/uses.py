@@ -239,7 +239,8 @@ def _convolution(eqn: Any, operand: int, view: View, examples: Sequence[int]) ->
         return None
     numbers = p["dimension_numbers"]
     # (spatial axes, channels) of input, kernel and output
-    lhs, rhs, out = ((*x[2:], x[1]) for x in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec))
+    specs = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    lhs, rhs, out = ((*spec[2:], spec[1]) for spec in specs)
     used = (*rhs, numbers.rhs_spec[0])  # window, inputs, outputs
     shape = eqn.invars[1].aval.shape
     window = Window(

@@ -62,9 +62,9 @@ class View(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether every stored axis is there, and nothing else."""
-        return self.known and sorted(x for x in self.axes if x is not None) == list(
-            range(len(self.stored))
-        ) == sorted(range(len(self.axes)))
+        given = sorted(axis for axis in self.axes if axis is not None)
+        everything = list(range(len(self.stored)))
+        return self.known and given == everything and len(self.axes) == len(everything)
 
     @property
     def complete(self) -> bool:
@@ -276,19 +276,16 @@ def views_behind_scan(eqn: Any, given: ScanViews, outs: Sequence[View | None]) -
     """
     _, constants, carried = scan_body(eqn)
     # a carry that is handed on is what it was at the start
-    carry = [
-        view if keep else None
-        for view, keep in zip(
-            given.inside[constants : constants + carried], given.kept, strict=True
-        )
-    ]
+    carried_in = given.inside[constants : constants + carried]
+    pairs = zip(carried_in, given.kept, strict=True)
+    carry = [view if keep else None for view, keep in pairs]
     length = eqn.params["length"]
-    stacked = [
-        None
-        if view is None
-        else view.stacked(length)
-        if view.leaf in given.riding
-        else view._replace(axes=(None, *view.axes))
-        for view in outs[carried:]
-    ]
-    return [*carry, *stacked]
+
+    def stacked(view: View | None) -> View | None:
+        if view is None:
+            return None
+        if view.leaf in given.riding:
+            return view.stacked(length)
+        return view._replace(axes=(None, *view.axes))
+
+    return [*carry, *map(stacked, outs[carried:])]

@@ -62,4 +62,5 @@ def when(
         old = view(state)
         return tuple(getattr(old, name) for name in fields)
 
-    return state._replace(**dict(zip(fields, jax.lax.cond(due, changed, same, None), strict=True)))
+    values = jax.lax.cond(due, changed, same, None)
+    return state._replace(**dict(zip(fields, values, strict=True)))

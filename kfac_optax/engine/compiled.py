@@ -136,7 +136,8 @@ def _bound(function: Callable[..., PyTree], due: dict[str, Any]) -> Callable[...
 def _places(where: str, tree: PyTree) -> list[int]:
     """Where among the leaves the counts are."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    found = [i for i, path in enumerate(paths) if path and getattr(path[-1], "name", "") == COUNT]
+    fields = [getattr(path[-1], "name", "") if path else "" for path in paths]
+    found = [i for i, field in enumerate(fields) if field == COUNT]
     if not found:
         raise ValueError(
             f"compile_step: got {where} without a count of steps ({COUNT}); expected the optimizer "

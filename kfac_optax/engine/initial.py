@@ -1,5 +1,7 @@
 """Factors, inverses and coupling before anything was measured."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -42,11 +44,9 @@ def initial(
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)
         rows += layer.copies
     # p q, the number of parameters of each row
-    sizes = jnp.concatenate([jnp.full(x.copies, x.shape[0] * x.shape[1], dtype) for x in coupled])
+    counts = [(layer.copies, math.prod(layer.shape)) for layer in coupled]
+    sizes = jnp.concatenate([jnp.full(copies, count, dtype) for copies, count in counts])
     statistic = coupling.init(coupled, dtype)
     fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
-    return (
-        factors,
-        kept,
-        CoarseState(statistic, coupling.factorize(after(statistic, inverses), fine), sizes, index),
-    )
+    inverse = coupling.factorize(after(statistic, inverses), fine)
+    return factors, kept, CoarseState(statistic, inverse, sizes, index)

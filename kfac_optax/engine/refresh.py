@@ -39,7 +39,8 @@ def _divided(step: Step, parts: int) -> tuple[stagger.Part, ...]:
     for bucket in step.buckets:
         start = functools.partial(block_of_bucket(bucket).init, bucket.layers[0])
         one = jax.eval_shape(functools.partial(start, step.damping.dtype))
-        costs[bucket.name] = bucket.copies, stagger.cost([x.shape for x in jax.tree.leaves(one)])
+        shapes = [x.shape for x in jax.tree.leaves(one)]
+        costs[bucket.name] = bucket.copies, stagger.cost(shapes)
     return stagger.divide(costs, parts=parts)
 
 

@@ -106,7 +106,8 @@ class HostSchedule(NamedTuple):
         measure_every = _period("curvature_every", measure_every, step)
         every = _period("inverse_every", every, step)
         parts = check_parts("HostSchedule", self.stagger)
-        due = tuple(j for j in range(parts) if step == 0 or step % every == phase(j, every, parts))
+        now = [step == 0 or step % every == phase(j, every, parts) for j in range(parts)]
+        due = tuple(j for j, is_due in enumerate(now) if is_due)
         # one kind of step for "all" and one for "none", however many parts there are
         kind = {
             "measure": step % measure_every == 0,

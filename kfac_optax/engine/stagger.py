@@ -33,7 +33,8 @@ def divide(costs: Mapping[str, tuple[int, float]], *, parts: int) -> tuple[Part,
     load = [0.0] * parts
     taken = [dict.fromkeys(costs, 0) for _ in range(parts)]
     # the largest first: small ones fill up what is left
-    for name, (copies, cost) in sorted(costs.items(), key=lambda item: -item[1][1]):
+    for name in sorted(costs, key=lambda name: -costs[name][1]):
+        copies, cost = costs[name]
         left = copies
         while left:
             j = load.index(min(load))
@@ -46,8 +47,9 @@ def divide(costs: Mapping[str, tuple[int, float]], *, parts: int) -> tuple[Part,
     # from numbers of copies to ranges
     start = dict.fromkeys(costs, 0)
     for counts in taken:
-        divided.append({name: (start[name], start[name] + n) for name, n in counts.items() if n})
-        start = {name: start[name] + n for name, n in counts.items()}
+        end = {name: start[name] + n for name, n in counts.items()}
+        divided.append({name: (start[name], end[name]) for name, n in counts.items() if n})
+        start = end
     return tuple(divided)
 
 

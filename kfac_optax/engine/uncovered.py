@@ -57,4 +57,5 @@ def _with_size(x: jax.Array, wanted: jax.Array) -> jax.Array:
     size = root_mean_square({"": x})
     wide = x.astype(jnp.promote_types(size.dtype, x.dtype))
     # a size that is no number passes through: the step is left out as a whole, and counted
-    return within(jnp.where(size == 0, 0, wide / jnp.where(size == 0, 1, size) * wanted), x.dtype)
+    scaled = wide / jnp.where(size == 0, 1, size) * wanted
+    return within(jnp.where(size == 0, 0, scaled), x.dtype)

@@ -1,5 +1,6 @@
 """One of the compared optimizers tied to a model: its layers, its options, what updates need."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,7 +115,8 @@ def make(
     of_model = drawn_labels(predict, losses, subsample)
     finds_layers = of_model if optimizer.estimator is own_losses else estimator
     # shapes alone are needed to find layers
-    params, model_state = jax.eval_shape(lambda key: models.init(model, key, x), jax.random.key(0))
+    start = functools.partial(models.init, model, x=x)
+    params, model_state = jax.eval_shape(start, jax.random.key(0))
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
     drawn = None

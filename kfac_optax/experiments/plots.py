@@ -225,7 +225,8 @@ def _curve(
         # an entry of the legend without a curve
         axes.plot([], [], color=color, linestyle=dashes, label=label)
         return
-    x, values = (clock.curves if in_seconds else clock.by_epoch)(kept, column)
+    read = clock.curves if in_seconds else clock.by_epoch
+    x, values = read(kept, column)
     values = factor * values
     # the mean thick, every seed thin behind it
     (line,) = axes.plot(

@@ -65,7 +65,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         for row in rows:
-            # eight digits tell single-precision numbers apart
             writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
@@ -167,7 +166,6 @@ def _read(directory: Path, settings: Mapping[str, Any]) -> Run | None:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t; NaN width for a single value."""
     array = np.asarray(values, float)
-    # a single seed has a mean and no interval
     if len(array) < 2:
         return (float(array[0]) if len(array) else math.nan), math.nan
     # s / sqrt(n), and the quantile of n - 1 degrees of freedom
@@ -201,7 +199,8 @@ def base_runs(config: ml_collections.ConfigDict, runs: Runs) -> Runs:
 
 def best_runs(runs: Runs) -> Runs:
     """The runs of every optimizer at its best rate."""
-    return {key: runs[key] for key in ((name, best_rate(runs, name)) for name in names(runs))}
+    best = [(name, best_rate(runs, name)) for name in names(runs)]
+    return {key: runs[key] for key in best}
 
 
 def names(runs: Runs) -> list[str]:
@@ -239,7 +238,8 @@ def has_one_row_per_epoch(run: Run) -> bool:
 def ms_per_step(runs: Sequence[Run]) -> list[float]:
     """Mean milliseconds of a training step in each run."""
     # seconds are those since the row before
-    return [float(1e3 * run.history["seconds"].sum() / steps_of(run)[-1]) for run in runs]
+    seconds = [run.history["seconds"].sum() / steps_of(run)[-1] for run in runs]
+    return [float(1e3 * one) for one in seconds]
 
 
 def steps_of(run: Run) -> np.ndarray:

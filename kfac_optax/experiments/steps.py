@@ -120,7 +120,8 @@ def mean_report(reports: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Arr
     """
     # others may hold NaN, which a product with zero would keep
     index = jnp.arange(len(reports))[:, None]
-    return jnp.where((begin <= index) & (index < end), reports, 0).sum(0) / (end - begin)
+    within = (begin <= index) & (index < end)
+    return jnp.where(within, reports, 0).sum(0) / (end - begin)
 
 
 def train_one(

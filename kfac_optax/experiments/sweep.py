@@ -95,7 +95,8 @@ def further(config: ml_collections.ConfigDict, runs: results.Runs) -> list[Job]:
 def _most_further(config: ml_collections.ConfigDict) -> int:
     """How many runs `further` can add: of every optimizer that has several rates."""
     # a single rate needs no choice, hence no more runs
-    several = [name for name in dict.fromkeys(config.optimizers) if len(_rates(config, name)) > 1]
+    names = dict.fromkeys(config.optimizers)
+    several = [name for name in names if len(_rates(config, name)) > 1]
     return len(several) * (
         config.seeds - min(config.get("tune_seeds") or config.seeds, config.seeds)
     )

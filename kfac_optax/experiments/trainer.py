@@ -141,7 +141,8 @@ def _in_python(
         return jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, 0).compile()
 
     # every kind of step that the run will ask for
-    kinds = {tuple(due(step).items()) for step in range(1 if schedule is None else count)}
+    steps_apart = range(1 if schedule is None else count)
+    kinds = {tuple(due(step).items()) for step in steps_apart}
     made = {kind: compiled(**dict(kind)) for kind in kinds}
 
     def train(

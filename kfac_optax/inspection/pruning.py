@@ -40,6 +40,7 @@ def pruning_scores(params: PyTree, per_example_grads: PyTree, *, damping: Any) -
       Kurtic & Alistarh, M-FAC (2021).
     """
     weights, inverse, back = _inverse("pruning_scores", params, per_example_grads, damping)
+    # w_i^2 / (2 [F^{-1}]_ii)
     return back(jnp.square(weights) / (2 * inverse.diagonal()))
 
 
@@ -81,8 +82,10 @@ def prune(params: PyTree, per_example_grads: PyTree, remove: PyTree, *, damping:
         )
     (gone,) = jnp.nonzero(mask)
     columns = jax.vmap(inverse.column)(gone)  # [k, d]
+    # multipliers of the constraints w_i = 0
     multipliers = jnp.linalg.solve(columns[:, gone], weights[gone])
     moved = weights - jnp.matmul(multipliers, columns, precision=jax.lax.Precision.HIGHEST)
+    # zero exactly, not up to rounding
     kept = back(moved.at[gone].set(0))
     return jax.tree.map(lambda x, p: x.astype(p.dtype), kept, params)
 
@@ -102,5 +105,6 @@ def _inverse(
             f"{where}: per_example_grads has the shapes {got}; expected a tree like the parameters, "
             f"{shapes}, with one axis of examples in front of every leaf."
         )
+    # [N, d], a row for every example
     leaves = [x.reshape(len(x), -1).astype(dtype) for x in jax.tree.leaves(examples)]
     return weights, inverse_of_rows(jnp.concatenate(leaves, axis=1), damping), back

@@ -38,6 +38,7 @@ def describe_state(
         "parameters": _types(params),
         "state": _types(opt_state),
     }
+    # without layers a description is of arrays alone
     if layers is not None:
         description["layers"] = [_words(layer) for layer in layers]
     return description
@@ -67,6 +68,7 @@ def check_state(found: Any, tx: Any, params: PyTree, layers: Layers | None = Non
     ValueError: check_state: array 'w' of the parameters was saved as float32[2,1]; expected float32[3,1]. ...
     """
     expected = describe_state(jax.eval_shape(tx.init, params), params, layers)
+    # arrays without a description, such as a restored tree
     if not _is_description(found):
         _compare("state", _types(found), expected["state"], _OTHER_OPTIMIZER)
         return
@@ -99,6 +101,7 @@ def _types(tree: PyTree) -> dict[str, str]:
 
 
 def _type(leaf: Any) -> str:
+    # numbers of Python have a type once they are arrays
     shaped = jax.eval_shape(lambda: leaf) if not hasattr(leaf, "dtype") else leaf
     return f"{shaped.dtype}[{','.join(map(str, shaped.shape))}]"
 
@@ -120,6 +123,7 @@ def _compare(
     where: str, found: Mapping[str, str], expected: Mapping[str, str], advice: str
 ) -> None:
     """Raises with the first array in which two descriptions differ."""
+    # what is expected first, then what nobody expects
     for name in (*expected, *found):
         got, wanted = found.get(name, "nothing"), expected.get(name, "nothing")
         if got != wanted:
@@ -131,6 +135,7 @@ def _compare(
 
 def _compare_layers(found: Sequence[str], expected: Sequence[str]) -> None:
     """Raises with the first layer in which two descriptions differ, or which runs elsewhere."""
+    # in order of execution, to the longer of both
     pairs = itertools.zip_longest(found, expected, fillvalue="nothing")
     for place, (got, wanted) in enumerate(pairs):
         if got != wanted:

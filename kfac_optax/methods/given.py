@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree
-from kfac_optax._validate import Checked, checked, start_checked
+from kfac_optax._validate import Checked, checked, resolve, start_checked
 
 # What presets hand on to blocks, couplings and rules that have no state to count in.
 HANDED_ON = (
@@ -104,5 +104,5 @@ def _cautious(name: str, value: Any) -> Any:
     """Before any good rate no step is made: that of a whole optimizer has no default."""
     if name != "learning_rate":
         return value
-    first = jnp.asarray(value(jnp.zeros((), jnp.int32)) if callable(value) else value)
+    first = jnp.asarray(resolve(value, jnp.zeros((), jnp.int32)))
     return jnp.where(jnp.isfinite(first) & (first >= 0), first, 0)

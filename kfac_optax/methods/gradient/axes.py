@@ -219,7 +219,8 @@ def _cut(leaf: jax.Array, view: View) -> jax.Array:
     leaf = leaf.reshape(view.copies, *view.axes)
     full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
     fill = [(0, whole - n) for whole, n in zip(full, view.axes, strict=True)]
-    leaf = jnp.pad(leaf, [(0, 0), *fill]).reshape(view.copies, *_grid(view))
+    whole_pieces = jnp.pad(leaf, [(0, 0), *fill])
+    leaf = whole_pieces.reshape(view.copies, *_grid(view))
     # all pieces in front, then the blocks: [copies, pieces_1, ..., block_1, ...]
     order = [0, *range(1, 2 * k, 2), *range(2, 2 * k + 1, 2)]
     return leaf.transpose(order).reshape(-1, *view.block)
@@ -237,7 +238,8 @@ def _join(tensors: jax.Array, view: View) -> jax.Array:
     full = [p * b for p, b in zip(view.pieces, view.block, strict=True)]
     tensors = tensors.transpose(order).reshape(view.copies, *full)
     # what was filled up is cut off
-    return tensors[(slice(None), *(slice(n) for n in view.axes))].reshape(view.shape)
+    kept = (slice(None), *(slice(n) for n in view.axes))
+    return tensors[kept].reshape(view.shape)
 
 
 def statistic(tensors: jax.Array, axis: int, kind: str) -> jax.Array:

@@ -21,7 +21,8 @@ def averaged(
     for i in range(len(group.block)):
         # axis 0 is that of copies
         others = tuple(axis + 1 for axis in range(len(group.block)) if axis != i)
-        out[str(i)] = held * means[str(i)] + (1 - held) * jnp.mean(tensors, others)
+        mean = jnp.mean(tensors, others)
+        out[str(i)] = held * means[str(i)] + (1 - held) * mean
     return out
 
 
@@ -49,7 +50,8 @@ def between_roots(
     for axis, v in means.items():
         size = jnp.sum(jnp.square(v), 1, keepdims=True)
         # u = v / |v|; zero where nothing has been measured
-        unit = _along_axis(group, v / jnp.sqrt(jnp.where(size > 0, size, 1)), int(axis))
+        length = jnp.sqrt(jnp.where(size > 0, size, 1))
+        unit = _along_axis(group, v / length, int(axis))
         # H^r = damping^r I + [(damping + |v|^2)^r - damping^r] u u^T
         change = (damping + size) ** power - damping**power
         along_unit = jnp.sum(unit * tensors, int(axis) + 1, keepdims=True)

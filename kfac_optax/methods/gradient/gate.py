@@ -101,7 +101,8 @@ def passed_on(
         if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
             cast |= scatter(group, within(whole, dtypes.pop()), good)
         else:
-            cast |= {n: within(x, leaves[n].dtype) for n, x in scatter(group, whole, good).items()}
+            found = scatter(group, whole, good)
+            cast |= {name: within(x, leaves[name].dtype) for name, x in found.items()}
     return replace_leaves(updates, cast), good
 
 

@@ -106,7 +106,8 @@ def _series(eps: float) -> Phases:
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         roots = {}  # eps^(-1/p) I, or that diagonal
         # injected, it is known only now; where it makes no sense the default stands in
-        usable = jnp.where(jnp.isfinite(eps) & (jnp.asarray(eps) > 0), eps, 1e-6).astype(dtype)
+        legal = jnp.isfinite(eps) & (jnp.asarray(eps) > 0)
+        usable = jnp.where(legal, eps, 1e-6).astype(dtype)
         first = usable ** (-1 / (2 * len(group.block)))
         for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
             # [copies, n, n] or [copies, n]

@@ -26,5 +26,6 @@ def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.A
     largest = jnp.sqrt(bound / weight)
     size = norms(u.reshape(group.copies, 1, -1))
     usable = jnp.isfinite(size) & (size > 0)
-    scale = jnp.where(usable, jnp.minimum(largest / jnp.where(usable, size, 1), 1), 1)
+    share = largest / jnp.where(usable, size, 1)
+    scale = jnp.where(usable, jnp.minimum(share, 1), 1)
     return u * scale.reshape(-1, *[1] * len(group.block))

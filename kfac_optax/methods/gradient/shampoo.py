@@ -192,7 +192,8 @@ def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weig
     out = {}
     for i, kind in enumerate(group.kinds):
         # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T
-        out[str(i)] = held * factors[str(i)] + new * statistic(tensors, i, kind)
+        product = statistic(tensors, i, kind)
+        out[str(i)] = held * factors[str(i)] + new * product
     return out
 
 

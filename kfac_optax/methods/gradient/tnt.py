@@ -123,7 +123,8 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
         for i, kind in enumerate(group.kinds):
             # the mean over examples of mat_i(g) mat_i(g)^T, not the product of the mean
             of_each = jax.vmap(lambda g, i=i, kind=kind: statistic(g, i, kind))(tensors)
-            out[str(i)] = weights[0] * factors[str(i)] + weights[1] * jnp.mean(of_each, 0)
+            new = jnp.mean(of_each, 0)
+            out[str(i)] = weights[0] * factors[str(i)] + weights[1] * new
         return out
 
     def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):

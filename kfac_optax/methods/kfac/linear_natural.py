@@ -63,7 +63,8 @@ def linear_natural(
     share = 1 / sum(layer.copies for layer in layers if layer.coupled)
     options |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
     # U_l = (1/L) (A_l (x) G_l + damping I)^{-1} V_l
-    return optax.chain(kfac(layers, damping=damping, kl_clip=None, **options), optax.scale(share))
+    natural = kfac(layers, damping=damping, kl_clip=None, **options)
+    return optax.chain(natural, optax.scale(share))
 
 
 RECORDS = (

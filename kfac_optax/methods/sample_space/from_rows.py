@@ -66,7 +66,8 @@ def _part(layer: Layer, a: jax.Array, g: jax.Array) -> jax.Array:
 def _together(x: jax.Array, axis: int, axis_name: Any) -> jax.Array:
     """The examples of all devices on one axis."""
     # [..., N, ...] to [..., devices N, ...]
-    return jnp.moveaxis(of_all_devices(jnp.moveaxis(as_replicated(x), axis, 0), axis_name), 0, axis)
+    mine = jnp.moveaxis(as_replicated(x), axis, 0)
+    return jnp.moveaxis(of_all_devices(mine, axis_name), 0, axis)
 
 
 def _order(space: Space) -> np.ndarray:

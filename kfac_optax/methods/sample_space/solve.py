@@ -128,6 +128,7 @@ def _solve(
     left = residual_of(space.forward, space.adjoint, inverse.damping, solution, gradient)
     # |g - (F + damping I) x| / |g|
     size = inner(gradient, gradient)
-    error = jnp.sqrt(inner(left, left) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
+    square = inner(left, left) / jnp.where(size > 0, size, 1)
+    error = jnp.sqrt(square).astype(jnp.float32)
     usable = usable & all_finite((solution, error))
     return Solved(solution, error, usable)
