@@ -2,18 +2,19 @@
 
 Tselepidis, Kohler and Orvieto (2020), Appendix B.1. The paper runs 100 epochs and 5 seeds:
 `--config.epochs=100 --config.seeds=5`. `--config=configs/deep_linear.py:paper` leaves the norm
-layers alone and inverts every 100 steps, as the paper does; `:early` inverts every 10 at first.
+layers alone and inverts every 100 steps, as the paper does; `:late` does the latter only, `:early`
+inverts every 10 steps at first.
 """
 
 import ml_collections
 
+VARIANTS = ("default", "paper", "late", "early")
+
 
 def get_config(variant: str = "default") -> ml_collections.ConfigDict:
-    """Returns the settings of the experiment; `variant` is `default`, `paper` or `early`."""
-    if variant not in ("default", "paper", "early"):
-        raise ValueError(
-            f"--config=...:{variant}: got {variant!r}, expected 'default', 'paper' or 'early'"
-        )
+    """Returns the settings of the experiment; `variant` is one of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected one of {VARIANTS}")
     config = ml_collections.ConfigDict(
         {
             "name": "deep_linear",
@@ -58,6 +59,10 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "out": "",  # results/<name> when empty
         }
     )
+    if variant == "late":
+        config.name = "deep_linear_late"
+        config.title = "64-layer linear MLP, planted targets, inverses every 100 steps"
+        config.kfac = config.kfac.to_dict() | {"inverse_every": 100}
     if variant == "early":
         config.name = "deep_linear_early"
         config.title = "64-layer linear MLP, planted targets, first inverses every 10 steps"

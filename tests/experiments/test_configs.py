@@ -191,7 +191,10 @@ def test_the_paper_leaves_norm_layers_of_the_deep_linear_net_alone():
     assert (default.name, paper.name) == ("deep_linear", "deep_linear_paper")
     assert "normalization" not in default.kfac and paper.kfac.normalization == "pass"
     assert default.seeds == paper.seeds == 10 and default.data.to_dict() == paper.data.to_dict()
-    with pytest.raises(ValueError, match="got 'papers', expected 'default', 'paper' or 'early'"):
+    # the library's own periods, but where the name says otherwise
+    late = read_config("deep_linear", "late")
+    assert "inverse_every" not in default.kfac and late.kfac.inverse_every == 100
+    with pytest.raises(ValueError, match=r"got 'papers', expected one of \('default', 'paper', "):
         read_config("deep_linear", "papers")
 
 
