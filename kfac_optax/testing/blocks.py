@@ -40,7 +40,8 @@ def check_operator(case: Case, *, seed: int = 0, examples: int = 4, damping: flo
     """`solve` is linear in `V`, and its matrix symmetric and positive definite."""
     lam = jnp.asarray(damping)
     # F measured on random rows, then everything at one damping
-    inverse = case.block.factorize(measure(case, case.rows(seed, examples), examples), lam)
+    statistic = measure(case, case.rows(seed, examples), examples)
+    inverse = case.block.factorize(statistic, lam)
     # [pq, pq], column by column
     dense = matrix(case.block.solve, case.shape, inverse, lam)
     scale = np.abs(dense).max()
@@ -71,7 +72,8 @@ def check_product(case: Case, *, seed: int = 0, examples: int = 4, damping: floa
     # solve = (multiply + damping I)^{-1}
     if case.exact:
         lam = jnp.asarray(damping)
-        solved = matrix(case.block.solve, case.shape, case.block.factorize(statistic, lam), lam)
+        inverse = case.block.factorize(statistic, lam)
+        solved = matrix(case.block.solve, case.shape, inverse, lam)
         expected = np.linalg.inv(dense + damping * np.eye(len(dense)))
         atol = 1e-10 * np.abs(expected).max()
         _close(case, "solve inverts multiply + damping I", solved, expected, 1e-9, atol)
@@ -87,7 +89,8 @@ def check_large_damping(case: Case, *, seed: int = 0) -> None:
         return
     # so large that the curvature does not count
     lam = jnp.asarray(1e12)
-    inverse = case.block.factorize(measure(case, case.rows(seed, 3), 3), lam)
+    statistic = measure(case, case.rows(seed, 3), 3)
+    inverse = case.block.factorize(statistic, lam)
     v = _normal(seed + 1, case.shape)
     bound = 1e-10 if case.exact else 1e-4
     got = lam * case.block.solve(inverse, v, lam)
@@ -109,8 +112,9 @@ def check_loss_scale(case: Case, *, seed: int = 0, scale: float = 3.0) -> None:
     scaled = [(a, scale * g) for a, g in rows]
     plain, large = measure(case, rows, 4), measure(case, scaled, 4)
     v = _normal(seed, case.shape)
-    got = case.block.solve(case.block.factorize(large, square * lam), v, square * lam)
-    expected = case.block.solve(case.block.factorize(plain, lam), v, lam) / square
+    inverse, of_large = case.block.factorize(plain, lam), case.block.factorize(large, square * lam)
+    got = case.block.solve(of_large, v, square * lam)
+    expected = case.block.solve(inverse, v, lam) / square
     _close(case, "solve follows the scale of the loss", got, expected, 1e-8, 1e-10)
 
 
@@ -120,7 +124,8 @@ def check_batch_split(case: Case, *, seed: int = 0) -> None:
     exact.
     """
     first, second = case.rows(seed, 3), case.rows(seed + 10, 3)
-    joined = [(_joined(a, c), _joined(g, h)) for (a, g), (c, h) in zip(first, second, strict=True)]
+    pairs = zip(first, second, strict=True)
+    joined = [(_joined(a, c), _joined(g, h)) for (a, g), (c, h) in pairs]
     # (F_1 + F_2) / 2 = F_12 for halves of equal size
     parts = measure(case, first, 3), measure(case, second, 3)
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *parts)
@@ -135,7 +140,8 @@ def check_permutation(case: Case, *, seed: int = 0) -> None:
     rows, order = case.rows(seed, 4), jnp.asarray([2, 0, 3, 1])
     moved = [(a[order], g[order]) for a, g in rows]
     law = "measure does not depend on the order of examples"
-    _close(case, law, measure(case, moved, 4), measure(case, rows, 4), 1e-10, 1e-12)
+    got, expected = measure(case, moved, 4), measure(case, rows, 4)
+    _close(case, law, got, expected, 1e-10, 1e-12)
 
 
 @in_float64
@@ -151,7 +157,8 @@ def check_masked(case: Case, *, seed: int = 0) -> None:
         # an integer cannot be NaN
         broken = a if jnp.issubdtype(a.dtype, jnp.integer) else a.at[0].set(jnp.nan)
         # a weight of zero makes a gradient of zero
-        masked.append((broken, g * inside.reshape(-1, *(1,) * (g.ndim - 1))))
+        beside = inside.reshape(-1, *(1,) * (g.ndim - 1))
+        masked.append((broken, g * beside))
         alone.append((a[1:], g[1:]))
     got, expected = measure(case, masked, 2, weights=weights), measure(case, alone, 1)
     _close(case, "an example of weight zero counts as dropped", got, expected, 1e-10, 1e-12)
@@ -184,10 +191,12 @@ def check_start_and_zeros(case: Case) -> None:
     # single precision, as in training
     lam, v = jnp.float32(1e-3), jnp.ones(case.shape, jnp.float32)
     start = case.block.init(case.layer, jnp.float32)
-    for name, statistic in ("init", start), ("zeros", jax.tree.map(jnp.zeros_like, start)):
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    for name, statistic in ("init", start), ("zeros", zeros):
         inverse = case.block.factorize(statistic, lam)
         got = case.block.solve(inverse, v, lam)
-        finite = all(np.isfinite(x).all() for x in jax.tree.leaves((inverse, got)))
+        made = jax.tree.leaves((inverse, got))
+        finite = all(np.isfinite(x).all() for x in made)
         _holds(case, f"{name}: all that is made of it is finite", finite, "found NaN or infinity")
     if case.damped:
         _close(case, "zeros leave V / damping", got, v / lam, 1e-4, 0)
@@ -227,7 +236,8 @@ def check_mapped(case: Case) -> None:
     solved = jax.vmap(case.block.solve, (0, 0, None))(inverse, v, lam)
     # each of them as if it were alone
     for i, statistic in enumerate(single):
-        alone = case.block.solve(case.block.factorize(statistic, lam), v[i], lam)
+        own = case.block.factorize(statistic, lam)
+        alone = case.block.solve(own, v[i], lam)
         _close(case, "solve under vmap is solve", solved[i], alone, 1e-8, 1e-10)
 
 
@@ -268,7 +278,8 @@ def _holds(case: Case, law: str, true: Any, number: str) -> None:
 
 
 def _close(case: Case, law: str, got: PyTree, expected: PyTree, rtol: float, atol: float) -> None:
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    for x, y in pairs:
         x, y = np.asarray(x), np.asarray(y)
         # NaN is close to nothing
         if not np.allclose(x, y, rtol=rtol, atol=atol):

@@ -112,7 +112,8 @@ def measure(
         spread = None
         if weights is not None:
             # a weight for each example, the same at all of its positions
-            spread = jnp.broadcast_to(weights.reshape(-1, *(1,) * (len(lead) - 1)), lead)
+            beside = weights.reshape(-1, *(1,) * (len(lead) - 1))
+            spread = jnp.broadcast_to(beside, lead)
         known = ()
         if case.block.reads_inverse:
             # in the basis that stands for nothing measured yet
@@ -128,7 +129,8 @@ def measure(
 def _columns(apply: Any, shape: tuple[int, int], operands: PyTree, *rest: Any) -> jax.Array:
     # unit matrices E_ij [p, q], whose images are the columns
     eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
-    return jax.vmap(lambda v: apply(operands, v, *rest))(eye).reshape(len(eye), -1).T
+    images = jax.vmap(lambda v: apply(operands, v, *rest))(eye)
+    return images.reshape(len(eye), -1).T
 
 
 def matrix(apply: Any, shape: tuple[int, int], *operands: Any) -> np.ndarray:

@@ -126,17 +126,20 @@ def _check_broken_batch(trial: Trial, step: Any, start: PyTree) -> None:
     _, good = step(trial.params, start, jnp.float32(1))
     # after a good batch: a first one would find nothing to spoil
     updates, state = step(trial.params, good, jnp.float32(jnp.nan))
-    largest = max(float(np.abs(u).max()) for u in map(np.asarray, jax.tree.leaves(updates)))
+    arrays = map(np.asarray, jax.tree.leaves(updates))
+    largest = max(float(np.abs(u).max()) for u in arrays)
     _holds(trial, "a broken batch gives an update of zeros", largest == 0, f"found {largest:.3g}")
     _finite(trial, "state after a broken batch", state, like=start)
-    _finite(trial, "step after a broken one", step(trial.params, state, jnp.float32(1)), like=start)
+    after = step(trial.params, state, jnp.float32(1))
+    _finite(trial, "step after a broken one", after, like=start)
 
 
 def _check_checkpoint(trial: Trial, step: Any, start: PyTree) -> None:
     _, state = step(trial.params, start, jnp.float32(1))
     # as files keep it
     saved = [np.asarray(x) for x in jax.tree.leaves(state)]
-    restored = jax.tree.unflatten(jax.tree.structure(start), [jnp.asarray(x) for x in saved])
+    arrays = [jnp.asarray(x) for x in saved]
+    restored = jax.tree.unflatten(jax.tree.structure(start), arrays)
     # the same step from both
     expected, got = (step(trial.params, s, jnp.float32(1)) for s in (state, restored))
     for path, x, y in _pairs(got, expected):
@@ -165,7 +168,8 @@ def _pairs(got: PyTree, expected: PyTree) -> list[tuple[str, np.ndarray, np.ndar
 def _finite(trial: Trial, when: str, tree: PyTree, *, like: PyTree) -> None:
     """No NaN anywhere; infinity only in scalars, and only if the transformation starts with it."""
     # clips start with an infinite bound, say
-    infinite_at_first = any(np.isinf(np.asarray(x)).any() for x in jax.tree.leaves(like))
+    at_first = map(np.asarray, jax.tree.leaves(like))
+    infinite_at_first = any(np.isinf(x).any() for x in at_first)
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         x = np.asarray(x)
         # a matrix has no reason to be infinite
