@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._layout import as_replicated
 from kfac_optax._types import Layer, Part
 
 
@@ -69,10 +70,20 @@ def size_of(boxes: Iterable[Part]) -> int:
     return sum(math.prod(box.sizes) for box in boxes)
 
 
+def within_box(leaf: jax.Array, box: Part) -> jax.Array:
+    """The numbers of a leaf in a box, which an array split over explicit mesh axes is gathered for."""
+    return as_replicated(leaf)[box.slices]
+
+
+def with_box(leaf: jax.Array, box: Part, numbers: jax.Array) -> jax.Array:
+    """The leaf with these numbers in a box."""
+    return as_replicated(leaf).at[box.slices].set(as_replicated(numbers).astype(leaf.dtype))
+
+
 def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Array:
     """`into` with the numbers of `source` in these boxes."""
     for box in boxes:
-        into = into.at[box.slices].set(source[box.slices].astype(into.dtype))
+        into = with_box(into, box, within_box(source, box))
     return into
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_optax._parts import boxes_left, emptied
+from kfac_optax._parts import boxes_left, emptied, within_box
 from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.engine.placed import inverses_of_all, solve_placed
@@ -65,7 +65,7 @@ def precondition(
         finite = finite & all_finite(parts)
         # numbers of shared leaves that no layer has: checked with the parts, and in the first alone
         boxes = boxes_left(step.layers)
-        rest = {name: [leaves[name][box.slices] for box in boxes[name]] for name in boxes}
+        rest = {name: [within_box(leaves[name], box) for box in boxes[name]] for name in boxes}
         finite = finite & all_finite(rest)
         parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
         first = leaves | {name: jnp.where(finite, leaves[name], 0) for name in boxes}

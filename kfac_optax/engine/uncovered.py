@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._parts import boxes_left, size_of
+from kfac_optax._parts import boxes_left, size_of, with_box, within_box
 from kfac_optax._tree import covered_leaves, grafted_leaves, named_leaves, present, replace_leaves
 from kfac_optax._types import Layers, PyTree
 from kfac_optax.step_rules._per_layer import root_mean_square, within
@@ -48,8 +48,8 @@ def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
         for name, boxes in rest.items():
             new[name] = leaves[name]
             for box in boxes:
-                x = _with_size(leaves[name][box.slices], wanted)
-                new[name] = new[name].at[box.slices].set(x)
+                x = _with_size(within_box(leaves[name], box), wanted)
+                new[name] = with_box(new[name], box, x)
         return replace_leaves(updates, new)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._parts import boxes_left, copied
+from kfac_optax._parts import boxes_left, copied, with_box, within_box
 from kfac_optax._tree import (
     covered_leaves,
     gather,
@@ -195,9 +195,9 @@ def map_layers(
     # all other leaves
     for name, boxes in boxes_left(mine).items():
         for box in boxes:
-            rows = [_widened(x[name][box.slices], dtype).reshape(1, 1, -1) for x in leaves]
+            rows = [_widened(within_box(x[name], box), dtype).reshape(1, 1, -1) for x in leaves]
             matrix, report = function(*rows)
-            new[name] = new[name].at[box.slices].set(matrix.reshape(box.sizes))
+            new[name] = with_box(new[name], box, matrix.reshape(box.sizes))
             reports.append(report)
     for name in [n for n in leaves[0] if n not in new]:
         rows = [_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves]
