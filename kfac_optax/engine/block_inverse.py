@@ -85,7 +85,8 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
             raise ValueError(
                 f"{where}: the state of {bucket.name} holds a {type(held).__name__}, which is "
                 f"not what block {block.name!r} makes. {advice}; for a preset with inverse='eigh' "
-                "it is block=blocks_of(None, inverse='eigh'), and so for 'cholesky'."
+                "it is block=blocks_of(None, inverse='eigh'), and so for 'cholesky'. What takes no "
+                "block= reads inverse='eigh' alone: make the preconditioner with it."
             )
 
 

@@ -31,9 +31,9 @@ def fisher(
         have a batch of its own: every head is a mean over its own examples.
       samples: draws per example.
       subsample: measure on a part of the batch only: a whole number of examples, some hundreds
-        say, of which a smaller batch has all; a fraction in (0, 1] (both take evenly spaced
-        examples of every argument whose axis 0 is the batch); or a function of the arguments that
-        returns them cut down.
+        say, of which a smaller batch has all (inside `shard_map` of what each device has); a
+        fraction in (0, 1] (both take evenly spaced examples of every argument whose axis 0 is the
+        batch); or a function of the arguments that returns them cut down.
       has_aux: `predict` returns a pair, the likelihoods and anything else (new batch statistics,
         logits), which `value_and_grad` hands out next to the loss, as `jax.value_and_grad` does.
 

@@ -13,6 +13,7 @@ from kfac_optax.capture.layers import Traced, serve_all, trace, with_examples
 from kfac_optax.estimators.centring import with_remark
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.served_heads import rows_of_own_heads, served_of
+from kfac_optax.linalg.batch_parts import shards
 
 
 class Spec(NamedTuple):
@@ -134,6 +135,20 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         sharding = jax.typeof(x).sharding
         if all(part is None for part in sharding.spec):
             return x[index]
+        _check_even(spec, keep, shards(x))
         return x.at[index].get(out_sharding=sharding)
 
     return jax.tree.map(take, args)
+
+
+def _check_even(spec: Spec, keep: int, devices: int) -> None:
+    """Raises where explicit mesh axes cannot divide the examples that are kept.
+
+    Raises:
+      ValueError: they are no multiple of the devices.
+    """
+    if keep % devices:
+        raise ValueError(
+            f"{spec.kind.name}: subsample={spec.subsample!r} keeps {keep} examples of a batch that "
+            f"explicit mesh axes divide over {devices} devices; expected a multiple of {devices}."
+        )

@@ -20,7 +20,7 @@ def count_parts(x: Float[Array, "n ..."], least: int) -> int:
     1 6
     """
     # examples of one device; the fewest parts, but no fewer than `least`, that divide them evenly
-    n = x.shape[0] // _shards(x)
+    n = x.shape[0] // shards(x)
     parts = max(1, min(least, n))
     while n % parts:
         parts += 1
@@ -60,7 +60,7 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
     return total
 
 
-def _shards(x: Array) -> int:
+def shards(x: Array) -> int:
     """Over how many devices axis 0 is divided, as far as the type says so."""
     sharding = jax.typeof(x).sharding
     # names of the mesh axes that divide axis 0; a tuple where there are several

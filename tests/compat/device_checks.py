@@ -203,7 +203,10 @@ def explicit_axes_part_of_the_batch():
     expected = jax.device_get(step(params, jax.jit(tx.init)(params), x))
     with jax.set_mesh(mesh):
         params = jax.device_put(params, P())
-        _same(step(params, tx.init(params), jax.device_put(x, P("data"))), expected)
+        split = jax.device_put(x, P("data"))
+        _same(step(params, tx.init(params), split), expected)
+        with pytest.raises(ValueError, match="subsample=9 keeps 9 .* expected a multiple of 8"):
+            ko.ggn(h.plain_predict, subsample=9).layers(params, split)
 
 
 def shard_map(cases=CASES):
