@@ -82,15 +82,16 @@ def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Divi
     groups = devices // workers
     # among equal costs the first one is served first, and the buckets of a state change their order
     # wherever JAX puts a dictionary together again
-    costs = {name: costs[name] for name in sorted(costs)}
-    kept = _over_groups(costs, groups)
+    in_order = {name: costs[name] for name in sorted(costs)}
+    kept = _over_groups(in_order, groups)
     count = {name: np.zeros((groups, workers), int) for name in costs}
     for group in range(groups):
         # the matrices of a group, divided once more within it
-        within = {name: (int(kept[name][group]), cost) for name, (_, cost) in costs.items()}
+        within = {name: (int(kept[name][group]), cost) for name, (_, cost) in in_order.items()}
         for member, part in enumerate(stagger.divide(within, parts=workers)):
             for name, (start, end) in part.items():
                 count[name][group, member] = end - start
+    # by name as they came
     shares = {name: Share(copies, count[name]) for name, (copies, _) in costs.items()}
     return Division(placement, shares)
 

@@ -130,8 +130,8 @@ def costs(
     # no device is needed to divide work over some
     placement = Placement("device", worker_fraction, AbstractMesh((devices,), ("device",)))
     named = {f"{i}": (s.copies, float(s.work)) for i, s in enumerate(shapes)}
-    shares = divide(placement, named).shares.values()
-    pairs = list(zip(shapes, shares, strict=True))
+    shares = divide(placement, named).shares
+    pairs = [(s, shares[f"{i}"]) for i, s in enumerate(shapes)]
     # operations of every device, [W]
     load = sum(share.count.ravel() * EIGH * float(s.work) for s, share in pairs)
     # the fullest device decides on memory
