@@ -86,7 +86,9 @@ def test_numbers_below_one_are_refused(words, capsys):
     assert "expected a whole number of at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[[1, 2]]", "[[1, 2, 0]]", "[[1, 2, 2.5]]"])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "[[1, 2]]", "[[1, 2, 0]]", "[[1, 2, 2.5]]", "[[1, 2, true]]"]
+)
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "layers.json"
     path.write_text(content)
