@@ -75,7 +75,7 @@ def read_layers(path: str) -> list[Shape]:
     for row in rows:
         good = isinstance(row, list) and len(row) == 3
         # True is an int as well
-        if not good or any(not isinstance(n, int) or n < 1 for n in row):
+        if not good or any(type(n) is not int or n < 1 for n in row):
             raise ValueError(
                 f"planner: {path} has the row {row!r}; expected [copies, p, q], three whole "
                 "numbers of at least 1."
