@@ -119,7 +119,8 @@ def test_masked_is_the_smaller_problem(preset, mask, smaller):
     unchanged.
     """
     problem, grads = h.plain_problem(), h.plain_grads()
-    updates, state = _once(optax.masked(h.make_tx(preset, problem), mask), problem, grads)
+    tx = h.make_tx(preset, problem, uncovered="pass")
+    updates, state = _once(optax.masked(tx, mask), problem, grads)
     small = smaller(problem.params)
     some = {
         layer: {name: grads[layer][name] for name in part} for layer, part in small.params.items()

@@ -29,7 +29,9 @@ def dense(x, w):
 def log_psi(p, x, phase):
     """A tapped layer, a parameter without one, a factor that changes nothing but the norm."""
     out = dense(jnp.tanh(dense(x, p["a"])), p["b"])
-    modulus = out[:, 0] + jnp.sin(x) @ computed(p["s"]) + computed(p["norm"])
+    # not linear, or the product would be a layer's
+    s = jnp.sinh(jnp.arcsinh(p["s"]))
+    modulus = out[:, 0] + jnp.sin(x) @ s + computed(p["norm"])
     return jax.lax.complex(modulus, out[:, 1]) if phase else modulus
 
 
