@@ -8,9 +8,9 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Bucket, Use
 from kfac_optax.blocks.rank_one import Means, rank_one
+from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.bfgs import Pairs, add_pair, apply_bfgs, double_damped
 from kfac_optax.linalg.factorize import psd_inverse
-from kfac_optax.linalg.gram import homogeneous
 from kfac_optax.linalg.weighted_rows import weighted_gram
 
 POWELL = 0.2  # how far `s^T y` may fall below `y^T H y`
@@ -47,9 +47,8 @@ def moments_block(precision: jax.lax.PrecisionLike) -> Block:
 
     def measure(a: jax.Array, g: jax.Array | None, use: Use) -> Moments:
         means = plain.measure(a, g, use)
-        a = a.astype(use.dtype)
-        a = homogeneous(a) if use.bias else a
-        inputs = weighted_gram(a, use.weights, precision=precision) / use.examples
+        rows = input_rows(a, use)
+        inputs = weighted_gram(rows, use.weights, precision=precision) / use.examples
         return Moments(inputs, means)
 
     return plain._replace(name="moments and means", measure=measure)
@@ -72,8 +71,10 @@ def direction(
     """New second moments of one layer, and `H_A V H_G`."""
     # A <- e A + (1 - e) A_new
     inputs = numbers.weight * pairs.inputs + (1 - numbers.weight) * moments.inputs
-    exact = psd_inverse(inputs, numbers.root)  # where it starts from
-    inverse = jnp.where(numbers.first, exact, pairs.inverse_inputs)
+    # where it starts from; later steps factorise nothing
+    inverse = jax.lax.cond(
+        numbers.first, lambda: psd_inverse(inputs, numbers.root), lambda: pairs.inverse_inputs
+    )
     right = apply_bfgs(pairs.inverse_outputs, v, precision=precision)
     step = jnp.matmul(inverse, right, precision=precision)
     return pairs._replace(inputs=inputs, inverse_inputs=inverse), step

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Numeric
-from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh
+from kfac_optax.linalg.factorize import after, at_least_rounding, psd_eigh
 from kfac_optax.linalg.truncated_eigen import LowRank, zero
 
 
@@ -57,7 +57,9 @@ def absorb_columns(
     # the eigenproblem on the smaller side, with orthonormal columns either way
     basis = None
     if both.shape[1] < dimension:
-        basis, both = jnp.linalg.qr(both)
+        basis, triangle = jnp.linalg.qr(both)
+        # the basis is formed apart from the triangle; no two factorisations at a time
+        both = after(triangle, basis)
     gram = jnp.matmul(both, both.T, precision=jax.lax.Precision.HIGHEST)
     vectors, values = psd_eigh(gram)
     vectors, values = vectors[:, ::-1], values[::-1]

@@ -43,6 +43,11 @@ OPTIMIZERS = {
     "online, all": lambda layers: ko.b_r_c(layers, correct_every=2, **RANK),
     "online, staggered": lambda layers: ko.b_r_c(layers, correct_every=2, stagger=2, **RANK),
 }
+# these factorise in a step of their own
+WITHOUT_REFRESH = {
+    "sketches": lambda layers: ko.scale_by_sketchy(rank=4),
+    "pairs": lambda layers: ko.k_bfgs(layers, **COMMON),
+}
 ALL_PARTS = {"online, staggered": (0, 1)}
 
 
@@ -107,3 +112,19 @@ def test_factorizations_follow_one_another(name):
     found = [side_by_side(program.compile().as_text()) for program in programs]
     assert not any(pairs for pairs, _ in found)
     assert all(calls for _, calls in found[1:])  # the first may have nothing to invert yet
+
+
+@pytest.mark.parametrize("name", WITHOUT_REFRESH)
+def test_factorizations_without_a_refresh_follow_one_another(name):
+    params = jax.tree.map(jnp.float32, oracles.make_params(0, SIZES))
+    x = jnp.ones((N, SIZES[0]))
+    estimator = ko.empirical_fisher(lambda p, x: oracles.forward(p, x)[0].sum(1))
+    tx = WITHOUT_REFRESH[name](estimator.layers(params, x))
+
+    def step(state, x):
+        return tx.update(params, state, params, curvature=estimator.at(params, x))
+
+    program = jax.jit(step).lower(jax.eval_shape(tx.init, params), x)
+    pairs, calls = side_by_side(program.compile().as_text())
+    assert not pairs
+    assert calls > 2  # of several groups

@@ -12,6 +12,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked
 from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
+from kfac_optax.linalg.factorize import after
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import FULL, Group, Rules
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
@@ -55,6 +56,7 @@ class Phases(NamedTuple):
       refresh: `(group, step, factors, inverses, previous) -> (inverses, last)`; its factorisations
         run after `previous`, the last result of the group before.
       observe: `step -> tensors` by group that statistics are taken of.
+      in_turn: whether `take_in` factorises matrices: groups then come one after another.
     """
 
     start: Callable[..., tuple[ByAxis, ByAxis]]
@@ -62,6 +64,7 @@ class Phases(NamedTuple):
     apply: Callable[..., jax.Array]
     refresh: Callable[..., tuple[ByAxis, PyTree]] = no_refresh
     observe: Callable[[Step], dict[str, jax.Array]] = gradient_itself
+    in_turn: bool = False
 
 
 def by_phases(
@@ -134,11 +137,12 @@ def _statistics(
     def measured(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
         # within the branch: what is not due is not computed
         observed = phases.observe(step)
-        new = {}
+        new: gate.Held = {}
+        previous: PyTree = ()
         for group in step.groups:
-            new[group.name] = phases.take_in(
-                group, observed[group.name], held[0][group.name], weights
-            )
+            tensors = after(observed[group.name], previous)
+            new[group.name] = phases.take_in(group, tensors, held[0][group.name], weights)
+            previous = new[group.name] if phases.in_turn else ()
         return gate.accepted(new, held[0], step.finite)
 
     none = jnp.zeros((), jnp.int32)

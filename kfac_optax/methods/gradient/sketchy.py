@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import ScalarOrSchedule
+from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.frequent_directions import (
     Sketch,
     absorb_columns,
@@ -131,13 +132,15 @@ def _sketches(rank: int, root: int | None) -> Phases:
         return factors, {}
 
     def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
-        out = {}
+        out: ByAxis = {}
         for i, kind in enumerate(group.kinds):
             old = factors[str(i)]
             if kind == FULL:
                 # the columns of [sqrt(e D) U, sqrt(1 - e) mat_i(G)], by their singular values
                 absorb = jax.vmap(absorb_columns, in_axes=(0, 0, None, None))
-                out[str(i)] = absorb(old, unfolded(tensors, i), *weights)
+                # one batched factorisation after another
+                columns = after(unfolded(tensors, i), out)
+                out[str(i)] = absorb(old, columns, *weights)
             else:
                 # H_i <- e H_i + (1 - e) diag(mat_i(G) mat_i(G)^T)
                 out[str(i)] = weights[0] * old + weights[1] * statistic(tensors, i, kind)
@@ -156,7 +159,7 @@ def _sketches(rank: int, root: int | None) -> Phases:
         # a gradient that no sketch has seen, between two of them or too large to be squared
         return u if root is not None else no_longer_than_fresh(group, u, weights[1])
 
-    return Phases(start, take_in, apply)
+    return Phases(start, take_in, apply, in_turn=True)
 
 
 def _times_root(tensors: jax.Array, axis: int, sketch: Sketch, p: int, ridge: jax.Array):

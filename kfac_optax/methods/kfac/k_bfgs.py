@@ -30,6 +30,7 @@ from kfac_optax.blocks.pairs import (
 )
 from kfac_optax.blocks.rank_one import rank_one
 from kfac_optax.estimators.plan import Plan
+from kfac_optax.linalg.factorize import after
 
 
 class KBFGSState(NamedTuple):
@@ -90,12 +91,12 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
         # both passes by the estimator itself: a loss given to `value_and_grad` may be another
         before = measured(curvature.moved(curvature.params), moments)
         held, new = {}, {name: -rate.astype(x.dtype) * x for name, x in leaves.items()}
+        previous: PyTree = ()  # batched factorisations run one after another
         for bucket in buckets:
-            v = gather(bucket, leaves, dtype)
+            v, ready = gather(bucket, leaves, dtype), after(before[bucket.name], previous)
             # H_A V H_G, with A of this batch in it
-            held[bucket.name], step = steps_of(
-                state.pairs[bucket.name], before[bucket.name], v, numbers
-            )
+            held[bucket.name], step = steps_of(state.pairs[bucket.name], ready, v, numbers)
+            previous = held[bucket.name].inverse_inputs
             new |= scatter(bucket, -rate * step, new)
         # the second pass, over the same batch behind the step
         old = named_leaves(curvature.params)
