@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax.methods.gradient.axes import FULL, Group, along, statistic
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, along, statistic
+from kfac_optax.methods.gradient.axiswise import Step
 
 Factors = dict[str, jax.Array]  # by axis: upper triangular [copies, n, n], or diagonals [copies, n]
 
@@ -18,16 +19,6 @@ def usual_probability(count: Any) -> jax.Array:
     1.0 0.03
     """
     return jnp.clip(jnp.exp(-1e-3 * (count - 500.0)), 0.03, 1.0)
-
-
-def start(group: Group, dtype: jnp.dtype) -> Factors:
-    """Zeros: the scale of a tensor's factors is that of its first gradient."""
-    out = {}
-    for axis, kind in enumerate(group.kinds):
-        n = group.block[axis]
-        shape = (group.copies, n, n) if kind == FULL else (group.copies, n)
-        out[str(axis)] = jnp.zeros(shape, dtype)
-    return out
 
 
 def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
@@ -65,7 +56,7 @@ def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
     known = jnp.any(h != 0, axis=tuple(range(1, h.ndim)))
     out = {}
     for axis, x in q.items():
-        kind = FULL if x.ndim == 3 else "diagonal"
+        kind = FULL if x.ndim == 3 else DIAGONAL
         of_h, of_v = (statistic(side, int(axis), kind) for side in (a, b))
         new = moved(x, of_h, of_v, rate)
         # nothing is known of what has had no gradient, nor where the step is not finite
@@ -75,20 +66,16 @@ def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
 
 
 def fitted_groups(
-    groups: tuple[Group, ...],
-    factors: dict[str, Factors],
-    h: dict[str, jax.Array],
-    key: jax.Array,
-    now: dict[str, jax.Array],
+    step: Step, factors: dict[str, Factors], h: dict[str, jax.Array], key: jax.Array
 ) -> dict[str, Factors]:
     """All factors after one step, on random vectors of their own."""
     out = {}
-    for number, group in enumerate(groups):
+    for number, group in enumerate(step.groups):
         mine = h[group.name]
         v = jax.random.normal(jax.random.fold_in(key, number), mine.shape, mine.dtype)
         squares = jnp.mean(jnp.square(mine), tuple(range(1, mine.ndim)), keepdims=True)
-        damped = mine + now["damping"] * jnp.sqrt(squares) * v
-        out[group.name] = fitted(factors[group.name], damped, v, now["fit_rate"])
+        damped = mine + step.value("damping") * jnp.sqrt(squares) * v
+        out[group.name] = fitted(factors[group.name], damped, v, step.value("fit_rate"))
     return out
 
 

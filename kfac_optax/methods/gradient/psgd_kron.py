@@ -7,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import named_leaves
-from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_legal, check_number, start_checked
+from kfac_optax._types import ScalarOrSchedule
+from kfac_optax._validate import Checked, check_number
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.methods.gradient import gate, psgd_fit
-from kfac_optax.methods.gradient.axes import (
-    DIAGONAL,
-    FULL,
-    Rules,
-    check_rules,
-    make_groups,
-)
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
+from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
+from kfac_optax.methods.gradient.momenta import zeros
+from kfac_optax.methods.gradient.phases import zeros_by_axis
 from kfac_optax.methods.gradient.treewise import unbiased
 from kfac_optax.methods.signature import flat_signature
 
@@ -95,53 +91,35 @@ def psgd_kron(
     hyper: dict[str, Any] = dict(
         b1=b1, fit_rate=fit_rate, fit_probability=fit_probability, damping=damping
     )
-    for name, value in hyper.items():
-        check_legal(where, name, value)
     if initial_scale is not None:
         check_number(where, "initial_scale", initial_scale, above=0)
     scale = None if initial_scale is None else jnp.asarray(initial_scale)
 
-    def init(params: PyTree) -> PSGDState:
-        given, key = start_checked(**hyper), jax.random.key_data(jax.random.key(seed))
-        if not jax.tree.leaves(params):  # factors are one non-parameter to optax.tree.map_params
-            factors, mean, _, _ = gate.placeholders()
-            return PSGDState(gate.no_counts(), factors, mean, key, given)
-        leaves = named_leaves(params)
-        dtype, groups = gate.state_dtype(leaves), make_groups(where, leaves, rules)
-        factors = {g.name: psgd_fit.start(g, dtype) for g in groups}
-        mean = {g.name: jnp.zeros((g.copies, *g.block), dtype) for g in groups}
-        return PSGDState(gate.no_counts(), factors, mean, key, given)
+    def start(begin: Start) -> tuple:
+        # of zeros: the scale of a tensor's factors is that of its first gradient
+        factors = {g.name: zeros_by_axis(g, begin.dtype) for g in begin.groups}
+        return factors, zeros(begin), jax.random.key_data(jax.random.key(seed))
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
-        del params, extra
-        leaves = named_leaves(updates)
-        if not leaves:
-            return updates, state
-        groups = make_groups(where, leaves, rules)
-        gate.check_groups(where, groups, state.factors)
-        dtype, count = gate.dtype_of(state.mean), state.counts.gradient_count
-        tensors, finite = gate.cleaned_tensors(groups, leaves, dtype)
-        now, given = gate.checked_all(state.given, count, **hyper)
-        now = {name: jnp.asarray(value, dtype) for name, value in now.items()}
-        b1, key = now["b1"], jax.random.wrap_key_data(state.key)
-        mean = {
-            n: jnp.where(finite, b1 * m + (1 - b1) * tensors[n], m) for n, m in state.mean.items()
-        }
-        # also with b1 of 0
-        h = {n: unbiased(m, b1, count + 1) for n, m in mean.items()}
+    def advance(step: Step, state: Any) -> Advanced:
+        b1, key = step.value("b1"), jax.random.wrap_key_data(state.key)
+        mean, h = {}, {}
+        for name, old in state.mean.items():
+            mean[name] = jnp.where(step.finite, b1 * old + (1 - b1) * step.tensors[name], old)
+            # also with b1 of 0
+            h[name] = unbiased(mean[name], b1, step.count + 1)
         next_key, coin, own = jax.random.split(key, 3)
-        start = {g.name: psgd_fit.started(state.factors[g.name], h[g.name], scale) for g in groups}
+        first = {}
+        for name, held in state.factors.items():
+            first[name] = psgd_fit.started(held, h[name], scale)
 
         def fit(factors: Any) -> Any:
-            return psgd_fit.fitted_groups(groups, factors, h, own, now)
+            return psgd_fit.fitted_groups(step, factors, h, own)
 
         with jax.named_scope("psgd/fit"):
-            due = finite & (jax.random.uniform(coin) < now["fit_probability"])
-            factors = gate.when_due(due, fit, start)
-        new = {g.name: psgd_fit.preconditioned(factors[g.name], h[g.name]) for g in groups}
-        out, good = gate.passed_on(updates, groups, new, finite)
-        counts = gate.counted(state.counts, finite, good, 0, 0)
-        key = jnp.where(finite, jax.random.key_data(next_key), state.key)
-        return out, PSGDState(counts, factors, mean, key, given)
+            due = step.finite & (jax.random.uniform(coin) < step.value("fit_probability"))
+            factors = gate.when_due(due, fit, first)
+        new = {name: psgd_fit.preconditioned(factors[name], h[name]) for name in h}
+        key = jnp.where(step.finite, jax.random.key_data(next_key), state.key)
+        return Advanced(new, (factors, mean, key), step.finite)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(Axiswise(where, rules, hyper, PSGDState, "factors", start, advance))
