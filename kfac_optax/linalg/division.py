@@ -1,4 +1,4 @@
-"""Divisors that are never zero."""
+"""Quotients without a division by zero."""
 
 import jax
 import jax.numpy as jnp
@@ -12,3 +12,12 @@ def positive_or_one(x: jax.Array) -> jax.Array:
     [2. 1. 1.]
     """
     return jnp.where(x > 0, x, 1)
+
+
+def quotient_or_zero(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """`x / divisor` where the divisor is positive, zero everywhere else.
+
+    >>> print(quotient_or_zero(jnp.array([6.0, 6.0]), jnp.array([2.0, 0.0])))
+    [3. 0.]
+    """
+    return jnp.where(divisor > 0, x / positive_or_one(divisor), 0)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_legal
+from kfac_optax.linalg.division import quotient_or_zero
+from kfac_optax.methods.gradient.gate import unbiased
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
-from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, unbiased, zeros
+from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, zeros
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature
 
@@ -81,8 +82,6 @@ def adahessian(
     hyper: dict[str, Any] = dict(
         b1=b1, b2=b2, eps=eps, power=power, curvature_every=curvature_every
     )
-    for name, value in hyper.items():
-        check_legal(where, name, value)
     check_size(where, "block", block)
 
     def start(params: PyTree, dtype: Any) -> AdaHessianHeld:
@@ -104,8 +103,7 @@ def adahessian(
         def direction(m: jax.Array, n: jax.Array) -> jax.Array:
             root = unbiased(n, b2, probes.count) ** (now["power"] / 2) + now["eps"]
             # only with eps=0, where there is no curvature
-            m = unbiased(m, b1, given.count + 1)
-            return jnp.where(root > 0, m / jnp.where(root > 0, root, 1), 0)
+            return quotient_or_zero(unbiased(m, b1, given.count + 1), root)
 
         out = jax.tree.map(direction, mean, probes.squares)
         held = AdaHessianHeld(mean, probes)

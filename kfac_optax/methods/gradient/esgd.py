@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_legal, check_number
+from kfac_optax._validate import check_number
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, zeros
 from kfac_optax.methods.record import Method
@@ -53,8 +53,6 @@ def esgd(
     where = "esgd"
     check_number(where, "damping", damping, above=0)
     hyper: dict[str, Any] = dict(damping=damping, curvature_every=curvature_every)
-    for name, value in hyper.items():
-        check_legal(where, name, value)
 
     def start(params: PyTree, dtype: Any) -> Probes:
         return no_probes(zeros(params, dtype), seed)

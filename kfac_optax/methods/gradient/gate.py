@@ -11,6 +11,7 @@ from kfac_optax._tree import all_finite, named_leaves, replace_leaves, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, checked
 from kfac_optax.engine.state import GradientCounts
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import Group, gather, scatter
 from kfac_optax.step_rules._per_layer import within
 
@@ -141,6 +142,15 @@ def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.A
     # a decay of one sums, as Shampoo and AdaGrad do
     sums = decay >= 1
     return jnp.where(sums, 1, weight), jnp.where(sums, 1, 1 - weight)
+
+
+def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+    """The mean of an average that started at zero `t` steps ago, `moment / (1 - b^t)`.
+
+    >>> print(unbiased(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(2)))
+    1.0
+    """
+    return moment / positive_or_one(1 - b ** t.astype(b.dtype))
 
 
 def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:

@@ -8,7 +8,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import ScalarOrSchedule
-from kfac_optax._validate import check_choice, check_legal, check_number
+from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import psd_eigh
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation
 from kfac_optax.methods.gradient.window import (
@@ -76,8 +76,6 @@ def ggt(
     check_size("ggt", "window", window)
     check_choice("ggt", "mode", mode, MODES)
     check_number("ggt", "eps", eps, above=0)
-    for name, value in (("eps", eps), ("b1", b1), ("b2", b2)):
-        check_legal("ggt", name, value)
 
     def step(given: Step) -> Made:
         vector, back = ravel_pytree(given.gradient)

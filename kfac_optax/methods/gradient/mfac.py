@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_legal, check_number
+from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import shift_for
 from kfac_optax.linalg.smw import KernelInverse, factor_kernel, kernel_solve, solve_in_parameters
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation
@@ -67,7 +67,6 @@ def mfac(
     """
     check_size("mfac", "window", window)
     check_number("mfac", "damping", damping, above=0)
-    check_legal("mfac", "damping", damping)
 
     def step(given: Step) -> Made:
         vector, back = ravel_pytree(given.gradient)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_legal
 from kfac_optax.bayes.diagonal import DiagonalPosterior
+from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.methods.gradient.treewise import (
     Made,
     Rule,
@@ -34,8 +34,6 @@ def follow_posterior(
       power: of the squares' mean.
       **hyper: `weight_decay` (`w`), `damping`, `b1`, `b2`.
     """
-    for name, value in hyper.items():
-        check_legal(where, name, value)
 
     def start(params: PyTree, dtype: Any) -> DiagonalPosterior:
         count = jnp.zeros((), jnp.int32)
@@ -61,7 +59,7 @@ def follow_posterior(
         def direction(m: jax.Array, s: jax.Array) -> jax.Array:
             divisor = s**power + w + now["damping"]
             # only without weight decay, where there has been no gradient
-            return jnp.where(divisor > 0, m / jnp.where(divisor > 0, divisor, 1), 0)
+            return quotient_or_zero(m, divisor)
 
         skipped = given.finite & ~finite_as_one(squares)
         return Made(jax.tree.map(direction, mean, s), DiagonalPosterior(mean, s, t), True, skipped)

@@ -15,7 +15,6 @@ from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 from kfac_optax.methods.gradient.momenta import zeros
 from kfac_optax.methods.gradient.phases import zeros_by_axis
-from kfac_optax.methods.gradient.treewise import unbiased
 from kfac_optax.methods.signature import flat_signature
 
 
@@ -106,7 +105,7 @@ def psgd_kron(
         for name, old in state.mean.items():
             mean[name] = jnp.where(step.finite, b1 * old + (1 - b1) * step.tensors[name], old)
             # also with b1 of 0
-            h[name] = unbiased(mean[name], b1, step.count + 1)
+            h[name] = gate.unbiased(mean[name], b1, step.count + 1)
         next_key, coin, own = jax.random.split(key, 3)
         first = {}
         for name, held in state.factors.items():

@@ -12,6 +12,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
 from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
+from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.factorize import after, psd_eigh
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import (
@@ -174,24 +175,13 @@ def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
         square = b2 * old[1] + (1 - b2) * jnp.square(turned)
         mu[name], nu[name] = select(t > 0, (mean, square), old)
         turned_mean = _rotated(group, mu[name], q, back=False)
-        # M' / (sqrt(V) + eps), both without their bias
-        u = _direction(_unbiased(turned_mean, b1, t), _unbiased(nu[name], b2, t), eps)
+        # M' / (sqrt(V) + eps), both without their bias; zero where the gradient has always been
+        # zero, which only eps=0 divides by
+        divisor = jnp.sqrt(gate.unbiased(nu[name], b2, t)) + eps
+        u = quotient_or_zero(gate.unbiased(turned_mean, b1, t), divisor)
         # Q_L (...) Q_R^T
         tensors[name] = _rotated(group, u, q, back=True)
     return tensors, mu, nu
-
-
-def _unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
-    """The mean of a moment that started at zero `t` steps ago."""
-    # 1 - b^t
-    share = jnp.where(b < 1, 1 - b ** t.astype(b.dtype), 1)
-    return moment / jnp.where(t > 0, share, 1)
-
-
-def _direction(mean: jax.Array, square: jax.Array, eps: jax.Array) -> jax.Array:
-    divisor = jnp.sqrt(square) + eps
-    # only with eps=0, where the gradient has always been zero
-    return jnp.where(divisor > 0, mean / jnp.where(divisor > 0, divisor, 1), 0)
 
 
 def _eye(shape: tuple[int, ...], dtype: Any) -> jax.Array:

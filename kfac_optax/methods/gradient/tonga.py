@@ -8,7 +8,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_legal, check_number
+from kfac_optax._validate import check_number
 from kfac_optax.linalg.factorize import psd_eigh, shift_for
 from kfac_optax.linalg.smw import factor_kernel, kernel_solve
 from kfac_optax.methods.gradient.gate import when_due
@@ -72,8 +72,6 @@ def tonga(
     check_size(where, "block", block)
     check_number(where, "damping", damping, above=0)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
-    for name, value in hyper.items():
-        check_legal(where, name, value)
 
     def start(params: PyTree, dtype: Any) -> Window:
         return empty_window(rank + block, params, dtype)

@@ -13,7 +13,7 @@ import optax
 
 from kfac_optax._tree import named_leaves, select, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_real, start_checked
+from kfac_optax._validate import Checked, check_legal, check_real, start_checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.methods.gradient import gate
@@ -86,7 +86,14 @@ class Rule(NamedTuple):
 
 
 def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """The method as a transformation whose state is a `TreeState`."""
+    """The method as a transformation whose state is a `TreeState`.
+
+    Raises:
+      TypeError: a hyperparameter is no number and no schedule.
+      ValueError: a hyperparameter is out of range.
+    """
+    for name, value in rule.hyper.items():
+        check_legal(rule.where, name, value)
 
     def init(params: PyTree) -> TreeState:
         check_real(rule.where, named_leaves(params))
@@ -146,13 +153,3 @@ def zeros(tree: PyTree, dtype: Any) -> PyTree:
     the tree is.
     """
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype), tree)
-
-
-def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
-    """The mean of an average that started at zero `t` steps ago, `moment / (1 - b^t)`.
-
-    >>> print(unbiased(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(2)))
-    1.0
-    """
-    share = 1 - b ** t.astype(b.dtype)
-    return moment / jnp.where(share > 0, share, 1)
