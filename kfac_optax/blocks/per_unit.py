@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
+from kfac_optax.blocks.use_rows import input_rows
+from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.factorize import (
     Eigen,
     at_least_rounding,
@@ -15,7 +17,7 @@ from kfac_optax.linalg.factorize import (
     damped_root,
     psd_eigh,
 )
-from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.gram import gram
 from kfac_optax.linalg.weighted_rows import keep_rows
 
 
@@ -147,7 +149,7 @@ def quasi_diagonal_block() -> Block:
         if moments.cross is None:
             return squares
         bias = squares[-1]
-        slopes = jnp.where(bias > 0, moments.cross / jnp.where(bias > 0, bias, 1), 0)
+        slopes = quotient_or_zero(moments.cross, bias)
         # a variance, not negative but for rounding, which is in proportion to the square
         rest = at_least_rounding(squares[:-1] - slopes * moments.cross, squares[:-1])
         return QuasiDiagonal(rest, slopes, bias)
@@ -188,6 +190,5 @@ def _rows(
             f"{where}: measure got no output gradients, since this estimator measures inputs only. "
             "Use ggn, fisher, empirical_fisher or backpropagated_metric."
         )
-    a = a.astype(use.dtype)
-    a = keep_rows(homogeneous(a) if use.bias else a, use.weights)
+    a = keep_rows(input_rows(a, use), use.weights)
     return a.reshape(-1, a.shape[-1]), jnp.square(g.astype(use.dtype)).reshape(-1, g.shape[-1])

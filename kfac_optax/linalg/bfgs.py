@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._tree import all_finite, select
+from kfac_optax.linalg.division import quotient_or_zero
 
 
 class Pairs(NamedTuple):
@@ -31,7 +32,7 @@ def apply_bfgs(
         return jnp.matmul(v, kept, precision=precision)
     # 1 / s^T y, zero where there is no pair: then both passes leave V as it is
     products = jnp.sum(kept.steps * kept.changes, 1)
-    rates = jnp.where(products > 0, 1 / jnp.where(products > 0, products, 1), 0)
+    rates = quotient_or_zero(jnp.ones((), products.dtype), products)
 
     def along(v: Array, x: Array) -> Array:
         return jnp.matmul(v, x, precision=precision)
@@ -71,7 +72,7 @@ def add_pair(
         news = zip(kept, (step, change), strict=True)
         new: Array | Pairs = Pairs(*(jnp.concatenate([x[1:], mine[None]]) for x, mine in news))
     else:
-        rate = jnp.where(good, 1 / jnp.where(good, product, 1), 0)
+        rate = quotient_or_zero(jnp.ones((), product.dtype), product)
         # H - (H y s^T + s y^T H) / s^T y + (1 + y^T H y / s^T y) s s^T / s^T y
         moved = jnp.matmul(kept, change, precision=precision)
         cross = jnp.outer(moved, step)

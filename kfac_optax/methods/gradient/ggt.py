@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import psd_eigh
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation
 from kfac_optax.methods.gradient.window import (
@@ -105,8 +106,8 @@ def _weights(window: Window, now: dict[str, jax.Array], mode: str) -> jax.Array:
     # an eigenvalue below rounding of the largest says nothing about its direction
     rounding = len(x) * jnp.finfo(x.dtype).eps
     s = jnp.sqrt(jnp.maximum(squares, rounding * squares[-1]))
-    left_out = jnp.where(s > now["eps"], 1 / jnp.where(s > 0, s, 1), 0)
-    f = left_out if mode == "pinv" else 1 / (s + now["eps"])
+    kept = jnp.where(s > now["eps"], 1 / positive_or_one(s), 0)
+    f = kept if mode == "pinv" else 1 / (s + now["eps"])
     with jax.default_matmul_precision("highest"):
         return scale * (vectors @ (f * (x @ vectors)))
 

@@ -1,7 +1,6 @@
 """Which leaves a preconditioner of matrices should get, and what becomes of their axes."""
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterable
 
 import jax
@@ -189,4 +188,4 @@ def _numbers(view: View) -> int:
     each = 0
     for n, kind in zip(view.block, view.kinds, strict=True):
         each += {FULL: n * n, DIAGONAL: n, IDENTITY: 0}[kind]
-    return each * view.copies * math.prod(view.pieces)
+    return each * view.tensors

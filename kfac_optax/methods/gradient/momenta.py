@@ -12,6 +12,7 @@ import optax
 from kfac_optax._tree import named_leaves, select
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_choice
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import Group, gather
 from kfac_optax.methods.gradient.axiswise import Start, Step
@@ -65,7 +66,7 @@ def _normalized() -> optax.GradientTransformation:
 
     def unit(x: jax.Array) -> jax.Array:
         size = norms(x.reshape(1, 1, -1))[0]
-        return x / jnp.where(size > 0, size, 1)
+        return x / positive_or_one(size)
 
     return optax.stateless(lambda updates, params: jax.tree.map(unit, updates))
 
@@ -182,7 +183,7 @@ def with_norms(step: Step, tensors: Tensors, wanted: Tensors) -> Tensors:
         length = _norms_of_leaves(group, wanted[group.name])
         # a norm of many large entries overflows; NaN stays
         length = jnp.minimum(length, jnp.finfo(length.dtype).max)
-        ratio = length / jnp.where(size > 0, size, 1)
+        ratio = length / positive_or_one(size)
         out[group.name] = tensors[group.name] * ratio.reshape(-1, *[1] * len(group.block))
     return out
 
@@ -200,6 +201,6 @@ def _norms_of_leaves(group: Group, tensors: jax.Array) -> jax.Array:
     owner = np.concatenate(owners)
     largest = jax.ops.segment_max(sizes, owner, leaves)[owner]
     # divided by the largest first, so that no square overflows
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = positive_or_one(largest)
     squares = jax.ops.segment_sum(jnp.square(sizes / unit), owner, leaves)
     return jnp.sqrt(squares)[owner] * unit

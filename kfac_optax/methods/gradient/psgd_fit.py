@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, along, statistic
 from kfac_optax.methods.gradient.axiswise import Step
 
@@ -32,7 +33,7 @@ def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
     """
     size = jnp.mean(jnp.square(h), tuple(range(1, h.ndim)))
     if scale is None:
-        scale = jnp.where(size > 0, size, 1) ** -0.25
+        scale = positive_or_one(size) ** -0.25
     # zero also where the squares overflow: the next gradient decides
     usable = (size > 0) & jnp.isfinite(size)
     each = jnp.where(usable, scale, 0) ** (1 / len(q))
@@ -92,7 +93,7 @@ def moved(q: jax.Array, of_h: jax.Array, of_v: jax.Array, rate: jax.Array) -> ja
     total = jnp.abs(of_h + of_v)
     rows = total if q.ndim == 2 else jnp.sum(total, axis=-1)
     bound = jnp.max(rows, axis=-1)
-    share = rate / jnp.where(bound > 0, bound, 1)
+    share = rate / positive_or_one(bound)
     difference = of_h - of_v
     if q.ndim == 2:
         return q - share[:, None] * difference * q
@@ -108,7 +109,7 @@ def balanced(q: Factors) -> Factors:
     [[2.]] [[2.]]
     """
     sizes = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) for x in q.values()]
-    safe = [jnp.where(size > 0, size, 1) for size in sizes]
+    safe = [positive_or_one(size) for size in sizes]
     mean = jnp.exp(sum(jnp.log(size) for size in safe) / len(safe))
     out = {}
     for (axis, x), size in zip(q.items(), safe, strict=True):

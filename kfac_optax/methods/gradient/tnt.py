@@ -10,6 +10,7 @@ import optax
 from kfac_optax._tree import select
 from kfac_optax._types import Numeric, PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_number
+from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import after, psd_inverse
 from kfac_optax.methods.gradient.axes import (
     DIAGONAL,
@@ -119,11 +120,12 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
         return zeros_by_axis(group, dtype), identities(group, dtype)
 
     def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+        # examples are one more axis of every tensor, [copies, N, *block], summed over with the rest
+        joined = jnp.moveaxis(tensors, 0, 1)
         out = {}
         for i, kind in enumerate(group.kinds):
             # the mean over examples of mat_i(g) mat_i(g)^T, not the product of the mean
-            of_each = jax.vmap(lambda g, i=i, kind=kind: statistic(g, i, kind))(tensors)
-            new = jnp.mean(of_each, 0)
+            new = statistic(joined, i + 1, kind) / len(tensors)
             out[str(i)] = weights[0] * factors[str(i)] + weights[1] * new
         return out
 
@@ -163,7 +165,7 @@ def _scale(group: Group, factors: ByAxis) -> tuple[jax.Array, jax.Array]:
     first = factors["0"]
     s = jnp.trace(first, axis1=1, axis2=2) if first.ndim == 3 else jnp.sum(first, 1)
     k = len(group.block)
-    return jnp.where(s > 0, s, 1) ** (-(k - 1) / k), s > 0
+    return positive_or_one(s) ** (-(k - 1) / k), s > 0
 
 
 def _share(group: Group, axis: int, damping: jax.Array) -> jax.Array:
