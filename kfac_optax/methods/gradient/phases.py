@@ -14,7 +14,7 @@ from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import FULL, Group, Rules
+from kfac_optax.methods.gradient.axes import FULL, Group, Rules, statistic
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 from kfac_optax.methods.gradient.momenta import Finish
 
@@ -166,6 +166,17 @@ def _refreshed(
 
     due = step.finite & _due(step, "inverse_every")
     return gate.when_due(due, refresh, (inverses, jnp.zeros((), jnp.int32)))
+
+
+def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+    """Statistics of a group with those of a step in them, of all axes that have one."""
+    held, new = weights
+    out = {}
+    for axis, old in factors.items():
+        # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T
+        product = statistic(tensors, int(axis), group.kinds[int(axis)])
+        out[axis] = held * old + new * product
+    return out
 
 
 def zeros_by_axis(group: Group, dtype: Any) -> ByAxis:

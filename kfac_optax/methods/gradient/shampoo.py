@@ -20,7 +20,6 @@ from kfac_optax.methods.gradient.axes import (
     Rules,
     along,
     check_rules,
-    statistic,
 )
 from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
@@ -29,6 +28,7 @@ from kfac_optax.methods.gradient.phases import (
     ByAxis,
     Phases,
     Weights,
+    averaged_in,
     by_phases,
     identities,
     zeros_by_axis,
@@ -184,17 +184,6 @@ def shampoo_phases(root: int | None, method: str) -> Phases:
         return u if root is not None else no_longer_than_fresh(group, u, weights[1])
 
     return Phases(start, averaged_in, apply, refresh)
-
-
-def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
-    """Statistics of a group with those of a step in them."""
-    held, new = weights
-    out = {}
-    for i, kind in enumerate(group.kinds):
-        # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T
-        product = statistic(tensors, i, kind)
-        out[str(i)] = held * factors[str(i)] + new * product
-    return out
 
 
 def power_of(group: Group, root: int | None) -> int:

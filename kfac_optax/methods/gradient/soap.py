@@ -23,10 +23,10 @@ from kfac_optax.methods.gradient.axes import (
     Rules,
     along,
     check_rules,
-    statistic,
 )
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 from kfac_optax.methods.gradient.momenta import zeros
+from kfac_optax.methods.gradient.phases import averaged_in, identities
 
 BASES = ("qr", "eigh")
 
@@ -132,7 +132,8 @@ def scale_by_soap(
             weights = gate.averaged(step.now["decay"], step.count + 1, step.dtype)
             new = {}
             for group in step.groups:
-                new[group.name] = _taken_in(group, step.tensors, state.factors, weights)
+                mine, held = step.tensors[group.name], state.factors[group.name]
+                new[group.name] = averaged_in(group, mine, held, weights)
             factors, skipped = gate.accepted(new, state.factors, step.finite)
 
         def refresh(held: tuple) -> tuple:
@@ -153,8 +154,8 @@ def _start(begin: Start) -> tuple:
     """No statistics, the identity for bases, and moments of zero."""
     factors, bases = {}, {}
     for group in begin.groups:
-        factors[group.name] = _square(group, begin.dtype, jnp.zeros)
-        bases[group.name] = _square(group, begin.dtype, _eye)
+        bases[group.name] = identities(group, begin.dtype)
+        factors[group.name] = jax.tree.map(jnp.zeros_like, bases[group.name])
     return factors, bases, zeros(begin), zeros(begin)
 
 
@@ -182,29 +183,6 @@ def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
         # Q_L (...) Q_R^T
         tensors[name] = _rotated(group, u, q, back=True)
     return tensors, mu, nu
-
-
-def _eye(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.tile(jnp.eye(shape[-1], dtype=dtype), (shape[0], 1, 1))
-
-
-def _square(group: Group, dtype: Any, make: Callable[..., jax.Array]) -> dict[str, jax.Array]:
-    """A matrix for every axis that has a basis."""
-    axes = group.axes_of(FULL)
-    return {str(i): make((group.copies, group.block[i], group.block[i]), dtype) for i in axes}
-
-
-def _taken_in(
-    group: Group,
-    tensors: dict[str, jax.Array],
-    factors: gate.Held,
-    weights: tuple[jax.Array, jax.Array],
-) -> dict[str, jax.Array]:
-    held, new = weights
-    out = {}
-    for axis, old in factors[group.name].items():
-        out[axis] = held * old + new * statistic(tensors[group.name], int(axis), FULL)
-    return out
 
 
 def _rotated(
