@@ -9,7 +9,7 @@ from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.blocks.delayed import delayed
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
-from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.hylo import hylo_block
 from kfac_optax.blocks.inverse_free import inverse_free
@@ -27,6 +27,7 @@ from kfac_optax.blocks.skfac import skfac_block
 from kfac_optax.blocks.split_kronecker import split_kronecker
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.tekfac import tekfac_block
+from kfac_optax.blocks.tied_embedding import tied_embedding
 from kfac_optax.blocks.tkfac import tkfac_block
 from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.blocks.unitwise import unitwise

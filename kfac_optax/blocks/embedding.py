@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
-from kfac_optax.blocks.tied_embedding import tied_embedding as tied_embedding  # both from here
 from kfac_optax.blocks.token_moments import (
     INVERSES,
     check_lookup,

@@ -13,10 +13,11 @@ from kfac_optax._reasons import COMPLEX, NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Layer, Layers, Layout, Part, Uncovered
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.kronecker import INVERSES, kronecker
 from kfac_optax.blocks.recurrent import OPTIONS, recurrent
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.tied_embedding import tied_embedding
 from kfac_optax.blocks.unitwise import unitwise
 
 NORMALIZATION = ("unitwise", "diagonal", "pass")

@@ -11,13 +11,14 @@ from kfac_optax import testing
 from kfac_optax.blocks.delayed import delayed
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.ekfac import ekfac_block
-from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.foof import foof_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.similarity_gate import similarity_gate
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.tied_embedding import tied_embedding
 from kfac_optax.blocks.trace_gate import trace_gate
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.testing import Case, dense_layer

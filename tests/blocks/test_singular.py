@@ -9,11 +9,12 @@ import pytest
 
 from kfac_optax._types import Use
 from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.embedding import embedding, tied_embedding
+from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
 from kfac_optax.blocks.recurrent import recurrent
 from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.tied_embedding import tied_embedding
 from kfac_optax.blocks.unitwise import unitwise
 from kfac_optax.couplings.coarse import coarse_factorize, coarse_solve
 from kfac_optax.linalg.factorize import damped_quotient
