@@ -107,6 +107,17 @@ def test_entries_that_belong_together_share_their_curvature(x64, abs_before_aver
     np.testing.assert_allclose(state.held.probes.squares["conv"], h["conv"] ** 2, rtol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [-1, 3, 1.5])
+def test_axes_that_a_leaf_does_not_have_are_said(axes):
+    w = jnp.ones((2, 2))
+    tx = ko.adahessian(spatial=lambda name: axes)
+    message = (
+        rf"adahessian: spatial\('kernel'\) is {axes} for a leaf of shape \(2, 2\).*from 0 to 2"
+    )
+    with pytest.raises(ValueError, match=message):
+        tx.update({"kernel": w}, tx.init({"kernel": w}), hvp=lambda v: v)
+
+
 def test_esgd_divides_by_norms_of_rows():
     """Not by the diagonal, 2 and 3; positive at a saddle."""
     tx = ko.esgd(damping=1e-3, curvature_every=1)

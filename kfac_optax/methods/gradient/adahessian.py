@@ -11,6 +11,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.methods.gradient.gate import unbiased
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
+from kfac_optax.methods.gradient.stacks import leading_axes
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, zeros
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature
@@ -67,7 +68,8 @@ def adahessian(
 
     Raises:
       TypeError: a leaf is complex or not floating.
-      ValueError: a hyperparameter out of range; an update without `value_fn` or `hvp`.
+      ValueError: a hyperparameter out of range; an update without `value_fn` or `hvp`; `spatial`
+        gives no number of axes of a leaf.
 
     >>> tx = adahessian(b1=0.0, b2=0.0, eps=0.0)
     >>> w, loss = jnp.array([3.0, -2.0]), lambda w: w[0] ** 2 + 4 * w[1] ** 2
@@ -89,7 +91,11 @@ def adahessian(
 
     def square(name: str, z: jax.Array, hz: jax.Array) -> jax.Array:
         h = jnp.abs(z * hz) if abs_before_average else z * hz
-        axes = spatial(name) if spatial is not None else (h.ndim - 2 if h.ndim >= 4 else 0)
+        # by default the window of a convolution
+        axes = h.ndim - 2 if h.ndim >= 4 else 0
+        if spatial is not None:
+            what = f"{where}: spatial({name!r})"
+            axes = leading_axes(what, spatial(name), h.shape, "are averaged over")
         return jnp.square(_averaged(h, axes, block))
 
     def step(given: Step) -> Made:

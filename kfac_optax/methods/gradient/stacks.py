@@ -1,7 +1,8 @@
-"""Leading axes of leaves that only count equal parameters, as those of scanned layers."""
+"""Leading axes of leaves: those that only count equal parameters, as of scanned layers, and others."""
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 
 def stacked_axes(
@@ -15,14 +16,29 @@ def stacked_axes(
     >>> print(stacked_axes("here", "blocks/kernel", (6, 3, 4), lambda name: 1))
     1
     """
-    given = 0 if stacked is None else stacked(name)
+    if stacked is None:
+        return 0
+    given = stacked(name)
+    return leading_axes(f"{where}: stacked({name!r})", given, shape, "count equal parameters")
+
+
+def leading_axes(what: str, given: Any, shape: tuple[int, ...], purpose: str) -> int:
+    """A number of leading axes of a leaf, as it is.
+
+    Raises:
+      ValueError: it is no integer, or more than the leaf has.
+
+    >>> leading_axes("here: spatial('kernel')", 2, (3,), "are averaged over")
+    Traceback (most recent call last):
+    ValueError: here: spatial('kernel') is 2 for a leaf of shape (3,); expected ... from 0 to 1.
+    """
     try:
         number = operator.index(given)
     except TypeError:
         number = -1
     if not 0 <= number <= len(shape):
         raise ValueError(
-            f"{where}: stacked({name!r}) is {given!r} for a leaf of shape {shape}; expected the number "
-            f"of leading axes that count equal parameters, an integer from 0 to {len(shape)}."
+            f"{what} is {given!r} for a leaf of shape {shape}; expected the number of leading axes "
+            f"that {purpose}, an integer from 0 to {len(shape)}."
         )
     return number
