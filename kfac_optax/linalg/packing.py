@@ -4,23 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def packed_shape(n: int) -> tuple[int, int]:
-    """Shape of a packed `n x n` matrix: `n (n + 1) / 2` numbers, as a rectangle.
-
-    >>> print(packed_shape(4), packed_shape(5))
-    (5, 2) (5, 3)
-    """
-    half = (n + 1) // 2
-    return 2 * (n - half) + 1, half
-
-
 def pack(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch rows columns"]:
     """The lower and upper triangles of both diagonal blocks in one square, above the block that is
     left.
 
     With `h = ceil(n / 2)` and `M = [[P, R^T], [R, S]]`, the upper triangle of `P [h, h]` and the
-    lower one of `S`, a row further down, fill `[n - h + 1, h]`. Only slices and sums: no index
-    arrays, which would be as large as the matrix.
+    lower one of `S`, a row further down, fill `[n - h + 1, h]`: `n (n + 1) / 2` numbers with `R`.
+    Only slices and sums: no index arrays, which would be as large as the matrix.
 
     >>> print(pack(jnp.array([[1.0, 2.0], [2.0, 3.0]])))
     [[1.]

@@ -170,24 +170,22 @@ def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
         t = step.count if q else step.count + 1
         old = state.mu[name], state.nu[name]
         # G' = Q_L^T G Q_R
-        turned = _rotated(group, step.tensors[name], q, back=False)
+        turned = _rotated(step.tensors[name], q, back=False)
         mean = b1 * old[0] + (1 - b1) * step.tensors[name]
         # V <- b2 V + (1 - b2) G'^2, in the bases
         square = b2 * old[1] + (1 - b2) * jnp.square(turned)
         mu[name], nu[name] = select(t > 0, (mean, square), old)
-        turned_mean = _rotated(group, mu[name], q, back=False)
+        turned_mean = _rotated(mu[name], q, back=False)
         # M' / (sqrt(V) + eps), both without their bias; zero where the gradient has always been
         # zero, which only eps=0 divides by
         divisor = jnp.sqrt(gate.unbiased(nu[name], b2, t)) + eps
         u = quotient_or_zero(gate.unbiased(turned_mean, b1, t), divisor)
         # Q_L (...) Q_R^T
-        tensors[name] = _rotated(group, u, q, back=True)
+        tensors[name] = _rotated(u, q, back=True)
     return tensors, mu, nu
 
 
-def _rotated(
-    group: Group, tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool
-) -> jax.Array:
+def _rotated(tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool) -> jax.Array:
     """Into the bases, `G x_i Q_i^T`, or back out of them."""
     for axis, q in bases.items():
         tensors = along(tensors, int(axis), q if back else q.mT)
