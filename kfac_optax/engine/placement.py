@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kfac_optax._tree import varying_axes
+from kfac_optax._layout import varying_axes
 from kfac_optax._types import PyTree, Travel
 from kfac_optax._validate import check_number
 

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 from kfac_optax._types import Block, PyTree, Use
 from kfac_optax.capture.geometry import Conv, Geometry, ScaleShift, rows_shape, thinning, to_rows
 from kfac_optax.capture.positions import reduced

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 
 
 def count_parts(x: Float[Array, "n ..."], least: int) -> int:
