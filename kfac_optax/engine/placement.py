@@ -227,7 +227,6 @@ def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: P
     Returns:
       Both results, the first divided as `held` is.
     """
-    placement.check_mapped()
     if placement.mapped:
         return function(held, *whole)
     # what is divided has devices on axis 0, the rest is the same everywhere
