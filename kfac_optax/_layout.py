@@ -1,8 +1,12 @@
-"""Layouts of arrays over explicit mesh axes; nothing changes where there are none."""
+"""Layouts of arrays over explicit mesh axes, and types inside `shard_map`; nothing changes where
+there are none.
+"""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def replicated(x: jax.Array, ndim: int = 2) -> jax.sharding.NamedSharding | None:
@@ -42,3 +46,33 @@ def laid_out(x: jax.Array, like: Any) -> jax.Array:
     if theirs is None or theirs.spec == mine.spec:
         return x
     return jax.sharding.reshard(x, theirs)
+
+
+def varying_axes(aval: Any) -> tuple[str, ...]:
+    """Axes of a `shard_map` over which a value differs between devices, where that is tracked."""
+    # the attribute has moved between JAX versions
+    manual = getattr(aval, "manual_axis_type", None)
+    axes = getattr(manual, "varying", None) or getattr(aval, "vma", None)
+    return tuple(axes or ())
+
+
+def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
+    """Zeros of the type of an abstract array, with more axes in front.
+
+    Where the type says so they are sharded over explicit mesh axes, or vary over the axes of a
+    `shard_map`: a probe's cotangent must have the type of its argument, and a scan's carry that of
+    its start.
+    """
+    shape: tuple[int, ...] = (*leading, *aval.shape)
+    sharding: Any = getattr(aval, "sharding", None)
+    # explicit mesh axes: the new ones in front are not sharded
+    spec = getattr(sharding, "spec", ())
+    if any(part is not None for part in spec):
+        spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
+        sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+        return jnp.zeros(shape, aval.dtype, out_sharding=sharding)
+    # inside of `shard_map`: zeros that vary like what they stand for
+    zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
+    if not axes:
+        return zeros
+    return jax.lax.pcast(zeros, axes, to="varying")

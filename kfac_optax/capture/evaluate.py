@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.capture.calls import call_body, scan_body
 from kfac_optax.capture.sites import Site, count_taps_of

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import all_finite, select, together
+from kfac_optax._tree import together
 from kfac_optax._types import Average, Bucket, Layer, PyTree
 from kfac_optax.engine.branches import STATISTICS, when
 from kfac_optax.engine.placed import absorb_placed
 from kfac_optax.engine.protocol import check_measured
-from kfac_optax.engine.refresh import online
+from kfac_optax.engine.renew import absorbed, failed_by_now, online
 from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
-from kfac_optax.linalg.factorize import after
 
 
 def take_statistics(
@@ -26,7 +25,7 @@ def take_statistics(
     """New statistics where due; of what is held, only blocks that absorb pass through the branch."""
 
     def view(state: CurvatureState) -> CurvatureState:
-        return state._replace(inverses=online(step.buckets, state))
+        return state._replace(inverses=online(step.buckets, state.inverses))
 
     new = when(due, lambda s: accumulate(step, s, measure(), decay), state, STATISTICS, view)
     return new._replace(inverses=state.inverses | new.inverses)
@@ -94,26 +93,10 @@ def _absorb(
     step: Step, state: CurvatureState, news: dict, average: Average, finite: jax.Array
 ) -> CurvatureState:
     """What is held, with the news in it; layer by layer, what is not finite keeps the old one."""
-    if step.placement is not None and step.placement.divided:
-        with jax.named_scope("kfac/absorb"):
-            made, lost = absorb_placed(step, step.placement, state, news, average, finite)
-        return state._replace(
-            inverses=state.inverses | made, failed_inverses=state.failed_inverses + lost
-        )
-    inverses, failed, previous = dict(state.inverses), state.failed_inverses, ()
     with jax.named_scope("kfac/absorb"):
-        for bucket in step.buckets:
-            absorb = block_of_bucket(bucket).absorb
-            if absorb is None:
-                continue
-            # rows that are not finite would only keep the factorisation busy
-            new_ones = jax.tree.map(lambda x: jnp.where(finite, x, 0), news[bucket.name])
-            old = state.inverses[bucket.name]
-            new = jax.vmap(absorb, (0, 0, 0, None, None))(
-                old, after(new_ones, previous), state.factors[bucket.name], step.damping, average
-            )
-            # a copy may fail by itself
-            good = jax.vmap(all_finite)(new)
-            inverses[bucket.name] = previous = select(good & finite, new, old)
-            failed = failed + jnp.sum(~good, dtype=jnp.int32)
-    return state._replace(inverses=inverses, failed_inverses=failed)
+        if step.divided is not None:
+            made, failed = absorb_placed(step, step.divided, state, news, average, finite)
+        else:
+            made, good = absorbed(step, state.inverses, state.factors, news, average, finite)
+            failed = failed_by_now(state, good)
+    return state._replace(inverses=state.inverses | made, failed_inverses=failed)

@@ -32,9 +32,10 @@ def initial(
             lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
         )
     inverses = factorize_all(buckets, factors, damping)
+    step = Step(mine, buckets, coupling, damping, placement)
     kept = inverses
-    if placement is not None and placement.divided:
-        kept = first_inverses(placement, factors, inverses)
+    if step.divided is not None:
+        kept = first_inverses(step.divided, factors, inverses)
     if coupling is None:
         return factors, kept, ()
     rows, index = 0, {}
@@ -47,6 +48,6 @@ def initial(
     counts = [(layer.copies, math.prod(layer.shape)) for layer in coupled]
     sizes = jnp.concatenate([jnp.full(copies, count, dtype) for copies, count in counts])
     statistic = coupling.init(coupled, dtype)
-    fine = Step(mine, buckets, coupling, damping).fine(factors, inverses, sizes)
+    fine = step.fine(factors, inverses, sizes)
     inverse = coupling.factorize(after(statistic, inverses), fine)
     return factors, kept, CoarseState(statistic, inverse, sizes, index)

@@ -1,13 +1,13 @@
 """Refresh, online updates and solves of layers that are divided over devices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite, select
-from kfac_optax._types import Average, Block, PyTree, Vector
+from kfac_optax._types import Average, PyTree, Vector
 from kfac_optax.engine import stagger
 from kfac_optax.engine.division import (
     Division,
@@ -19,11 +19,8 @@ from kfac_optax.engine.division import (
     used_slots,
 )
 from kfac_optax.engine.placement import Placement, as_varying, check_same, on_devices
-from kfac_optax.engine.state import Step, block_of_bucket
-from kfac_optax.linalg.factorize import after
-
-# `(block, old, statistic, damping, count, previous) -> new` of several matrices
-Renew = Callable[[Block, PyTree, PyTree, jax.Array, jax.Array, PyTree], PyTree]
+from kfac_optax.engine.renew import absorbed, kept_finite, online, renewed
+from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
 
 
 def division_of(placement: Placement, factors: Mapping[str, PyTree]) -> Division:
@@ -51,31 +48,15 @@ def first_inverses(placement: Placement, factors: PyTree, inverses: PyTree) -> P
 
 
 def factorize_placed(
-    step: Step,
-    placement: Placement,
-    renew: Renew,
-    factors: dict[str, PyTree],
-    inverses: dict[str, PyTree],
-    count: jax.Array,
-    previous: PyTree,
+    step: Step, placement: Placement, state: CurvatureState
 ) -> tuple[dict[str, PyTree], jax.Array]:
-    """New inverses of all buckets, every device its part.
+    """New inverses of all buckets, every device its part, with the old one in place of each that is
+    not finite, and how many factorisations have failed by now.
 
-    Args:
-      step: with the buckets.
-      placement: says which devices.
-      renew: factorises matrices.
-      factors: of all matrices, by bucket.
-      inverses: the old ones, as the state has them.
-      count: number of statistics.
-      previous: what has to be computed first.
-
-    Returns:
-      In a divided state what each device keeps, with the old ones in place of what is not finite,
-      and how many that are; else all of them as they are, and zero.
+    In a divided state they are what each device keeps.
     """
     # undivided: every device keeps all inverses, and makes a part of them
-    division, divided = division_of(placement, factors), placement.divided
+    division, divided = division_of(placement, state.factors), placement.divided
 
     def on_device(held: PyTree, whole: PyTree, factors: PyTree, damping, count, previous):
         check_same(placement, factors)
@@ -87,7 +68,7 @@ def factorize_placed(
             old = (held if divided else whole)[bucket.name]
 
             def make(old, statistic, block=block, previous=previous):
-                return renew(block, old, statistic, damping, count, previous)
+                return renewed(block, old, statistic, damping, count, previous)
 
             new = make_own(division, share, make, old, factors[bucket.name])
             if divided:
@@ -98,47 +79,41 @@ def factorize_placed(
             previous = made[bucket.name] = new
         return (made, failures(division, good)) if divided else ((), made)
 
-    held, whole = (inverses, {}) if divided else ({}, inverses)
+    held, whole = (state.inverses, {}) if divided else ({}, state.inverses)
+    count, previous = state.curvature_count, online(step.buckets, state.inverses)
     mine, of_all = on_devices(
-        placement, on_device, held, whole, factors, step.damping, count, previous
+        placement, on_device, held, whole, state.factors, step.damping, count, previous
     )
-    return (mine, of_all) if divided else (of_all, jnp.zeros((), jnp.int32))
+    return (mine, state.failed_inverses + of_all) if divided else kept_finite(of_all, state)
 
 
 def absorb_placed(
     step: Step,
     placement: Placement,
-    state: Any,
+    state: CurvatureState,
     news: dict[str, PyTree],
     average: Average,
     finite: jax.Array,
 ) -> tuple[dict[str, PyTree], jax.Array]:
-    """Divided inverses of the buckets that absorb, with the news in them, and how many failed."""
+    """Divided inverses of the buckets that absorb, with the news in them, and how many
+    factorisations have failed by now.
+    """
     division = division_of(placement, state.factors)
 
     def on_device(held: PyTree, factors: PyTree, news: PyTree, damping, average, finite):
-        made, good, previous = {}, {}, ()
-        for bucket in step.buckets:
-            name, absorb = bucket.name, block_of_bucket(bucket).absorb
-            if absorb is None or name not in news:
-                continue
-            share, old = division.shares[name], held[name]
-            # rows that are not finite would only keep the factorisation busy
-            mine = jax.tree.map(
-                lambda x: jnp.where(finite, x, 0), kept_rows(division, share, news[name])
-            )
-            statistic = kept_rows(division, share, factors[name])
-            new = jax.vmap(absorb, (0, 0, 0, None, None))(
-                old, after(mine, previous), statistic, damping, average
-            )
-            good[name] = jax.vmap(all_finite)(new)
-            made[name] = previous = select(good[name] & finite, new, old)
+        # of all matrices those that this device keeps
+        def rows(name: str, tree: PyTree) -> PyTree:
+            return kept_rows(division, division.shares[name], tree)
+
+        here = step._replace(damping=damping)
+        made, good = absorbed(here, held, factors, news, average, finite, rows)
         return made, failures(division, good)
 
-    held = {name: state.inverses[name] for name in news}
-    return on_devices(
+    held = online(step.buckets, state.inverses)
+    made, lost = on_devices(
         placement, on_device, held, state.factors, news, step.damping, average, finite
     )
+    return made, state.failed_inverses + lost
 
 
 def solve_placed(
@@ -188,6 +163,6 @@ class AllInverses:
 
 def inverses_of_all(step: Step, factors: PyTree, inverses: PyTree) -> Any:
     """Inverses by bucket, `[copies, ...]`, wherever they are kept."""
-    if step.placement is None or not step.placement.divided:
+    if step.divided is None:
         return inverses
-    return AllInverses(step.placement, factors, inverses)
+    return AllInverses(step.divided, factors, inverses)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kfac_optax._tree import varying_axes
+from kfac_optax._layout import varying_axes
 from kfac_optax._types import PyTree, Travel
 from kfac_optax._validate import check_number
 
@@ -227,7 +227,6 @@ def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: P
     Returns:
       Both results, the first divided as `held` is.
     """
-    placement.check_mapped()
     if placement.mapped:
         return function(held, *whole)
     # what is divided has devices on axis 0, the rest is the same everywhere

@@ -36,8 +36,8 @@ def precondition(
     """
 
     def fine(vector: Vector) -> Vector:
-        if step.placement is not None and step.placement.divided:
-            return solve_placed(step, step.placement, state.factors, state.inverses, vector)
+        if step.divided is not None:
+            return solve_placed(step, step.divided, state.factors, state.inverses, vector)
         # of what couplings solve for, only the gradient itself is a product of rows
         known = (
             _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite, select
-from kfac_optax._types import Block, Bucket, Layer, PyTree
+from kfac_optax._types import Bucket, Layer, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.branches import BLOCKS, COARSE, INVERSES, when
 from kfac_optax.engine.placed import factorize_placed, inverses_of_all
+from kfac_optax.engine.renew import kept_finite, online, renewed
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
 from kfac_optax.linalg.factorize import after
 
@@ -24,7 +25,7 @@ def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> Curv
         return when(
             due[0], lambda s: refactorize_coarse(step, refactorize(step, s)), state, INVERSES
         )
-    previous: PyTree = online(step.buckets, state)
+    previous: PyTree = online(step.buckets, state.inverses)
     for one_due, part in zip(due, _divided(step, len(due)), strict=True):
         if part and one_due is not False:
             state, previous = _refresh_part(step, state, one_due, part, previous)
@@ -78,34 +79,14 @@ def _refresh_part(
 
 def refactorize(step: Step, state: CurvatureState) -> CurvatureState:
     """New inverses of all blocks; layer by layer, what is not finite keeps the old one."""
-    inverses, failed = {}, state.failed_inverses
     with jax.named_scope("kfac/factorize"):
-        made, lost = _made(step, state)
-        failed = failed + lost if step.placement is not None else failed
-        for name, new in made.items():
-            if step.placement is not None and step.placement.divided:
-                inverses[name] = new  # the devices that keep it have looked at it
-                continue
-            good = jax.vmap(all_finite)(new)
-            inverses[name] = select(good, new, state.inverses[name])
-            failed = failed + jnp.sum(~good, dtype=jnp.int32)
+        if step.placement is not None:
+            inverses, failed = factorize_placed(step, step.placement, state)
+        else:
+            made = factorize_all(step.buckets, state.factors, step.damping, state)
+            inverses, failed = kept_finite(made, state)
     return state._replace(
         inverses=inverses, failed_inverses=failed, inverse_age=jnp.zeros((), jnp.int32)
-    )
-
-
-def _made(step: Step, state: CurvatureState) -> tuple[dict[str, PyTree], Any]:
-    """New inverses, and how many of them failed where the devices that keep them have found out."""
-    if step.placement is None:
-        return factorize_all(step.buckets, state.factors, step.damping, state), 0
-    return factorize_placed(
-        step,
-        step.placement,
-        _renewed,
-        state.factors,
-        state.inverses,
-        state.curvature_count,
-        online(step.buckets, state),
     )
 
 
@@ -136,46 +117,16 @@ def factorize_all(
     there is no state.
     """
     inverses: dict[str, PyTree] = {}
-    previous: PyTree = () if state is None else online(buckets, state)
+    previous: PyTree = () if state is None else online(buckets, state.inverses)
     for bucket in buckets:
         block, statistic = block_of_bucket(bucket), factors[bucket.name]
         if state is None:
             new = jax.vmap(block.factorize, (0, None))(after(statistic, previous), damping)
         else:
             old, count = state.inverses[bucket.name], state.curvature_count
-            new = _renewed(block, old, statistic, damping, count, previous)
+            new = renewed(block, old, statistic, damping, count, previous)
         previous = inverses[bucket.name] = new
     return inverses
-
-
-def _renewed(
-    block: Block,
-    old: PyTree,
-    statistic: PyTree,
-    damping: jax.Array,
-    count: jax.Array,
-    previous: PyTree,
-) -> PyTree:
-    """New inverses of a bucket, where its layers' own rule finds them due."""
-
-    def renew() -> PyTree:
-        ready = after(statistic, previous)
-        if block.refresh is None:
-            return jax.vmap(block.factorize, (0, None))(ready, damping)
-        return jax.vmap(block.refresh, (0, 0, None, None))(old, ready, damping, count)
-
-    if block.due is None:
-        return renew()
-    due, kept = jax.vmap(block.due, (0, 0, None, None))(old, statistic, damping, count)
-    # one branch for the whole bucket: mapped over layers both of its sides would be computed
-    return jax.lax.cond(jnp.any(due), lambda: select(due, renew(), kept), lambda: kept)
-
-
-def online(buckets: Sequence[Bucket], state: CurvatureState) -> dict[str, PyTree]:
-    """What is held for blocks that absorb: it has changed with the statistics of this step."""
-    return {
-        b.name: state.inverses[b.name] for b in buckets if block_of_bucket(b).absorb is not None
-    }
 
 
 def inverses_read(
@@ -188,10 +139,6 @@ def inverses_read(
     for bucket in buckets:
         if not block_of_bucket(bucket).reads_inverse:
             continue
-        # copies of a layer lie side by side in its bucket
-        start = 0
-        for layer in bucket.layers:
-            mine = slice(start, start + layer.copies)
+        for layer, mine in bucket.slices:
             found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], inverses[bucket.name])
-            start += layer.copies
     return tuple(found.get(layer) for layer in layers)

@@ -84,6 +84,12 @@ class Step(NamedTuple):
     damping: jax.Array
     placement: Placement | None = None
 
+    @property
+    def divided(self) -> Placement | None:
+        """The placement, where it divides inverses over devices."""
+        placement = self.placement
+        return placement if placement is not None and placement.divided else None
+
     def rows(self) -> np.ndarray:
         """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""
         first, start = {}, 0

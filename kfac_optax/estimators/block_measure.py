@@ -7,11 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
 from kfac_optax._types import Block, PyTree, Use
 from kfac_optax.capture.geometry import Conv, Geometry, ScaleShift, rows_shape, thinning, to_rows
 from kfac_optax.capture.positions import reduced
-from kfac_optax.linalg.batch_parts import count_parts, parts_first
+from kfac_optax.linalg.batch_parts import count_parts, sum_of_parts
 
 # Patches of a whole batch may be many times its size: above this many bytes they are formed for a
 # part at a time.
@@ -54,11 +53,12 @@ def measure_use(
     if block.sharing == "reduce":
         a, g, weights = reduced(geometry, a, g, use.weights)
         return over_groups(block, a, g, use._replace(weights=weights), inverse)
+
     # every position a row; patches of a large batch in parts
-    parts = _parts(geometry, a, block)
-    if parts == 1:
-        return _expanded(geometry, block, a, g, use, inverse)
-    return _in_parts(geometry, block, parts, a, g, use, inverse)
+    def expanded(a: jax.Array, g: jax.Array | None, weights: jax.Array | None) -> PyTree:
+        return _expanded(geometry, block, a, g, use._replace(weights=weights), inverse)
+
+    return sum_of_parts(expanded, _parts(geometry, a, block), a, g, use.weights)
 
 
 def _expanded(
@@ -96,8 +96,8 @@ def over_groups(
     use: Use,
     inverse: PyTree = None,
 ) -> PyTree:
-    """The block's measure for rows `[groups, ...]`, and inverses likewise."""
-    # no batching of a single group: LAPACK and matmuls of one matrix stay what they are
+    """The block's measure for rows `[groups, ...]`, or those of all copies, and inverses likewise."""
+    # no batching of a single one: LAPACK and matmuls of one matrix stay what they are
     if a.shape[0] == 1:
         a, g, inverse = jax.tree.map(lambda x: x[0], (a, g, inverse))
         statistic = measure_rows(block, a, g, use, inverse)
@@ -138,29 +138,3 @@ def _parts(geometry: Geometry, a: jax.Array, block: Block) -> int:
     patch = offsets * channels * a.dtype.itemsize
     needed = math.ceil(a.shape[0] * positions * patch / PATCH_BYTES)
     return count_parts(a, needed)
-
-
-def _in_parts(
-    geometry: Geometry,
-    block: Block,
-    parts: int,
-    a: jax.Array,
-    g: jax.Array | None,
-    use: Use,
-    inverse: PyTree,
-) -> PyTree:
-    def one(part: tuple) -> PyTree:
-        a, g, weights = part
-        mine = use._replace(weights=weights)
-        return _expanded(geometry, block, a, g, mine, inverse)
-
-    def add(total: PyTree, part: tuple) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, one(part)), None
-
-    # [parts, m, ...]: a scan adds up the statistics of the parts
-    whole = jax.tree.map(lambda x: parts_first(x, parts), (a, g, use.weights))
-    first = jax.tree.map(lambda x: x[0], whole)
-    shapes = jax.eval_shape(one, first)
-    start = jax.tree.map(zeros_of_type, shapes)
-    total, _ = jax.lax.scan(add, start, whole)
-    return total

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.output_cotangents import (
     Naturals,
@@ -43,6 +43,16 @@ class Kind(NamedTuple):
     mean_weights: Any = None
 
 
+def of_losses(losses: Sequence[Any]) -> OutputCotangents:
+    """The cotangent of a loss is one: its pullback is the gradient of the example."""
+
+    # ones with the sharding of the losses, and no dependence on them
+    def ones(k: Any) -> Naturals:
+        return [(zeros_of_type(jax.typeof(x)) + 1,) for x in losses]
+
+    return OutputCotangents(1, ones)
+
+
 def _signed_columns(
     heads: Sequence[Any],
     roots: Sequence[Any],
@@ -60,13 +70,8 @@ def _signed_losses(
     key: jax.Array,
     samples: int,
 ) -> OutputCotangents:
-    # the cotangent of a loss is one: its pullback is the gradient of the example
-
-    def ones(k: Any) -> Naturals:
-        return [(jnp.ones_like(x),) for x in losses]
-
     terms = [x.shape for x in losses]
-    return signed(OutputCotangents(1, ones), terms, key)
+    return signed(of_losses(losses), terms, key)
 
 
 def _nothing(
@@ -105,12 +110,7 @@ def own_cotangents(
             "empirical_fisher(per_example_loss).at(params, *args), or the curvature that "
             f"{kind.name}.value_and_grad(loss_fn) hands out next to the gradient."
         )
-
-    # ones with the sharding of the losses, and no dependence on them
-    def ones(k: Any) -> Naturals:
-        return [(zeros_of_type(jax.typeof(x)) + 1,) for x in heads]
-
-    return OutputCotangents(1, ones)
+    return of_losses(heads)
 
 
 def split_outputs(kind: Kind, prediction: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:

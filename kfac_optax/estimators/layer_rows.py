@@ -14,8 +14,9 @@ from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.row_axes import rows_of_site, steps_in_a_row
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.centring import is_centred
-from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
+from kfac_optax.estimators.heads import Kind, count_examples, find_weights, of_losses, split_outputs
 from kfac_optax.estimators.linearization import Asked, linearize_now, rows_measure
+from kfac_optax.estimators.output_cotangents import Naturals, OutputCotangents
 from kfac_optax.estimators.plan import Plan, set_up
 from kfac_optax.estimators.sample_jacobian import columns_of
 from kfac_optax.linalg.gram import homogeneous
@@ -122,25 +123,16 @@ def _check_centred(where: str, heads: Sequence[Any]) -> None:
         )
 
 
-class _Cotangents(NamedTuple):
-    count: int
-    make: Any
-
-
 def _cotangents(
     kind: Kind,
     heads: Sequence[Any],
     key: Any,
     samples: int,
     axis_name: Any,
-) -> tuple[_Cotangents, jax.Array | None]:
+) -> tuple[OutputCotangents, jax.Array | None]:
     """One for every term of an example and column, of all examples at once; which examples count."""
     if kind.losses:
-
-        def ones(k: jax.Array) -> list[tuple[jax.Array, ...]]:
-            return [(jnp.ones_like(x),) for x in heads]
-
-        return _Cotangents(1, ones), None
+        return of_losses(heads), None
     examples = count_examples(kind, heads)
     roots = find_weights(kind, heads, axis_name).roots
     columns = columns_of(heads, roots, key, samples)
@@ -149,7 +141,7 @@ def _cotangents(
     of_term = [column.count for column in columns]
     counts = [n * k for n, k in zip(terms, of_term, strict=True)]
 
-    def make(k: jax.Array) -> list[tuple[jax.Array, ...]]:
+    def make(k: jax.Array) -> Naturals:
         out, start = [], 0
         for head, column, count in zip(heads, columns, counts, strict=True):
             # zero for all heads but the one that column k belongs to
@@ -166,7 +158,7 @@ def _cotangents(
         return out
 
     # weights of zero say which rows are padding
-    cotangents = _Cotangents(sum(counts), make)
+    cotangents = OutputCotangents(sum(counts), make)
     known = [jnp.asarray(root) for root in roots if root is not None]
     of_terms = [root.reshape(examples, -1) for root in known if root.ndim]
     if not of_terms:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 from kfac_optax._types import PyTree
 from kfac_optax.estimators.centring import is_centred
 from kfac_optax.estimators.heads import count_examples, split_outputs

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
 
 Naturals = list[tuple[jax.Array, ...]]
 

@@ -173,7 +173,7 @@ class ChainCurvature(LazyCurvature):
             last = layer_rows(kind, traced, inputs, (order[-1],), axis_name=plan.axis_name)
             g = last[order[-1]].g[:, 0, :, 0]  # [columns, N, q]
             kernels = _kernels(order, self.params, plan.dtype)
-            make = _recursive if kind is RECURSIVE else _backpropagated
+            make = _recursive if kind == RECURSIVE else _backpropagated
             made = make(plan, chain, order, kernels, g.astype(plan.dtype), weights)
         if plan.axis_name is not None:
             made = jax.lax.pmean(made, plan.axis_name)
@@ -188,11 +188,11 @@ def _check_plan(kind: Kind, plan: Plan) -> None:
             "together; expected none. Use ggn(predict) with couplings."
         )
     for layer, block in zip(plan.layers, plan.blocks, strict=True):
-        fits = block.per_unit if kind is BACKPROPAGATED else _of_two_factors(layer, block, plan)
+        fits = block.per_unit if kind == BACKPROPAGATED else _of_two_factors(layer, block, plan)
         if layer.kind != "dense" or not fits:
             wanted = (
                 "quasi_diagonal_block() or unit_block()"
-                if kind is BACKPROPAGATED
+                if kind == BACKPROPAGATED
                 else "kronecker(), whose statistic is both factors"
             )
             raise ValueError(

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kfac_optax._tree import named_leaves, varying_axes
+from kfac_optax._layout import varying_axes
+from kfac_optax._tree import named_leaves
 from kfac_optax._types import Layer, PyTree
 from kfac_optax.capture.evaluate import Zeros
 from kfac_optax.capture.layers import Traced

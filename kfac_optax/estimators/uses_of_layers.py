@@ -13,7 +13,7 @@ from kfac_optax.capture.evaluate import Zeros, from_cotangent
 from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.row_axes import stack_first, steps_in_a_row
 from kfac_optax.capture.sites import Site
-from kfac_optax.estimators.block_measure import measure_rows
+from kfac_optax.estimators.block_measure import over_groups
 from kfac_optax.estimators.measure import row_weights
 from kfac_optax.estimators.plan import Plan, Setting
 from kfac_optax.linalg.weighted_rows import finite_padding
@@ -117,15 +117,7 @@ def _of_kept_rows(
     if weights is not None and g is not None:
         g = finite_padding(g, weights[..., None])
     use = _of_all(uses)._replace(weights=weights)
-
-    def of_copy(
-        a: jax.Array,
-        g: jax.Array | None,
-        inverse: PyTree,
-    ) -> PyTree:
-        return measure_rows(block, a, g, use, inverse)
-
-    return jax.vmap(of_copy)(a, g, plan.inverse(i))
+    return over_groups(block, a, g, use, plan.inverse(i))
 
 
 def _of_all(uses: Sequence[Use]) -> Use:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import zeros_of_type
+from kfac_optax._layout import zeros_of_type
+from kfac_optax._types import PyTree
 
 
 def count_parts(x: Float[Array, "n ..."], least: int) -> int:
@@ -39,8 +40,13 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
     return jnp.moveaxis(split, 1, 0)
 
 
-def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array, "n ..."]) -> Array:
-    """`function(*rows)`, a sum over examples, as the sum of what it gives of parts of them.
+def sum_of_parts(function: Callable[..., PyTree], parts: int, *rows: PyTree) -> PyTree:
+    """`function(*rows)`, sums over examples, as the sum of what it gives of parts of them.
+
+    Args:
+      function: of trees of arrays `[n, ...]`.
+      parts: how many, a divisor of `n`.
+      *rows: its arguments.
 
     >>> print(sum_of_parts(jnp.sum, 2, jnp.arange(4.0)))
     6.0
@@ -48,15 +54,15 @@ def sum_of_parts(function: Callable[..., Array], parts: int, *rows: Float[Array,
     if parts == 1:
         return function(*rows)
     # all rows `[parts, m, ...]`: the scan below takes one part at a time
-    split = [parts_first(x, parts) for x in rows]
-    # shape and dtype of the sum, of which nothing is computed: where the scan starts
-    first = [x[0] for x in split]
-    one = jax.eval_shape(function, *first)
+    split = jax.tree.map(lambda x: parts_first(x, parts), rows)
+    # types of the sums, of which nothing is computed: where the scan starts
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(function, *first)
 
-    def add(total: Array, part: list[Array]) -> tuple[Array, None]:
-        return total + function(*part), None
+    def add(total: PyTree, part: tuple[PyTree, ...]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
-    total, _ = jax.lax.scan(add, zeros_of_type(one), split)
+    total, _ = jax.lax.scan(add, jax.tree.map(zeros_of_type, shapes), split)
     return total
 
 

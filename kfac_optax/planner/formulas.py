@@ -54,7 +54,7 @@ class Costs(NamedTuple):
       refresh: sent in a refresh.
       step: sent in every step, beside the gradient's own sum.
       work: operations of a refresh, `9 (p^3 + q^3)` a layer.
-      balance: work of the busiest device over the mean.
+      balance: work of the busiest device over a W-th of all work.
     """
 
     memory: int

@@ -140,6 +140,42 @@ def test_a_placement_needs_a_mesh_or_a_mapped_axis():
         h.make_tx("kfac", problem, placement="data")
 
 
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_a_factorisation_that_fails_is_counted_once_and_the_old_one_stays(fraction):
+    """As on one device, whoever keeps the matrix: of two equal layers the first is broken."""
+    problem, devices = h.plain_problem(), 4
+    _, state, _ = h.reference_run("kfac")
+    break_first = lambda x: x.at[0].set(jnp.nan)
+    core = state.preconditioner
+    core = core._replace(factors=jax.tree.map(break_first, core.factors))
+    broken = state._replace(preconditioner=core)
+    placement = ko.Placement("data", fraction, AbstractMesh((devices,), ("data",)))
+
+    def refresh(state, **words):
+        tx = h.make_tx("kfac", problem, **words)
+        return tx.update(problem.params, state, problem.params, curvature=None, refresh=True)[1]
+
+    def on_device(inverses):
+        mine = divided.preconditioner._replace(inverses=inverses)
+        return refresh(divided._replace(preconditioner=mine), placement=placement)
+
+    expected = jax.jit(refresh)(broken)
+    assert int(expected.preconditioner.failed_inverses) == 1
+    divided = ko.divided_state(broken, placement)
+    held = divided.preconditioner.inverses
+    if placement.divided:
+        held = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), held)
+    axes = 0 if placement.divided else None
+    of_all = jax.vmap(on_device, axes, axis_name="data", axis_size=devices)
+    after = jax.jit(of_all)(held)
+    # one device has what all agree about; places of all devices are one behind another
+    got = jax.tree.map(lambda x: x[0], after)
+    if placement.divided:
+        places = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), after.preconditioner.inverses)
+        got = got._replace(preconditioner=got.preconditioner._replace(inverses=places))
+    h.assert_close(ko.whole_state(got, placement), expected)
+
+
 def test_one_device_is_the_trivial_placement():
     """The program is the same, word for word."""
     problem = h.plain_problem()

@@ -1,5 +1,7 @@
 """Recursions through chains of layers: factors of KFRA, moduli of the backpropagated metric."""
 
+import copy
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,18 @@ def test_examples_of_weight_zero_are_dropped_whatever_they_hold(x64):
         got, want = factors(make, params, padded, block, masked), factors(make, params, x, block)
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-14)
+
+
+def test_a_copy_of_an_estimator_measures_the_same(x64):
+    params, x = oracles.make_params(0, SIZES), oracles.normal(1, (3, 3))
+    for make, block in ((ko.recursive_ggn, None), (ko.backpropagated_metric, ko.unit_block())):
+
+        def copied(model, make=make):
+            return copy.deepcopy(make(model))
+
+        got, want = factors(copied, params, x, block), factors(make, params, x, block)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_parts_of_a_batch_have_the_factors_of_all(x64):
