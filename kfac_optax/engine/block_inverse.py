@@ -165,7 +165,7 @@ def logdet(where: str, operator: BlockInverse) -> jax.Array:
 
 def covered_names(operator: BlockInverse) -> list[str]:
     """Parameters with a block, by path."""
-    names = [name for x in layers_of(operator) for name in _names(x)]
+    names = [name for x in layers_of(operator) for name in x.leaves]
     return list(dict.fromkeys(names))  # layers may have parts of one parameter
 
 
@@ -189,10 +189,6 @@ def _leaves(operator: BlockInverse, tree: PyTree) -> dict[str, jax.Array]:
             "a tree like the parameters that `layers` was made from."
         )
     return leaves
-
-
-def _names(layer: Layer) -> list[str]:
-    return [name for name in (layer.kernel, layer.bias) if name is not None]
 
 
 def _missing(where: str, bucket: Bucket, field: str, what: str) -> ValueError:

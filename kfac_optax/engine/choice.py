@@ -223,9 +223,8 @@ def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
     left = list(layers.uncovered)
     for layer in layers:
         if layer.kind in kinds:
-            names = [name for name in (layer.kernel, layer.bias) if name is not None]
             why = reason.format(kind=layer.kind)
-            left += [Uncovered(name, layer.stored, why) for name in names]
+            left += [Uncovered(name, layer.stored, why) for name in layer.leaves]
     kept = tuple(layer for layer in layers if layer.kind not in kinds)
     left = list(dict.fromkeys(left))  # layers may be parts of one parameter
     return dataclasses.replace(layers, layers=kept, uncovered=tuple(left))
