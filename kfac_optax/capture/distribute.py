@@ -9,7 +9,7 @@ zeros of the shape that it has there.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,20 +46,35 @@ def distributed(closed: Any, leaves: int) -> Any:
       leaves: how many.
     """
     views = parameter_views(closed.jaxpr, leaves)
-    data = [i >= leaves for i in range(len(views))]
-    new = _Rewriting(closed.jaxpr, views, data).run()
+    given = [_Known(view, data=view is None, made=view is not None) for view in views]
+    new = _Rewriting(closed.jaxpr, given).run()
     return closed if new is closed.jaxpr else jex.ClosedJaxpr(new, closed.consts)
+
+
+class _Known(NamedTuple):
+    """What is known of a value."""
+
+    view: View | None = None
+    data: bool = False  # it depends on what is no parameter
+    made: bool = False  # it depends on a parameter
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter, seen through casts and transposes: a layer's kernel already."""
+        return self.view is not None and self.view.complete
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is made of parameters, and of parameters only, but is none."""
+        return self.made and not self.data and not self.is_parameter
 
 
 class _Rewriting:
     """What is known of the values of one jaxpr while its equations are gone through."""
 
-    def __init__(self, jaxpr: Any, views: Sequence[View | None], data: Sequence[bool]):
+    def __init__(self, jaxpr: Any, given: Sequence[_Known]):
         self.jaxpr = jaxpr
-        self.views = dict(zip(jaxpr.invars, views, strict=True))
-        # whether a value depends on what is no parameter, and on a parameter
-        self.data = dict(zip(jaxpr.invars, data, strict=True))
-        self.made = {v: view is not None for v, view in self.views.items()}
+        self.known = dict(zip(jaxpr.invars, given, strict=True))
         self.source: dict[Any, Any] = {}  # equations that write values, by value
         self.names: dict[Any, Any] = {}  # of what a call has handed out that is no more
         self.equations: list[Any] = []
@@ -79,8 +94,8 @@ class _Rewriting:
     def _named(self, v: Any) -> Any:
         return v if isinstance(v, jex.Literal) else self.names.get(v, v)
 
-    def _look(self, table: dict[Any, Any], v: Any) -> Any:
-        return None if isinstance(v, jex.Literal) else table.get(v)
+    def _look(self, v: Any) -> _Known:
+        return _Known() if isinstance(v, jex.Literal) else self.known.get(v, _Known())
 
     def _equation(self, eqn: Any) -> None:
         # what calls handed out is now written by the equations inside them
@@ -94,93 +109,82 @@ class _Rewriting:
                 self._equation(step)
             self.names |= dict(zip(eqn.outvars, map(self._named, outs), strict=True))
             return
-        views = [self._look(self.views, v) for v in eqn.invars]
-        data = [bool(self._look(self.data, v)) for v in eqn.invars]
+        given = list(map(self._look, eqn.invars))
         if body is not None:
-            eqn, outs = self._entered(eqn, body.jaxpr, views, data)
+            eqn, views = self._entered(eqn, body.jaxpr, given)
         elif eqn.primitive.name == "scan":
-            eqn, outs = self._scan(eqn, views, data)
+            eqn, views = self._scan(eqn, given)
         else:
-            outs = passed_on(eqn, views)
-        outs = [None] * len(eqn.outvars) if outs is None else outs
-        made = any(self._look(self.made, v) for v in eqn.invars)
-        for v, view in zip(eqn.outvars, outs, strict=True):
-            self.views[v], self.data[v], self.made[v] = view, any(data), made
-            self.source[v] = eqn
+            views = passed_on(eqn, [x.view for x in given]) or [None] * len(eqn.outvars)
+        data, made = any(x.data for x in given), any(x.made for x in given)
+        for v, view in zip(eqn.outvars, views, strict=True):
+            self.known[v], self.source[v] = _Known(view, data, made), eqn
         # products with kernels, and parameters that no equation of their own shows
-        taken = self._taken_apart(eqn, data) if eqn.primitive.name == "dot_general" else None
+        taken = self._taken_apart(eqn, given) if eqn.primitive.name == "dot_general" else None
         if eqn.primitive.name in ("concatenate", "select_n"):
-            taken = self._beside_data(eqn, data)
+            taken = self._beside_data(eqn, given)
         self.changed = self.changed or taken is not None
         self.equations += [eqn] if taken is None else taken
 
     def _inlines(self, eqn: Any, body: Any) -> bool:
         """Whether a call makes a kernel, or one made outside meets data inside."""
-        given = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-        if "prevent_cse" in eqn.params or body.consts or not any(map(self.made.get, given)):
+        given = list(map(self._look, eqn.invars))
+        if "prevent_cse" in eqn.params or body.consts or not any(x.made for x in given):
             return False
         names = {inner.primitive.name for inner in body.jaxpr.eqns}
-        met = "dot_general" in names and any(map(self._is_kernel, given))
-        return met or not any(map(self.data.get, given))
+        met = "dot_general" in names and any(x.is_kernel for x in given)
+        return met or not any(x.data for x in given)
 
-    def _entered(self, eqn: Any, inner: Any, views: Any, data: Any) -> tuple[Any, Any]:
-        rewriting = _Rewriting(inner, views, data)
+    def _entered(self, eqn: Any, inner: Any, given: Sequence[_Known]) -> tuple[Any, list[Any]]:
+        """The call or scan with its body rewritten, and the views of what that hands out."""
+        rewriting = _Rewriting(inner, given)
         new = rewriting.run()
-        results = map(rewriting._named, inner.outvars)
-        outs = [rewriting._look(rewriting.views, v) for v in results]
+        views = [rewriting._look(rewriting._named(v)).view for v in inner.outvars]
         self.changed = self.changed or new is not inner
-        return (eqn if new is inner else with_body(eqn, new)), outs
+        return (eqn if new is inner else with_body(eqn, new)), views
 
-    def _scan(self, eqn: Any, views: Any, data: Any) -> tuple[Any, Any]:
-        closed, constants, carried = scan_body(eqn)
-        given = scan_views(eqn, views)
-        first = constants + carried
-        # an earlier step may have written data into a carry
-        carry = [any(data) and not keep for keep in given.kept]  # an earlier step may have written
-        carry = [a or b for a, b in zip(carry, data[constants:first], strict=True)]
-        inside = [*data[:constants], *carry, *data[first:]]
-        eqn, outs = self._entered(eqn, closed.jaxpr, given.inside, inside)
-        return eqn, views_behind_scan(eqn, given, outs)
+    def _scan(self, eqn: Any, given: Sequence[_Known]) -> tuple[Any, list[Any]]:
+        closed, constants, _ = scan_body(eqn)
+        views = scan_views(eqn, [x.view for x in given])
+        inside = [x._replace(view=view) for x, view in zip(given, views.inside, strict=True)]
+        # an earlier step may have written anything into a carry that is not just handed on
+        data, made = any(x.data for x in given), any(x.made for x in given)
+        for i, keep in enumerate(views.kept, constants):
+            inside[i] = inside[i] if keep else _Known(None, data, made)
+        eqn, outs = self._entered(eqn, closed.jaxpr, inside)
+        return eqn, views_behind_scan(eqn, views, outs)
 
-    def _is_kernel(self, v: Any) -> bool:
-        """Whether a value is made of parameters, and of parameters only, but is none."""
-        # a parameter seen through casts and transposes is a layer's kernel already
-        view = self._look(self.views, v)
-        is_parameter = view is not None and view.complete
-        return bool(self.made.get(v)) and not self.data.get(v) and not is_parameter
-
-    def _taken_apart(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
+    def _taken_apart(self, eqn: Any, given: Sequence[_Known]) -> list[Any] | None:
         """What computes a product of data and a kernel; `None` where it stays as it is."""
-        # a placement of the output is that of one product
-        # integers and flags are linear in nothing
+        # a placement of the output is that of one product; integers and flags are linear in nothing
         if eqn.params.get("out_sharding") is not None or not all(map(is_real, eqn.invars)):
             return None
         for side in (0, 1):
             v = eqn.invars[side]
-            if isinstance(v, jex.Literal) or not data[1 - side] or not self._is_kernel(v):
+            if not given[1 - side].data or not given[side].is_kernel:
                 continue
-            # every value that turns out not to come apart is tried as a whole
             self.whole = set()
-            # fewer values are taken apart every time, so this ends
+            # what turns out not to come apart is tried as a whole: fewer values every time
             while True:
                 operands: list[Any] = []
                 kernel = self._expression(v, operands)
                 # one value, or no parameter in it: there is nothing to take apart
-                if isinstance(kernel, Leaf) or not any(map(self._is_parameter, operands)):
+                parameters = any(self._look(x).is_parameter for x in operands)
+                if isinstance(kernel, Leaf) or not parameters:
                     break
                 function = functools.partial(_product_of, eqn, side, kernel)
-                given = [eqn.invars[1 - side], *operands]
+                values = [eqn.invars[1 - side], *operands]
                 try:
-                    return rewritten(function, given, eqn.outvars[0], eqn.source_info)
+                    return rewritten(function, values, eqn.outvars[0], eqn.source_info)
                 except DoesNotFit as problem:
                     self.whole.add(problem.args[0].value)
         return None
 
-    def _beside_data(self, eqn: Any, data: Sequence[bool]) -> list[Any] | None:
+    def _beside_data(self, eqn: Any, given: Sequence[_Known]) -> list[Any] | None:
         """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
         # without data beside it there is nobody's example axis to take over
-        beside = zip(eqn.invars, data, strict=True)
-        rows = [v for v, moves in beside if moves and is_real(v) and 0 not in v.aval.shape]
+        beside = zip(eqn.invars, given, strict=True)
+        rows = [v for v, x in beside if x.data and is_real(v) and 0 not in v.aval.shape]
         # a token, or a position, that all examples share
         tokens = [v for v in eqn.invars if rows and self._is_repeated(v)]
         new: dict[Any, Any] = {}
@@ -191,51 +195,47 @@ class _Rewriting:
             equations += rewritten(shift, [rows[0], v], new[v], eqn.source_info)
         if not tokens:
             return None
-        given = [v if isinstance(v, jex.Literal) else new.get(v, v) for v in eqn.invars]
-        return [*equations, eqn.replace(invars=given)]
+        values = [v if isinstance(v, jex.Literal) else new.get(v, v) for v in eqn.invars]
+        return [*equations, eqn.replace(invars=values)]
 
     def _is_repeated(self, v: Any) -> bool:
-        view = self._look(self.views, v)
+        view = self._look(v).view
         if view is None or not view.complete or not is_real(v):
             return False
         axes = zip(view.axes, v.aval.shape, strict=True)
         # an axis that no axis of the parameter is, of more than one row
         return any(axis is None and n > 1 for axis, n in axes)
 
-    def _is_parameter(self, v: Any) -> bool:
-        view = self._look(self.views, v)
-        return view is not None and view.complete
-
     def _expression(self, v: Any, operands: list[Any], dtype: Any = None) -> Expression:
         """What a kernel is made of; values that are not taken apart are appended to `operands`."""
-        eqn = self._look(self.source, v)
-        if eqn is not None and not self._is_parameter(v) and v not in self.whole:
+        eqn = None if isinstance(v, jex.Literal) else self.source.get(v)
+        if eqn is not None and not self._look(v).is_parameter and v not in self.whole:
             made = self._node(eqn, operands, dtype)
             if made is not None:
-                # a value as it is: a parameter, or what does not come apart
                 return made
-        operands.append(v)
-        return Leaf(len(operands) - 1, dtype)
+        # a value as it is: a parameter, or what does not come apart
+        return _leaf(v, operands, dtype)
 
     def _node(self, eqn: Any, operands: list[Any], dtype: Any) -> Expression | None:
-        p, name, given = eqn.params, eqn.primitive.name, eqn.invars
+        p, name, given, out = eqn.params, eqn.primitive.name, eqn.invars, eqn.outvars[0]
         shapes = [v.aval.shape for v in given]
         of = functools.partial(self._expression, operands=operands, dtype=dtype)
         # shapes that are broadcast would be another product
         if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
             return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
         # rounding to integers is no cast that passes a sum on
-        if name == "convert_element_type" and is_real(given[0]) and is_real(eqn.outvars[0]):
+        if name == "convert_element_type" and is_real(given[0]) and is_real(out):
             # (the cast of M) x = the cast of (M x), up to rounding
-            return self._expression(given[0], operands, dtype or eqn.outvars[0].aval.dtype)
+            return self._expression(given[0], operands, dtype or out.aval.dtype)
         if name == "neg":
             return Negative(of(given[0]))
         # one side is a scalar, for a quotient the divisor
         if name in ("mul", "div") and () in (shapes[1], shapes[0] if name == "mul" else None):
             scalar = 1 if shapes[1] == () else 0
-            if self._look(self.made, given[scalar]) and not self._is_parameter(given[scalar]):
+            known = self._look(given[scalar])
+            if known.made and not known.is_parameter:
                 return None  # such as the norm of the weight itself
-            factor = self._scalar(given[scalar], operands, eqn)
+            factor = _leaf(given[scalar], operands, out.aval.dtype)
             return Scaled(of(given[1 - scalar]), factor, name == "div")
         if name == "transpose":
             return Moved(of(given[0]), tuple(p["permutation"]))
@@ -247,13 +247,14 @@ class _Rewriting:
             sizes = tuple(shape[axis] for shape in shapes) if name == "concatenate" else ()
             return Joined(tuple(map(of, given)), axis, sizes)
         if name in ("reshape", "squeeze", "expand_dims") and 0 not in shapes[0]:
-            out = eqn.outvars[0]
             return Reshaped(out, of(given[0]), shapes[0], out.aval.shape)
         return None
 
-    def _scalar(self, v: Any, operands: list[Any], eqn: Any) -> Leaf:
-        operands.append(v)
-        return Leaf(len(operands) - 1, eqn.outvars[0].aval.dtype)
+
+def _leaf(v: Any, operands: list[Any], dtype: Any) -> Leaf:
+    """A value as one more operand."""
+    operands.append(v)
+    return Leaf(len(operands) - 1, dtype)
 
 
 def is_real(v: Any) -> bool:

@@ -1,6 +1,6 @@
 """Why a parameter belongs to no layer, and what the statistics of a layer leave out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kfac_optax._reasons import NOT_USED
 from kfac_optax.capture.calls import is_rule
@@ -10,26 +10,32 @@ from kfac_optax.capture.sites import STOPPED, Analysis, Consumer, Site
 
 def unseen(
     leaves: Sequence[int],
-    sites: Sequence[Site],
+    uses: Mapping[int, Sequence[Site]],
     names: Sequence[str],
     consumers: Mapping[int, Sequence[Consumer]],
 ) -> list[tuple[str, str, str]]:
-    """Parameters with uses that the statistics do not see, which, and where; `sites` are those of
-    all layers.
+    """Parameters with uses that the statistics do not see, which, and where; `uses` are those of
+    all layers, from `uses_by_leaf`.
     """
     notes = []
     for leaf in leaves:
-        mine = [
-            site for site in sites if site.params[0] is not None and site.params[0].leaf == leaf
-        ]
-        # named by the equation that reads it
-        biased = [site for site in sites if site.bias is not None and site.bias[0] == leaf]
-        mine += [site._replace(name="add") for site in biased]
         reading = consumers.get(leaf, [])
-        note, others = _other_uses(names[leaf], [x.name for x in reading], mine)
+        note, others = _other_uses(names[leaf], [x.name for x in reading], uses.get(leaf, []))
         where = listed(x.line for x in reading if x.name in others)
         notes.append((names[leaf], note, where))
     return [x for x in notes if x[1]]
+
+
+def uses_by_leaf(sites: Iterable[Site]) -> dict[int, list[Site]]:
+    """What layers see of every parameter, each use named by the equation that reads it."""
+    uses: dict[int, list[Site]] = {}
+    for site in sites:
+        kernel, bias = site.params[0], site.bias
+        if kernel is not None:
+            uses.setdefault(kernel.leaf, []).append(site)
+        if bias is not None:
+            uses.setdefault(bias[0], []).append(site._replace(name="add"))
+    return uses
 
 
 def _other_uses(

@@ -12,7 +12,7 @@ from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_REAL
 from kfac_optax._types import Layer, Layers, Uncovered
 from kfac_optax.capture.align import aligned, layout_of
 from kfac_optax.capture.code_lines import listed
-from kfac_optax.capture.explain import bypasses, reason, unseen
+from kfac_optax.capture.explain import bypasses, reason, unseen, uses_by_leaf
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift, Unsupported
 from kfac_optax.capture.layouts import matrix_shape
 from kfac_optax.capture.ownership import Key, apart, own_biases
@@ -50,13 +50,13 @@ def group(
     for index, members in enumerate(groups.values()):
         for i in members:
             owner[i] = index
-    owned = [site for site, index in zip(sites, owner, strict=True) if index >= 0]
+    uses = uses_by_leaf(s for s, index in zip(sites, owner, strict=True) if index >= 0)
     layers = []
     for key, members in groups.items():
         bias = biases.get(key)
         # the kernel and, where it has one, the bias
         mine = [leaf for leaf, _ in (key, *([] if bias is None else [bias]))]
-        notes = unseen(mine, owned, names, analysis.consumers)
+        notes = unseen(mine, uses, names, analysis.consumers)
         partly = [
             Uncovered(name, tuple(leaves[name].shape), note, where) for name, note, where in notes
         ]

@@ -147,11 +147,13 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
       signs: the estimator tells the examples apart by random signs where they share rows, which the
         table then says.
     """
+    # all uses of each layer; -1 stands for none
+    uses: dict[int, list[Site]] = {}
+    for site, owner in zip(traced.sites, traced.owner, strict=True):
+        uses.setdefault(owner, []).append(site)
     layers = []
     for index, layer in enumerate(traced.layers.layers):
-        # all uses of the layer
-        owned = zip(traced.sites, traced.owner, strict=True)
-        mine = [site for site, owner in owned if owner == index]
+        mine = uses[index]
         own = _per_example(mine, examples)
         drawn = signs and not own and any(without_examples(site, examples) for site in mine)
         notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes

@@ -34,17 +34,17 @@ def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key
     The whole leaf comes before its parts and weights before scales and shifts, of which no leaf has
     both.
     """
-    kept: list[Key] = []
+    kept: dict[int, list[Key]] = {}  # by leaf
     # whole leaves before parts, kernels before scales
     in_order = sorted(groups, key=lambda key: (key[1] is not None, scales.get(key, False)))
     for key in in_order:
-        others = [other for other in kept if other[0] == key[0]]
+        others = kept.setdefault(key[0], [])
         if any(_overlap(key[1], other[1]) for other in others):
             continue
         # kernels beside kernels and scales beside scales; never both in one leaf
         if all(scales.get(key) == scales.get(other) for other in others):
-            kept.append(key)
-    return {key: members for key, members in groups.items() if key in kept}
+            others.append(key)
+    return {key: members for key, members in groups.items() if key in kept[key[0]]}
 
 
 def _overlap(one: Part | None, other: Part | None) -> bool:

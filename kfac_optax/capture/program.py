@@ -5,7 +5,7 @@ shift) is a layer's use: `x @ w` written by hand, and what a derivative of the n
 layers, `x' W` of a tangent and `g W^T` of a cotangent.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +31,12 @@ def with_taps(closed: Any, leaves: int, examples: int | None) -> Any:
       examples: N, for which axis of the rows comes first.
     """
     free, partial = unclaimed(closed.jaxpr, leaves, examples)
-    taps = _placements(free) | dict.fromkeys(partial)
     # None for a tap that sees a part of the uses only: it makes way for those of the equations
-    return jex.ClosedJaxpr(_tapped(closed.jaxpr, (), taps), closed.consts) if taps else closed
+    taps = _placements(free) | dict.fromkeys(partial)
+    if not taps:
+        return closed
+    around = {path[:n] for path in taps for n in range(1, len(path))}
+    return jex.ClosedJaxpr(_tapped(closed.jaxpr, (), taps, around), closed.consts)
 
 
 class _Placement(NamedTuple):
@@ -98,8 +101,8 @@ def _way_round(use: Use) -> tuple[int, ...]:
     return getattr(use.geometry, "kernel", ())
 
 
-def _tapped(jaxpr: Any, path: Path, taps: _Taps) -> Any:
-    """The jaxpr with its taps, those in calls and scans too."""
+def _tapped(jaxpr: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
+    """The jaxpr with its taps, those in the calls and scans `around` some too."""
     equations: list[Any] = []
     names: dict[Any, Any] = {}  # of values behind taps that are dropped
 
@@ -118,17 +121,16 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps) -> Any:
             # operands of the use itself, also where the tap is behind the bias
             source = jaxpr.eqns[placement.source]
             equations += _with_tap(eqn, placement, list(map(name, source.invars)))
-        # a call or scan with taps inside
-        elif any(where[: len(here)] == here for where in taps):
-            equations.append(_entered(eqn, here, taps))
+        elif here in around:
+            equations.append(_entered(eqn, here, taps, around))
         else:
             equations.append(eqn)
     return jaxpr.replace(eqns=equations, outvars=list(map(name, jaxpr.outvars)))
 
 
-def _entered(eqn: Any, path: Path, taps: _Taps) -> Any:
+def _entered(eqn: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
     (body,) = bodies(eqn)
-    return with_body(eqn, _tapped(getattr(body, "jaxpr", body), path, taps))
+    return with_body(eqn, _tapped(getattr(body, "jaxpr", body), path, taps, around))
 
 
 def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Iterator[Any]:

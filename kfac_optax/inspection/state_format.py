@@ -109,7 +109,9 @@ def _type(leaf: Any) -> str:
 def _words(layer: Layer) -> str:
     bias = " with bias" if layer.bias is not None else ""
     copies = f", {layer.copies} times" if layer.copies > 1 else ""
-    return f"{layer.path}: {layer.kind} {layer.inputs}x{layer.outputs}{bias}{copies}"
+    # the path says which part it is only where its parameter has several
+    part = "" if layer.part is None else f", part {layer.part}"
+    return f"{layer.path}: {layer.kind} {layer.inputs}x{layer.outputs}{bias}{copies}{part}"
 
 
 _OTHER_MODEL = "It is of another model: restore it with the code that wrote it."

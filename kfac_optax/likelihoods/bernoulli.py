@@ -121,8 +121,9 @@ class Bernoulli:
         """Divergence `KL(self || other)` of every term, summed over the event axes, unweighted.
 
         `sum_event [y (log y - log y') + (1 - y) (log(1 - y) - log(1 - y'))]`. Its Hessian in the
-        logits of either is the Fisher where the two agree. An outcome without probability here
-        counts nothing; infinite where one with it is forbidden in `other`.
+        logits of either is the Fisher where the two agree. An outcome without probability
+        here, to working precision, counts nothing; infinite where one with it is forbidden in
+        `other`.
 
         Args:
             other: A prediction of the same terms.
@@ -182,8 +183,8 @@ class Bernoulli:
 
 def _gain(x: jax.Array, x_other: jax.Array) -> jax.Array:
     """`y (log y - log y')` of one of the two outcomes, given its logits."""
-    possible = x > -jnp.inf
-    # where nothing is counted no infinity meets another, in gradients neither
+    possible = jnp.exp(jax.nn.log_sigmoid(x)) > 0
+    # where nothing is counted no infinity meets another, or a zero, in gradients neither
     log_y = jax.nn.log_sigmoid(jnp.where(possible, x, 0))
     log_other = jax.nn.log_sigmoid(jnp.where(possible, x_other, 0))
     return jnp.where(possible, jnp.exp(log_y) * (log_y - log_other), 0)

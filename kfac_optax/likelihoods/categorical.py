@@ -108,7 +108,8 @@ class Categorical:
         """Divergence `KL(self || other) = sum_c y_c (log y_c - log y'_c)` of every term, unweighted.
 
         Its Hessian in the logits of either is the Fisher where the two agree. A class without
-        probability here counts nothing; infinite where one with it is forbidden in `other`.
+        probability here, to working precision, counts nothing; infinite where one with it is
+        forbidden in `other`.
 
         Args:
             other: A prediction of the same terms.
@@ -126,10 +127,10 @@ class Categorical:
         """
         _common.check_other(self, other)
         log_y, log_other = (jax.nn.log_softmax(_common.widen(x.logits)) for x in (self, other))
-        possible = log_y > -jnp.inf
-        # where nothing is counted no infinity meets another, in gradients neither
-        gain = jnp.where(possible, log_y, 0) - jnp.where(possible, log_other, 0)
-        return jnp.sum(jnp.exp(log_y) * gain, axis=-1)
+        y = jnp.exp(log_y)
+        # where nothing is counted no infinity meets another, or a zero, in gradients neither
+        gain = jnp.where(y > 0, log_y, 0) - jnp.where(y > 0, log_other, 0)
+        return jnp.sum(y * gain, axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws integer classes `[*batch]` from the model; a constant under differentiation."""

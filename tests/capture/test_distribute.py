@@ -216,12 +216,23 @@ def test_a_token_beside_no_rows():
     assert [u.path for u in layers.uncovered] == ["front"]
 
 
-def test_what_is_not_linear_in_a_parameter_is_named():
-    """A masked weight, one of norm one: no sum of products with it."""
+def in_a_scan(layer):
+    """The layer in the only step of a scan, its weights constants of that."""
+
+    def model(v, norm, x):
+        return jax.lax.scan(lambda h, _: (layer(v, norm, h), None), x, None, length=1)[0]
+
+    return model
+
+
+@pytest.mark.parametrize("call", [lambda layer: layer, jax.jit, jax.checkpoint, in_a_scan])
+def test_what_is_not_linear_in_a_parameter_is_named(call):
+    """A masked weight, one of norm one: no sum of products with it, wherever the norm is taken."""
+    normalised = call(lambda v, norm, x: x @ (v / norm))
 
     def model(p, x):
-        unit = p["unit"] / jnp.linalg.norm(p["unit"])
-        return x @ (p["masked"] * np.tri(3)) @ unit @ p["plain"]
+        hidden = normalised(p["unit"], jnp.linalg.norm(p["unit"]), x)
+        return hidden @ (p["masked"] * np.tri(3)) @ p["plain"]
 
     params = {name: jnp.asarray(normal(3, 3)) for name in ("masked", "unit", "plain")}
     layers = ko.ggn(lambda p, x: ko.Normal(model(p, x))).layers(params, X)

@@ -333,16 +333,30 @@ def test_padding_counts_as_dropped(x64, name):
     )
 
 
-def test_a_tap_that_sees_a_part_only_gives_way(x64):
+def read_beside_the_tap(p, x):
+    s = x @ p["w"]
+    return ko.tap_dense(s + p["b"], x, p["w"], p["b"]) + jnp.sin(s)
+
+
+def read_in_the_next_step(p, x):
+    """The last step's is dropped, so that nothing but the carry shows it."""
+
+    def step(carry, _):
+        h, before = carry
+        s = h @ p["w"]
+        out = ko.tap_dense(s + p["b"], h, p["w"], p["b"])
+        return (jnp.tanh(out + before), jnp.sin(s)), None
+
+    (out, _), _ = jax.lax.scan(step, (x, x), None, length=3)
+    return out
+
+
+@pytest.mark.parametrize("model", [read_beside_the_tap, read_in_the_next_step])
+def test_a_tap_that_sees_a_part_only_gives_way(x64, model):
     """What is between the product and the tapped output is read elsewhere, so the tap would miss a
     part of the gradient.
     """
-
-    def model(p, x):
-        s = x @ p["w"]
-        return ko.tap_dense(s + p["b"], x, p["w"], p["b"]) + jnp.sin(s)
-
-    params = {"w": normal(3, 2), "b": normal(2)}
+    params = {"w": normal(3, 3), "b": normal(3)}
     layers = assert_gradients(lambda p, x: squares(model(p, x)), params, X, rtol=1e-10)
     assert {x.path: x.kind for x in layers} == {"w": "dense", "b": "scale_shift"}
 

@@ -119,6 +119,25 @@ def test_layers_that_run_in_another_order_are_refused():
     assert "got layers=, but none were saved" in refused(found, layers=problem.layers)
 
 
+def test_another_part_of_a_parameter_is_refused():
+    """The only part that has a layer is named as its parameter is."""
+
+    def description(start):
+        def predict(params, x):
+            return ko.Normal(x @ jax.lax.slice_in_dim(params["w"], start, start + 2, axis=1))
+
+        params, x = {"w": jnp.zeros((3, 4))}, jnp.ones((5, 3))
+        layers = ko.ggn(predict).layers(params, x)
+        tx = ko.kfac(layers, learning_rate=0.1)
+        return tx, params, layers, ko.describe_state(tx.init(params), params, layers)
+
+    *_, found = description(0)
+    tx, params, layers, own = description(2)
+    ko.check_state(own, tx, params, layers)
+    with pytest.raises(ValueError, match=r"saved as 'w: dense 3x2, part \[:, 0:2\]'; expected 'w:"):
+        ko.check_state(found, tx, params, layers)
+
+
 def test_another_optimizer_is_refused_with_the_first_difference():
     bucket = "inverses/dense_5x4_bias"
     assert f"preconditioner/{bucket}/inputs/vectors' of the state was saved as nothing" in refused(

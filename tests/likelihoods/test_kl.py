@@ -95,6 +95,16 @@ def test_outcomes_that_are_forbidden():
             assert jnp.isfinite(jax.grad(divergence, argument)(*pair)).all()
 
 
+@pytest.mark.parametrize("kind", [ko.Categorical, ko.Bernoulli])
+def test_what_is_too_unlikely_for_the_dtype_counts_nothing(kind):
+    """A probability that rounds to zero, where the other has none at all."""
+    unlikely, forbidden = jnp.asarray([[0.0, -800.0]]), jnp.asarray([[0.0, -jnp.inf]])
+    divergence = lambda x, y: kind(x).kl(kind(y)).sum()
+    np.testing.assert_allclose(divergence(unlikely, forbidden), 0, atol=1e-15)
+    for argument in (0, 1):
+        assert jnp.isfinite(jax.grad(divergence, argument)(unlikely, forbidden)).all()
+
+
 def test_half_precision_is_widened():
     half = ko.Categorical(jnp.asarray([[0.0, 1.0]], jnp.bfloat16))
     other = ko.Categorical(jnp.asarray([[0.0, 1.0 + 2**-6]], jnp.bfloat16))
