@@ -35,6 +35,15 @@ _LABELS = {
     "quasi_diagonal": "quasi-diagonal",
     "unitwise_natural": "unitwise natural gradient",
     "linear_natural": "K-FAC / L",
+    "shampoo": "Shampoo",
+    "distributed_shampoo": "distributed Shampoo",
+    "eva_s": "Eva-s",
+    "sketchy": "Sketchy",
+    "jorge": "Jorge",
+    "mfac": "M-FAC",
+    "psgd_kron": "PSGD, Kronecker",
+    "adahessian": "AdaHessian",
+    "vadam": "Vadam",
 }
 # What measures inputs alone, or exact output columns; all others draw labels.
 _MEASURED_BY = {
@@ -81,7 +90,7 @@ class Optimizer(NamedTuple):
 
     Attributes:
         label: name in tables and figures.
-        curvature: whether updates need `curvature=`.
+        curvature: whether updates need `curvature=`, or something else that the estimator gives.
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
           grid is tried, and its options are those of `config.adaptive`.
@@ -130,7 +139,8 @@ def of_record(record: ko.Method) -> Optimizer:
     made = _of_model(own) if own is not None else drawn_labels
     return Optimizer(
         _LABELS.get(record.name, record.name.upper().replace("_", "-")),
-        True,
+        # gradients at drawn labels come from the estimator too
+        bool({"curvature", "sampled"} & record.needs),
         build or preset_before_sgd(preset),
         adaptive=adaptive,
         low_rank=any(record is other for other in low_rank_records.RECORDS),
@@ -162,18 +172,25 @@ def known_options(preset: Callable[..., Any], options: dict[str, Any]) -> dict[s
     }
 
 
+def _made(preset: Callable[..., Any], curved: Curved | None, rate: Rate) -> tuple[Any, set[str]]:
+    """The preset's transformation, and the words it got.
+
+    One of gradients alone keeps its defaults: `config.kfac` is about curvature.
+    """
+    known = inspect.signature(preset).parameters
+    options = {} if curved is None else known_options(preset, curved.options)
+    if "learning_rate" in known:
+        options["learning_rate"] = rate
+    layers = () if curved is None or "layers" not in known else (curved.layers,)
+    return preset(*layers, **options), set(options)
+
+
 def preset_before_sgd(preset: Callable[..., Any]) -> Build:
     """A preconditioner, with weight decay, momentum and the rate behind it."""
-    known = inspect.signature(preset).parameters
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        options = known_options(preset, curved.options)
-        if "learning_rate" in known:
-            options["learning_rate"] = rate
-        layers = (curved.layers,) if "layers" in known else ()
-        tx = preset(*layers, **options)
-        if "weight_decay" in options:  # which is then its own
+        tx, words = _made(preset, curved, rate)
+        if "weight_decay" in words:  # which is then its own
             return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
         return preconditioned(tx, config, rate)
 
@@ -182,16 +199,10 @@ def preset_before_sgd(preset: Callable[..., Any]) -> Build:
 
 def whole_preset(preset: Callable[..., Any]) -> Build:
     """A whole optimizer, with weight decay in the gradient."""
-    known = inspect.signature(preset).parameters
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        options = known_options(preset, curved.options)
-        if "learning_rate" in known:
-            options["learning_rate"] = rate
-        decay = optax.add_decayed_weights(config.weight_decay)
-        layers = (curved.layers,) if "layers" in known else ()
-        return optax.chain(decay, preset(*layers, **options))
+        tx, _ = _made(preset, curved, rate)
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
 
     return build
 

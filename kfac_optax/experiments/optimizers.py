@@ -99,13 +99,13 @@ def make(
         # own.
         return rate if factor is None else lambda step: rate * factor(step)
 
-    # gradients alone: no layers and no curvature
+    # gradients alone, or with the loss as a function: no layers and no curvature
     if not optimizer.curvature:
         return Method(
             lambda rate: optax.with_extra_args_support(
                 optimizer.build(config, None, scheduled(rate))
             ),
-            lambda *_, **__: {},
+            lambda *_, value_fn=None, **__: {"value_fn": value_fn} if optimizer.value_fn else {},
         )
 
     predict, losses = _measured(model, likelihood)
