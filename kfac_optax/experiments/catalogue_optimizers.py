@@ -15,6 +15,8 @@ Rate = Any
 Build = Callable[[ml_collections.ConfigDict, "Curved | None", Rate], optax.GradientTransformation]
 # Prediction with what else the model returns, losses `[N]`, and the part of the batch.
 MakeEstimator = Callable[[Callable[..., Any], Callable[..., Any], Any], ko.Estimator]
+# Layers, state of the optimizer, mean, key, `size=` and `weight_decay=` to parameters around it.
+Draw = Callable[..., Any]
 
 # Words of a configuration that some of its methods decide on themselves: corrections of directions,
 # and the inverse where damping is exact.
@@ -58,7 +60,7 @@ class Curved(NamedTuple):
     """What a preconditioner is built from.
 
     Attributes:
-        layers: those that the library found in the model.
+        layers: those that the library found in the model; None where gradients are enough.
         options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
           that is meant, or from `config.adaptive`; with their schedules.
     """
@@ -85,6 +87,19 @@ def recursion(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Es
     return ko.recursive_ggn(lambda *args: predict(*args)[0], subsample=subsample)
 
 
+def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: Any) -> Any:
+    del layers
+    return ko.sample_diagonal(opt_state, params, key, **words)
+
+
+# those that follow a posterior
+_DRAWN: dict[str, Draw] = {
+    "noisy_kfac": ko.sample_params,
+    "vadam": _from_diagonal,
+    "vogn": _from_diagonal,
+}
+
+
 class Optimizer(NamedTuple):
     """One row of the comparison.
 
@@ -106,7 +121,7 @@ class Optimizer(NamedTuple):
         value_fn: whether they need it as a function of the parameters, for products with its
           Hessian.
         sampled: whether they need the gradient at labels drawn from the model.
-        drawn: whether gradients are taken at parameters drawn from the posterior of its state.
+        drawn: parameters from the posterior in its state, at which gradients are then taken.
     """
 
     label: str
@@ -121,7 +136,7 @@ class Optimizer(NamedTuple):
     value: bool = False
     value_fn: bool = False
     sampled: bool = False
-    drawn: bool = False
+    drawn: Draw | None = None
 
     @property
     def tuned(self) -> bool:
@@ -151,7 +166,7 @@ def of_record(record: ko.Method) -> Optimizer:
         value="value" in record.needs,
         value_fn=of_loss and not adaptive,
         sampled="sampled" in record.needs,
-        drawn=record.name == "noisy_kfac",
+        drawn=_DRAWN.get(record.name),
     )
 
 

@@ -87,6 +87,19 @@ def test_a_preset_of_gradients_alone_is_that_of_the_library():
     np.testing.assert_array_equal(updates["w"], expected["w"])
 
 
+def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
+    config, dataset, _ = small_family()
+    followed = {name for name in ko.CATALOGUE if OPTIMIZERS[name].drawn is not None}
+    assert followed == {"noisy_kfac", "vadam", "vogn"}
+    method = steps.problem(config, "vadam", dataset).method
+    params = {"w": jnp.ones(100)}
+    tx = method.transform(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    # s = 1 after the first gradient, a weight decay of 1 / 16 on 16 examples
+    spread = jnp.std(method.drawn(params, state, jax.random.key(0))["w"])
+    np.testing.assert_allclose(spread, (1 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
+
+
 @pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs"])
 def test_those_with_needs_of_their_own_change_the_parameters(name):
     """Parameters drawn from a posterior; losses of the data, and a second pass."""
