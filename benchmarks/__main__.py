@@ -33,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         record = compare.read(options.source)
     else:
         chosen = parts.chosen(parser, options.parts, suite.PARTS)
-        all_of_them = options.parts == parser.get_default("parts")
-        command = "python -m benchmarks" + ("" if all_of_them else f" --parts {options.parts}")
+        command = parts.command("benchmarks", parser, options)
         record = parts.run(
             chosen, command=command, small=options.small, out=options.out, limit=options.limit
         )

@@ -93,10 +93,14 @@ def report(old: dict[str, Any], new: dict[str, Any], beyond: float) -> list[str]
 def page(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     about = record["environment"]
-    known = ("device", "backend", "jax", "kfac_optax", "date")
+    known = ("device", "backend", "cores", "load", "jax", "kfac_optax", "date")
     lines = ["# Benchmarks", "", f"What `{about['command']}` measured: "]
-    lines[-1] += ", ".join(f"{name} {about[name]}" for name in known) + "."
-    lines.append("Times are medians within one run; compare ratios, not seconds.")
+    # an older record does not know how busy its machine was
+    lines[-1] += ", ".join(f"{name} {about[name]}" for name in known if name in about) + "."
+    lines.append(
+        "`load` is what else the machine did at the start, in cores. Times of steps are medians "
+        "within one run, compilations are timed once; compare ratios, not seconds."
+    )
     lines += ["", "The page of the documentation is made anew by", "", "```text"]
     lines += [about["command"] + " --out benchmarks/latest.json", PAGE_COMMAND, "```"]
     for part, rows in record["parts"].items():

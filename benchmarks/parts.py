@@ -7,6 +7,7 @@ the rest is recorded as left out.
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import time
@@ -39,6 +40,9 @@ def environment(command: str) -> dict[str, Any]:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "backend": jax.default_backend(),
+        "cores": os.cpu_count(),
+        # what else ran when this began, in cores; unknown on Windows
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "platform_version": getattr(device.client, "platform_version", ""),
         "jax": jax.__version__,
         "kfac_optax": ko.__version__,
@@ -54,6 +58,25 @@ def chosen(parser: argparse.ArgumentParser, names: str, known: dict[str, Part]) 
     if unknown:
         parser.error(f"--parts: got {', '.join(unknown)}; expected some of {', '.join(known)}")
     return {name: known[name] for name in wanted}
+
+
+def command(program: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command line that measures what this one does, wherever its files go.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--parts", default="all"), parser.add_argument("--limit", type=float)
+    >>> _ = parser.add_argument("--small", action="store_true")
+    >>> command("benchmarks", parser, parser.parse_args(["--limit=90"]))
+    'python -m benchmarks --limit 90'
+    """
+    words = [f"python -m {program}"]
+    if options.parts != parser.get_default("parts"):
+        words.append(f"--parts {options.parts}")
+    if options.limit != parser.get_default("limit"):
+        words.append(f"--limit {options.limit:g}")
+    if options.small:
+        words.append("--small")
+    return " ".join(words)
 
 
 def run(

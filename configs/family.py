@@ -9,7 +9,7 @@ import ml_collections
 import kfac_optax as ko
 
 VARIANTS = ("default", "digits", "autoencoder", "cnn")
-_GRADIENT_ONLY = ("sgd", "adam", "muon", "shampoo", "soap", "eva_s")
+_OF_OPTAX = ("sgd", "adam", "muon")
 _ONLY_CHAINS = ("kfra",)  # whose recursion knows dense layers alone
 
 
@@ -71,7 +71,7 @@ def _whole_family(config: ml_collections.ConfigDict, variant: str) -> ml_collect
     config.grid = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
     config.tune_seeds = 1  # a rate is tried once, then the best gets the other seeds
     chains = () if variant == "cnn" else _ONLY_CHAINS
-    config.optimizers = (*_GRADIENT_ONLY, *ko.CATALOGUE, *chains)
+    config.optimizers = (*_OF_OPTAX, *ko.CATALOGUE, *chains)
     if variant == "autoencoder":
         config.title = "handwritten digits, 64-128-64-16 tanh autoencoder"
         config.data.reconstruct = True

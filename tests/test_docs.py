@@ -14,6 +14,8 @@ PAGES = sorted(DOCS.glob("*.md")) + sorted(DOCS.glob("*/*.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 RUNNABLE = [page for page in PAGES if page.parent.name != "api" and CODE.search(page.read_text())]
 SETUP = '--8<-- "setup.txt"\n'  # what the site includes in its place
+# what a page shows right below its code
+OUTPUT = re.compile(r"```python\n[^`]*```\n\n```text\n(.*?)```", re.DOTALL)
 PRINTED = re.compile(r"^\s*print\(.*\)  +# (.+)$", re.MULTILINE)
 
 
@@ -28,15 +30,19 @@ def setup_names():
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_code_runs_and_prints_what_it_says(page, setup_names, capsys):
     names = {}
-    blocks = CODE.findall(page.read_text())
+    text = page.read_text()
+    blocks = CODE.findall(text)
     for block in blocks:
         if block == SETUP:
             names |= setup_names
         else:
             exec(compile(block, str(page), "exec"), names)
-    printed = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    printed = out.splitlines()
     expected = PRINTED.findall("\n".join(blocks))
     assert [line for line in printed if line in expected] == expected
+    for shown in OUTPUT.findall(text):
+        assert shown in out
 
 
 def test_pages_with_code_are_found():

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--small", action="store_true", help="dry run with tiny sizes")
     options = parser.parse_args(arguments)
     chosen = parts.chosen(parser, options.parts, PARTS)
-    command = "python -m benchmarks.accelerator"
+    command = parts.command("benchmarks.accelerator", parser, options)
     return parts.run(
         chosen, command=command, small=options.small, out=options.out, limit=options.limit
     )

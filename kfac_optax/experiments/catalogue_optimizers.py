@@ -15,6 +15,8 @@ Rate = Any
 Build = Callable[[ml_collections.ConfigDict, "Curved | None", Rate], optax.GradientTransformation]
 # Prediction with what else the model returns, losses `[N]`, and the part of the batch.
 MakeEstimator = Callable[[Callable[..., Any], Callable[..., Any], Any], ko.Estimator]
+# Layers, state of the optimizer, mean, key, `size=` and `weight_decay=` to parameters around it.
+Draw = Callable[..., Any]
 
 # Words of a configuration that some of its methods decide on themselves: corrections of directions,
 # and the inverse where damping is exact.
@@ -35,6 +37,15 @@ _LABELS = {
     "quasi_diagonal": "quasi-diagonal",
     "unitwise_natural": "unitwise natural gradient",
     "linear_natural": "K-FAC / L",
+    "shampoo": "Shampoo",
+    "distributed_shampoo": "distributed Shampoo",
+    "eva_s": "Eva-s",
+    "sketchy": "Sketchy",
+    "jorge": "Jorge",
+    "mfac": "M-FAC",
+    "psgd_kron": "PSGD, Kronecker",
+    "adahessian": "AdaHessian",
+    "vadam": "Vadam",
 }
 # What measures inputs alone, or exact output columns; all others draw labels.
 _MEASURED_BY = {
@@ -49,7 +60,7 @@ class Curved(NamedTuple):
     """What a preconditioner is built from.
 
     Attributes:
-        layers: those that the library found in the model.
+        layers: those that the library found in the model; None where gradients are enough.
         options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
           that is meant, or from `config.adaptive`; with their schedules.
     """
@@ -76,12 +87,25 @@ def recursion(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Es
     return ko.recursive_ggn(lambda *args: predict(*args)[0], subsample=subsample)
 
 
+def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: Any) -> Any:
+    del layers
+    return ko.sample_diagonal(opt_state, params, key, **words)
+
+
+# those that follow a posterior
+_DRAWN: dict[str, Draw] = {
+    "noisy_kfac": ko.sample_params,
+    "vadam": _from_diagonal,
+    "vogn": _from_diagonal,
+}
+
+
 class Optimizer(NamedTuple):
     """One row of the comparison.
 
     Attributes:
         label: name in tables and figures.
-        curvature: whether updates need `curvature=`.
+        curvature: whether updates need `curvature=`, or something else that the estimator gives.
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
           grid is tried, and its options are those of `config.adaptive`.
@@ -97,7 +121,7 @@ class Optimizer(NamedTuple):
         value_fn: whether they need it as a function of the parameters, for products with its
           Hessian.
         sampled: whether they need the gradient at labels drawn from the model.
-        drawn: whether gradients are taken at parameters drawn from the posterior of its state.
+        drawn: parameters from the posterior in its state, at which gradients are then taken.
     """
 
     label: str
@@ -112,7 +136,7 @@ class Optimizer(NamedTuple):
     value: bool = False
     value_fn: bool = False
     sampled: bool = False
-    drawn: bool = False
+    drawn: Draw | None = None
 
     @property
     def tuned(self) -> bool:
@@ -130,7 +154,8 @@ def of_record(record: ko.Method) -> Optimizer:
     made = _of_model(own) if own is not None else drawn_labels
     return Optimizer(
         _LABELS.get(record.name, record.name.upper().replace("_", "-")),
-        True,
+        # gradients at drawn labels come from the estimator too
+        bool({"curvature", "sampled"} & record.needs),
         build or preset_before_sgd(preset),
         adaptive=adaptive,
         low_rank=any(record is other for other in low_rank_records.RECORDS),
@@ -141,7 +166,7 @@ def of_record(record: ko.Method) -> Optimizer:
         value="value" in record.needs,
         value_fn=of_loss and not adaptive,
         sampled="sampled" in record.needs,
-        drawn=record.name == "noisy_kfac",
+        drawn=_DRAWN.get(record.name),
     )
 
 
@@ -162,18 +187,25 @@ def known_options(preset: Callable[..., Any], options: dict[str, Any]) -> dict[s
     }
 
 
+def _made(preset: Callable[..., Any], curved: Curved | None, rate: Rate) -> tuple[Any, set[str]]:
+    """The preset's transformation, and the words it got.
+
+    One of gradients alone keeps its defaults: `config.kfac` is about curvature.
+    """
+    known = inspect.signature(preset).parameters
+    options = {} if curved is None else known_options(preset, curved.options)
+    if "learning_rate" in known:
+        options["learning_rate"] = rate
+    layers = () if curved is None or "layers" not in known else (curved.layers,)
+    return preset(*layers, **options), set(options)
+
+
 def preset_before_sgd(preset: Callable[..., Any]) -> Build:
     """A preconditioner, with weight decay, momentum and the rate behind it."""
-    known = inspect.signature(preset).parameters
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        options = known_options(preset, curved.options)
-        if "learning_rate" in known:
-            options["learning_rate"] = rate
-        layers = (curved.layers,) if "layers" in known else ()
-        tx = preset(*layers, **options)
-        if "weight_decay" in options:  # which is then its own
+        tx, words = _made(preset, curved, rate)
+        if "weight_decay" in words:  # which is then its own
             return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
         return preconditioned(tx, config, rate)
 
@@ -182,16 +214,10 @@ def preset_before_sgd(preset: Callable[..., Any]) -> Build:
 
 def whole_preset(preset: Callable[..., Any]) -> Build:
     """A whole optimizer, with weight decay in the gradient."""
-    known = inspect.signature(preset).parameters
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        options = known_options(preset, curved.options)
-        if "learning_rate" in known:
-            options["learning_rate"] = rate
-        decay = optax.add_decayed_weights(config.weight_decay)
-        layers = (curved.layers,) if "layers" in known else ()
-        return optax.chain(decay, preset(*layers, **options))
+        tx, _ = _made(preset, curved, rate)
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
 
     return build
 

@@ -16,6 +16,7 @@ from kfac_optax.experiments.catalogue_optimizers import (
     preconditioned,
     preset_before_sgd,
     recursion,
+    whole_preset,
 )
 from kfac_optax.methods.signature import flat_signature
 
@@ -32,16 +33,6 @@ def _sgd(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -
 def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
     del curved
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
-
-
-def _gradient_only(preset: Callable[..., Any]) -> Build:
-    """A preset on the parameter tree alone, with weight decay in the gradient as for Adam."""
-
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        del curved
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), preset(rate))
-
-    return build
 
 
 @flat_signature(ko.b_kfac, without=("coupling",))
@@ -92,10 +83,7 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
 OPTIMIZERS = {
     "sgd": Optimizer("SGD", False, _sgd),
     "adam": Optimizer("Adam", False, _adam),
-    "muon": Optimizer("Muon", False, _gradient_only(optax.contrib.muon)),
-    "shampoo": Optimizer("Shampoo", False, _gradient_only(ko.shampoo)),
-    "soap": Optimizer("SOAP", False, _gradient_only(ko.soap)),
-    "eva_s": Optimizer("Eva-s", False, _gradient_only(ko.eva_s)),
+    "muon": Optimizer("Muon", False, whole_preset(optax.contrib.muon)),
     # every method of the catalogue by the name of its preset, and variants of some
     **{name: of_record(record) for name, record in ko.CATALOGUE.items()},
     # the same preset, measured by a recursion

@@ -18,12 +18,11 @@ from kfac_optax.experiments.catalogue_optimizers import (
     Rate,
     drawn_labels,
     own_losses,
-    preconditioned,
 )
 from kfac_optax.experiments.compared import OPTIMIZERS
 from kfac_optax.experiments.likelihoods import Likelihood
 
-__all__ = ["OPTIMIZERS", "Curved", "Method", "Optimizer", "Rate", "make", "preconditioned"]
+__all__ = ["OPTIMIZERS", "Curved", "Method", "make"]
 
 
 # What `config.kfac` says of the model rather than of the method holds for the adaptive ones too.
@@ -99,13 +98,16 @@ def make(
         # own.
         return rate if factor is None else lambda step: rate * factor(step)
 
-    # gradients alone: no layers and no curvature
+    # gradients alone, or with the loss as a function: no layers and no curvature
     if not optimizer.curvature:
+        words, drawn = _posterior(config, optimizer, None, examples=steps * len(x))
+        bare = Curved(None, words) if words else None
         return Method(
             lambda rate: optax.with_extra_args_support(
-                optimizer.build(config, None, scheduled(rate))
+                optimizer.build(config, bare, scheduled(rate))
             ),
-            lambda *_, **__: {},
+            lambda *_, value_fn=None, **__: {"value_fn": value_fn} if optimizer.value_fn else {},
+            drawn=drawn,
         )
 
     predict, losses = _measured(model, likelihood)
@@ -119,15 +121,11 @@ def make(
     params, model_state = jax.eval_shape(start, jax.random.key(0))
     layers = finds_layers.layers(params, model_state, x)
     curved = Curved(layers, _options(config, optimizer, steps))
-    drawn = None
+    words, drawn = _posterior(config, optimizer, layers, examples=steps * len(x))
+    curved.options.update(words)
     if optimizer.sampled:
         # the gradient that it is given is a mean over the batch
         curved.options["examples"] = len(x)
-    if optimizer.drawn:
-        # without a weight decay the prior is that of variance one
-        examples = steps * len(x)
-        curved.options["weight_decay"] = decay = config.weight_decay or 1 / examples
-        drawn = _drawn(layers, examples, decay)
     in_one_pass = None
     if curved.options.get("factored_gradient") and optimizer.estimator is drawn_labels:
         # one pass for loss, gradient and curvature: rows of the gradient are those of the curvature
@@ -226,13 +224,20 @@ def _extra(
     return extra
 
 
-def _drawn(layers: Any, examples: int, decay: float) -> Callable[[Any, Any, jax.Array], Any]:
-    """Parameters from the posterior in the state of `noisy_kfac`."""
+def _posterior(
+    config: ml_collections.ConfigDict, optimizer: Optimizer, layers: Any, *, examples: int
+) -> tuple[dict[str, float], Callable[[Any, Any, jax.Array], Any] | None]:
+    """The weight decay that an optimizer has to know to follow a posterior, and its draws."""
+    draw = optimizer.drawn
+    if draw is None:
+        return {}, None
+    # without a weight decay the prior is that of variance one
+    words = {"weight_decay": config.weight_decay or 1 / examples}
 
     def drawn(params: Any, opt_state: Any, key: jax.Array) -> Any:
-        return ko.sample_params(layers, opt_state, params, key, size=examples, weight_decay=decay)
+        return draw(layers, opt_state, params, key, size=examples, **words)
 
-    return drawn
+    return words, drawn
 
 
 def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:

@@ -15,34 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kfac_optax.experiments import command_line, data, equations, estimate, pinn
-from kfac_optax.experiments.physics_report import (
-    Runs,
-    at,
-    best_rates,
-    common,
-    draw,
-    median_worst,
-    rate_words,
-    report,
-    table,
-)
+from kfac_optax.experiments.physics_report import Runs, median_worst, rate_words, report
 from kfac_optax.experiments.pinn import METHODS, History
-
-__all__ = [
-    "Job",
-    "Runs",
-    "at",
-    "best_rates",
-    "common",
-    "compare",
-    "draw",
-    "experiment",
-    "jobs_of",
-    "median_worst",
-    "report",
-    "table",
-    "validate",
-]
 
 
 class Job(NamedTuple):

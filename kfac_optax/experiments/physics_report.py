@@ -1,6 +1,5 @@
 """Table, figure and files of a comparison on a partial differential equation."""
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from kfac_optax.experiments import pinn, plots, results, tables
 from kfac_optax.experiments.pinn import METHODS, History
-from kfac_optax.experiments.results import write_json
+from kfac_optax.experiments.results import write_json, write_rows
 
 # the colours of the other figures
 _STYLES = {
@@ -171,14 +170,13 @@ def _curves(
 
 
 def _write_curves(path: Path, runs: Runs) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("optimizer", "learning_rate", "seed", *History._fields))
-        for (name, rate), group in runs.items():
-            for seed, run in enumerate(group):
-                for row in zip(*run, strict=True):
-                    # seven digits, as single precision has
-                    writer.writerow((name, rate, seed, *(f"{x:.7g}" for x in row)))
+    rows = []
+    for (name, rate), group in runs.items():
+        for seed, run in enumerate(group):
+            about = {"optimizer": name, "learning_rate": rate, "seed": seed}
+            for row in zip(*run, strict=True):
+                rows.append(about | dict(zip(History._fields, map(float, row), strict=True)))
+    write_rows(path, rows)
 
 
 def _summary(runs: Runs) -> list[dict[str, Any]]:

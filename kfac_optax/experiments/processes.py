@@ -118,7 +118,9 @@ def train(out: Path, *, steps: int, save_every: int, die_at: int | None = None) 
             os.kill(os.getpid(), signal.SIGKILL)
         params, state, loss = step(params, state, x, y)
         losses.append(float(loss))
-        manager.save(i + 1, args=_saved(parts, params, state))
+        # most steps are not saved: nothing is described for them
+        if manager.should_save(i + 1):
+            manager.save(i + 1, args=_saved(parts, params, state))
     manager.close()
     if jax.process_index() == 0:
         results.write_json(out / "losses.json", {"first": first, "losses": losses})

@@ -40,8 +40,8 @@ Runs = Mapping[tuple[str, float], Sequence[Run]]  # by optimizer and learning ra
 
 
 def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
-    # what has no influence is left out, so that it makes no run again
     """All that decides the outcome of a run, as JSON gives it back."""
+    # what has no influence is left out, so that it makes no run again
     kind = optimizers.OPTIMIZERS[job.optimizer]
     common = settings.identity(
         config,

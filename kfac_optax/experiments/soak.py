@@ -11,7 +11,7 @@ process and the number of its arrays what they were after the first tenth.
 import argparse
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from rich.console import Console
+from rich.progress import track
 
 import kfac_optax as ko
 
@@ -201,7 +203,7 @@ def soak(name: str, *, steps: int, seed: int = 0, fault_rate: float = 0.1) -> Re
     calls = -(-steps // _STEPS_PER_CALL)
     rng, early = np.random.default_rng(seed), (0.0, 0)
     total = np.zeros(len(FAULTS), int)
-    for call in range(calls):
+    for call in _with_bar(calls, name):
         kinds = rng.integers(1, len(FAULTS), _STEPS_PER_CALL)
         # 0 is no fault
         faults = np.where(rng.random(_STEPS_PER_CALL) < fault_rate, kinds, 0).astype(np.int32)
@@ -222,6 +224,13 @@ def soak(name: str, *, steps: int, seed: int = 0, fault_rate: float = 0.1) -> Re
     return Report(
         name, done, counted, (before, after), memory, alive, made.traces, finite, problems
     )
+
+
+def _with_bar(calls: int, name: str) -> Iterable[int]:
+    """Numbers of the calls; a terminal shows how far they are."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(range(calls), name, console=console, transient=True, disable=hidden)
 
 
 def _footprint(tree: Any) -> tuple[float, int]:

@@ -28,8 +28,8 @@ from kfac_optax.experiments import (
 )
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 
-# so that a difference is that of the correction alone
-# The optimizer that each two-level one adds a coarse correction to.
+# The optimizer that each two-level one adds a coarse correction to, so that a difference is that of
+# the correction alone.
 FINE = {
     "two_level": "kfac",
     "two_level_exact": "kfac",

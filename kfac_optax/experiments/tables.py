@@ -234,8 +234,8 @@ def _rises(group: Sequence[Run]) -> str:
 
 
 def mean_and_interval(values: Sequence[float], digits: str) -> str:
-    # means of nothing
     """Mean and half width of the 95 % interval, as text."""
+    # every run diverged, say
     if not values:
         return "-"
     mean, half = interval(values)

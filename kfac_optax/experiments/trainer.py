@@ -120,8 +120,8 @@ def _in_compiled_loop(
     problem: steps.Problem, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[State, jax.Array]]:
     # State and reports in place: the state of a preconditioner can be far larger than the model.
-    # from 0 to 0: bounds are arrays, so any part of an epoch will do
     train = jax.jit(functools.partial(steps.train_many, problem), donate_argnums=(1, 2))
+    # from 0 to 0: bounds are arrays, so any part of an epoch will do
     return train.lower(*arguments, 0, 0).compile()
 
 
@@ -129,8 +129,7 @@ def _in_python(
     problem: steps.Problem, arguments: tuple[Any, ...], *, count: int
 ) -> Callable[..., tuple[State, jax.Array]]:
     # XLA computes convolutions inside a compiled loop or branch several times as slowly on a CPU
-    # periods on the host, known before a step runs
-    # (jax-ml/jax#12868): one step a call, and what is due is decided here.
+    # (jax-ml/jax#12868): one step a call, and what is due is decided on the host.
     schedule = problem.method.due
 
     def due(step: int) -> dict[str, Any]:

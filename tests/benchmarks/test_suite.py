@@ -94,8 +94,11 @@ def test_page_of_the_documentation_is_that_of_the_committed_record():
 def test_command(tmp_path, capsys):
     """A dry run of the cheapest part, then the record against itself."""
     out = tmp_path / "new.json"
-    record = command.main(["--small", "--parts", "scaling", "--out", str(out)])
+    record = command.main(["--small", "--parts=scaling", "--limit=300", "--out", str(out)])
     rows = record["parts"]["scaling"]
+    words = "python -m benchmarks --parts scaling --limit 300 --small"
+    assert record["environment"]["command"] == words
+    assert f"\n{words} --out" in out.with_suffix(".md").read_text()
     assert len(rows) == 8 and not [row for row in rows if "error" in row]
     assert "## scaling" in out.with_suffix(".md").read_text()
     again = command.main(["--from", str(out), "--compare", str(out), "--page", str(tmp_path / "p")])

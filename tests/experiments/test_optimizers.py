@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.experiments import plots, settings, steps, train
+from kfac_optax.experiments import plots, results, settings, steps, train
 from kfac_optax.experiments.optimizers import OPTIMIZERS, Curved
 from tests import helpers
 from tests.experiments.conftest import read_config
@@ -64,6 +64,40 @@ def test_every_method_of_the_catalogue_takes_a_step(name):
         lambda x: (x.shape, x.dtype), state
     )
     assert reports.shape == (2, 2)
+
+
+def test_methods_of_gradients_alone_are_given_nothing_else():
+    """Their presets with what they do by default; no curvature is measured for them."""
+    alone = [name for name, record in ko.CATALOGUE.items() if record.needs == {"gradient"}]
+    assert {"shampoo", "soap", "eva_s", "jorge", "mfac"} <= set(alone)
+    config, dataset, _ = small_family()
+    for name in alone:
+        method = steps.problem(config, name, dataset).method
+        assert method.extra({}, {}, None, None, value_fn=abs) == {} and method.due is None
+        assert "kfac" not in results.run_settings(config, results.Job(name, 0.1, 0))
+    method = steps.problem(config, "adahessian", dataset).method
+    assert method.extra({}, {}, None, None, value_fn=abs) == {"value_fn": abs}
+
+
+def test_a_preset_of_gradients_alone_is_that_of_the_library():
+    params = {"w": jnp.arange(6.0).reshape(2, 3)}
+    made, own = OPTIMIZERS["soap"].build(CONFIG, None, 0.1), ko.soap(0.1)
+    updates, _ = made.update(params, made.init(params), params)
+    expected, _ = own.update(params, own.init(params), params)
+    np.testing.assert_array_equal(updates["w"], expected["w"])
+
+
+def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
+    config, dataset, _ = small_family()
+    followed = {name for name in ko.CATALOGUE if OPTIMIZERS[name].drawn is not None}
+    assert followed == {"noisy_kfac", "vadam", "vogn"}
+    method = steps.problem(config, "vadam", dataset).method
+    params = {"w": jnp.ones(100)}
+    tx = method.transform(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    # s = 1 after the first gradient, a weight decay of 1 / 16 on 16 examples
+    spread = jnp.std(method.drawn(params, state, jax.random.key(0))["w"])
+    np.testing.assert_allclose(spread, (1 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
 
 
 @pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs"])

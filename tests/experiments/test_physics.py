@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 import kfac_optax as ko
-from kfac_optax.experiments import equations, jets, physics, pinn
+from kfac_optax.experiments import equations, jets, physics, physics_report, pinn
 from tests.experiments.conftest import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -143,11 +143,11 @@ def test_the_table_compares_best_rates_at_equal_steps_and_seconds():
         ("adam", 1e-3): [fake_run(np.nan), fake_run(5.0)],
         ("kfac", 1.0): [fake_run(1e-3, slow=2.0), fake_run(1e-3, slow=2.0)],
     }
-    assert physics.best_rates(runs) == {"adam": 1e-2, "kfac": 1.0}
-    assert physics.common(runs) == (4, 2.0)
+    assert physics_report.best_rates(runs) == {"adam": 1e-2, "kfac": 1.0}
+    assert physics_report.common(runs) == (4, 2.0)
     console = Console(width=150, force_terminal=False)
     with console.capture() as capture:
-        console.print(physics.table(config, runs))
+        console.print(physics_report.table(config, runs))
     rows = [" ".join(line.split()) for line in capture.get().splitlines()]
     adam, seconds = "2.0e-02 / 3.0e-02", "1.0e-04 / 1.0e-04"
     assert f"Adam 0.01* {adam} {adam} {adam} 4 2.0 500.0" in rows
