@@ -119,11 +119,14 @@ _process: dict[str, Any] = {}  # what a worker process was started with; empty i
 def _enter_process(events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     os.environ.setdefault("NPROC", "1")  # XLA's thread pools: one thread for each run
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    main = multiprocessing.parent_process()
+    assert main is not None  # only ever called in a process of the pool
+    # not `os.getppid()`, which is another one where the main process has ended by now
+    threading.Thread(target=_end_with, args=(main.pid,), daemon=True).start()
     _process["events"] = events
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int | None) -> None:
     """Ends this process soon after the main one, which has let go of the folder by then."""
     while os.getppid() == parent:
         time.sleep(1)

@@ -289,6 +289,26 @@ def test_a_worker_ends_with_its_main_process(monkeypatch):
     assert ended == [1]
 
 
+def test_a_worker_knows_its_main_process_where_that_has_ended_already(monkeypatch):
+    # a worker takes seconds to start
+    started = []
+    monkeypatch.setattr(
+        workers.multiprocessing, "parent_process", lambda: types.SimpleNamespace(pid=5)
+    )
+    monkeypatch.setattr(
+        workers.threading, "Thread", lambda **words: started.append(words) or Started()
+    )
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(workers, "_process", {})
+    workers._enter_process(None)
+    assert started[0]["args"] == (5,)
+
+
+class Started:
+    def start(self):
+        pass
+
+
 def test_a_checkpoint_with_another_header_is_left_alone(tmp_path, warnings):
     store = Store(tmp_path / "checkpoint.npz", SETTINGS, epochs=1, seconds=0)
     np.savez(tmp_path / "checkpoint.npz", header=np.array("[1]"))
