@@ -2,13 +2,13 @@
 
 Tselepidis, Kohler and Orvieto (2020), Appendix B.1. The paper runs 100 epochs and 5 seeds:
 `--config.epochs=100 --config.seeds=5`. `--config=configs/deep_linear.py:paper` leaves the norm
-layers alone and inverts every 100 steps, as the paper does; `:late` does the latter only, `:early`
-inverts every 10 steps at first.
+layers alone and inverts every 100 steps, as the paper does; `:late` does the latter only, `:half`
+inverts once more after 50.
 """
 
 import ml_collections
 
-VARIANTS = ("default", "paper", "late", "early")
+VARIANTS = ("default", "paper", "late", "half")
 
 
 def get_config(variant: str = "default") -> ml_collections.ConfigDict:
@@ -38,8 +38,8 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-2,
                 "kl_clip": 1e-3,
-                # periods are the library's: statistics every 10 steps, inverses every 100, and once
-                # more after 50, since the first ones know a single batch
+                # periods are the library's: statistics every 10 steps, inverses too during the first
+                # 100, and every 100 from then on
                 "inverse": "eigh",
             },
             "adaptive": {},  # options of kfac_adaptive and two_level_adaptive, which tune themselves
@@ -63,10 +63,10 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
         config.name = "deep_linear_late"
         config.title = "64-layer linear MLP, planted targets, inverses every 100 steps"
         config.kfac = config.kfac.to_dict() | {"inverse_every": 100}
-    if variant == "early":
-        config.name = "deep_linear_early"
-        config.title = "64-layer linear MLP, planted targets, first inverses every 10 steps"
-        warmup = {"regular": 100, "warmup_steps": 100, "first": 10}
+    if variant == "half":
+        config.name = "deep_linear_half"
+        config.title = "64-layer linear MLP, planted targets, inverses at 0, 50, 100, 200, ..."
+        warmup = {"regular": 100, "warmup_steps": 100, "first": 50}
         config.kfac = config.kfac.to_dict() | {"inverse_every": warmup}
     if variant == "paper":
         config.name, config.title = (

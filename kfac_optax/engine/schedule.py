@@ -46,10 +46,10 @@ def refresh_period(regular: int, *, warmup_steps: int, first: int = 1) -> Callab
     return period
 
 
-# Periods of `kfac`. The first inverses know a single batch, so they are made once more before a
-# whole period is over.
+# Periods of `kfac`. The first inverses know a single batch of a network that changes fast: at first
+# they follow the statistics.
 CURVATURE_EVERY = 10
-INVERSE_EVERY = refresh_period(100, warmup_steps=100, first=50)
+INVERSE_EVERY = refresh_period(100, warmup_steps=100, first=CURVATURE_EVERY)
 # Periods of `kfac_adaptive`: short while everything changes fast, then so long that a step costs
 # about twice that of SGD where layers are wide.
 ADAPTIVE_CURVATURE_EVERY = refresh_period(5, warmup_steps=20)
@@ -68,8 +68,8 @@ class HostSchedule(NamedTuple):
       curvature_every: period of the statistics, in steps; or a schedule such as
         `refresh_period(...)`. By default that of `kfac`, 10, and with `adapt_every` that of
         `kfac_adaptive`: every step of the first 20, then every 5.
-      inverse_every: period of the inverses, or a schedule of it. By default 100 and once more after 50, and with
-        `adapt_every` every 5 of the first 20 steps, then every 20.
+      inverse_every: period of the inverses, or a schedule of it. By default every 10 of the first
+        100 steps, then every 100, and with `adapt_every` every 5 of the first 20, then every 20.
       stagger: parts of the inverses, as the transformation was given; `refresh` then names the
         parts that are due by a tuple, and is `True` where all are (in step 0, for one).
       adapt_every: period of `adapt_damping` (its `every`), or of a whole optimizer that contains

@@ -193,7 +193,7 @@ def test_the_schedule_of_adaptive_presets():
     assert [i for i, d in enumerate(due) if d["adapt"]] == [*range(4, 101, 5)]
     plain = ko.HostSchedule()
     assert [i for i in range(101) if plain(i)["measure"]] == [*range(0, 101, 10)]
-    assert [i for i in range(301) if plain(i)["refresh"]] == [0, 50, 100, 200, 300]
+    assert [i for i in range(301) if plain(i)["refresh"]] == [*range(0, 100, 10), 100, 200, 300]
 
 
 def test_adaptive_presets():

@@ -77,8 +77,8 @@ def kfac(
       momentum: of the transformation that follows; `bound="exact"` counts it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
-      inverse_every: period of the inverses; by default 100, and once more after 50 steps, since
-        the first ones know a single batch. `refresh_period(...)` makes such a schedule.
+      inverse_every: period of the inverses; by default 10 in the first 100 steps, since the first
+        ones know a single batch, and 100 after. `refresh_period(...)` makes such a schedule.
       stagger: spreads a refresh over this many steps of its period, see `scale_by_curvature`.
       inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping, half the products
         in a step and a cheaper refresh), `"newton"` (the same, refreshed by matrix products from
