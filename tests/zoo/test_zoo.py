@@ -13,18 +13,19 @@ import kfac_optax as ko
 from kfac_optax._tree import named_leaves
 from tests import oracles
 from tests.layers.gradients import assert_gradients, squares
-from tests.zoo import library_models, models, more_models
+from tests.zoo import haiku_models, library_models, models, more_models
 from tests.zoo.models import N
 
 PLAIN = models.MODELS | more_models.MODELS
-MODELS = (*PLAIN, *library_models.MODELS)
+MADE = library_models.MODELS | haiku_models.MODELS
+MODELS = (*PLAIN, *MADE)
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def problem(name):
     """The model with outputs `[N, q]`, its parameters and inputs in double precision."""
-    model = PLAIN[name] if name in PLAIN else library_models.MODELS[name]()
+    model = PLAIN[name] if name in PLAIN else MADE[name]()
     params, inputs = jax.tree.map(jnp.asarray, (model.params, model.inputs))
     outputs = lambda p, *x: model.function(p, *x).reshape(N, -1)
     return outputs, params, inputs, model.uncovered
