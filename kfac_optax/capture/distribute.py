@@ -2,37 +2,31 @@
 
 `x @ (w + a @ b)` becomes `x @ w + (x @ a) @ b`, `x @ concatenate([v, w], 1)` two products, and
 `x @ (w / 8)` is `(x / 8) @ w`: the same numbers but for rounding, and in each product a parameter
-meets data, so that it is a layer's use. A token that stands in every example beside data is added to
-zeros of the shape that it has there.
+meets data, so that it is a layer's use. So it is with convolutions and tables, and where the kernel
+is made outside a scan, or a part that is recomputed, and meets data inside. A token that stands in
+every example beside data is added to zeros of the shape that it has there.
 """
 
 import functools
-import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from kfac_optax.capture.calls import call_body, scan_body
-from kfac_optax.capture.example_axis import axes_of_product
-from kfac_optax.capture.kernel_parts import (
-    DoesNotFit,
-    Expression,
-    Joined,
-    Leaf,
-    Moved,
-    Multiply,
-    Names,
-    Negative,
-    Product,
-    Reshaped,
-    Scaled,
-    Sum,
-)
-from kfac_optax.capture.rewriting import renamed, rewritten, with_body
+from kfac_optax.capture.calls import bodies, call_body, scan_body
+from kfac_optax.capture.kernel_expression import DoesNotFit, Expression, Leaf, leaves_of
+from kfac_optax.capture.kernel_parts import convolution, product
+from kfac_optax.capture.kernel_values import Known, Outside, Values, is_real
+from kfac_optax.capture.rewriting import renamed, rewritten, scan_with, with_body
+from kfac_optax.capture.table_parts import is_lookup, lookup
 from kfac_optax.capture.views import View, parameter_views, passed_on, scan_views, views_behind_scan
+
+# equations in which a kernel meets data
+_PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
+# (values of the leaves of a kernel) -> what the equation computes with it
+Multiplied = Callable[..., jax.Array]
 
 
 def distributed(closed: Any, leaves: int) -> Any:
@@ -46,61 +40,40 @@ def distributed(closed: Any, leaves: int) -> Any:
       leaves: how many.
     """
     views = parameter_views(closed.jaxpr, leaves)
-    given = [_Known(view, data=view is None, made=view is not None) for view in views]
+    given = [Known(view, data=view is None, made=view is not None) for view in views]
     new = _Rewriting(closed.jaxpr, given).run()
     return closed if new is closed.jaxpr else jex.ClosedJaxpr(new, closed.consts)
 
 
-class _Known(NamedTuple):
-    """What is known of a value."""
-
-    view: View | None = None
-    data: bool = False  # it depends on what is no parameter
-    made: bool = False  # it depends on a parameter
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether it is a parameter, seen through casts and transposes: a layer's kernel already."""
-        return self.view is not None and self.view.complete
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether it is made of parameters, and of parameters only, but is none."""
-        return self.made and not self.data and not self.is_parameter
-
-
 class _Rewriting:
-    """What is known of the values of one jaxpr while its equations are gone through."""
+    """The equations of one jaxpr, gone through once."""
 
-    def __init__(self, jaxpr: Any, given: Sequence[_Known]):
+    def __init__(self, jaxpr: Any, given: Sequence[Known], outside: Outside | None = None):
         self.jaxpr = jaxpr
-        self.known = dict(zip(jaxpr.invars, given, strict=True))
-        self.source: dict[Any, Any] = {}  # equations that write values, by value
+        self.values = Values(dict(zip(jaxpr.invars, given, strict=True)), outside)
         self.names: dict[Any, Any] = {}  # of what a call has handed out that is no more
         self.equations: list[Any] = []
         self.changed = False
-        self.whole: set[Any] = set()  # values that do not come apart in a product
 
     def run(self) -> Any:
-        """The jaxpr, new if anything has changed."""
+        """The jaxpr, new if anything has changed; what has come in from outside is behind its inputs."""
         for eqn in self.jaxpr.eqns:
             self._equation(eqn)
         if not self.changed:
             return self.jaxpr
         # values of calls that are written out have other names
         outs = list(map(self._named, self.jaxpr.outvars))
-        return self.jaxpr.replace(eqns=self.equations, outvars=outs)
+        ins = [*self.jaxpr.invars, *self.values.imports.values()]
+        names = self.jaxpr.debug_info.with_unknown_names()
+        return self.jaxpr.replace(eqns=self.equations, invars=ins, outvars=outs, debug_info=names)
 
     def _named(self, v: Any) -> Any:
         return v if isinstance(v, jex.Literal) else self.names.get(v, v)
 
-    def _look(self, v: Any) -> _Known:
-        return _Known() if isinstance(v, jex.Literal) else self.known.get(v, _Known())
-
     def _equation(self, eqn: Any) -> None:
         # what calls handed out is now written by the equations inside them
         eqn = eqn.replace(invars=list(map(self._named, eqn.invars))) if self.names else eqn
-        body = call_body(eqn)
+        body, given = call_body(eqn), list(map(self.values.look, eqn.invars))
         if body is not None and self._inlines(eqn, body):
             # its equations stand here instead, and its outputs are theirs
             self.changed = True
@@ -109,78 +82,100 @@ class _Rewriting:
                 self._equation(step)
             self.names |= dict(zip(eqn.outvars, map(self._named, outs), strict=True))
             return
-        given = list(map(self._look, eqn.invars))
+        taken: list[Any] | None = None
         if body is not None:
-            eqn, views = self._entered(eqn, body.jaxpr, given)
+            taken, views = self._call(eqn, body.jaxpr, given)
         elif eqn.primitive.name == "scan":
-            eqn, views = self._scan(eqn, given)
+            taken, views = self._scan(eqn, given)
         else:
-            views = passed_on(eqn, [x.view for x in given]) or [None] * len(eqn.outvars)
-        data, made = any(x.data for x in given), any(x.made for x in given)
-        for v, view in zip(eqn.outvars, views, strict=True):
-            self.known[v], self.source[v] = _Known(view, data, made), eqn
+            views = passed_on(eqn, [x.view for x in given])
+        self.values.note(eqn, given, views)
         # products with kernels, and parameters that no equation of their own shows
-        taken = self._taken_apart(eqn, given) if eqn.primitive.name == "dot_general" else None
+        if eqn.primitive.name in _PRODUCTS:
+            taken = self._taken_apart(eqn, given)
         if eqn.primitive.name in ("concatenate", "select_n"):
             taken = self._beside_data(eqn, given)
         self.changed = self.changed or taken is not None
-        self.equations += [eqn] if taken is None else taken
+        self.equations += [*self.values.slices, *([eqn] if taken is None else taken)]
+        self.values.slices.clear()
 
     def _inlines(self, eqn: Any, body: Any) -> bool:
         """Whether a call makes a kernel, or one made outside meets data inside."""
-        given = list(map(self._look, eqn.invars))
+        given = list(map(self.values.look, eqn.invars))
         if "prevent_cse" in eqn.params or body.consts or not any(x.made for x in given):
             return False
-        names = {inner.primitive.name for inner in body.jaxpr.eqns}
-        met = "dot_general" in names and any(x.is_kernel for x in given)
+        met = any(x.is_kernel for x in given) and _multiplies(body.jaxpr)
         return met or not any(x.data for x in given)
 
-    def _entered(self, eqn: Any, inner: Any, given: Sequence[_Known]) -> tuple[Any, list[Any]]:
-        """The call or scan with its body rewritten, and the views of what that hands out."""
-        rewriting = _Rewriting(inner, given)
-        new = rewriting.run()
-        views = [rewriting._look(rewriting._named(v)).view for v in inner.outvars]
-        self.changed = self.changed or new is not inner
-        return (eqn if new is inner else with_body(eqn, new)), views
+    def _call(
+        self, eqn: Any, inner: Any, given: Sequence[Known]
+    ) -> tuple[list[Any] | None, list[View | None]]:
+        """A call that stays one, with another body where that has changed; views of its outputs."""
+        outside = None
+        if "prevent_cse" in eqn.params:
+            # recomputed: its operands are as many as its body asks for
+            outside = Outside(self.values, _variables(zip(inner.invars, eqn.invars)), {})
+        rewriting = _Rewriting(inner, given, outside)
+        new, views = rewriting.run(), rewriting.views()
+        if new is inner:
+            return None, views
+        brought = [outer for outer, _ in rewriting.values.imports]
+        return [with_body(eqn.replace(invars=[*eqn.invars, *brought]), new)], views
 
-    def _scan(self, eqn: Any, given: Sequence[_Known]) -> tuple[Any, list[Any]]:
-        closed, constants, _ = scan_body(eqn)
+    def views(self) -> list[View | None]:
+        """Of what the jaxpr hands out."""
+        return [self.values.look(self._named(v)).view for v in self.jaxpr.outvars]
+
+    def _scan(self, eqn: Any, given: Sequence[Known]) -> tuple[list[Any] | None, list[View | None]]:
+        closed, constants, carried = scan_body(eqn)
         views = scan_views(eqn, [x.view for x in given])
         inside = [x._replace(view=view) for x, view in zip(given, views.inside, strict=True)]
         # an earlier step may have written anything into a carry that is not just handed on
         data, made = any(x.data for x in given), any(x.made for x in given)
         for i, keep in enumerate(views.kept, constants):
-            inside[i] = inside[i] if keep else _Known(None, data, made)
-        eqn, outs = self._entered(eqn, closed.jaxpr, inside)
-        return eqn, views_behind_scan(eqn, views, outs)
+            inside[i] = inside[i] if keep else Known(None, data, made)
+        pairs = list(zip(closed.jaxpr.invars, eqn.invars, strict=True))
+        first = constants + carried
+        same = pairs[:constants]
+        same += [pair for pair, keep in zip(pairs[constants:first], views.kept) if keep]
+        outside = Outside(self.values, _variables(same), _variables(pairs[first:]))
+        rewriting = _Rewriting(closed.jaxpr, inside, None if closed.consts else outside)
+        new, outs = rewriting.run(), views_behind_scan(eqn, views, rewriting.views())
+        if new is closed.jaxpr:
+            return None, outs
+        if not rewriting.values.imports:
+            return [with_body(eqn, new)], outs
+        equations, names = scan_with(eqn, new, list(rewriting.values.imports))
+        self.names |= names
+        return equations, outs
 
-    def _taken_apart(self, eqn: Any, given: Sequence[_Known]) -> list[Any] | None:
+    def _taken_apart(self, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
         """What computes a product of data and a kernel; `None` where it stays as it is."""
-        # a placement of the output is that of one product; integers and flags are linear in nothing
-        if eqn.params.get("out_sharding") is not None or not all(map(is_real, eqn.invars)):
-            return None
-        for side in (0, 1):
-            v = eqn.invars[side]
+        for side, multiply in _ways(eqn):
             if not given[1 - side].data or not given[side].is_kernel:
                 continue
-            self.whole = set()
+            self.values.whole.clear()
             # what turns out not to come apart is tried as a whole: fewer values every time
             while True:
-                operands: list[Any] = []
-                kernel = self._expression(v, operands)
-                # one value, or no parameter in it: there is nothing to take apart
-                parameters = any(self._look(x).is_parameter for x in operands)
-                if isinstance(kernel, Leaf) or not parameters:
-                    break
-                function = functools.partial(_product_of, eqn, side, kernel)
-                values = [eqn.invars[1 - side], *operands]
                 try:
-                    return rewritten(function, values, eqn.outvars[0], eqn.source_info)
+                    return self._with_kernel(eqn, side, multiply)
                 except DoesNotFit as problem:
-                    self.whole.add(problem.args[0].value)
+                    self.values.whole.add(problem.args[0])
         return None
 
-    def _beside_data(self, eqn: Any, given: Sequence[_Known]) -> list[Any] | None:
+    def _with_kernel(self, eqn: Any, side: int, multiply: Multiplied) -> list[Any] | None:
+        kernel = self.values.expression(eqn.invars[side])
+        # each value once; literals are told apart by what they are in the program too
+        leaves = list({id(x.value): x.value for x in leaves_of(kernel)}.values())
+        # the operand itself, or no parameter in it: there is nothing to take apart
+        itself = isinstance(kernel, Leaf) and kernel.value is eqn.invars[side]
+        if itself or not any(self.values.look(v).is_parameter for v in leaves):
+            return None
+        function = functools.partial(_multiplied, eqn, multiply, kernel, leaves)
+        operands = [eqn.invars[1 - side], *leaves]
+        return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
+
+    def _beside_data(self, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
         """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
         # without data beside it there is nobody's example axis to take over
         beside = zip(eqn.invars, given, strict=True)
@@ -199,67 +194,50 @@ class _Rewriting:
         return [*equations, eqn.replace(invars=values)]
 
     def _is_repeated(self, v: Any) -> bool:
-        view = self._look(v).view
+        view = self.values.look(v).view
         if view is None or not view.complete or not is_real(v):
             return False
         axes = zip(view.axes, v.aval.shape, strict=True)
         # an axis that no axis of the parameter is, of more than one row
         return any(axis is None and n > 1 for axis, n in axes)
 
-    def _expression(self, v: Any, operands: list[Any], dtype: Any = None) -> Expression:
-        """What a kernel is made of; values that are not taken apart are appended to `operands`."""
-        eqn = None if isinstance(v, jex.Literal) else self.source.get(v)
-        if eqn is not None and not self._look(v).is_parameter and v not in self.whole:
-            made = self._node(eqn, operands, dtype)
-            if made is not None:
-                return made
-        # a value as it is: a parameter, or what does not come apart
-        return _leaf(v, operands, dtype)
 
-    def _node(self, eqn: Any, operands: list[Any], dtype: Any) -> Expression | None:
-        p, name, given, out = eqn.params, eqn.primitive.name, eqn.invars, eqn.outvars[0]
-        shapes = [v.aval.shape for v in given]
-        of = functools.partial(self._expression, operands=operands, dtype=dtype)
-        # shapes that are broadcast would be another product
-        if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
-            return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
-        # rounding to integers is no cast that passes a sum on
-        if name == "convert_element_type" and is_real(given[0]) and is_real(out):
-            # (the cast of M) x = the cast of (M x), up to rounding
-            return self._expression(given[0], operands, dtype or out.aval.dtype)
-        if name == "neg":
-            return Negative(of(given[0]))
-        # one side is a scalar, for a quotient the divisor
-        if name in ("mul", "div") and () in (shapes[1], shapes[0] if name == "mul" else None):
-            scalar = 1 if shapes[1] == () else 0
-            known = self._look(given[scalar])
-            if known.made and not known.is_parameter:
-                return None  # such as the norm of the weight itself
-            factor = _leaf(given[scalar], operands, out.aval.dtype)
-            return Scaled(of(given[1 - scalar]), factor, name == "div")
-        if name == "transpose":
-            return Moved(of(given[0]), tuple(p["permutation"]))
-        if name == "dot_general":
-            return Product(of(given[0]), of(given[1]), _names_of_product(eqn))
-        if name in ("concatenate", "stack"):
-            # a stack has an axis more than its parts
-            axis = p["dimension"] if name == "concatenate" else p["axis"]
-            sizes = tuple(shape[axis] for shape in shapes) if name == "concatenate" else ()
-            return Joined(tuple(map(of, given)), axis, sizes)
-        if name in ("reshape", "squeeze", "expand_dims") and 0 not in shapes[0]:
-            return Reshaped(out, of(given[0]), shapes[0], out.aval.shape)
-        return None
+def _variables(pairs: Iterator[tuple[Any, Any]] | Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """From inputs of a body to values outside."""
+    return {inner: outer for inner, outer in pairs if not isinstance(outer, jex.Literal)}
 
 
-def _leaf(v: Any, operands: list[Any], dtype: Any) -> Leaf:
-    """A value as one more operand."""
-    operands.append(v)
-    return Leaf(len(operands) - 1, dtype)
+def _multiplies(jaxpr: Any) -> bool:
+    """Whether a kernel may meet data in a jaxpr, or in what it contains."""
+    inside = (getattr(body, "jaxpr", body) for eqn in jaxpr.eqns for body in bodies(eqn))
+    return any(eqn.primitive.name in _PRODUCTS for eqn in jaxpr.eqns) or any(
+        map(_multiplies, inside)
+    )
 
 
-def is_real(v: Any) -> bool:
-    """Whether a value is of floating point."""
-    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+def _ways(eqn: Any) -> Iterator[tuple[int, Multiplied]]:
+    """Operands of an equation that may be a kernel, and what computes it with the kernel's parts."""
+    name, p = eqn.primitive.name, eqn.params
+    # a placement of the output is that of one product; integers and flags are linear in nothing
+    if name == "dot_general" and p.get("out_sharding") is None and all(map(is_real, eqn.invars)):
+        yield 0, functools.partial(product, eqn, 0)
+        yield 1, functools.partial(product, eqn, 1)
+    if name == "conv_general_dilated" and p["batch_group_count"] == 1:
+        yield 1, functools.partial(convolution, eqn)
+    if name == "gather" and is_lookup(eqn) and is_real(eqn.invars[0]):
+        yield 0, functools.partial(lookup, eqn)
+
+
+def _multiplied(
+    eqn: Any,
+    multiply: Multiplied,
+    kernel: Expression,
+    leaves: Sequence[Any],
+    x: jax.Array,
+    *values: jax.Array,
+) -> jax.Array:
+    out = multiply(kernel, x, dict(zip(map(id, leaves), values, strict=True)))
+    return out.astype(eqn.outvars[0].aval.dtype)
 
 
 def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.Array:
@@ -269,31 +247,3 @@ def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.A
     one = jnp.broadcast_to(one, token.shape).astype(token.dtype)
     never = jnp.zeros(token.shape, bool)
     return jax.lax.select(never, one, jnp.zeros_like(token)) + token
-
-
-def _names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
-    """Names of the axes of both operands of a `dot_general`, and of its output."""
-    (summed, _), places = eqn.params["dimension_numbers"], axes_of_product(eqn)
-    # names of the output's axes are their numbers; those summed over come behind
-    rank = eqn.outvars[0].aval.ndim
-    sides = []
-    for side in (0, 1):
-        axes = range(eqn.invars[side].aval.ndim)
-        between = {axis: rank + i for i, axis in enumerate(summed[side])}
-        sides.append(tuple(places[side].get(axis, between.get(axis, -1)) for axis in axes))
-    return sides[0], sides[1], tuple(range(rank))
-
-
-def _product_of(eqn: Any, side: int, kernel: Expression, x: Any, *operands: Any) -> jax.Array:
-    """The product with the kernel on that side of the equation."""
-    names, p = _names_of_product(eqn), eqn.params
-    options = {key: p[key] for key in ("precision", "preferred_element_type")}
-
-    def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
-        return jnp.einsum(x, of_x, m, of_m, out, **options)
-
-    # new names for what products inside the kernel sum over
-    highest = max(itertools.chain(*names), default=0)
-    multiply = Multiply(operands, einsum, itertools.count(highest + 1))
-    out = multiply(x, names[1 - side], kernel, names[side], names[2])
-    return out.astype(eqn.outvars[0].aval.dtype)

@@ -1,96 +1,34 @@
 """Products with a kernel that is made of others, as products with those.
 
 Axes are named by numbers, as in `einsum`: `x` and the kernel `M` have names each, and a product is
-`out[names] = sum x[names] M[names]` over names that `out` has not.
+`out[names] = sum x[names] M[names]` over names that `out` has not. A convolution is one too, whose
+spatial axes have the same names in `x` and in the output, and those of its window, which the kernel
+alone has, cannot come apart.
 """
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Names = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A value of the program; `operand` is its number among those of the product."""
-
-    operand: int
-    dtype: Any = None  # cast to this, `None` for as it is
-
-
-@dataclasses.dataclass(frozen=True)
-class Sum:
-    """`M = first + sign * second`."""
-
-    first: Any
-    second: Any
-    sign: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """`M = factor * of`, with the factor a scalar operand, or its inverse."""
-
-    of: Any
-    factor: Leaf
-    inverse: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Negative:
-    """`M = -of`."""
-
-    of: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """`M` is a transpose: axis `i` is axis `permutation[i]`."""
-
-    of: Any
-    permutation: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """`M = first second`, given the names of axes of both and of `M`."""
-
-    first: Any
-    second: Any
-    names: tuple[Names, Names, Names]
-
-
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """`M` is parts one after another along an axis, or stacked on it where `sizes` is empty."""
-
-    parts: tuple[Any, ...]
-    axis: int
-    sizes: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Reshaped:
-    """`M` has other axes, of sizes `after` and not `before`; `value` is it in the program."""
-
-    value: Any
-    of: Any
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-Expression = Leaf | Sum | Scaled | Negative | Moved | Product | Joined | Reshaped
-
-
-class DoesNotFit(Exception):
-    """A kernel's axes are merged or split across those of the product; carries the kernel."""
-
+from kfac_optax.capture.example_axis import axes_of_product
+from kfac_optax.capture.kernel_expression import (
+    DoesNotFit,
+    Expression,
+    Joined,
+    Leaf,
+    Moved,
+    Names,
+    Negative,
+    Product,
+    Reshaped,
+    Scaled,
+    Sum,
+    blocks_of_reshape,
+)
 
 Einsum = Callable[[jax.Array, Names, jax.Array, Names, Names], jax.Array]
 
@@ -100,14 +38,16 @@ class Multiply:
     """`x M` for kernels of the same product.
 
     Attributes:
-      operands: values of the leaves.
+      values: of the leaves, by the identity of what they are in the program.
       einsum: `(x, names, M, names, names of the output) -> output`.
       fresh: names that are not in use.
+      fixed: names of axes of the kernel that cannot be cut or regrouped.
     """
 
-    operands: Sequence[jax.Array]
+    values: Mapping[int, jax.Array]
     einsum: Einsum
     fresh: itertools.count
+    fixed: Names = ()
 
     def __call__(
         self, x: jax.Array, of_x: Names, kernel: Expression, of_kernel: Names, out: Names
@@ -143,12 +83,16 @@ class Multiply:
     def value(self, leaf: Leaf) -> jax.Array:
         # cast as the program casts it
         """Of a leaf."""
-        value = self.operands[leaf.operand]
+        value = self.values[id(leaf.value)]
         return value if leaf.dtype is None else value.astype(leaf.dtype)
 
     def _product(self, x, of_x, kernel: Product, of_kernel, out) -> jax.Array:
         """`x (A B)` as `(x A) B`, or `(x B) A` where `x` meets `B` first."""
         first, second, made = kernel.names
+        # a window has to be all on one side, with one axis between the sides
+        between = set(first) & set(second)
+        if self.fixed and (len(between) != 1 or between & set(made)):
+            raise DoesNotFit(kernel.value)
         # the axes of the product have the kernel's names, those that it sums over new ones
         rename = dict(zip(made, of_kernel, strict=True))
         for name in (*first, *second):
@@ -158,6 +102,9 @@ class Multiply:
             (kernel.first, tuple(rename[name] for name in first)),
             (kernel.second, tuple(rename[name] for name in second)),
         ]
+        held = [len(set(self.fixed) & set(names)) for _, names in sides]
+        if sorted(held) != [0, len(self.fixed)]:
+            raise DoesNotFit(kernel.value)
         # first the side that `x` is summed with
         met = set(of_x) - set(out)
         if not met & set(sides[0][1]):
@@ -165,12 +112,14 @@ class Multiply:
         (near, near_names), (far, far_names) = sides
         # what the other side or the output still needs
         needed = (*of_x, *near_names)
-        between = tuple(n for n in dict.fromkeys(needed) if n in out or n in far_names)
-        return self(self(x, of_x, near, near_names, between), between, far, far_names, out)
+        kept = tuple(n for n in dict.fromkeys(needed) if n in out or n in far_names)
+        return self(self(x, of_x, near, near_names, kept), kept, far, far_names, out)
 
     def _joined(self, x, of_x, kernel: Joined, of_kernel, out) -> jax.Array:
         """Each part meets its own slice of `x`, or makes its own slice of the output."""
         name, stacked = of_kernel[kernel.axis], not kernel.sizes
+        if name in self.fixed or (stacked and self.fixed):
+            raise DoesNotFit(kernel.value)
         # a stack is a join of parts of length one
         sizes = kernel.sizes or (1,) * len(kernel.parts)
         starts = [0, *itertools.accumulate(sizes)]
@@ -205,11 +154,11 @@ class Multiply:
             same = len(before) == len(after) == 1
             new = old if same else tuple(next(self.fresh) for _ in before)
             inner += new
-            if old == new or not old:
+            if old == new or (not old and not self.fixed):
                 continue
             # axes that are merged or split have to go the same way
-            if len({(name in of_x, name in out) for name in old}) > 1:
-                raise DoesNotFit(kernel)
+            if self.fixed or len({(name in of_x, name in out) for name in old}) > 1:
+                raise DoesNotFit(kernel.value)
             if old[0] in of_x:
                 x, of_x = _regrouped(x, of_x, old, new, [kernel.before[i] for i in before])
             if old[0] in out:
@@ -232,21 +181,71 @@ def _regrouped(
     return x.reshape(*x.shape[: len(rest)], *sizes), (*rest, *new)
 
 
-def blocks_of_reshape(before: Sequence[int], after: Sequence[int]) -> list[tuple[Names, Names]]:
-    """Which axes of a reshape became which, in the smallest blocks.
+def product(
+    eqn: Any, side: int, kernel: Expression, x: jax.Array, values: Mapping[int, jax.Array]
+) -> jax.Array:
+    """A `dot_general` with the kernel on that side."""
+    names, p = names_of_product(eqn), eqn.params
+    options = {key: p[key] for key in ("precision", "preferred_element_type")}
 
-    >>> print(blocks_of_reshape((2, 3, 4), (6, 2, 2)))
-    [((0, 1), (0,)), ((2,), (1, 2))]
-    """
-    blocks, i, j = [], 0, 0
-    # the shortest stretches of both with as many numbers
-    while i < len(before) or j < len(after):
-        first, second = i, j
-        i, j = i + (i < len(before)), j + (j < len(after))
-        while math.prod(before[first:i]) != math.prod(after[second:j]):
-            if math.prod(before[first:i]) < math.prod(after[second:j]):
-                i += 1
-            else:
-                j += 1
-        blocks.append((tuple(range(first, i)), tuple(range(second, j))))
-    return blocks
+    def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
+        return jnp.einsum(x, of_x, m, of_m, out, **options)
+
+    # new names for what products inside the kernel sum over
+    highest = max(itertools.chain(*names), default=0)
+    multiply = Multiply(values, einsum, itertools.count(highest + 1))
+    return multiply(x, names[1 - side], kernel, names[side], names[2])
+
+
+def names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
+    """Names of the axes of both operands of a `dot_general`, and of its output."""
+    (summed, _), places = eqn.params["dimension_numbers"], axes_of_product(eqn)
+    # names of the output's axes are their numbers; those summed over come behind
+    rank = eqn.outvars[0].aval.ndim
+    sides = []
+    for side in (0, 1):
+        axes = range(eqn.invars[side].aval.ndim)
+        between = {axis: rank + i for i, axis in enumerate(summed[side])}
+        sides.append(tuple(places[side].get(axis, between.get(axis, -1)) for axis in axes))
+    return sides[0], sides[1], tuple(range(rank))
+
+
+def convolution(
+    eqn: Any, kernel: Expression, x: jax.Array, values: Mapping[int, jax.Array]
+) -> jax.Array:
+    """A `conv_general_dilated` with the kernel."""
+    numbers, p = eqn.params["dimension_numbers"], eqn.params
+    rank = x.ndim
+    # batch, spatial axes, input and output channels, window
+    rows, features = tuple(range(rank - 1)), (rank - 1, rank)
+    window = tuple(range(rank + 1, 2 * rank - 1))
+    of_x = _named(numbers.lhs_spec, (rows[0], features[0], *rows[1:]))
+    of_kernel = _named(numbers.rhs_spec, (features[1], features[0], *window))
+    out = _named(numbers.out_spec, (rows[0], features[1], *rows[1:]))
+    kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
+    kept += ("batch_group_count", "precision", "preferred_element_type")
+    options = {key: p[key] for key in kept}
+
+    def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
+        if not set(window) & set(of_m):
+            chosen = {key: p[key] for key in ("precision", "preferred_element_type")}
+            return jnp.einsum(x, of_x, m, of_m, out, **chosen)
+        # the channels may be those between two products
+        (inputs,) = set(of_x) & set(of_m)
+        (outputs,) = set(of_m) - {inputs, *window}
+        sides = (of_x, inputs, rows), (out, outputs, rows)
+        lhs, made = ((n.index(r[0]), n.index(c), *map(n.index, r[1:])) for n, c, r in sides)
+        rhs = (of_m.index(outputs), of_m.index(inputs), *map(of_m.index, window))
+        axes = jax.lax.ConvDimensionNumbers(lhs, rhs, made)
+        return jax.lax.conv_general_dilated(x, m, dimension_numbers=axes, **options)
+
+    # channels of groups stay together
+    fixed = window if p["feature_group_count"] == 1 else (*window, *features)
+    multiply = Multiply(values, einsum, itertools.count(2 * rank), fixed)
+    return multiply(x, of_x, kernel, of_kernel, out)
+
+
+def _named(places: Sequence[int], names: Sequence[int]) -> Names:
+    """The names in the order of the axes, given the axis of each."""
+    found = dict(zip(places, names, strict=True))
+    return tuple(found[axis] for axis in range(len(places)))

@@ -1,0 +1,257 @@
+"""What is known of the values of a jaxpr, and what those are made of that a kernel is.
+
+A body knows the values of the jaxpr around it: where a kernel is made outside, its parts come in as
+further operands.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+from kfac_optax.capture.kernel_expression import (
+    Cut,
+    DoesNotFit,
+    Expression,
+    Joined,
+    Leaf,
+    Moved,
+    Negative,
+    Product,
+    Reshaped,
+    Scaled,
+    Sum,
+    sliced,
+    with_leaves,
+)
+from kfac_optax.capture.kernel_parts import names_of_product
+from kfac_optax.capture.rewriting import renamed
+from kfac_optax.capture.views import View, passed_on
+
+
+class Known(NamedTuple):
+    """What is known of a value."""
+
+    view: View | None = None
+    data: bool = False  # it depends on what is no parameter
+    made: bool = False  # it depends on a parameter
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter, seen through casts and transposes: a layer's kernel already."""
+        return self.view is not None and self.view.complete
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is made of parameters, and of parameters only, but is none."""
+        return self.made and not self.data and not self.is_parameter
+
+
+def is_real(v: Any) -> bool:
+    """Whether a value is of floating point."""
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+class Outside(NamedTuple):
+    """The jaxpr around a body: values there, by the input of the body that each is.
+
+    Of those in `riding` a step sees one slice.
+    """
+
+    values: "Values"
+    names: Mapping[Any, Any]
+    riding: Mapping[Any, Any]
+
+
+class Values:
+    """What is known of the values of one jaxpr, of those gone through so far."""
+
+    def __init__(self, known: dict[Any, Known], outside: Outside | None = None):
+        self.known = known
+        self.source: dict[Any, Any] = {}  # equations that write values, by value
+        self.outside = outside
+        # values that do not come apart, here and outside
+        self.whole: set[Any] = outside.values.whole if outside else set()
+        # operands that a body gets besides its own: (value outside, whether by slices) to value
+        self.imports: dict[tuple[Any, bool], Any] = {}
+        self.slices: list[Any] = []  # equations that cut leaves
+
+    def look(self, v: Any) -> Known:
+        """What is known of a value; nothing of literals."""
+        return Known() if isinstance(v, jex.Literal) else self.known.get(v, Known())
+
+    def note(self, eqn: Any, given: Sequence[Known], views: Sequence[View | None] | None) -> None:
+        """What an equation writes, given what is known of its operands, and views of its outputs."""
+        data, made = any(x.data for x in given), any(x.made for x in given)
+        for v, view in zip(eqn.outvars, views or [None] * len(eqn.outvars), strict=True):
+            self.known[v], self.source[v] = Known(view, data, made), eqn
+
+    def expression(self, v: Any, dtype: Any = None) -> Expression:
+        """What a kernel is made of, cast to that dtype.
+
+        Raises:
+          DoesNotFit: a value is not made of slices of others as it seemed.
+        """
+        if isinstance(v, jex.Literal) or self.look(v).is_parameter or v in self.whole:
+            return Leaf(v, dtype)
+        # a value that is neither is as it is: a parameter, or what does not come apart
+        eqn = self.source.get(v)
+        made = self._from_outside(v, dtype) if eqn is None else self._node(v, eqn, dtype)
+        return Leaf(v, dtype) if made is None else made
+
+    def _node(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
+        p, name, given = eqn.params, eqn.primitive.name, eqn.invars
+        shapes = [getattr(v.aval, "shape", ()) for v in given]
+        of = functools.partial(self.expression, dtype=dtype)
+        # shapes that are broadcast would be another product
+        if name in ("add", "add_any", "sub") and shapes[0] == shapes[1]:
+            return Sum(of(given[0]), of(given[1]), -1 if name == "sub" else 1)
+        # rounding to integers is no cast that passes a sum on
+        if name == "convert_element_type" and is_real(given[0]) and is_real(out):
+            # (the cast of M) x = the cast of (M x), up to rounding
+            return self.expression(given[0], dtype or out.aval.dtype)
+        if name == "neg":
+            return Negative(of(given[0]))
+        if name in ("mul", "div"):
+            return self._scaled(out, eqn, dtype)
+        if name == "transpose":
+            return Moved(out, of(given[0]), tuple(p["permutation"]))
+        if name == "dot_general":
+            return Product(out, of(given[0]), of(given[1]), names_of_product(eqn))
+        if name in ("concatenate", "stack"):
+            # a stack has an axis more than its parts
+            axis = p["dimension"] if name == "concatenate" else p["axis"]
+            sizes = tuple(shape[axis] for shape in shapes) if name == "concatenate" else ()
+            return Joined(out, tuple(map(of, given)), axis, sizes)
+        if name in ("slice", "split", "squeeze"):
+            cut = self._cut(out, eqn, of(given[0]))
+            if cut is not None or name != "squeeze":
+                return cut
+        if _regroups(eqn, out) and 0 not in shapes[0]:
+            return Reshaped(out, of(given[0]), shapes[0], out.aval.shape)
+        return None
+
+    def _scaled(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
+        """Where one side is a scalar; for a quotient the divisor."""
+        first, second = eqn.invars
+        name = eqn.primitive.name
+        if () not in (second.aval.shape, first.aval.shape if name == "mul" else None):
+            return None
+        factor, other = (second, first) if second.aval.shape == () else (first, second)
+        known = self.look(factor)
+        if known.made and not known.is_parameter:
+            return None  # such as the norm of the weight itself
+        return Scaled(self.expression(other, dtype), Leaf(factor, out.aval.dtype), name == "div")
+
+    def _cut(self, out: Any, eqn: Any, kernel: Expression) -> Expression | None:
+        cuts = _cuts(eqn, out)
+        try:
+            for cut in cuts:
+                kernel = sliced(kernel, cut, self._cut_leaf)
+        except DoesNotFit:
+            # axes of length one that are dropped are a reshape as well
+            if eqn.primitive.name != "squeeze":
+                raise
+            return None
+        return kernel if cuts else None
+
+    def _cut_leaf(self, leaf: Leaf, cut: Cut) -> Leaf:
+        """The slice of a value, which new equations make."""
+        function = functools.partial(_piece, cut)
+        made, (out,) = renamed(jax.make_jaxpr(function)(leaf.value.aval).jaxpr, [leaf.value])
+        for eqn in made:
+            given = list(map(self.look, eqn.invars))
+            self.note(eqn, given, passed_on(eqn, [x.view for x in given]))
+        self.slices += made
+        return dataclasses.replace(leaf, value=out)
+
+    def _from_outside(self, v: Any, dtype: Any) -> Expression | None:
+        """Where an input of a body is a kernel that is made outside."""
+        if self.outside is None:
+            return None
+        values, names, riding = self.outside
+        outer = names.get(v, riding.get(v))
+        if outer is None or not values.look(outer).is_kernel:
+            return None
+        kernel = values.expression(outer, dtype)
+        if isinstance(kernel, Leaf) and kernel.value is outer:
+            return None
+        if v in riding:
+            # one step sees a slice of every leaf that has the axis
+            kernel = sliced(kernel, Cut(0, None, None), functools.partial(self._ridden, v))
+        return with_leaves(kernel, self._imported)
+
+    def _ridden(self, v: Any, leaf: Leaf, cut: Cut) -> Leaf:
+        # scans go over the first axis
+        if cut.axis != 0:
+            raise DoesNotFit(v)
+        values, _, riding = self._outside()
+        known = values.look(leaf.value)
+        view = None if known.view is None else known.view.sliced()
+        aval = jax.make_jaxpr(functools.partial(_piece, Cut(0, 0, None)))(leaf.value.aval)
+        same = [inner for inner, outer in riding.items() if outer is leaf.value]
+        return self._import(leaf, True, same, aval.out_avals[0], known._replace(view=view))
+
+    def _imported(self, leaf: Leaf) -> Leaf:
+        """A leaf outside, as an operand of the body."""
+        v = leaf.value
+        if isinstance(v, jex.Literal) or v in self.known:
+            return leaf
+        values, names, _ = self._outside()
+        same = [inner for inner, outer in names.items() if outer is v]
+        return self._import(leaf, False, same, v.aval, values.look(v))
+
+    def _import(
+        self, leaf: Leaf, rides: bool, same: Sequence[Any], aval: Any, known: Known
+    ) -> Leaf:
+        """The operand that there is, or a new one."""
+        key = (leaf.value, rides)
+        if key not in self.imports and not same:
+            self.imports[key] = jex.Var(aval)
+            self.known[self.imports[key]] = known
+        return dataclasses.replace(leaf, value=same[0] if same else self.imports[key])
+
+    def _outside(self) -> Outside:
+        assert self.outside is not None
+        return self.outside
+
+
+def _regroups(eqn: Any, out: Any) -> bool:
+    """Whether an equation keeps all numbers in their order."""
+    name = eqn.primitive.name
+    if name == "broadcast_in_dim":
+        # axes of length one come in
+        axes = list(eqn.params["broadcast_dimensions"])
+        return axes == sorted(axes) and eqn.invars[0].aval.size == out.aval.size
+    return name in ("reshape", "squeeze", "expand_dims")
+
+
+def _cuts(eqn: Any, out: Any) -> list[Cut]:
+    """How an equation cuts its operand; the last axes first, as axes may go."""
+    p, name, shape = eqn.params, eqn.primitive.name, out.aval.shape
+    if 0 in shape:
+        return []
+    if name == "squeeze":
+        return [Cut(axis, 0, None) for axis in sorted(p["dimensions"], reverse=True)]
+    starts = [0] * len(shape)
+    if name == "split":
+        before = eqn.outvars[: eqn.outvars.index(out)]
+        starts[p["axis"]] = sum(v.aval.shape[p["axis"]] for v in before)
+    elif name == "slice" and set(p["strides"] or (1,)) == {1}:
+        starts = p["start_indices"]
+    else:
+        return []
+    old = eqn.invars[0].aval.shape
+    sizes = zip(starts, shape, old, strict=True)
+    return [Cut(axis, start, n) for axis, (start, n, m) in enumerate(sizes) if n != m]
+
+
+def _piece(cut: Cut, x: jax.Array) -> jax.Array:
+    """The slice of an array."""
+    start, size = cut.start or 0, cut.size or 1
+    piece = jax.lax.slice_in_dim(x, start, start + size, axis=cut.axis)
+    return jax.lax.squeeze(piece, [cut.axis]) if cut.size is None else piece
