@@ -8,25 +8,20 @@ every example beside data is added to zeros of the shape that it has there.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from kfac_optax.capture.calls import bodies, call_body, scan_body
-from kfac_optax.capture.kernel_expression import DoesNotFit, Expression, Leaf, leaves_of
-from kfac_optax.capture.kernel_parts import convolution, product
-from kfac_optax.capture.kernel_values import Known, Outside, Values, is_real
+from kfac_optax.capture.added_parts import beside_data, meets_by_parts, scaled_after
+from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.kernel_expression import Cut, DoesNotFit, Leaf, leaves_of
+from kfac_optax.capture.kernel_uses import PRODUCTS, Multiplied, multiplied, multiplies, ways
+from kfac_optax.capture.kernel_values import Known, Outside, Values, slice_of
 from kfac_optax.capture.rewriting import renamed, rewritten, scan_with, with_body
-from kfac_optax.capture.table_parts import is_lookup, lookup
 from kfac_optax.capture.views import View, parameter_views, passed_on, scan_views, views_behind_scan
-
-# equations in which a kernel meets data
-_PRODUCTS = ("dot_general", "conv_general_dilated", "gather")
-# (values of the leaves of a kernel) -> what the equation computes with it
-Multiplied = Callable[..., jax.Array]
 
 
 def distributed(closed: Any, leaves: int) -> Any:
@@ -82,6 +77,10 @@ class _Rewriting:
                 self._equation(step)
             self.names |= dict(zip(eqn.outvars, map(self._named, outs), strict=True))
             return
+        if eqn.primitive.name == "scan" and self._goes_over_joined(eqn):
+            self.changed = True
+            self._unrolled(eqn)
+            return
         taken: list[Any] | None = None
         if body is not None:
             taken, views = self._call(eqn, body.jaxpr, given)
@@ -91,10 +90,17 @@ class _Rewriting:
             views = passed_on(eqn, [x.view for x in given])
         self.values.note(eqn, given, views)
         # products with kernels, and parameters that no equation of their own shows
-        if eqn.primitive.name in _PRODUCTS:
+        if eqn.primitive.name in PRODUCTS:
             taken = self._taken_apart(eqn, given)
         if eqn.primitive.name in ("concatenate", "select_n"):
-            taken = self._beside_data(eqn, given)
+            taken = beside_data(self.values, eqn, given)
+        if eqn.primitive.name in ("add", "sub", "mul", "div"):
+            taken = meets_by_parts(self.values, eqn, given)
+        if eqn.primitive.name == "mul" and taken is None:
+            taken = scaled_after(self.values, eqn)
+        # where a sum's parts are, for a bias that is joined as they are
+        if taken is not None and any(x.data for x in given):
+            self.values.source[eqn.outvars[0]] = taken[-1]
         self.changed = self.changed or taken is not None
         self.equations += [*self.values.slices, *([eqn] if taken is None else taken)]
         self.values.slices.clear()
@@ -104,7 +110,7 @@ class _Rewriting:
         given = list(map(self.values.look, eqn.invars))
         if "prevent_cse" in eqn.params or body.consts or not any(x.made for x in given):
             return False
-        met = any(x.is_kernel for x in given) and _multiplies(body.jaxpr)
+        met = any(x.is_kernel for x in given) and multiplies(body.jaxpr)
         return met or not any(x.data for x in given)
 
     def _call(
@@ -149,9 +155,44 @@ class _Rewriting:
         self.names |= names
         return equations, outs
 
+    def _goes_over_joined(self, eqn: Any) -> bool:
+        """Whether the layers of a scan are stored apart, so that every step has other parameters."""
+        closed, constants, carried = scan_body(eqn)
+        if closed.consts or not eqn.params["length"] or not multiplies(closed.jaxpr):
+            return False
+        for v in eqn.invars[constants + carried :]:
+            if self.values.look(v).is_kernel and self.values.is_joined_of_steps(v):
+                return True
+        return False
+
+    def _unrolled(self, eqn: Any) -> None:
+        """The equations of all steps of a scan, one after another."""
+        closed, constants, carried = scan_body(eqn)
+        length, first = eqn.params["length"], constants + carried
+        fixed, carry, over = eqn.invars[:constants], eqn.invars[constants:first], eqn.invars[first:]
+        steps: list[list[Any]] = [[] for _ in range(length)]
+        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            slices = []
+            for v in over:
+                equations, one = slice_of(v, Cut(0, i, None))
+                slices.append(one)
+                for made in equations:
+                    self._equation(made)
+            inner, outs = renamed(closed.jaxpr, [*fixed, *carry, *slices])
+            for made in inner:
+                self._equation(made)
+            outs = list(map(self._named, outs))
+            carry, steps[i] = outs[:carried], outs[carried:]
+        self.names |= dict(zip(eqn.outvars[:carried], carry, strict=True))
+        # [steps, ...] of what each hands out
+        for out, parts in zip(eqn.outvars[carried:], zip(*steps, strict=True), strict=True):
+            if not isinstance(out, jex.DropVar):
+                for made in rewritten(_stacked, parts, out, eqn.source_info):
+                    self._equation(made)
+
     def _taken_apart(self, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
         """What computes a product of data and a kernel; `None` where it stays as it is."""
-        for side, multiply in _ways(eqn):
+        for side, multiply in ways(eqn):
             if not given[1 - side].data or not given[side].is_kernel:
                 continue
             self.values.whole.clear()
@@ -171,35 +212,9 @@ class _Rewriting:
         itself = isinstance(kernel, Leaf) and kernel.value is eqn.invars[side]
         if itself or not any(self.values.look(v).is_parameter for v in leaves):
             return None
-        function = functools.partial(_multiplied, eqn, multiply, kernel, leaves)
+        function = functools.partial(multiplied, eqn, multiply, kernel, leaves)
         operands = [eqn.invars[1 - side], *leaves]
         return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
-
-    def _beside_data(self, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
-        """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
-        # without data beside it there is nobody's example axis to take over
-        beside = zip(eqn.invars, given, strict=True)
-        rows = [v for v, x in beside if x.data and is_real(v) and 0 not in v.aval.shape]
-        # a token, or a position, that all examples share
-        tokens = [v for v in eqn.invars if rows and self._is_repeated(v)]
-        new: dict[Any, Any] = {}
-        equations: list[Any] = []
-        for v in tokens:
-            new[v] = jex.Var(v.aval)
-            shift = functools.partial(_shifted_zeros, eqn.params.get("dimension"))
-            equations += rewritten(shift, [rows[0], v], new[v], eqn.source_info)
-        if not tokens:
-            return None
-        values = [v if isinstance(v, jex.Literal) else new.get(v, v) for v in eqn.invars]
-        return [*equations, eqn.replace(invars=values)]
-
-    def _is_repeated(self, v: Any) -> bool:
-        view = self.values.look(v).view
-        if view is None or not view.complete or not is_real(v):
-            return False
-        axes = zip(view.axes, v.aval.shape, strict=True)
-        # an axis that no axis of the parameter is, of more than one row
-        return any(axis is None and n > 1 for axis, n in axes)
 
 
 def _variables(pairs: Iterator[tuple[Any, Any]] | Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -207,43 +222,5 @@ def _variables(pairs: Iterator[tuple[Any, Any]] | Sequence[tuple[Any, Any]]) -> 
     return {inner: outer for inner, outer in pairs if not isinstance(outer, jex.Literal)}
 
 
-def _multiplies(jaxpr: Any) -> bool:
-    """Whether a kernel may meet data in a jaxpr, or in what it contains."""
-    inside = (getattr(body, "jaxpr", body) for eqn in jaxpr.eqns for body in bodies(eqn))
-    return any(eqn.primitive.name in _PRODUCTS for eqn in jaxpr.eqns) or any(
-        map(_multiplies, inside)
-    )
-
-
-def _ways(eqn: Any) -> Iterator[tuple[int, Multiplied]]:
-    """Operands of an equation that may be a kernel, and what computes it with the kernel's parts."""
-    name, p = eqn.primitive.name, eqn.params
-    # a placement of the output is that of one product; integers and flags are linear in nothing
-    if name == "dot_general" and p.get("out_sharding") is None and all(map(is_real, eqn.invars)):
-        yield 0, functools.partial(product, eqn, 0)
-        yield 1, functools.partial(product, eqn, 1)
-    if name == "conv_general_dilated" and p["batch_group_count"] == 1:
-        yield 1, functools.partial(convolution, eqn)
-    if name == "gather" and is_lookup(eqn) and is_real(eqn.invars[0]):
-        yield 0, functools.partial(lookup, eqn)
-
-
-def _multiplied(
-    eqn: Any,
-    multiply: Multiplied,
-    kernel: Expression,
-    leaves: Sequence[Any],
-    x: jax.Array,
-    *values: jax.Array,
-) -> jax.Array:
-    out = multiply(kernel, x, dict(zip(map(id, leaves), values, strict=True)))
-    return out.astype(eqn.outvars[0].aval.dtype)
-
-
-def _shifted_zeros(axis: int | None, rows: jax.Array, token: jax.Array) -> jax.Array:
-    """The token, added to zeros that have their examples where `rows` have theirs."""
-    # along the axis of concatenation one row tells where the examples are
-    one = rows if axis is None else jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
-    one = jnp.broadcast_to(one, token.shape).astype(token.dtype)
-    never = jnp.zeros(token.shape, bool)
-    return jax.lax.select(never, one, jnp.zeros_like(token)) + token
+def _stacked(*parts: jax.Array) -> jax.Array:
+    return jnp.stack(parts)

@@ -133,6 +133,19 @@ def leaves_of(kernel: Expression) -> list[Leaf]:
             return leaves_of(kernel.of)
 
 
+def joins(kernel: Expression, axis: int) -> bool:
+    """Whether parts of a kernel are one after another along that axis, or stacked on it."""
+    match kernel:
+        case Joined():
+            return kernel.axis == axis
+        case Sum():
+            return joins(kernel.first, axis) or joins(kernel.second, axis)
+        case Scaled() | Negative():
+            return joins(kernel.of, axis)
+        case _:
+            return False
+
+
 def with_leaves(kernel: Expression, new: Callable[[Leaf], Leaf]) -> Expression:
     """The same of other leaves."""
     match kernel:

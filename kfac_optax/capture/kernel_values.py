@@ -25,6 +25,8 @@ from kfac_optax.capture.kernel_expression import (
     Reshaped,
     Scaled,
     Sum,
+    joins,
+    leaves_of,
     sliced,
     with_leaves,
 )
@@ -103,6 +105,30 @@ class Values:
         made = self._from_outside(v, dtype) if eqn is None else self._node(v, eqn, dtype)
         return Leaf(v, dtype) if made is None else made
 
+    def is_joined_of_steps(self, v: Any) -> bool:
+        """Whether a kernel does not come apart for a step of a scan, but for one that is numbered."""
+        self.whole.clear()
+        try:
+            kernel = self.expression(v)
+        except DoesNotFit:
+            return False
+        return joins(kernel, 0) and any(self.look(x.value).is_parameter for x in leaves_of(kernel))
+
+    def before_repeats(self, v: Any) -> tuple[Any, tuple[int, ...]]:
+        """What a value repeats along some axes, and where its axes are then; itself where it does not."""
+        eqn = None if isinstance(v, jex.Literal) else self.source.get(v)
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+            return v, tuple(range(v.aval.ndim))
+        return eqn.invars[0], tuple(eqn.params["broadcast_dimensions"])
+
+    def joined_parts(self, v: Any, axis: int, sizes: Sequence[int]) -> list[Any]:
+        """What a value is joined of, if of parts of these sizes along that axis; else itself."""
+        eqn = None if isinstance(v, jex.Literal) else self.source.get(v)
+        if eqn is None or eqn.primitive.name != "concatenate":
+            return [v]
+        found = [x.aval.shape[axis] for x in eqn.invars]
+        return list(eqn.invars) if eqn.params["dimension"] == axis and found == list(sizes) else [v]
+
     def _node(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
         p, name, given = eqn.params, eqn.primitive.name, eqn.invars
         shapes = [getattr(v.aval, "shape", ()) for v in given]
@@ -161,8 +187,7 @@ class Values:
 
     def _cut_leaf(self, leaf: Leaf, cut: Cut) -> Leaf:
         """The slice of a value, which new equations make."""
-        function = functools.partial(_piece, cut)
-        made, (out,) = renamed(jax.make_jaxpr(function)(leaf.value.aval).jaxpr, [leaf.value])
+        made, out = slice_of(leaf.value, cut)
         for eqn in made:
             given = list(map(self.look, eqn.invars))
             self.note(eqn, given, passed_on(eqn, [x.view for x in given]))
@@ -248,6 +273,13 @@ def _cuts(eqn: Any, out: Any) -> list[Cut]:
     old = eqn.invars[0].aval.shape
     sizes = zip(starts, shape, old, strict=True)
     return [Cut(axis, start, n) for axis, (start, n, m) in enumerate(sizes) if n != m]
+
+
+def slice_of(v: Any, cut: Cut) -> tuple[list[Any], Any]:
+    """Equations that cut a value, and what they make."""
+    closed = jax.make_jaxpr(functools.partial(_piece, cut))(v.aval)
+    equations, (out,) = renamed(closed.jaxpr, [v])
+    return equations, out
 
 
 def _piece(cut: Cut, x: jax.Array) -> jax.Array:

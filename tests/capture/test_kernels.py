@@ -128,11 +128,30 @@ TABLES = {
     "b": normal(2, 3),
     "whole": normal(5, 3),
 }
+
+
+def stored_apart(p, x):
+    """Layers that are stacked for a scan, from the last to the first; biases joined as kernels are."""
+    layers = [p["one"], p["two"]]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    step = lambda h, q: (jnp.tanh(h @ q["w"] + q["b"]), h @ q["w"] * q["scale"])
+    x, ys = jax.lax.scan(jax.checkpoint(step), x, stack, reverse=True)
+    made = (x + ys[1] * ys[0]) @ jnp.concatenate([p["q"]["w"], p["k"]["w"]], 1)
+    query, key = jnp.split(made + jnp.concatenate([p["q"]["b"], p["k"]["b"]]), 2, 1)
+    return query * jnp.tanh(key)
+
+
+STORED_APART = {
+    name: {"w": normal(3, width) + i, "b": normal(width) - i}
+    for i, (name, width) in enumerate({"one": 3, "two": 3, "q": 2, "k": 2}.items())
+}
+STORED_APART["one"]["scale"], STORED_APART["two"]["scale"] = normal(3), 1 + normal(3)
 MODELS = {
     "outside": (outside, OUTSIDE, X),
     "slices": (slices, SLICES, X),
     "convolutions": (convolutions, CONVOLUTIONS, IMAGES),
     "tables": (tables, TABLES, TOKENS),
+    "stored apart": (stored_apart, STORED_APART, X),
 }
 
 
@@ -156,6 +175,21 @@ def test_statistics_are_those_of_products_written_apart(x64):
 
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
     jax.tree.map(close, measured(outside), measured(outside_apart))
+
+
+def test_a_scale_that_meets_the_deviation_of_a_batch_first(x64):
+    """Scale and shift are those of every row, not of the one that all examples share."""
+
+    def normalised(p, x):
+        inverse = p["scale"] * jax.lax.rsqrt(x.var(0, keepdims=True) + 1e-3)
+        return jnp.tanh((x - x.mean(0)) * inverse + p["shift"]) @ p["w"]
+
+    params = {"scale": normal(3), "shift": normal(3), "w": normal(3, 2)}
+    layers = assert_gradients(lambda p, x: squares(normalised(p, x)), params, X, rtol=1e-10)
+    assert [(x.kernel, x.bias, x.per_example) for x in layers] == [
+        ("scale", "shift", True),
+        ("w", None, True),
+    ]
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
