@@ -202,14 +202,16 @@ def sliced(kernel: Expression, cut: Cut, leaf: CutLeaf) -> Expression:
 def _sliced_product(kernel: Product, cut: Cut, leaf: CutLeaf) -> Expression:
     """Of each side that has the axis."""
     name = kernel.names[2][cut.axis]
-    sides, names = [], []
-    for side, mine in zip((kernel.first, kernel.second), kernel.names, strict=False):
-        if name in mine:
-            here = cut.along(mine.index(name))
-            side, mine = sliced(side, here, leaf), here.rest(mine)
-        sides.append(side)
-        names.append(mine)
-    return Product(kernel.value, *sides, (*names, cut.rest(kernel.names[2])))
+
+    def side(of: Expression, names: Names) -> tuple[Expression, Names]:
+        if name not in names:
+            return of, names
+        here = cut.along(names.index(name))
+        return sliced(of, here, leaf), here.rest(names)
+
+    first, of_first = side(kernel.first, kernel.names[0])
+    second, of_second = side(kernel.second, kernel.names[1])
+    return Product(kernel.value, first, second, (of_first, of_second, cut.rest(kernel.names[2])))
 
 
 def _sliced_joined(kernel: Joined, cut: Cut, leaf: CutLeaf) -> Expression:
