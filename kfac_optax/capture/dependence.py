@@ -17,6 +17,24 @@ def may_hold_examples(aval: Any) -> bool:
     return aval.ndim > 0 and not is_key
 
 
+def only_stopped(jaxpr: Any, stop: str) -> set[int]:
+    """Numbers of the equations all of whose outputs end in equations of that name, if read at all.
+
+    Nothing before a stopped gradient has a derivative in what it reads.
+    """
+    # values that something else reads, or the jaxpr hands out
+    live = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    stopped = set()
+    for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if eqn.primitive.name == stop:
+            continue
+        if not eqn.effects and not any(v in live for v in eqn.outvars):
+            stopped.add(i)
+            continue
+        live |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
+    return stopped
+
+
 def dependence(
     jaxpr: Any,
     inputs: Sequence[bool],

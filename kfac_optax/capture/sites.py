@@ -10,7 +10,7 @@ from jax.extend import core as jex
 from kfac_optax._types import Part
 from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
 from kfac_optax.capture.code_lines import line_of, line_of_call
-from kfac_optax.capture.dependence import dependence, may_hold_examples
+from kfac_optax.capture.dependence import dependence, may_hold_examples, only_stopped
 from kfac_optax.capture.geometry import Geometry, rows_shape
 from kfac_optax.capture.tap import tap_p
 from kfac_optax.capture.views import (
@@ -183,7 +183,8 @@ def _walk(
         if any(views):  # lines are looked up for these only
             _note(views, name, consumers, line or line_of(eqn))
 
-    for eqn in jaxpr.eqns:
+    stopped = only_stopped(jaxpr, STOPPED)
+    for i, eqn in enumerate(jaxpr.eqns):
         inputs = [source(v) for v in eqn.invars]
         outputs: Sequence[View | None] = [None] * len(eqn.outvars)
         # a tap; then calls and scans, whose bodies are walked; then what passes a parameter on
@@ -191,6 +192,8 @@ def _walk(
             _add_site(eqn, inputs, scans, sites)
             if sites[-1].found and sites[-1].name == "slice":  # read by no other equation
                 note([inputs[0]], "slice", eqn)
+        elif i in stopped and not count_taps_of(eqn):
+            note(inputs, STOPPED, eqn)
         elif (body := call_body(eqn)) is not None:
             inside = line_of_call(eqn, body.jaxpr, line)
             outputs = _walk(body.jaxpr, inputs, scans, sites, consumers, inside)

@@ -239,3 +239,16 @@ def test_what_does_not_come_apart_is_named_with_its_line(model):
     assert "test_kernels.py" in left.where
     with pytest.raises(ValueError, match=r"other.*test_kernels\.py"):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")
+
+
+def test_what_ends_in_a_stopped_gradient_is_no_use(x64):
+    """A weight that is rounded for the forward pass only has the gradient of one that is not."""
+
+    def model(p, x):
+        rounded = p["w"] + jax.lax.stop_gradient(jnp.round(p["w"], 1) - p["w"])
+        return jnp.tanh(x @ rounded + p["b"]) @ p["v"]
+
+    params = {"w": normal(3, 4), "b": normal(4), "v": normal(4, 2)}
+    layers = assert_gradients(lambda p, x: squares(model(p, x)), params, X, rtol=1e-10)
+    assert not any(layer.partly for layer in layers)
+    ko.kfac(layers, learning_rate=0.1, uncovered="raise")
