@@ -1,7 +1,7 @@
 """Parameters that are added to data, or stand beside it, where no equation of their own shows that."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ def _part_by_part(
     return jnp.concatenate(made, axis) if len(made) > 1 else made[0]
 
 
-def scaled_after(values: Values, eqn: Any) -> list[Any] | None:
+def scaled_after(values: Values, eqn: Any, tapped: Set[int]) -> list[Any] | None:
     """`x (r scale)` as `(x r) scale`, where all rows of `x` share `r`: a batch's deviation, say."""
     for side in (0, 1):
         v, x = eqn.invars[side], eqn.invars[1 - side]
@@ -87,8 +87,10 @@ def scaled_after(values: Values, eqn: Any) -> list[Any] | None:
         if made is None or made.primitive.name != "mul" or not fewer:
             continue
         for scale, r in (made.invars, reversed(made.invars)):
-            known = values.look(scale)
-            if known.is_parameter and values.look(r).data and scale.aval.shape == base.aval.shape:
+            view = values.look(scale).view
+            if view is None or not view.complete or view.leaf in tapped:
+                continue
+            if values.look(r).data and scale.aval.shape == base.aval.shape:
                 function = functools.partial(_one_by_one, axes)
                 return rewritten(function, [x, r, scale], eqn.outvars[0], eqn.source_info)
     return None

@@ -8,7 +8,7 @@ every example beside data is added to zeros of the shape that it has there.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from kfac_optax.capture.rewriting import renamed, rewritten, scan_with, with_bod
 from kfac_optax.capture.views import View, parameter_views, passed_on, scan_views, views_behind_scan
 
 
-def distributed(closed: Any, leaves: int) -> Any:
+def distributed(closed: Any, leaves: int, tapped: Set[int] = frozenset()) -> Any:
     """The closed jaxpr with products of data and a kernel that is made of parameters taken apart.
 
     A kernel that depends on data, or on no parameter, stays. Where nothing changes the jaxpr is
@@ -33,18 +33,26 @@ def distributed(closed: Any, leaves: int) -> Any:
     Args:
       closed: its first `leaves` inputs are the parameter leaves.
       leaves: how many.
+      tapped: those that a tap sees, whose scales stay as they are.
     """
     views = parameter_views(closed.jaxpr, leaves)
     given = [Known(view, data=view is None, made=view is not None) for view in views]
-    new = _Rewriting(closed.jaxpr, given).run()
+    new = _Rewriting(closed.jaxpr, given, tapped).run()
     return closed if new is closed.jaxpr else jex.ClosedJaxpr(new, closed.consts)
 
 
 class _Rewriting:
     """The equations of one jaxpr, gone through once."""
 
-    def __init__(self, jaxpr: Any, given: Sequence[Known], outside: Outside | None = None):
+    def __init__(
+        self,
+        jaxpr: Any,
+        given: Sequence[Known],
+        tapped: Set[int],
+        outside: Outside | None = None,
+    ):
         self.jaxpr = jaxpr
+        self.tapped = tapped
         self.values = Values(dict(zip(jaxpr.invars, given, strict=True)), outside)
         self.names: dict[Any, Any] = {}  # of what a call has handed out that is no more
         self.equations: list[Any] = []
@@ -97,9 +105,9 @@ class _Rewriting:
         if eqn.primitive.name in ("add", "sub", "mul", "div"):
             taken = meets_by_parts(self.values, eqn, given)
         if eqn.primitive.name == "mul" and taken is None:
-            taken = scaled_after(self.values, eqn)
+            taken = scaled_after(self.values, eqn, self.tapped)
         # where a sum's parts are, for a bias that is joined as they are
-        if taken is not None and any(x.data for x in given):
+        if eqn.primitive.name in PRODUCTS and taken is not None:
             self.values.source[eqn.outvars[0]] = taken[-1]
         self.changed = self.changed or taken is not None
         self.equations += [*self.values.slices, *([eqn] if taken is None else taken)]
@@ -121,7 +129,7 @@ class _Rewriting:
         if "prevent_cse" in eqn.params:
             # recomputed: its operands are as many as its body asks for
             outside = Outside(self.values, _variables(zip(inner.invars, eqn.invars)), {})
-        rewriting = _Rewriting(inner, given, outside)
+        rewriting = _Rewriting(inner, given, self.tapped, outside)
         new, views = rewriting.run(), rewriting.views()
         if new is inner:
             return None, views
@@ -145,7 +153,8 @@ class _Rewriting:
         same = pairs[:constants]
         same += [pair for pair, keep in zip(pairs[constants:first], views.kept) if keep]
         outside = Outside(self.values, _variables(same), _variables(pairs[first:]))
-        rewriting = _Rewriting(closed.jaxpr, inside, None if closed.consts else outside)
+        reached = None if closed.consts else outside
+        rewriting = _Rewriting(closed.jaxpr, inside, self.tapped, reached)
         new, outs = rewriting.run(), views_behind_scan(eqn, views, rewriting.views())
         if new is closed.jaxpr:
             return None, outs

@@ -74,7 +74,7 @@ def trace(
     bypassed = tapped_leaves(analyse(jaxpr.jaxpr, len(names)))
     # What the prediction does not depend on would be measured as zero, and a layer may be there for
     # a derivative only.
-    jaxpr = _live(distributed(_live(jaxpr), len(names)))
+    jaxpr = _live(distributed(_live(jaxpr), len(names), bypassed))
     jaxpr = with_taps(jaxpr, len(names), examples)
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= tapped_leaves(analysis)
