@@ -22,6 +22,7 @@ def meets_by_parts(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any
         v, s = eqn.invars[side], eqn.invars[1 - side]
         if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
             continue
+        # data that the parameters are broadcast to, and not the other way round
         if s.aval.shape != eqn.outvars[0].aval.shape:
             continue
         # repeated along rows: axes of the parameters in the output
@@ -45,6 +46,7 @@ def _joined(values: Values, v: Any) -> tuple[list[Leaf], int, tuple[int, ...]] |
         kernel = values.expression(v)
     except DoesNotFit:
         return None
+    # itself: nothing is known that the program does not show
     axis, sizes = 0, ()
     parts: Sequence[Any] = [] if getattr(kernel, "value", v) is v else [kernel]
     if isinstance(kernel, Joined) and kernel.sizes:
@@ -69,6 +71,7 @@ def _part_by_part(
     data, parameters = list(values[:given]), values[given:]
     if given < len(parameters):
         data = jnp.split(data[0], np.cumsum(sizes)[:-1], axis)
+    # [s_1 op b_1, s_2 op b_2], operands in the order in which they were
     made = []
     for x, b in zip(data, parameters, strict=True):
         pair = [x, jax.lax.broadcast_in_dim(b.astype(x.dtype), x.shape, axes)]

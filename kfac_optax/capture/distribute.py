@@ -148,6 +148,7 @@ class _Rewriting:
         data, made = any(x.data for x in given), any(x.made for x in given)
         for i, keep in enumerate(views.kept, constants):
             inside[i] = inside[i] if keep else Known(None, data, made)
+        # inputs of the body that are values outside in every step, and those that are slices of them
         pairs = list(zip(closed.jaxpr.invars, eqn.invars, strict=True))
         first = constants + carried
         same = pairs[:constants]
@@ -190,6 +191,7 @@ class _Rewriting:
             inner, outs = renamed(closed.jaxpr, [*fixed, *carry, *slices])
             for made in inner:
                 self._equation(made)
+            # what one step hands on is what the next starts from
             outs = list(map(self._named, outs))
             carry, steps[i] = outs[:carried], outs[carried:]
         self.names |= dict(zip(eqn.outvars[:carried], carry, strict=True))

@@ -177,6 +177,7 @@ def sliced(kernel: Expression, cut: Cut, leaf: CutLeaf) -> Expression:
     match kernel:
         case Leaf():
             return leaf(kernel, cut)
+        # linear in the parts: the slice of a sum is the sum of slices
         case Sum():
             first, second = sliced(kernel.first, cut, leaf), sliced(kernel.second, cut, leaf)
             return Sum(first, second, kernel.sign)
@@ -201,6 +202,7 @@ def sliced(kernel: Expression, cut: Cut, leaf: CutLeaf) -> Expression:
 
 def _sliced_product(kernel: Product, cut: Cut, leaf: CutLeaf) -> Expression:
     """Of each side that has the axis."""
+    # (A B)[i] = A[i] B, (A B)[:, k] = A B[:, k]
     name = kernel.names[2][cut.axis]
 
     def side(of: Expression, names: Names) -> tuple[Expression, Names]:
@@ -217,7 +219,7 @@ def _sliced_product(kernel: Product, cut: Cut, leaf: CutLeaf) -> Expression:
 def _sliced_joined(kernel: Joined, cut: Cut, leaf: CutLeaf) -> Expression:
     stacked = not kernel.sizes
     if cut.axis != kernel.axis:
-        # an axis of the stack is none of its parts
+        # the axis of a stack is none of its parts'; those behind it are one further in front there
         here = cut.along(cut.axis - (stacked and cut.axis > kernel.axis))
         axis = kernel.axis - (cut.size is None and cut.axis < kernel.axis)
         parts = tuple(sliced(part, here, leaf) for part in kernel.parts)
@@ -235,6 +237,7 @@ def _sliced_joined(kernel: Joined, cut: Cut, leaf: CutLeaf) -> Expression:
 
 def _sliced_along_join(kernel: Joined, cut: Cut, leaf: CutLeaf) -> Expression:
     """What is left of each part that the cut meets."""
+    # [start, end) of the join; parts are [first, first + size)
     start = cut.start or 0
     end = start + (1 if cut.size is None else cut.size)
     parts, sizes, first = [], [], 0
@@ -257,6 +260,7 @@ def _sliced_along_join(kernel: Joined, cut: Cut, leaf: CutLeaf) -> Expression:
 
 def _sliced_reshaped(kernel: Reshaped, cut: Cut, leaf: CutLeaf) -> Expression:
     """Along an axis that the reshape has left alone."""
+    # the one axis that the reshape has made this one of
     blocks = blocks_of_reshape(kernel.before, kernel.after)
     (olds,) = [old for old, new in blocks if new == (cut.axis,)] or [()]
     if len(olds) != 1:
