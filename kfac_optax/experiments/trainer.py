@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from kfac_optax._tree import tree_bytes
 from kfac_optax.experiments import batch_statistics, data, settings, steps
 from kfac_optax.experiments.steps import State
 
@@ -56,6 +57,8 @@ class Trainer(NamedTuple):
         steps: mini-batches of one epoch.
         steps_per_call: at most so many of them in one call of `train`.
         compile_seconds: time that compiling `train` took.
+        state_bytes: of the optimizer's state.
+        parameter_bytes: of the parameters.
     """
 
     init: Callable[..., State]
@@ -66,6 +69,8 @@ class Trainer(NamedTuple):
     steps: int
     steps_per_call: int
     compile_seconds: float
+    state_bytes: int
+    parameter_bytes: int
 
 
 def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
@@ -95,6 +100,7 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     shuffle = jax.jit(lambda key: steps.shuffle(problem, key, examples))
     state, reports = init(rate, key, dataset), steps.no_reports(problem)
     arguments = rate, state, reports, dataset, shuffle(state.key)
+    sizes = tree_bytes(state.opt_state), tree_bytes(state.params)
     began = time.perf_counter()
     if config.get("python_loop"):
         train = _in_python(problem, arguments, count=config.epochs * problem.steps)
@@ -113,7 +119,9 @@ def prepare(config: ml_collections.ConfigDict, name: str) -> Trainer:
     # an epoch is one call, or as many as keep a single one short
     per_call = min(config.get("steps_per_call") or problem.steps, problem.steps)
     metrics = ErrorMetrics if problem.likelihood.error else Metrics
-    return Trainer(init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds)
+    return Trainer(
+        init, shuffle, train, evaluate, metrics, problem.steps, per_call, seconds, *sizes
+    )
 
 
 def _in_compiled_loop(

@@ -151,6 +151,8 @@ def _train_optimizer(
     details = {
         "steps_per_epoch": trainer.steps,
         "compile_seconds": round(trainer.compile_seconds, 3),
+        "state_bytes": trainer.state_bytes,
+        "parameter_bytes": trainer.parameter_bytes,
         "environment": {
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,

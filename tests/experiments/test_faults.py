@@ -203,7 +203,8 @@ def stub(monkeypatch):
     def prepare(config, name):
         if name in made.faults:
             raise made.faults[name]
-        return types.SimpleNamespace(steps=7, compile_seconds=0.0, name=name)
+        sizes = {"state_bytes": 0, "parameter_bytes": 0}
+        return types.SimpleNamespace(steps=7, compile_seconds=0.0, name=name, **sizes)
 
     def run(trainer, config, *, rate, seed, store, progress):
         made.runs.append((trainer.name, seed))
