@@ -96,7 +96,9 @@ def verdicts(found: Standing) -> list[str]:
             continue
         baselines = [row for row in order if row.optimizer in standings.OF_OPTAX]
         two_level = [row for row in order if "two_level" in row.optimizer]
-        named = [f"{found.problem.name} {words}: {_named(order[0], moment)}{_margin(order)}"]
+        named = [
+            f"{found.problem.name} {words}: {_named(order[0], moment)}{_margin(order, moment)}"
+        ]
         for what, rows in (("of Optax", baselines), ("with two levels", two_level)):
             if rows and rows[0] is not order[0]:
                 rank = rows[0].losses[moment].rank
@@ -109,13 +111,16 @@ def _named(row: Row, moment: str) -> str:
     return f"{label(row.optimizer)} {row.losses[moment].mean:.4g}"
 
 
-def _margin(order: Sequence[Row]) -> str:
-    """Whether every seed of the first ends below every seed of the second."""
-    if len(order) < 2 or order[0].diverged or order[1].diverged:
+def _margin(order: Sequence[Row], moment: str) -> str:
+    """The second, and whether every seed of the first is below every seed of it."""
+    if len(order) < 2:
         return ""
-    first, second = (results.finals(row.group, "train_loss") for row in order[:2])
-    apart = max(first) < min(second)
-    return f", then {label(order[1].optimizer)}" + ("" if apart else " (seeds overlap in the end)")
+    first, second = (row.losses[moment].seeds for row in order[:2])
+    note = ""
+    # of a single seed there is nothing to say
+    if min(len(first), len(second)) > 1:
+        note = ", on every seed" if max(first) < min(second) else ", seeds overlap"
+    return f", then {_named(order[1], moment)}{note}"
 
 
 def _details(found: Standing) -> list[dict[str, Any]]:

@@ -18,13 +18,15 @@ class Loss(NamedTuple):
     """Training loss of a method at one moment.
 
     Attributes:
-        mean: over the seeds that did not diverge; NaN where one of these had no row yet.
+        seeds: of each run that did not diverge; empty where one of these had no row yet.
+        mean: over the seeds; NaN without any.
         half: half width of the 95 % interval.
         rank: 1 for the lowest mean; methods of which a seed diverged come behind all others. None
           without a mean.
         ended: whether a run was over before that moment: it counts with its last loss.
     """
 
+    seeds: Sequence[float]
     mean: float
     half: float
     rank: int | None = None
@@ -97,7 +99,7 @@ def standing(problem: Problem, *, seconds: float | None, epochs: float) -> Stand
             "seconds": _loss(group, clock.elapsed, seconds, goes_on=True),
             # an epoch that a run never had is nothing to compare
             "epochs": _loss(group, _epochs, epochs, goes_on=False),
-            "end": Loss(*results.interval(results.finals(group, "train_loss"))),
+            "end": _mean(results.finals(group, "train_loss")),
         }
         ms = _ms(group)
         rows.append(Row(name, rate, group, losses, ms, ms / sgd, problem.costs[name]))
@@ -128,10 +130,14 @@ def _loss(
     early = [run for run in kept if places(run)[-1] < place * (1 - 1e-6)]
     reached = all(places(run)[0] <= place for run in kept)
     if not kept or not reached or (early and not goes_on):
-        return Loss(math.nan, math.nan)
+        return _mean([])
     # between rows linearly, and beyond the last one constant
     values = [float(np.interp(place, places(run), run.history["train_loss"])) for run in kept]
-    return Loss(*results.interval(values), ended=bool(early))
+    return _mean(values)._replace(ended=bool(early))
+
+
+def _mean(values: Sequence[float]) -> Loss:
+    return Loss(values, *results.interval(values))
 
 
 def _ranked(rows: Sequence[Row]) -> list[Row]:
