@@ -3,15 +3,22 @@ CPU cores.
 
 Needs the files of Fashion-MNIST, `--config.data_dir=DIR` (the Debian package dataset-fashion-mnist
 puts them into /usr/share/datasets/fashion-mnist). `--config.data.train=60_000` takes all of it.
+`:race` has what a user would take instead beside K-FAC, all with one grid and two epochs.
 """
 
 import ml_collections
 
+from kfac_optax.experiments import racing
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the settings of the experiment."""
+VARIANTS = ("default", "race")
+
+
+def get_config(variant: str = "default") -> ml_collections.ConfigDict:
+    """Returns the settings of the experiment; `variant` is one of `VARIANTS`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"--config=...:{variant}: got {variant!r}, expected one of {VARIANTS}")
     data_dir = ml_collections.FieldReference("")
-    return ml_collections.ConfigDict(
+    config = ml_collections.ConfigDict(
         {
             "name": "fashion_mnist_cnn",
             "title": "Fashion-MNIST (12 000 images), small CNN",
@@ -43,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
             "epochs": 5,
             "batch_size": 128,
             "learning_rate": 1e-2,
+            "schedule": {},  # of the rate; none
             "momentum": 0.9,
             "weight_decay": 1e-3,
             "kfac": {
@@ -63,3 +71,4 @@ def get_config() -> ml_collections.ConfigDict:
             "out": "",  # results/<name> when empty
         }
     )
+    return config if variant == "default" else racing.as_race(config, epochs=2)

@@ -35,6 +35,22 @@ def _adam(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) 
     return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(rate))
 
 
+def _decoupled(optimizer: Callable[..., Any], **words: Any) -> Build:
+    """One of Optax that subtracts the weight decay from the parameters itself."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        del curved
+        return optimizer(rate, weight_decay=config.weight_decay, **words)
+
+    return build
+
+
+def _sophia(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+    # gamma of Sophia-G, whose diagonal comes from labels drawn from the model
+    diagonal = {"gamma": 0.05, "hessian_diagonal_fn": ko.gnb_estimator()}
+    return _decoupled(optax.contrib.sophia, **diagonal)(config, curved, rate)
+
+
 @flat_signature(ko.b_kfac, without=("coupling",))
 def _online_two_level(layers: Any, **options: Any) -> Any:
     # the correction over blocks that are followed online
@@ -80,6 +96,8 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
     return build
 
 
+# What a user would take instead.
+OF_OPTAX = ("sgd", "adam", "adamw", "lion", "sophia", "muon")
 OPTIMIZERS = {
     "sgd": Optimizer("SGD", False, _sgd),
     "adam": Optimizer("Adam", False, _adam),
@@ -103,4 +121,8 @@ OPTIMIZERS = {
     "b_kfac_two_level": Optimizer(
         "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
     ),
+    # last, as the place in this table decides the style in figures
+    "adamw": Optimizer("AdamW", False, _decoupled(optax.adamw)),
+    "lion": Optimizer("Lion", False, _decoupled(optax.lion)),
+    "sophia": Optimizer("Sophia-G", True, _sophia, every_step=True),
 }

@@ -91,7 +91,7 @@ def make(
     """
     optimizer = data.select(OPTIMIZERS, name, "config.optimizers")
     # what a schedule multiplies the rate with
-    factor = schedules.rate_factor(config.get("schedule"), steps=steps)
+    factor = schedules.rate_factor(config.get("schedule"), steps=steps, epochs=config.epochs)
 
     def scheduled(rate: Rate) -> Rate:
         # Without a schedule the rate stays a number: the optimizers then keep no count of their

@@ -19,14 +19,16 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from kfac_optax.experiments import folder, plots, results, standings, stored, tables
+from kfac_optax.experiments.compared import OF_OPTAX
 from kfac_optax.experiments.optimizers import OPTIMIZERS
 from kfac_optax.experiments.standings import Loss, Row, Standing
 
 _COSTS = ("step / SGD", "state / parameters", "compile s")
 _NOTE = (
     "Mean training loss over the seeds, each method at its best rate, and its rank in brackets. "
-    "~: a run was over by then and counts with its last loss; !: a seed diverged; -: not there "
-    "yet, or not recorded. Costs: geometric means over the problems. Rows by mean rank in the end."
+    "*: that rate is an edge of the grid; ~: a run was over by then and counts with its last loss; "
+    "!: a seed diverged; -: not there yet, or not recorded. Costs: geometric means over the "
+    "problems. Rows by mean rank in the end."
 )
 
 
@@ -61,7 +63,7 @@ def _loss(row: Row | None, moment: str) -> str:
     if row is None or math.isnan(row.losses[moment].mean):
         return "diverged" if row and row.diverged == len(row.group) else "-"
     loss: Loss = row.losses[moment]
-    marks = ("~" if loss.ended else "") + ("!" if row.diverged else "")
+    marks = ("*" if row.edge else "") + ("~" if loss.ended else "") + ("!" if row.diverged else "")
     return f"{loss.mean:.4g}{marks} ({loss.rank})"
 
 
@@ -94,7 +96,7 @@ def verdicts(found: Standing) -> list[str]:
         order = standings.leaders(found, moment)
         if not order:
             continue
-        baselines = [row for row in order if row.optimizer in standings.OF_OPTAX]
+        baselines = [row for row in order if row.optimizer in OF_OPTAX]
         two_level = [row for row in order if "two_level" in row.optimizer]
         named = [
             f"{found.problem.name} {words}: {_named(order[0], moment)}{_margin(order, moment)}"
@@ -127,7 +129,8 @@ def _details(found: Standing) -> list[dict[str, Any]]:
     rows = []
     for row in found.rows:
         cell: dict[str, Any] = {"problem": found.problem.name, "optimizer": row.optimizer}
-        cell |= {"learning_rate": row.rate, "seeds": len(row.group), "diverged": row.diverged}
+        cell |= {"learning_rate": row.rate, "edge_of_grid": row.edge}
+        cell |= {"seeds": len(row.group), "diverged": row.diverged}
         at = {"seconds": found.seconds, "epochs": found.epochs}
         for moment, loss in row.losses.items():
             cell |= {f"at_{moment}": at[moment]} if moment in at else {}
@@ -166,7 +169,7 @@ def _point(axes: Axes, row: Row) -> None:
     if not size or not math.isfinite(loss) or loss <= 0:
         return
     color, _ = plots.style(row.optimizer) if row.optimizer in OPTIMIZERS else ("#000000", "-")
-    marker = "s" if row.optimizer in standings.OF_OPTAX else "o"
+    marker = "s" if row.optimizer in OF_OPTAX else "o"
     axes.plot(size, loss, marker, color=color, markersize=4)
     where = {"xytext": (3, 2), "textcoords": "offset points"}
     axes.annotate(label(row.optimizer), (size, loss), fontsize=6, **where)

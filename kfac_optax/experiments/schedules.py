@@ -51,13 +51,54 @@ def piecewise(
     return schedule
 
 
-def rate_factor(section: Mapping[str, Any] | None, *, steps: int) -> Schedule | None:
-    """What `config.schedule` multiplies the learning rate with, or None where it never changes."""
+def warmup_cosine(*, warmup: float, final: float, total: int, where: str) -> Schedule:
+    """Rises linearly to 1, then falls to `final` along half a period of a cosine.
+
+        min((t + 1) / w, 1) (final + (1 - final) (1 + cos(pi (t - w)_+ / (T - w))) / 2)
+
+    Args:
+        warmup: share of the run that the rise takes, `w = warmup T` steps, at least one.
+        final: what is left at the end.
+        total: steps `T` of the run.
+        where: named in errors.
+
+    Returns:
+        The value as a function of the step, counted from 0.
+
+    Raises:
+        ValueError: shares that are none.
+
+    >>> factor = warmup_cosine(warmup=0.2, final=0.0, total=10, where="here")
+    >>> print([round(float(factor(step)), 2) for step in (0, 1, 2, 6, 10)])
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if not 0 <= warmup < 1 or not 0 <= final <= 1:
+        raise ValueError(
+            f"{where}: got warmup={warmup} and final={final}, expected 0 <= warmup < 1 and "
+            "0 <= final <= 1"
+        )
+    rise = max(round(warmup * total), 1)
+
+    def schedule(step: Any) -> Any:
+        done = jnp.clip((step - rise) / max(total - rise, 1), 0, 1)
+        fall = final + (1 - final) * (1 + jnp.cos(jnp.pi * done)) / 2
+        return jnp.minimum((step + 1) / rise, 1) * fall
+
+    return schedule
+
+
+def rate_factor(
+    section: Mapping[str, Any] | None, *, steps: int, epochs: int = 0
+) -> Schedule | None:
+    """What `config.schedule` multiplies the learning rate with, or None where it never changes:
+    `{"epochs": ..., "factors": ...}`, or `{"warmup": ..., "final": ...}` over all `epochs`.
+    """
     if not section:
         return None
-    return piecewise(
-        epochs=section["epochs"], values=section["factors"], steps=steps, where="config.schedule"
-    )
+    where = "config.schedule"
+    if "warmup" in section:
+        return warmup_cosine(**section, total=steps * epochs, where=where)
+    return piecewise(epochs=section["epochs"], values=section["factors"], steps=steps, where=where)
 
 
 def resolve(options: Mapping[str, Any], *, steps: int, where: str) -> dict[str, Any]:

@@ -16,9 +16,10 @@ _OF_THE_SWEEP |= {
     "checkpoint_seconds",
     "evaluation_batch",
 }
-# Entries that change nothing where they are 0 or False, so that runs made before there were any
+# Entries that change nothing where they are 0, False or empty, so that runs made before there were any
 # stay valid.
 _OFF_AT_ZERO = ("report_every", "evaluate_every", "budget_seconds", "python_loop", "subsample")
+_OFF_AT_ZERO += ("schedule",)
 
 
 def of(config: ml_collections.ConfigDict, optimizer: str) -> ml_collections.ConfigDict:

@@ -10,9 +10,6 @@ from kfac_optax.experiments import clock, results
 from kfac_optax.experiments.results import Run
 from kfac_optax.experiments.stored import Costs, Problem
 
-# What Optax has; everything else that is compared is this library's.
-OF_OPTAX = ("sgd", "adam", "adamw", "lion", "sophia", "muon")
-
 
 class Loss(NamedTuple):
     """Training loss of a method at one moment.
@@ -39,6 +36,7 @@ class Row(NamedTuple):
     Attributes:
         optimizer: its key in `OPTIMIZERS`.
         rate: the best one, by the final loss.
+        edge: whether no rate beyond it was tried on one side, among several.
         group: its runs, one for each seed.
         losses: at each of `MOMENTS`.
         ms_per_step: mean over the seeds.
@@ -48,6 +46,7 @@ class Row(NamedTuple):
 
     optimizer: str
     rate: float
+    edge: bool
     group: Sequence[Run]
     losses: dict[str, Loss]
     ms_per_step: float
@@ -101,8 +100,8 @@ def standing(problem: Problem, *, seconds: float | None, epochs: float) -> Stand
             "epochs": _loss(group, _epochs, epochs, goes_on=False),
             "end": _mean(results.finals(group, "train_loss")),
         }
-        ms = _ms(group)
-        rows.append(Row(name, rate, group, losses, ms, ms / sgd, problem.costs[name]))
+        ms, edge = _ms(group), _is_edge(problem.runs, name, rate)
+        rows.append(Row(name, rate, edge, group, losses, ms, ms / sgd, problem.costs[name]))
     rows = sorted(_ranked(rows), key=lambda row: row.losses["end"].rank or len(rows) + 1)
     return Standing(problem, seconds, epochs, rows)
 
@@ -111,6 +110,11 @@ def _seconds(problem: Problem, best: results.Runs) -> float:
     budget = max(own.get("budget_seconds") or 0.0 for own in problem.settings.values())
     totals = [clock.elapsed(run)[-1] for group in best.values() for run in group]
     return budget or float(np.median(totals))
+
+
+def _is_edge(runs: results.Runs, optimizer: str, rate: float) -> bool:
+    tried = [other for name, other in runs if name == optimizer]
+    return len(tried) > 1 and rate in (min(tried), max(tried))
 
 
 def _epochs(run: Run) -> np.ndarray:

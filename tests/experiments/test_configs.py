@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from kfac_optax.experiments import models, results, settings, train
+from kfac_optax.experiments import models, results, settings, sweep, train
 from kfac_optax.experiments.checkpoints import Store
 from kfac_optax.experiments.results import Job
 from tests.experiments import data_files
@@ -182,8 +182,31 @@ def test_the_paper_gives_optimizers_their_own_batches_and_rates():
 def test_the_autoencoder_needs_no_files_for_its_digits():
     config = read_config("fashion_mnist_autoencoder", "digits")
     assert config.data.name == "digits" and config.name == "digits_autoencoder"
-    with pytest.raises(ValueError, match="got 'mnist', expected 'fashion_mnist' or 'digits'"):
+    with pytest.raises(ValueError, match="got 'mnist', expected one of .'fashion_mnist', 'digits'"):
         read_config("fashion_mnist_autoencoder", "mnist")
+
+
+RACES = ("digits", "char_transformer", "fashion_mnist_cnn", "fashion_mnist_autoencoder")
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_a_race_has_one_grid_and_one_budget(name):
+    config, default = read_config(name, "race"), read_config(name)
+    assert config.name == f"{default.name}_race" and config.model == default.model
+    assert {"adamw", "lion", "sophia", "muon", "soap", "kfac", "two_level_adaptive"} <= set(
+        config.optimizers
+    )
+    own = [settings.of(config, optimizer) for optimizer in config.optimizers]
+    assert len({(one.epochs, one.batch_size, one.budget_seconds, one.grid) for one in own}) == 1
+    # AdamW alone has a schedule; without one the runs are those of before there were any
+    scheduled = [optimizer for optimizer, one in zip(config.optimizers, own) if one.schedule]
+    assert scheduled == ["adamw"]
+    assert "schedule" not in results.run_settings(config, Job("sgd", 0.1, 0))
+    assert results.run_settings(settings.of(config, "adamw"), Job("adamw", 0.1, 0))["schedule"]
+    config.data_dir = "somewhere"
+    sweep.validate(config)
+    with pytest.raises(ValueError, match="got 'rally', expected one of"):
+        read_config(name, "rally")
 
 
 def test_the_paper_leaves_norm_layers_of_the_deep_linear_net_alone():

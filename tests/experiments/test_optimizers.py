@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 import kfac_optax as ko
 from kfac_optax.experiments import plots, results, settings, steps, train
+from kfac_optax.experiments.compared import OF_OPTAX
 from kfac_optax.experiments.optimizers import OPTIMIZERS, Curved
 from tests import helpers
 from tests.experiments.conftest import read_config
@@ -54,7 +56,7 @@ def one_step(name):
     return state, functools.partial(step, due=due)
 
 
-@pytest.mark.parametrize("name", [*ko.CATALOGUE, "kfra"])
+@pytest.mark.parametrize("name", [*ko.CATALOGUE, "kfra", "adamw", "lion"])
 def test_every_method_of_the_catalogue_takes_a_step(name):
     """Traced: nothing runs, but all that its update needs is there, and the state stays as it is."""
     start, step = one_step(name)
@@ -100,9 +102,9 @@ def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
     np.testing.assert_allclose(spread, (1 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
 
 
-@pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs"])
+@pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs", "sophia"])
 def test_those_with_needs_of_their_own_change_the_parameters(name):
-    """Parameters drawn from a posterior; losses of the data, and a second pass."""
+    """Parameters drawn from a posterior; losses of the data, and a second pass; drawn labels."""
     start, step = one_step(name)
     before = jax.jit(start)()
     after, reports = jax.jit(step)(before)
@@ -120,6 +122,22 @@ def test_every_variant_of_the_family_has_one_grid_and_every_method():
     assert len({config.name for config in configs}) == 3
     with pytest.raises(ValueError, match="got 'mnist', expected one of"):
         read_config("family", "mnist")
+
+
+def test_baselines_are_those_of_optax():
+    """With the weight decay of the configuration, which they subtract themselves."""
+    config = ml_collections.ConfigDict({"weight_decay": 0.1, "momentum": 0.9})
+    params = {"w": jnp.arange(6.0).reshape(2, 3)}
+    grads = jax.tree.map(jnp.sin, params)
+    for name, own in (
+        ("adamw", optax.adamw(0.1, weight_decay=0.1)),
+        ("lion", optax.lion(0.1, weight_decay=0.1)),
+    ):
+        made = OPTIMIZERS[name].build(config, None, 0.1)
+        updates, _ = made.update(grads, made.init(params), params)
+        expected, _ = own.update(grads, own.init(params), params)
+        np.testing.assert_array_equal(updates["w"], expected["w"])
+    assert set(OF_OPTAX) <= set(OPTIMIZERS)
 
 
 def test_labels_and_styles_tell_them_apart():

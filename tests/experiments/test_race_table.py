@@ -104,6 +104,9 @@ def test_the_command_writes_one_table_and_one_figure(folders, tmp_path, capsys):
     assert len(cells) == 6
     assert cells["first", "sgd"]["state_bytes"] == "800"
     assert cells["first", "adam"]["state_bytes"] == ""
+    assert cells["first", "sgd"]["edge_of_grid"] == "True"
+    assert cells["first", "adam"]["edge_of_grid"] == "False"
+    assert "| 3* (2) |" in next(line for line in lines if line.startswith("| SGD"))
     assert cells["first", "kfac_two_level"]["rank_seconds"] == "1"
     assert (out / "race.png").stat().st_size > 1000
 

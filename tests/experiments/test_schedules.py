@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import optax
 import pytest
 
 from kfac_optax.experiments import schedules
@@ -42,3 +43,21 @@ def test_options_may_change_with_the_epoch():
 def test_bad_schedules_are_refused(section, message):
     with pytest.raises(ValueError, match=message):
         schedules.rate_factor(section, steps=10)
+
+
+def test_a_warm_up_and_a_cosine_take_all_epochs():
+    section = {"warmup": 0.1, "final": 0.2}
+    factor = schedules.rate_factor(section, steps=10, epochs=4)
+    got = [float(jax.jit(factor)(step)) for step in (0, 1, 3, 4, 22, 40)]
+    # four steps up, then 1 to 0.2 in 36
+    np.testing.assert_allclose(got, [0.25, 0.5, 1.0, 1.0, 0.6, 0.2], rtol=1e-6)
+    # that of Optax, which begins at zero
+    optax_own = optax.warmup_cosine_decay_schedule(0.25, 1.0, 3, 39, 0.2)
+    steps = np.arange(3)
+    np.testing.assert_allclose([factor(i) for i in steps], [optax_own(i) for i in steps], rtol=1e-6)
+    # a constant rate
+    assert float(schedules.rate_factor({"warmup": 0.0, "final": 1.0}, steps=10, epochs=4)(0)) == 1.0
+    with pytest.raises(
+        ValueError, match=r"config.schedule: got warmup=1.5 and final=0.0, expected"
+    ):
+        schedules.rate_factor({"warmup": 1.5, "final": 0.0}, steps=10, epochs=4)
