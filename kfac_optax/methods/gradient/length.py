@@ -23,9 +23,13 @@ def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.A
         rank = min(n, entries // n) * (1 if kind == FULL else n)
         bound *= rank ** (1 / len(group.block))
     # w, the weight of this step in its statistic
-    largest = jnp.sqrt(bound / weight)
+    return no_longer_than(group, u, bound / weight)
+
+
+def no_longer_than(group: Group, u: jax.Array, square: jax.Array) -> jax.Array:
+    """Updates cut to a squared length, every copy by itself."""
     size = norms(u.reshape(group.copies, 1, -1))
     usable = jnp.isfinite(size) & (size > 0)
-    share = largest / jnp.where(usable, size, 1)
+    share = jnp.sqrt(square) / jnp.where(usable, size, 1)
     scale = jnp.where(usable, jnp.minimum(share, 1), 1)
     return u * scale.reshape(-1, *[1] * len(group.block))

@@ -13,6 +13,7 @@ from kfac_optax._validate import Checked
 from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.roots import inverse_root_of_values
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import FULL, Group, Rules, statistic
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
@@ -57,6 +58,8 @@ class Phases(NamedTuple):
         run after `previous`, the last result of the group before.
       observe: `step -> tensors` by group that statistics are taken of.
       in_turn: whether `take_in` factorises matrices: groups then come one after another.
+      whiten: `(group, step, factors, inverses) -> matrices` by axis that `take_in` gets as a last
+        argument; None where statistics of an axis know nothing of the other axes.
     """
 
     start: Callable[..., tuple[ByAxis, ByAxis]]
@@ -65,6 +68,7 @@ class Phases(NamedTuple):
     refresh: Callable[..., tuple[ByAxis, PyTree]] = no_refresh
     observe: Callable[[Step], dict[str, jax.Array]] = gradient_itself
     in_turn: bool = False
+    whiten: Callable[..., ByAxis] | None = None
 
 
 def by_phases(
@@ -94,7 +98,7 @@ def by_phases(
     def advance(step: Step, held: Any) -> Advanced:
         weights = _weights(step)
         with jax.named_scope(f"{name}/statistics"):
-            factors, skipped = _statistics(phases, step, held.factors, weights)
+            factors, skipped = _statistics(phases, step, held, weights)
         with jax.named_scope(f"{name}/roots"):
             inverses, failed = _refreshed(phases, step, factors, held.inverses)
         with jax.named_scope(f"{name}/precondition"):
@@ -130,7 +134,7 @@ def _weights(step: Step) -> Weights:
 
 
 def _statistics(
-    phases: Phases, step: Step, factors: gate.Held, weights: Weights
+    phases: Phases, step: Step, state: Any, weights: Weights
 ) -> tuple[gate.Held, jax.Array]:
     """Factors with those of this step in them, and how many were not finite."""
 
@@ -140,13 +144,16 @@ def _statistics(
         new: gate.Held = {}
         previous: PyTree = ()
         for group in step.groups:
-            tensors = after(observed[group.name], previous)
-            new[group.name] = phases.take_in(group, tensors, held[0][group.name], weights)
+            tensors, own = after(observed[group.name], previous), held[0][group.name]
+            across = ()
+            if phases.whiten is not None:
+                across = (phases.whiten(group, step, own, state.inverses[group.name]),)
+            new[group.name] = phases.take_in(group, tensors, own, weights, *across)
             previous = new[group.name] if phases.in_turn else ()
         return gate.accepted(new, held[0], step.finite)
 
     none = jnp.zeros((), jnp.int32)
-    return gate.when_due(_due(step, "curvature_every"), measured, (factors, none))
+    return gate.when_due(_due(step, "curvature_every"), measured, (state.factors, none))
 
 
 def _refreshed(
@@ -195,3 +202,8 @@ def identities(group: Group, dtype: Any) -> ByAxis:
         identity = jnp.eye(group.block[i], dtype=dtype)
         made[str(i)] = jnp.tile(identity, (group.copies, 1, 1))
     return made
+
+
+def diagonal_root(values: jax.Array, p: int, ridge: jax.Array) -> jax.Array:
+    """Roots of diagonals, `[copies, n]`, which are never stale."""
+    return jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)

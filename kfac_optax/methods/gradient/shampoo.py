@@ -12,7 +12,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
-from kfac_optax.linalg.roots import METHODS, inverse_root, inverse_root_of_values
+from kfac_optax.linalg.roots import METHODS, inverse_root
 from kfac_optax.methods.gradient.axes import (
     DIAGONAL,
     FULL,
@@ -22,6 +22,7 @@ from kfac_optax.methods.gradient.axes import (
     check_rules,
 )
 from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, check_statistics, kl_phases
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
 from kfac_optax.methods.gradient.phases import (
@@ -30,6 +31,7 @@ from kfac_optax.methods.gradient.phases import (
     Weights,
     averaged_in,
     by_phases,
+    diagonal_root,
     identities,
     zeros_by_axis,
 )
@@ -55,6 +57,7 @@ def scale_by_shampoo(
     nesterov: bool = False,
     graft: str | optax.GradientTransformation | None = None,
     root: int | None = None,
+    statistics: str = OUTER,
     inverse: str = "eigh",
     max_dim: int = 1024,
     merge: int = 16,
@@ -95,6 +98,12 @@ def scale_by_shampoo(
         transformation; `None` leaves it. It gets the gradient in the dtype of the state. Each layer
         of a stacked leaf has a norm of its own.
       root: `p` of `H^(-1/p)`; default twice the number of axes. 2 gives `L^(-1/2) G R^(-1/2)`.
+      statistics: `"outer"`, those above; `"kl"`, those whose product is nearest to the second
+        moment of the gradient (KL-Shampoo), `L <- e L + (1 - e) G R^(-1) G^T / q` and
+        `R <- e R + (1 - e) G^T L^(-1) G / p` of a matrix `[p, q]`, for averages. `R^(-1)` and
+        `L^(-1)` are of the last roots, all roots are square roots, `L^(-1/2) G R^(-1/2)`, and no
+        update has a mean square above `1 / w`. Keep `inverse_every` below the `1 / (1 - decay)`
+        steps that an average remembers.
       inverse: `"eigh"` or `"newton"`, see `inverse_root`.
       max_dim: axes longer than this are long.
       merge: neighbouring axes are merged, from the left, while their product is at most this and
@@ -122,13 +131,17 @@ def scale_by_shampoo(
 
     References: Gupta, Koren & Singer, Shampoo: Preconditioned Stochastic Tensor Optimization
       (2018), algorithm 2; Anil, Gupta, Koren, Regan & Singer, Scalable Second Order Optimization
-      for Deep Learning (2020), for averages, splitting, Newton's iteration and grafting.
+      for Deep Learning (2020), for averages, splitting, Newton's iteration and grafting; Lin, Lowe,
+      Dangel, Eschenhagen, Xu & Grosse, Understanding and Improving Shampoo and SOAP via
+      Kullback-Leibler Minimization (2025), for `"kl"`; how gradients begin to count there is this
+      library's.
     """
     where = "scale_by_shampoo"
     rules = Rules(max_dim, merge, long_axes, vectors, stacked)
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
     check_choice(where, "inverse", inverse, METHODS)
     check_root(where, root)
+    check_statistics(where, statistics, decay, root)
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
@@ -137,6 +150,8 @@ def scale_by_shampoo(
         graft_of(where, graft), momentum=momentum is not None, nesterov=nesterov
     )
     phases = shampoo_phases(root, inverse)
+    if statistics == KL:
+        phases = kl_phases(shampoo_phases(2, inverse))
     return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
 
 
@@ -190,8 +205,3 @@ def power_of(group: Group, root: int | None) -> int:
     """`p` of the roots `H^(-1/p)`."""
     # k axes with the root 2 k each: together the inverse root
     return 2 * len(group.block) if root is None else root
-
-
-def diagonal_root(values: jax.Array, p: int, ridge: jax.Array) -> jax.Array:
-    """Roots of diagonals, `[copies, n]`, which are never stale."""
-    return jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)

@@ -33,9 +33,10 @@ from kfac_optax.methods.gradient.phases import (
     Phases,
     Weights,
     by_phases,
+    diagonal_root,
     zeros_by_axis,
 )
-from kfac_optax.methods.gradient.shampoo import check_root, diagonal_root, power_of
+from kfac_optax.methods.gradient.shampoo import check_root, power_of
 from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature

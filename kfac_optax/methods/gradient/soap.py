@@ -25,10 +25,17 @@ from kfac_optax.methods.gradient.axes import (
     check_rules,
 )
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
+from kfac_optax.methods.gradient.kl_statistics import (
+    KL,
+    OUTER,
+    check_statistics,
+    kl_averaged_in,
+)
 from kfac_optax.methods.gradient.momenta import zeros
-from kfac_optax.methods.gradient.phases import averaged_in, identities
+from kfac_optax.methods.gradient.phases import ByAxis, averaged_in, diagonal_root, identities
 
 BASES = ("qr", "eigh")
+_RIDGE = 1e-6  # of inverses in statistics, relative to the largest eigenvalue
 
 
 class SoapState(NamedTuple):
@@ -50,6 +57,7 @@ def scale_by_soap(
     decay: ScalarOrSchedule = 0.95,
     inverse_every: ScalarOrSchedule = 10,
     basis: str = "qr",
+    statistics: str = OUTER,
     max_dim: int = 4096,
     merge: int = 16,
     long_axes: str = "identity",
@@ -86,6 +94,9 @@ def scale_by_soap(
       decay: of the statistics, `L <- e L + (1 - e) G G^T`, `e = min(1 - 1/t, decay)`; 1 sums them.
       inverse_every: period of the bases, in steps.
       basis: `"qr"`, the power iteration; `"eigh"`, eigenvectors every time.
+      statistics: `"outer"`, those above; `"kl"`, those whose product is nearest to the second
+        moment of the gradient, `L <- e L + (1 - e) G R^(-1) G^T / q` and the same of `R` with
+        `R^(-1) = Q_R diag(Q_R^T R Q_R)^(-1) Q_R^T`, for averages (KL-SOAP).
       max_dim: axes longer than this are long.
       merge: neighbouring axes are merged, from the left, while their product is at most this and
         two axes are left; 1 merges none.
@@ -113,12 +124,15 @@ def scale_by_soap(
      [ 0. -1.]]
 
     Reference: Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson & Kakade, SOAP: Improving
-      and Stabilizing Shampoo using Adam (2024), algorithm 3.
+      and Stabilizing Shampoo using Adam (2024), algorithm 3; Lin, Lowe, Dangel, Eschenhagen, Xu &
+      Grosse, Understanding and Improving Shampoo and SOAP via Kullback-Leibler Minimization (2025),
+      for `"kl"`.
     """
     where = "scale_by_soap"
     rules = Rules(max_dim, merge, long_axes, vectors, stacked, sides)
     check_rules(where, rules, (IDENTITY, "split"), (IDENTITY, FULL))
     check_choice(where, "basis", basis, BASES)
+    check_statistics(where, statistics, decay)
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
 
     def advance(step: Step, state: Any) -> Advanced:
@@ -133,7 +147,11 @@ def scale_by_soap(
             new = {}
             for group in step.groups:
                 mine, held = step.tensors[group.name], state.factors[group.name]
-                new[group.name] = averaged_in(group, mine, held, weights)
+                if statistics == KL:
+                    across = _whiteners(held, state.bases[group.name])
+                    new[group.name] = kl_averaged_in(group, mine, held, weights, across)
+                else:
+                    new[group.name] = averaged_in(group, mine, held, weights)
             factors, skipped = gate.accepted(new, state.factors, step.finite)
 
         def refresh(held: tuple) -> tuple:
@@ -183,6 +201,18 @@ def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
         # Q_L (...) Q_R^T
         tensors[name] = _rotated(u, q, back=True)
     return tensors, mu, nu
+
+
+def _whiteners(factors: ByAxis, bases: ByAxis) -> ByAxis:
+    """`W` with `W^T W = Q diag(Q^T H Q)^(-1) Q^T`, by axis."""
+    made = {}
+    for axis, q in bases.items():
+        with jax.default_matmul_precision("highest"):
+            values = jnp.sum(q * (factors[axis] @ q), axis=1)
+        # a direction that rounding alone knows counts as much as one of this share
+        roots = diagonal_root(values, 2, jnp.asarray(_RIDGE, q.dtype))
+        made[axis] = roots[:, :, None] * q.mT
+    return made
 
 
 def _rotated(tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool) -> jax.Array:
