@@ -19,7 +19,12 @@ from jax.sharding import PartitionSpec as P
 import kfac_optax as ko
 from kfac_optax.linalg import example_moments
 from tests import helpers as h
-from tests.compat import catalogue_checks, model_parallel_checks, placement_checks
+from tests.compat import (
+    catalogue_checks,
+    model_parallel_checks,
+    own_gradient_checks,
+    placement_checks,
+)
 
 DEVICES, EXAMPLES = 8, 16
 
@@ -783,6 +788,7 @@ OF_ALL_FILES = {
         placement_checks.CHECKS,
         model_parallel_checks.CHECKS,
         catalogue_checks.CHECKS,
+        own_gradient_checks.CHECKS,
     )
     for name, check in checks.items()
 }

@@ -11,6 +11,7 @@ import pytest
 
 from tests.compat.device_checks import CHECKS
 from tests.compat.model_parallel_checks import CHECKS as OF_PARAMETERS
+from tests.compat.own_gradient_checks import CHECKS as OF_OWN_GRADIENTS
 from tests.compat.placement_checks import CHECKS as OF_PLACEMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,7 +23,7 @@ GROUPS = [
     NAMES[10:12],
     NAMES[12:],
     [*OF_PLACEMENT],
-    [*OF_PARAMETERS, "catalogue"],
+    [*OF_PARAMETERS, *OF_OWN_GRADIENTS, "catalogue"],
     pytest.param(["catalogue_everywhere"], marks=pytest.mark.slow),
 ]
 

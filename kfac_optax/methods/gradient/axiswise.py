@@ -12,6 +12,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_legal, start_checked
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import Group, Rules, make_groups
+from kfac_optax.methods.gradient.varying import varying_as
 
 
 class Start(NamedTuple):
@@ -93,12 +94,14 @@ def transformation(method: Axiswise) -> optax.GradientTransformationExtraArgs:
             return method.state(gate.no_counts(), *parts, given)
         groups = make_groups(method.where, leaves, method.rules)
         parts = method.start(Start(groups, gate.state_dtype(leaves), params))
-        return method.state(gate.no_counts(), *parts, given)
+        return varying_as(method.state(gate.no_counts(), *parts, given), params)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         leaves = named_leaves(updates)
         if not leaves:
             return updates, state
+        # each device goes its own way where gradients do
+        state = varying_as(state, (updates, extra))
         groups = make_groups(method.where, leaves, method.rules)
         held = getattr(state, method.groups_in)
         gate.check_groups(method.where, groups, held)

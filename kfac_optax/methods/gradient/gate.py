@@ -13,6 +13,7 @@ from kfac_optax._validate import Checked, checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import Group, gather, scatter
+from kfac_optax.methods.gradient.varying import varying_as
 from kfac_optax.step_rules._per_layer import within
 
 Held = dict[str, dict[str, Any]]  # by group, then by axis
@@ -183,7 +184,10 @@ def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
     """`change(held)` where due, in a branch of its own unless that is known."""
     if isinstance(due, bool):
         return change(held) if due else held
-    return jax.lax.cond(due, change, lambda held: held, held)
+    # both branches differ between devices where one of them does
+    held = varying_as(held, (due, held))
+    changed = lambda held: varying_as(change(held), (due, held))
+    return jax.lax.cond(due, changed, lambda held: held, held)
 
 
 def counted(

@@ -33,6 +33,7 @@ from kfac_optax.methods.gradient.kl_statistics import (
 )
 from kfac_optax.methods.gradient.momenta import zeros
 from kfac_optax.methods.gradient.phases import ByAxis, averaged_in, diagonal_root, identities
+from kfac_optax.methods.gradient.varying import varying_as
 
 BASES = ("qr", "eigh")
 _RIDGE = 1e-6  # of inverses in statistics, relative to the largest eigenvalue
@@ -255,7 +256,7 @@ def _eigenvectors(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Arr
     # psd_eigh gives values in ascending order
     vectors = jax.vmap(psd_eigh)(matrices).vectors[..., ::-1]
     order = jnp.broadcast_to(jnp.arange(q.shape[-1]), q.shape[:-1])
-    return vectors, order
+    return vectors, varying_as(order, matrices)
 
 
 def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -266,7 +267,8 @@ def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array
         values = jnp.sum(q * products, axis=1)
         order = jnp.argsort(-values, axis=-1)
         sorted_products = jnp.take_along_axis(products, order[:, None, :], axis=2)
-        return jnp.linalg.qr(sorted_products)[0], order
+        # positions have no part in what JAX knows of devices
+        return jnp.linalg.qr(sorted_products)[0], varying_as(order, matrices)
 
 
 def _in_order(tensors: jax.Array, axis: int, order: jax.Array) -> jax.Array:

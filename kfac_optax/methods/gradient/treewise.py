@@ -17,6 +17,7 @@ from kfac_optax._validate import Checked, check_legal, check_real, start_checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.methods.gradient import gate
+from kfac_optax.methods.gradient.varying import varying_as
 from kfac_optax.step_rules._per_layer import within
 
 
@@ -98,12 +99,15 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
     def init(params: PyTree) -> TreeState:
         check_real(rule.where, named_leaves(params))
         held = rule.start(params, wide_dtype(params))
-        return TreeState(gate.no_counts(), held, start_checked(**rule.hyper))
+        state = TreeState(gate.no_counts(), held, start_checked(**rule.hyper))
+        return varying_as(state, params)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         if not jax.tree.leaves(updates):
             return updates, state
         check_real(rule.where, named_leaves(updates))
+        # each device goes its own way where gradients do
+        state = varying_as(state, (updates, extra))
         dtype, counts = wide_dtype(state.held), state.counts
         gradient = jax.tree.map(lambda x: x.astype(dtype), updates)
         finite = finite_as_one(gradient)
