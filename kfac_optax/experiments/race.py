@@ -122,7 +122,8 @@ def _margin(order: Sequence[Row], moment: str) -> str:
     # of a single seed there is nothing to say
     if min(len(first), len(second)) > 1:
         note = ", on every seed" if max(first) < min(second) else ", seeds overlap"
-    return f", then {_named(order[1], moment)}{note}"
+    level = order[0].losses[moment].rank == order[1].losses[moment].rank
+    return f", {'level with' if level else 'then'} {_named(order[1], moment)}{note}"
 
 
 def _details(found: Standing) -> list[dict[str, Any]]:

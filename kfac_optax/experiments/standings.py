@@ -148,8 +148,10 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
     places: dict[str, dict[str, int]] = {}
     for moment in MOMENTS:
         there = [row for row in rows if math.isfinite(row.losses[moment].mean)]
-        there.sort(key=lambda row: (row.diverged > 0, row.losses[moment].mean))
-        places[moment] = {row.optimizer: i for i, row in enumerate(there, 1)}
+        keys = {r.optimizer: (r.diverged > 0, r.losses[moment].mean) for r in there}
+        # equal losses share a rank
+        order = sorted(keys.values())
+        places[moment] = {name: order.index(key) + 1 for name, key in keys.items()}
     ranked = []
     for row in rows:
         losses = {

@@ -85,6 +85,14 @@ def test_a_method_that_lost_a_seed_is_behind_all_others(folders):
     assert ranks == {"kfac_two_level": 2.0, "adam": 1.5, "sgd": 2.5}
 
 
+def test_equal_losses_share_a_rank(folders, deep_linear):
+    write(folders[1], deep_linear, Job("muon", 0.1, 0), [3, 1, 0.4, 0.3], **SIZES)
+    found = standings.standing(stored.read(folders[1]), seconds=1.0, epochs=2)
+    ranks = {row.optimizer: row.losses["end"].rank for row in found.rows}
+    assert ranks == {"adam": 1, "muon": 1, "sgd": 3, "kfac_two_level": None}
+    assert "in the end: Adam 0.3, level with Muon 0.3" in race.verdicts(found)[2]
+
+
 def test_the_command_writes_one_table_and_one_figure(folders, tmp_path, capsys):
     out = tmp_path / "out"
     race.main([*map(str, folders), "--seconds=1", "--epochs=2", f"--out={out}"])
