@@ -83,6 +83,7 @@ from kfac_optax.methods.gradient.labels import axes_table, matrix_labels
 from kfac_optax.methods.gradient.mfac import mfac
 from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.psgd_kron import psgd_kron
+from kfac_optax.methods.gradient.psgd_lra import psgd_lra
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.sketchy import scale_by_sketchy, sketchy
 from kfac_optax.methods.gradient.soap import scale_by_soap
@@ -241,6 +242,7 @@ __all__ = [
     "prune",
     "pruning_scores",
     "psgd_kron",
+    "psgd_lra",
     "quadratic_step",
     "quasi_diagonal",
     "quasi_diagonal_block",

@@ -44,6 +44,7 @@ _LABELS = {
     "jorge": "Jorge",
     "mfac": "M-FAC",
     "psgd_kron": "PSGD, Kronecker",
+    "psgd_lra": "PSGD, low rank",
     "adahessian": "AdaHessian",
     "vadam": "Vadam",
 }

@@ -17,6 +17,7 @@ MAKE = {
     "mfac": lambda: ko.mfac(window=3, damping=0.1),
     "tonga": lambda: ko.tonga(rank=1, block=2),
     "psgd_kron": lambda: ko.psgd_kron(fit_probability=1.0),
+    "psgd_lra": lambda: ko.psgd_lra(rank=2, fit_probability=1.0),
     "adahessian": lambda: ko.adahessian(curvature_every=2),
     "esgd": lambda: ko.esgd(curvature_every=2),
     "vadam": lambda: ko.vadam(),

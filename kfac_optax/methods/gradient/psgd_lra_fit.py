@@ -1,0 +1,162 @@
+"""How PSGD fits a matrix of low rank beside the identity, times a diagonal."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kfac_optax._tree import all_finite, select
+from kfac_optax.linalg.division import positive_or_one
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class LowRank(NamedTuple):
+    """`Q = (I + U V^T) diag(d)`; a scale of zero says that nothing is known yet."""
+
+    u: Float[Array, "n r"]
+    v: Float[Array, "n r"]
+    d: Float[Array, " n"]
+
+
+def times(q: LowRank, x: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """`Q x`, row by row."""
+    scaled = q.d * x
+    return scaled + _product(scaled, q.v, q.u)
+
+
+def transposed_times(q: LowRank, x: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """`Q^T x`, row by row."""
+    return q.d * (x + _product(x, q.u, q.v))
+
+
+def preconditioned(q: LowRank, x: Float[Array, " n"]) -> Float[Array, " n"]:
+    """`P x = Q^T Q x`.
+
+    >>> q = LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[0.0], [1.0]]), jnp.array([1.0, 2.0]))
+    >>> print(preconditioned(q, jnp.array([1.0, 1.0])))  # Q = [[1, 2], [0, 2]]
+    [ 3. 10.]
+    """
+    return transposed_times(q, times(q, x[None]))[0]
+
+
+def _product(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`right left^T x`, row by row."""
+    small = jnp.matmul(x, left, precision=_HIGHEST)
+    return jnp.matmul(small, right.T, precision=_HIGHEST)
+
+
+def _without(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """`(I + right left^T)^{-1} x`, row by row, by Woodbury's formula."""
+    inner = jnp.eye(left.shape[1], dtype=x.dtype) + jnp.matmul(left.T, right, precision=_HIGHEST)
+    small = jnp.linalg.solve(inner, jnp.matmul(left.T, x.T, precision=_HIGHEST))
+    return x - jnp.matmul(right, small, precision=_HIGHEST).T
+
+
+def _inverse_of(q: LowRank) -> jax.Array:
+    """`V (I + U^T V)^{-1}`: `Q^{-T} = (I - V (I + U^T V)^{-1} U^T) diag(d)^{-1}`."""
+    inner = jnp.eye(q.u.shape[1], dtype=q.u.dtype) + jnp.matmul(q.u.T, q.v, precision=_HIGHEST)
+    return jnp.linalg.solve(inner.T, q.v.T).T
+
+
+def _largest(rows: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Bound of the squared norm of `(I + left right^T) diag(x)`, mean over rows `x`.
+
+    It bounds the second derivative of the criterion by the scales, while the first, a sum over
+    their interactions, may be near zero.
+    """
+    each = jnp.max(jnp.abs(rows), axis=1, initial=0)
+    beside = jnp.sqrt(jnp.square(rows) @ jnp.sum(jnp.square(right), axis=1))
+    return jnp.mean(jnp.square(each + jnp.linalg.norm(left) * beside))
+
+
+class Bounds(NamedTuple):
+    """How large the derivatives of late were, by what they are of; each `shape=()`.
+
+    They fall slowly and are never below that of the step: divided by its own bound alone, a large
+    gradient would count as little as a small one, and the mean step would vanish elsewhere.
+    """
+
+    d: jax.Array
+    u: jax.Array
+    v: jax.Array
+
+
+_KEPT = 0.95  # of a bound, from fit to fit
+
+
+def fitted(
+    q: LowRank,
+    bounds: Bounds,
+    h: Float[Array, "k n"],
+    v: Float[Array, "k n"],
+    rate: Float[Array, ""],
+    of_u: Any,
+) -> tuple[LowRank, Bounds]:
+    """One step of the scales and of `U` or `V` on `k` pairs `(h, v)`.
+
+    The criterion is the mean of `|a|^2 + |b|^2` with `a = Q h` and `b = Q^{-T} v`. For
+    `Q (I + diag(e))` its derivative by `e` is twice `h * P h - v * P^{-1} v`; for
+    `(I + X V^T) Q`, which is `U <- U + X (I + V^T U)`, that by `X` is twice
+    `a (V^T a)^T - b (V^T b)^T`; for `(I + U Y^T) Q`, which is `V <- V + (I + V U^T) Y`, that by `Y`
+    the same with `U`. All move by `rate` over a bound of their change, means of the `k` pairs.
+
+    Args:
+      q: as it was.
+      bounds: as they were, zero at first.
+      h: gradients.
+      v: standard normal numbers.
+      rate: at most 1.
+      of_u: whether `U` moves, and not `V`.
+
+    Returns:
+      The new `Q`, its `U` and `V` made equally large, and the bounds; both as they were where the
+      step is not finite.
+    """
+    a = times(q, h)
+    b = _without(v / positive_or_one(q.d), q.u, q.v)
+    of_h = jnp.mean(h * transposed_times(q, a), axis=0)
+    of_v = jnp.mean(v * _without(b, q.v, q.u) / positive_or_one(q.d), axis=0)
+    own = _largest(q.d * h, q.u, q.v) + _largest(v / positive_or_one(q.d), _inverse_of(q), q.u)
+    of_d = _followed(bounds.d, own)
+    scaled = q._replace(d=q.d * (1 - rate * (of_h - of_v) / positive_or_one(of_d)))
+
+    def move_u(q: LowRank) -> tuple[LowRank, Bounds]:
+        change, own = _relative(a, b, q.v)
+        bound = _followed(bounds.u, own)
+        x = -rate * change / positive_or_one(bound)
+        return q._replace(u=q.u + x + x @ (q.v.T @ q.u)), Bounds(of_d, bound, bounds.v)
+
+    def move_v(q: LowRank) -> tuple[LowRank, Bounds]:
+        change, own = _relative(a, b, q.u)
+        bound = _followed(bounds.v, own)
+        y = -rate * change / positive_or_one(bound)
+        return q._replace(v=q.v + y + q.v @ (q.u.T @ y)), Bounds(of_d, bounds.u, bound)
+
+    with jax.default_matmul_precision("highest"):
+        moved, new_bounds = jax.lax.cond(of_u, move_u, move_v, scaled)
+    new = _balanced(moved), new_bounds
+    return select(all_finite(new), new, (q, bounds))
+
+
+def _followed(bound: jax.Array, own: jax.Array) -> jax.Array:
+    return jnp.maximum(_KEPT * bound + (1 - _KEPT) * own, own)
+
+
+def _relative(a: jax.Array, b: jax.Array, side: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`a (S^T a)^T - b (S^T b)^T`, means of rows, and a bound of the norm of it times `S^T`."""
+    small_a, small_b = a @ side, b @ side
+    bound = sum(
+        jnp.sum(jnp.linalg.norm(x, axis=1) * jnp.linalg.norm(small @ side.T, axis=1))
+        for x, small in ((a, small_a), (b, small_b))
+    )
+    return (a.T @ small_a - b.T @ small_b) / len(a), bound / len(a)
+
+
+def _balanced(q: LowRank) -> LowRank:
+    """`U` and `V` of one size, the product as it was; a side that is zero stays."""
+    sizes = jnp.linalg.norm(q.u), jnp.linalg.norm(q.v)
+    ratio = jnp.sqrt(positive_or_one(sizes[1]) / positive_or_one(sizes[0]))
+    ratio = jnp.where((sizes[0] > 0) & (sizes[1] > 0), ratio, 1)
+    return q._replace(u=q.u * ratio, v=q.v / ratio)
