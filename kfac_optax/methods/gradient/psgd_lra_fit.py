@@ -147,11 +147,13 @@ def _followed(bound: jax.Array, own: jax.Array) -> jax.Array:
 def _relative(a: jax.Array, b: jax.Array, side: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`a (S^T a)^T - b (S^T b)^T`, means of rows, and a bound of the norm of it times `S^T`."""
     small_a, small_b = a @ side, b @ side
-    bound = sum(
-        jnp.sum(jnp.linalg.norm(x, axis=1) * jnp.linalg.norm(small @ side.T, axis=1))
-        for x, small in ((a, small_a), (b, small_b))
-    )
-    return (a.T @ small_a - b.T @ small_b) / len(a), bound / len(a)
+    bound = _lengths(a, small_a @ side.T) + _lengths(b, small_b @ side.T)
+    return (a.T @ small_a - b.T @ small_b) / len(a), bound
+
+
+def _lengths(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean over rows of `|x| |y|`."""
+    return jnp.mean(jnp.linalg.norm(x, axis=1) * jnp.linalg.norm(y, axis=1))
 
 
 def _balanced(q: LowRank) -> LowRank:
