@@ -1,6 +1,7 @@
 """The compared optimizers by name, each a function of the learning rate."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ml_collections
@@ -122,6 +123,10 @@ OPTIMIZERS = {
         "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
     ),
     # last, as the place in this table decides the style in figures
+    "kl_shampoo": Optimizer(
+        "KL-Shampoo", False, whole_preset(partial(ko.shampoo, statistics="kl", decay=0.95))
+    ),
+    "kl_soap": Optimizer("KL-SOAP", False, whole_preset(partial(ko.soap, statistics="kl"))),
     "adamw": Optimizer("AdamW", False, _decoupled(optax.adamw)),
     "lion": Optimizer("Lion", False, _decoupled(optax.lion)),
     "sophia": Optimizer("Sophia-G", True, _sophia, every_step=True),

@@ -6,7 +6,7 @@ import ml_collections
 
 from kfac_optax.experiments.compared import OF_OPTAX
 
-OF_GRADIENTS = ("shampoo", "soap")
+OF_GRADIENTS = ("shampoo", "kl_shampoo", "soap", "kl_soap")
 OF_CURVATURE = ("kfac", "two_level", "kfac_adaptive", "two_level_adaptive")
 GRID = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
 # AdamW is used with a schedule: a tenth of the run to warm up, then half a cosine

@@ -56,7 +56,7 @@ def one_step(name):
     return state, functools.partial(step, due=due)
 
 
-@pytest.mark.parametrize("name", [*ko.CATALOGUE, "kfra", "adamw", "lion"])
+@pytest.mark.parametrize("name", [*ko.CATALOGUE, "kfra", "adamw", "lion", "kl_shampoo", "kl_soap"])
 def test_every_method_of_the_catalogue_takes_a_step(name):
     """Traced: nothing runs, but all that its update needs is there, and the state stays as it is."""
     start, step = one_step(name)

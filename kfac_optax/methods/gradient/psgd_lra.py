@@ -14,7 +14,6 @@ from kfac_optax.methods.gradient import gate, psgd_lra_fit
 from kfac_optax.methods.gradient.psgd_fit import usual_probability
 from kfac_optax.methods.gradient.psgd_lra_fit import Bounds, LowRank
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation
-from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature
 
 
@@ -134,23 +133,3 @@ def _check_length(held: Held, vector: jax.Array) -> None:
             f"psgd_lra.update: the gradient has {len(vector)} entries, but the state is that of "
             f"{len(held.mean)}. Pass a gradient of the parameters that `init` got."
         )
-
-
-RECORDS = (
-    Method(
-        name="psgd_lra",
-        kind="preconditioner",
-        summary="a diagonal and a matrix of low rank over all parameters that learn to whiten the "
-        "gradients, without roots and inverses; gradients alone",
-        paper="Li (2015, 2018)",
-        equation="U = Qᵀ Q m, Q = (I + U Vᵀ) diag(d)",
-        needs=frozenset({"gradient"}),
-        state=lambda sizes: (2 * sizes.r + 2) * sizes.p * sizes.q,
-        state_text="(2 r + 2) p q",
-        cost=("O(r D + r³) for D parameters", "O(r D)"),
-        test="tests/methods/test_psgd_lra.py::test_steps_are_those_of_the_criterion",
-        build=lambda layers, **options: psgd_lra(**(dict(rank=2) | options)),
-        block_of=None,
-        across=lambda layers: 2,  # the bits of the key
-    ),
-)
