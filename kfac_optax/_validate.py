@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfac_optax._legal import LEGAL, is_legal
 from kfac_optax._types import Numeric, ScalarOrSchedule
 
 NO_CURVATURE = """{where}.update got no `curvature`. Pass the lazy curvature of this batch,
@@ -54,62 +55,6 @@ def check_number(
         raise ValueError(f"{where}: {name}={value!r}; expected {name} {' and '.join(wanted)}.")
 
 
-class Legal(NamedTuple):
-    """What a hyperparameter may be, and what is used before it has been that; all are finite."""
-
-    default: float
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-# An int32 step count is divided by periods.
-_PERIOD = {"at_least": 1, "at_most": 2**30}
-
-LEGAL = {
-    "damping": Legal(1e-3, at_least=0),
-    "decay": Legal(0.95, at_least=0, at_most=1),
-    "curvature_every": Legal(10, **_PERIOD),
-    "inverse_every": Legal(100, **_PERIOD),
-    "learning_rate": Legal(1.0, at_least=0),  # no default: a large rate makes clips cautious
-    "kl_clip": Legal(1e-3, above=0),
-    "radius": Legal(1e-3, above=0),
-    "max_rms": Legal(1.0, above=0),
-    "weight_decay": Legal(0.0, at_least=0),
-    "steps": Legal(0.0, at_least=0),
-    "start_step": Legal(0.0, at_least=0),
-    "ridge": Legal(1e-6, at_least=0),
-    "momentum": Legal(0.9, at_least=0, at_most=1),
-    "b1": Legal(0.9, at_least=0, at_most=1),
-    "b2": Legal(0.999, at_least=0, at_most=1),
-    "eps": Legal(1e-8, at_least=0),
-    "fine_weight": Legal(1.0, at_least=0),
-    "coarse_weight": Legal(1.0, at_least=0),
-    "initial_damping": Legal(0.03, above=0),
-    "adapt_every": Legal(5, **_PERIOD),
-    "damping_decay": Legal(0.95, above=0, at_most=1),
-    "damping_min": Legal(0.01, at_least=0),
-    "damping_max": Legal(1e8, above=0),
-    "reject_below": Legal(0.0),
-    "correct_every": Legal(10, **_PERIOD),
-    "norm_constraint": Legal(1e-3, above=0),
-    "refresh_above": Legal(0.01, at_least=0),
-    "freeze_below": Legal(0.001, at_least=0),
-    "root_rate": Legal(1e-2, above=0, at_most=1),
-    "root_momentum": Legal(0.5, at_least=0, at_most=0.999),
-    "critical": Legal(10, at_least=0),
-    "threshold": Legal(2.0, above=0),
-    "mixing": Legal(0.9, at_least=0, at_most=1),
-    "largest": Legal(100.0, above=0),
-    "least_decrease": Legal(0.0),
-    "decrease_decay": Legal(0.99, at_least=0, at_most=1),
-    "patience": Legal(100, at_least=1),
-    "power": Legal(1.0, at_least=0, at_most=2),
-    "fit_rate": Legal(0.1, above=0, at_most=1),
-    "fit_probability": Legal(1.0, at_least=0, at_most=1),
-}
-
-
 class Checked(NamedTuple):
     """What is remembered of a hyperparameter whose value is known only in an update."""
 
@@ -140,7 +85,7 @@ def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
         good = jnp.full((), LEGAL[name].default, jnp.float32)
         if value is not None:
             now = jnp.asarray(resolve(value, jnp.zeros((), jnp.int32)), jnp.float32)
-            good = jnp.where(_is_legal(name, now), now, good)
+            good = jnp.where(is_legal(name, now), now, good)
         # a new array: that of the caller is not given away with the state
         memory[f"given_{name}"] = Checked(jnp.array(good), jnp.zeros((), jnp.int32))
     return memory
@@ -165,7 +110,7 @@ def checked(
     if _concrete(value):
         return value, memory  # type: ignore[return-value]
     value = jnp.asarray(resolve(value, count))
-    good = _is_legal(name, value)
+    good = is_legal(name, value)
     # what is out of range changes neither the value in use nor what is remembered
     used = jnp.where(good, value, before.last_good.astype(value.dtype))
     last = jnp.where(good, value.astype(jnp.float32), before.last_good)
@@ -173,17 +118,15 @@ def checked(
     return used, memory | {key: after}
 
 
-def _is_legal(name: str, value: jax.Array) -> jax.Array:
-    legal = LEGAL[name]
-    # NaN is in no range
-    good = jnp.isfinite(value)
-    if legal.above is not None:
-        good = good & (value > legal.above)
-    if legal.at_least is not None:
-        good = good & (value >= legal.at_least)
-    if legal.at_most is not None:
-        good = good & (value <= legal.at_most)
-    return good
+def legal_or_nan(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
+    """The value of a hyperparameter at a step, NaN where it is out of range: for transformations
+    that leave out and count a step whose numbers are not finite.
+
+    >>> print(legal_or_nan("momentum", lambda count: 0.5 + count, jnp.int32(1)))
+    nan
+    """
+    value = jnp.asarray(resolve(value, count))
+    return jnp.where(is_legal(name, value), value, jnp.nan)
 
 
 def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> None:
@@ -262,6 +205,33 @@ def check_subsample(where: str, name: str, value: Any) -> None:
     raise ValueError(
         f"{where}: {name}={value!r}; expected a fraction in (0, 1], or a number of examples, at "
         "least 2."
+    )
+
+
+def check_axis_name(where: str, axis_name: Any) -> None:
+    """Checks the name of a mapped axis, or several.
+
+    Args:
+      where: for the error.
+      axis_name: `None`, a name, or a tuple or list of names.
+
+    Raises:
+      TypeError: anything else; JAX reads a number as an axis of an array, and would average over
+        examples.
+
+    >>> check_axis_name("kfac", ("data", "model"))
+    >>> check_axis_name("kfac", 0)
+    Traceback (most recent call last):
+    TypeError: kfac: axis_name=0; expected the name of a mapped axis, a tuple of names, or None.
+    """
+    if axis_name is None or isinstance(axis_name, str):
+        return
+    several = isinstance(axis_name, (tuple, list)) and len(axis_name) > 0
+    if several and all(isinstance(name, str) for name in axis_name):
+        return
+    raise TypeError(
+        f"{where}: axis_name={axis_name!r}; expected the name of a mapped axis, a tuple of names, "
+        "or None."
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from kfac_optax._types import Block, Coupling, Layers, PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE
+from kfac_optax._validate import NO_CURVATURE, check_axis_name
 from kfac_optax.engine.arguments import check_factored, check_numbers
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
 from kfac_optax.engine.placement import Placement, checked_placement
@@ -116,6 +116,7 @@ def scale_by_curvature(
     """
     where = "scale_by_curvature"
     check_numbers(where, damping, decay, curvature_every, inverse_every)
+    check_axis_name(where, axis_name)
     parts = check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)

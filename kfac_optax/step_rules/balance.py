@@ -10,7 +10,14 @@ import optax
 
 from kfac_optax._tree import inner, named_leaves, wide_dtype
 from kfac_optax._types import Directions, PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_legal, check_number, checked, start_checked
+from kfac_optax._validate import (
+    Checked,
+    check_axis_name,
+    check_legal,
+    check_number,
+    checked,
+    start_checked,
+)
 from kfac_optax.step_rules._per_layer import like_parameters
 from kfac_optax.step_rules.bound import MODEL_EXAMPLES
 from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
@@ -69,6 +76,7 @@ def balance_parts(
     """
     check_legal("balance_parts", "damping", damping)
     check_number("balance_parts", "examples", examples, at_least=1)
+    check_axis_name("balance_parts", axis_name)
     own_damping = damping
     preconditioner = optax.with_extra_args_support(preconditioner)
 

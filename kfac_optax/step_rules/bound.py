@@ -11,7 +11,14 @@ import optax
 
 from kfac_optax._tree import inner, named_leaves, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import Checked, check_legal, check_number, checked, start_checked
+from kfac_optax._validate import (
+    Checked,
+    check_axis_name,
+    check_legal,
+    check_number,
+    checked,
+    start_checked,
+)
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.step_rules._per_layer import like_parameters
@@ -115,6 +122,7 @@ def bound_step(
     check_legal(where, "damping", damping)
     check_number(where, "momentum", momentum, at_least=0, at_most=0.999)
     check_number(where, "examples", examples, at_least=1)
+    check_axis_name(where, axis_name)
     own_damping = damping
     preconditioner = optax.with_extra_args_support(preconditioner)
 
@@ -244,7 +252,7 @@ def _decide(
     joined = jnp.zeros((len(directions), 2), form.dtype)
     joined = joined.at[:-1, 0].set(mix)
     joined = joined.at[-1, 1].set(1)
-    model = _between(damped, joined)
+    model = sandwich(joined.T, damped, joined)
     slopes_of_both = jnp.sum(joined * slopes[:, None], axis=0)
     rate = solve_model(model, slopes_of_both, momentum=momentum).rate
     # the step may not turn back; without a model momentum goes on
@@ -258,11 +266,6 @@ def _decide(
     scale = jnp.minimum(1, share * longest)
     slope = jnp.sum(rates * slopes[:-1])
     return _Step(rates, jnp.where(usable, scale, 1), slope)
-
-
-def _between(form: jax.Array, columns: jax.Array) -> jax.Array:
-    """`C^T form C`."""
-    return sandwich(columns.T, form, columns)
 
 
 def _as_before(

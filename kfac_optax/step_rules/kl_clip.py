@@ -38,7 +38,7 @@ def clip_by_kl(
     Args:
       preconditioner: any transformation; extra arguments are handed on.
       learning_rate: the rate that the following transformations apply; only used in the formula,
-        `None` only where clipping is off.
+        `None` only where clipping is off. Checked there too if given, but not read.
       kl_clip: the bound; `None` switches clipping off (the state keeps its form).
       layers: only these layers are summed and scaled, with what was given their size
         (`uncovered="graft"` of the table); default: every leaf is a layer.
@@ -57,8 +57,10 @@ def clip_by_kl(
     Reference: Tselepidis, Kohler & Orvieto (2020), equation (10); Ba, Grosse & Martens (2017).
     """
     if kl_clip is not None:
-        check_legal("clip_by_kl", "learning_rate", learning_rate)
         check_legal("clip_by_kl", "kl_clip", kl_clip)
+    # a rate that is not read is still one that was meant
+    if kl_clip is not None or learning_rate is not None:
+        check_legal("clip_by_kl", "learning_rate", learning_rate)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> KLClipState:

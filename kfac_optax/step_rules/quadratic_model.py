@@ -11,7 +11,13 @@ import optax
 
 from kfac_optax._tree import inner, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import NO_CURVATURE, check_number, check_subsample, resolve
+from kfac_optax._validate import (
+    NO_CURVATURE,
+    check_axis_name,
+    check_legal,
+    check_subsample,
+    legal_or_nan,
+)
 from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
 from kfac_optax.step_rules.model_solution import ModelSolution, solve_model
 from kfac_optax.step_rules.model_solution import agreed_mix as agreed_mix
@@ -67,11 +73,12 @@ def quadratic_step(
     - `model_damping`, or else `damping`: replaces this transformation's own; `adapt_damping` passes
       both.
 
-    A step whose model is not finite, or has no minimum, is left out and counted.
+    A step whose model is not finite, or has no minimum, is left out and counted; so is one for which
+    a schedule or a traced number is out of range.
 
     Args:
       learning_rate: fixes the rate; `None` solves for it.
-      momentum: fixes the momentum (0: none); `None` solves for it.
+      momentum: fixes the momentum, at most 1 (0: none); `None` solves for it.
       damping: Tikhonov damping of the model.
       weight_decay: coefficient `w` of a penalty `w/2 ||theta||^2` that the objective contains. The
         gradient has it already; here it is added to the curvature.
@@ -101,10 +108,11 @@ def quadratic_step(
     # what is not given is solved for
     for name, number in (("learning_rate", learning_rate), ("momentum", momentum)):
         if number is not None:
-            check_number(where, name, number, at_least=0)
-    check_number(where, "damping", damping, at_least=0)
-    check_number(where, "weight_decay", weight_decay, at_least=0)
+            check_legal(where, name, number)
+    check_legal(where, "damping", damping)
+    check_legal(where, "weight_decay", weight_decay)
     check_subsample(where, "subsample", subsample)
+    check_axis_name(where, axis_name)
     own_damping = damping
 
     def init(params: PyTree) -> QuadraticState:
@@ -115,8 +123,9 @@ def quadratic_step(
         no_step = jax.tree.map(jnp.zeros_like, params)
         return QuadraticState(no_step, *numbers)
 
-    def given(number: Any, count: Any) -> Any:
-        return None if number is None else resolve(number, count)
+    # NaN where a schedule or a traced number is out of range: the model is then not finite
+    def given(name: str, number: Any, count: Any) -> Any:
+        return None if number is None else legal_or_nan(name, number, count)
 
     def update(
         updates: PyTree,
@@ -138,7 +147,7 @@ def quadratic_step(
         # of `adapt_damping`: lambda for the model, gamma^2 for the preconditioner
         damping = damping if model_damping is None else model_damping
         damping = own_damping if damping is None else damping
-        lam = resolve(damping, count)
+        lam = legal_or_nan("damping", damping, count)
         with jax.named_scope("kfac/quadratic_model"):
             # -U part by part, and last delta_0
             directions = (*negative_parts(updates), state.previous_update)
@@ -147,14 +156,14 @@ def quadratic_step(
             slope = slope.astype(form.dtype)
             squares = inner_products_of(directions).astype(form.dtype)
             # F + weight_decay I is the model; its damping is kept apart, for the reduction ratio
-            decay = jnp.asarray(resolve(weight_decay, count), form.dtype)
+            decay = jnp.asarray(given("weight_decay", weight_decay, count), form.dtype)
             form = form + decay * squares
             damped = form + jnp.asarray(lam, form.dtype) * squares
             solution = solve_model(
                 damped,
                 slope,
-                learning_rate=given(learning_rate, count),
-                momentum=given(momentum, count),
+                learning_rate=given("learning_rate", learning_rate, count),
+                momentum=given("momentum", momentum, count),
             )
             step = combine(directions, solution.weights)
         return step, _next_state(state, step, solution, form, damped, slope)

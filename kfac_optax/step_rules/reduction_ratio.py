@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import inner
 from kfac_optax._types import PyTree
-from kfac_optax._validate import check_number
+from kfac_optax._validate import check_axis_name, check_number
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
 _SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
@@ -43,6 +43,7 @@ def check_rule(rule: DampingRule, initial_damping: Any) -> None:
     check_number(where, "damping_min", rule.damping_min, above=0)
     check_number(where, "damping_max", rule.damping_max, at_least=rule.damping_min)
     check_number(where, "weight_decay", rule.weight_decay, at_least=0)
+    check_axis_name(where, rule.axis_name)
     if rule.search_every is not None:
         check_number(where, "search_every", rule.search_every, at_least=1)
 

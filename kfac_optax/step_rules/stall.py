@@ -8,7 +8,7 @@ import optax
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import PyTree
-from kfac_optax._validate import check_number
+from kfac_optax._validate import check_axis_name, check_number
 from kfac_optax.step_rules.reduction_ratio import mean_over
 
 
@@ -67,6 +67,7 @@ def until_stalled(
     check_number(where, "threshold", threshold)
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_number(where, "patience", patience, at_least=1)
+    check_axis_name(where, axis_name)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> StallState:

@@ -13,6 +13,7 @@ from kfac_optax._tree import covered_leaves, wide_dtype
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
+    check_axis_name,
     check_choice,
     check_legal,
     check_subsample,
@@ -103,6 +104,7 @@ def clip_by_trust_region(
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "radius", radius)
     check_subsample(where, "subsample", subsample)
+    check_axis_name(where, axis_name)
     if not callable(metric):
         check_choice(where, "metric", metric, METRICS)
     preconditioner = optax.with_extra_args_support(preconditioner)

@@ -14,6 +14,7 @@ from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
+    check_axis_name,
     check_choice,
     check_legal,
     check_subsample,
@@ -99,6 +100,7 @@ def add_weight_decay(
     check_legal(where, "weight_decay", weight_decay)
     check_choice(where, "mode", mode, MODES)
     check_subsample(where, "subsample", subsample)
+    check_axis_name(where, axis_name)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> WeightDecayState:

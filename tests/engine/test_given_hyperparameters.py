@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import kfac_optax as ko
-from kfac_optax._validate import LEGAL, checked, start_checked
+from kfac_optax._legal import LEGAL
+from kfac_optax._validate import checked, start_checked
 from tests import helpers as h
 
 BAD = {

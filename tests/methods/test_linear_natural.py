@@ -1,5 +1,7 @@
 """Deep linear networks, where the natural gradient is known in closed form."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,33 @@ def test_without_weights_between_units_there_is_nothing_to_share():
     layers = estimator.layers(jnp.ones(2), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="linear_natural: no layer is left"):
         ko.linear_natural(layers)
+
+
+def test_the_default_damping_keeps_a_softmax_net_from_jumping():
+    """A logit is asked to move by `1/p`, far out of the region in which tanh layers are linear, and
+    most of all along inputs that hardly vary.
+    """
+    x, y = oracles.normal(5, (48, 6)) * 10.0 ** -jnp.linspace(0, 1, 6), jnp.arange(48) % 4
+    params = oracles.make_params(0, (6, 8, 4))
+    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    layers = estimator.layers(params, x)
+    default = inspect.signature(ko.linear_natural).parameters["damping"].default
+
+    @jax.jit
+    def losses(damping):
+        tx = optax.chain(ko.linear_natural(layers, damping=damping), optax.sgd(0.3))
+
+        def step(carry, _):
+            params, state = carry
+            loss = lambda p: estimator.spec.function(p, x).mean_nll(y)
+            value, grads = jax.value_and_grad(loss)(params)
+            curvature = estimator.at(params, x)
+            updates, state = tx.update(grads, state, params, curvature=curvature)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=20)[1]
+
+    gentle, wild = np.asarray(losses(default)), np.asarray(losses(1e-6))
+    assert np.all(np.diff(gentle) < 0) and gentle[-1] < 0.7 * gentle[0]
+    # the same rule with next to no damping
+    assert np.max(np.diff(wild)) > 1

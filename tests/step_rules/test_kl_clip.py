@@ -58,6 +58,14 @@ def test_none_switches_it_off_without_changing_the_state():
     assert jax.tree.structure(state) == jax.tree.structure(on.update(params, on.init(params))[1])
 
 
+def test_a_rate_is_checked_where_it_is_not_read():
+    for kl_clip in (None, 1e-3):
+        with pytest.raises(ValueError, match="clip_by_kl: learning_rate=-1; expected"):
+            ko.clip_by_kl(optax.identity(), learning_rate=-1, kl_clip=kl_clip)
+    with pytest.raises(TypeError, match="clip_by_kl: learning_rate is '0.1'; expected a number"):
+        ko.clip_by_kl(optax.identity(), learning_rate="0.1", kl_clip=None)
+
+
 def test_dtype_of_the_updates_is_kept():
     tx = ko.clip_by_kl(optax.identity(), learning_rate=1.0, kl_clip=1e-3)
     grads = jnp.ones(3, jnp.bfloat16)

@@ -252,3 +252,30 @@ def test_missing_arguments_are_named(x64):
         ko.quadratic_step(damping=-1)
     with pytest.raises(ValueError, match=r"got kl_clip without learning_rate.*kl_clip=None"):
         ko.kfac(estimator.layers(params, x))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "expected"),
+    [
+        ("momentum", 1.5, "momentum=1.5; expected momentum <= 1"),
+        ("momentum", -0.1, "momentum=-0.1; expected momentum >= 0"),
+        ("learning_rate", -1.0, "learning_rate=-1.0; expected learning_rate >= 0"),
+        ("damping", -1e-3, "damping=-0.001; expected damping >= 0"),
+        ("weight_decay", -1e-3, "weight_decay=-0.001; expected weight_decay >= 0"),
+    ],
+)
+def test_a_number_out_of_range_raises_or_leaves_the_step_out(name, bad, expected):
+    """A plain one raises; one that is known only in an update counts as a model that failed."""
+    with pytest.raises(ValueError, match=f"quadratic_step: {expected}"):
+        ko.quadratic_step(**{name: bad})
+    estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    w, x = jnp.ones((2, 1)), jnp.eye(2)
+    # the first step is good, the second is not
+    tx = ko.quadratic_step(**{name: lambda count: jnp.where(count == 0, 0.5, bad)})
+    update = jax.jit(lambda s: tx.update(w, s, w, curvature=estimator.at(w, x), grad=-w))
+    first, state = update(tx.init(w))
+    assert np.all(np.isfinite(first)) and np.any(first) and int(state.non_finite_models) == 0
+    second, after = update(state)
+    np.testing.assert_array_equal(second, 0)
+    np.testing.assert_array_equal(after.previous_update, first)
+    assert int(after.non_finite_models) == 1

@@ -8,6 +8,7 @@ import optax
 
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree
+from kfac_optax._validate import check_axis_name
 from kfac_optax.engine.state import GNBState
 from kfac_optax.methods.gradient.treewise import finite_as_one
 from kfac_optax.step_rules._per_layer import require_curvature
@@ -50,6 +51,7 @@ def gnb_estimator(*, axis_name: Any = None) -> optax.GradientTransformationExtra
     Reference: Liu et al., Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
       Pre-training (2023), section 2.3, algorithm 2.
     """
+    check_axis_name("gnb_estimator", axis_name)
 
     def init(params: PyTree) -> GNBState:
         del params

@@ -8,6 +8,7 @@ import optax
 
 from kfac_optax._tree import named_leaves, present
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
+from kfac_optax._validate import check_axis_name
 from kfac_optax.estimators.row_squares import mean_squares
 from kfac_optax.methods.gradient.posterior import follow_posterior
 from kfac_optax.methods.gradient.treewise import Step
@@ -65,6 +66,7 @@ def vogn(
     Reference: Khan et al., Fast and Scalable Bayesian Deep Learning by Weight-Perturbation in Adam
       (2018); Osawa et al., Practical Deep Learning with Bayesian Principles (2019).
     """
+    check_axis_name("vogn", axis_name)
 
     def squares_of(given: Step) -> PyTree:
         squares = _of_examples(given) if layers is None else _of_layers(layers, given)

@@ -66,7 +66,7 @@ def kfac(
       layers: from `fisher.layers(params, *args)`.
       learning_rate: KL-clip's rate; the rate itself belongs to the transformation that follows. May
         be left out only together with `kl_clip=None`, where what follows decides on the length of
-        the step (`quadratic_step`).
+        the step (`quadratic_step`); one that is given there is checked and not read.
       damping: Tikhonov damping.
       kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned
         gradient as it is.

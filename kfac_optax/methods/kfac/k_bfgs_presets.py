@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
-from kfac_optax._validate import check_choice, check_number
+from kfac_optax._validate import check_axis_name, check_choice, check_number
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.methods.kfac.k_bfgs import Rule, scale_by_pairs
 from kfac_optax.methods.record import Method, Sizes
@@ -33,6 +33,7 @@ def _preset(
     check_number(where, "damping", damping, above=0, at_most=1)
     check_number(where, "decay", decay, at_least=0, at_most=1)
     check_choice(where, "uncovered", uncovered, UNCOVERED)
+    check_axis_name(where, axis_name)
     # left out first, so that `uncovered` decides on what is left over
     layers = leave_out(cover(layers, where=where), LEFT_OUT, "{kind}: no pairs of pre-activations")
     layers = cover(layers, uncovered=uncovered, where=where)

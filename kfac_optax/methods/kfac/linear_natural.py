@@ -18,7 +18,7 @@ from kfac_optax.methods.signature import flat_signature
 def linear_natural(
     layers: Layers,
     *,
-    damping: ScalarOrSchedule = 1e-6,
+    damping: ScalarOrSchedule = 1e-2,
     curvature_every: ScalarOrSchedule = 1,
     inverse_every: ScalarOrSchedule = 1,
     **options: Any,
@@ -36,7 +36,11 @@ def linear_natural(
 
     Args:
       layers: from `ggn(predict).layers(params, *args)`.
-      damping: as for `kfac`, small for the statement above to hold.
+      damping: as for `kfac`. The statement above is one about small damping, `1e-6` say, and least
+        squares over a whole batch. A softmax or logistic head asks for a change of its logits by
+        `1/p`, `p` the probability of a label, and its curvature vanishes as `p (1 - p)` does: where
+        `A (x) G` is next to nothing, so little damping makes steps that leave the region in which
+        the model is linear, and the loss jumps. The default keeps them in it.
       curvature_every: period of the statistics; the statement is about those of every step.
       inverse_every: period of the inverses.
       **options: as for `kfac`.
@@ -50,7 +54,7 @@ def linear_natural(
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(x @ w["a"] @ w["b"]))
     >>> w, x = {"a": jnp.ones((1, 1)), "b": jnp.ones((1, 1))}, jnp.ones((2, 1))
-    >>> tx = linear_natural(estimator.layers(w, x))
+    >>> tx = linear_natural(estimator.layers(w, x), damping=1e-6)
     >>> updates, state = tx.update(w, tx.init(w), w, curvature=estimator.at(w, x))
     >>> print(updates["a"].round(3), updates["b"].round(3))
     [[0.5]] [[0.5]]

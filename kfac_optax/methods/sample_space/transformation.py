@@ -9,6 +9,7 @@ import optax
 from kfac_optax._tree import named_leaves, replace_leaves, wide_dtype
 from kfac_optax._types import PyTree
 from kfac_optax._validate import (
+    check_axis_name,
     check_legal,
     check_number,
     check_real,
@@ -98,5 +99,6 @@ def _check(rule: Rule) -> None:
     if rule.cutoff is not None:
         # relative to the largest eigenvalue of J J^T / N
         check_number(rule.where, "cutoff", rule.cutoff, above=0, at_most=1)
+    check_axis_name(rule.where, rule.axis_name)
     check_number(rule.where, "chunk", rule.chunk, at_least=1)
     check_number(rule.where, "refine", rule.refine, at_least=0)
