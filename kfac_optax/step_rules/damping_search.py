@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import select
 from kfac_optax._types import PyTree
 from kfac_optax.step_rules.reduction_ratio import DampingRule, quadratic_state
 
@@ -21,30 +20,29 @@ def search(
     # gamma^2, smaller and larger by one factor
     factor = rule.decay**rule.search_every if rule.search_decay is None else rule.search_decay
     now = state.preconditioner_damping
+    smaller = jnp.maximum(now * factor, rule.damping_min)
+    larger = jnp.minimum(now / factor, rule.damping_max)
 
-    def best() -> tuple[PyTree, PyTree, jax.Array]:
-        gammas = [
-            now,
-            jnp.maximum(now * factor, rule.damping_min),
-            jnp.minimum(now / factor, rule.damping_max),
-        ]
-        # each candidate solves anew from the same statistics
-        tried = [(*attempt(gamma), gamma) for gamma in gammas]
-        changes = [_damped_change(rule.where, after) for _, after, _ in tried]
-        chosen, lowest = tried[0], changes[0]
-        others = zip(tried[1:], changes[1:], strict=True)
-        for other, change in others:
-            better = change < lowest  # false for what is not finite
-            chosen = select(better, other, chosen)
-            lowest = jnp.where(better, change, lowest)
-        return chosen
+    def change_of(gamma: jax.Array) -> jax.Array:
+        _, after = attempt(gamma)
+        return _damped_change(rule.where, after)
 
-    def keep() -> tuple[PyTree, PyTree, jax.Array]:
-        return *attempt(now), now
+    def best() -> jax.Array:
+        # each candidate solves anew from the same statistics; a loop, so that it is compiled once
+        gammas = jnp.stack([now, smaller, larger])
+        return gammas[lowest(jax.lax.map(change_of, gammas))]
 
     # the period's last step, so that the state has seen a whole one
     due = state.damping_count % rule.search_every == rule.search_every - 1
-    return jax.lax.cond(due, best, keep)
+    gamma = jax.lax.cond(due, best, lambda: now)
+    # outside the branch, where its products share the forward pass of the gradient
+    return *attempt(gamma), gamma
+
+
+def lowest(changes: jax.Array) -> jax.Array:
+    """Index of the lowest one; the first where that is not a number, which nothing is below."""
+    comparable = jnp.where(jnp.isnan(changes), jnp.inf, changes)
+    return jnp.where(jnp.isnan(changes[0]), 0, jnp.argmin(comparable))
 
 
 def _damped_change(where: str, after: PyTree) -> jax.Array:

@@ -91,3 +91,74 @@ def test_an_adaptive_step_runs_the_model_once_before_and_once_after_the_step():
     text = jax.jit(step).lower(params, state, x, y).compile().as_text()
     assert gradient_step().as_text().count(" tanh(") == DEPTH
     assert text.count(" tanh(") == 2 * DEPTH
+
+
+def test_loss_and_products_of_a_scanned_model_share_one_loop():
+    def scanned(w, x):
+        def layer(x, w):
+            return jnp.tanh(ko.tap_dense(x @ w, x, w)), None
+
+        return ko.Categorical(jax.lax.scan(layer, x, w)[0])
+
+    w, x, y = jnp.full((DEPTH, WIDTH, WIDTH), 0.1), jnp.ones((4, WIDTH)), jnp.zeros(4, jnp.int32)
+    estimator = ko.ggn(scanned)
+
+    def step(w, x, y):
+        value_and_grad = jax.value_and_grad(lambda w: scanned(w, x).mean_nll(y))
+        return value_and_grad(w), estimator.at(w, x).quadratic_form((w, w * w))
+
+    assert jax.jit(step).lower(w, x, y).compile().as_text().count(" tanh(") == 1
+
+
+def test_no_factorisation_is_compiled_at_a_second_place():
+    """One for every bucket, though a refresh is due now and then; a search has one more, for all of
+    its candidates.
+    """
+    *_, layers = problem()
+    common = dict(inverse="cholesky", normalization="pass")
+    found = {
+        "kfac": ko.kfac(layers, kl_clip=None, **common),
+        "two-level": ko.kfac_two_level(layers, kl_clip=None, **common),
+        "adaptive": ko.kfac_adaptive(layers, **common),
+        "search": ko.kfac_adaptive(layers, search_every=20, **common),
+    }
+    places = {name: _factorisations(tx) for name, tx in found.items()}
+    # A and G of the one bucket
+    assert places == {
+        "kfac": {"cholesky": 2},
+        "two-level": {"cholesky": 2, "eigh": 1},
+        "adaptive": {"cholesky": 2},
+        "search": {"cholesky": 4},
+    }
+
+
+def _factorisations(tx):
+    """How often a traced step factorises, branches and loops included."""
+    params, x, y, estimator, _ = problem()
+
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params, x, y)
+        return tx.update(
+            grads,
+            state,
+            params,
+            curvature=estimator.at(params, x, key=jax.random.key(0)),
+            value=value,
+            value_fn=lambda p: loss(p, x, y),
+        )
+
+    traced = jax.make_jaxpr(step)(params, jax.eval_shape(tx.init, params))
+    names = [eqn.primitive.name for eqn in _equations(traced.jaxpr)]
+    return {name: names.count(name) for name in ("cholesky", "eigh") if name in names}
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for parameter in eqn.params.values():
+            several = parameter if isinstance(parameter, tuple | list) else (parameter,)
+            for inner in several:
+                # closed jaxprs have one inside
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)

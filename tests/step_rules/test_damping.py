@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from kfac_optax.step_rules.damping_search import lowest
 from tests import helpers, oracles
 
 
@@ -303,6 +304,20 @@ def test_missing_arguments_are_named(quadratic):
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=f"adapt_damping: {message}"):
         ko.adapt_damping(optax.sgd(0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([-1.0, -3.0, -2.0], 1),
+        ([-1.0, -1.0, -1.0], 0),  # what is no better changes nothing
+        ([-1.0, jnp.nan, -2.0], 2),
+        ([jnp.nan, -1.0, -2.0], 0),  # nothing is below it: the damping stays
+        ([jnp.inf, jnp.nan, -2.0], 2),
+    ],
+)
+def test_the_candidate_with_the_lowest_model_change(changes, expected):
+    assert int(lowest(jnp.array(changes))) == expected
 
 
 def test_a_search_without_a_model_is_an_error(quadratic):
