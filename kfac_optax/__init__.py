@@ -91,7 +91,7 @@ from kfac_optax.methods.gradient.tnt import scale_by_tnt, tnt
 from kfac_optax.methods.gradient.tonga import tonga
 from kfac_optax.methods.gradient.vadam import vadam
 from kfac_optax.methods.gradient.vogn import vogn
-from kfac_optax.methods.kfac.adaptive import kfac_adaptive, kfac_two_level_adaptive
+from kfac_optax.methods.kfac.adaptive import kfac_adaptive
 from kfac_optax.methods.kfac.ekfac import ekfac
 from kfac_optax.methods.kfac.eva import eva, eva_f
 from kfac_optax.methods.kfac.fixed import kfac
@@ -103,13 +103,7 @@ from kfac_optax.methods.kfac.kflr import kflr
 from kfac_optax.methods.kfac.kpsvd import kpsvd
 from kfac_optax.methods.kfac.linear_natural import linear_natural
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
-from kfac_optax.methods.kfac.low_rank_presets import (
-    b_kfac,
-    b_kfac_c,
-    b_r_c,
-    b_r_kfac,
-    rs_kfac,
-)
+from kfac_optax.methods.kfac.low_rank_presets import b_kfac, b_kfac_c, b_r_c, b_r_kfac, rs_kfac
 from kfac_optax.methods.kfac.mkor import mkor
 from kfac_optax.methods.kfac.mkor_hybrid import mkor_h
 from kfac_optax.methods.kfac.noisy import noisy_kfac
@@ -119,6 +113,7 @@ from kfac_optax.methods.kfac.tekfac import tekfac
 from kfac_optax.methods.kfac.thor import thor
 from kfac_optax.methods.kfac.tkfac import tkfac
 from kfac_optax.methods.kfac.two_level import kfac_two_level
+from kfac_optax.methods.kfac.two_level_adaptive import kfac_two_level_adaptive
 from kfac_optax.methods.kfac.unitwise import quasi_diagonal, unitwise_natural
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.sample_space.smw import smw

@@ -20,7 +20,7 @@ from kfac_optax.bayes.measure import (
 from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.engine.block_inverse import covered_with
 from kfac_optax.engine.choice import BlockOf
-from kfac_optax.engine.state import block_of_bucket
+from kfac_optax.engine.state import block_of_bucket, start_of_bucket
 from kfac_optax.estimators.estimator import Estimator
 
 
@@ -123,13 +123,7 @@ def _measured(
         return measure({})
     one = jnp.ones((), dtype)
     # first pass: factors, whose eigenbasis the second pass measures in
-    start = {bucket.name: _start(bucket, dtype) for bucket in buckets}
+    start = {bucket.name: start_of_bucket(bucket, dtype) for bucket in buckets}
     nothing = Measured(start, {}, one)
     measured = measure(factorize(buckets, nothing, one))
     return measure(factorize(buckets, measured._replace(moments={}), one))
-
-
-def _start(bucket: Bucket, dtype: Any) -> PyTree:
-    # the value before any statistic, [copies, ...]
-    one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
-    return jax.tree.map(lambda x: jnp.repeat(x[None], bucket.copies, 0), one)

@@ -11,7 +11,7 @@ from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.placed import first_inverses
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.refresh import factorize_all
-from kfac_optax.engine.state import CoarseState, Step, block_of_bucket
+from kfac_optax.engine.state import CoarseState, Step, start_of_bucket
 from kfac_optax.linalg.factorize import after
 
 
@@ -23,14 +23,9 @@ def initial(
     placement: Placement | None = None,
 ) -> tuple:
     """Factors, held inverses and coupling before anything was measured."""
-    dtype, factors = damping.dtype, {}
+    dtype = damping.dtype
     buckets = make_buckets(mine, block_of)
-    for bucket in buckets:
-        # the start of one layer, for every copy of the bucket
-        one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
-        factors[bucket.name] = jax.tree.map(
-            lambda x, n=bucket.copies: jnp.repeat(x[None], n, 0), one
-        )
+    factors = {bucket.name: start_of_bucket(bucket, dtype) for bucket in buckets}
     inverses = factorize_all(buckets, factors, damping)
     step = Step(mine, buckets, coupling, damping, placement)
     kept = inverses

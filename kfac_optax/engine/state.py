@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
@@ -135,6 +136,13 @@ def block_of_bucket(bucket: Bucket) -> Block:
     """The block of a bucket that was made with one."""
     assert bucket.block is not None
     return bucket.block
+
+
+def start_of_bucket(bucket: Bucket, dtype: Any) -> PyTree:
+    """Statistics of a bucket before anything was measured, `[copies, ...]`."""
+    # the start of one layer, for every copy
+    one = block_of_bucket(bucket).init(bucket.layers[0], dtype)
+    return jax.tree.map(lambda x: jnp.repeat(x[None], bucket.copies, 0), one)
 
 
 def find_states(opt_state: PyTree, kind: type) -> list[Any]:

@@ -37,6 +37,7 @@ from kfac_optax.methods.kfac import (
     thor,
     tkfac,
     two_level,
+    two_level_adaptive,
     unitwise,
 )
 from kfac_optax.methods.record import Method, collect
@@ -51,6 +52,7 @@ CATALOGUE: dict[str, Method] = collect(
     tekfac.RECORDS,
     kpsvd.RECORDS,
     adaptive.RECORDS,
+    two_level_adaptive.RECORDS,
     low_rank_records.RECORDS,
     # one side, or one vector, of each layer
     foof.RECORDS,
