@@ -57,6 +57,13 @@ def of_networks(small: bool) -> Iterable[Case]:
         yield from _cases(lambda make=network, measure=measure: measure(make()), f"{name}: ")
 
 
+def flops(small: bool) -> Iterable[Case]:
+    """Operations of steps in the compiled program; nothing is run."""
+    from benchmarks import flops
+
+    return _cases(lambda: flops.measure(small))
+
+
 def memory(small: bool) -> Iterable[Case]:
     """Temporary memory of a step with statistics beside one of SGD; nothing is run."""
     known: dict[str, Callable[[], networks.Network]] = {
@@ -114,6 +121,7 @@ PARTS: dict[str, parts.Part] = {
     "adaptive": adaptive,
     "wide": wide,
     "scaling": scale,
+    "flops": flops,
     "memory": memory,
     "compile": accelerator.PARTS["compile"],
 }

@@ -67,7 +67,8 @@ def kfac_adaptive(
       search_every: period of the search for the preconditioner's own damping; `None`: it is
         `lambda + weight_decay`.
       model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in
-        `fisher`: some hundreds of examples of a larger batch will do, a small one has to be whole.
+        `fisher`: some hundreds of examples of a larger batch will do, a small one has to be whole;
+        `256` has it so.
       curvature_every: period of the statistics; by default every step of the first 20, then every
         5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
