@@ -78,16 +78,19 @@ from kfac_optax.methods.gradient.esgd import esgd
 from kfac_optax.methods.gradient.eva_s import scale_by_eva_s
 from kfac_optax.methods.gradient.ggt import ggt
 from kfac_optax.methods.gradient.gnb import gnb_estimator
-from kfac_optax.methods.gradient.jorge import jorge, scale_by_jorge
+from kfac_optax.methods.gradient.jorge import scale_by_jorge
+from kfac_optax.methods.gradient.jorge_preset import jorge
 from kfac_optax.methods.gradient.labels import axes_table, matrix_labels
 from kfac_optax.methods.gradient.mfac import mfac
 from kfac_optax.methods.gradient.presets import eva_s, shampoo, soap
 from kfac_optax.methods.gradient.psgd_kron import psgd_kron
 from kfac_optax.methods.gradient.psgd_lra import psgd_lra
 from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
-from kfac_optax.methods.gradient.sketchy import scale_by_sketchy, sketchy
+from kfac_optax.methods.gradient.sketchy import scale_by_sketchy
+from kfac_optax.methods.gradient.sketchy_preset import sketchy
 from kfac_optax.methods.gradient.soap import scale_by_soap
-from kfac_optax.methods.gradient.tnt import scale_by_tnt, tnt
+from kfac_optax.methods.gradient.tnt import scale_by_tnt
+from kfac_optax.methods.gradient.tnt_preset import tnt
 from kfac_optax.methods.gradient.tonga import tonga
 from kfac_optax.methods.gradient.vadam import vadam
 from kfac_optax.methods.gradient.vogn import vogn
