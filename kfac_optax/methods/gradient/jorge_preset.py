@@ -33,6 +33,7 @@ def jorge(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range.
 
+    >>> import jax.numpy as jnp
     >>> tx = jorge(learning_rate=0.1)
     >>> g = jnp.array([[3.0, 0.0], [0.0, -3.0]])
     >>> updates, state = tx.update(g, tx.init(g))

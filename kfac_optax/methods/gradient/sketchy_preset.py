@@ -38,6 +38,7 @@ def sketchy(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range.
 
+    >>> import jax.numpy as jnp
     >>> tx = sketchy(learning_rate=0.1, rank=1, ridge=0.0)
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
     >>> updates, state = tx.update(g, tx.init(g))

@@ -38,6 +38,7 @@ def tnt(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range.
 
+    >>> import jax.numpy as jnp
     >>> tx = tnt(learning_rate=0.1, damping=1.0)
     >>> g = jnp.array([2.0, 1.0])
     >>> updates, state = tx.update(g, tx.init(g), sampled_grads=jnp.array([[1.0, 0.0], [1.0, 0.0]]))
