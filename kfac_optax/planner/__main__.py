@@ -10,6 +10,7 @@ import argparse
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from kfac_optax.planner.formulas import Costs, Shape, costs
 from kfac_optax.planner.models import MODELS
@@ -20,14 +21,19 @@ HEADER = (
 ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
 
 
-def strategies(devices: int) -> dict[str, float | None]:
-    """Worker fractions to compare, by name; in between, groups of about the root of `W`."""
+def strategies(devices: int) -> dict[str, dict[str, Any]]:
+    """Arguments of `costs` to compare, by name; in between, groups of about the root of `W`."""
     # the largest divisor of W that is at most its root
     workers = max(m for m in range(1, devices + 1) if devices % m == 0 and m * m <= devices)
-    found = {"no placement": None, "all keep all": 1.0, "one keeps each": 1 / devices}
+    found: dict[str, dict[str, Any]] = {
+        "no placement": {"worker_fraction": None},
+        "all keep all": {"worker_fraction": 1.0},
+        "one keeps each": {"worker_fraction": 1 / devices},
+        "one measures": {"worker_fraction": 1 / devices, "local": True},
+    }
     if 1 < workers < devices:
         # neither of the two extremes
-        found[f"{workers} keep each"] = workers / devices
+        found[f"{workers} keep each"] = {"worker_fraction": workers / devices}
     return found
 
 
@@ -37,6 +43,7 @@ def table(
     curvature_every: int,
     inverse_every: int,
     packed: bool = False,
+    flops_per_byte: float = 0.0,
 ) -> str:
     """Lines of the table, one for each number of devices and strategy.
 
@@ -45,8 +52,16 @@ def table(
     """
     lines: list[str] = [ROW.format(*HEADER.split())]
     for count in devices:
-        for name, fraction in strategies(count).items():
-            found = costs(shapes, count, fraction, packed=packed)
+        for name, words in strategies(count).items():
+            # who makes an inverse is a question where inverses are sent
+            sends = words["worker_fraction"] is not None and "local" not in words
+            found = costs(
+                shapes,
+                count,
+                packed=packed,
+                flops_per_byte=flops_per_byte if sends else 0.0,
+                **words,
+            )
             mean = found.per_step(curvature_every, inverse_every)
             lines.append(ROW.format(count, name, *_cells(found, mean)))
     return "\n".join(lines)
@@ -98,6 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--curvature-every", type=_whole, default=10)
     parser.add_argument("--inverse-every", type=_whole, default=100)
     parser.add_argument("--packed", action="store_true", help="send factors without double entries")
+    parser.add_argument(
+        "--flops-per-byte",
+        type=float,
+        default=0.0,
+        help="operations in the time of sending a byte: what is sooner made is not sent",
+    )
     given = parser.parse_args(arguments)
     # known networks, or the one of a file
     named = {name: MODELS[name]() for name in given.model}
@@ -106,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, shapes in named.items():
         print(name)
         periods = given.curvature_every, given.inverse_every
-        print(table(shapes, given.devices, *periods, packed=given.packed))
+        print(table(shapes, given.devices, *periods, given.packed, given.flops_per_byte))
 
 
 if __name__ == "__main__":

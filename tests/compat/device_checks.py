@@ -21,6 +21,7 @@ from kfac_optax.linalg import example_moments
 from tests import helpers as h
 from tests.compat import (
     catalogue_checks,
+    local_statistics_checks,
     model_parallel_checks,
     own_gradient_checks,
     placement_checks,
@@ -786,6 +787,7 @@ OF_ALL_FILES = {
     for checks in (
         CHECKS,
         placement_checks.CHECKS,
+        local_statistics_checks.CHECKS,
         model_parallel_checks.CHECKS,
         catalogue_checks.CHECKS,
         own_gradient_checks.CHECKS,
