@@ -2,8 +2,10 @@
 
     python -m kfac_optax.planner --model bert_large --devices 8 64 512
     python -m kfac_optax.planner --layers layers.json
+    python -m kfac_optax.planner --pipeline gpipe 1f1b --stages 8 --microbatches 8 16
 
-`layers.json` is a list of `[copies, p, q]`, the bias row counted in `p`.
+`layers.json` is a list of `[copies, p, q]`, the bias row counted in `p`. With `--pipeline` it is what
+the bubbles of a pipeline of equal stages hold, in units of one forward pass.
 """
 
 import argparse
@@ -12,8 +14,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from kfac_optax.planner.bubbles import bubble_table
 from kfac_optax.planner.formulas import Costs, Shape, costs
 from kfac_optax.planner.models import MODELS
+from kfac_optax.planner.pipeline import ORDERS, Stage
 
 HEADER = (
     "devices strategy memory/GiB statistics/MiB refresh/MiB step/MiB mean/MiB work/TFLOP balance"
@@ -104,6 +108,31 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pipeline", nargs="+", choices=ORDERS, help="fill a pipeline's bubbles")
+    parser.add_argument("--stages", type=_whole, default=8)
+    parser.add_argument("--microbatches", nargs="+", type=_whole, default=[8, 16])
+    parser.add_argument(
+        "--times",
+        nargs=5,
+        type=float,
+        default=[1.0, 2.0, 1.0, 6.0, 0.5],
+        metavar=("F", "B", "C", "I", "P"),
+        help="of a stage: forward, backward and curvature of a microbatch, inversion, precondition",
+    )
+    parser.add_argument("--layers-of-stage", type=_whole, default=3, help="pieces of C and I")
+
+
+def _pipelines(given: argparse.Namespace) -> str:
+    """The table of pipelines of equal stages."""
+    forward, backward, curvature, inversion, precondition = given.times
+    layers = given.layers_of_stage
+    # a layer's share is not divided any further
+    shares = (curvature / layers,) * layers, (inversion / layers,) * layers
+    stage = Stage(forward, backward, *shares, precondition)
+    return bubble_table([stage] * given.stages, given.microbatches, given.pipeline)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser("kfac_optax.planner", description="K-FAC on many devices.")
@@ -119,7 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=0.0,
         help="operations in the time of sending a byte: what is sooner made is not sent",
     )
+    _add_pipeline(parser)
     given = parser.parse_args(arguments)
+    if given.pipeline:
+        print(_pipelines(given))
+        return
     # known networks, or the one of a file
     named = {name: MODELS[name]() for name in given.model}
     if given.layers is not None:
