@@ -1,6 +1,5 @@
 """K-FAC's own work in the bubbles of a pipeline, where it takes no time."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ class Filled(NamedTuple):
 
     Attributes:
       step_time: of one step, with or without it.
-      period: steps in which a refresh is done, from its first statistic to its last inverse.
+      period: steps in which a refresh is done, from its first statistic to its last inverse. The
+        bubble in front of a stage's first work of a step counts as one of the step before.
       before: share of all stages' time in which they work, without curvature and inversion.
       after: the same with both.
       appended: time of a step if both were done behind the steps of a period instead.
@@ -68,14 +68,14 @@ def fill(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") -> Fil
     """
     step = schedule(stages, microbatches, order)
     step_time = max(work.end for work in step)
-    placed: list[Work] = []
+    works: list[Work] = []
+    period = 1
     for s, stage in enumerate(stages):
         mine = [work for work in step if work.stage == s]
-        placed += _fill_stage(s, stage, mine, step_time)
-    last = max((work.end for work in placed), default=0.0)
-    # what ends with a step up to rounding is done in it
-    period = max(1, math.ceil(last / step_time - 1e-9))
-    works = list(placed)
+        placed, taken = _fill_stage(s, stage, mine, step_time)
+        works += placed
+        # the slowest stage decides when the next refresh begins
+        period = max(period, taken)
     for k in range(period):
         works += [_later(work, k * step_time) for work in step]
     works.sort(key=lambda work: (work.stage, work.start))
@@ -93,8 +93,10 @@ def fill(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") -> Fil
     )
 
 
-def _fill_stage(s: int, stage: Stage, mine: Sequence[Work], step_time: float) -> list[Work]:
-    """Where the work of one refresh is done on a stage."""
+def _fill_stage(
+    s: int, stage: Stage, mine: Sequence[Work], step_time: float
+) -> tuple[list[Work], int]:
+    """Where the work of one refresh is done on a stage, and in how many steps."""
     units = _units(stage, mine)
     bubbles = _bubbles(mine, step_time)
     longest = max((length for _, length in bubbles), default=0.0)
@@ -112,7 +114,7 @@ def _fill_stage(s: int, stage: Stage, mine: Sequence[Work], step_time: float) ->
             now = step * step_time + start
             placed += _fill_bubble(s, units, now, length)
         step += 1
-    return placed
+    return placed, step
 
 
 def _fill_bubble(s: int, units: list[Unit], now: float, length: float) -> list[Work]:
