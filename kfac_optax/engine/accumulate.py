@@ -47,7 +47,7 @@ def accumulate(
     measured_of = dict(zip(step.layers, per_layer, strict=True))
     stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
     if step.local is not None:
-        stacked_of = own_statistics(step, step.local, stacked_of)
+        stacked_of = own_statistics(step, step.local, state.factors, stacked_of)
     good, learnt = _verdict(step, (stacked_of, across))
     finite = good & learnt
     count = state.curvature_count + finite.astype(jnp.int32)

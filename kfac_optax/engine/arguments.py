@@ -173,6 +173,13 @@ def check_local(
                 "which is measured on the whole batch; expected layers alone. Pass "
                 "uncovered='pass', or use statistics='averaged'."
             )
+        # so is that of a loss that devices have averaged before it was differentiated
+        if block.first_moments:
+            raise ValueError(
+                f"{where}: got statistics='local', and layer {layer.path!r} has block "
+                f"{block.name!r}, which averages gradients themselves, those of the whole batch; "
+                "expected blocks of their products. Use statistics='averaged'."
+            )
         # what takes statistics into its inverse needs them wherever that is kept
         if block.absorb is not None and placement.workers > 1:
             raise ValueError(

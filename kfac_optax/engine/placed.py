@@ -77,12 +77,16 @@ def first_placed(
 
 
 def own_statistics(
-    step: Step, placement: Placement, measured: Mapping[str, PyTree]
+    step: Step,
+    placement: Placement,
+    factors: Mapping[str, PyTree],
+    measured: Mapping[str, PyTree],
 ) -> dict[str, PyTree]:
     """Of statistics of all matrices, `[copies, ...]` by bucket, those of what this device
     factorises, `[places, ...]`.
     """
-    division = division_of(placement, step.copies, measured)
+    # by the shapes of what is kept: what is measured may have news beside it
+    division = division_of(placement, step.copies, factors)
     return {
         name: made_rows(division, division.shares[name], statistic)
         for name, statistic in measured.items()

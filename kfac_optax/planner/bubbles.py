@@ -1,5 +1,6 @@
 """K-FAC's own work in the bubbles of a pipeline, where it takes no time."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,15 +8,15 @@ from kfac_optax.planner.pipeline import Stage, Work, schedule
 
 
 class Unit(NamedTuple):
-    """A piece of K-FAC's work that waits: where, of what, how long, and since when it is ready;
-    `None` while it waits for others.
+    """A piece of K-FAC's work that waits: of what, how long, and since when it is ready, which is
+    never as long as it waits for others.
     """
 
     kind: str
     microbatch: int
     layer: int
     time: float
-    ready: float | None
+    ready: float
 
 
 class Filled(NamedTuple):
@@ -124,15 +125,13 @@ def _fill_bubble(s: int, units: list[Unit], now: float, length: float) -> list[W
     placed: list[Work] = []
     left = length
     while units:
-        known = [unit for unit in units if unit.ready is not None and unit.time <= left]
-        if not known:
+        # a piece that is not ready yet has to wait within the bubble
+        waits = [max(0.0, unit.ready - now) for unit in units]
+        fitting = [(wait, i) for i, wait in enumerate(waits) if wait + units[i].time <= left]
+        if not fitting:
             break
-        first = min(known, key=lambda unit: max(now, unit.ready))
-        # wait for it within the bubble, if there is time
-        wait = max(0.0, first.ready - now)
-        if wait + first.time > left:
-            break
-        units.remove(first)
+        wait, i = min(fitting)
+        first = units.pop(i)
         now, left = now + wait, left - wait
         placed.append(Work(first.kind, s, first.microbatch, first.layer, now, now + first.time))
         now, left = now + first.time, left - first.time
@@ -157,7 +156,7 @@ def _units(stage: Stage, mine: Sequence[Work]) -> list[Unit]:
             for layer, time in enumerate(stage.curvature):
                 units.append(Unit("curvature", work.microbatch, layer, time, work.end))
     for layer, time in enumerate(stage.inversion):
-        units.append(Unit("inversion", -1, layer, time, None))
+        units.append(Unit("inversion", -1, layer, time, math.inf))
     return units
 
 
@@ -188,7 +187,7 @@ def bubble_table(
     gpipe       4            4      21.00       57.1       73.8      2          24.50
     """
     header = "order,stages,microbatches,step time,before/%,after/%,period,appended step"
-    lines = [ROW.format(*header.split(","))]
+    lines: list[str] = [ROW.format(*header.split(","))]
     for order in orders:
         for count in microbatches:
             found = fill(stages, count, order)

@@ -118,6 +118,7 @@ def test_local_factors_are_read_by_the_placement_that_divided_them_alone():
         (dict(axis_name="model"), 0.0, "axis_name='model'; expected axis_name= to name it"),
         (dict(stagger=2), 1.0, "got stagger=2 with statistics='local'"),
         (dict(coupling=ko.coarse_correction()), 0.0, "expected no coupling"),
+        (dict(block=ko.rank_one()), 0.0, "which averages gradients themselves"),
         (dict(block=ko.ekfac_block()), 0.5, "'ekfac', which takes every .*worker_fraction=0"),
     ],
 )
