@@ -25,6 +25,7 @@ from tests.compat import (
     model_parallel_checks,
     own_gradient_checks,
     placement_checks,
+    preset_checks,
 )
 
 DEVICES, EXAMPLES = 8, 16
@@ -791,6 +792,7 @@ OF_ALL_FILES = {
         model_parallel_checks.CHECKS,
         catalogue_checks.CHECKS,
         own_gradient_checks.CHECKS,
+        preset_checks.CHECKS,
     )
     for name, check in checks.items()
 }
