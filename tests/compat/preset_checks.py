@@ -46,12 +46,16 @@ def problem():
     return params, tuple(jax.random.normal(key, (EXAMPLES, 3)) for key in keys[2:])
 
 
+def asks(name):
+    """Whether a preset wants to know over which axis the batch is split."""
+    return "axis_name" in inspect.signature(getattr(ko, name)).parameters
+
+
 def built(name, axis_name):
     """The record's own build, told over which axis the batch is split if it asks."""
     params, (x, _) = problem()
     layers, record = ko.ggn(predict).layers(params, x), ko.CATALOGUE[name]
-    asks = "axis_name" in inspect.signature(getattr(ko, name)).parameters
-    words = {"axis_name": axis_name} if asks else {}
+    words = {"axis_name": axis_name} if asks(name) else {}
     return record.build(layers, **ROWS.get(name, {}), **words)
 
 
@@ -68,7 +72,9 @@ def step(name, axis_name, params, state, x, y):
     curvature = ko.ggn(predict).at(params, x)
     if "losses" in ko.CATALOGUE[name].needs:
         curvature = ko.empirical_fisher(losses).at(params, x, y)
-    given = {"curvature": curvature, "value": loss(params), "value_fn": loss}
+    # who does not know of devices is given the loss of the whole batch
+    value_fn = loss if asks(name) else whole
+    given = {"curvature": curvature, "value": value_fn(params), "value_fn": value_fn}
     # one example, whose labels are those of the data
     given["sampled_grads"] = jax.tree.map(lambda g: g[None], gradient)
     return built(name, axis_name).update(gradient, state, params, **given)

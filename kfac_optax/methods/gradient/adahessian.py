@@ -46,8 +46,10 @@ def adahessian(
 
     `update(grads, state, params, *, value_fn)`: the loss of this batch as a function of the
     parameters (`obj_fn`, as `optax.contrib.sophia` calls it, will do), from which the product with
-    the Hessian is taken; or `hvp`, a function that multiplies with it. A product that is not finite
-    is left out, and the step goes on without.
+    the Hessian is taken; or `hvp`, a function that multiplies with it. Where devices share a batch
+    both are of the whole: inside `shard_map` a loss with `jax.lax.pmean` over the axis in it, under
+    `pmap` an `hvp` that averages its products. A product that is not finite is left out, and the
+    step goes on without.
 
     Args:
       b1: decay of the gradients' mean.
