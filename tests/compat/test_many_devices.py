@@ -26,7 +26,7 @@ GROUPS = [
     [*OF_PLACEMENT],
     [*OF_PARAMETERS, *OF_OWN_GRADIENTS, "catalogue"],
     [*OF_LOCAL_STATISTICS],
-    [*OF_LOCAL_STATISTICS, "presets"],
+    ["presets"],
     pytest.param(["catalogue_everywhere"], marks=pytest.mark.slow),
     pytest.param(["other_presets"], marks=pytest.mark.slow),
 ]

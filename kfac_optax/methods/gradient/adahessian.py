@@ -46,10 +46,9 @@ def adahessian(
 
     `update(grads, state, params, *, value_fn)`: the loss of this batch as a function of the
     parameters (`obj_fn`, as `optax.contrib.sophia` calls it, will do), from which the product with
-    the Hessian is taken; or `hvp`, a function that multiplies with it. Where devices share a batch
-    both are of the whole: inside `shard_map` a loss with `jax.lax.pmean` over the axis in it, under
-    `pmap` an `hvp` that averages its products. A product that is not finite is left out, and the
-    step goes on without.
+    the Hessian is taken; or `hvp`, a function that multiplies with it. Both are of the whole batch
+    where devices share one: `jax.lax.pmean` in the loss inside `shard_map`, in `hvp` under `pmap`.
+    A product that is not finite is left out, and the step goes on.
 
     Args:
       b1: decay of the gradients' mean.
