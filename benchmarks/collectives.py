@@ -123,6 +123,9 @@ def main() -> None:
     number, sent = count(compiled(1.0, "statistics", packed=True))
     said = predicted(1.0, "statistics", packed=True)
     print(row.format("1.0, packed", "statistics", number, f"{sent:.0f}", f"{said:.0f}"))
+    number, sent = count(compiled(0.0, "statistics", statistics="local"))
+    said = predicted(0.0, "statistics", local=True)
+    print(row.format("0.0, local", "statistics", number, f"{sent:.0f}", f"{said:.0f}"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.factor_metric import factor_metric
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.schedule import HostSchedule, refresh_period
-from kfac_optax.engine.shardings import divided_state, state_shardings, whole_state
+from kfac_optax.engine.shardings import state_shardings
+from kfac_optax.engine.whole_state import divided_state, whole_state
 from kfac_optax.estimators.fisher import Estimator, empirical_fisher, fisher, forward_only, ggn
 from kfac_optax.estimators.layer_rows import LayerRows
 from kfac_optax.estimators.protocol import Curvature

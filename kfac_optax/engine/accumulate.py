@@ -9,10 +9,18 @@ import jax.numpy as jnp
 from kfac_optax._tree import together
 from kfac_optax._types import Average, Bucket, Layer, PyTree
 from kfac_optax.engine.branches import STATISTICS, when
-from kfac_optax.engine.placed import absorb_placed
+from kfac_optax.engine.mapped import on_all
+from kfac_optax.engine.placed import absorb_placed, own_statistics
 from kfac_optax.engine.protocol import check_measured
 from kfac_optax.engine.renew import absorbed, failed_by_now, online
-from kfac_optax.engine.state import CoarseState, CurvatureState, Step, block_of_bucket
+from kfac_optax.engine.state import (
+    CoarseState,
+    CurvatureState,
+    OwnFactors,
+    Step,
+    block_of_bucket,
+    own_values,
+)
 
 
 def take_statistics(
@@ -38,11 +46,10 @@ def accumulate(
     per_layer, across = measured
     measured_of = dict(zip(step.layers, per_layer, strict=True))
     stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
-    largest = _largest((stacked_of, across))
-    good = jnp.isfinite(largest).all()
-    # weights that are all zero give zeros everywhere: no example, nothing learnt about the
-    # curvature
-    finite = good & (largest > 0).any()
+    if step.local is not None:
+        stacked_of = own_statistics(step, step.local, state.factors, stacked_of)
+    good, learnt = _verdict(step, (stacked_of, across))
+    finite = good & learnt
     count = state.curvature_count + finite.astype(jnp.int32)
     # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
     k = jnp.maximum(count, 1).astype(jnp.float32)
@@ -58,8 +65,10 @@ def accumulate(
         stacked = stacked_of[bucket.name]
         if block_of_bucket(bucket).absorb is not None:
             stacked, news[bucket.name] = stacked
-        check_measured("scale_by_curvature.update", bucket, stacked, state.factors[bucket.name])
-        factors[bucket.name] = jax.tree.map(average, state.factors[bucket.name], stacked)
+        old = state.factors[bucket.name]
+        check_measured("scale_by_curvature.update", bucket, stacked, own_values(old))
+        new = jax.tree.map(average, own_values(old), stacked)
+        factors[bucket.name] = old._replace(own=new) if isinstance(old, OwnFactors) else new
     coarse = state.coarse
     if isinstance(coarse, CoarseState):
         coarse = coarse._replace(
@@ -78,6 +87,21 @@ def _stacked(bucket: Bucket, measured_of: dict[Layer, PyTree]) -> PyTree:
     return jax.tree.map(
         lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
     )
+
+
+def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Whether all that was measured is finite, and whether there was an example.
+
+    Where every device measures layers of its own, all of them have to agree: what one leaves out
+    all do.
+    """
+    largest = _largest(measured)
+    # weights that are all zero give zeros everywhere: nothing learnt about the curvature
+    good, learnt = jnp.isfinite(largest).all(), (largest > 0).any()
+    if step.local is None:
+        return good, learnt
+    good, learnt = on_all(step.local, jnp.stack([good, learnt]))
+    return good, learnt
 
 
 def _largest(tree: PyTree) -> jax.Array:

@@ -1,14 +1,17 @@
-"""What a preconditioner is given, checked: parameters, gradients and curvature."""
+"""What a preconditioner is given, checked: parameters, gradients, curvature and placement."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import present
-from kfac_optax._types import Block, Layer, Layers
+from kfac_optax._types import Block, Coupling, Layer, Layers, Travel
 from kfac_optax._validate import check_legal
+from kfac_optax.engine.placement import Placement
 from kfac_optax.estimators.plan import Plan
+from kfac_optax.estimators.reductions import names_of
 
 
 def check_numbers(where, damping, decay, curvature_every, inverse_every) -> None:
@@ -94,3 +97,94 @@ def gradient_rows(
             "follow curvature_every (or measure=)."
         )
     return curvature.gradient_rows(plan)
+
+
+def checked_placement(
+    where: str, placement: Placement | None, parts: int, factored_gradient: bool, axis_name: Any
+) -> Placement | None:
+    """The placement of a transformation, or `None` where it has nothing to say: on one device.
+
+    Raises:
+      ValueError: it divides the state, and something needs all of it.
+      TypeError: it is something else.
+    """
+    if placement is None:
+        return None
+    if not isinstance(placement, Placement):
+        raise TypeError(
+            f"{where}: placement is a {type(placement).__name__}; expected a Placement, such as "
+            'Placement("data", mesh=mesh), or None.'
+        )
+    if placement.divided and (parts > 1 or factored_gradient):
+        word = "stagger" if parts > 1 else "factored_gradient"
+        raise ValueError(
+            f"{where}: got {word}= with worker_fraction={placement.worker_fraction!r}, which "
+            "divides the inverses over devices; expected all devices to keep all of them. Pass "
+            f"worker_fraction=1, or leave {word}= out."
+        )
+    if placement.local and parts > 1:
+        raise ValueError(
+            f"{where}: got stagger={parts} with statistics='local', which divides the factors over "
+            "devices; expected one refresh of all. Leave stagger= out, or use "
+            "statistics='averaged'."
+        )
+    if placement.travel != Travel() and axis_name is None:
+        raise ValueError(
+            f"{where}: got a placement with packed={placement.packed!r} and statistics_dtype="
+            f"{placement.statistics_dtype!r}, and axis_name=None; expected axis_name=, the axis of "
+            "shard_map or pmap over which statistics are summed. Under jit XLA decides what it "
+            "sends: leave both out."
+        )
+    return None if placement.mesh is not None and placement.devices == 1 else placement
+
+
+def check_local(
+    where: str,
+    placement: Placement | None,
+    layers: Layers,
+    blocks: Sequence[Block],
+    coupling: Coupling | None,
+    axis_name: Any,
+) -> None:
+    """Checks that statistics which are measured by one device each are all that is needed.
+
+    Raises:
+      ValueError: something needs those of all layers, or of the whole batch.
+    """
+    if placement is None or not placement.local:
+        return
+    missing = [name for name in placement.names if name not in names_of(axis_name)]
+    if missing:
+        raise ValueError(
+            f"{where}: got statistics='local' over axis {missing[0]!r}, and axis_name="
+            f"{axis_name!r}; expected axis_name= to name it: the batch is split over it, inside "
+            "shard_map or pmap."
+        )
+    if coupling is not None:
+        raise ValueError(
+            f"{where}: got statistics='local' with the coupling {coupling.name}, which measures "
+            "all layers on one batch; expected no coupling. Use statistics='averaged'."
+        )
+    for layer, block in zip(layers, blocks, strict=True):
+        # the gradient of a bare parameter is a sum over devices, where that is tracked
+        if layer.kind == "diagonal":
+            raise ValueError(
+                f"{where}: got statistics='local', and parameter {layer.path!r} without inputs, "
+                "which is measured on the whole batch; expected layers alone. Pass "
+                "uncovered='pass', or use statistics='averaged'."
+            )
+        # so is that of a loss that devices have averaged before it was differentiated
+        if block.first_moments:
+            raise ValueError(
+                f"{where}: got statistics='local', and layer {layer.path!r} has block "
+                f"{block.name!r}, which averages gradients themselves, those of the whole batch; "
+                "expected blocks of their products. Use statistics='averaged'."
+            )
+        # what takes statistics into its inverse needs them wherever that is kept
+        if block.absorb is not None and placement.workers > 1:
+            raise ValueError(
+                f"{where}: got statistics='local' with worker_fraction="
+                f"{placement.worker_fraction!r}, and layer {layer.path!r} has block {block.name!r}, "
+                "which takes every statistic into its inverse; expected one device to keep each. "
+                "Pass worker_fraction=0, or use statistics='averaged'."
+            )

@@ -18,7 +18,13 @@ from kfac_optax._tree import (
 from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
 from kfac_optax._validate import check_choice
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
-from kfac_optax.engine.state import CoarseState, CurvatureState, block_of_bucket
+from kfac_optax.engine.state import (
+    CoarseState,
+    CurvatureState,
+    OwnFactors,
+    block_of_bucket,
+    own_values,
+)
 from kfac_optax.linalg.factorize import after
 
 LINEAR = ("pass", "diagonal", "raise")  # grafting is no linear map
@@ -68,13 +74,15 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
     for bucket in buckets:
         block, number = block_of_bucket(bucket), jnp.ones(())
         factors, held = state.factors[bucket.name], state.inverses[bucket.name]
-        kept = {x.shape[0] for x in jax.tree.leaves(held)}
-        if kept - {bucket.copies}:
-            raise ValueError(
-                f"{where}: the state holds {max(kept)} inverses of {bucket.name}; expected "
-                f"{bucket.copies}, one for each matrix. It is divided over devices: pass "
-                "whole_state(opt_state, placement), or run with worker_fraction=1."
-            )
+        for what, tree in (("inverses", held), ("factors", own_values(factors))):
+            kept = {x.shape[0] for x in jax.tree.leaves(tree)}
+            if kept - {bucket.copies} or isinstance(factors, OwnFactors):
+                raise ValueError(
+                    f"{where}: the state holds {max(kept)} {what} of {bucket.name}; expected "
+                    f"{bucket.copies}, one for each matrix. It is divided over devices: pass "
+                    "whole_state(opt_state, placement), or run with a placement that does not "
+                    "divide it (worker_fraction=1, statistics='averaged')."
+                )
         try:
             # only structures are compared: nothing is computed
             fresh = jax.eval_shape(jax.vmap(block.factorize, (0, None)), factors, number)

@@ -7,9 +7,14 @@ import optax
 
 from kfac_optax._types import Block, Coupling, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_axis_name
-from kfac_optax.engine.arguments import check_factored, check_numbers
+from kfac_optax.engine.arguments import (
+    check_factored,
+    check_local,
+    check_numbers,
+    checked_placement,
+)
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
-from kfac_optax.engine.placement import Placement, checked_placement
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.schedule import INVERSE_EVERY
 from kfac_optax.engine.stagger import check_parts
 from kfac_optax.engine.state import CurvatureState
@@ -127,6 +132,7 @@ def scale_by_curvature(
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)
     placement = checked_placement(where, placement, parts, factored_gradient, axis_name)
+    check_local(where, placement, layers, blocks, coupling, axis_name)
     if factored_gradient:
         check_factored(where, blocks)
     rule = Rule(

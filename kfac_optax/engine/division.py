@@ -1,8 +1,7 @@
-"""Which device keeps and factorises which matrices, and how they reach the others."""
+"""Which device keeps and factorises which matrices."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,9 @@ import numpy as np
 
 from kfac_optax._types import PyTree
 from kfac_optax.engine import stagger
-from kfac_optax.engine.placement import Placement, as_varying, tracked
+from kfac_optax.engine.placement import Placement
+
+EIGH = 9  # operations of an eigendecomposition with vectors, for one of n^3
 
 
 class Share(NamedTuple):
@@ -18,11 +19,13 @@ class Share(NamedTuple):
     ones.
 
     Devices in their order factorise `count[d]` matrices each, one range behind the other; the
-    matrices of a group are kept by all of its devices.
+    matrices of a group are kept by all of its devices. Where they are sooner made than sent, each
+    device factorises all that its group keeps.
     """
 
     copies: int  # of the bucket, n
-    count: np.ndarray  # [groups, m], how many a device factorises
+    count: np.ndarray  # [groups, m], how many a device factorises for its group
+    everywhere: bool = False  # whether all devices of a group factorise all of them
 
     @property
     def kept(self) -> np.ndarray:
@@ -47,9 +50,16 @@ class Share(NamedTuple):
         return int(self.kept.max())
 
     @property
+    def made(self) -> np.ndarray:
+        """How many matrices a device factorises, `[groups, m]`."""
+        return (
+            np.broadcast_to(self.kept[:, None], self.count.shape) if self.everywhere else self.count
+        )
+
+    @property
     def most(self) -> int:
         """The largest number that a device factorises."""
-        return int(self.count.max())
+        return int(self.made.max())
 
 
 class Division(NamedTuple):
@@ -70,30 +80,60 @@ class Division(NamedTuple):
         return jnp.asarray(of_device.ravel(), jnp.int32)[me]
 
 
-def divide(placement: Placement, costs: Mapping[str, tuple[int, float]]) -> Division:
+def divide(
+    placement: Placement,
+    costs: Mapping[str, tuple[int, float]],
+    sent: Mapping[str, float] | None = None,
+) -> Division:
     """Divides matrices over devices: evenly over groups first, bucket by bucket, so that few places
     stay empty; then by cost over the devices of each group. The order of `costs` has no say.
+
+    Args:
+      placement: says over which devices.
+      costs: of every bucket the number of copies and the cost of one, `p^3 + q^3`.
+      sent: of every bucket the bytes of one inverse. With them `flops_per_byte` of the placement
+        decides which are made by all devices that keep them.
 
     >>> placement = Placement("data", mesh=jax.make_mesh((1,), ("data",)))
     >>> print(divide(placement, {"small": (6, 2.0)}).shares["small"].count)
     [[6]]
     """
     devices, workers = placement.devices, placement.workers
-    groups = devices // workers
     # among equal costs the first one is served first, and the buckets of a state change their order
     # wherever JAX puts a dictionary together again
     in_order = {name: costs[name] for name in sorted(costs)}
-    kept = _over_groups(in_order, groups)
-    count = {name: np.zeros((groups, workers), int) for name in costs}
+    kept = _over_groups(in_order, devices // workers)
+    # made by all: no part of what is balanced
+    known = {} if sent is None else sent
+    everywhere = {
+        name: EIGH * costs[name][1] < placement.flops_per_byte * size
+        for name, size in known.items()
+    }
+    balanced = {name: cost for name, (_, cost) in in_order.items() if not everywhere.get(name)}
+    rest = {name: cost for name, (_, cost) in in_order.items() if name not in balanced}
+    count = _within_groups(kept, balanced, workers) | _within_groups(kept, rest, workers)
+    # by name as they came
+    shares = {
+        name: Share(copies, count[name], everywhere.get(name, False))
+        for name, (copies, _) in costs.items()
+    }
+    return Division(placement, shares)
+
+
+def _within_groups(
+    kept: Mapping[str, np.ndarray], costs: Mapping[str, float], workers: int
+) -> dict[str, np.ndarray]:
+    """How many of the matrices that a group keeps each of its devices factorises, `[groups, m]` by
+    bucket: by cost, all buckets together.
+    """
+    count = {name: np.zeros((len(kept[name]), workers), int) for name in costs}
+    groups = max(map(len, count.values()), default=0)
     for group in range(groups):
-        # the matrices of a group, divided once more within it
-        within = {name: (int(kept[name][group]), cost) for name, (_, cost) in in_order.items()}
+        within = {name: (int(kept[name][group]), cost) for name, cost in costs.items()}
         for member, part in enumerate(stagger.divide(within, parts=workers)):
             for name, (start, end) in part.items():
                 count[name][group, member] = end - start
-    # by name as they came
-    shares = {name: Share(copies, count[name]) for name, (copies, _) in costs.items()}
-    return Division(placement, shares)
+    return count
 
 
 def _over_groups(costs: Mapping[str, tuple[int, float]], groups: int) -> dict[str, np.ndarray]:
@@ -111,126 +151,15 @@ def _over_groups(costs: Mapping[str, tuple[int, float]], groups: int) -> dict[st
     return kept
 
 
-def make_own(
-    division: Division,
-    share: Share,
-    make: Callable[[PyTree, PyTree], PyTree],
-    old: PyTree,
-    statistic: PyTree,
-) -> PyTree:
-    """New inverses `[slots, ...]` of the matrices that this device keeps: every device of a group
-    makes its own, then they exchange them.
-
-    Args:
-      division: of all buckets.
-      share: of this bucket.
-      make: `(old, statistic) -> new`, `[k, ...]` all, for any `k`.
-      old: what this device keeps, `[slots, ...]`.
-      statistic: of all matrices, `[copies, ...]`.
-    """
-    placement, most = division.placement, share.most
-    # first of all matrices that it factorises, and of those that it keeps
-    start, first = division.own(share.start), division.table(share.first)
-
-    def some(count: int) -> Callable[[PyTree], PyTree]:
-        def run(trees: PyTree) -> PyTree:
-            old, statistic = trees
-            if count == 0:
-                # nothing to do: an array of the same shape
-                none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape[1:]), x.dtype), old)
-                return as_varying(placement, none)
-            # old inverses lie in places of the group, statistics in those of the bucket
-            mine = _rows(old, start - first, count), _rows(statistic, start, count)
-            made = jax.tree.map(lambda x: _longer(x, most), make(*mine))
-            return as_varying(placement, made)
-
-        return run
-
-    numbers = np.unique(share.count)
-    trees = as_varying(placement, (old, statistic))
-    # every device runs the branch for as many matrices as it has
-    branch = division.own(np.searchsorted(numbers, share.count))
-    branches = [some(int(count)) for count in numbers]
-    made = branches[0](trees) if len(numbers) == 1 else jax.lax.switch(branch, branches, trees)
-    return jax.tree.map(functools.partial(_within_group, division, share), made)
-
-
-def _within_group(division: Division, share: Share, made: jax.Array) -> jax.Array:
-    """What all devices of a group have made, from `[most, ...]` on each to `[slots, ...]`."""
-    placement, (groups, workers) = division.placement, share.count.shape
-    if workers == 1:
-        return made
-    if groups == 1:
-        return _to_all(placement, share.count.ravel(), made)
-    members = np.arange(placement.devices).reshape(groups, workers).tolist()
-    # a gather would send more empty places than a sum sends zeros
-    if workers * share.most > 2 * share.slots and not tracked(placement) and made.dtype != bool:
-        start = division.own(share.start) - division.table(share.first)
-        summed = _apart(placement, made, share.slots, start, division.own(share.count))
-        return jax.lax.psum(summed, placement.axis, axis_index_groups=members)
-    # sums over groups are not to be had where it is tracked what differs
-    together = jax.lax.all_gather(made, placement.axis, axis_index_groups=members)
-    # slots that stay empty show the first matrix
-    places = np.zeros((groups, share.slots), int)
-    for group, counts in enumerate(share.count):
-        places[group, : counts.sum()] = _places(counts, share.most)
-    return _flat(together)[division.table(places)]
-
-
-def from_groups(division: Division, share: Share, kept: jax.Array) -> jax.Array:
-    """What every group has, from `[slots, ...]` to all matrices `[copies, ...]` on all devices."""
-    placement, (groups, workers) = division.placement, share.count.shape
-    if workers == 1:
-        return _to_all(placement, share.kept, kept)
-    if not tracked(placement):
-        # one device of every group: none gets anything twice
-        receivers = np.arange(placement.devices).reshape(groups, workers).T.tolist()
-        return _to_all(placement, share.kept, kept, receivers)
-    # whether several groups agree is not tracked, so that all devices have to take part
-    first = np.where(np.arange(workers) == 0, share.kept[:, None], 0)
-    return _to_all(placement, first.ravel(), kept)
-
-
-def _to_all(
-    placement: Placement, counts: np.ndarray, mine: jax.Array, receivers: Any = None
-) -> jax.Array:
-    """The first `counts[d]` rows of every device `d`, one after another: by a sum, of zeros for
-    what others have, or by gathering rows that nobody needs, whichever sends less.
-
-    A sum sends every row twice.
-    """
-    longest, total = mine.shape[0], int(counts.sum())
-    options: dict[str, Any] = {} if receivers is None else {"axis_index_groups": receivers}
-    # what is sent: W longest rows by a gather, twice the total by a sum
-    if len(counts) * longest <= 2 * total or mine.dtype == bool:
-        to = {"to": "invarying"} if tracked(placement) else {}
-        together = jax.lax.all_gather(mine, placement.axis, **options, **to)
-        return _flat(together)[_places(counts, longest)]
-    me = jax.lax.axis_index(placement.axis)
-    if receivers is not None:
-        me = me // len(receivers)
-    # row of the first, and number, of what this device has
-    start, count = (jnp.asarray(x, jnp.int32)[me] for x in (np.cumsum(counts) - counts, counts))
-    return jax.lax.psum(_apart(placement, mine, total, start, count), placement.axis, **options)
-
-
-def _apart(
-    placement: Placement, mine: jax.Array, total: int, start: jax.Array, count: jax.Array
-) -> jax.Array:
-    """The first `count` rows of a device where they belong among `total`, zeros elsewhere."""
-    longest = mine.shape[0]
-    used = (jnp.arange(longest) < count).reshape(-1, *[1] * (mine.ndim - 1))
-    # room for the unused rows of the last device, cut off again
-    zeros = jnp.zeros((total + longest, *mine.shape[1:]), mine.dtype)
-    placed = jax.lax.dynamic_update_slice_in_dim(
-        as_varying(placement, zeros), jnp.where(used, mine, 0), start, 0
-    )
-    return placed[:total]
-
-
 def kept_rows(division: Division, share: Share, tree: PyTree) -> PyTree:
     """Of `[copies, ...]` what this device keeps, `[slots, ...]`; empty places repeat the last."""
     rows = division.table(share.first) + jnp.arange(share.slots)
+    return jax.tree.map(lambda x: x[jnp.minimum(rows, share.copies - 1)], tree)
+
+
+def made_rows(division: Division, share: Share, tree: PyTree) -> PyTree:
+    """Of `[copies, ...]` what this device factorises, `[most, ...]`; empty places show others."""
+    rows = division.own(share.start) + jnp.arange(share.most)
     return jax.tree.map(lambda x: x[jnp.minimum(rows, share.copies - 1)], tree)
 
 
@@ -252,20 +181,3 @@ def failures(division: Division, good: Mapping[str, jax.Array]) -> jax.Array:
 def used_slots(division: Division, share: Share) -> jax.Array:
     """Which places of this device have a matrix in them, `[slots]`."""
     return jnp.arange(share.slots) < division.table(share.kept)
-
-
-def _places(counts: np.ndarray, size: int) -> np.ndarray:
-    """Positions of the used rows among those of all devices, `size` on each."""
-    return np.concatenate([d * size + np.arange(n) for d, n in enumerate(counts)])
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _rows(tree: PyTree, start: jax.Array, count: int) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count), tree)
-
-
-def _longer(x: jax.Array, size: int) -> jax.Array:
-    return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

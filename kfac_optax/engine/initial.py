@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kfac_optax._tree import make_buckets
 from kfac_optax._types import Coupling, Layer
 from kfac_optax.engine.choice import BlockOf
-from kfac_optax.engine.placed import first_inverses
+from kfac_optax.engine.placed import first_placed
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.refresh import factorize_all
 from kfac_optax.engine.state import CoarseState, Step, start_of_bucket
@@ -28,11 +28,11 @@ def initial(
     factors = {bucket.name: start_of_bucket(bucket, dtype) for bucket in buckets}
     inverses = factorize_all(buckets, factors, damping)
     step = Step(mine, buckets, coupling, damping, placement)
-    kept = inverses
-    if step.divided is not None:
-        kept = first_inverses(step.divided, factors, inverses)
+    kept = factors, inverses
+    if placement is not None and (placement.divided or placement.local):
+        kept = first_placed(placement, factors, inverses)
     if coupling is None:
-        return factors, kept, ()
+        return *kept, ()
     rows, index = 0, {}
     coupled = tuple(layer for layer in mine if layer.coupled)
     for layer in coupled:
@@ -45,4 +45,4 @@ def initial(
     statistic = coupling.init(coupled, dtype)
     fine = step.fine(factors, inverses, sizes)
     inverse = coupling.factorize(after(statistic, inverses), fine)
-    return factors, kept, CoarseState(statistic, inverse, sizes, index)
+    return *kept, CoarseState(statistic, inverse, sizes, index)

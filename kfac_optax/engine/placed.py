@@ -1,5 +1,6 @@
-"""Refresh, online updates and solves of layers that are divided over devices."""
+"""Statistics, refresh, online updates and solves of layers that are divided over devices."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,38 +14,83 @@ from kfac_optax.engine.division import (
     Division,
     divide,
     failures,
-    from_groups,
     kept_rows,
-    make_own,
+    made_rows,
     used_slots,
 )
-from kfac_optax.engine.placement import Placement, as_varying, check_same, on_devices
+from kfac_optax.engine.exchange import from_groups, make_own
+from kfac_optax.engine.mapped import as_varying, check_same, on_devices
+from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.renew import absorbed, kept_finite, online, renewed
-from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
+from kfac_optax.engine.state import (
+    CurvatureState,
+    OwnFactors,
+    Step,
+    block_of_bucket,
+    own_values,
+)
 
 
-def division_of(placement: Placement, factors: Mapping[str, PyTree]) -> Division:
-    """How matrices whose factors are `[copies, ...]` by bucket are divided."""
-    costs = {}
-    for name, statistic in factors.items():
-        leaves = jax.tree.leaves(statistic)
-        # shapes of one copy
-        costs[name] = leaves[0].shape[0], stagger.cost([x.shape[1:] for x in leaves])
-    return divide(placement, costs)
-
-
-def first_inverses(placement: Placement, factors: PyTree, inverses: PyTree) -> PyTree:
-    """A divided state before anything was measured, when all matrices of a bucket are the same.
-
-    Inside `shard_map` and `pmap` it is what one device keeps, elsewhere what all of them do.
+def division_of(
+    placement: Placement,
+    copies: Mapping[str, int],
+    factors: Mapping[str, PyTree],
+    inverses: Mapping[str, PyTree] | None = None,
+) -> Division:
+    """How matrices are divided, by the shapes of what is kept for them by bucket; `inverses` tell
+    what is sent.
     """
-    division, devices = division_of(placement, factors), placement.devices
-    kept = {}
-    for name, share in division.shares.items():
-        # mapped, each device makes its own places; else all of them at once
-        n = share.slots if placement.mapped else devices * share.slots
-        kept[name] = jax.tree.map(lambda x, n=n: jnp.repeat(x[:1], n, 0), inverses[name])
-    return kept
+    costs, sent = {}, {}
+    for name, statistic in factors.items():
+        # shapes of one copy
+        shapes = [x.shape[1:] for x in jax.tree.leaves(own_values(statistic))]
+        costs[name] = copies[name], stagger.cost(shapes)
+        leaves = [] if inverses is None else jax.tree.leaves(inverses[name])
+        sent[name] = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in leaves)
+    return divide(placement, costs, sent)
+
+
+def first_placed(
+    placement: Placement, factors: PyTree, inverses: PyTree
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    """Factors and inverses as a placement divides them, before anything was measured, when all
+    matrices of a bucket are the same.
+
+    Inside `shard_map` and `pmap` they are what one device keeps, elsewhere what all of them do.
+    """
+    copies = {name: jax.tree.leaves(statistic)[0].shape[0] for name, statistic in factors.items()}
+    shares = division_of(placement, copies, factors).shares
+    # mapped, each device makes its own places; else all of them at once
+    devices = 1 if placement.mapped else placement.devices
+
+    def places(tree: PyTree, count: int) -> PyTree:
+        return jax.tree.map(lambda x: jnp.repeat(x[:1], devices * count, 0), tree)
+
+    if placement.divided:
+        inverses = {name: places(inverses[name], share.slots) for name, share in shares.items()}
+    if placement.local:
+        factors = {
+            name: OwnFactors(places(factors[name], share.most), jnp.asarray(share.count, jnp.int32))
+            for name, share in shares.items()
+        }
+    return factors, inverses
+
+
+def own_statistics(
+    step: Step,
+    placement: Placement,
+    factors: Mapping[str, PyTree],
+    measured: Mapping[str, PyTree],
+) -> dict[str, PyTree]:
+    """Of statistics of all matrices, `[copies, ...]` by bucket, those of what this device
+    factorises, `[places, ...]`.
+    """
+    # by the shapes of what is kept: what is measured may have news beside it
+    division = division_of(placement, step.copies, factors)
+    return {
+        name: made_rows(division, division.shares[name], statistic)
+        for name, statistic in measured.items()
+    }
 
 
 def factorize_placed(
@@ -56,21 +102,25 @@ def factorize_placed(
     In a divided state they are what each device keeps.
     """
     # undivided: every device keeps all inverses, and makes a part of them
-    division, divided = division_of(placement, state.factors), placement.divided
+    division = division_of(placement, step.copies, state.factors, state.inverses)
+    divided = placement.divided
 
     def on_device(held: PyTree, whole: PyTree, factors: PyTree, damping, count, previous):
-        check_same(placement, factors)
+        if not placement.local:
+            check_same(placement, factors)
         # branches of a block's own have to agree about what differs between devices
-        damping, count = as_varying(placement, (damping, count))
+        apart = as_varying(placement, (damping, count))
         made, good = {}, {}
         for bucket in step.buckets:
             block, share = block_of_bucket(bucket), division.shares[bucket.name]
             old = (held if divided else whole)[bucket.name]
+            # what all devices make of the same does not differ
+            now = (damping, count) if share.everywhere and not divided else apart
 
-            def make(old, statistic, block=block, previous=previous):
-                return renewed(block, old, statistic, damping, count, previous)
+            def make(old, statistic, block=block, previous=previous, now=now):
+                return renewed(block, old, statistic, now[0], now[1], previous)
 
-            new = make_own(division, share, make, old, factors[bucket.name])
+            new = make_own(division, share, make, old, own_values(factors[bucket.name]))
             if divided:
                 # a copy may fail by itself
                 good[bucket.name] = finite = jax.vmap(all_finite)(new)
@@ -98,12 +148,13 @@ def absorb_placed(
     """Divided inverses of the buckets that absorb, with the news in them, and how many
     factorisations have failed by now.
     """
-    division = division_of(placement, state.factors)
+    division = division_of(placement, step.copies, state.factors)
 
     def on_device(held: PyTree, factors: PyTree, news: PyTree, damping, average, finite):
-        # of all matrices those that this device keeps
+        # of all matrices those that this device keeps; local ones are those already
         def rows(name: str, tree: PyTree) -> PyTree:
-            return kept_rows(division, division.shares[name], tree)
+            local = placement.local
+            return own_values(tree) if local else kept_rows(division, division.shares[name], tree)
 
         here = step._replace(damping=damping)
         made, good = absorbed(here, held, factors, news, average, finite, rows)
@@ -123,7 +174,7 @@ def solve_placed(
     then all exchange the results.
     """
     # V [copies, p, q] on every device, of which each solves for its own
-    division = division_of(placement, factors)
+    division = division_of(placement, step.copies, factors)
 
     def on_device(held: PyTree, vector: Vector, damping: jax.Array):
         solved = []
@@ -143,9 +194,9 @@ class AllInverses:
     are asked for.
     """
 
-    def __init__(self, placement: Placement, factors: PyTree, inverses: PyTree):
+    def __init__(self, step: Step, placement: Placement, factors: PyTree, inverses: PyTree):
         self._placement, self._inverses = placement, inverses
-        self._division = division_of(placement, factors)
+        self._division = division_of(placement, step.copies, factors)
         self._known: dict[str, PyTree] = {}
 
     def __getitem__(self, name: str) -> PyTree:
@@ -165,4 +216,4 @@ def inverses_of_all(step: Step, factors: PyTree, inverses: PyTree) -> Any:
     """Inverses by bucket, `[copies, ...]`, wherever they are kept."""
     if step.divided is None:
         return inverses
-    return AllInverses(step.divided, factors, inverses)
+    return AllInverses(step, step.divided, factors, inverses)

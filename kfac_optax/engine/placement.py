@@ -1,19 +1,16 @@
-"""Where the work on layers is done: a record of the choice, and what runs on which devices."""
+"""Where the work on layers is done: a record of the choice."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from kfac_optax._layout import varying_axes
-from kfac_optax._types import PyTree, Travel
-from kfac_optax._validate import check_number
+from kfac_optax._types import Travel
+from kfac_optax._validate import check_choice, check_number
+from kfac_optax.estimators.reductions import names_of
 
-# what runs on one device: `(held, *whole) -> (held, whole)`
-OnDevice = Callable[..., tuple[PyTree, PyTree]]
+STATISTICS = ("averaged", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +35,11 @@ class Placement:
     Inside `shard_map` or `pmap` over the axis the devices work together directly; elsewhere, under
     `jit`, `mesh` says which they are.
 
+    With `statistics="local"` no factor travels: the device that factorises a layer measures it on
+    its own part of the batch and alone keeps its factors, also divided over the axis. So they are
+    means over `N / W` of `N` examples, noisier by as much, and numbers do depend on the division:
+    of the layers, not on `worker_fraction`.
+
     Attributes:
       axis: name of the mesh axis, or several whose devices are counted together.
       worker_fraction: share of the devices that keep each inverse, in [0, 1]; 0 stands for one
@@ -48,9 +50,16 @@ class Placement:
         With `axis_name=`, as is the next: under `jit` XLA decides what it sends.
       statistics_dtype: in which statistics are sent and summed, `jnp.bfloat16` say; averages are
         kept as ever. `None`: their own.
+      statistics: `"averaged"` over the devices, or `"local"`; the latter inside `shard_map` and
+        `pmap` with `axis_name=`, without a coupling. Blocks that take every statistic into their
+        inverse (`ekfac`, those followed online) want `worker_fraction=0` with it.
+      flops_per_byte: operations that a device does in the time it takes to send a byte. A layer
+        whose inverse is sooner made, by `9 (p^3 + q^3)` operations, than sent is made by every
+        device that keeps it. 0: all are sent.
 
     Raises:
-      ValueError: the mesh has no such axis, or the fraction does not divide its devices.
+      ValueError: the mesh has no such axis, or the fraction does not divide its devices; words that
+        do not go together.
 
     >>> mesh = jax.make_mesh((1,), ("data",))
     >>> print(Placement("data", 0.0, mesh).workers)
@@ -60,7 +69,10 @@ class Placement:
     ValueError: Placement: axis 'model' is not on the mesh, which has data; expected one of these.
 
     Reference: Pauloski, Huang, Huang, Venkataraman, Chard, Foster & Zhang, KAISA: An Adaptive
-      Second-Order Optimizer Framework for Deep Neural Networks (2021).
+      Second-Order Optimizer Framework for Deep Neural Networks (2021). Local statistics: Zhang,
+      Shi, Wang & Li, Scalable K-FAC Training for Deep Neural Networks with Distributed
+      Preconditioning (2022). What is made everywhere: Shi, Zhang & Li, Accelerating Distributed
+      K-FAC with Smart Parallelism of Computing and Communication Tasks (2021).
     """
 
     axis: str | tuple[str, ...]
@@ -68,6 +80,8 @@ class Placement:
     mesh: Any = None
     packed: bool = False
     statistics_dtype: Any = None
+    statistics: str = "averaged"
+    flops_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         names = self.names
@@ -83,6 +97,10 @@ class Placement:
                 "jnp.bfloat16, or None."
             )
         check_number("Placement", "worker_fraction", self.worker_fraction, at_least=0, at_most=1)
+        check_number("Placement", "flops_per_byte", self.flops_per_byte, at_least=0)
+        check_choice("Placement", "statistics", self.statistics, STATISTICS)
+        if self.statistics == "local":
+            self._check_local()
         if self.mesh is not None:
             self._check_mesh()
         elif self.worker_fraction < 1:
@@ -90,6 +108,20 @@ class Placement:
                 f"Placement: worker_fraction={self.worker_fraction!r} divides the state, whose "
                 "shape depends on the number of devices; got mesh=None. Pass mesh=, the mesh that "
                 "has the axis, also inside shard_map and pmap."
+            )
+
+    def _check_local(self) -> None:
+        """Raises where a word has no meaning for statistics that stay where they are."""
+        if self.mesh is None:
+            raise ValueError(
+                "Placement: statistics='local' divides the factors, whose shape depends on the "
+                "number of devices; got mesh=None. Pass mesh=, the mesh that has the axis."
+            )
+        if self.travel != Travel() or self.flops_per_byte:
+            raise ValueError(
+                f"Placement: got statistics='local' with packed={self.packed!r}, statistics_dtype="
+                f"{self.statistics_dtype!r} and flops_per_byte={self.flops_per_byte!r}; expected "
+                "none of them: no factor is sent, and no other device can factorise it."
             )
 
     def _check_mesh(self) -> None:
@@ -135,6 +167,21 @@ class Placement:
         return self.mesh is not None and self.workers < self.devices
 
     @property
+    def local(self) -> bool:
+        """Whether every device measures its own layers on its own part of the batch, and there are
+        several.
+        """
+        return self.statistics == "local" and self.devices > 1
+
+    def averaged_over(self, axis_name: Any) -> Any:
+        """Of the axes that share a batch those over which statistics are averaged; `None` where
+        there are none.
+        """
+        if not self.local:
+            return axis_name
+        return tuple(name for name in names_of(axis_name) if name not in self.names) or None
+
+    @property
     def mapped(self) -> bool:
         """Whether this is traced inside `shard_map` or `pmap` over the axis."""
         try:
@@ -147,9 +194,16 @@ class Placement:
         """Checks that devices can work together here.
 
         Raises:
-          ValueError: neither a mesh is known nor is the axis mapped, or both differ.
+          ValueError: neither a mesh is known nor is the axis mapped, or both differ; statistics
+            are local and the axis is not mapped.
         """
         if not self.mapped:
+            if self.local:
+                raise ValueError(
+                    f"Placement: axis {self.axis!r} is not mapped here, and statistics='local'; "
+                    "expected to run inside shard_map or pmap over the axis. Under jit a batch is "
+                    "measured as a whole: use statistics='averaged'."
+                )
             if self.mesh is None:
                 raise ValueError(
                     f"Placement: axis {self.axis!r} is not mapped here, and mesh=None; expected to "
@@ -179,101 +233,3 @@ def _workers(fraction: float, devices: int) -> int:
             f"a number that divides them: one of {possible}."
         )
     return round(workers)
-
-
-def checked_placement(
-    where: str, placement: Placement | None, parts: int, factored_gradient: bool, axis_name: Any
-) -> Placement | None:
-    """The placement of a transformation, or `None` where it has nothing to say: on one device.
-
-    Raises:
-      ValueError: it divides the state, and something needs all of it.
-      TypeError: it is something else.
-    """
-    if placement is None:
-        return None
-    if not isinstance(placement, Placement):
-        raise TypeError(
-            f"{where}: placement is a {type(placement).__name__}; expected a Placement, such as "
-            'Placement("data", mesh=mesh), or None.'
-        )
-    if placement.divided and (parts > 1 or factored_gradient):
-        word = "stagger" if parts > 1 else "factored_gradient"
-        raise ValueError(
-            f"{where}: got {word}= with worker_fraction={placement.worker_fraction!r}, which "
-            "divides the inverses over devices; expected all devices to keep all of them. Pass "
-            f"worker_fraction=1, or leave {word}= out."
-        )
-    if placement.travel != Travel() and axis_name is None:
-        raise ValueError(
-            f"{where}: got a placement with packed={placement.packed!r} and statistics_dtype="
-            f"{placement.statistics_dtype!r}, and axis_name=None; expected axis_name=, the axis of "
-            "shard_map or pmap over which statistics are summed. Under jit XLA decides what it "
-            "sends: leave both out."
-        )
-    return None if placement.mesh is not None and placement.devices == 1 else placement
-
-
-def on_devices(placement: Placement, function: OnDevice, held: PyTree, *whole: PyTree) -> Any:
-    """Runs `function(held, *whole) -> (held, whole)` on every device of a placement.
-
-    Args:
-      placement: says where.
-      function: sees what a device holds, and what all devices have; what it returns as whole has to
-        be the same on all of them.
-      held: arrays divided over the axis.
-      *whole: arrays that all devices have.
-
-    Returns:
-      Both results, the first divided as `held` is.
-    """
-    if placement.mapped:
-        return function(held, *whole)
-    # what is divided has devices on axis 0, the rest is the same everywhere
-    divided, same = P(placement.axis), P()
-    mapped = jax.shard_map(
-        function,
-        mesh=placement.mesh,
-        in_specs=(divided, *[same] * len(whole)),
-        out_specs=(divided, same),
-        axis_names=set(placement.names),
-        # what blocks compute is not always written for it
-        check_vma=False,
-    )
-    return mapped(held, *whole)
-
-
-def tracked(placement: Placement) -> bool:
-    """Whether `shard_map` keeps track of what differs between devices."""
-    # the index of a device is what differs first
-    return bool(varying_axes(jax.typeof(jax.lax.axis_index(placement.axis))))
-
-
-def as_varying(placement: Placement, tree: PyTree) -> PyTree:
-    """A tree typed as different on every device, where that is tracked."""
-    if not tracked(placement):
-        return tree
-
-    def cast(x: jax.Array) -> jax.Array:
-        known = varying_axes(jax.typeof(x))
-        # pcast takes axes over which a value does not vary yet
-        missing = tuple(name for name in placement.names if name not in known)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
-def check_same(placement: Placement, tree: PyTree) -> None:
-    """Checks that statistics are those of all devices, as far as it is tracked.
-
-    Raises:
-      ValueError: they differ between the devices that are to share the work on them.
-    """
-    for x in jax.tree.leaves(tree):
-        differs = [name for name in varying_axes(jax.typeof(x)) if name in placement.names]
-        if differs:
-            raise ValueError(
-                f"Placement: the statistics differ between the devices of axis {differs[0]!r}; "
-                "expected the same on all of them. Pass axis_name=, the axis over which the batch "
-                "is split."
-            )

@@ -24,6 +24,15 @@ class CoarseState(NamedTuple):
     coarse_index: dict[str, jax.Array]  # rows of each layer, by path
 
 
+class OwnFactors(NamedTuple):
+    """Statistics of a bucket that only the devices that factorise them have: those of one device
+    behind another's, in places of equal number.
+    """
+
+    own: PyTree  # [W places, ...]; inside `shard_map` and `pmap` [places, ...]
+    counts: jax.Array  # shape=(groups, m), dtype=int32: how many each of the devices has
+
+
 class CurvatureState(NamedTuple):
     """State of `scale_by_curvature`. Buckets of equal layers are stacked on axis 0."""
 
@@ -38,7 +47,7 @@ class CurvatureState(NamedTuple):
     damping: jax.Array  # shape=(), dtype=float32: of the last step
     # shape=(), dtype=float32: norm of the coarse part over norm of the sum, last step
     coarse_share: jax.Array
-    factors: PyTree  # statistics of the block, by bucket
+    factors: PyTree  # statistics of the block, by bucket; `OwnFactors` where they are divided
     inverses: PyTree  # factorised inverses, by bucket
     coarse: Any  # CoarseState, or () without a coupling
     non_finite_updates: (
@@ -91,6 +100,17 @@ class Step(NamedTuple):
         placement = self.placement
         return placement if placement is not None and placement.divided else None
 
+    @property
+    def local(self) -> Placement | None:
+        """The placement, where it divides statistics over devices."""
+        placement = self.placement
+        return placement if placement is not None and placement.local else None
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """Number of matrices of every bucket."""
+        return {bucket.name: bucket.copies for bucket in self.buckets}
+
     def rows(self) -> np.ndarray:
         """Row in the coarse matrix (order of execution) of every coupled layer in bucket order."""
         first, start = {}, 0
@@ -130,6 +150,11 @@ class Step(NamedTuple):
         return Fine(
             lambda row: row_of(factors, row), lambda row: row_of(inverses, row), self.damping, sizes
         )
+
+
+def own_values(statistic: PyTree) -> PyTree:
+    """The statistics of a bucket as far as they are kept here."""
+    return statistic.own if isinstance(statistic, OwnFactors) else statistic
 
 
 def block_of_bucket(bucket: Bucket) -> Block:

@@ -116,7 +116,11 @@ def take_step(
     def statistics():
         # only here: a divided state has to be collected for it
         inverses = inverses_of_all(step, held.factors, held.inverses)
-        return curvature.statistics(plan._replace(inverses=inverses_read(mine, buckets, inverses)))
+        wanted = plan._replace(inverses=inverses_read(mine, buckets, inverses))
+        if step.local is not None:
+            # nothing is averaged between the devices that share out the layers
+            wanted = wanted._replace(axis_name=step.local.averaged_over(rule.axis_name))
+        return curvature.statistics(wanted)
 
     # statistics first: a refresh in the same step sees them
     if curvature is not None and measure is not False:

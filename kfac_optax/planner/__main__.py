@@ -2,17 +2,22 @@
 
     python -m kfac_optax.planner --model bert_large --devices 8 64 512
     python -m kfac_optax.planner --layers layers.json
+    python -m kfac_optax.planner --pipeline gpipe 1f1b --stages 8 --microbatches 8 16
 
-`layers.json` is a list of `[copies, p, q]`, the bias row counted in `p`.
+`layers.json` is a list of `[copies, p, q]`, the bias row counted in `p`. With `--pipeline` it is what
+the bubbles of a pipeline of equal stages hold, in units of one forward pass.
 """
 
 import argparse
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+from kfac_optax.planner.bubbles import bubble_table
 from kfac_optax.planner.formulas import Costs, Shape, costs
 from kfac_optax.planner.models import MODELS
+from kfac_optax.planner.pipeline import ORDERS, Stage
 
 HEADER = (
     "devices strategy memory/GiB statistics/MiB refresh/MiB step/MiB mean/MiB work/TFLOP balance"
@@ -20,14 +25,19 @@ HEADER = (
 ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
 
 
-def strategies(devices: int) -> dict[str, float | None]:
-    """Worker fractions to compare, by name; in between, groups of about the root of `W`."""
+def strategies(devices: int) -> dict[str, dict[str, Any]]:
+    """Arguments of `costs` to compare, by name; in between, groups of about the root of `W`."""
     # the largest divisor of W that is at most its root
     workers = max(m for m in range(1, devices + 1) if devices % m == 0 and m * m <= devices)
-    found = {"no placement": None, "all keep all": 1.0, "one keeps each": 1 / devices}
+    found: dict[str, dict[str, Any]] = {
+        "no placement": {"worker_fraction": None},
+        "all keep all": {"worker_fraction": 1.0},
+        "one keeps each": {"worker_fraction": 1 / devices},
+        "one measures": {"worker_fraction": 1 / devices, "local": True},
+    }
     if 1 < workers < devices:
         # neither of the two extremes
-        found[f"{workers} keep each"] = workers / devices
+        found[f"{workers} keep each"] = {"worker_fraction": workers / devices}
     return found
 
 
@@ -37,6 +47,7 @@ def table(
     curvature_every: int,
     inverse_every: int,
     packed: bool = False,
+    flops_per_byte: float = 0.0,
 ) -> str:
     """Lines of the table, one for each number of devices and strategy.
 
@@ -45,8 +56,16 @@ def table(
     """
     lines: list[str] = [ROW.format(*HEADER.split())]
     for count in devices:
-        for name, fraction in strategies(count).items():
-            found = costs(shapes, count, fraction, packed=packed)
+        for name, words in strategies(count).items():
+            # who makes an inverse is a question where inverses are sent
+            sends = words["worker_fraction"] is not None and "local" not in words
+            found = costs(
+                shapes,
+                count,
+                packed=packed,
+                flops_per_byte=flops_per_byte if sends else 0.0,
+                **words,
+            )
             mean = found.per_step(curvature_every, inverse_every)
             lines.append(ROW.format(count, name, *_cells(found, mean)))
     return "\n".join(lines)
@@ -89,6 +108,31 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pipeline", nargs="+", choices=ORDERS, help="fill a pipeline's bubbles")
+    parser.add_argument("--stages", type=_whole, default=8)
+    parser.add_argument("--microbatches", nargs="+", type=_whole, default=[8, 16])
+    parser.add_argument(
+        "--times",
+        nargs=5,
+        type=float,
+        default=[1.0, 2.0, 1.0, 6.0, 0.5],
+        metavar=("F", "B", "C", "I", "P"),
+        help="of a stage: forward, backward and curvature of a microbatch, inversion, precondition",
+    )
+    parser.add_argument("--layers-of-stage", type=_whole, default=3, help="pieces of C and I")
+
+
+def _pipelines(given: argparse.Namespace) -> str:
+    """The table of pipelines of equal stages."""
+    forward, backward, curvature, inversion, precondition = given.times
+    layers = given.layers_of_stage
+    # a layer's share is not divided any further
+    shares = (curvature / layers,) * layers, (inversion / layers,) * layers
+    stage = Stage(forward, backward, *shares, precondition)
+    return bubble_table([stage] * given.stages, given.microbatches, given.pipeline)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser("kfac_optax.planner", description="K-FAC on many devices.")
@@ -98,7 +142,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--curvature-every", type=_whole, default=10)
     parser.add_argument("--inverse-every", type=_whole, default=100)
     parser.add_argument("--packed", action="store_true", help="send factors without double entries")
+    parser.add_argument(
+        "--flops-per-byte",
+        type=float,
+        default=0.0,
+        help="operations in the time of sending a byte: what is sooner made is not sent",
+    )
+    _add_pipeline(parser)
     given = parser.parse_args(arguments)
+    if given.pipeline:
+        print(_pipelines(given))
+        return
     # known networks, or the one of a file
     named = {name: MODELS[name]() for name in given.model}
     if given.layers is not None:
@@ -106,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, shapes in named.items():
         print(name)
         periods = given.curvature_every, given.inverse_every
-        print(table(shapes, given.devices, *periods, packed=given.packed))
+        print(table(shapes, given.devices, *periods, given.packed, given.flops_per_byte))
 
 
 if __name__ == "__main__":

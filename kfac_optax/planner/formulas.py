@@ -6,10 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from kfac_optax.engine.division import Share, divide
+from kfac_optax.engine.division import EIGH, Share, divide
 from kfac_optax.engine.placement import Placement
-
-EIGH = 9  # operations of an eigendecomposition with vectors, for one of n^3
 
 
 class Shape(NamedTuple):
@@ -82,6 +80,8 @@ def costs(
     *,
     packed: bool = False,
     sent_itemsize: int | None = None,
+    local: bool = False,
+    flops_per_byte: float = 0.0,
 ) -> Costs:
     """Memory, traffic and work of `kfac` on one of `W` devices.
 
@@ -94,6 +94,9 @@ def costs(
     | all keep all | the same | `p^2 + q^2 + p + q` of all layers | - |
     | `m` of `W` keep each | the same | the same, of `m / W` of them | `p q` of all layers |
 
+    With local statistics no factor is sent, and each is kept by one device. What is sooner made than
+    sent, by `flops_per_byte`, is no part of the refresh's traffic.
+
     What is rounded up to places of equal number on all devices is counted as it is sent.
 
     Args:
@@ -103,9 +106,14 @@ def costs(
       itemsize: bytes of a number.
       packed: whether factors are sent without their double entries.
       sent_itemsize: bytes of a number of a statistic that is sent, if not `itemsize`.
+      local: whether every device measures its own layers, `statistics="local"`.
+      flops_per_byte: as in `Placement`.
 
     Returns:
       Costs of the busiest device.
+
+    Raises:
+      ValueError: words that need a placement without one, or that do not go together.
 
     >>> one = costs([Shape(24, 1024, 1024)], 8, None)
     >>> for fraction in (1.0, 0.5, 0.0):
@@ -126,16 +134,30 @@ def costs(
     inverses = sum(s.copies * s.inverse for s in shapes)
     # every device does all of the work
     if worker_fraction is None:
+        if local or flops_per_byte:
+            raise ValueError(
+                f"costs: got local={local!r} and flops_per_byte={flops_per_byte!r} without a "
+                "placement; expected worker_fraction= with them, a number."
+            )
         return Costs((factors + inverses) * itemsize, summed, 0.0, 0.0, total, float(devices))
     # no device is needed to divide work over some
-    placement = Placement("device", worker_fraction, AbstractMesh((devices,), ("device",)))
+    placement = Placement(
+        "device",
+        worker_fraction,
+        AbstractMesh((devices,), ("device",)),
+        statistics="local" if local else "averaged",
+        flops_per_byte=flops_per_byte,
+    )
     named = {f"{i}": (s.copies, float(s.work)) for i, s in enumerate(shapes)}
-    shares = divide(placement, named).shares
+    inverse_bytes = {f"{i}": float(s.inverse * itemsize) for i, s in enumerate(shapes)}
+    shares = divide(placement, named, inverse_bytes).shares
     pairs = [(s, shares[f"{i}"]) for i, s in enumerate(shapes)]
     # operations of every device, [W]
-    load = sum(share.count.ravel() * EIGH * float(s.work) for s, share in pairs)
+    load = sum(share.made.ravel() * EIGH * float(s.work) for s, share in pairs)
     # the fullest device decides on memory
     kept = sum(share.slots * s.inverse for s, share in pairs)
+    if local:
+        factors, summed = sum(share.most * s.factors for s, share in pairs), 0.0
     refresh = sum(_refreshed(share) * s.inverse for s, share in pairs)
     step = sum(_exchanged(share) * s.gradient for s, share in pairs)
     return Costs(
@@ -156,6 +178,8 @@ def _ring(devices: int) -> float:
 
 def _refreshed(share: Share) -> float:
     """Matrices that a device sends in a refresh."""
+    if share.everywhere:
+        return 0.0
     groups, workers = share.count.shape
     # one group: the inverses go to everyone
     return _to_all(workers, share.most, share.copies if groups == 1 else share.slots)

@@ -21,9 +21,11 @@ from kfac_optax.linalg import example_moments
 from tests import helpers as h
 from tests.compat import (
     catalogue_checks,
+    local_statistics_checks,
     model_parallel_checks,
     own_gradient_checks,
     placement_checks,
+    preset_checks,
 )
 
 DEVICES, EXAMPLES = 8, 16
@@ -786,9 +788,11 @@ OF_ALL_FILES = {
     for checks in (
         CHECKS,
         placement_checks.CHECKS,
+        local_statistics_checks.CHECKS,
         model_parallel_checks.CHECKS,
         catalogue_checks.CHECKS,
         own_gradient_checks.CHECKS,
+        preset_checks.CHECKS,
     )
     for name, check in checks.items()
 }

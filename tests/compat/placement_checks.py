@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import kfac_optax as ko
 from benchmarks import collectives
-from kfac_optax.engine.division import divide, from_groups, kept_rows, make_own
+from kfac_optax.engine.division import divide, kept_rows
+from kfac_optax.engine.exchange import from_groups, make_own
 from tests import helpers as h
 
 DEVICES, EXAMPLES, DEEP = 8, 16, 5
@@ -41,9 +42,10 @@ def problem():
 
 def exchange():
     """What every device makes of its part is, put together, what is made of the whole: for all
-    sizes of groups, one axis or two, with and without tracking, few matrices or many.
+    sizes of groups, one axis or two, with and without tracking, few matrices or many, and where
+    every device makes the many, `9 < 10`, and sends the few.
     """
-    costs = {"few": (3, 8.0), "many": (21, 1.0)}
+    costs, sent = {"few": (3, 8.0), "many": (21, 1.0)}, {"few": 1.0, "many": 1.0}
     whole = {name: jnp.arange(2.0 * n).reshape(n, 2) + 1 for name, (n, _) in costs.items()}
     meshes = {
         "data": jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,)),
@@ -55,16 +57,21 @@ def exchange():
     def on_device(division, whole):
         found = {}
         for name, share in division.shares.items():
-            old = kept_rows(division, share, whole[name])
-            made = make_own(division, share, lambda old, new: 3 * new - old, old, whole[name])
             groups = share.count.shape[0]
+            # of one group every device keeps all
+            old = whole[name] if groups == 1 else kept_rows(division, share, whole[name])
+            made = make_own(division, share, lambda old, new: 3 * new - old, old, whole[name])
             found[name] = made if groups == 1 else from_groups(division, share, made)
         return jax.tree.map(lambda x: x[None], found)
 
-    for (axis, mesh), workers, tracked in itertools.product(meshes.items(), (1, 2, 8), (0, 1)):
-        if tracked and axis != "data":
+    options = itertools.product(meshes.items(), (1, 2, 8), (0, 1), (0.0, 10.0))
+    for (axis, mesh), workers, tracked, ratio in options:
+        # a group of one makes all that it keeps anyway
+        if (tracked and axis != "data") or (ratio and (axis != "data" or workers == 1)):
             continue
-        division = divide(ko.Placement(axis, workers / DEVICES, mesh), costs)
+        placement = ko.Placement(axis, workers / DEVICES, mesh, flops_per_byte=ratio)
+        division = divide(placement, costs, sent)
+        assert division.shares["many"].everywhere == bool(ratio)
         run = jax.shard_map(
             functools.partial(on_device, division),
             mesh=mesh,
@@ -92,7 +99,7 @@ def steps(make, estimator, gradients):
     return run
 
 
-def check(name, fraction, mode, packed=False, **settings):
+def check(name, fraction, mode, packed=False, flops_per_byte=0.0, **settings):
     """Updates with a placement are those without, and the state stays where it is."""
     params, batch = problem()
     estimator = ko.ggn(predict)
@@ -105,7 +112,7 @@ def check(name, fraction, mode, packed=False, **settings):
 
     single = jax.jit(steps(make, estimator, gradients))
     expected, whole = single(jax.jit(make().init)(params), params, *batch)
-    placement = ko.Placement("data", fraction, mesh, packed)
+    placement = ko.Placement("data", fraction, mesh, packed, flops_per_byte=flops_per_byte)
     words = {"placement": placement} | ({} if mode == "jit" else {"axis_name": "data"})
     tx = make(**words)
     run = steps(lambda: make(**words), estimator, gradients)
@@ -180,7 +187,9 @@ def places(state):
 
 def placement_shard_map():
     """Inside `shard_map`, with varying axes tracked: bases collected to measure in, factors
-    packed; a rule of their own for when layers are due."""
+    packed; a rule of their own for when layers are due; the five equal layers made by all devices,
+    `1701` operations for `200` bytes, and the other one sent, `1134` for `128`."""
+    check("kfac", 1.0, "tracked", flops_per_byte=8.7)
     assert places(check("ekfac", 0.0, "tracked", packed=True)) == {1}
     check("thor", 1.0, "tracked")
 
@@ -230,8 +239,11 @@ def traffic():
         counted = collectives.count(collectives.compiled(fraction, kind))
         assert counted.number
         assert counted.sent == collectives.predicted(fraction, kind) + more, (fraction, kind)
-    counted = collectives.count(collectives.compiled(1.0, "statistics", packed=True))
-    assert counted.sent == collectives.predicted(1.0, "statistics", packed=True)
+    # of both shapes the one with less work for a byte is made everywhere
+    for kind, words in (("statistics", {"packed": True}), ("refresh", {"flops_per_byte": 51.0})):
+        counted = collectives.count(collectives.compiled(1.0, kind, **words))
+        assert counted.sent == collectives.predicted(1.0, kind, **words), kind
+    assert counted.sent < collectives.predicted(1.0, "refresh")
 
 
 CHECKS = {

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.compat.device_checks import CHECKS
+from tests.compat.local_statistics_checks import CHECKS as OF_LOCAL_STATISTICS
 from tests.compat.model_parallel_checks import CHECKS as OF_PARAMETERS
 from tests.compat.own_gradient_checks import CHECKS as OF_OWN_GRADIENTS
 from tests.compat.placement_checks import CHECKS as OF_PLACEMENT
@@ -24,7 +25,10 @@ GROUPS = [
     NAMES[12:],
     [*OF_PLACEMENT],
     [*OF_PARAMETERS, *OF_OWN_GRADIENTS, "catalogue"],
+    [*OF_LOCAL_STATISTICS],
+    ["presets"],
     pytest.param(["catalogue_everywhere"], marks=pytest.mark.slow),
+    pytest.param(["other_presets"], marks=pytest.mark.slow),
 ]
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 import kfac_optax as ko
 from kfac_optax.engine.state import STATE_FORMAT
@@ -117,6 +118,44 @@ def test_layers_that_run_in_another_order_are_refused():
     assert message in refused(found, layers=problem.layers)
     del found["layers"]
     assert "got layers=, but none were saved" in refused(found, layers=problem.layers)
+
+
+def described_on(devices, fraction=0.0, statistics="averaged", named=True):
+    """Transformation, parameters, layers and description of nine equal layers on some devices."""
+    mesh = AbstractMesh((devices,), ("data",))
+    placement = ko.Placement("data", fraction, mesh, statistics=statistics)
+
+    def predict(params, x):
+        return ko.Normal(sum(h.dense(x, w) for w in params))
+
+    params = [jnp.eye(3)] * 9
+    layers = ko.ggn(predict).layers(params, jnp.ones((2, 3)))
+    tx = ko.kfac(layers, learning_rate=0.1, axis_name="data", placement=placement)
+    state, words = jax.eval_shape(tx.init, params), {"placement": placement} if named else {}
+    return tx, params, words, json.loads(json.dumps(ko.describe_state(state, params, **words)))
+
+
+def test_placements_whose_arrays_have_equal_shapes_are_told_apart():
+    """Nine matrices have 12 places on 12 devices, and on 6 with two on each."""
+    tx, params, words, found = described_on(12)
+    ko.check_state(found, tx, params, **words)
+    for other in (described_on(6), described_on(12, 1 / 6), described_on(12, 1.0, "local")):
+        with pytest.raises(ValueError, match="saved divided over 12 devices, each inverse kept by"):
+            ko.check_state(found, other[0], params, **other[2])
+    assert described_on(6)[3]["state"] == found["state"]
+    with pytest.raises(ValueError, match="divided over 12 devices.* expected it over no devices"):
+        ko.check_state(found, tx, params)
+
+
+def test_a_placement_that_nobody_saved_is_asked_for():
+    tx, params, _, found = described_on(12, named=False)
+    ko.check_state(found, tx, params)
+    whole = described_on(12, 1.0)
+    with pytest.raises(ValueError, match="got a placement that divides.* but none was saved"):
+        ko.check_state(found, tx, params, **described_on(12)[2])
+    # one that leaves states whole has nothing to say of older descriptions
+    ko.check_state(whole[3], whole[0], params, **whole[2])
+    ko.check_state({k: x for k, x in whole[3].items() if k != "placement"}, *whole[:2], **whole[2])
 
 
 def test_another_part_of_a_parameter_is_refused():

@@ -55,13 +55,14 @@ def test_no_device_has_more_work_than_the_mean_and_one_matrix():
     assert load.max() < max(turns)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_dividing_a_state_and_putting_it_together_again_changes_nothing(workers):
-    placement = ko.Placement("data", workers / 8, MESH)
+@pytest.mark.parametrize("statistics", ["averaged", "local"])
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_dividing_a_state_and_putting_it_together_again_changes_nothing(workers, statistics):
+    placement = ko.Placement("data", workers / 8, MESH, statistics=statistics)
     problem = h.plain_problem()
     _, state, _ = h.reference_run("kfac")
     divided = ko.divided_state(state, placement)
-    tx = h.make_tx("kfac", problem, placement=placement)
+    tx = h.make_tx("kfac", problem, placement=placement, axis_name="data")
     shapes = jax.eval_shape(tx.init, problem.params)
     assert jax.tree.map(jnp.shape, divided) == jax.tree.map(jnp.shape, shapes)
     h.assert_equal(ko.whole_state(divided, placement), state)
@@ -88,6 +89,63 @@ def test_a_divided_state_is_not_read_as_a_whole_one():
         ko.inverse_product(problem.layers, ko.divided_state(state, placement), problem.params)
 
 
+def test_local_factors_are_read_by_the_placement_that_divided_them_alone():
+    problem = h.plain_problem()
+    _, state, _ = h.reference_run("kfac")
+    averaged, local = (
+        ko.Placement("data", 1.0, MESH, statistics=word) for word in ("averaged", "local")
+    )
+    divided = ko.divided_state(state, local)
+    with pytest.raises(ValueError, match="divided_state: the factors of .* are divided"):
+        ko.divided_state(divided, local)
+    with pytest.raises(ValueError, match="whole_state: the factors of .* are divided"):
+        ko.whole_state(divided, averaged)
+    with pytest.raises(ValueError, match="whole_state: the factors of .* are whole"):
+        ko.whole_state(state, local)
+    # as many devices in other groups: places of the same shape, of other matrices
+    other = ko.Placement("data", 0.5, MESH, statistics="local")
+    with pytest.raises(ValueError, match=r"the devices have \[\[.*expected \[\[.*made with"):
+        ko.whole_state(divided, other)
+    with pytest.raises(ValueError, match="2 inverses of dense_5x4_bias; expected 2.*whole_state"):
+        ko.inverse_product(problem.layers, divided, problem.params)
+    assert ko.diagnostics(divided)["eigenvalue_max"] == ko.diagnostics(state)["eigenvalue_max"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fraction", "message"),
+    [
+        (dict(axis_name=None), 0.0, "over axis 'data', and axis_name=None; expected axis_name="),
+        (dict(axis_name="model"), 0.0, "axis_name='model'; expected axis_name= to name it"),
+        (dict(stagger=2), 1.0, "got stagger=2 with statistics='local'"),
+        (dict(coupling=ko.coarse_correction()), 0.0, "expected no coupling"),
+        (dict(block=ko.rank_one()), 0.0, "which averages gradients themselves"),
+        (dict(block=ko.ekfac_block()), 0.5, "'ekfac', which takes every .*worker_fraction=0"),
+    ],
+)
+def test_what_needs_the_statistics_of_all_is_refused_beside_local_ones(words, fraction, message):
+    layers = h.plain_problem().layers
+    placement = ko.Placement("data", fraction, MESH, statistics="local")
+    words = {"axis_name": "data", "block": ko.kronecker()} | words
+    with pytest.raises(ValueError, match=message):
+        ko.scale_by_curvature(layers, placement=placement, **words)
+
+
+def test_local_statistics_need_a_mapped_axis_and_layers():
+    problem = h.plain_problem()
+    placement = ko.Placement("data", 0.0, MESH, statistics="local")
+    tx = h.make_tx("kfac", problem, placement=placement, axis_name="data")
+    state = ko.divided_state(h.initial_state("kfac"), placement)
+    with pytest.raises(ValueError, match="'data' is not mapped here, and statistics='local'"):
+        tx.update(problem.params, state, curvature=None, refresh=False)
+    params = {"w": jnp.ones((2, 2)), "gain": jnp.ones(2)}
+    predict = lambda p, x: ko.Normal(h.dense(x, p["w"]) * h.computed(p["gain"]))
+    layers = ko.ggn(predict).layers(params, jnp.ones((3, 2)))
+    words = dict(learning_rate=0.1, placement=placement, axis_name="data")
+    with pytest.raises(ValueError, match="parameter 'gain' without inputs"):
+        ko.kfac(layers, uncovered="diagonal", **words)
+    ko.kfac(layers, **words)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -97,6 +155,11 @@ def test_a_divided_state_is_not_read_as_a_whole_one():
         (dict(axis="data", worker_fraction=3 / 8, mesh=MESH), "one of 1/8, 2/8, 4/8, 8/8"),
         (dict(axis="data", worker_fraction=1.5, mesh=MESH), "expected worker_fraction"),
         (dict(axis="data", worker_fraction=0.5), "got mesh=None"),
+        (dict(axis="data", statistics="own", mesh=MESH), "one of 'averaged', 'local'"),
+        (dict(axis="data", statistics="local"), "'local' divides the factors.*got mesh=None"),
+        (dict(axis="data", statistics="local", packed=True, mesh=MESH), "no factor is sent"),
+        (dict(axis="data", statistics="local", flops_per_byte=1.0, mesh=MESH), "none of them"),
+        (dict(axis="data", flops_per_byte=-1.0, mesh=MESH), "expected flops_per_byte >= 0"),
     ],
 )
 def test_a_placement_that_cannot_be_is_refused_at_once(words, message):

@@ -29,16 +29,42 @@ def problem():
     return params, ko.ggn(predict).layers(params, jnp.ones((2, 4)))
 
 
+@pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("fraction", [None, 1.0, 0.5, 0.25, 0.0])
-def test_memory_is_that_of_the_state_on_one_device(fraction):
+def test_memory_is_that_of_the_state_on_one_device(fraction, local):
+    if fraction is None and local:
+        with pytest.raises(ValueError, match="expected worker_fraction="):
+            costs(SHAPES, 8, fraction, local=True)
+        return
     params, layers = problem()
+    words = {"statistics": "local"} if local else {}
     mesh = AbstractMesh((8,), ("data",))
-    placement = None if fraction is None else ko.Placement("data", fraction, mesh)
-    tx = ko.kfac(layers, learning_rate=0.1, placement=placement)
+    placement = None if fraction is None else ko.Placement("data", fraction, mesh, **words)
+    tx = ko.kfac(layers, learning_rate=0.1, placement=placement, axis_name="data")
     state = jax.eval_shape(tx.init, params).preconditioner
     devices = 8 if placement is not None and placement.divided else 1
-    kept = tree_bytes(state.factors) + tree_bytes(state.inverses) // devices
-    assert costs(SHAPES, 8, fraction).memory == kept
+    factors = tree_bytes(state.factors)
+    if local:  # the table of counts is no factor
+        factors = sum(tree_bytes(x.own) for x in state.factors.values()) // 8
+    kept = factors + tree_bytes(state.inverses) // devices
+    assert costs(SHAPES, 8, fraction, local=local).memory == kept
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_what_is_sooner_made_than_sent_is_not_sent_and_never_costs_more(fraction):
+    """In operations, with the time of a byte as many as it says."""
+    shapes = (Shape(12, 8, 8), Shape(6, 64, 64), Shape(2, 512, 512))
+    # an eigendecomposition has 9 (p^3 + q^3) operations for 4 (p^2 + q^2 + p + q) bytes
+    limits = [9 * s.work / (4 * s.inverse) for s in shapes]
+    sends = []
+    for ratio in (0.0, *(1.01 * x for x in limits)):
+        found = costs(shapes, 8, fraction, flops_per_byte=ratio)
+        plain = costs(shapes, 8, fraction)
+        sends.append(found.refresh)
+        assert found.memory == plain.memory
+        assert found.work + ratio * found.refresh <= plain.work + ratio * plain.refresh
+    # one shape after the other is left out, the smallest first
+    assert sends[0] > sends[1] > sends[2] > sends[3] == 0
 
 
 def test_memory_without_placement_is_that_of_the_record():
@@ -76,7 +102,7 @@ def test_the_command_reads_layers_and_prints_a_line_for_each_strategy(tmp_path, 
     main(["--layers", str(path), "--devices", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == table(SHAPES, [4], 10, 100).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["4"] * 4
+    assert [line.split()[0] for line in lines[2:]] == ["4"] * 5
 
 
 @pytest.mark.parametrize("words", [["--devices", "0"], ["--inverse-every", "0"]])

@@ -46,8 +46,9 @@ def adahessian(
 
     `update(grads, state, params, *, value_fn)`: the loss of this batch as a function of the
     parameters (`obj_fn`, as `optax.contrib.sophia` calls it, will do), from which the product with
-    the Hessian is taken; or `hvp`, a function that multiplies with it. A product that is not finite
-    is left out, and the step goes on without.
+    the Hessian is taken; or `hvp`, a function that multiplies with it. Both are of the whole batch
+    where devices share one: `jax.lax.pmean` in the loss inside `shard_map`, in `hvp` under `pmap`.
+    A product that is not finite is left out, and the step goes on.
 
     Args:
       b1: decay of the gradients' mean.

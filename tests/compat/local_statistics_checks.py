@@ -1,0 +1,165 @@
+"""Checks of statistics that every device measures alone, run by `test_many_devices.py` on eight
+devices.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import kfac_optax as ko
+from benchmarks import collectives
+from kfac_optax.engine.placed import division_of
+from tests import helpers as h
+from tests.compat.placement_checks import predict, problem
+
+DEVICES = 8
+ESTIMATOR = ko.ggn(predict)
+
+
+def placement_on(fraction):
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    return ko.Placement("data", fraction, mesh, statistics="local")
+
+
+def make(name="kfac", **words):
+    params, (x, weights) = problem()
+    layers = ESTIMATOR.layers(params, x, weights)
+    return getattr(ko, name)(layers, learning_rate=0.1, damping=0.05, kl_clip=None, **words)
+
+
+def step(tx, state, params, x, weights):
+    curvature = ESTIMATOR.at(params, x, weights)
+    return tx.update(params, state, params, curvature=curvature, refresh=True)
+
+
+@functools.cache
+def divided_step(fraction, tracked, name="kfac"):
+    """A compiled step whose updates come from all devices, one behind another, and its state."""
+    placement = placement_on(fraction)
+    params, _ = problem()
+    tx = make(name, placement=placement, axis_name="data")
+    shardings = ko.state_shardings(tx, params, placement=placement)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+
+    def run(state, params, x, weights):
+        updates, state = step(tx, state, params, x, weights)
+        return jax.tree.map(lambda u: u[None], updates), state
+
+    mapped = jax.shard_map(
+        run,
+        mesh=placement.mesh,
+        in_specs=(specs, P(), P("data"), P("data")),
+        # what is tracked as the same everywhere is; else look at all devices
+        out_specs=(P() if tracked else P("data"), specs),
+        check_vma=tracked,
+    )
+    return jax.jit(mapped), jax.jit(tx.init, out_shardings=shardings)(params)
+
+
+@functools.cache
+def single_step(name="kfac"):
+    tx = make(name)
+    return jax.jit(functools.partial(step, tx)), jax.jit(tx.init)(problem()[0])
+
+
+def local_on_equal_batches():
+    """Where all devices see the same batch nothing differs from averaged statistics, whoever keeps
+    what; every device has the same updates, and places stay where they are.
+    """
+    params, (x, weights) = problem()
+    tiled = jnp.tile(x, (DEVICES, 1)), jnp.tile(weights, DEVICES)
+    for fraction, tracked, name in (
+        (0.0, False, "kfac"),
+        (0.25, True, "kfac"),
+        (1.0, True, "kfac"),
+        (0.0, True, "ekfac"),
+    ):
+        run, state = divided_step(fraction, tracked, name)
+        got, after = run(state, params, *tiled)
+        _, after = run(after, params, *tiled)
+        single, whole = single_step(name)
+        expected, whole = single(whole, params, x, weights)
+        _, whole = single(whole, params, x, weights)
+        many = 1 if tracked else DEVICES
+        h.assert_close(got, jax.tree.map(lambda u: jnp.stack([u] * many), expected))
+        h.assert_close(ko.whole_state(after, placement_on(fraction)), whole)
+        # back again, whatever empty places show
+        again = ko.divided_state(
+            ko.whole_state(after, placement_on(fraction)), placement_on(fraction)
+        )
+        assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, after)
+
+
+def local_on_parts_of_a_batch():
+    """The factors of a layer are those of its owner's part, measured on one device."""
+    params, (x, _) = problem()
+    weights = jnp.ones(len(x))
+    run, state = divided_step(0.25, True)
+    _, after = run(state, params, x, weights)
+    placement = placement_on(0.25)
+    found = ko.whole_state(after, placement).preconditioner.factors
+    single, start = single_step()
+    each = x.reshape(DEVICES, -1, *x.shape[1:])
+    alone = jax.vmap(lambda part: single(start, params, part, jnp.ones(len(part))))(each)[1]
+    copies = {name: jax.tree.leaves(tree)[0].shape[0] for name, tree in found.items()}
+    shares = division_of(placement, copies, found).shares
+    owners = set()
+    for name, share in shares.items():
+        owner = np.repeat(np.arange(DEVICES), share.count.ravel())
+        owners |= set(owner.tolist())
+        measured = alone.preconditioner.factors[name]
+        rows = np.arange(share.copies)
+        h.assert_close(found[name], jax.tree.map(lambda m, o=owner, r=rows: m[o, r], measured))
+    # five equal layers and one more, on devices of their own
+    assert len(owners) >= 5
+
+
+def local_with_a_bad_part():
+    """What one device cannot use none does, so that all factors are means of the same steps: a part
+    that is not finite, or has no example.
+    """
+    params, (x, _) = problem()
+    weights = jnp.ones(len(x))
+    run, state = divided_step(0.25, True)
+    _, good = run(state, params, x, weights)
+    for batch, skipped in (((x.at[-1].set(jnp.nan), weights), 1), ((x, weights.at[-2:].set(0)), 0)):
+        _, after = run(good, params, *batch)
+        before, now = good.preconditioner, after.preconditioner
+        h.assert_equal(now.factors, before.factors)
+        assert int(now.curvature_count) == 1
+        assert int(now.skipped_statistics) == skipped
+
+
+def local_traffic():
+    """No sum of factors is left in the compiled program of a statistic: two flags are sent, and the
+    preconditioned gradients of any step.
+    """
+    words = {"statistics": "local"}
+    ring = 7 / 8
+    for fraction, kind in ((1.0, "statistics"), (0.0, "statistics"), (0.0, "plain")):
+        text = collectives.compiled(fraction, kind, **words)
+        counted = collectives.count(text)
+        flags = 2 * ring * 2 * 4 if kind == "statistics" else 0
+        assert counted.sent == collectives.predicted(fraction, kind, local=True) + flags
+        sums = re.findall(r"= (\S+) all-reduce", text)
+        # one row of a layer `25 x 8` that all devices want, which a sum sends sooner than a gather
+        largest = max([1, *map(collectives._bytes, sums)])
+        assert largest < 24 * 24 * 4, sums
+    averaged = collectives.count(collectives.compiled(0.0, "statistics"))
+    assert averaged.sent > 3 * counted.sent
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        local_on_equal_batches,
+        local_on_parts_of_a_batch,
+        local_with_a_bad_part,
+        local_traffic,
+    )
+}
