@@ -103,7 +103,9 @@ class Multiply:
             (kernel.second, tuple(rename[name] for name in second)),
         ]
         held = [len(set(self.fixed) & set(names)) for _, names in sides]
-        if sorted(held) != [0, len(self.fixed)]:
+        # and besides the window each side has one kind of channels and the axis between
+        others = [len(names) - n for n, (_, names) in zip(held, sides, strict=True)]
+        if sorted(held) != [0, len(self.fixed)] or (self.fixed and others != [2, 2]):
             raise DoesNotFit(kernel.value)
         # first the side that `x` is summed with
         met = set(of_x) - set(out)

@@ -56,11 +56,12 @@ def lookup(
     if mode == jax.lax.GatherScatterMode.CLIP:
         tokens = jnp.clip(tokens, 0, number - 1)
     options = {"dimension_numbers": eqn.params["dimension_numbers"], "mode": mode}
-    options["fill_value"] = eqn.params["fill_value"]
+    # NaN of rows that are missing would be what a further product multiplies
+    options["fill_value"] = 0 if mode == _FILL else eqn.params["fill_value"]
     rows = _LookUp(values, options)(kernel, tokens)
     if mode != _FILL:
         return rows
-    # rows that are in none of the parts have been zero
+    # rows that are in none of the parts have been zero up to here
     missing = (tokens < 0) | (tokens >= number)
     fill = eqn.params["fill_value"]
     return jnp.where(missing, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype), rows)
