@@ -90,8 +90,7 @@ from kfac_optax.methods.gradient.shampoo import scale_by_shampoo
 from kfac_optax.methods.gradient.sketchy import scale_by_sketchy
 from kfac_optax.methods.gradient.sketchy_preset import sketchy
 from kfac_optax.methods.gradient.soap import scale_by_soap
-from kfac_optax.methods.gradient.tnt import scale_by_tnt
-from kfac_optax.methods.gradient.tnt_preset import tnt
+from kfac_optax.methods.gradient.tnt_preset import scale_by_tnt, tnt
 from kfac_optax.methods.gradient.tonga import tonga
 from kfac_optax.methods.gradient.vadam import vadam
 from kfac_optax.methods.gradient.vogn import vogn

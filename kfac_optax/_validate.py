@@ -97,7 +97,11 @@ def checked(
     """The value of a hyperparameter at a step, or the last good one where it is out of range or not
     a number.
 
-    Plain numbers were checked when the transformation was made, and stay as they are.
+    Plain numbers stay as they are.
+
+    Raises:
+      ValueError: a plain number is out of range; it was given to `update`, since those of a
+        transformation are checked when it is made.
 
     >>> memory = start_checked(damping=0.5)
     >>> value, memory = checked(memory, "damping", jnp.float32(jnp.nan), jnp.int32(0))
@@ -106,8 +110,8 @@ def checked(
     """
     key = f"given_{name}"
     before = memory[key]
-    # a plain number was checked at construction
     if _concrete(value):
+        check_legal("update", name, value)
         return value, memory  # type: ignore[return-value]
     value = jnp.asarray(resolve(value, count))
     good = is_legal(name, value)
@@ -120,7 +124,7 @@ def checked(
 
 def legal_or_nan(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
     """The value of a hyperparameter at a step, NaN where it is out of range: for transformations
-    that leave out and count a step whose numbers are not finite.
+    that leave out and count a step whose numbers are not finite. Plain numbers were checked before.
 
     >>> print(legal_or_nan("momentum", lambda count: 0.5 + count, jnp.int32(1)))
     nan

@@ -46,9 +46,10 @@ def accumulate(
     per_layer, across = measured
     measured_of = dict(zip(step.layers, per_layer, strict=True))
     stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
+    # of all layers: a device's own may be those that none of its examples reaches
+    good, learnt = _verdict(step, (stacked_of, across))
     if step.local is not None:
         stacked_of = own_statistics(step, step.local, state.factors, stacked_of)
-    good, learnt = _verdict(step, (stacked_of, across))
     finite = good & learnt
     count = state.curvature_count + finite.astype(jnp.int32)
     # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
@@ -92,8 +93,8 @@ def _stacked(bucket: Bucket, measured_of: dict[Layer, PyTree]) -> PyTree:
 def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
     """Whether all that was measured is finite, and whether there was an example.
 
-    Where every device measures layers of its own, all of them have to agree: what one leaves out
-    all do.
+    Where every device keeps layers of its own, all of them have to agree: what one leaves out all
+    do.
     """
     largest = _largest(measured)
     # weights that are all zero give zeros everywhere: nothing learnt about the curvature

@@ -74,15 +74,7 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
     for bucket in buckets:
         block, number = block_of_bucket(bucket), jnp.ones(())
         factors, held = state.factors[bucket.name], state.inverses[bucket.name]
-        for what, tree in (("inverses", held), ("factors", own_values(factors))):
-            kept = {x.shape[0] for x in jax.tree.leaves(tree)}
-            if kept - {bucket.copies} or isinstance(factors, OwnFactors):
-                raise ValueError(
-                    f"{where}: the state holds {max(kept)} {what} of {bucket.name}; expected "
-                    f"{bucket.copies}, one for each matrix. It is divided over devices: pass "
-                    "whole_state(opt_state, placement), or run with a placement that does not "
-                    "divide it (worker_fraction=1, statistics='averaged')."
-                )
+        _check_whole(where, bucket, factors, held)
         try:
             # only structures are compared: nothing is computed
             fresh = jax.eval_shape(jax.vmap(block.factorize, (0, None)), factors, number)
@@ -95,6 +87,22 @@ def check_buckets(where: str, buckets: tuple[Bucket, ...], state: CurvatureState
                 f"not what block {block.name!r} makes. {advice}; for a preset with inverse='eigh' "
                 "it is block=blocks_of(None, inverse='eigh'), and so for 'cholesky'. What takes no "
                 "block= reads inverse='eigh' alone: make the preconditioner with it."
+            )
+
+
+def _check_whole(where: str, bucket: Bucket, factors: PyTree, held: PyTree) -> None:
+    """Raises where what a bucket has is divided over devices."""
+    for what, tree in (("factors", own_values(factors)), ("inverses", held)):
+        kept = {x.shape[0] for x in jax.tree.leaves(tree)}
+        # places may be as many as matrices, and hold others
+        divided = what == "factors" and isinstance(factors, OwnFactors)
+        if divided or kept - {bucket.copies}:
+            places = f"{max(kept)} places for" if divided else f"{max(kept)}"
+            raise ValueError(
+                f"{where}: the state holds {places} {what} of {bucket.name}; expected "
+                f"{bucket.copies}, one for each matrix. It is divided over devices: pass "
+                "whole_state(opt_state, placement), or run with a placement that does not "
+                "divide it (worker_fraction=1, statistics='averaged')."
             )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kfac_optax._tree import covered_leaves, gather, make_buckets, named_leaves, present
 from kfac_optax._types import Block, Layers, PyTree
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
-from kfac_optax.engine.state import CurvatureState, block_of_bucket, the_state
+from kfac_optax.engine.state import CurvatureState, OwnFactors, block_of_bucket, the_state
 
 
 def factor_metric(
@@ -40,7 +40,8 @@ def factor_metric(
       transformation in it.
 
     Raises:
-      ValueError: the state has none or several, or was made with other layers or blocks.
+      ValueError: the state has none or several, was made with other layers or blocks, or has its
+        factors divided over devices.
 
     >>> import kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -65,6 +66,12 @@ def factor_metric(
                 f"{where}: the state holds {', '.join(sorted(factors))}, expected "
                 f"{', '.join(sorted(bucket.name for bucket in buckets))}. Pass the layers, block, "
                 "normalization and uncovered that the preconditioner was made with."
+            )
+        # no device has all of them: a sum of its own would be another metric on each
+        if any(isinstance(x, OwnFactors) for x in factors.values()):
+            raise ValueError(
+                f"{where}: the factors in the state are divided over devices; expected all of them "
+                "here. Use statistics='averaged' in the placement, or another metric."
             )
         # at least single precision, or that of the updates
         dtype: Any = jnp.result_type(jnp.float32, *covered_leaves(updates, layers).values())

@@ -9,7 +9,13 @@ import numpy as np
 from kfac_optax._types import PyTree
 from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, quality
 from kfac_optax.couplings.coarse import Exact, Grams, coarse_matrix
-from kfac_optax.engine.state import CoarseState, CurvatureState, find_states, the_state
+from kfac_optax.engine.state import (
+    CoarseState,
+    CurvatureState,
+    OwnFactors,
+    find_states,
+    the_state,
+)
 from kfac_optax.linalg.factorize import after
 from kfac_optax.step_rules.balance import BalanceState
 from kfac_optax.step_rules.bound import BoundState
@@ -39,7 +45,7 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     `quadratic_step` (`step_rate`, `step_momentum`, `model_change`, ...) and `adapt_damping`
     (`model_damping`, `reduction_ratio`, `rejected_steps`, ...) where they are used, and the range
     of the eigenvalues of all factors, `eigenvalue_min` and `eigenvalue_max` (computed on the spot;
-    left out where no factor is a matrix).
+    left out where no factor is a matrix, and where factors are divided over devices).
     Where factors are held as a few eigenpairs, also the worst over all of them: `captured_energy`
     (share of the trace in the pairs in use), `inversion_error` (an estimate of how much, relative
     to what is right, the inverse may be off along a direction that is left out; damping makes it
@@ -77,6 +83,9 @@ def _spectra(state: CurvatureState) -> list[jax.Array]:
     """Eigenvalues of the factors, of those with a few pairs what is held of them."""
     spectra: list[jax.Array] = []
     for name, factors in state.factors.items():
+        # no device has those of all layers, and places without a layer hold something too
+        if isinstance(factors, OwnFactors):
+            continue
         # factors that are only followed have no matrix: the pairs that are held, and what stands
         # for the rest
         if isinstance(state.inverses[name], LowRankInverse):

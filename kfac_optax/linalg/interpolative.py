@@ -32,10 +32,10 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
     Reference: Cheng, Gimbutas, Martinsson & Rokhlin, On the Compression of Low Rank Matrices
       (2005).
     """
-    n, dtype = len(matrix), matrix.dtype
+    n = len(matrix)
     # what remains of a diagonal entry below this is rounding
     diagonal = jnp.diagonal(matrix)
-    tolerance = n * jnp.finfo(dtype).eps * jnp.max(diagonal)
+    tolerance = n * jnp.finfo(matrix.dtype).eps * jnp.max(diagonal)
 
     def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         rows, lower, left = state
@@ -54,7 +54,9 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
         lower = lower.at[:, j].set(column)
         return rows, lower, left
 
-    no_rows, no_columns = jnp.zeros(rank, jnp.int32), jnp.zeros((n, rank), dtype)
+    # zeros of the type of the matrix, which may differ between devices
+    no_rows = jnp.zeros_like(diagonal, jnp.int32, shape=rank)
+    no_columns = jnp.zeros_like(matrix, shape=(n, rank))
     start = no_rows, no_columns, diagonal
     rows, lower, _ = jax.lax.fori_loop(0, rank, step, start)
     return Interpolation(rows, lower)

@@ -89,13 +89,9 @@ def _iterated(
     part = 1 / (1 + jnp.linalg.norm(r) / 2)
     identity = jnp.eye(len(r), dtype=r.dtype)
     r = (1 - part) * identity + part * r  # of `part * start`
-    first = _Iterate(
-        x=part * start,
-        residual=r,
-        size=jnp.linalg.norm(r),
-        shrinks=jnp.bool_(True),
-        steps=jnp.int32(0),
-    )
+    size = jnp.linalg.norm(r)
+    # true, and of the type of the residual, which may differ between devices
+    first = _Iterate(x=part * start, residual=r, size=size, shrinks=size >= 0, steps=jnp.int32(0))
     last = jax.lax.while_loop(unfinished, step, first)
     return better(last.x, last.residual), last.size < _FAILED
 

@@ -160,7 +160,9 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
     # M_0 = c A, X_0 = c^(1/p) I
     start = c * shifted
     root = c ** (1 / p) * identity
-    first = (jnp.int32(0), start, root, residual(start), jnp.bool_(False))
+    size = residual(start)
+    # nothing grows yet: a flag of the type of the residual, which may differ between devices
+    first = (jnp.int32(0), start, root, size, size < 0)
     last = jax.lax.while_loop(goes_on, step, first)
     _, _, root, error, _ = last
     # NaN says that there is no root, so that no caller takes a bad one for good

@@ -75,6 +75,7 @@ def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float
         v = so_far.product(rows[i])
         return vectors.at[i].set(v), divisors.at[i].set(m + jnp.vdot(rows[i], v))
 
-    start = jnp.zeros_like(rows), jnp.ones((m,), rows.dtype)
+    # of the type of the rows, which may differ between devices
+    start = jnp.zeros_like(rows), jnp.ones_like(rows, shape=m)
     vectors, divisors = jax.lax.fori_loop(0, m, one, start)
     return RowInverse(vectors, divisors, damping)

@@ -147,6 +147,7 @@ def quadratic_step(
         # of `adapt_damping`: lambda for the model, gamma^2 for the preconditioner
         damping = damping if model_damping is None else model_damping
         damping = own_damping if damping is None else damping
+        check_legal(f"{where}.update", "damping", damping)
         lam = legal_or_nan("damping", damping, count)
         with jax.named_scope("kfac/quadratic_model"):
             # -U part by part, and last delta_0

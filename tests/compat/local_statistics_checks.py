@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -135,6 +136,43 @@ def local_with_a_bad_part():
         assert int(now.skipped_statistics) == skipped
 
 
+def local_with_a_layer_of_zeros():
+    """A layer that no example reaches, on a device of its own, does not keep the others from
+    learning; and what divides the factors says so wherever all are wanted.
+    """
+    key, x = jax.random.key(1), jnp.ones((DEVICES, 3))
+    params = {name: jax.random.normal(key, (3, 3)) for name in "ab"}
+    # behind a gate that is shut neither inputs nor cotangents are left
+    shut = lambda params, x, gate: ko.Normal(
+        h.dense(x, params["a"]) + gate * h.dense(gate * x, params["b"])
+    )
+    estimator, gate = ko.ggn(shut), jnp.zeros(())
+    placement, layers = placement_on(0.0), estimator.layers(params, x, gate)
+    words = {"axis_name": "data", "placement": placement}
+    tx = ko.scale_by_curvature(layers, block=ko.kronecker(), damping=0.1, **words)
+    specs = jax.tree.map(lambda s: s.spec, ko.state_shardings(tx, params, placement=placement))
+
+    def run(state, params, x):
+        curvature = estimator.at(params, x, gate)
+        return tx.update(params, state, params, curvature=curvature, refresh=True)
+
+    mapped = jax.shard_map(
+        run, mesh=placement.mesh, in_specs=(specs, P(), P("data")), out_specs=(P(), specs)
+    )
+    _, state = jax.jit(mapped)(jax.jit(tx.init)(params), params, x)
+    assert int(state.curvature_count) == 1
+    found = ko.whole_state(state, placement).factors
+    # A and G of "a", 1 1^T and I, and of "b" nothing, in the order in which they run
+    inputs, outputs = jax.tree.leaves(found)
+    h.assert_close(inputs, jnp.stack([jnp.ones((3, 3)), jnp.zeros((3, 3))]))
+    h.assert_close(outputs, jnp.stack([jnp.eye(3), jnp.zeros((3, 3))]))
+    assert "eigenvalue_max" not in ko.diagnostics(state)
+    with pytest.raises(ValueError, match="inverse_product: the state holds 8 places for factors"):
+        ko.inverse_product(layers, state, params)
+    with pytest.raises(ValueError, match="factor_metric: the factors in the state are divided"):
+        ko.factor_metric(layers)(state, params)
+
+
 def local_traffic():
     """No sum of factors is left in the compiled program of a statistic: two flags are sent, and the
     preconditioned gradients of any step.
@@ -160,6 +198,7 @@ CHECKS = {
         local_on_equal_batches,
         local_on_parts_of_a_batch,
         local_with_a_bad_part,
+        local_with_a_layer_of_zeros,
         local_traffic,
     )
 }

@@ -11,6 +11,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kfac_optax as ko
+from kfac_optax.linalg.interpolative import interpolate
+from kfac_optax.linalg.newton import newton_inverse
+from kfac_optax.linalg.roots import inverse_root
+from kfac_optax.linalg.row_inverse import inverse_of_rows
 from tests import helpers as h
 
 DEVICES, STEPS = 4, 3
@@ -54,6 +58,24 @@ def own_gradients():
         h.assert_close(jax.device_get(divided(x)), jax.device_get(expected), rtol=1e-4, atol=1e-5)
 
 
+def own_matrices():
+    """Loops of products run on matrices that differ between devices."""
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(0), (DEVICES, 3, 4))
+    x = x @ x.mT
+
+    def all_of(m):
+        inverse = newton_inverse(m, jnp.float32(0.1), jnp.eye(3))
+        root = inverse_root(m, 4, method="newton")
+        return inverse, root, interpolate(m, 2), inverse_of_rows(m, 1.0)
+
+    one = lambda m: jax.tree.map(lambda leaf: leaf[None], all_of(m[0]))
+    divided = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    single = jax.jit(all_of)
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(single, x))
+    h.assert_close(jax.device_get(divided(x)), jax.device_get(expected), rtol=1e-4, atol=1e-5)
+
+
 def forgotten_mean():
     """A state that is said to be the same everywhere, but is not, is refused by JAX."""
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -64,4 +86,4 @@ def forgotten_mean():
         jax.eval_shape(divided, x, tx.init(x[0]))
 
 
-CHECKS = {check.__name__: check for check in (own_gradients, forgotten_mean)}
+CHECKS = {check.__name__: check for check in (own_gradients, own_matrices, forgotten_mean)}

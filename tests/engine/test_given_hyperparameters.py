@@ -93,6 +93,9 @@ def test_injected_and_extra_values_are_checked_too():
     )
     h.assert_close(updates, expected)
     assert "values of damping" in ko.problems(state)[0]
+    # what is known beforehand is an error, there as at construction
+    with pytest.raises(ValueError, match=r"update: damping=-1.0; expected damping >= 0"):
+        plain.update(*arguments, curvature=problem.at(problem.params), damping=-1.0)
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,8 @@ def test_missing_arguments_are_named(x64):
             tx.update(params, state, params, grad=params, **missing)
     with pytest.raises(ValueError, match="damping=-1"):
         ko.quadratic_step(damping=-1)
+    with pytest.raises(ValueError, match=r"quadratic_step.update: damping=-2; expected"):
+        tx.update(params, state, params, curvature=at, grad=params, damping=-2)
     with pytest.raises(ValueError, match=r"got kl_clip without learning_rate.*kl_clip=None"):
         ko.kfac(estimator.layers(params, x))
 

@@ -100,8 +100,9 @@ def transformation(method: Axiswise) -> optax.GradientTransformationExtraArgs:
         leaves = named_leaves(updates)
         if not leaves:
             return updates, state
-        # each device goes its own way where gradients do
-        state = varying_as(state, (updates, extra))
+        # each device goes its own way where gradients do, those at drawn labels among them; what
+        # others are given in a chain, the curvature of a part of the batch say, is not read
+        state = varying_as(state, (updates, extra.get("sampled_grads")))
         groups = make_groups(method.where, leaves, method.rules)
         held = getattr(state, method.groups_in)
         gate.check_groups(method.where, groups, held)

@@ -106,8 +106,9 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         if not jax.tree.leaves(updates):
             return updates, state
         check_real(rule.where, named_leaves(updates))
-        # each device goes its own way where gradients do
-        state = varying_as(state, (updates, extra))
+        # each device goes its own way where gradients do; what others are given in a chain, the
+        # curvature of a part of the batch say, is not read
+        state = varying_as(state, updates)
         dtype, counts = wide_dtype(state.held), state.counts
         gradient = jax.tree.map(lambda x: x.astype(dtype), updates)
         finite = finite_as_one(gradient)
