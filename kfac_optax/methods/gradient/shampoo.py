@@ -22,7 +22,7 @@ from kfac_optax.methods.gradient.axes import (
     check_rules,
 )
 from kfac_optax.methods.gradient.axiswise import Step
-from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, check_statistics, kl_phases
+from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, checked_decay, kl_phases
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
 from kfac_optax.methods.gradient.phases import (
@@ -141,7 +141,7 @@ def scale_by_shampoo(
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
     check_choice(where, "inverse", inverse, METHODS)
     check_root(where, root)
-    check_statistics(where, statistics, decay, root)
+    decay = checked_decay(where, statistics, decay, root)
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum
