@@ -102,7 +102,8 @@ def scale_by_shampoo(
         moment of the gradient (KL-Shampoo), `L <- e L + (1 - e) G R^(-1) G^T / q` and
         `R <- e R + (1 - e) G^T L^(-1) G / p` of a matrix `[p, q]`, for averages. `R^(-1)` and
         `L^(-1)` are of the last roots, all roots are square roots, `L^(-1/2) G R^(-1/2)`, and no
-        update has a mean square above `1 / w`. Keep `inverse_every` below the `1 / (1 - decay)`
+        update has a mean square above `1 / w`. `L` and `R` are kept with equal mean diagonal
+        entries, as the product alone is determined. Keep `inverse_every` below the `1 / (1 - decay)`
         steps that an average remembers.
       inverse: `"eigh"` or `"newton"`, see `inverse_root`.
       max_dim: axes longer than this are long.
