@@ -56,6 +56,12 @@ def fixed_point(shape, samples):
     return jax.jit(lambda: jax.lax.fori_loop(0, 200, step, begin))()
 
 
+def equal_sizes(left, right):
+    """The same product of factors with equal mean diagonal entries."""
+    ratio = math.sqrt(np.mean(np.diag(right)) / np.mean(np.diag(left)))
+    return ratio * left, right / ratio
+
+
 def product(factors):
     dense = np.ones((1, 1))
     for factor in factors.values():
@@ -123,8 +129,8 @@ def test_steps_written_out(x64):
         u = w_left @ g @ w_right
         u *= min(1, math.sqrt(9 / (1 - e)) / np.linalg.norm(u))
         np.testing.assert_allclose(updates[t - 1], u, rtol=1e-6)
-    np.testing.assert_allclose(state.factors["3x3"]["0"][0], left, rtol=1e-7)
-    np.testing.assert_allclose(state.factors["3x3"]["1"][0], right, rtol=1e-7)
+    for i, expected in enumerate(equal_sizes(left, right)):
+        np.testing.assert_allclose(state.factors["3x3"][str(i)][0], expected, rtol=1e-7)
 
 
 def test_bases_of_soap_are_those_of_these_statistics(x64):
@@ -143,7 +149,7 @@ def test_bases_of_soap_are_those_of_these_statistics(x64):
         for matrix in statistics:
             values, vectors = np.linalg.eigh(matrix)
             roots.append((values + 1e-6 * values[-1])[:, None] ** -0.5 * vectors.T)
-    for i, expected in enumerate(statistics):
+    for i, expected in enumerate(equal_sizes(*statistics)):
         np.testing.assert_allclose(state.factors["3x3"][str(i)][0], expected, rtol=1e-7)
         q = np.asarray(state.bases["3x3"][str(i)][0])
         turned = q.T @ expected @ q
@@ -167,6 +173,25 @@ def test_gradients_of_a_kronecker_covariance_are_whitened(x64):
     assert np.all(squares <= (1 + 1e-9) / (1 - e))
     scaled, _ = c.run(tx, 1e-5 * gradients)
     np.testing.assert_allclose(scaled, updates, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale_by", [ko.scale_by_shampoo, ko.scale_by_soap])
+def test_factors_stay_of_one_size_where_inputs_are_always_zero(scale_by):
+    """Their product is right for ever, and none leaves the range of numbers."""
+    tx = scale_by(statistics="kl", decay=0.9, inverse_every=2, merge=1)
+    seen = jnp.arange(6)[:, None] >= 3
+
+    def step(state, key):
+        update, state = tx.update(jax.random.normal(key, (6, 4)) * seen, state)
+        return state, jnp.mean(jnp.square(update))
+
+    keys = jax.random.split(jax.random.key(0), 3000)
+    train = jax.jit(lambda state: jax.lax.scan(step, state, keys))
+    state, squares = train(tx.init(jnp.zeros((6, 4))))
+    left, right = (jnp.diagonal(x[0]) for x in state.factors["6x4"].values())
+    np.testing.assert_allclose(jnp.mean(left), jnp.mean(right), rtol=0.1)
+    np.testing.assert_allclose(jnp.mean(squares[1500:]), jnp.mean(squares[:1500]), rtol=0.15)
+    assert int(state.counts.skipped_statistics) == 0
 
 
 def test_statistics_of_a_vector_are_the_average(x64):
@@ -205,6 +230,19 @@ def test_wrong_arguments(scale_by):
         scale_by(statistics="inner")
     with pytest.raises(ValueError, match=r"decay=1, which sums; expected an average"):
         scale_by(statistics="kl", decay=1)
+    with pytest.raises(ValueError, match=r"which sums"):
+        scale_by(statistics="kl", decay=np.float32(1))
+
+
+def test_a_decay_that_comes_to_one_is_ignored():
+    """Sums would count every gradient once more than the average that they go on from."""
+    gradients = c.draws(7, 3, 3, steps=3).astype(np.float32)
+    options = EXACT | {"ridge": 1e-6}
+    rising = lambda t: 0.4 + 0.6 * (t > 1)
+    late = c.run(ko.scale_by_shampoo(**(options | {"decay": rising})), gradients)
+    same = c.run(ko.scale_by_shampoo(**(options | {"decay": 0.4})), gradients)
+    np.testing.assert_array_equal(late[0], same[0])
+    assert int(late[1].given["given_decay"].ignored_values) == 1
 
 
 def test_roots_of_their_own_are_square_roots():

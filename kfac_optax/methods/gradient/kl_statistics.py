@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._validate import check_choice
+from kfac_optax._types import ScalarOrSchedule
+from kfac_optax._validate import check_choice, check_legal, resolve
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import Group, along, statistic
 from kfac_optax.methods.gradient.length import no_longer_than, no_longer_than_fresh
@@ -16,25 +17,37 @@ OUTER, KL = "outer", "kl"
 STATISTICS = (OUTER, KL)
 
 
-def check_statistics(where: str, statistics: str, decay: object, root: object = None) -> None:
-    """Checks the word, and that what goes with it makes sense.
+def checked_decay(
+    where: str, statistics: str, decay: ScalarOrSchedule, root: object = None
+) -> ScalarOrSchedule:
+    """The decay of these statistics; of a schedule 1, which sums, makes no sense to those of `"kl"`.
 
     Raises:
       ValueError: the word is unknown; statistics of `"kl"` are to be sums, or have another root.
     """
     check_choice(where, "statistics", statistics, STATISTICS)
     if statistics != KL:
-        return
-    if isinstance(decay, int | float) and decay >= 1:
-        raise ValueError(
-            f"{where}: statistics='kl' with decay={decay}, which sums; expected an average, "
-            "decay=0.95 for example."
-        )
+        return decay
     if root not in (None, 2):
         raise ValueError(
             f"{where}: statistics='kl' with root={root}; expected root=None. Their product is the "
             "second moment, whose inverse square root is that of every axis."
         )
+    if callable(decay) or isinstance(decay, jax.Array):
+
+        def below_one(count: jax.Array) -> jax.Array:
+            now = jnp.asarray(resolve(decay, count), jnp.float32)
+            # what is no number is ignored and counted
+            return jnp.where(now < 1, now, jnp.nan)
+
+        return below_one
+    check_legal(where, "decay", decay)
+    if float(decay) >= 1:
+        raise ValueError(
+            f"{where}: statistics='kl' with decay={decay}, which sums; expected an average, "
+            "decay=0.95 for example."
+        )
+    return decay
 
 
 def kl_averaged_in(
@@ -105,6 +118,28 @@ def _share(tensors: jax.Array, whiteners: ByAxis, new: jax.Array) -> jax.Array:
     return jnp.minimum(1 / positive_or_one(size), 1)
 
 
+def levelled(factors: ByAxis, inverses: ByAxis) -> tuple[ByAxis, ByAxis]:
+    """`c_i H_i` and `c_i^(-1/2) H_i^(-1/2)` of equal mean diagonal entries, `c_1 ... c_k = 1`.
+
+    What is made of them stays as it is: the product alone is determined. Where some `S_i` has a
+    lower rank than `H_i` has rows, as of an input that is always zero, one factor would otherwise
+    grow and another fall until they leave the range of numbers.
+
+    >>> halves, _ = levelled({"0": jnp.full((1, 2), 8.0), "1": jnp.full((1, 3), 2.0)}, {})
+    >>> print(halves["0"], halves["1"])
+    [[4. 4.]] [[4. 4. 4.]]
+    """
+    entries = {i: jnp.diagonal(h, 0, 1, 2) if h.ndim == 3 else h for i, h in factors.items()}
+    sizes = {i: jnp.mean(x, axis=1) for i, x in entries.items()}
+    # roots before products, which would overflow
+    middle = math.prod(positive_or_one(size) ** (1 / len(sizes)) for size in sizes.values())
+    # of copies with nothing measured there is nothing to bring to one size
+    known = math.prod(size > 0 for size in sizes.values())
+    by = {i: jnp.where(known, middle / positive_or_one(x), 1) for i, x in sizes.items()}
+    new = {i: h * by[i].reshape(-1, *[1] * (h.ndim - 1)) for i, h in factors.items()}
+    return new, {i: w / jnp.sqrt(by[i])[:, None, None] for i, w in inverses.items()}
+
+
 def kl_phases(plain: Phases) -> Phases:
     """Shampoo's phases for roots `H^(-1/2)`, with these statistics."""
 
@@ -121,4 +156,4 @@ def kl_phases(plain: Phases) -> Phases:
         # as in the statistics: a mean square of 1 / (1 - e) at most
         return no_longer_than(group, u, math.prod(group.block) / weights[1])
 
-    return plain._replace(take_in=kl_averaged_in, apply=apply, whiten=whiten)
+    return plain._replace(take_in=kl_averaged_in, apply=apply, whiten=whiten, level=levelled)

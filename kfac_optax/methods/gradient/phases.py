@@ -60,6 +60,8 @@ class Phases(NamedTuple):
       in_turn: whether `take_in` factorises matrices: groups then come one after another.
       whiten: `(group, step, factors, inverses) -> matrices` by axis that `take_in` gets as a last
         argument; None where statistics of an axis know nothing of the other axes.
+      level: `(factors, inverses) -> (factors, inverses)`, others of which the same is made, before
+        a refresh; None where each is determined.
     """
 
     start: Callable[..., tuple[ByAxis, ByAxis]]
@@ -69,6 +71,7 @@ class Phases(NamedTuple):
     observe: Callable[[Step], dict[str, jax.Array]] = gradient_itself
     in_turn: bool = False
     whiten: Callable[..., ByAxis] | None = None
+    level: Callable[[ByAxis, ByAxis], tuple[ByAxis, ByAxis]] | None = None
 
 
 def by_phases(
@@ -100,7 +103,8 @@ def by_phases(
         with jax.named_scope(f"{name}/statistics"):
             factors, skipped = _statistics(phases, step, held, weights)
         with jax.named_scope(f"{name}/roots"):
-            inverses, failed = _refreshed(phases, step, factors, held.inverses)
+            factors, inverses = _levelled(phases, step, factors, held.inverses)
+            inverses, failed = _refreshed(phases, step, factors, inverses)
         with jax.named_scope(f"{name}/precondition"):
             tensors = {}
             for group in step.groups:
@@ -154,6 +158,22 @@ def _statistics(
 
     none = jnp.zeros((), jnp.int32)
     return gate.when_due(_due(step, "curvature_every"), measured, (state.factors, none))
+
+
+def _levelled(
+    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+) -> tuple[gate.Held, gate.Held]:
+    """Factors and what was made of them, brought to one size in the steps that refresh."""
+    if phases.level is None:
+        return factors, inverses
+    level = phases.level
+
+    def change(held: tuple[gate.Held, gate.Held]) -> tuple[gate.Held, gate.Held]:
+        pairs = {name: level(own, held[1][name]) for name, own in held[0].items()}
+        return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
+
+    due = step.finite & _due(step, "inverse_every")
+    return gate.when_due(due, change, (factors, inverses))
 
 
 def _refreshed(

@@ -22,7 +22,7 @@ from kfac_optax.methods.gradient.axes import (
     check_rules,
 )
 from kfac_optax.methods.gradient.axiswise import Step
-from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, check_statistics, kl_phases
+from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, checked_decay, kl_phases
 from kfac_optax.methods.gradient.length import no_longer_than_fresh
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
 from kfac_optax.methods.gradient.phases import (
@@ -102,7 +102,8 @@ def scale_by_shampoo(
         moment of the gradient (KL-Shampoo), `L <- e L + (1 - e) G R^(-1) G^T / q` and
         `R <- e R + (1 - e) G^T L^(-1) G / p` of a matrix `[p, q]`, for averages. `R^(-1)` and
         `L^(-1)` are of the last roots, all roots are square roots, `L^(-1/2) G R^(-1/2)`, and no
-        update has a mean square above `1 / w`. Keep `inverse_every` below the `1 / (1 - decay)`
+        update has a mean square above `1 / w`. `L` and `R` are kept with equal mean diagonal
+        entries, as the product alone is determined. Keep `inverse_every` below the `1 / (1 - decay)`
         steps that an average remembers.
       inverse: `"eigh"` or `"newton"`, see `inverse_root`.
       max_dim: axes longer than this are long.
@@ -141,7 +142,7 @@ def scale_by_shampoo(
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
     check_choice(where, "inverse", inverse, METHODS)
     check_root(where, root)
-    check_statistics(where, statistics, decay, root)
+    decay = checked_decay(where, statistics, decay, root)
     hyper: dict[str, Any] = dict(decay=decay, ridge=ridge, inverse_every=inverse_every)
     if momentum is not None:
         hyper["momentum"] = momentum

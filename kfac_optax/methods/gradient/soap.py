@@ -28,8 +28,9 @@ from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step
 from kfac_optax.methods.gradient.kl_statistics import (
     KL,
     OUTER,
-    check_statistics,
+    checked_decay,
     kl_averaged_in,
+    levelled,
 )
 from kfac_optax.methods.gradient.momenta import zeros
 from kfac_optax.methods.gradient.phases import ByAxis, averaged_in, diagonal_root, identities
@@ -133,7 +134,7 @@ def scale_by_soap(
     rules = Rules(max_dim, merge, long_axes, vectors, stacked, sides)
     check_rules(where, rules, (IDENTITY, "split"), (IDENTITY, FULL))
     check_choice(where, "basis", basis, BASES)
-    check_statistics(where, statistics, decay)
+    decay = checked_decay(where, statistics, decay)
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
 
     def advance(step: Step, state: Any) -> Advanced:
@@ -154,6 +155,8 @@ def scale_by_soap(
                 else:
                     new[group.name] = averaged_in(group, mine, held, weights)
             factors, skipped = gate.accepted(new, state.factors, step.finite)
+            if statistics == KL:
+                factors = {name: levelled(own, {})[0] for name, own in factors.items()}
 
         def refresh(held: tuple) -> tuple:
             return _refreshed(step.groups, factors, held, basis, step.count == 0)
