@@ -92,10 +92,18 @@ def rate_factor(
 ) -> Schedule | None:
     """What `config.schedule` multiplies the learning rate with, or None where it never changes:
     `{"epochs": ..., "factors": ...}`, or `{"warmup": ..., "final": ...}` over all `epochs`.
+
+    Raises:
+        ValueError: other words.
     """
     if not section:
         return None
     where = "config.schedule"
+    forms = ({"epochs", "factors"}, {"warmup", "final"})
+    if set(section) not in forms:
+        raise ValueError(
+            f"{where}: got {', '.join(sorted(section))}; expected epochs and factors, or warmup and final"
+        )
     if "warmup" in section:
         return warmup_cosine(**section, total=steps * epochs, where=where)
     return piecewise(epochs=section["epochs"], values=section["factors"], steps=steps, where=where)

@@ -61,3 +61,9 @@ def test_a_warm_up_and_a_cosine_take_all_epochs():
         ValueError, match=r"config.schedule: got warmup=1.5 and final=0.0, expected"
     ):
         schedules.rate_factor({"warmup": 1.5, "final": 0.0}, steps=10, epochs=4)
+
+
+@pytest.mark.parametrize("section", [{"warmup": 0.1}, {"final": 0.1}, {"epochs": (1,)}])
+def test_half_a_schedule_is_refused(section):
+    with pytest.raises(ValueError, match="expected epochs and factors, or warmup and final"):
+        schedules.rate_factor(section, steps=10, epochs=4)

@@ -113,7 +113,7 @@ def test_other_settings_are_trained_anew(deep_linear, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimizers": ("sgd", "lion")}, "config.optimizers: got 'lion', expected one of"),
+        ({"optimizers": ("sgd", "newton")}, "config.optimizers: got 'newton', expected one of"),
         ({"optimizers": ()}, "config.optimizers: got none, expected at least one"),
         ({"epochs": 0}, "config.epochs: got 0, expected a positive number"),
         ({"seeds": -1}, "config.seeds: got -1, expected a positive number"),

@@ -106,5 +106,5 @@ def test_a_batch_larger_than_the_data_is_refused(deep_linear):
 
 
 def test_an_unknown_optimizer_is_refused(deep_linear):
-    with pytest.raises(ValueError, match="config.optimizers: got 'lion', expected one of"):
-        train.prepare(deep_linear, "lion")
+    with pytest.raises(ValueError, match="config.optimizers: got 'newton', expected one of"):
+        train.prepare(deep_linear, "newton")

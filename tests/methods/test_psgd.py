@@ -132,6 +132,13 @@ def test_the_first_scale_is_that_of_the_gradient(x64):
     assert state.factors["2x3"]["0"].shape == (1, 2, 2)
 
 
+@pytest.mark.parametrize("preset", [ko.psgd_kron, ko.psgd_lra])
+def test_gradients_whose_squares_underflow_are_whitened_too(preset):
+    g = {"w": 1e-24 * jnp.array([[1.0, -2.0, 2.0], [1.0, 2.0, 2.0]])}
+    (update,), _ = c.run(preset(fit_probability=0.0), [g])
+    np.testing.assert_allclose(update["w"], g["w"] / 1e-24 / np.sqrt(3.0), rtol=1e-5)
+
+
 def test_long_axes_and_vectors_are_diagonal():
     tx = ko.psgd_kron(max_dim=3)
     state = tx.init({"w": jnp.ones((2, 5)), "b": jnp.ones(3)})

@@ -131,3 +131,17 @@ def test_gradients_of_other_parameters_and_bad_words_are_refused():
         ko.psgd_lra(rank=0)
     with pytest.raises(ValueError, match="initial_scale"):
         ko.psgd_lra(initial_scale=-1.0)
+
+
+def test_no_scale_changes_its_sign(x64):
+    """The change of a scale may be three times the bound of the criterion's second derivative, as
+    where a gradient of an unusual size has the signs of `V`.
+    """
+    fit = jax.jit(psgd_lra_fit.fitted)
+    for seed in range(20):
+        u, v = draws(seed, 2, 16, 1)
+        h, own = draws(seed + 100, 2, 1, 16)
+        h = 1e3 * jnp.sign(v.T) * jnp.abs(h)
+        q = LowRank(u, v, jnp.ones(16))
+        new, _ = fit(q, NOTHING, h, own, jnp.ones(()), True)
+        assert (new.d >= 0).all()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, along, statistic
 from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.step_rules._per_layer import norms
 
 Factors = dict[str, jax.Array]  # by axis: upper triangular [copies, n, n], or diagonals [copies, n]
 
@@ -31,11 +32,11 @@ def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
     >>> print(started({"0": jnp.zeros((1, 2))}, jnp.array([[0.25, 0.25]]), None)["0"])
     [[2. 2.]]
     """
-    size = jnp.mean(jnp.square(h), tuple(range(1, h.ndim)))
+    size = norms(h.reshape(len(h), 1, -1), mean=True)
     if scale is None:
-        scale = positive_or_one(size) ** -0.25
+        scale = positive_or_one(size) ** -0.5
     # zero also where the squares overflow: the next gradient decides
-    usable = (size > 0) & jnp.isfinite(size)
+    usable = (size > 0) & jnp.isfinite(jnp.square(size))
     each = jnp.where(usable, scale, 0) ** (1 / len(q))
     out = {}
     for axis, x in q.items():

@@ -15,6 +15,7 @@ from kfac_optax.methods.gradient.psgd_fit import usual_probability
 from kfac_optax.methods.gradient.psgd_lra_fit import Bounds, LowRank
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation
 from kfac_optax.methods.signature import check_size, flat_signature
+from kfac_optax.step_rules._per_layer import norms
 
 
 class Held(NamedTuple):
@@ -101,7 +102,7 @@ def psgd_lra(
 
         def fit(held: tuple[LowRank, Bounds]) -> tuple[LowRank, Bounds]:
             v = jax.random.normal(own, h.shape, h.dtype)
-            damped = h + given.now["damping"] * jnp.sqrt(jnp.mean(jnp.square(h))) * v
+            damped = h + given.now["damping"] * _size(h) * v
             of_u, rate = jax.random.bernoulli(side), given.now["fit_rate"]
             return psgd_lra_fit.fitted(*held, damped[None], v[None], rate, of_u)
 
@@ -116,10 +117,15 @@ def psgd_lra(
 
 def _started(q: LowRank, h: jax.Array, scale: float | None) -> LowRank:
     """A `d` that is still zero becomes that of `P = (mean h^2)^{-1/2} I`, or what is given."""
-    size = jnp.mean(jnp.square(h))
-    first = positive_or_one(size) ** -0.25 if scale is None else jnp.asarray(scale, h.dtype)
+    size = _size(h)
+    first = positive_or_one(size) ** -0.5 if scale is None else jnp.asarray(scale, h.dtype)
     begins = ~jnp.any(q.d != 0) & (size > 0)
     return q._replace(d=jnp.where(begins, first, q.d))
+
+
+def _size(h: jax.Array) -> jax.Array:
+    """The root mean square; its squares may be too small or too large for the dtype."""
+    return norms(h[None, None], mean=True)[0]
 
 
 def _check_length(held: Held, vector: jax.Array) -> None:

@@ -119,7 +119,8 @@ def fitted(
     of_h = jnp.mean(h * transposed_times(q, a), axis=0)
     of_v = jnp.mean(v * _without(b, q.v, q.u) / positive_or_one(q.d), axis=0)
     own = _largest(q.d * h, q.u, q.v) + _largest(v / positive_or_one(q.d), _inverse_of(q), q.u)
-    of_d = _followed(bounds.d, own)
+    # no scale may change its sign
+    of_d = _followed(bounds.d, jnp.maximum(own, jnp.max(jnp.abs(of_h - of_v), initial=0)))
     scaled = q._replace(d=q.d * (1 - rate * (of_h - of_v) / positive_or_one(of_d)))
 
     def move_u(q: LowRank) -> tuple[LowRank, Bounds]:
