@@ -162,12 +162,13 @@ def _units(stage: Stage, mine: Sequence[Work]) -> list[Unit]:
 
 def _bubbles(mine: Sequence[Work], step_time: float) -> list[tuple[float, float]]:
     """Start and length of the times without work in a step, the last up to the stage's first work
-    of the next step.
+    of the next step. Those of no length take pieces of no time.
     """
     # the next step is the same again
     starts = [work.start for work in mine[1:]] + [step_time + mine[0].start]
-    gaps = [(work.end, start - work.end) for work, start in zip(mine, starts, strict=True)]
-    return [(start, length) for start, length in gaps if length > 0]
+    pairs = zip(mine, starts, strict=True)
+    # rounding may put the end of a piece behind the start of the next
+    return [(work.end, max(0.0, start - work.end)) for work, start in pairs]
 
 
 def _later(work: Work, time: float) -> Work:

@@ -1,5 +1,6 @@
 """Schedules of one step of a pipeline: which stage works on which microbatch when."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def schedule(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") ->
       All work of one step, from time 0, by stage and start.
 
     Raises:
-      ValueError: no stage or microbatch, a time that is negative, an unknown order.
+      ValueError: no stage or microbatch, a time that is negative or not finite, an unknown order.
 
     >>> works = schedule([Stage(1, 1)] * 2, 2, "gpipe")
     >>> print([(w.kind[0], w.microbatch, w.start) for w in works if w.stage == 0])
@@ -148,11 +149,12 @@ def _check(stages: Sequence[Stage], microbatches: int, order: str) -> None:
             "one of each."
         )
     for s, stage in enumerate(stages):
-        times = stage.forward, stage.backward, stage.precondition
-        if min(*times, *stage.curvature, *stage.inversion) < 0 or not min(times[:2]) > 0:
+        passes = stage.forward, stage.backward
+        times = *passes, stage.precondition, *stage.curvature, *stage.inversion
+        if not all(map(math.isfinite, times)) or min(times) < 0 or min(passes) == 0:
             raise ValueError(
-                f"schedule: stage {s} has times {stage}; expected forward and backward above 0, "
-                "and none below."
+                f"schedule: stage {s} has times {stage}; expected finite ones, forward and backward "
+                "above 0, and none below."
             )
         if len(stage.curvature) != len(stage.inversion):
             raise ValueError(

@@ -17,7 +17,7 @@ ORDERS = st.sampled_from(["gpipe", "1f1b"])
 
 @st.composite
 def pipelines(draw):
-    """Stages of unlike times, layers no longer than the bubble that every stage has."""
+    """Stages of unlike times, with layers that may fit into their bubbles."""
     stages = []
     for _ in range(draw(DEPTHS)):
         layers = draw(st.integers(0, 3))
@@ -29,6 +29,12 @@ def pipelines(draw):
 
 def of_stage(works, stage):
     return [work for work in works if work.stage == stage]
+
+
+def longest_bubble(step, stage, step_time):
+    mine = of_stage(step, stage)
+    starts = [*[w.start for w in mine[1:]], step_time + mine[0].start]
+    return max(start - w.end for w, start in zip(mine, starts, strict=True))
 
 
 def check_apart(works, depth):
@@ -94,9 +100,15 @@ def test_one_forward_one_backward_holds_fewer_microbatches(depth, count):
 def test_bubbles_take_all_work_and_nothing_else_moves(pipeline):
     stages, count, order = pipeline
     step = schedule(stages, count, order)
+    step_time = max(work.end for work in step)
+    needed = [max([0.0, *x.curvature, *x.inversion]) for x in stages]
+    if any(needed[s] > longest_bubble(step, s, step_time) for s in range(len(stages))):
+        with pytest.raises(ValueError, match="longest bubble"):
+            fill(stages, count, order)
+        return
     found = fill(stages, count, order)
     check_apart(found.works, len(stages))
-    assert found.step_time == max(work.end for work in step)
+    assert found.step_time == step_time
     # every step of a period as it was
     for k in range(found.period):
         shifted = {(w.kind, w.stage, w.microbatch, w.start + k * found.step_time) for w in step}
@@ -125,6 +137,13 @@ def test_bubbles_take_all_work_and_nothing_else_moves(pipeline):
     assert found.step_time <= found.appended
 
 
+def test_pieces_of_no_time_need_no_bubble():
+    found = fill([Stage(3, 3, (0.0,), (0.0,), 2), Stage(2, 1)], 3)
+    (first,) = [w for w in found.works if w.kind == "inversion"]
+    assert (found.period, first.stage, first.start) == (1, 0, first.end)
+    assert found.before == found.after
+
+
 def test_a_long_refresh_spills_into_the_next_steps():
     """Each stage idles 6 of 15 units; statistics take 3, inversions 11: three steps."""
     stages = [Stage(1, 2, (1.0,) * 1, (2.0,)), Stage(1, 2, (1.0,), (2.0,))]
@@ -142,10 +161,12 @@ def test_what_fits_nowhere_and_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="longest bubble is 0"):
         fill([Stage(1, 2, (1.0,), (1.0,))], 2)
     for stages, count, order, message in (
+        ([Stage(1, 2, (float("nan"),), (1.0,))], 1, "gpipe", "expected finite ones"),
+        ([Stage(float("inf"), 2)], 1, "gpipe", "expected finite ones"),
         ([], 1, "gpipe", "got 0 stages"),
         ([Stage()], 0, "gpipe", "0 microbatches"),
         ([Stage()], 1, "chimera", "one of 'gpipe', '1f1b'"),
-        ([Stage(forward=0.0)], 1, "gpipe", "expected forward and backward above 0"),
+        ([Stage(forward=0.0)], 1, "gpipe", "forward and backward above 0"),
         ([Stage(inversion=(-1.0,), curvature=(1.0,))], 1, "gpipe", "none below"),
         ([Stage(curvature=(1.0,))], 1, "gpipe", "one of each for every layer"),
     ):
