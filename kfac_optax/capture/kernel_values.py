@@ -104,9 +104,11 @@ class Values:
         Raises:
           DoesNotFit: a value is not made of slices of others as it seemed.
         """
+        # a number that is written in the program, in which nothing can be looked up
+        if isinstance(v, jex.Literal):
+            return Leaf(v, dtype)
         known = self.look(v)
-        whole = v in self.whole or known.leaves > _MOST_LEAVES
-        if isinstance(v, jex.Literal) or known.is_parameter or whole:
+        if known.is_parameter or v in self.whole or known.leaves > _MOST_LEAVES:
             return Leaf(v, dtype)
         # a value that is neither is as it is: a parameter, or what does not come apart
         eqn = self.source.get(v)
