@@ -110,7 +110,8 @@ class _Rewriting:
         if eqn.primitive.name in PRODUCTS and taken is not None:
             self.values.source[eqn.outvars[0]] = taken[-1]
         self.changed = self.changed or taken is not None
-        self.equations += [*self.values.slices, *([eqn] if taken is None else taken)]
+        # slices of attempts that came to nothing are nobody's
+        self.equations += [eqn] if taken is None else [*self.values.slices, *taken]
         self.values.slices.clear()
 
     def _inlines(self, eqn: Any, body: Any) -> bool:
@@ -209,6 +210,7 @@ class _Rewriting:
             self.values.whole.clear()
             # what turns out not to come apart is tried as a whole: fewer values every time
             while True:
+                self.values.slices.clear()  # of an attempt that has failed
                 try:
                     return self._with_kernel(eqn, side, multiply)
                 except DoesNotFit as problem:

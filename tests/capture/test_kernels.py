@@ -274,3 +274,19 @@ def test_what_ends_in_a_stopped_gradient_is_no_use(x64):
     layers = assert_gradients(lambda p, x: squares(model(p, x)), params, X, rtol=1e-10)
     assert not any(layer.partly for layer in layers)
     ko.kfac(layers, learning_rate=0.1, uncovered="raise")
+
+
+def test_what_fails_to_come_apart_leaves_nothing_behind():
+    """Slices of the parts, made while a kernel that is joined along the window was tried."""
+
+    def model(a, b, w, u, x):
+        kernel = jnp.concatenate([a, b], 0)[..., :3]
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=AXES)
+        return y.mean((1, 2)) @ (w + u)
+
+    parameters = [normal(1, 3, 2, 4), normal(2, 3, 2, 4), normal(3, 2), normal(3, 2)]
+    closed = jax.make_jaxpr(model)(*map(jnp.float32, parameters), jnp.float32(IMAGES))
+    names = [eqn.primitive.name for eqn in distributed(closed, len(parameters)).jaxpr.eqns]
+    # the sum of kernels has come apart, and the slice is the model's own
+    assert names.count("dot_general") == 2
+    assert names.count("slice") == 1
