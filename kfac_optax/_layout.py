@@ -2,7 +2,7 @@
 there are none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,30 @@ def varying_axes(aval: Any) -> tuple[str, ...]:
     return tuple(axes or ())
 
 
+def varying_over(tree: Any, axes: Iterable[str]) -> Any:
+    """A tree typed as different on every device of some axes of a `shard_map`."""
+    axes = tuple(axes)
+
+    def cast(x: Any) -> Any:
+        known = varying_axes(jax.typeof(x))
+        # pcast takes axes over which a value does not vary yet
+        missing = tuple(name for name in axes if name not in known)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def varying_as(tree: Any, like: Any) -> Any:
+    """A tree typed as different on every device of the manual axes over which `like` is.
+
+    Both branches of a condition have to be so typed, and a state that begins the same on all
+    devices is not. Without such axes, outside of `shard_map` for example, it is the tree itself.
+    """
+    arrays = [x for x in jax.tree.leaves(like) if isinstance(x, jax.Array)]
+    axes = set().union(*(varying_axes(jax.typeof(x)) for x in arrays))
+    return varying_over(tree, sorted(axes))
+
+
 def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     """Zeros of the type of an abstract array, with more axes in front.
 
@@ -72,7 +96,4 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
         sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
         return jnp.zeros(shape, aval.dtype, out_sharding=sharding)
     # inside of `shard_map`: zeros that vary like what they stand for
-    zeros, axes = jnp.zeros(shape, aval.dtype), varying_axes(aval)
-    if not axes:
-        return zeros
-    return jax.lax.pcast(zeros, axes, to="varying")
+    return varying_over(jnp.zeros(shape, aval.dtype), varying_axes(aval))

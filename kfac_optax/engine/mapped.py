@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from kfac_optax._layout import varying_axes
+from kfac_optax._layout import varying_axes, varying_over
 from kfac_optax._types import PyTree
 from kfac_optax.engine.placement import Placement
 
@@ -52,16 +52,7 @@ def tracked(placement: Placement) -> bool:
 
 def as_varying(placement: Placement, tree: PyTree) -> PyTree:
     """A tree typed as different on every device, where that is tracked."""
-    if not tracked(placement):
-        return tree
-
-    def cast(x: jax.Array) -> jax.Array:
-        known = varying_axes(jax.typeof(x))
-        # pcast takes axes over which a value does not vary yet
-        missing = tuple(name for name in placement.names if name not in known)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
+    return varying_over(tree, placement.names) if tracked(placement) else tree
 
 
 def check_same(placement: Placement, tree: PyTree) -> None:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._layout import varying_as
 from kfac_optax._tree import named_leaves
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_legal, start_checked
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import Group, Rules, make_groups
-from kfac_optax.methods.gradient.varying import varying_as
 
 
 class Start(NamedTuple):

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._layout import varying_as
 from kfac_optax._tree import all_finite, named_leaves, replace_leaves, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient.axes import Group, gather, scatter
-from kfac_optax.methods.gradient.varying import varying_as
 from kfac_optax.step_rules._per_layer import within
 
 Held = dict[str, dict[str, Any]]  # by group, then by axis

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._layout import varying_as
 from kfac_optax._tree import all_finite, select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
@@ -34,7 +35,6 @@ from kfac_optax.methods.gradient.kl_statistics import (
 )
 from kfac_optax.methods.gradient.momenta import zeros
 from kfac_optax.methods.gradient.phases import ByAxis, averaged_in, diagonal_root, identities
-from kfac_optax.methods.gradient.varying import varying_as
 
 BASES = ("qr", "eigh")
 _RIDGE = 1e-6  # of inverses in statistics, relative to the largest eigenvalue

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._layout import varying_as
 from kfac_optax._tree import named_leaves, select, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_legal, check_real, start_checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.varying import varying_as
 from kfac_optax.step_rules._per_layer import within
 
 
