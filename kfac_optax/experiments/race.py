@@ -4,7 +4,8 @@
 
 Trains nothing: it reads what `python -m kfac_optax.experiments.compare` left in these folders,
 finished or not, and writes race.csv, race.md and race.png. `--trace` adds the bytes of states to
-runs whose records do not have them.
+runs whose records do not have them. `--timing` takes the seconds of a step from other runs of the
+same problems, one folder for each: runs that were made one after the other on a quiet machine.
 """
 
 import argparse
@@ -200,6 +201,7 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, help="of results, with runs/ in them")
     parser.add_argument("--seconds", type=float, help="of training to compare at; default: budget")
     parser.add_argument("--epochs", type=float, default=10.0, help="to compare at; default: 10")
+    parser.add_argument("--timing", nargs="+", type=Path, default=[], help="folders of timed runs")
     parser.add_argument("--out", type=Path, default=Path("results/race"), help="folder to write to")
     parser.add_argument("--trace", action="store_true", help="find missing bytes by tracing")
     given = parser.parse_args(words)
@@ -207,6 +209,11 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(given, name)
         if value is not None and not value > 0:
             parser.error(f"--{name}: got {value}, expected a positive number")
+    if given.timing and len(given.timing) != len(given.folders):
+        parser.error(
+            f"--timing: got {len(given.timing)} folders, expected one for each of the "
+            f"{len(given.folders)} that are compared"
+        )
     names = [path.resolve().name for path in given.folders]
     if len(set(names)) < len(names):
         parser.error(f"got the folders {', '.join(names)}, expected names that tell them apart")
@@ -220,9 +227,11 @@ def main(words: Sequence[str] | None = None) -> None:
         console = Console(width=220)
     found = []
     try:
-        for path in given.folders:
+        timing = given.timing or [None] * len(given.folders)
+        for path, timed in zip(given.folders, timing, strict=True):
             problem = stored.read(path)
             problem = stored.with_sizes(problem) if given.trace else problem
+            problem = stored.with_times(problem, stored.read(timed)) if timed else problem
             found.append(standings.standing(problem, seconds=given.seconds, epochs=given.epochs))
         race(found, given.out, console)
     except folder.Stopped as error:

@@ -109,7 +109,8 @@ def standing(problem: Problem, *, seconds: float | None, epochs: float) -> Stand
 def _seconds(problem: Problem, best: results.Runs) -> float:
     budget = max(own.get("budget_seconds") or 0.0 for own in problem.settings.values())
     totals = [clock.elapsed(run)[-1] for group in best.values() for run in group]
-    return budget or float(np.median(totals))
+    # methods without a time have NaN
+    return budget or float(np.nanmedian(totals))
 
 
 def _is_edge(runs: results.Runs, optimizer: str, rate: float) -> bool:

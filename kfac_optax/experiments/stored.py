@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from kfac_optax._tree import tree_bytes
 from kfac_optax.experiments import results, steps, train
@@ -113,6 +114,55 @@ def with_sizes(problem: Problem) -> Problem:
         for name, cost in problem.costs.items()
     }
     return problem._replace(costs=costs)
+
+
+def with_times(problem: Problem, quiet: Problem) -> Problem:
+    """The problem with the seconds of other runs of it: every step takes as long as it does there.
+
+    Runs of a race share a machine with each other; a few epochs of each method, made one after
+    the other, say what a step and its compilation take. Methods that were not timed have no
+    seconds (NaN).
+
+    Args:
+        problem: of the race.
+        quiet: the timed runs, at any learning rate.
+
+    Raises:
+        Stopped: the timed runs are of another problem.
+    """
+    _check_timed(problem, quiet)
+    every: dict[str, list[results.Run]] = {}
+    for (name, _), group in quiet.runs.items():
+        every.setdefault(name, []).extend(group)
+    seconds = {name: np.mean(results.ms_per_step(group)) / 1e3 for name, group in every.items()}
+    runs = {
+        (name, rate): [_retimed(run, seconds.get(name, np.nan)) for run in group]
+        for (name, rate), group in problem.runs.items()
+    }
+    costs = {
+        name: cost._replace(compile_seconds=quiet.costs.get(name, Costs()).compile_seconds)
+        for name, cost in problem.costs.items()
+    }
+    return problem._replace(runs=runs, costs=costs)
+
+
+def _retimed(run: results.Run, seconds_per_step: float) -> results.Run:
+    # seconds are those since the row before
+    new_steps = np.diff(results.steps_of(run), prepend=0)
+    return run._replace(history=run.history | {"seconds": new_steps * seconds_per_step})
+
+
+def _check_timed(problem: Problem, quiet: Problem) -> None:
+    # of timed runs a few epochs are enough
+    same = [entry for entry in _SAME if entry not in ("epochs", "budget_seconds")]
+    mine, other = (next(iter(one.settings.values())) for one in (problem, quiet))
+    for entry in (*same, "batch_size"):
+        if mine.get(entry) != other.get(entry):
+            raise Stopped(
+                f"{quiet.name}: timed runs with {entry} {other.get(entry)!r}, expected those of "
+                f"{problem.name}, {mine.get(entry)!r}. Give the folders of --timing in the order "
+                "of the others."
+            )
 
 
 def _traced(settings: Mapping[str, Any], cost: Costs) -> Costs:

@@ -156,3 +156,30 @@ def test_what_is_no_race_is_refused(folders, deep_linear, tmp_path, capsys):
         with pytest.raises(SystemExit):
             race.main([str(folders[0]), *words])
         assert message in capsys.readouterr().err
+
+
+def test_seconds_come_from_timed_runs_of_the_same_problem(folders, deep_linear, tmp_path):
+    deep_linear.epochs, deep_linear.batch_size = 1, 32
+    quiet = tmp_path / "quiet"
+    write(quiet, deep_linear, Job("sgd", 0.3, 0), [3], seconds=0.4, compile_seconds=0.25)
+    write(quiet, deep_linear, Job("adam", 0.3, 0), [3], seconds=0.8)
+    found = stored.with_times(stored.read(folders[1]), stored.read(quiet))
+    rows = rows_of(standings.standing(found, seconds=1.2, epochs=2))
+    np.testing.assert_allclose([rows["sgd"].ms_per_step, rows["adam"].ms_per_step], [100, 200])
+    # three epochs of SGD, one and a half of Adam, nothing of what was not timed
+    np.testing.assert_allclose(rows["sgd"].losses["seconds"].mean, 1.0)
+    np.testing.assert_allclose(rows["adam"].losses["seconds"].mean, 2.0)
+    assert rows["kfac_two_level"].losses["seconds"].rank is None
+    assert rows["sgd"].costs == stored.Costs(0.25, 800, 400)
+    assert found.costs["kfac_two_level"].compile_seconds is None
+    median = standings.standing(found, seconds=None, epochs=2).seconds
+    np.testing.assert_allclose(median, 2.4)
+
+
+def test_timed_runs_of_another_problem_are_refused(folders, tmp_path, capsys):
+    words = ["--timing", str(folders[0]), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="first: timed runs with batch_size .*of second, 32"):
+        race.main([str(folders[1]), *words])
+    with pytest.raises(SystemExit):
+        race.main([*map(str, folders), *words])
+    assert "--timing: got 1 folders, expected one for each of the 2" in capsys.readouterr().err
