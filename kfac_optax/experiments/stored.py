@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,9 +135,11 @@ def with_times(problem: Problem, quiet: Problem) -> Problem:
     every: dict[str, list[results.Run]] = {}
     for (name, _), group in quiet.runs.items():
         every.setdefault(name, []).extend(group)
-    seconds = {name: np.mean(results.ms_per_step(group)) / 1e3 for name, group in every.items()}
+    seconds = {
+        name: float(np.mean(results.ms_per_step(group))) / 1e3 for name, group in every.items()
+    }
     runs = {
-        (name, rate): [_retimed(run, seconds.get(name, np.nan)) for run in group]
+        (name, rate): [_retimed(run, seconds.get(name, math.nan)) for run in group]
         for (name, rate), group in problem.runs.items()
     }
     costs = {
