@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.factorize import after
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, along, statistic
 from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.step_rules._per_layer import norms
@@ -71,10 +72,11 @@ def fitted_groups(
     step: Step, factors: dict[str, Factors], h: dict[str, jax.Array], key: jax.Array
 ) -> dict[str, Factors]:
     """All factors after one step, on random vectors of their own."""
-    out = {}
+    out: dict[str, Factors] = {}
     for number, group in enumerate(step.groups):
         mine = h[group.name]
         v = jax.random.normal(jax.random.fold_in(key, number), mine.shape, mine.dtype)
+        v = after(v, out)  # each group has triangular solves with it
         squares = jnp.mean(jnp.square(mine), tuple(range(1, mine.ndim)), keepdims=True)
         damped = mine + step.value("damping") * jnp.sqrt(squares) * v
         out[group.name] = fitted(factors[group.name], damped, v, step.value("fit_rate"))

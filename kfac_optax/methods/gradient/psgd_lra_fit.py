@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._tree import all_finite, select
 from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.factorize import after
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -47,17 +48,36 @@ def _product(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(small, right.T, precision=_HIGHEST)
 
 
-def _without(x: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """`(I + right left^T)^{-1} x`, row by row, by Woodbury's formula."""
-    inner = jnp.eye(left.shape[1], dtype=x.dtype) + jnp.matmul(left.T, right, precision=_HIGHEST)
-    small = jnp.linalg.solve(inner, jnp.matmul(left.T, x.T, precision=_HIGHEST))
-    return x - jnp.matmul(right, small, precision=_HIGHEST).T
+class _Inner(NamedTuple):
+    """`I + U^T V` in factors, which every inverse of `Q` needs."""
+
+    lu: Float[Array, "r r"]
+    pivots: Array
 
 
-def _inverse_of(q: LowRank) -> jax.Array:
+def _factored(q: LowRank) -> _Inner:
+    identity = jnp.eye(q.u.shape[1], dtype=q.u.dtype)
+    inner = identity + jnp.matmul(q.u.T, q.v, precision=_HIGHEST)
+    return _Inner(*jax.scipy.linalg.lu_factor(inner))
+
+
+def _against(q: LowRank, inner: _Inner, x: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """`(I + V U^T)^{-1} x = x - V (I + U^T V)^{-1} U^T x`, row by row."""
+    small = jnp.matmul(q.u.T, x.T, precision=_HIGHEST)
+    solved = jax.scipy.linalg.lu_solve(inner, small)
+    return x - jnp.matmul(q.v, solved, precision=_HIGHEST).T
+
+
+def _against_transposed(q: LowRank, inner: _Inner, x: Float[Array, "k n"]) -> Float[Array, "k n"]:
+    """`(I + U V^T)^{-1} x = x - U (I + U^T V)^{-T} V^T x`, row by row."""
+    small = jnp.matmul(q.v.T, x.T, precision=_HIGHEST)
+    solved = jax.scipy.linalg.lu_solve(inner, small, trans=1)
+    return x - jnp.matmul(q.u, solved, precision=_HIGHEST).T
+
+
+def _inverse_of(q: LowRank, inner: _Inner) -> Float[Array, "n r"]:
     """`V (I + U^T V)^{-1}`: `Q^{-T} = (I - V (I + U^T V)^{-1} U^T) diag(d)^{-1}`."""
-    inner = jnp.eye(q.u.shape[1], dtype=q.u.dtype) + jnp.matmul(q.u.T, q.v, precision=_HIGHEST)
-    return jnp.linalg.solve(inner.T, q.v.T).T
+    return jax.scipy.linalg.lu_solve(inner, q.v.T, trans=1).T
 
 
 def _largest(rows: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -114,11 +134,14 @@ def fitted(
       The new `Q`, its `U` and `V` made equally large, and the bounds; both as they were where the
       step is not finite.
     """
+    inner, d = _factored(q), positive_or_one(q.d)
     a = times(q, h)
-    b = _without(v / positive_or_one(q.d), q.u, q.v)
+    b = _against(q, inner, v / d)
     of_h = jnp.mean(h * transposed_times(q, a), axis=0)
-    of_v = jnp.mean(v * _without(b, q.v, q.u) / positive_or_one(q.d), axis=0)
-    own = _largest(q.d * h, q.u, q.v) + _largest(v / positive_or_one(q.d), _inverse_of(q), q.u)
+    of_v = jnp.mean(v * _against_transposed(q, inner, b) / d, axis=0)
+    # of two sets of triangular solves at a time each may wait for the other
+    inverse = _inverse_of(q, after(inner, of_v))
+    own = _largest(q.d * h, q.u, q.v) + _largest(v / d, inverse, q.u)
     # no scale may change its sign
     of_d = _followed(bounds.d, jnp.maximum(own, jnp.max(jnp.abs(of_h - of_v), initial=0)))
     scaled = q._replace(d=q.d * (1 - rate * (of_h - of_v) / positive_or_one(of_d)))
