@@ -45,6 +45,11 @@ def count(text: str) -> Count:
     return Count(number, sent)
 
 
+def always(text: str) -> str:
+    """The part of a program that runs in every step; branches stand before it."""
+    return text[text.index("\nENTRY") :]
+
+
 def _bytes(result: str) -> int:
     total = 0
     for dtype, dims in _ARRAY.findall(result):
@@ -123,6 +128,18 @@ def main() -> None:
     number, sent = count(compiled(1.0, "statistics", packed=True))
     said = predicted(1.0, "statistics", packed=True)
     print(row.format("1.0, packed", "statistics", number, f"{sent:.0f}", f"{said:.0f}"))
+    for bits in (16, 8):
+        # where the bits suffice, and where they do not
+        text = compiled(1.0, "statistics", statistics_bits=bits)
+        said = predicted(1.0, "statistics", statistics_bits=bits)
+        more = predicted(1.0, "statistics", packed=True)
+        for name, part, bytes_said in (
+            (f"{bits} bits", always(text), said),
+            (f"{bits} and all", text, said + more),
+        ):
+            number, sent = count(part)
+            row_of = (f"1.0, {name}", "statistics", number, f"{sent:.0f}", f"{bytes_said:.0f}")
+            print(row.format(*row_of))
     number, sent = count(compiled(0.0, "statistics", statistics="local"))
     said = predicted(0.0, "statistics", local=True)
     print(row.format("0.0, local", "statistics", number, f"{sent:.0f}", f"{said:.0f}"))

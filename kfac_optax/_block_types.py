@@ -85,11 +85,22 @@ class Block(NamedTuple):
 
 class Travel(NamedTuple):
     """How statistics travel between devices: symmetric matrices `packed`, without their double
-    entries, and in another `dtype`; `None` is their own.
+    entries, and in another `dtype`; `None` is their own. Kronecker factors in as many `bits` for a
+    number; `None` is all of them.
     """
 
     packed: bool = False
     dtype: Any = None
+    bits: int | None = None
+
+
+class Near(NamedTuple):
+    """Kronecker factors of a layer that all devices have, `[copies, n, n]`, and how far those may
+    be off that are sent near them, a pair of `[copies]`, in Frobenius norm.
+    """
+
+    factors: tuple[jax.Array, jax.Array]
+    errors: tuple[jax.Array, jax.Array]
 
 
 class Average(NamedTuple):

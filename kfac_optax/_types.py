@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from kfac_optax._block_types import Average, Block, Bucket, Travel
+from kfac_optax._block_types import Average, Block, Bucket, Near, Travel
 from kfac_optax._coupling_types import Coupling, Directions, Fine, System, Vector
 from kfac_optax._layer_types import Layer, Layers, Layout, Part, PyTree, Uncovered, Use
 
@@ -23,6 +23,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Layout",
+    "Near",
     "Numeric",
     "Part",
     "PyTree",

@@ -130,10 +130,10 @@ def checked_placement(
         )
     if placement.travel != Travel() and axis_name is None:
         raise ValueError(
-            f"{where}: got a placement with packed={placement.packed!r} and statistics_dtype="
-            f"{placement.statistics_dtype!r}, and axis_name=None; expected axis_name=, the axis of "
-            "shard_map or pmap over which statistics are summed. Under jit XLA decides what it "
-            "sends: leave both out."
+            f"{where}: got a placement with packed={placement.packed!r}, statistics_dtype="
+            f"{placement.statistics_dtype!r} and statistics_bits={placement.statistics_bits!r}, and "
+            "axis_name=None; expected axis_name=, the axis of shard_map or pmap over which "
+            "statistics are summed. Under jit XLA decides what it sends: leave them out."
         )
     return None if placement.mesh is not None and placement.devices == 1 else placement
 

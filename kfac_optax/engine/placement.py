@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kfac_optax._types import Travel
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.estimators.reductions import names_of
+from kfac_optax.linalg.lattice import BITS
 
 STATISTICS = ("averaged", "local")
 
@@ -47,9 +48,14 @@ class Placement:
       mesh: the mesh that has the axis. May be left out inside `shard_map` and `pmap` with
         `worker_fraction=1`.
       packed: send Kronecker factors without their double entries, half the bytes of a statistic.
-        With `axis_name=`, as is the next: under `jit` XLA decides what it sends.
+        With `axis_name=`, as are the next two: under `jit` XLA decides what it sends.
       statistics_dtype: in which statistics are sent and summed, `jnp.bfloat16` say; averages are
         kept as ever. `None`: their own.
+      statistics_bits: in how many bits the numbers of Kronecker factors are sent, 2 to 16, without
+        double entries: as differences from the averages that all devices have, rounded so that
+        eigenvalues of `A (x) G + damping I` are off by less than a quarter of the damping. Statistics
+        too far from the averages for that many bits, the first ones for sure, are sent as they are,
+        after the attempt. `None`: all bits.
       statistics: `"averaged"` over the devices, or `"local"`; the latter inside `shard_map` and
         `pmap` with `axis_name=`, without a coupling. Blocks that take every statistic into their
         inverse (`ekfac`, those followed online) want `worker_fraction=0` with it.
@@ -72,7 +78,9 @@ class Placement:
       Second-Order Optimizer Framework for Deep Neural Networks (2021). Local statistics: Zhang,
       Shi, Wang & Li, Scalable K-FAC Training for Deep Neural Networks with Distributed
       Preconditioning (2022). What is made everywhere: Shi, Zhang & Li, Accelerating Distributed
-      K-FAC with Smart Parallelism of Computing and Communication Tasks (2021).
+      K-FAC with Smart Parallelism of Computing and Communication Tasks (2021). Statistics in a few
+      bits: Alimisis, Davies & Alistarh, Communication-Efficient Distributed Optimization with
+      Quantized Preconditioners (2021).
     """
 
     axis: str | tuple[str, ...]
@@ -82,6 +90,7 @@ class Placement:
     statistics_dtype: Any = None
     statistics: str = "averaged"
     flops_per_byte: float = 0.0
+    statistics_bits: int | None = None
 
     def __post_init__(self) -> None:
         names = self.names
@@ -96,6 +105,7 @@ class Placement:
                 f"Placement: statistics_dtype is {dtype!r}; expected a floating dtype, such as "
                 "jnp.bfloat16, or None."
             )
+        self._check_bits()
         check_number("Placement", "worker_fraction", self.worker_fraction, at_least=0, at_most=1)
         check_number("Placement", "flops_per_byte", self.flops_per_byte, at_least=0)
         check_choice("Placement", "statistics", self.statistics, STATISTICS)
@@ -110,6 +120,23 @@ class Placement:
                 "has the axis, also inside shard_map and pmap."
             )
 
+    def _check_bits(self) -> None:
+        bits = self.statistics_bits
+        if bits is None:
+            return
+        fewest, most = BITS
+        if not isinstance(bits, int) or isinstance(bits, bool) or not fewest <= bits <= most:
+            raise ValueError(
+                f"Placement: statistics_bits={bits!r}; expected a whole number from {fewest} to "
+                f"{most}, or None."
+            )
+        if self.statistics_dtype is not None:
+            raise ValueError(
+                f"Placement: got statistics_bits={bits} with statistics_dtype="
+                f"{self.statistics_dtype!r}; expected one of them: both say how many bits a number "
+                "has. Leave statistics_dtype out, or statistics_bits."
+            )
+
     def _check_local(self) -> None:
         """Raises where a word has no meaning for statistics that stay where they are."""
         if self.mesh is None:
@@ -120,8 +147,9 @@ class Placement:
         if self.travel != Travel() or self.flops_per_byte:
             raise ValueError(
                 f"Placement: got statistics='local' with packed={self.packed!r}, statistics_dtype="
-                f"{self.statistics_dtype!r} and flops_per_byte={self.flops_per_byte!r}; expected "
-                "none of them: no factor is sent, and no other device can factorise it."
+                f"{self.statistics_dtype!r}, statistics_bits={self.statistics_bits!r} and "
+                f"flops_per_byte={self.flops_per_byte!r}; expected none of them: no factor is sent, "
+                "and no other device can factorise it."
             )
 
     def _check_mesh(self) -> None:
@@ -159,7 +187,7 @@ class Placement:
     @property
     def travel(self) -> Travel:
         """In which form statistics are sent."""
-        return Travel(self.packed, self.statistics_dtype)
+        return Travel(self.packed, self.statistics_dtype, self.statistics_bits)
 
     @property
     def divided(self) -> bool:

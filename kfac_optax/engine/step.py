@@ -19,6 +19,7 @@ from kfac_optax.engine.arguments import (
 from kfac_optax.engine.branches import due_at, parts_due
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.initial import initial
+from kfac_optax.engine.near import near_factors
 from kfac_optax.engine.placed import inverses_of_all
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.precondition import precondition
@@ -117,6 +118,8 @@ def take_step(
         # only here: a divided state has to be collected for it
         inverses = inverses_of_all(step, held.factors, held.inverses)
         wanted = plan._replace(inverses=inverses_read(mine, buckets, inverses))
+        if plan.travel.bits is not None:
+            wanted = wanted._replace(near=near_factors(step, held.factors))
         if step.local is not None:
             # nothing is averaged between the devices that share out the layers
             wanted = wanted._replace(axis_name=step.local.averaged_over(rule.axis_name))

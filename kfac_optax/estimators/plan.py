@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kfac_optax._types import Block, Coupling, Layer, Layers, PyTree, Travel, Use
+from kfac_optax._types import Block, Coupling, Layer, Layers, Near, PyTree, Travel, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.served_heads import Served
@@ -26,6 +26,8 @@ class Plan(NamedTuple):
       inverses: what is held for each of the layers, `[copies, ...]`, where its block measures in
         it; `None` for other layers, `()` where no block does.
       travel: in which form statistics are sent where `axis_name` is given.
+      near: for each of the layers Kronecker factors that all devices have, with `travel.bits`;
+        `None` for other layers, `()` where there are none.
     """
 
     layers: tuple[Layer, ...]
@@ -36,6 +38,7 @@ class Plan(NamedTuple):
     count: Any = 0
     inverses: tuple[PyTree, ...] = ()
     travel: Travel = Travel()
+    near: tuple[Near | None, ...] = ()
 
     def inverse(self, i: int) -> PyTree:
         """What the block of layer `i` measures in, `[copies, ...]`, or `None`.

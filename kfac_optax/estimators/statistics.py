@@ -17,6 +17,7 @@ from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.heads import Kind
 from kfac_optax.estimators.linearization import Asked, Linearize, Pulled
 from kfac_optax.estimators.measure import site_measure
+from kfac_optax.estimators.near_means import means_of_plan
 from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
 from kfac_optax.estimators.plan import Plan, Setting, set_up
 from kfac_optax.estimators.reductions import mean_over_devices
@@ -68,7 +69,7 @@ def collect(
 
         (blocks, across), columns = mean_over(one, cotangents.count)
         if plan.axis_name is not None:
-            blocks = mean_over_devices(blocks, plan.axis_name, plan.travel)
+            blocks = means_of_plan(plan, blocks)
             across = mean_over_devices(across, plan.axis_name, plan.travel)
             columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
         # [pullbacks, copies, ...] -> [copies, pullbacks, ...]

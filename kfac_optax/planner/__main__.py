@@ -22,6 +22,23 @@ from kfac_optax.planner.pipeline import ORDERS, Stage
 HEADER = (
     "devices strategy memory/GiB statistics/MiB refresh/MiB step/MiB mean/MiB work/TFLOP balance"
 )
+# arguments of the two tables, each with its default
+STRATEGY: dict[str, Any] = {
+    "model": list(MODELS),
+    "layers": None,
+    "devices": [8, 64, 1024],
+    "curvature_every": 10,
+    "inverse_every": 100,
+    "packed": False,
+    "statistics_bits": None,
+    "flops_per_byte": 0.0,
+}
+PIPELINE: dict[str, Any] = {
+    "stages": 8,
+    "microbatches": [8, 16],
+    "times": [1.0, 2.0, 1.0, 6.0, 0.5],
+    "layers_of_stage": 3,
+}
 ROW = "{:>7}  {:<15} {:>10} {:>14} {:>11} {:>8} {:>8} {:>10} {:>7}"
 
 
@@ -48,6 +65,7 @@ def table(
     inverse_every: int,
     packed: bool = False,
     flops_per_byte: float = 0.0,
+    statistics_bits: int | None = None,
 ) -> str:
     """Lines of the table, one for each number of devices and strategy.
 
@@ -64,6 +82,7 @@ def table(
                 count,
                 packed=packed,
                 flops_per_byte=flops_per_byte if sends else 0.0,
+                statistics_bits=statistics_bits if sends else None,
                 **words,
             )
             mean = found.per_step(curvature_every, inverse_every)
@@ -110,17 +129,16 @@ def _whole(text: str) -> int:
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline", nargs="+", choices=ORDERS, help="fill a pipeline's bubbles")
-    parser.add_argument("--stages", type=_whole, default=8)
-    parser.add_argument("--microbatches", nargs="+", type=_whole, default=[8, 16])
+    parser.add_argument("--stages", type=_whole)
+    parser.add_argument("--microbatches", nargs="+", type=_whole)
     parser.add_argument(
         "--times",
         nargs=5,
         type=float,
-        default=[1.0, 2.0, 1.0, 6.0, 0.5],
         metavar=("F", "B", "C", "I", "P"),
         help="of a stage: forward, backward and curvature of a microbatch, inversion, precondition",
     )
-    parser.add_argument("--layers-of-stage", type=_whole, default=3, help="pieces of C and I")
+    parser.add_argument("--layers-of-stage", type=_whole, help="pieces of C and I")
 
 
 def _pipelines(given: argparse.Namespace) -> str:
@@ -133,23 +151,54 @@ def _pipelines(given: argparse.Namespace) -> str:
     return bubble_table([stage] * given.stages, given.microbatches, given.pipeline)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the tables."""
-    parser = argparse.ArgumentParser("kfac_optax.planner", description="K-FAC on many devices.")
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+def _add_strategies(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", nargs="+", choices=MODELS)
     parser.add_argument("--layers", help="a JSON file of [copies, p, q], in place of --model")
-    parser.add_argument("--devices", nargs="+", type=_whole, default=[8, 64, 1024])
-    parser.add_argument("--curvature-every", type=_whole, default=10)
-    parser.add_argument("--inverse-every", type=_whole, default=100)
-    parser.add_argument("--packed", action="store_true", help="send factors without double entries")
+    parser.add_argument("--devices", nargs="+", type=_whole)
+    parser.add_argument("--curvature-every", type=_whole)
+    parser.add_argument("--inverse-every", type=_whole)
+    # store_const: not given is None, as of all others
+    parser.add_argument(
+        "--packed", action="store_const", const=True, help="send factors without double entries"
+    )
+    parser.add_argument(
+        "--statistics-bits", type=_whole, help="of a number of a factor that is sent"
+    )
     parser.add_argument(
         "--flops-per-byte",
         type=float,
-        default=0.0,
         help="operations in the time of sending a byte: what is sooner made is not sent",
     )
-    _add_pipeline(parser)
+
+
+def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with a default for each that is missing; what would have no effect is
+    refused.
+    """
     given = parser.parse_args(arguments)
+    # what belongs to the other table, and what says the same thing twice
+    void = {"--pipeline": STRATEGY} if given.pipeline else {"no --pipeline": PIPELINE}
+    if given.layers is not None:
+        void["--layers"] = {"model": None}
+    if given.statistics_bits is not None:
+        void["--statistics-bits"] = {"packed": None}
+    for beside, words in void.items():
+        for word in words:
+            if getattr(given, word) is not None:
+                flag = "--" + word.replace("_", "-")
+                parser.error(f"got {flag}, which has no effect beside {beside}; leave it out")
+    for word, default in (STRATEGY | PIPELINE).items():
+        if getattr(given, word) is None:
+            setattr(given, word, default)
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser("kfac_optax.planner", description="K-FAC on many devices.")
+    _add_strategies(parser)
+    _add_pipeline(parser)
+    given = _read(parser, arguments)
     if given.pipeline:
         print(_pipelines(given))
         return
@@ -160,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, shapes in named.items():
         print(name)
         periods = given.curvature_every, given.inverse_every
-        print(table(shapes, given.devices, *periods, given.packed, given.flops_per_byte))
+        sent = given.packed, given.flops_per_byte, given.statistics_bits
+        print(table(shapes, given.devices, *periods, *sent))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh
 
 from kfac_optax.engine.division import EIGH, Share, divide
 from kfac_optax.engine.placement import Placement
+from kfac_optax.linalg.lattice import words_for
 
 
 class Shape(NamedTuple):
@@ -80,6 +81,7 @@ def costs(
     *,
     packed: bool = False,
     sent_itemsize: int | None = None,
+    statistics_bits: int | None = None,
     local: bool = False,
     flops_per_byte: float = 0.0,
 ) -> Costs:
@@ -106,6 +108,8 @@ def costs(
       itemsize: bytes of a number.
       packed: whether factors are sent without their double entries.
       sent_itemsize: bytes of a number of a statistic that is sent, if not `itemsize`.
+      statistics_bits: as in `Placement`; bytes are those where the bits suffice. Where they do not
+        the packed factors are sent as well.
       local: whether every device measures its own layers, `statistics="local"`.
       flops_per_byte: as in `Placement`.
 
@@ -128,16 +132,22 @@ def costs(
     """
     factors = sum(s.copies * s.factors for s in shapes)
     sent = sum(s.copies * (s.packed if packed else s.factors) for s in shapes)
+    sent_bytes = sent * (sent_itemsize or itemsize)
+    if statistics_bits is not None:
+        numbers = sum(s.copies * s.packed for s in shapes)
+        # a checksum, and a count of devices that could not take part
+        sent_bytes = 4 * (words_for(numbers, statistics_bits) + 2)
     # a sum over a ring sends everything twice: once to add up, once to hand on
-    summed = _ring(devices) * 2 * sent * (sent_itemsize or itemsize)
+    summed = _ring(devices) * 2 * sent_bytes
     total = EIGH * sum(float(s.copies * s.work) for s in shapes)
     inverses = sum(s.copies * s.inverse for s in shapes)
     # every device does all of the work
     if worker_fraction is None:
-        if local or flops_per_byte:
+        if local or flops_per_byte or statistics_bits is not None:
             raise ValueError(
-                f"costs: got local={local!r} and flops_per_byte={flops_per_byte!r} without a "
-                "placement; expected worker_fraction= with them, a number."
+                f"costs: got local={local!r}, flops_per_byte={flops_per_byte!r} and "
+                f"statistics_bits={statistics_bits!r} without a placement; expected "
+                "worker_fraction= with them, a number."
             )
         return Costs((factors + inverses) * itemsize, summed, 0.0, 0.0, total, float(devices))
     # no device is needed to divide work over some
@@ -147,6 +157,7 @@ def costs(
         AbstractMesh((devices,), ("device",)),
         statistics="local" if local else "averaged",
         flops_per_byte=flops_per_byte,
+        statistics_bits=statistics_bits,
     )
     named = {f"{i}": (s.copies, float(s.work)) for i, s in enumerate(shapes)}
     inverse_bytes = {f"{i}": float(s.inverse * itemsize) for i, s in enumerate(shapes)}

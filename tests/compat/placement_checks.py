@@ -14,6 +14,7 @@ import kfac_optax as ko
 from benchmarks import collectives
 from kfac_optax.engine.division import divide, kept_rows
 from kfac_optax.engine.exchange import from_groups, make_own
+from kfac_optax.engine.near import factor_errors
 from tests import helpers as h
 
 DEVICES, EXAMPLES, DEEP = 8, 16, 5
@@ -225,6 +226,67 @@ def placement_pmap():
         h.assert_close(jax.device_get(x), jnp.broadcast_to(y, x.shape))
 
 
+def statistics_in_few_bits():
+    """The second statistics of a run, near the first ones: updates are off by what the guarantee
+    gives, all devices have the same, and bits that do not suffice cost no digit. A statistic of
+    zeros, or one that is not finite, leaves all as it was.
+    """
+    params, (x, weights) = problem()
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, x, weights)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    batches = [(x + 0.1, weights), (x, weights), (x.at[-1].set(jnp.nan), weights)]
+
+    def run(bits, tracked):
+        placement = ko.Placement("data", 1.0, mesh, statistics_bits=bits)
+        words = dict(damping=0.05, axis_name="data", placement=placement)
+        tx = ko.scale_by_curvature(layers, block=ko.kronecker(), **words)
+
+        def step(state, x, weights):
+            curvature = estimator.at(params, x, weights)
+            return tx.update(params, state, params, curvature=curvature, refresh=True)
+
+        def every(state, x, weights):
+            found = step(state, x, weights)
+            return found if tracked else jax.tree.map(lambda leaf: leaf[None], found)
+
+        mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=tracked)
+        given = (P(), P("data"), P("data"))
+        # what is tracked as the same everywhere is; else look at all devices
+        made = jax.jit(mapped(every, in_specs=given, out_specs=P() if tracked else P("data")))
+        state = tx.init(params)
+        for batch in batches[:2]:
+            updates, state = made(state, *batch)
+            if not tracked:
+                h.assert_equal(state, jax.tree.map(lambda leaf: leaf[:1].repeat(8, 0), state))
+                updates, state = jax.tree.map(lambda leaf: leaf[0], (updates, state))
+        _, skipped = made(state, *batches[2])
+        if not tracked:
+            skipped = jax.tree.map(lambda leaf: leaf[0], skipped)
+        h.assert_equal(skipped.factors, state.factors)
+        assert int(skipped.skipped_statistics) == 1
+        return updates, state
+
+    (exact, whole), (rough, near), (other, far) = (
+        run(*words) for words in ((None, True), (16, True), (2, False))
+    )
+    h.assert_close(jax.device_get((other, far)), jax.device_get((exact, whole)))
+    errors, bounds = [], []
+    for name, kept in whole.factors.items():
+        allowed = jax.vmap(factor_errors, (0, 0, None))(*kept, 0.05)
+        for mine, right, bound in zip(near.factors[name], kept, allowed, strict=True):
+            errors += jnp.linalg.norm(mine - right, axis=(1, 2)).tolist()
+            bounds += (1.2 * bound).tolist()
+    # in few bits they were sent: rounding is there, and no more than that
+    assert min(errors) > 1e-5
+    assert all(error <= bound for error, bound in zip(errors, bounds, strict=True)), errors
+    for layer, right in exact.items():
+        off = jnp.concatenate([(rough[layer][k] - right[k]).ravel() for k in right])
+        size = jnp.concatenate([right[k].ravel() for k in right])
+        # ||(P + E)^-1 E|| <= (1/4) / (1 - 1/4) with ||E|| <= damping / 4
+        assert 0 < jnp.linalg.norm(off) <= jnp.linalg.norm(size) / 3, layer
+
+
 def traffic():
     """Bytes in compiled programs are those of the planner's formulas, to the last one; besides
     them a divided state sends a count of failures in a refresh.
@@ -244,6 +306,14 @@ def traffic():
         counted = collectives.count(collectives.compiled(1.0, kind, **words))
         assert counted.sent == collectives.predicted(1.0, kind, **words), kind
     assert counted.sent < collectives.predicted(1.0, "refresh")
+    words = {"statistics_bits": 8}
+    text = collectives.compiled(1.0, "statistics", **words)
+    near = collectives.count(collectives.always(text))
+    assert near.sent == collectives.predicted(1.0, "statistics", **words)
+    # in the branch that nobody takes where bits suffice
+    rest = collectives.count(text).sent - near.sent
+    assert rest == collectives.predicted(1.0, "statistics", packed=True)
+    assert near.sent < 0.26 * rest
 
 
 CHECKS = {
@@ -254,6 +324,7 @@ CHECKS = {
         placement_online,
         placement_pmap,
         placement_schedule,
+        statistics_in_few_bits,
         traffic,
     )
 }

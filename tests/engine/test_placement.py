@@ -1,6 +1,8 @@
 """How work is divided over devices; that it changes no number is checked on eight of them in
 `tests/compat/placement_checks.py`."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from jax.sharding import AbstractMesh
 
 import kfac_optax as ko
 from kfac_optax.engine.division import divide
+from kfac_optax.engine.near import factor_errors
+from kfac_optax.linalg.tikhonov import factor_shifts
 from tests import helpers as h
 
 MESH = AbstractMesh((8,), ("data",))
@@ -163,6 +167,10 @@ def test_local_statistics_need_a_mapped_axis_and_layers():
         (dict(axis="data", statistics="local"), "'local' divides the factors.*got mesh=None"),
         (dict(axis="data", statistics="local", packed=True, mesh=MESH), "no factor is sent"),
         (dict(axis="data", statistics="local", flops_per_byte=1.0, mesh=MESH), "none of them"),
+        (dict(axis="data", statistics="local", statistics_bits=8, mesh=MESH), "no factor is sent"),
+        (dict(axis="data", statistics_bits=1), "statistics_bits=1; expected .* from 2 to 16"),
+        (dict(axis="data", statistics_bits=8.0), "statistics_bits=8.0; expected a whole number"),
+        (dict(axis="data", statistics_bits=8, statistics_dtype=jnp.bfloat16), "one of them"),
         (dict(axis="data", flops_per_byte=-1.0, mesh=MESH), "expected flops_per_byte >= 0"),
     ],
 )
@@ -173,7 +181,8 @@ def test_a_placement_that_cannot_be_is_refused_at_once(words, message):
 
 def test_the_form_of_what_travels_needs_an_axis_to_sum_over():
     layers = h.plain_problem().layers
-    for words in (dict(packed=True), dict(statistics_dtype=jnp.bfloat16)):
+    forms = (dict(packed=True), dict(statistics_dtype=jnp.bfloat16), dict(statistics_bits=8))
+    for words in forms:
         placement = ko.Placement("data", 1.0, MESH, **words)
         with pytest.raises(ValueError, match="expected axis_name="):
             ko.kfac(layers, learning_rate=0.1, placement=placement)
@@ -254,3 +263,23 @@ def test_one_device_is_the_trivial_placement():
         for words in ({}, {"placement": ko.Placement("data", 0.0, mesh)})
     ]
     assert str(programs[0]) == str(programs[1])
+
+
+def test_errors_of_factors_move_no_eigenvalue_by_more_than_a_quarter_of_the_damping(x64):
+    """The worst of their size: along the largest eigenvectors, of factors large, small and dead."""
+    directions = lambda x: jnp.outer(*[jnp.linalg.eigh(x)[1][:, -1]] * 2)
+    rows = jax.random.normal(jax.random.key(0), (2, 9, 3))
+    factors = jnp.einsum("kni,knj->kij", rows, rows) / 9
+    for scale_a, scale_g, damping in itertools.product((1e-3, 1.0, 30.0), (0.1, 3.0), (1e-3, 1.0)):
+        a, g = scale_a * factors[0], scale_g * factors[1]
+        of_a, of_g = factor_errors(a, g, jnp.asarray(damping))
+        near_a, near_g = a + of_a * directions(a), g + of_g * directions(g)
+        off = jnp.kron(near_a, near_g) - jnp.kron(a, g)
+        assert jnp.linalg.norm(off, 2) <= damping / 4
+        shift_a, shift_g = factor_shifts(a, g, damping)
+        # with factored damping the ratios of both factors multiply
+        assert (1 + of_a / shift_a) * (1 + of_g / shift_g) <= 5 / 4
+        # never so large that a factor is lost in them
+        assert of_a <= jnp.linalg.norm(a) / 12
+        assert of_g <= jnp.linalg.norm(g) / 12
+    assert factor_errors(0 * a, g, jnp.asarray(1.0))[0] == 0

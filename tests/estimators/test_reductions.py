@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_optax._types import Travel
+from kfac_optax._types import Near, Travel
 from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.estimators.near_means import near_means
 from kfac_optax.estimators.reductions import mean_over_devices
 from kfac_optax.linalg.packing import pack, unpack
 from tests import helpers as h
@@ -67,3 +68,66 @@ def test_sums_in_half_precision_are_off_by_its_rounding():
         bound = 2 * DEVICES * 2.0**-8 * jnp.abs(before).mean(0)
         assert jnp.all(jnp.abs(x - y) <= bound)
         assert jnp.any(x != y)
+
+
+def near_mean(factors, near, bits):
+    """What every device makes of the factors of all."""
+    mean = lambda x: near_means([x], [near], "devices", bits)[0]
+    return jax.jit(jax.vmap(mean, axis_name="devices"))(factors)
+
+
+def factors_near(away, error):
+    """Factors of every device, and what all of them have, `away` from the mean."""
+    factors, _ = statistics()
+    known = Factors(*(x.mean(0) + away * jnp.eye(x.shape[-1]) for x in factors))
+    return factors, Near(known, (jnp.full(COPIES, error), jnp.full(COPIES, error / 2)))
+
+
+def errors_of(found, factors):
+    """In Frobenius norm, of every copy; on all devices the same, to the last digit."""
+    for x in found:
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))
+        np.testing.assert_array_equal(x, np.swapaxes(x, -1, -2))
+    means = [np.asarray(x, np.float64).mean(0) for x in factors]
+    return [np.linalg.norm(x[0] - y, axis=(1, 2)) for x, y in zip(found, means, strict=True)]
+
+
+def test_a_mean_in_a_few_bits_is_off_by_its_error_at_most():
+    """Devices may be far from what all know: it is their mean that has to be near."""
+    factors, near = factors_near(0.2, 0.1)
+    inputs, outputs = errors_of(near_mean(factors, near, 10), factors)
+    # rounding, not less: it is not sent as it is
+    assert (inputs > 1e-3).all()
+    assert (outputs > 1e-3).all()
+    assert (inputs <= 0.1).all()
+    assert (outputs <= 0.05).all()
+    step = 2 * 0.1 / np.sqrt(P * (P + 1) / 2)
+    assert np.abs(factors.inputs - near.factors[0]).max() > 2**10 / 2 / DEVICES * step
+
+
+def test_a_mean_too_far_away_for_its_bits_is_sent_as_it_is():
+    for away, bits in ((50.0, 10), (0.2, 4)):
+        factors, near = factors_near(away, 0.1)
+        for x in errors_of(near_mean(factors, near, bits), factors):
+            np.testing.assert_allclose(x, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_on_one_device_is_not_on_any(bad):
+    factors, near = factors_near(0.2, 0.1)
+    broken = factors._replace(inputs=factors.inputs.at[1, 0, 0, 0].set(bad))
+    found = near_mean(broken, near, 10)
+    assert not np.isfinite(found.inputs[:, 0, 0, 0]).any()
+    assert np.isfinite(found.outputs).all()
+
+
+def test_means_in_a_few_bits_send_no_more_than_these():
+    """A word for as many numbers as fit, and two beside them; all else where points do not do."""
+    shapes = jax.tree.map(lambda x: x[0], statistics()[0])
+    near = factors_near(0.2, 0.1)[1]
+    program = jax.make_jaxpr(
+        lambda x: near_means([x], [near], "devices", 8), axis_env=[("devices", DEVICES)]
+    )(shapes)
+    at_top = [e for e in program.jaxpr.eqns if e.primitive.name.startswith("psum")]
+    numbers = COPIES * (P * (P + 1) // 2 + Q * (Q + 1) // 2)
+    assert [x.aval.size for e in at_top for x in e.invars] == [-(-numbers // 4) + 2]

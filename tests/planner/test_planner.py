@@ -105,6 +105,40 @@ def test_the_command_reads_layers_and_prints_a_line_for_each_strategy(tmp_path, 
     assert [line.split()[0] for line in lines[2:]] == ["4"] * 5
 
 
+@pytest.mark.parametrize(
+    ("words", "flag", "beside"),
+    [
+        (["--model", "bert_large", "--pipeline", "gpipe"], "--model", "--pipeline"),
+        (["--packed", "--pipeline", "gpipe"], "--packed", "--pipeline"),
+        (["--inverse-every", "100", "--pipeline", "gpipe"], "--inverse-every", "--pipeline"),
+        (["--stages", "8", "--devices", "4"], "--stages", "no --pipeline"),
+        (["--layers-of-stage", "3"], "--layers-of-stage", "no --pipeline"),
+        (["--layers", "a.json", "--model", "bert_large"], "--model", "--layers"),
+        (["--statistics-bits", "8", "--packed"], "--packed", "--statistics-bits"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(words, flag, beside, capsys):
+    """Also one that repeats its default."""
+    with pytest.raises(SystemExit):
+        main(words)
+    error = capsys.readouterr().err
+    assert f"error: got {flag}, which has no effect beside {beside}; leave it out" in error
+
+
+def test_bits_that_cannot_be_are_refused_and_fewer_send_less():
+    for bits in (1, 17):
+        with pytest.raises(ValueError, match="expected a whole number from 2 to 16"):
+            costs(SHAPES, 8, 1.0, statistics_bits=bits)
+    with pytest.raises(ValueError, match="expected worker_fraction= with them"):
+        costs(SHAPES, 8, None, statistics_bits=8)
+    packed = costs(SHAPES, 8, 1.0, packed=True).statistics
+    # seven of eight bytes twice: of five pairs of ten numbers, and of 15 and 6
+    assert packed == 2 * 7 / 8 * 4 * 121
+    for bits, words in ((16, 61), (10, 41), (8, 31)):
+        found = costs(SHAPES, 8, 1.0, statistics_bits=bits).statistics
+        assert found == 2 * 7 / 8 * 4 * (words + 2)
+
+
 @pytest.mark.parametrize("words", [["--devices", "0"], ["--inverse-every", "0"]])
 def test_numbers_below_one_are_refused(words, capsys):
     with pytest.raises(SystemExit):

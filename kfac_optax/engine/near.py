@@ -1,0 +1,48 @@
+"""Of Kronecker factors that all devices have: how exactly new ones near them have to arrive."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import Layer, Near, PyTree
+from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.engine.state import Step
+from kfac_optax.linalg.tikhonov import factor_shifts
+
+# of the damping, in each of the two factors: together less than a quarter of it
+SHARE = 1 / 12
+
+
+def near_factors(step: Step, factors: Mapping[str, PyTree]) -> tuple[Near | None, ...]:
+    """The averages of every layer that has two whole Kronecker factors, with the errors that may be
+    made in the next statistics; `None` for other layers.
+
+    All devices have the averages, which are made of what was sent: nothing else has to be kept.
+    """
+    found: dict[Layer, Near] = {}
+    for bucket in step.buckets:
+        kept = factors[bucket.name]
+        if not isinstance(kept, Factors) or any(x.ndim != 3 for x in kept):
+            continue
+        errors = jax.vmap(factor_errors, (0, 0, None))(*kept, step.damping)
+        for layer, mine in bucket.slices:
+            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], Near(tuple(kept), errors))
+    return tuple(found.get(layer) for layer in step.layers)
+
+
+def factor_errors(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Errors of `A` and `G` in Frobenius norm that move no eigenvalue of `A (x) G + damping I` by
+    more than a quarter of the damping, nor any of the two with their factored damping by more than a
+    twelfth of that.
+
+    `||A|| e_G + ||G|| e_A + e_A e_G < damping / 4` with `e_A <= damping / (12 ||G||)`,
+    `e_A <= ||A|| / 12` and the same of `G`; there is room for norms that grow by a fifth each. So
+    what is solved with has eigenvalues within a quarter of the right ones.
+    """
+    norm_a, norm_g = jnp.linalg.norm(a), jnp.linalg.norm(g)
+    shift_a, shift_g = factor_shifts(a, g, damping)
+    tiny = jnp.finfo(norm_a.dtype).tiny
+    of_a = jnp.minimum(jnp.minimum(damping / jnp.maximum(norm_g, tiny), norm_a), shift_a)
+    of_g = jnp.minimum(jnp.minimum(damping / jnp.maximum(norm_a, tiny), norm_g), shift_g)
+    return SHARE * of_a, SHARE * of_g
