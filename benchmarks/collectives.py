@@ -118,7 +118,7 @@ def predicted(fraction: float | None, kind: str, **words: Any) -> float:
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    row = "{:>15} {:>10} {:>11} {:>10} {:>15}"
+    row = "{:>21} {:>10} {:>11} {:>10} {:>15}"
     print(row.format("worker fraction", "step", "collectives", "sent/byte", "predicted/byte"))
     for fraction in (None, 1.0, 0.5, 0.25, 0.0):
         for kind in KINDS:
@@ -140,8 +140,13 @@ def main() -> None:
             number, sent = count(part)
             row_of = (f"1.0, {name}", "statistics", number, f"{sent:.0f}", f"{bytes_said:.0f}")
             print(row.format(*row_of))
+    for words in ({"statistics": "scattered"}, {"statistics": "scattered", "packed": True}):
+        number, sent = count(compiled(0.0, "statistics", **words))
+        said = predicted(0.0, "statistics", **words)
+        name = "0.0, scattered" + (" packed" if "packed" in words else "")
+        print(row.format(name, "statistics", number, f"{sent:.0f}", f"{said:.0f}"))
     number, sent = count(compiled(0.0, "statistics", statistics="local"))
-    said = predicted(0.0, "statistics", local=True)
+    said = predicted(0.0, "statistics", statistics="local")
     print(row.format("0.0, local", "statistics", number, f"{sent:.0f}", f"{said:.0f}"))
 
 

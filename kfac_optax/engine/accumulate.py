@@ -48,8 +48,8 @@ def accumulate(
     stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
     # of all layers: a device's own may be those that none of its examples reaches
     good, learnt = _verdict(step, (stacked_of, across))
-    if step.local is not None:
-        stacked_of = own_statistics(step, step.local, state.factors, stacked_of)
+    if step.owned is not None:
+        stacked_of = own_statistics(step, step.owned, state.factors, stacked_of)
     finite = good & learnt
     count = state.curvature_count + finite.astype(jnp.int32)
     # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
@@ -94,15 +94,19 @@ def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
     """Whether all that was measured is finite, and whether there was an example.
 
     Where every device keeps layers of its own, all of them have to agree: what one leaves out all
-    do.
+    do. What is measured of local statistics has to have an example on every device, of scattered
+    ones on some.
     """
     largest = _largest(measured)
     # weights that are all zero give zeros everywhere: nothing learnt about the curvature
     good, learnt = jnp.isfinite(largest).all(), (largest > 0).any()
-    if step.local is None:
+    if step.owned is None:
         return good, learnt
-    good, learnt = on_all(step.local, jnp.stack([good, learnt]))
-    return good, learnt
+    if step.owned.local:
+        good, learnt = on_all(step.owned, jnp.stack([good, learnt]))
+        return good, learnt
+    good, empty = on_all(step.owned, jnp.stack([good, ~learnt]))
+    return good, ~empty
 
 
 def _largest(tree: PyTree) -> jax.Array:

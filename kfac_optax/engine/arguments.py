@@ -122,10 +122,10 @@ def checked_placement(
             "divides the inverses over devices; expected all devices to keep all of them. Pass "
             f"worker_fraction=1, or leave {word}= out."
         )
-    if placement.local and parts > 1:
+    if placement.owned and parts > 1:
         raise ValueError(
-            f"{where}: got stagger={parts} with statistics='local', which divides the factors over "
-            "devices; expected one refresh of all. Leave stagger= out, or use "
+            f"{where}: got stagger={parts} with statistics={placement.statistics!r}, which divides "
+            "the factors over devices; expected one refresh of all. Leave stagger= out, or use "
             "statistics='averaged'."
         )
     if placement.travel != Travel() and axis_name is None:
@@ -138,7 +138,7 @@ def checked_placement(
     return None if placement.mesh is not None and placement.devices == 1 else placement
 
 
-def check_local(
+def check_owned(
     where: str,
     placement: Placement | None,
     layers: Layers,
@@ -146,45 +146,50 @@ def check_local(
     coupling: Coupling | None,
     axis_name: Any,
 ) -> None:
-    """Checks that statistics which are measured by one device each are all that is needed.
+    """Checks that statistics which one device each has are all that is needed.
 
     Raises:
-      ValueError: something needs those of all layers, or of the whole batch.
+      ValueError: something needs those of all layers, or what is local of the whole batch.
     """
-    if placement is None or not placement.local:
+    if placement is None or not placement.owned:
         return
+    got = f"{where}: got statistics={placement.statistics!r}"
     missing = [name for name in placement.names if name not in names_of(axis_name)]
     if missing:
         raise ValueError(
-            f"{where}: got statistics='local' over axis {missing[0]!r}, and axis_name="
-            f"{axis_name!r}; expected axis_name= to name it: the batch is split over it, inside "
-            "shard_map or pmap."
+            f"{got} over axis {missing[0]!r}, and axis_name={axis_name!r}; expected axis_name= to "
+            "name it: the batch is split over it, inside shard_map or pmap."
         )
     if coupling is not None:
         raise ValueError(
-            f"{where}: got statistics='local' with the coupling {coupling.name}, which measures "
-            "all layers on one batch; expected no coupling. Use statistics='averaged'."
+            f"{got} with the coupling {coupling.name}, which needs the factors of all layers; "
+            "expected no coupling. Use statistics='averaged'."
         )
     for layer, block in zip(layers, blocks, strict=True):
-        # the gradient of a bare parameter is a sum over devices, where that is tracked
-        if layer.kind == "diagonal":
-            raise ValueError(
-                f"{where}: got statistics='local', and parameter {layer.path!r} without inputs, "
-                "which is measured on the whole batch; expected layers alone. Pass "
-                "uncovered='pass', or use statistics='averaged'."
-            )
-        # so is that of a loss that devices have averaged before it was differentiated
-        if block.first_moments:
-            raise ValueError(
-                f"{where}: got statistics='local', and layer {layer.path!r} has block "
-                f"{block.name!r}, which averages gradients themselves, those of the whole batch; "
-                "expected blocks of their products. Use statistics='averaged'."
-            )
         # what takes statistics into its inverse needs them wherever that is kept
         if block.absorb is not None and placement.workers > 1:
             raise ValueError(
-                f"{where}: got statistics='local' with worker_fraction="
-                f"{placement.worker_fraction!r}, and layer {layer.path!r} has block {block.name!r}, "
-                "which takes every statistic into its inverse; expected one device to keep each. "
-                "Pass worker_fraction=0, or use statistics='averaged'."
+                f"{got} with worker_fraction={placement.worker_fraction!r}, and layer "
+                f"{layer.path!r} has block {block.name!r}, which takes every statistic into its "
+                "inverse; expected one device to keep each. Pass worker_fraction=0, or use "
+                "statistics='averaged'."
             )
+        if placement.local:
+            _check_part(got, layer, block)
+
+
+def _check_part(got: str, layer: Layer, block: Block) -> None:
+    """Raises where a layer is measured on the whole batch or not at all."""
+    # the gradient of a bare parameter is a sum over devices, where that is tracked
+    if layer.kind == "diagonal":
+        raise ValueError(
+            f"{got}, and parameter {layer.path!r} without inputs, which is measured on the whole "
+            "batch; expected layers alone. Pass uncovered='pass', or use statistics='averaged'."
+        )
+    # so is that of a loss that devices have averaged before it was differentiated
+    if block.first_moments:
+        raise ValueError(
+            f"{got}, and layer {layer.path!r} has block {block.name!r}, which averages gradients "
+            "themselves, those of the whole batch; expected blocks of their products. Use "
+            "statistics='averaged'."
+        )

@@ -9,8 +9,8 @@ from kfac_optax._types import Block, Coupling, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_axis_name
 from kfac_optax.engine.arguments import (
     check_factored,
-    check_local,
     check_numbers,
+    check_owned,
     checked_placement,
 )
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
@@ -132,7 +132,7 @@ def scale_by_curvature(
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)
     placement = checked_placement(where, placement, parts, factored_gradient, axis_name)
-    check_local(where, placement, layers, blocks, coupling, axis_name)
+    check_owned(where, placement, layers, blocks, coupling, axis_name)
     if factored_gradient:
         check_factored(where, blocks)
     rule = Rule(

@@ -29,7 +29,7 @@ def make_own(
       share: of this bucket.
       make: `(old, statistic) -> new`, `[k, ...]` all, for any `k`.
       old: what this device keeps, `[slots, ...]`.
-      statistic: of all matrices, `[copies, ...]`; where statistics are local, of those that this
+      statistic: of all matrices, `[copies, ...]`; where factors are divided, of those that this
         device factorises, `[most, ...]`.
     """
     placement, most = division.placement, share.most
@@ -47,9 +47,9 @@ def make_own(
                 # nothing to do: an array of the same shape
                 none = jax.tree.map(lambda x: jnp.zeros((most, *x.shape[1:]), x.dtype), old)
                 return as_varying(placement, none)
-            # old inverses lie in places of the group, statistics in those of the bucket or, local,
+            # old inverses lie in places of the group, statistics in those of the bucket or, divided,
             # in those of the device
-            measured = _rows(statistic, 0 if placement.local else start, count)
+            measured = _rows(statistic, 0 if placement.owned else start, count)
             made = make(_rows(old, start - first, count), measured)
             return as_varying(placement, jax.tree.map(lambda x: _longer(x, most), made))
 

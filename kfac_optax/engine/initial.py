@@ -29,7 +29,7 @@ def initial(
     inverses = factorize_all(buckets, factors, damping)
     step = Step(mine, buckets, coupling, damping, placement)
     kept = factors, inverses
-    if placement is not None and (placement.divided or placement.local):
+    if placement is not None and (placement.divided or placement.owned):
         kept = first_placed(placement, factors, inverses)
     if coupling is None:
         return *kept, ()

@@ -22,6 +22,7 @@ from kfac_optax.engine.exchange import from_groups, make_own
 from kfac_optax.engine.mapped import as_varying, check_same, on_devices
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.renew import absorbed, kept_finite, online, renewed
+from kfac_optax.engine.scatter import scattered_means
 from kfac_optax.engine.state import (
     CurvatureState,
     OwnFactors,
@@ -68,7 +69,7 @@ def first_placed(
 
     if placement.divided:
         inverses = {name: places(inverses[name], share.slots) for name, share in shares.items()}
-    if placement.local:
+    if placement.owned:
         factors = {
             name: OwnFactors(places(factors[name], share.most), jnp.asarray(share.count, jnp.int32))
             for name, share in shares.items()
@@ -83,14 +84,25 @@ def own_statistics(
     measured: Mapping[str, PyTree],
 ) -> dict[str, PyTree]:
     """Of statistics of all matrices, `[copies, ...]` by bucket, those of what this device
-    factorises, `[places, ...]`.
+    factorises, `[places, ...]`: as they are where they are local, else means over devices.
     """
     # by the shapes of what is kept: what is measured may have news beside it
     division = division_of(placement, step.copies, factors)
-    return {
-        name: made_rows(division, division.shares[name], statistic)
-        for name, statistic in measured.items()
-    }
+    joined, sent = {}, dict(measured)
+    if not placement.local:
+        # rows of the batch are those of all devices already
+        for bucket in step.buckets:
+            block = block_of_bucket(bucket)
+            if block.absorb is not None and block.absorbs == "columns":
+                sent[bucket.name], joined[bucket.name] = measured[bucket.name]
+        sent = scattered_means(division, sent, placement.travel)
+    own = {}
+    for name, statistic in sent.items():
+        share = division.shares[name]
+        own[name] = made_rows(division, share, statistic) if placement.local else statistic
+        if name in joined:
+            own[name] = own[name], made_rows(division, share, joined[name])
+    return own
 
 
 def factorize_placed(
@@ -106,7 +118,7 @@ def factorize_placed(
     divided = placement.divided
 
     def on_device(held: PyTree, whole: PyTree, factors: PyTree, damping, count, previous):
-        if not placement.local:
+        if not placement.owned:
             check_same(placement, factors)
         # branches of a block's own have to agree about what differs between devices
         apart = as_varying(placement, (damping, count))
@@ -151,10 +163,11 @@ def absorb_placed(
     division = division_of(placement, step.copies, state.factors)
 
     def on_device(held: PyTree, factors: PyTree, news: PyTree, damping, average, finite):
-        # of all matrices those that this device keeps; local ones are those already
+        # of all matrices those that this device keeps; divided ones are those already
         def rows(name: str, tree: PyTree) -> PyTree:
-            local = placement.local
-            return own_values(tree) if local else kept_rows(division, division.shares[name], tree)
+            if placement.owned:
+                return own_values(tree)
+            return kept_rows(division, division.shares[name], tree)
 
         here = step._replace(damping=damping)
         made, good = absorbed(here, held, factors, news, average, finite, rows)

@@ -11,7 +11,7 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.estimators.reductions import names_of
 from kfac_optax.linalg.lattice import BITS
 
-STATISTICS = ("averaged", "local")
+STATISTICS = ("averaged", "scattered", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Placement:
     Inside `shard_map` or `pmap` over the axis the devices work together directly; elsewhere, under
     `jit`, `mesh` says which they are.
 
+    With `statistics="scattered"` the sum of a layer's statistics arrives at the device that
+    factorises it, which alone keeps its factors: half the traffic, and the memory for factors
+    divided. Numbers are the same.
+
     With `statistics="local"` no factor travels: the device that factorises a layer measures it on
     its own part of the batch and alone keeps its factors, also divided over the axis. So they are
     means over `N / W` of `N` examples, noisier by as much, and numbers do depend on the division:
@@ -56,9 +60,10 @@ class Placement:
         eigenvalues of `A (x) G + damping I` are off by less than a quarter of the damping. Statistics
         too far from the averages for that many bits, the first ones for sure, are sent as they are,
         after the attempt. `None`: all bits.
-      statistics: `"averaged"` over the devices, or `"local"`; the latter inside `shard_map` and
-        `pmap` with `axis_name=`, without a coupling. Blocks that take every statistic into their
-        inverse (`ekfac`, those followed online) want `worker_fraction=0` with it.
+      statistics: `"averaged"` over the devices, `"scattered"` or `"local"`; the latter two inside
+        `shard_map` and `pmap` with `axis_name=`, without a coupling. Blocks that take every
+        statistic into their inverse (`ekfac`, those followed online) want `worker_fraction=0` with
+        them.
       flops_per_byte: operations that a device does in the time it takes to send a byte. A layer
         whose inverse is sooner made, by `9 (p^3 + q^3)` operations, than sent is made by every
         device that keeps it. 0: all are sent.
@@ -109,8 +114,8 @@ class Placement:
         check_number("Placement", "worker_fraction", self.worker_fraction, at_least=0, at_most=1)
         check_number("Placement", "flops_per_byte", self.flops_per_byte, at_least=0)
         check_choice("Placement", "statistics", self.statistics, STATISTICS)
-        if self.statistics == "local":
-            self._check_local()
+        if self.statistics != "averaged":
+            self._check_owned()
         if self.mesh is not None:
             self._check_mesh()
         elif self.worker_fraction < 1:
@@ -137,19 +142,28 @@ class Placement:
                 "has. Leave statistics_dtype out, or statistics_bits."
             )
 
-    def _check_local(self) -> None:
-        """Raises where a word has no meaning for statistics that stay where they are."""
+    def _check_owned(self) -> None:
+        """Raises where a word has no meaning for statistics that one device has."""
+        got = f"Placement: got statistics={self.statistics!r}"
         if self.mesh is None:
             raise ValueError(
-                "Placement: statistics='local' divides the factors, whose shape depends on the "
-                "number of devices; got mesh=None. Pass mesh=, the mesh that has the axis."
+                f"{got}, which divides the factors, whose shape depends on the number of devices; "
+                "and mesh=None. Pass mesh=, the mesh that has the axis."
             )
-        if self.travel != Travel() or self.flops_per_byte:
+        if self.flops_per_byte:
             raise ValueError(
-                f"Placement: got statistics='local' with packed={self.packed!r}, statistics_dtype="
-                f"{self.statistics_dtype!r}, statistics_bits={self.statistics_bits!r} and "
-                f"flops_per_byte={self.flops_per_byte!r}; expected none of them: no factor is sent, "
-                "and no other device can factorise it."
+                f"{got} with flops_per_byte={self.flops_per_byte!r}; expected it left out: no other "
+                "device can factorise what one device has."
+            )
+        if self.statistics_bits is not None:
+            raise ValueError(
+                f"{got} with statistics_bits={self.statistics_bits!r}; expected it left out: others "
+                "have no averages to send differences from. Use statistics='averaged'."
+            )
+        if self.statistics == "local" and self.travel != Travel():
+            raise ValueError(
+                f"{got} with packed={self.packed!r} and statistics_dtype={self.statistics_dtype!r}; "
+                "expected neither: no factor is sent."
             )
 
     def _check_mesh(self) -> None:
@@ -201,9 +215,14 @@ class Placement:
         """
         return self.statistics == "local" and self.devices > 1
 
+    @property
+    def owned(self) -> bool:
+        """Whether every device keeps the factors of its own layers alone, and there are several."""
+        return self.statistics != "averaged" and self.devices > 1
+
     def averaged_over(self, axis_name: Any) -> Any:
-        """Of the axes that share a batch those over which statistics are averaged; `None` where
-        there are none.
+        """Of the axes that share a batch those whose devices all measure the same layers; `None`
+        where there are none.
         """
         if not self.local:
             return axis_name
@@ -222,15 +241,15 @@ class Placement:
         """Checks that devices can work together here.
 
         Raises:
-          ValueError: neither a mesh is known nor is the axis mapped, or both differ; statistics
-            are local and the axis is not mapped.
+          ValueError: neither a mesh is known nor is the axis mapped, or both differ; every device
+            is to keep factors of its own and the axis is not mapped.
         """
         if not self.mapped:
-            if self.local:
+            if self.owned:
                 raise ValueError(
-                    f"Placement: axis {self.axis!r} is not mapped here, and statistics='local'; "
-                    "expected to run inside shard_map or pmap over the axis. Under jit a batch is "
-                    "measured as a whole: use statistics='averaged'."
+                    f"Placement: axis {self.axis!r} is not mapped here, and statistics="
+                    f"{self.statistics!r}; expected to run inside shard_map or pmap over the axis. "
+                    "Under jit a batch is measured as a whole: use statistics='averaged'."
                 )
             if self.mesh is None:
                 raise ValueError(

@@ -23,7 +23,7 @@ def state_shardings(
 
     What the state has of the shape of a parameter (momentum, say) is laid out as the parameter is.
     Factors, counts and all else are on every device, except what a placement divides: inverses,
-    and factors where its statistics are local.
+    and factors where its statistics are not averaged.
     Give them to the compiled functions that make and that change the state, so that it stays where
     it is:
 
@@ -82,7 +82,7 @@ def state_shardings(
         transform_non_params=lambda tree: jax.tree.map(lambda _: everywhere, tree),
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
-    if placement is None or not (placement.divided or placement.local):
+    if placement is None or not (placement.divided or placement.owned):
         return shardings
     # [W places, ...], those of every device
     divided = NamedSharding(known, P(placement.axis))
@@ -95,7 +95,7 @@ def state_shardings(
             return node
         if placement.divided:
             node = node._replace(inverses=over_devices(node.inverses))
-        if placement.local:
+        if placement.owned:
             own = {name: x._replace(own=over_devices(x.own)) for name, x in node.factors.items()}
             node = node._replace(factors=own)
         return node

@@ -101,10 +101,10 @@ class Step(NamedTuple):
         return placement if placement is not None and placement.divided else None
 
     @property
-    def local(self) -> Placement | None:
-        """The placement, where it divides statistics over devices."""
+    def owned(self) -> Placement | None:
+        """The placement, where it divides factors over devices."""
         placement = self.placement
-        return placement if placement is not None and placement.local else None
+        return placement if placement is not None and placement.owned else None
 
     @property
     def copies(self) -> dict[str, int]:

@@ -120,9 +120,13 @@ def take_step(
         wanted = plan._replace(inverses=inverses_read(mine, buckets, inverses))
         if plan.travel.bits is not None:
             wanted = wanted._replace(near=near_factors(step, held.factors))
-        if step.local is not None:
-            # nothing is averaged between the devices that share out the layers
-            wanted = wanted._replace(axis_name=step.local.averaged_over(rule.axis_name))
+        if step.owned is not None:
+            # nothing is averaged here between the devices that share out the layers; where
+            # statistics are scattered the batch is that of all of them
+            if step.owned.local:
+                wanted = wanted._replace(axis_name=step.owned.averaged_over(rule.axis_name))
+            else:
+                wanted = wanted._replace(apart=step.owned.names)
         return curvature.statistics(wanted)
 
     # statistics first: a refresh in the same step sees them

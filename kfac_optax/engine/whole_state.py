@@ -25,7 +25,7 @@ def whole_state(opt_state: PyTree, placement: Placement) -> PyTree:
       placement: that of the preconditioners in it.
 
     Returns:
-      The state, its inverses `[copies, ...]` by bucket, and its factors where statistics are local.
+      The state, its inverses `[copies, ...]` by bucket, and its factors where statistics are not averaged.
 
     Raises:
       ValueError: the state is not divided as the placement says.
@@ -45,9 +45,9 @@ def whole_state(opt_state: PyTree, placement: Placement) -> PyTree:
 
     def whole(state: CurvatureState) -> CurvatureState:
         factors = state.factors
-        copies = _copies(where, factors, placement.local)
+        copies = _copies(where, factors, placement.owned)
         shares = division_of(placement, copies, factors).shares
-        if placement.local:
+        if placement.owned:
             _check_counts(where, factors, shares)
             own = {name: own_values(x) for name, x in factors.items()}
             factors = _moved(where, "factors", own, shares, _FROM_DEVICES)
@@ -70,7 +70,7 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
 
     Returns:
       The state, its inverses `[W slots, ...]` by bucket, those of one device behind another's, and
-      so its factors where statistics are local.
+      so its factors where statistics are not averaged.
 
     Raises:
       ValueError: the state is divided already.
@@ -91,7 +91,7 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
         shares = division_of(placement, _copies(where, factors, False), factors).shares
         if placement.divided:
             inverses = _moved(where, "inverses", inverses, shares, _TO_GROUPS)
-        if placement.local:
+        if placement.owned:
             own = _moved(where, "factors", factors, shares, _TO_DEVICES)
             counts = {name: jnp.asarray(share.count, jnp.int32) for name, share in shares.items()}
             factors = {name: OwnFactors(x, counts[name]) for name, x in own.items()}
@@ -155,7 +155,7 @@ def _moved(
     return moved
 
 
-def _copies(where: str, factors: Mapping[str, PyTree], local: bool) -> dict[str, int]:
+def _copies(where: str, factors: Mapping[str, PyTree], owned: bool) -> dict[str, int]:
     """How many matrices every bucket of a state has.
 
     Raises:
@@ -164,7 +164,7 @@ def _copies(where: str, factors: Mapping[str, PyTree], local: bool) -> dict[str,
     copies = {}
     for name, statistic in factors.items():
         divided = isinstance(statistic, OwnFactors)
-        if divided != local:
+        if divided != owned:
             got, expected = ("divided", "whole") if divided else ("whole", "divided")
             raise ValueError(
                 f"{where}: the factors of {name} are {got}; expected them {expected}. whole_state "

@@ -27,11 +27,11 @@ def means_of_plan(plan: Plan, blocks: Sequence[PyTree]) -> list[PyTree]:
         paired = plan.blocks[i].absorb is not None and plan.blocks[i].absorbs == "means"
         factors[i] = blocks[i][0] if paired else blocks[i]
         rest[i] = (None, blocks[i][1]) if paired else None
-    means = mean_over_devices(rest, plan.axis_name, plan.travel)
+    means = mean_over_devices(rest, plan.averaged_over, plan.travel)
     if not factors:
         return means
     near = [plan.near[i] for i in factors]
-    found = near_means([*factors.values()], near, plan.axis_name, plan.travel.bits)
+    found = near_means([*factors.values()], near, plan.averaged_over, plan.travel.bits)
     for i, mean in zip(factors, found, strict=True):
         means[i] = mean if rest[i] is None else (mean, means[i][1])
     return means

@@ -10,6 +10,7 @@ import jax
 from kfac_optax._types import Block, Coupling, Layer, Layers, Near, PyTree, Travel, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.reductions import names_of
 from kfac_optax.estimators.served_heads import Served
 
 
@@ -26,6 +27,8 @@ class Plan(NamedTuple):
       inverses: what is held for each of the layers, `[copies, ...]`, where its block measures in
         it; `None` for other layers, `()` where no block does.
       travel: in which form statistics are sent where `axis_name` is given.
+      apart: axes of `axis_name` over which no means are taken: statistics stay those of each
+        device's part of the batch there.
       near: for each of the layers Kronecker factors that all devices have, with `travel.bits`;
         `None` for other layers, `()` where there are none.
     """
@@ -38,7 +41,13 @@ class Plan(NamedTuple):
     count: Any = 0
     inverses: tuple[PyTree, ...] = ()
     travel: Travel = Travel()
+    apart: tuple[str, ...] = ()
     near: tuple[Near | None, ...] = ()
+
+    @property
+    def averaged_over(self) -> tuple[Any, ...]:
+        """The axes over which means are taken."""
+        return tuple(name for name in names_of(self.axis_name) if name not in self.apart)
 
     def inverse(self, i: int) -> PyTree:
         """What the block of layer `i` measures in, `[copies, ...]`, or `None`.

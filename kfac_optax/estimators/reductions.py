@@ -54,9 +54,11 @@ def mean_over_devices(tree: PyTree, axis_name: Any, travel: Travel) -> PyTree:
 
     Args:
       tree: statistics; the matrices of `Factors` are symmetric.
-      axis_name: mapped axis, or several.
+      axis_name: mapped axis, several or none.
       travel: in which form they travel.
     """
+    if not names_of(axis_name):
+        return tree
     if not travel.packed and travel.dtype is None:
         return jax.lax.pmean(tree, axis_name)
 

@@ -70,7 +70,7 @@ def collect(
         (blocks, across), columns = mean_over(one, cotangents.count)
         if plan.axis_name is not None:
             blocks = means_of_plan(plan, blocks)
-            across = mean_over_devices(across, plan.axis_name, plan.travel)
+            across = mean_over_devices(across, plan.averaged_over, plan.travel)
             columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
         # [pullbacks, copies, ...] -> [copies, pullbacks, ...]
         for i, mine in columns.items():

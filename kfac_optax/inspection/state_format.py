@@ -132,7 +132,7 @@ def _words(layer: Layer) -> str:
 
 def _division(placement: Placement) -> str:
     """How a placement divides a state; who has what follows from it and from the shapes."""
-    if not (placement.divided or placement.local):
+    if not (placement.divided or placement.owned):
         return _WHOLE
     return (
         f"over {placement.devices} devices, each inverse kept by {placement.workers}, statistics "

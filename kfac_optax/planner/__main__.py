@@ -50,7 +50,8 @@ def strategies(devices: int) -> dict[str, dict[str, Any]]:
         "no placement": {"worker_fraction": None},
         "all keep all": {"worker_fraction": 1.0},
         "one keeps each": {"worker_fraction": 1 / devices},
-        "one measures": {"worker_fraction": 1 / devices, "local": True},
+        "one gets sums": {"worker_fraction": 1 / devices, "statistics": "scattered"},
+        "one measures": {"worker_fraction": 1 / devices, "statistics": "local"},
     }
     if 1 < workers < devices:
         # neither of the two extremes
@@ -76,7 +77,7 @@ def table(
     for count in devices:
         for name, words in strategies(count).items():
             # who makes an inverse is a question where inverses are sent
-            sends = words["worker_fraction"] is not None and "local" not in words
+            sends = words["worker_fraction"] is not None and "statistics" not in words
             found = costs(
                 shapes,
                 count,

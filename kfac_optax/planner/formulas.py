@@ -82,7 +82,7 @@ def costs(
     packed: bool = False,
     sent_itemsize: int | None = None,
     statistics_bits: int | None = None,
-    local: bool = False,
+    statistics: str = "averaged",
     flops_per_byte: float = 0.0,
 ) -> Costs:
     """Memory, traffic and work of `kfac` on one of `W` devices.
@@ -96,8 +96,9 @@ def costs(
     | all keep all | the same | `p^2 + q^2 + p + q` of all layers | - |
     | `m` of `W` keep each | the same | the same, of `m / W` of them | `p q` of all layers |
 
-    With local statistics no factor is sent, and each is kept by one device. What is sooner made than
-    sent, by `flops_per_byte`, is no part of the refresh's traffic.
+    Scattered statistics are sent half as often, to the device that factorises a layer, local ones
+    not at all; then each factor is kept by one device. What is sooner made than sent, by
+    `flops_per_byte`, is no part of the refresh's traffic.
 
     What is rounded up to places of equal number on all devices is counted as it is sent.
 
@@ -110,7 +111,7 @@ def costs(
       sent_itemsize: bytes of a number of a statistic that is sent, if not `itemsize`.
       statistics_bits: as in `Placement`; bytes are those where the bits suffice. Where they do not
         the packed factors are sent as well.
-      local: whether every device measures its own layers, `statistics="local"`.
+      statistics: as in `Placement`.
       flops_per_byte: as in `Placement`.
 
     Returns:
@@ -143,9 +144,9 @@ def costs(
     inverses = sum(s.copies * s.inverse for s in shapes)
     # every device does all of the work
     if worker_fraction is None:
-        if local or flops_per_byte or statistics_bits is not None:
+        if statistics != "averaged" or flops_per_byte or statistics_bits is not None:
             raise ValueError(
-                f"costs: got local={local!r}, flops_per_byte={flops_per_byte!r} and "
+                f"costs: got statistics={statistics!r}, flops_per_byte={flops_per_byte!r} and "
                 f"statistics_bits={statistics_bits!r} without a placement; expected "
                 "worker_fraction= with them, a number."
             )
@@ -155,7 +156,7 @@ def costs(
         "device",
         worker_fraction,
         AbstractMesh((devices,), ("device",)),
-        statistics="local" if local else "averaged",
+        statistics=statistics,
         flops_per_byte=flops_per_byte,
         statistics_bits=statistics_bits,
     )
@@ -167,8 +168,13 @@ def costs(
     load = sum(share.made.ravel() * EIGH * float(s.work) for s, share in pairs)
     # the fullest device decides on memory
     kept = sum(share.slots * s.inverse for s, share in pairs)
-    if local:
-        factors, summed = sum(share.most * s.factors for s, share in pairs), 0.0
+    if statistics != "averaged":
+        factors = sum(share.most * s.factors for s, share in pairs)
+        summed = 0.0
+    if statistics == "scattered":
+        # numbers for every device, [W]: all rows are as long as the longest
+        rows = sum(share.count.ravel() * (s.packed if packed else s.factors) for s, share in pairs)
+        summed = (devices - 1) * float(np.max(rows)) * (sent_itemsize or itemsize)
     refresh = sum(_refreshed(share) * s.inverse for s, share in pairs)
     step = sum(_exchanged(share) * s.gradient for s, share in pairs)
     return Costs(

@@ -183,7 +183,7 @@ def local_traffic():
         text = collectives.compiled(fraction, kind, **words)
         counted = collectives.count(text)
         flags = 2 * ring * 2 * 4 if kind == "statistics" else 0
-        assert counted.sent == collectives.predicted(fraction, kind, local=True) + flags
+        assert counted.sent == collectives.predicted(fraction, kind, **words) + flags
         sums = re.findall(r"= (\S+) all-reduce", text)
         # one row of a layer `25 x 8` that all devices want, which a sum sends sooner than a gather
         largest = max([1, *map(collectives._bytes, sums)])

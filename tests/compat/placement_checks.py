@@ -100,7 +100,7 @@ def steps(make, estimator, gradients):
     return run
 
 
-def check(name, fraction, mode, packed=False, flops_per_byte=0.0, **settings):
+def check(name, fraction, mode, settings=None, **words_of_placement):
     """Updates with a placement are those without, and the state stays where it is."""
     params, batch = problem()
     estimator = ko.ggn(predict)
@@ -109,11 +109,13 @@ def check(name, fraction, mode, packed=False, flops_per_byte=0.0, **settings):
     gradients = params, jax.tree.map(jnp.cos, params)
 
     def make(**words):
-        return getattr(ko, name)(layers, learning_rate=0.1, damping=0.05, **settings, **words)
+        return getattr(ko, name)(
+            layers, learning_rate=0.1, damping=0.05, **(settings or {}), **words
+        )
 
     single = jax.jit(steps(make, estimator, gradients))
     expected, whole = single(jax.jit(make().init)(params), params, *batch)
-    placement = ko.Placement("data", fraction, mesh, packed, flops_per_byte=flops_per_byte)
+    placement = ko.Placement("data", fraction, mesh, **words_of_placement)
     words = {"placement": placement} | ({} if mode == "jit" else {"axis_name": "data"})
     tx = make(**words)
     run = steps(lambda: make(**words), estimator, gradients)
@@ -199,7 +201,47 @@ def placement_online():
     """Under `jit` with a mesh: what follows its factors online does so where it is kept, five equal
     layers in four groups of two devices.
     """
-    assert places(check("b_r_kfac", 0.25, "jit", rank=2)) == {2}
+    assert places(check("b_r_kfac", 0.25, "jit", {"rank": 2})) == {2}
+
+
+def placement_scattered():
+    """Sums arrive at the device that factorises a layer alone: updates and factors are those of one
+    device, weights of zero on whole devices included, whoever keeps the inverses; a basis measured
+    in is collected, and rows of the batch are joined.
+    """
+    check("kfac", 1.0, "tracked", statistics="scattered")
+    check("kfac", 0.25, "plain", statistics="scattered", packed=True)
+    check("ekfac", 0.0, "tracked", statistics="scattered")
+    check("b_r_kfac", 0.0, "tracked", {"rank": 2}, statistics="scattered")
+
+
+def placement_scattered_bad_part():
+    """What one device measures that is not finite leaves the factors of all as they were."""
+    params, (x, weights) = problem()
+    estimator = ko.ggn(predict)
+    layers = estimator.layers(params, x, weights)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    placement = ko.Placement("data", 0.0, mesh, statistics="scattered")
+    words = dict(axis_name="data", placement=placement)
+    tx = ko.scale_by_curvature(layers, block=ko.kronecker(), **words)
+    shardings = ko.state_shardings(tx, params, placement=placement)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+
+    def run(state, x, weights):
+        curvature = estimator.at(params, x, weights)
+        return tx.update(params, state, params, curvature=curvature, refresh=False)[1]
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=specs)
+    step = jax.jit(mapped)
+    good = step(jax.jit(tx.init, out_shardings=shardings)(params), x, weights)
+    # one example that counts is enough, none teaches nothing
+    few = step(good, x, jnp.zeros(EXAMPLES).at[3].set(1.0))
+    assert int(few.curvature_count) == 2
+    for batch, skipped in (((x.at[-1].set(jnp.nan), weights), 1), ((x, 0 * weights), 0)):
+        after = step(good, *batch)
+        h.assert_equal(after.factors, good.factors)
+        assert int(after.curvature_count) == 1
+        assert int(after.skipped_statistics) == skipped
 
 
 def placement_pmap():
@@ -306,6 +348,17 @@ def traffic():
         counted = collectives.count(collectives.compiled(1.0, kind, **words))
         assert counted.sent == collectives.predicted(1.0, kind, **words), kind
     assert counted.sent < collectives.predicted(1.0, "refresh")
+    # once to where it belongs, not to all and back; the two flags of all devices beside it
+    for words in ({"statistics": "scattered"}, {"statistics": "scattered", "packed": True}):
+        text = collectives.compiled(0.0, "statistics", **words)
+        counted = collectives.count(text)
+        said = collectives.predicted(0.0, "statistics", **words)
+        assert counted.sent == said + 2 * ring * 2 * 4
+        assert "reduce-scatter(" in text
+        at_step = collectives.predicted(0.0, "plain")
+        of_all = collectives.predicted(0.0, "statistics", packed="packed" in words) - at_step
+        # half, and what rows of unequal length cost
+        assert (said - at_step) < 0.75 * of_all
     words = {"statistics_bits": 8}
     text = collectives.compiled(1.0, "statistics", **words)
     near = collectives.count(collectives.always(text))
@@ -322,6 +375,8 @@ CHECKS = {
         exchange,
         placement_shard_map,
         placement_online,
+        placement_scattered,
+        placement_scattered_bad_part,
         placement_pmap,
         placement_schedule,
         statistics_in_few_bits,

@@ -59,7 +59,7 @@ def test_no_device_has_more_work_than_the_mean_and_one_matrix():
     assert load.max() < max(turns)
 
 
-@pytest.mark.parametrize("statistics", ["averaged", "local"])
+@pytest.mark.parametrize("statistics", ["averaged", "scattered", "local"])
 @pytest.mark.parametrize("workers", [1, 2, 4, 8])
 def test_dividing_a_state_and_putting_it_together_again_changes_nothing(workers, statistics):
     placement = ko.Placement("data", workers / 8, MESH, statistics=statistics)
@@ -163,11 +163,16 @@ def test_local_statistics_need_a_mapped_axis_and_layers():
         (dict(axis="data", worker_fraction=3 / 8, mesh=MESH), "one of 1/8, 2/8, 4/8, 8/8"),
         (dict(axis="data", worker_fraction=1.5, mesh=MESH), "expected worker_fraction"),
         (dict(axis="data", worker_fraction=0.5), "got mesh=None"),
-        (dict(axis="data", statistics="own", mesh=MESH), "one of 'averaged', 'local'"),
-        (dict(axis="data", statistics="local"), "'local' divides the factors.*got mesh=None"),
+        (dict(axis="data", statistics="own", mesh=MESH), "one of 'averaged', 'scattered', 'local'"),
+        (dict(axis="data", statistics="local"), "'local', which divides .*mesh=None"),
+        (dict(axis="data", statistics="scattered"), "'scattered', which divides .*mesh=None"),
+        (
+            dict(axis="data", statistics="scattered", statistics_bits=8, mesh=MESH),
+            "others have no averages",
+        ),
         (dict(axis="data", statistics="local", packed=True, mesh=MESH), "no factor is sent"),
-        (dict(axis="data", statistics="local", flops_per_byte=1.0, mesh=MESH), "none of them"),
-        (dict(axis="data", statistics="local", statistics_bits=8, mesh=MESH), "no factor is sent"),
+        (dict(axis="data", statistics="local", flops_per_byte=1.0, mesh=MESH), "no other device"),
+        (dict(axis="data", statistics="local", statistics_bits=8, mesh=MESH), "it left out"),
         (dict(axis="data", statistics_bits=1), "statistics_bits=1; expected .* from 2 to 16"),
         (dict(axis="data", statistics_bits=8.0), "statistics_bits=8.0; expected a whole number"),
         (dict(axis="data", statistics_bits=8, statistics_dtype=jnp.bfloat16), "one of them"),
