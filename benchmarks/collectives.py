@@ -87,6 +87,11 @@ def problem():
 
 
 def compiled(fraction: float | None, kind: str, **words: Any) -> str:
+    """The text of `traced`, compiled."""
+    return traced(fraction, kind, **words).lower().compile().as_text()
+
+
+def traced(fraction: float | None, kind: str, **words: Any) -> Any:
     """The program of one kind of step inside `shard_map`, on gradients that are averaged already."""
     params, x = problem()
     estimator = ko.ggn(predict)
@@ -106,7 +111,7 @@ def compiled(fraction: float | None, kind: str, **words: Any) -> str:
         step, mesh=mesh, in_specs=(specs, P(), P("data")), out_specs=(P(), specs), check_vma=False
     )
     state = jax.eval_shape(tx.init, params)
-    return jax.jit(mapped).lower(state, params, x).compile().as_text()
+    return jax.jit(mapped).trace(state, params, x)
 
 
 def predicted(fraction: float | None, kind: str, **words: Any) -> float:

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfac_optax._tree import all_finite, select
-from kfac_optax._types import Average, PyTree, Vector
+from kfac_optax._types import Average, Layer, PyTree, Vector
 from kfac_optax.engine import stagger
 from kfac_optax.engine.division import (
     Division,
@@ -30,6 +31,7 @@ from kfac_optax.engine.state import (
     block_of_bucket,
     own_values,
 )
+from kfac_optax.estimators.owned import Owners
 
 
 def division_of(
@@ -103,6 +105,25 @@ def own_statistics(
         if name in joined:
             own[name] = own[name], made_rows(division, share, joined[name])
     return own
+
+
+def owners_of(
+    step: Step, placement: Placement, factors: Mapping[str, PyTree]
+) -> tuple[Owners, ...]:
+    """Which devices factorise a matrix of each layer: with local statistics they alone measure
+    it.
+    """
+    division = division_of(placement, step.copies, factors)
+    owners: dict[Layer, Owners] = {}
+    for bucket in step.buckets:
+        counts = division.shares[bucket.name].count.ravel()
+        # of every matrix its device, one range behind the other
+        device_of = np.repeat(np.arange(len(counts)), counts)
+        for layer, mine in bucket.slices:
+            devices = np.zeros(len(counts), bool)
+            devices[device_of[mine]] = True
+            owners[layer] = Owners(placement.axis, devices)
+    return tuple(owners[layer] for layer in step.layers)
 
 
 def factorize_placed(

@@ -20,7 +20,7 @@ from kfac_optax.engine.branches import due_at, parts_due
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.initial import initial
 from kfac_optax.engine.near import near_factors
-from kfac_optax.engine.placed import inverses_of_all
+from kfac_optax.engine.placed import inverses_of_all, owners_of
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.precondition import precondition
 from kfac_optax.engine.protocol import check_block
@@ -124,7 +124,9 @@ def take_step(
             # nothing is averaged here between the devices that share out the layers; where
             # statistics are scattered the batch is that of all of them
             if step.owned.local:
-                wanted = wanted._replace(axis_name=step.owned.averaged_over(rule.axis_name))
+                over = step.owned.averaged_over(rule.axis_name)
+                owners = owners_of(step, step.owned, held.factors)
+                wanted = wanted._replace(axis_name=over, owners=owners)
             else:
                 wanted = wanted._replace(apart=step.owned.names)
         return curvature.statistics(wanted)

@@ -2,6 +2,7 @@
 coupling.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 from kfac_optax._layout import whole_features
 from kfac_optax._types import Block, Coupling, Layer, PyTree, Use
 from kfac_optax.capture.evaluate import Measure, Zeros, as_cotangent
-from kfac_optax.capture.geometry import Rows, ScaleShift, to_rows
+from kfac_optax.capture.geometry import Geometry, Rows, ScaleShift, to_rows
 from kfac_optax.capture.positions import bias_rows, channel_sums, over_output
 from kfac_optax.capture.row_axes import differs, rows_of_use, without_examples
 from kfac_optax.capture.sites import Site
 from kfac_optax.estimators.block_measure import measure_use
+from kfac_optax.estimators.owned import Owners, where_owned
 from kfac_optax.linalg.weighted_rows import finite_padding
 
 
@@ -30,6 +32,7 @@ def site_measure(
     gradients: bool,
     at_once: bool = False,
     share: float = 1.0,
+    owners: Owners | None = None,
 ) -> Measure:
     """The measure of one site:
     `Zeros((block statistic, coupling statistic), (rows of the block, of the coupling))`.
@@ -51,6 +54,7 @@ def site_measure(
         example sees at once.
       share: examples of the head that the site serves, for one of the batch. `g` carries its
         inverse, which is taken out: `use` counts the examples of the head.
+      owners: the devices that measure the layer; `None` for all.
 
     Raises:
       ValueError: the coupling or the block needs rows of examples, and there are none.
@@ -102,8 +106,8 @@ def site_measure(
         if late or keep:
             rows = jax.tree.map(as_cotangent, to_rows(geometry, a, g_or_none))
         else:
-            one_use = use._replace(weights=per_row)
-            statistic = measure_use(geometry, block, a, g_or_none, one_use, inverse)
+            of_use = functools.partial(_of_use, geometry, block, use)
+            statistic = where_owned(owners, of_use, a, g_or_none, per_row, inverse)
         # what crosses layers: channel sums, or the rows themselves
         if coupling is not None:
             seen = (None, None)
@@ -115,6 +119,19 @@ def site_measure(
         return Zeros((statistic, across), (rows, seen))
 
     return measure
+
+
+def _of_use(
+    geometry: Geometry,
+    block: Block,
+    use: Use,
+    a: jax.Array,
+    g: jax.Array | None,
+    weights: jax.Array | None,
+    inverse: PyTree,
+) -> PyTree:
+    """Statistic of one use with weights."""
+    return measure_use(geometry, block, a, g, use._replace(weights=weights), inverse)
 
 
 def _check_examples(

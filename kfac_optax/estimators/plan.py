@@ -10,6 +10,7 @@ import jax
 from kfac_optax._types import Block, Coupling, Layer, Layers, Near, PyTree, Travel, Use
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.sites import Site
+from kfac_optax.estimators.owned import Owners
 from kfac_optax.estimators.reductions import names_of
 from kfac_optax.estimators.served_heads import Served
 
@@ -29,6 +30,8 @@ class Plan(NamedTuple):
       travel: in which form statistics are sent where `axis_name` is given.
       apart: axes of `axis_name` over which no means are taken: statistics stay those of each
         device's part of the batch there.
+      owners: for each of the layers the devices that measure it, `None` for all; `()` where all
+        measure everything.
       near: for each of the layers Kronecker factors that all devices have, with `travel.bits`;
         `None` for other layers, `()` where there are none.
     """
@@ -42,6 +45,7 @@ class Plan(NamedTuple):
     inverses: tuple[PyTree, ...] = ()
     travel: Travel = Travel()
     apart: tuple[str, ...] = ()
+    owners: tuple[Owners | None, ...] = ()
     near: tuple[Near | None, ...] = ()
 
     @property

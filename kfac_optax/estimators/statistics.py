@@ -100,6 +100,7 @@ def _measures(
             gradients,
             at_once=setting.uses(i) > 1,
             share=setting.share(index),
+            owners=plan.owners[i] if plan.owners else None,
         )
         measures.append(measure)
     return measures
