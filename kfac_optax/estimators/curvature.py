@@ -23,9 +23,11 @@ from kfac_optax.estimators.heads import (
 )
 from kfac_optax.estimators.layer_rows import LayerRows, layer_rows
 from kfac_optax.estimators.linearization import Linearize, as_returned, linearize_now
+from kfac_optax.estimators.near_means import means_of_plan
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.estimators.plan import Plan, of_first_moments
 from kfac_optax.estimators.products import quadratic_form, vector_product
+from kfac_optax.estimators.reductions import names_of
 from kfac_optax.estimators.sample_jacobian import (
     SampleJacobian,
     sample_jacobian,
@@ -59,13 +61,16 @@ class LazyCurvature:
         if self.microbatch_size is None:
             return self._statistics(plan, args)
         key = jax.random.key(0) if self.key is None else self.key
+        # devices are asked once, for the means over all microbatches
+        alone = plan._replace(apart=names_of(plan.axis_name))
 
         def of_microbatch(spec: Spec, args: tuple[PyTree, ...], i: jax.Array) -> Any:
             mine = LazyCurvature(self.params, args, jax.random.fold_in(key, i), spec)
-            return microbatches.rows_apart(plan, mine._statistics(plan, args))
+            return microbatches.rows_apart(plan, mine._statistics(alone, args))
 
         batch = microbatches.divide(self.spec, self.params, args, self.microbatch_size)
-        return microbatches.with_rows(*microbatches.mean_over(batch, of_microbatch))
+        means, rows = microbatches.mean_over(batch, of_microbatch)
+        return microbatches.with_rows(means_of_plan(plan, *means), rows)
 
     def _statistics(self, plan: Plan, args: tuple[PyTree, ...]) -> tuple[list[PyTree], PyTree]:
         traced = trace_model(self.spec, self.params, args)

@@ -15,10 +15,14 @@ from kfac_optax.estimators.reductions import devices_of, mean_over_devices
 from kfac_optax.linalg import lattice
 
 
-def means_of_plan(plan: Plan, blocks: Sequence[PyTree]) -> list[PyTree]:
-    """Means over devices of the statistics of all layers: near what all devices have where the plan
-    says so, as ever elsewhere.
+def means_of_plan(
+    plan: Plan, blocks: Sequence[PyTree], across: PyTree
+) -> tuple[list[PyTree], PyTree]:
+    """Means over devices of the statistics of all layers and of the coupling: near what all devices
+    have where the plan says so, as ever elsewhere.
     """
+    if not plan.averaged_over:
+        return list(blocks), across
     rest, factors = list(blocks), {}
     for i, near in enumerate(plan.near):
         if near is None:
@@ -27,14 +31,14 @@ def means_of_plan(plan: Plan, blocks: Sequence[PyTree]) -> list[PyTree]:
         paired = plan.blocks[i].absorb is not None and plan.blocks[i].absorbs == "means"
         factors[i] = blocks[i][0] if paired else blocks[i]
         rest[i] = (None, blocks[i][1]) if paired else None
-    means = mean_over_devices(rest, plan.averaged_over, plan.travel)
+    means, across = mean_over_devices((rest, across), plan.averaged_over, plan.travel)
     if not factors:
-        return means
+        return means, across
     near = [plan.near[i] for i in factors]
     found = near_means([*factors.values()], near, plan.averaged_over, plan.travel.bits)
     for i, mean in zip(factors, found, strict=True):
         means[i] = mean if rest[i] is None else (mean, means[i][1])
-    return means
+    return means, across
 
 
 def near_means(

@@ -20,7 +20,6 @@ from kfac_optax.estimators.measure import site_measure
 from kfac_optax.estimators.near_means import means_of_plan
 from kfac_optax.estimators.output_cotangents import OutputCotangents, mean_over
 from kfac_optax.estimators.plan import Plan, Setting, set_up
-from kfac_optax.estimators.reductions import mean_over_devices
 from kfac_optax.estimators.served_heads import Served
 from kfac_optax.estimators.uses_of_layers import per_layer
 
@@ -69,8 +68,7 @@ def collect(
 
         (blocks, across), columns = mean_over(one, cotangents.count)
         if plan.axis_name is not None:
-            blocks = means_of_plan(plan, blocks)
-            across = mean_over_devices(across, plan.averaged_over, plan.travel)
+            blocks, across = means_of_plan(plan, blocks, across)
             columns = jax.tree.map(lambda x: rows_of_all_devices(x, plan.axis_name), columns)
         # [pullbacks, copies, ...] -> [copies, pullbacks, ...]
         for i, mine in columns.items():

@@ -174,6 +174,66 @@ def local_with_a_layer_of_zeros():
         ko.factor_metric(layers)(state, params)
 
 
+def mixed(params, x, tokens):
+    """Convolution, table, scale and shift, and three equal layers in a recomputed scan."""
+    conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NWC", "WIO", "NWC"))
+    s = conv(x, params["conv"], (1,), "SAME") + params["table"][tokens]
+    s = jnp.tanh(s * params["scale"] + params["shift"])
+
+    @jax.checkpoint
+    def body(s, w):
+        return jnp.tanh(s @ w), None
+
+    s, _ = jax.lax.scan(body, s, params["deep"])
+    return ko.Normal(s.mean(1) @ params["head"])
+
+
+def owned_in_every_layer():
+    """Kinds of layers, a scan whose layers have owners of their own, parts of a batch one after
+    another, and an estimator without gradients: on equal batches the numbers of one device.
+    """
+    keys = jax.random.split(jax.random.key(2), 6)
+    shapes = {"conv": (3, 2, 4), "table": (5, 4), "deep": (3, 4, 4), "head": (4, 2)}
+    params = {
+        name: jax.random.normal(key, shape) for (name, shape), key in zip(shapes.items(), keys)
+    } | {"scale": jnp.ones(4), "shift": jnp.zeros(4)}
+    batch = jax.random.normal(keys[4], (4, 6, 2)), jax.random.randint(keys[5], (4, 6), 0, 5)
+    tiled = jax.tree.map(lambda a: jnp.concatenate([a] * DEVICES), batch)
+    rate = {"learning_rate": 0.1}
+    for statistics, kind, name, settings, size in (
+        ("local", "ggn", "kfac", rate, 2),
+        ("scattered", "ggn", "kfac", rate, 2),
+        ("local", "forward_only", "foof", {}, None),
+    ):
+        estimator = getattr(ko, kind)(mixed)
+        layers = estimator.layers(params, *batch)
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+        placement = ko.Placement("data", 0.0, mesh, statistics=statistics)
+
+        make = functools.partial(getattr(ko, name), layers, damping=0.05, **settings)
+
+        def run(tx, state, params, *batch, estimator=estimator, size=size):
+            words = {} if size is None else {"microbatch_size": size}
+            curvature = estimator.at(params, *batch, **words)
+            return tx.update(params, state, params, curvature=curvature, refresh=True)
+
+        tx = make()
+        expected, whole = jax.jit(functools.partial(run, tx))(tx.init(params), params, *batch)
+        tx = make(axis_name="data", placement=placement)
+        shardings = ko.state_shardings(tx, params, placement=placement)
+        specs = jax.tree.map(lambda s: s.spec, shardings)
+        mapped = jax.shard_map(
+            functools.partial(run, tx),
+            mesh=mesh,
+            in_specs=(specs, P(), P("data"), P("data")),
+            out_specs=(P(), specs),
+        )
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        got, after = jax.jit(mapped)(state, params, *tiled)
+        h.assert_close(jax.device_get(got), jax.device_get(expected))
+        h.assert_close(jax.device_get(ko.whole_state(after, placement)), jax.device_get(whole))
+
+
 def local_work():
     """A device does none of the work of layers that others measure: no product of rows with
     themselves is left outside of a branch.
@@ -228,6 +288,7 @@ CHECKS = {
         local_on_parts_of_a_batch,
         local_with_a_bad_part,
         local_with_a_layer_of_zeros,
+        owned_in_every_layer,
         local_work,
         local_traffic,
     )

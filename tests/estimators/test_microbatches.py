@@ -183,3 +183,28 @@ def test_a_batch_that_cannot_be_divided():
     centred = ko.ggn(lambda params, x: ko.LogAmplitude(predict(params, x).logits[:, 0]))
     with pytest.raises(ValueError, match="scores about their mean over the batch"):
         centred.at(params, x, microbatch_size=SIZE).vector_product(params)
+
+
+def test_devices_are_asked_once_for_the_means_of_all_microbatches():
+    """As often as for a whole batch, and never within the loop over microbatches but for weights."""
+    params, x = h.plain_params(), jnp.ones((N, 4))
+    estimator = ko.ggn(predict)
+    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, axis_name="data")
+    state = tx.init(params)
+
+    def sums(size):
+        def update(x):
+            curvature = estimator.at(params, x, microbatch_size=size)
+            return tx.update(params, state, params, curvature=curvature, refresh=False)
+
+        program = jax.make_jaxpr(update, axis_env=[("data", 2)])(x)
+        names = [e.primitive.name for e in h.equations(program.jaxpr)]
+        loops = [e for e in h.equations(program.jaxpr) if e.primitive.name == "scan"]
+        inside = [
+            e.primitive.name for loop in loops for e in h.equations(loop.params["jaxpr"].jaxpr)
+        ]
+        return [sum(x.startswith("psum") for x in found) for found in (names, inside)]
+
+    whole, in_loop = sums(None)
+    assert whole > 0
+    assert sums(SIZE) == [whole, in_loop] == [whole, 0]
