@@ -21,21 +21,20 @@ def means_of_plan(
     """Means over devices of the statistics of all layers and of the coupling: near what all devices
     have where the plan says so, as ever elsewhere.
     """
-    if not plan.averaged_over:
-        return list(blocks), across
+    bits, axes = plan.travel.bits, plan.averaged_over
     rest, factors = list(blocks), {}
     for i, near in enumerate(plan.near):
-        if near is None:
+        if near is None or bits is None or not axes:
             continue
         # a block that absorbs means has them beside its factors
         paired = plan.blocks[i].absorb is not None and plan.blocks[i].absorbs == "means"
         factors[i] = blocks[i][0] if paired else blocks[i]
         rest[i] = (None, blocks[i][1]) if paired else None
-    means, across = mean_over_devices((rest, across), plan.averaged_over, plan.travel)
-    if not factors:
+    means, across = mean_over_devices((rest, across), axes, plan.travel)
+    if bits is None or not factors:
         return means, across
-    near = [plan.near[i] for i in factors]
-    found = near_means([*factors.values()], near, plan.averaged_over, plan.travel.bits)
+    known = [near for near in plan.near if near is not None]
+    found = near_means([*factors.values()], known, axes, bits)
     for i, mean in zip(factors, found, strict=True):
         means[i] = mean if rest[i] is None else (mean, means[i][1])
     return means, across
