@@ -27,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
     parser.add_argument("--small", action="store_true", help="dry run with tiny sizes")
     options = parser.parse_args(arguments)
+    # a record was measured already, and without an old one nothing is compared
+    if options.source:
+        parts.refuse(parser, options, "--from", ("parts", "out", "limit", "small"))
+    if not options.compare:
+        parts.refuse(parser, options, "no --compare", ("beyond",))
     # what cannot be read is said before anything runs
     old = compare.read(options.compare) if options.compare else None
     if options.source:

@@ -12,7 +12,7 @@ import pathlib
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,20 @@ def chosen(parser: argparse.ArgumentParser, names: str, known: dict[str, Part]) 
     if unknown:
         parser.error(f"--parts: got {', '.join(unknown)}; expected some of {', '.join(known)}")
     return {name: known[name] for name in wanted}
+
+
+def refuse(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    beside: str,
+    names: Sequence[str],
+) -> None:
+    """Ends the program where a word has another value than its default beside one that makes it
+    void.
+    """
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"got --{name}, which has no effect beside {beside}; leave it out")
 
 
 def command(program: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:

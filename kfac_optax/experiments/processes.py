@@ -227,12 +227,23 @@ def _options(words: Sequence[str] | None) -> argparse.Namespace:
     add("--save_every", type=int, default=10, help="steps from one checkpoint to the next")
     add("--out", default="results/processes", help="directory that all processes see")
     add("--coordinator", help="HOST:PORT of process 0; none starts the processes on this machine")
-    add("--process_id", type=int, default=0, help="number of this process, with --coordinator")
+    add("--process_id", type=int, help="number of this process, with --coordinator; default 0")
     add("--die_at", type=int, help="the last process kills itself before this step: an exercise")
     options = parser.parse_args(words)
     for name in ("processes", "steps", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}={getattr(options, name)}; expected at least 1")
+    number = options.process_id
+    if number is not None and options.coordinator is None:
+        parser.error(
+            f"--process_id={number} without --coordinator, which starts all processes on this "
+            "machine; leave it out, or say where process 0 is"
+        )
+    if number is not None and not 0 <= number < options.processes:
+        parser.error(
+            f"--process_id={number} of --processes={options.processes}; expected one from 0 to "
+            f"{options.processes - 1}"
+        )
     return options
 
 
@@ -255,11 +266,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _one_of_them(options: argparse.Namespace) -> int:
+    number = options.process_id or 0
     # blocks until all processes are there
     jax.distributed.initialize(
         options.coordinator,
         num_processes=options.processes,
-        process_id=options.process_id,
+        process_id=number,
         heartbeat_timeout_seconds=_SILENT,
         shutdown_timeout_seconds=_SILENT,
     )
@@ -269,7 +281,7 @@ def _one_of_them(options: argparse.Namespace) -> int:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         print(
-            f"process {options.process_id}: a computation of all processes failed ({reason}). If "
+            f"process {number}: a computation of all processes failed ({reason}). If "
             "another process has died, start all of them again: they go on with the last "
             "checkpoint.",
             file=sys.stderr,
@@ -277,7 +289,7 @@ def _one_of_them(options: argparse.Namespace) -> int:
         )
         os._exit(1)  # an ordinary end would wait for the dead one
     # one process speaks for all
-    if options.process_id == 0:
+    if number == 0:
         print((out / "losses.json").read_text())
     return 0
 

@@ -107,6 +107,20 @@ def test_command(tmp_path, capsys):
     assert (tmp_path / "p").read_text() == out.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "a.json", "--small"], "got --small, which has no effect beside --from"),
+        (["--from", "a.json", "--parts=scaling"], "got --parts, which has no effect"),
+        (["--beyond=2"], "got --beyond, which has no effect beside no --compare"),
+    ],
+)
+def test_words_without_effect_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        command.main(words)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_everything(tmp_path):
     record = command.main(["--small", "--out", str(tmp_path / "all.json")])

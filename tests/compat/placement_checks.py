@@ -189,9 +189,11 @@ def places(state):
 
 
 def placement_shard_map():
-    """Inside `shard_map`, with varying axes tracked: bases collected to measure in, factors
-    packed, in bits that do not suffice, moments beside them as they are; a rule of their own for when layers are due; the five equal layers made by all devices,
-    `1701` operations for `200` bytes, and the other one sent, `1134` for `128`."""
+    """Inside `shard_map`, with varying axes tracked: bases collected to measure in, factors packed
+    or in bits that do not suffice, moments beside them as they are; a rule of their own for when
+    layers are due; the five equal layers made by all devices, `1701` operations for `200` bytes, and
+    the other one sent, `1134` for `128`.
+    """
     check("kfac", 1.0, "tracked", flops_per_byte=8.7)
     assert places(check("ekfac", 0.0, "tracked", packed=True, statistics_bits=2)) == {1}
     check("thor", 1.0, "tracked")

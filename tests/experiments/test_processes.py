@@ -74,6 +74,20 @@ def test_where_one_ends_badly_the_others_are_ended(second, message):
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--process_id=1"], "--process_id=1 without --coordinator"),
+        (["--coordinator=a:1", "--process_id=4"], "--process_id=4 of --processes=4"),
+        (["--steps=0"], "--steps=0; expected at least 1"),
+    ],
+)
+def test_words_that_cannot_be_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        processes.main(words)
+    assert message in capsys.readouterr().err
+
+
 def test_where_all_end_well_nothing_is_said():
     lines = []
     assert processes.launch([[sys.executable, "-c", "pass"]] * 2, lines.append) == 0

@@ -90,6 +90,18 @@ def test_more_devices_that_keep_each_mean_more_memory_and_less_traffic_in_a_step
     assert all(f.work <= total.work / devices + largest for f in found)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_refresh_on_eight_devices_is_within_a_fifth_of_an_eighth_or_of_the_largest_layer(
+    name, fraction
+):
+    """The largest layer of ResNet-50 has a fifth of all work, and no layer is divided."""
+    shapes = MODELS[name]()
+    mean = costs(shapes, 8, None).work / 8
+    largest = max(9 * s.work for s in shapes)
+    assert costs(shapes, 8, fraction).work <= 1.2 * max(mean, largest)
+
+
 def test_one_device_sends_nothing():
     alone = costs(SHAPES, 1, 1.0)
     assert alone == costs(SHAPES, 1, None)
