@@ -131,6 +131,7 @@ def scale_by_curvature(
     if coupling is not None:
         coupling.check(layers.layers, blocks)
         check_coupled(layers, where)
+    given = placement
     placement = checked_placement(where, placement, parts, factored_gradient, axis_name)
     check_owned(where, placement, layers, blocks, coupling, axis_name)
     if factored_gradient:
@@ -152,6 +153,8 @@ def scale_by_curvature(
         axis_name,
         factor_dtype,
         placement,
+        # of one device too
+        None if given is None else given.memory,
     )
 
     def init(params: PyTree) -> CurvatureState:

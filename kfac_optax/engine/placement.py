@@ -67,6 +67,8 @@ class Placement:
       flops_per_byte: operations that a device does in the time it takes to send a byte. A layer
         whose inverse is sooner made, by `9 (p^3 + q^3)` operations, than sent is made by every
         device that keeps it. 0: all are sent.
+      memory: bytes that factors and inverses may take on a device. Where they need more, `init` says
+        so before it makes any, and which layers they belong to. `None`: not checked.
 
     Raises:
       ValueError: the mesh has no such axis, or the fraction does not divide its devices; words that
@@ -96,6 +98,7 @@ class Placement:
     statistics: str = "averaged"
     flops_per_byte: float = 0.0
     statistics_bits: int | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         names = self.names
@@ -113,6 +116,8 @@ class Placement:
         self._check_bits()
         check_number("Placement", "worker_fraction", self.worker_fraction, at_least=0, at_most=1)
         check_number("Placement", "flops_per_byte", self.flops_per_byte, at_least=0)
+        if self.memory is not None:
+            check_number("Placement", "memory", self.memory, above=0)
         check_choice("Placement", "statistics", self.statistics, STATISTICS)
         if self.statistics != "averaged":
             self._check_owned()

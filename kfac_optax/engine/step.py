@@ -19,6 +19,7 @@ from kfac_optax.engine.arguments import (
 from kfac_optax.engine.branches import due_at, parts_due
 from kfac_optax.engine.choice import BlockOf
 from kfac_optax.engine.initial import initial
+from kfac_optax.engine.memory import check_memory
 from kfac_optax.engine.near import near_factors
 from kfac_optax.engine.placed import inverses_of_all, owners_of
 from kfac_optax.engine.placement import Placement
@@ -45,6 +46,7 @@ class Rule(NamedTuple):
     axis_name: Any
     factor_dtype: Any
     placement: Placement | None
+    memory: float | None = None  # bytes for factors and inverses on a device
 
 
 def start_state(rule: Rule, params: PyTree) -> CurvatureState:
@@ -58,12 +60,18 @@ def start_state(rule: Rule, params: PyTree) -> CurvatureState:
     dtype = factors_dtype(leaves, mine, rule.factor_dtype)
     first, _ = checked(state.given, "damping", rule.numbers["damping"], state.kfac_count)
     start = jnp.asarray(first, dtype)
-    for bucket in make_buckets(mine, rule.block_of):
+    buckets = make_buckets(mine, rule.block_of)
+    for bucket in buckets:
         check_block(rule.where, bucket, dtype)
     # one compiled call instead of an eager one per array
-    factors, inverses, coarse = jax.jit(
+    make = jax.jit(
         lambda damping: initial(mine, rule.block_of, rule.coupling, damping, rule.placement)
-    )(start)
+    )
+    if rule.memory is not None:
+        factors, inverses, _ = jax.eval_shape(make, start)
+        where = f"{rule.where}.init"
+        check_memory(where, rule.memory, rule.placement, buckets, factors, inverses)
+    factors, inverses, coarse = make(start)
     return state._replace(
         damping=jnp.array(start, jnp.float32), factors=factors, inverses=inverses, coarse=coarse
     )

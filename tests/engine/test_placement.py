@@ -10,10 +10,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import kfac_optax as ko
+from kfac_optax._tree import tree_bytes
 from kfac_optax.engine.division import divide
 from kfac_optax.engine.near import factor_errors
+from kfac_optax.engine.state import OwnFactors
 from kfac_optax.linalg.tikhonov import factor_shifts
 from tests import helpers as h
+from tests.compat import placement_checks
 
 MESH = AbstractMesh((8,), ("data",))
 COSTS = {"wide": (3, 512.0), "middle": (13, 64.0), "small": (40, 1.0), "single": (1, 300.0)}
@@ -177,6 +180,7 @@ def test_local_statistics_need_a_mapped_axis_and_layers():
         (dict(axis="data", statistics_bits=8.0), "statistics_bits=8.0; expected a whole number"),
         (dict(axis="data", statistics_bits=8, statistics_dtype=jnp.bfloat16), "one of them"),
         (dict(axis="data", flops_per_byte=-1.0, mesh=MESH), "expected flops_per_byte >= 0"),
+        (dict(axis="data", memory=0), "expected memory > 0"),
     ],
 )
 def test_a_placement_that_cannot_be_is_refused_at_once(words, message):
@@ -288,3 +292,31 @@ def test_errors_of_factors_move_no_eigenvalue_by_more_than_a_quarter_of_the_damp
         assert of_a <= jnp.linalg.norm(a) / 12
         assert of_g <= jnp.linalg.norm(g) / 12
     assert factor_errors(0 * a, g, jnp.asarray(1.0))[0] == 0
+
+
+@pytest.mark.parametrize("words", [{}, {"worker_fraction": 0.0}, {"statistics": "scattered"}])
+def test_what_does_not_fit_into_memory_is_named_before_it_is_made(words):
+    """As many bytes as the state has on a device are enough, one less is not."""
+    params, batch = placement_checks.problem()
+    layers = ko.ggn(placement_checks.predict).layers(params, *batch)
+
+    def init(memory, **placed):
+        placement = ko.Placement("data", **{"mesh": MESH} | placed, memory=memory)
+        tx = ko.kfac(layers, learning_rate=0.1, axis_name="data", placement=placement)
+        return jax.eval_shape(tx.init, params).preconditioner
+
+    state, needed = init(None, **words), {}
+    for name, kept in state.factors.items():
+        own = isinstance(kept, OwnFactors)
+        factors = tree_bytes(kept.own if own else kept) / (8 if own else 1)
+        inverses = tree_bytes(state.inverses[name]) / (8 if "worker_fraction" in words else 1)
+        needed[name] = factors + inverses
+    total, largest = sum(needed.values()), max(needed.values())
+    init(total, **words)
+    of_all = r"of all 2 buckets, .* of them of bucket dense_5x4_bias \(5 matrices 5 x 4\), take"
+    with pytest.raises(ValueError, match=of_all):
+        init(total - 1, **words)
+    with pytest.raises(ValueError, match=r"init: the factors .* of bucket dense_5x4_bias .* take"):
+        init(largest - 1, **words)
+    with pytest.raises(ValueError, match="expected at most memory=1 bytes"):
+        init(1, mesh=jax.make_mesh((1,), ("data",)))
