@@ -46,8 +46,9 @@ def check_memory(
 def _on_device(placement: Placement | None, tree: PyTree, divided: bool) -> float:
     """Bytes on one device of what all of them or each has."""
     # inside `shard_map` shapes are those of one device already
-    whole = placement is None or not divided or placement.mapped
-    return tree_bytes(tree) / (1 if whole else placement.devices)
+    if placement is None or not divided or placement.mapped:
+        return tree_bytes(tree)
+    return tree_bytes(tree) / placement.devices
 
 
 def _words(size: float) -> str:
