@@ -178,6 +178,7 @@ class Layers:
     # added by `coverage`
     blocks: tuple[str, ...] = ()
     state_bytes: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
     coupling: str = ""
     coupling_bytes: int = 0
     graft: bool = False

@@ -23,6 +23,11 @@ def coverage_table(layers: "Layers") -> str:
     if layers.blocks:
         header += ("block", "state bytes")
         rows = _with_blocks(layers, rows, notes)
+        if layers.devices:
+            header += ("kept on devices",)
+            # below the layers stand the coupling and the total
+            more = (*layers.devices, *[""] * (len(rows) - len(layers.devices)))
+            rows = [(*row, kept) for row, kept in zip(rows, more, strict=True)]
     elif any(notes):
         header += ("notes",)
         pairs = zip(rows, notes, strict=True)

@@ -206,6 +206,7 @@ def cover(
         uncovered=tuple(left),
         blocks=(),
         state_bytes=(),
+        devices=(),
         graft=layers.graft or uncovered == "graft",
     )
 

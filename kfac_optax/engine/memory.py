@@ -33,13 +33,15 @@ def check_memory(
     # the bucket that does not fit alone, or the largest of all that do not together
     named = next(bucket for bucket in buckets if needed[bucket.name] == largest)
     what = f"bucket {named.name} ({named.copies} matrices {named.shape[0]} x {named.shape[1]})"
+    size = largest
     if largest <= limit:
         what = f"all {len(buckets)} buckets, {_words(largest)} of them of {what},"
+        size = total
     raise ValueError(
-        f"{where}: the factors and inverses of {what} take {_words(largest if largest > limit else total)} on every "
-        f"device; expected at most memory={limit:g} bytes, {_words(limit)}. Keep each inverse on "
-        "fewer devices (worker_fraction=0), factors too (statistics='scattered'), or give wide "
-        "layers a block that keeps less, such as low_rank()."
+        f"{where}: the factors and inverses of {what} take {_words(size)} on every device; "
+        f"expected at most memory={limit:g} bytes, {_words(limit)}. Keep each inverse on fewer "
+        "devices (worker_fraction=0), factors too (statistics='scattered'), or give wide layers a "
+        "block that keeps less, such as low_rank()."
     )
 
 

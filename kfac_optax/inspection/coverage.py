@@ -4,10 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kfac_optax._tree import tree_bytes
+from kfac_optax._tree import make_buckets, tree_bytes
 from kfac_optax._types import Block, Coupling, Fine, Layer, Layers
 from kfac_optax.engine.choice import BlockOf, blocks_of, check_coupled, cover
+from kfac_optax.engine.placed import division_of
+from kfac_optax.engine.placement import Placement
+from kfac_optax.engine.state import start_of_bucket
 from kfac_optax.estimators.plan import of_first_moments
 
 
@@ -19,6 +23,7 @@ def coverage(
     uncovered: str = "graft",
     normalization: str = "unitwise",
     dtype: jnp.dtype = jnp.float32,
+    placement: Placement | None = None,
 ) -> Layers:
     """Layers with the state that a block and a coupling keep for them; print the result.
 
@@ -33,6 +38,8 @@ def coverage(
       uncovered: as for `kfac`.
       normalization: as for `kfac`.
       dtype: dtype of the state.
+      placement: as for `scale_by_curvature`; with it the table says which devices keep the factors
+        and the inverses of a layer. Bytes stay those of all of them once.
 
     >>> import kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
@@ -52,9 +59,40 @@ def coverage(
         layers,
         blocks=tuple(block_of(layer).name for layer in layers),
         state_bytes=tuple(_layer_bytes(layer, block_of(layer), dtype) for layer in layers),
+        devices=() if placement is None else _devices(layers, block_of, dtype, placement),
         coupling="" if coupling is None else coupling.name,
         coupling_bytes=across,
     )
+
+
+def _devices(
+    layers: Layers, block_of: BlockOf, dtype: jnp.dtype, placement: Placement
+) -> tuple[str, ...]:
+    """For every layer which devices keep its factors and its inverses."""
+    buckets = make_buckets(layers.layers, block_of)
+    factors = jax.eval_shape(lambda: {b.name: start_of_bucket(b, dtype) for b in buckets})
+    copies = {bucket.name: bucket.copies for bucket in buckets}
+    shares = division_of(placement, copies, factors).shares
+    found: dict[Layer, str] = {}
+    for bucket in buckets:
+        count = shares[bucket.name].count
+        # of every matrix the device that factorises it, and those of its group
+        maker = np.repeat(np.arange(count.size), count.ravel())
+        keepers = np.arange(count.size).reshape(count.shape)[maker // count.shape[1]]
+        for layer, mine in bucket.slices:
+            own = _numbers(maker[mine]) if placement.owned else "all"
+            inverses = _numbers(keepers[mine]) if placement.divided else "all"
+            found[layer] = f"factors {own}, inverses {inverses}"
+    return tuple(found[layer] for layer in layers)
+
+
+def _numbers(devices: np.ndarray) -> str:
+    """Devices in words, neighbours as a range."""
+    numbers = np.unique(devices)
+    # a range ends where the next number is no neighbour
+    ends = np.flatnonzero(np.diff(numbers) > 1) + 1
+    parts = [(part[0], part[-1]) for part in np.split(numbers, ends)]
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:

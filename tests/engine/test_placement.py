@@ -320,3 +320,34 @@ def test_what_does_not_fit_into_memory_is_named_before_it_is_made(words):
         init(largest - 1, **words)
     with pytest.raises(ValueError, match="expected at most memory=1 bytes"):
         init(1, mesh=jax.make_mesh((1,), ("data",)))
+
+
+@pytest.mark.parametrize("statistics", ["averaged", "scattered"])
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_the_coverage_table_says_who_keeps_what(workers, statistics):
+    """As the state is laid out, when every matrix has its own number in it."""
+    params, batch = placement_checks.problem()
+    layers = ko.ggn(placement_checks.predict).layers(params, *batch)
+    placement = ko.Placement("data", workers / 8, MESH, statistics=statistics)
+    table = ko.coverage(layers, placement=placement)
+    state = ko.kfac(layers, learning_rate=0.1).init(params).preconditioner
+    numbers = lambda x: 0 * x + jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+    numbered = jax.tree.map(numbers, (state.factors, state.inverses))
+    state = ko.divided_state(state._replace(factors=numbered[0], inverses=numbered[1]), placement)
+    seen = dict.fromkeys(state.factors, 0)
+    for layer, words in zip(layers, table.devices, strict=True):
+        name = f"dense_5x{layer.outputs}_bias"
+        said = words.removeprefix("factors ").split(", inverses ")
+        for tree, devices in zip((state.factors, state.inverses), said, strict=True):
+            kept = jax.tree.leaves(getattr(tree[name], "own", tree[name]))[0]
+            if devices == "all":
+                assert len(kept) == (5 if layer.outputs == 4 else 1)
+                continue
+            # of every device its places, of which one has the number of the layer in the bucket
+            places = np.asarray(kept).reshape(8, -1, kept[0].size)[..., 0]
+            low, _, high = devices.partition("-")
+            assert (places[int(low) : int(high or low) + 1] == seen[name]).any(1).all()
+        seen[name] += 1
+    assert ("all" in str(table)) == (statistics == "averaged" or workers == 8)
+    assert "kept on devices" in str(table)
+    assert "kept on devices" not in str(ko.coverage(layers))
