@@ -788,7 +788,9 @@ OF_ALL_FILES = {
     for checks in (
         CHECKS,
         placement_checks.CHECKS,
+        placement_checks.SLOW,
         local_statistics_checks.CHECKS,
+        local_statistics_checks.SLOW,
         model_parallel_checks.CHECKS,
         catalogue_checks.CHECKS,
         own_gradient_checks.CHECKS,

@@ -188,7 +188,7 @@ def mixed(params, x, tokens):
     return ko.Normal(s.mean(1) @ params["head"])
 
 
-def owned_in_every_layer():
+def in_every_layer(*cases):
     """Kinds of layers, a scan whose layers have owners of their own, parts of a batch one after
     another, and an estimator without gradients: on equal batches the numbers of one device.
     """
@@ -199,12 +199,7 @@ def owned_in_every_layer():
     } | {"scale": jnp.ones(4), "shift": jnp.zeros(4)}
     batch = jax.random.normal(keys[4], (4, 6, 2)), jax.random.randint(keys[5], (4, 6), 0, 5)
     tiled = jax.tree.map(lambda a: jnp.concatenate([a] * DEVICES), batch)
-    rate = {"learning_rate": 0.1}
-    for statistics, kind, name, settings, size in (
-        ("local", "ggn", "kfac", rate, 2),
-        ("scattered", "ggn", "kfac", rate, 2),
-        ("local", "forward_only", "foof", {}, None),
-    ):
+    for statistics, kind, name, settings, size in cases:
         estimator = getattr(ko, kind)(mixed)
         layers = estimator.layers(params, *batch)
         mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -215,7 +210,7 @@ def owned_in_every_layer():
         def run(tx, state, params, *batch, estimator=estimator, size=size):
             words = {} if size is None else {"microbatch_size": size}
             curvature = estimator.at(params, *batch, **words)
-            return tx.update(params, state, params, curvature=curvature, refresh=True)
+            return tx.update(params, state, params, curvature=curvature, refresh=False)
 
         tx = make()
         expected, whole = jax.jit(functools.partial(run, tx))(tx.init(params), params, *batch)
@@ -232,6 +227,17 @@ def owned_in_every_layer():
         got, after = jax.jit(mapped)(state, params, *tiled)
         h.assert_close(jax.device_get(got), jax.device_get(expected))
         h.assert_close(jax.device_get(ko.whole_state(after, placement)), jax.device_get(whole))
+
+
+def local_in_every_layer():
+    in_every_layer(
+        ("local", "ggn", "kfac", {"learning_rate": 0.1}, 2),
+        ("local", "forward_only", "foof", {}, None),
+    )
+
+
+def scattered_in_every_layer():
+    in_every_layer(("scattered", "ggn", "kfac", {"learning_rate": 0.1}, 2))
 
 
 def local_work():
@@ -288,8 +294,10 @@ CHECKS = {
         local_on_parts_of_a_batch,
         local_with_a_bad_part,
         local_with_a_layer_of_zeros,
-        owned_in_every_layer,
+        local_in_every_layer,
         local_work,
         local_traffic,
     )
 }
+# what differs little from others, for the slow tests
+SLOW = {"scattered_in_every_layer": scattered_in_every_layer}

@@ -7,6 +7,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -208,13 +209,17 @@ def placement_online():
 
 def placement_scattered():
     """Sums arrive at the device that factorises a layer alone: updates and factors are those of one
-    device, weights of zero on whole devices included, whoever keeps the inverses; a basis measured
-    in is collected, and rows of the batch are joined.
+    device, weights of zero on whole devices included; a basis measured in is collected, and what is
+    measured beside factors goes with them.
     """
-    check("kfac", 1.0, "tracked", statistics="scattered")
     check("kfac", 0.25, "plain", statistics="scattered", packed=True)
     check("ekfac", 0.0, "tracked", statistics="scattered")
+
+
+def placement_scattered_rows():
+    """Rows of the batch are joined; and all devices keep the inverses of what one has measured."""
     check("b_r_kfac", 0.0, "tracked", {"rank": 2}, statistics="scattered")
+    check("kfac", 1.0, "tracked", statistics="scattered")
 
 
 def placement_scattered_bad_part():
@@ -272,8 +277,7 @@ def placement_pmap():
 
 def statistics_in_few_bits():
     """The second statistics of a run, near the first ones: updates are off by what the guarantee
-    gives, all devices have the same, and bits that do not suffice cost no digit. A statistic of
-    zeros, or one that is not finite, leaves all as it was.
+    gives, and all devices have the same. What is not finite leaves all as it was.
     """
     params, (x, weights) = problem()
     estimator = ko.ggn(predict)
@@ -281,54 +285,51 @@ def statistics_in_few_bits():
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     batches = [(x + 0.1, weights), (x, weights), (x.at[-1].set(jnp.nan), weights)]
 
-    def run(bits, tracked):
+    def run(bits):
         placement = ko.Placement("data", 1.0, mesh, statistics_bits=bits)
         words = dict(damping=0.05, axis_name="data", placement=placement)
         tx = ko.scale_by_curvature(layers, block=ko.kronecker(), **words)
 
         def step(state, x, weights):
             curvature = estimator.at(params, x, weights)
-            return tx.update(params, state, params, curvature=curvature, refresh=True)
+            found = tx.update(params, state, params, curvature=curvature, refresh=True)
+            return jax.tree.map(lambda leaf: leaf[None], found)
 
-        def every(state, x, weights):
-            found = step(state, x, weights)
-            return found if tracked else jax.tree.map(lambda leaf: leaf[None], found)
+        # not what is tracked as the same everywhere: all devices are looked at
+        mapped = jax.jit(
+            jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(P(), P("data"), P("data")),
+                out_specs=P("data"),
+                check_vma=False,
+            )
+        )
+        state, found = tx.init(params), []
+        for batch in batches:
+            of_all = jax.device_get(mapped(state, *batch))
+            h.assert_equal(of_all, jax.tree.map(lambda leaf: leaf[:1].repeat(8, 0), of_all))
+            updates, state = jax.tree.map(lambda leaf: leaf[0], of_all)
+            found.append((updates, state))
+        (_, before), (_, after) = found[1:]
+        h.assert_equal(after.factors, before.factors)
+        assert int(after.skipped_statistics) == 1
+        return found[1]
 
-        mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=tracked)
-        given = (P(), P("data"), P("data"))
-        # what is tracked as the same everywhere is; else look at all devices
-        made = jax.jit(mapped(every, in_specs=given, out_specs=P() if tracked else P("data")))
-        state = tx.init(params)
-        for batch in batches[:2]:
-            updates, state = made(state, *batch)
-            if not tracked:
-                h.assert_equal(state, jax.tree.map(lambda leaf: leaf[:1].repeat(8, 0), state))
-                updates, state = jax.tree.map(lambda leaf: leaf[0], (updates, state))
-        _, skipped = made(state, *batches[2])
-        if not tracked:
-            skipped = jax.tree.map(lambda leaf: leaf[0], skipped)
-        h.assert_equal(skipped.factors, state.factors)
-        assert int(skipped.skipped_statistics) == 1
-        return updates, state
-
-    (exact, whole), (rough, near), (other, far) = (
-        run(*words) for words in ((None, True), (16, True), (2, False))
-    )
-    h.assert_close(jax.device_get((other, far)), jax.device_get((exact, whole)))
-    errors, bounds = [], []
+    (exact, whole), (rough, near) = run(None), run(16)
+    limits = jax.jit(jax.vmap(factor_errors, (0, 0, None)))
     for name, kept in whole.factors.items():
-        allowed = jax.vmap(factor_errors, (0, 0, None))(*kept, 0.05)
+        allowed = jax.device_get(limits(*kept, 0.05))
         for mine, right, bound in zip(near.factors[name], kept, allowed, strict=True):
-            errors += jnp.linalg.norm(mine - right, axis=(1, 2)).tolist()
-            bounds += (1.2 * bound).tolist()
-    # in few bits they were sent: rounding is there, and no more than that
-    assert min(errors) > 1e-5
-    assert all(error <= bound for error, bound in zip(errors, bounds, strict=True)), errors
+            errors = np.linalg.norm(mine - right, axis=(1, 2))
+            # in few bits they were sent: rounding is there, and no more than that
+            assert (errors > 1e-5).all()
+            assert (errors <= 1.2 * bound).all()
     for layer, right in exact.items():
-        off = jnp.concatenate([(rough[layer][k] - right[k]).ravel() for k in right])
-        size = jnp.concatenate([right[k].ravel() for k in right])
+        off = np.concatenate([(rough[layer][k] - right[k]).ravel() for k in right])
+        size = np.concatenate([right[k].ravel() for k in right])
         # ||(P + E)^-1 E|| <= (1/4) / (1 - 1/4) with ||E|| <= damping / 4
-        assert 0 < jnp.linalg.norm(off) <= jnp.linalg.norm(size) / 3, layer
+        assert 0 < np.linalg.norm(off) <= np.linalg.norm(size) / 3, layer
 
 
 def traffic():
@@ -385,3 +386,5 @@ CHECKS = {
         traffic,
     )
 }
+# of minor cases, for the slow tests
+SLOW = {"placement_scattered_rows": placement_scattered_rows}

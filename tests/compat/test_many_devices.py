@@ -11,9 +11,11 @@ import pytest
 
 from tests.compat.device_checks import CHECKS
 from tests.compat.local_statistics_checks import CHECKS as OF_LOCAL_STATISTICS
+from tests.compat.local_statistics_checks import SLOW as OF_LOCAL_STATISTICS_SLOW
 from tests.compat.model_parallel_checks import CHECKS as OF_PARAMETERS
 from tests.compat.own_gradient_checks import CHECKS as OF_OWN_GRADIENTS
 from tests.compat.placement_checks import CHECKS as OF_PLACEMENT
+from tests.compat.placement_checks import SLOW as OF_PLACEMENT_SLOW
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(CHECKS)
@@ -23,10 +25,12 @@ GROUPS = [
     NAMES[5:10],
     NAMES[10:12],
     NAMES[12:],
-    [*OF_PLACEMENT],
+    [*OF_PLACEMENT][:4],
+    [*OF_PLACEMENT][4:],
     [*OF_PARAMETERS, *OF_OWN_GRADIENTS, "catalogue"],
     [*OF_LOCAL_STATISTICS],
     ["presets"],
+    pytest.param([*OF_PLACEMENT_SLOW, *OF_LOCAL_STATISTICS_SLOW], marks=pytest.mark.slow),
     pytest.param(["catalogue_everywhere"], marks=pytest.mark.slow),
     pytest.param(["other_presets"], marks=pytest.mark.slow),
 ]
