@@ -80,7 +80,11 @@ def with_box(leaf: jax.Array, box: Part, numbers: jax.Array) -> jax.Array:
     return as_replicated(leaf).at[box.slices].set(as_replicated(numbers).astype(leaf.dtype))
 
 
-def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Array:
+def copied(
+    into: jax.Array,
+    boxes: Iterable[Part],
+    source: jax.Array,
+) -> jax.Array:
     """`into` with the numbers of `source` in these boxes."""
     for box in boxes:
         into = with_box(into, box, within_box(source, box))
@@ -88,7 +92,8 @@ def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Arr
 
 
 def emptied(
-    leaves: Mapping[str, jax.Array], boxes: Mapping[str, Iterable[Part]]
+    leaves: Mapping[str, jax.Array],
+    boxes: Mapping[str, Iterable[Part]],
 ) -> dict[str, jax.Array]:
     """Leaves by name, zero in these boxes of some."""
     zeros = {name: jnp.zeros_like(leaves[name]) for name in boxes if name in leaves}

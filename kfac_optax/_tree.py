@@ -53,7 +53,8 @@ def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
 
 
 def make_buckets(
-    layers: Iterable[Layer], block_of: Callable[[Layer], Block] | None = None
+    layers: Iterable[Layer],
+    block_of: Callable[[Layer], Block] | None = None,
 ) -> tuple[Bucket, ...]:
     """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
@@ -120,7 +121,9 @@ def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
 
 
 def scatter(
-    bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
+    bucket: Bucket,
+    matrices: jax.Array,
+    leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`."""
     out: dict[str, jax.Array] = {}
@@ -136,7 +139,12 @@ def scatter(
     return out
 
 
-def _put(layer: Layer, part: Part | None, value: jax.Array, leaf: jax.Array) -> jax.Array:
+def _put(
+    layer: Layer,
+    part: Part | None,
+    value: jax.Array,
+    leaf: jax.Array,
+) -> jax.Array:
     """The leaf with the layer's part of it replaced, or the value as a leaf of that shape."""
     if part is None:
         return value.reshape(leaf.shape)

@@ -82,7 +82,9 @@ def mean_statistics(
 
 @functools.partial(jax.jit, static_argnums=0)
 def factorize(
-    buckets: tuple[Bucket, ...], measured: Measured, damping: jax.Array
+    buckets: tuple[Bucket, ...],
+    measured: Measured,
+    damping: jax.Array,
 ) -> dict[str, PyTree]:
     """What blocks make of the statistics, one batched factorisation after another."""
     inverses: dict[str, PyTree] = {}

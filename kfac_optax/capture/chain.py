@@ -133,7 +133,10 @@ def _check_layers(where: str, traced: Traced) -> None:
 
 
 def _evaluate(
-    run: _Run, closed: Any, values: list[Any], marks: list[_Mark | None]
+    run: _Run,
+    closed: Any,
+    values: list[Any],
+    marks: list[_Mark | None],
 ) -> tuple[list[Any], list[_Mark | None]]:
     """Results of a program and what they are made of."""
     jaxpr = closed.jaxpr
@@ -166,7 +169,12 @@ def _start(index: int, s: jax.Array) -> _Mark:
     return _Mark(frozenset({index}), jnp.ones_like(s), "")
 
 
-def _at_layer(run: _Run, s: jax.Array, a: jax.Array, mark: _Mark | None) -> jax.Array:
+def _at_layer(
+    run: _Run,
+    s: jax.Array,
+    a: jax.Array,
+    mark: _Mark | None,
+) -> jax.Array:
     """Notes what a layer sees, and the slope of it in the output of the layer in front."""
     index = len(run.inputs)
     run.inputs.append(a)
@@ -193,7 +201,10 @@ def _listed(run: _Run, mark: _Mark) -> str:
 
 
 def _one(
-    jaxpr: Any, eqn: Any, env: dict[Any, Any], marks: Sequence[_Mark | None]
+    jaxpr: Any,
+    eqn: Any,
+    env: dict[Any, Any],
+    marks: Sequence[_Mark | None],
 ) -> tuple[list[Any], list[_Mark | None]]:
     """One operation without layers in it."""
     found = {v: m for v, m in zip(eqn.invars, marks, strict=True) if m is not None}
@@ -219,7 +230,9 @@ def _one(
 
 
 def _with_slopes(
-    call: Callable[..., list[Any]], values: list[Any], slopes: list[Any]
+    call: Callable[..., list[Any]],
+    values: list[Any],
+    slopes: list[Any],
 ) -> tuple[list[Any], list[Any]]:
     """Results, and their derivative entry by entry: that along a one in every entry."""
     outs, along = jax.jvp(call, tuple(values), tuple(slopes))

@@ -24,7 +24,11 @@ from kfac_optax.capture.rewriting import renamed, rewritten, scan_with, with_bod
 from kfac_optax.capture.views import View, parameter_views, passed_on, scan_views, views_behind_scan
 
 
-def distributed(closed: Any, leaves: int, tapped: Set[int] = frozenset()) -> Any:
+def distributed(
+    closed: Any,
+    leaves: int,
+    tapped: Set[int] = frozenset(),
+) -> Any:
     """The closed jaxpr with products of data and a kernel that is made of parameters taken apart.
 
     A kernel that depends on data, or on no parameter, stays. Where nothing changes the jaxpr is
@@ -123,7 +127,10 @@ class _Rewriting:
         return met or not any(x.data for x in given)
 
     def _call(
-        self, eqn: Any, inner: Any, given: Sequence[Known]
+        self,
+        eqn: Any,
+        inner: Any,
+        given: Sequence[Known],
     ) -> tuple[list[Any] | None, list[View | None]]:
         """A call that stays one, with another body where that has changed; views of its outputs."""
         outside = None
@@ -217,7 +224,12 @@ class _Rewriting:
                     self.values.whole.add(problem.args[0])
         return None
 
-    def _with_kernel(self, eqn: Any, side: int, multiply: Multiplied) -> list[Any] | None:
+    def _with_kernel(
+        self,
+        eqn: Any,
+        side: int,
+        multiply: Multiplied,
+    ) -> list[Any] | None:
         kernel = self.values.expression(eqn.invars[side])
         # each value once; literals are told apart by what they are in the program too
         leaves = list({id(x.value): x.value for x in leaves_of(kernel)}.values())

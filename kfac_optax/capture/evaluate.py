@@ -48,7 +48,12 @@ class Probe(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _probe(
-    measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, inverse: PyTree, zeros: Zeros
+    measure: Measure,
+    s: jax.Array,
+    a: jax.Array,
+    extra: PyTree,
+    inverse: PyTree,
+    zeros: Zeros,
 ) -> jax.Array:
     # s itself: a probe leaves values as they are
     return s
@@ -80,7 +85,12 @@ def from_cotangent(site: Site, rows: tuple[jax.Array, Any]) -> tuple[jax.Array, 
     return (a.astype(jnp.int32), g) if jnp.issubdtype(site.a.dtype, jnp.integer) else (a, g)
 
 
-def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> Zeros:
+def make_zeros(
+    site: Site,
+    measure: Measure,
+    extra: PyTree,
+    inverse: PyTree,
+) -> Zeros:
     """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in
     front.
     """
@@ -88,7 +98,12 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> 
     rides = [n for n, over_layers in site.scans if over_layers]
     measure = _over_stack(site, measure)
 
-    def inside(a: jax.Array, s: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
+    def inside(
+        a: jax.Array,
+        s: jax.Array,
+        extra: PyTree,
+        inverse: PyTree,
+    ) -> Zeros:
         # [layers, ...] to those of one
         one_layer = jax.tree.map(lambda x: x[(0,) * len(rides)], inverse)
         return measure(a, s, extra, one_layer)
@@ -174,7 +189,13 @@ def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:
     return [i for i, _ in pairs], [probe for _, probe in pairs]
 
 
-def _place(run: _Run, index: int, s: Any, a: Any, probe: Probe | None) -> Any:
+def _place(
+    run: _Run,
+    index: int,
+    s: Any,
+    a: Any,
+    probe: Probe | None,
+) -> Any:
     measure = run.measures[index]
     if measure is None or probe is None:
         return s

@@ -44,7 +44,11 @@ def stacked(axis: Axis) -> Axis:
     return axis if axis in (None, UNKNOWN) else axis + 1
 
 
-def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
+def behind(
+    eqn: Any,
+    axes: Sequence[Axis],
+    examples: int | None,
+) -> list[Axis]:
     """Axes of an equation's outputs, given those of its operands."""
     if all(axis is None for axis in axes):
         # equations among parameters alone
@@ -100,7 +104,11 @@ def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     return axis if same_rank else UNKNOWN
 
 
-def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
+def _reshaped(
+    axis: int,
+    before: Sequence[int],
+    after: Sequence[int],
+) -> int:
     """The axis with as many numbers in front of it as before."""
     # a reshape that keeps an axis keeps how many numbers are in front of it
     front = math.prod(before[:axis])

@@ -39,7 +39,9 @@ def uses_by_leaf(sites: Iterable[Site]) -> dict[int, list[Site]]:
 
 
 def _other_uses(
-    name: str, consumers: Sequence[str], sites: Sequence[Site]
+    name: str,
+    consumers: Sequence[str],
+    sites: Sequence[Site],
 ) -> tuple[str, list[str]]:
     """A layer consumes each of its parameters once for every tap, and once for every use that was
     found, named by its equation; anything more the statistics do not see.
@@ -75,7 +77,10 @@ def bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
 
 
 def reason(
-    index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]
+    index: int,
+    problems: Mapping[int, str],
+    tapped: set[int],
+    consumers: Sequence[str],
 ) -> str:
     """Why a parameter is in no layer, given why some are, which a tap sees, and what else uses it."""
     if index in problems:

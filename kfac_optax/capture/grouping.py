@@ -20,7 +20,10 @@ from kfac_optax.capture.sites import Analysis, Site
 
 
 def group(
-    analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any], bypassed: set[int]
+    analysis: Analysis,
+    names: Sequence[str],
+    leaves: Mapping[str, Any],
+    bypassed: set[int],
 ) -> tuple[tuple[Site, ...], tuple[int, ...], Layers]:
     """Sites that share a kernel, or the same part of one, form one layer; everything else about
     them has to agree.
@@ -100,7 +103,9 @@ def _is_scale(site: Site) -> bool:
 
 
 def _biases(
-    groups: Mapping[Key, Sequence[int]], sites: list[Site], problems: dict[int, str]
+    groups: Mapping[Key, Sequence[int]],
+    sites: list[Site],
+    problems: dict[int, str],
 ) -> dict[Key, Key]:
     """The bias of each kernel, where all uses that have one agree on it and no other kernel uses
     it, nor a part of it.
@@ -195,7 +200,11 @@ def _unfit(site: Site) -> str | None:
     return None
 
 
-def _fitting(members: Sequence[int], sites: list[Site], leaf: Any) -> tuple[list[int], str | None]:
+def _fitting(
+    members: Sequence[int],
+    sites: list[Site],
+    leaf: Any,
+) -> tuple[list[int], str | None]:
     """The uses of a kernel that are those of one layer, and what is wrong with it.
 
     Taps have to agree; what was found in the program is left out where it does not fit them.

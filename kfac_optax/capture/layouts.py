@@ -7,7 +7,11 @@ from kfac_optax._types import Layout
 from kfac_optax.capture.geometry import Contraction, Conv, Geometry, ScaleShift
 
 
-def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int] = ()) -> Layout:
+def layout(
+    geometry: Geometry,
+    kernel: Sequence[int],
+    permutation: Sequence[int] = (),
+) -> Layout:
     """Layout of the stored weight, given the shape the layer sees and how that was transposed from
     the stored one.
 

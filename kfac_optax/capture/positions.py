@@ -61,7 +61,11 @@ def _sum_positions(g: jax.Array) -> jax.Array:
     return g.sum(positions)[:, :, None]
 
 
-def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
+def over_output(
+    geometry: Geometry,
+    weights: jax.Array,
+    rank: int,
+) -> jax.Array:
     """Weights of rows `[N, *positions]` laid out so that they broadcast with a layer's output of
     that rank.
     """

@@ -62,7 +62,11 @@ def roles_in_product(eqn: Any, operand: int, view: View) -> Roles | None:
 
 
 def contraction_of(
-    eqn: Any, operand: int, view: View, roles: Roles, examples: Sequence[int]
+    eqn: Any,
+    operand: int,
+    view: View,
+    roles: Roles,
+    examples: Sequence[int],
 ) -> Contraction:
     """The product as a layer whose kernel is the parameter as stored."""
     stored = [

@@ -133,7 +133,11 @@ def _entered(eqn: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
     return with_body(eqn, _tapped(getattr(body, "jaxpr", body), path, taps, around))
 
 
-def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Iterator[Any]:
+def _with_tap(
+    eqn: Any,
+    placement: _Placement,
+    operands: Sequence[Any],
+) -> Iterator[Any]:
     """The equation, and its output handed on through a tap, given the operands of the use."""
     use, (out,) = placement.use, eqn.outvars
     # the use's own output is s; what read it before reads the tap's

@@ -18,7 +18,12 @@ def with_body(eqn: Any, inner: Any) -> Any:
     return eqn.replace(params=eqn.params | {key: new})
 
 
-def rewritten(function: Callable, operands: Sequence[Any], out: Any, source: Any) -> list[Any]:
+def rewritten(
+    function: Callable,
+    operands: Sequence[Any],
+    out: Any,
+    source: Any,
+) -> list[Any]:
     """Equations of `function(*operands)`, which write `out`.
 
     Args:
@@ -58,7 +63,9 @@ def renamed(jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def scan_with(
-    eqn: Any, inner: Any, brought: Sequence[tuple[Any, bool]]
+    eqn: Any,
+    inner: Any,
+    brought: Sequence[tuple[Any, bool]],
 ) -> tuple[list[Any], dict[Any, Any]]:
     """Equations of a scan with another body that has further inputs, and new names for those of its
     outputs that no equation writes, as they were values before.
@@ -99,7 +106,9 @@ def scan_with(
 
 
 def _into(
-    equations: Sequence[Any], made: Sequence[Any], outs: Sequence[Any]
+    equations: Sequence[Any],
+    made: Sequence[Any],
+    outs: Sequence[Any],
 ) -> tuple[list[Any], dict[Any, Any]]:
     """Equations that write `outs` and not `made`; what no equation writes, or one that has another
     name already, by name.

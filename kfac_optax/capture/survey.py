@@ -76,7 +76,11 @@ class _Known(NamedTuple):
     axis: example_axis.Axis = None  # of the examples
 
 
-def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found], set[Path]]:
+def unclaimed(
+    jaxpr: Any,
+    leaves: int,
+    examples: int | None,
+) -> tuple[list[Found], set[Path]]:
     """Uses of parameters that no tap accounts for, and taps that account for a part only.
 
     Of a normalisation, a derivative reads what is between the scale and the tapped output: the tap
@@ -150,7 +154,12 @@ def _seen_once(found: Sequence[Found]) -> list[Found]:
     return [x for x in found if counts(x)]
 
 
-def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+def _survey(
+    jaxpr: Any,
+    given: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
+) -> list[_Known]:
     """Notes all uses in a jaxpr; what is known of its outputs."""
     known: dict[Any, _Known] = dict(zip(jaxpr.invars, given, strict=True))
     readers = _readers(jaxpr)
@@ -184,7 +193,11 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
     return [look(v) for v in jaxpr.outvars]
 
 
-def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
+def _plain(
+    eqn: Any,
+    inputs: Sequence[_Known],
+    survey: _Survey,
+) -> list[_Known]:
     # bits of all operands
     uses = 0
     for x in inputs:
@@ -194,7 +207,10 @@ def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
 
 
 def _entered_or_passed(
-    eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey
+    eqn: Any,
+    inputs: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
 ) -> list[_Known] | None:
     """What is known behind an equation that is no use itself; `None` where it may be one."""
     views = [x.view for x in inputs]
@@ -216,7 +232,12 @@ def _entered_or_passed(
     return [x._replace(view=view) for x, view in zip(plain, passed, strict=True)]
 
 
-def _survey_scan(eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+def _survey_scan(
+    eqn: Any,
+    inputs: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
+) -> list[_Known]:
     """What an earlier step has written is no part of this one, so one step says all."""
     closed, constants, carried = scan_body(eqn)
     first = constants + carried

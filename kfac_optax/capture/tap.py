@@ -68,7 +68,13 @@ def tapping() -> Iterator[None]:
         yield
 
 
-def place(s: Array, a: Array, *params: Array, geometry: Geometry, name: str) -> Array:
+def place(
+    s: Array,
+    a: Array,
+    *params: Array,
+    geometry: Geometry,
+    name: str,
+) -> Array:
     """Binds the tap; front ends call this once they know that `s` is the output of a supported
     layer.
     """

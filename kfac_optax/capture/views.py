@@ -228,7 +228,11 @@ def _split(view: View, eqn: Any) -> list[View | None]:
     return views
 
 
-def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
+def _reshaped(
+    view: View,
+    before: Sequence[int],
+    after: Sequence[int],
+) -> View:
     """Axes of length one come and go; merged or split, the others are lost."""
     # axes of length one apart, nothing may change
     kept = [i for i, n in enumerate(before) if n != 1]
@@ -270,7 +274,11 @@ def scan_views(eqn: Any, inputs: Sequence[View | None]) -> ScanViews:
     return ScanViews([*inputs[:constants], *carry, *slices], kept, spent, riding)
 
 
-def views_behind_scan(eqn: Any, given: ScanViews, outs: Sequence[View | None]) -> list[View | None]:
+def views_behind_scan(
+    eqn: Any,
+    given: ScanViews,
+    outs: Sequence[View | None],
+) -> list[View | None]:
     """Views of the outputs of a scan: of a parameter that is scanned over, all slices are the
     parameter again (a residual of an inner derivative, say).
     """

@@ -215,7 +215,11 @@ def factors(
     return found
 
 
-def _check_coupling(where: str, state: CurvatureState, coupling: Coupling | None) -> None:
+def _check_coupling(
+    where: str,
+    state: CurvatureState,
+    coupling: Coupling | None,
+) -> None:
     # a product with half of the preconditioner would be silently another one
     has = isinstance(state.coarse, CoarseState)
     if has != (coupling is not None):

@@ -20,7 +20,10 @@ class Pairs(NamedTuple):
 
 
 def apply_bfgs(
-    kept: Float[Array, "n n"] | Pairs, v: Float[Array, "k n"], *, precision: jax.lax.PrecisionLike
+    kept: Float[Array, "n n"] | Pairs,
+    v: Float[Array, "k n"],
+    *,
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "k n"]:
     """`V H`, by the matrix, or by two passes over the pairs, which start from the identity.
 
@@ -116,7 +119,13 @@ def double_damped(
     return step, _towards(change, step, step, bound, precision)
 
 
-def _towards(x: Array, other: Array, along: Array, bound: Array | float, precision: Any) -> Array:
+def _towards(
+    x: Array,
+    other: Array,
+    along: Array,
+    bound: Array | float,
+    precision: Any,
+) -> Array:
     """`x`, moved towards `other` as far as `x^T along >= bound other^T along` asks for."""
     size = jnp.vdot(other, along, precision=precision)
     product = jnp.vdot(x, along, precision=precision)

@@ -18,7 +18,11 @@ class Sketch(NamedTuple):
     tail: Float[Array, ""]  # the mass that escaped, as the shift that bounds it
 
 
-def no_sketch(dimension: int, rank: int, dtype: Any = jnp.float32) -> Sketch:
+def no_sketch(
+    dimension: int,
+    rank: int,
+    dtype: Any = jnp.float32,
+) -> Sketch:
     """The sketch of the zero matrix, with `min(rank, dimension)` directions.
 
     >>> print(no_sketch(3, 2).low.values, no_sketch(3, 2).tail)
@@ -28,7 +32,10 @@ def no_sketch(dimension: int, rank: int, dtype: Any = jnp.float32) -> Sketch:
 
 
 def absorb_columns(
-    sketch: Sketch, columns: Float[Array, "n m"], held: Numeric, new: Numeric
+    sketch: Sketch,
+    columns: Float[Array, "n m"],
+    held: Numeric,
+    new: Numeric,
 ) -> Sketch:
     """The sketch of `held C + new G G^T`, from that of `C`.
 
@@ -72,7 +79,9 @@ def absorb_columns(
 
 
 def root_weights(
-    sketch: Sketch, p: int, ridge: Numeric
+    sketch: Sketch,
+    p: int,
+    ridge: Numeric,
 ) -> tuple[Float[Array, " k"], Float[Array, ""]]:
     """`(D + tail + shift)^(-1/p)` on the directions of a sketch, and `(tail + shift)^(-1/p)` on all
     others, `shift = ridge (D_1 + tail)`.

@@ -58,7 +58,8 @@ class _Iterate(NamedTuple):
 
 
 def _iterated(
-    matrix: Float[Array, "n n"], start: Float[Array, "n n"]
+    matrix: Float[Array, "n n"],
+    start: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
     """The last iterate, and whether it is an inverse."""
 

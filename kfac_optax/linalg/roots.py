@@ -70,7 +70,10 @@ def inverse_root(
 
 
 def inverse_root_of_values(
-    values: Float[Array, " n"], p: int, *, ridge: Numeric = 1e-6
+    values: Float[Array, " n"],
+    p: int,
+    *,
+    ridge: Numeric = 1e-6,
 ) -> Float[Array, " n"]:
     """`(d + ridge max(d))^(-1/p)` of a diagonal matrix, zero where that is no positive number.
 

@@ -8,7 +8,8 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 
 def row_kernel(
-    a: Float[Array, "copies N T p"], g: Float[Array, "K copies N T q"]
+    a: Float[Array, "copies N T p"],
+    g: Float[Array, "K copies N T q"],
 ) -> Float[Array, "NK NK"]:
     """`<D_bk, D_cl>` for the gradients `D_bk = sum_t a_bt g_kbt^T` of a layer, over its copies.
 
@@ -33,7 +34,8 @@ def row_kernel(
 
 
 def token_kernel(
-    tokens: Int[Array, "copies N T"], g: Float[Array, "K copies N T q"]
+    tokens: Int[Array, "copies N T"],
+    g: Float[Array, "K copies N T q"],
 ) -> Float[Array, "NK NK"]:
     """The same of an embedding, whose inputs are unit vectors.
 

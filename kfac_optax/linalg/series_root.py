@@ -9,7 +9,10 @@ from kfac_optax.linalg.factorize import symmetrize
 
 
 def root_step(
-    root: Float[Array, "n n"], news: Float[Array, "n n"], p: int, least: Numeric
+    root: Float[Array, "n n"],
+    news: Float[Array, "n n"],
+    p: int,
+    least: Numeric,
 ) -> Float[Array, "n n"]:
     """`R ~ H^(-1/p)` moved along with `H <- b H + (1 - b) S`.
 
@@ -41,7 +44,10 @@ def root_step(
 
 
 def diagonal_step(
-    root: Float[Array, " n"], news: Float[Array, " n"], p: int, least: Numeric
+    root: Float[Array, " n"],
+    news: Float[Array, " n"],
+    p: int,
+    least: Numeric,
 ) -> Float[Array, " n"]:
     """`root_step` of diagonal matrices.
 
@@ -55,7 +61,11 @@ def diagonal_step(
     return jnp.where(known, growth * root * t**2, root)
 
 
-def _weights(size: Array, p: int, least: Numeric) -> tuple[Array, Array, Array]:
+def _weights(
+    size: Array,
+    p: int,
+    least: Numeric,
+) -> tuple[Array, Array, Array]:
     """`(1 - b) / b`, `b^(-1/p)`, and whether there is anything new."""
     known = size > 0
     usable = jnp.where(known, size, 1)  # where nothing is new the root stays anyway

@@ -61,7 +61,10 @@ def kernel_of(
 
 
 def factor_kernel(
-    kernel: Float[Array, "n n"], damping: Any, *, cutoff: Any = None
+    kernel: Float[Array, "n n"],
+    damping: Any,
+    *,
+    cutoff: Any = None,
 ) -> KernelInverse:
     """Factors what `kernel_solve` needs.
 

@@ -10,7 +10,8 @@ from kfac_optax.linalg.gram import gram, replicated
 
 
 def keep_rows(
-    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+    x: Float[Array, "*rows d"],
+    weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, "*rows d"]:
     """`x` with zeros in the rows of weight zero, whatever those held: zero times NaN is not zero.
 
@@ -24,7 +25,8 @@ def keep_rows(
 
 
 def count_rows(
-    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+    x: Float[Array, "*rows d"],
+    weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, ""] | int:
     """How many rows `x` stands for: its own, or the sum of their weights.
 

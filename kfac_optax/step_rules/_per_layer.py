@@ -47,7 +47,11 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     return exponent.astype(jnp.int32)
 
 
-def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
+def inner_products(
+    left: PyTree,
+    right: PyTree,
+    layers: Layers | None,
+) -> Scaled:
     """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
 
     The entries of both sides are divided by a power of two first, so that no product overflows. Of

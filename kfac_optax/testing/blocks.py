@@ -36,7 +36,13 @@ def in_float64(check: Callable[..., None]) -> Callable[..., None]:
 
 
 @in_float64
-def check_operator(case: Case, *, seed: int = 0, examples: int = 4, damping: float = 0.1) -> None:
+def check_operator(
+    case: Case,
+    *,
+    seed: int = 0,
+    examples: int = 4,
+    damping: float = 0.1,
+) -> None:
     """`solve` is linear in `V`, and its matrix symmetric and positive definite."""
     lam = jnp.asarray(damping)
     # F measured on random rows, then everything at one damping
@@ -55,7 +61,13 @@ def check_operator(case: Case, *, seed: int = 0, examples: int = 4, damping: flo
 
 
 @in_float64
-def check_product(case: Case, *, seed: int = 0, examples: int = 4, damping: float = 0.1) -> None:
+def check_product(
+    case: Case,
+    *,
+    seed: int = 0,
+    examples: int = 4,
+    damping: float = 0.1,
+) -> None:
     """The matrix of `multiply` is symmetric and positive semi-definite; with exact damping `solve`
     is the inverse of it plus the damping.
     """
@@ -98,7 +110,12 @@ def check_large_damping(case: Case, *, seed: int = 0) -> None:
 
 
 @in_float64
-def check_loss_scale(case: Case, *, seed: int = 0, scale: float = 3.0) -> None:
+def check_loss_scale(
+    case: Case,
+    *,
+    seed: int = 0,
+    scale: float = 3.0,
+) -> None:
     """A loss `s` times as large has the curvature `s^2 F`, and with the damping `s^2 lambda` solves
     are `s^-2` of what they were. A block of inputs alone solves as before.
     """
@@ -277,7 +294,14 @@ def _holds(case: Case, law: str, true: Any, number: str) -> None:
         raise AssertionError(f"block {case.block.name!r}: {law}: {number}.")
 
 
-def _close(case: Case, law: str, got: PyTree, expected: PyTree, rtol: float, atol: float) -> None:
+def _close(
+    case: Case,
+    law: str,
+    got: PyTree,
+    expected: PyTree,
+    rtol: float,
+    atol: float,
+) -> None:
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     for x, y in pairs:
         x, y = np.asarray(x), np.asarray(y)

@@ -46,7 +46,12 @@ class Case(NamedTuple):
 
 
 def dense_layer(
-    inputs: int, outputs: int, *, bias: bool = False, kind: str = "dense", channels: int = 0
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = False,
+    kind: str = "dense",
+    channels: int = 0,
 ) -> Layer:
     """A layer that belongs to no model, to call the functions of a block with.
 
@@ -66,7 +71,14 @@ def dense_layer(
     return Layer("", kind, "kernel", name, inputs, outputs, layout, channels=channels)
 
 
-def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fields: Any) -> Case:
+def dense_case(
+    block: Block,
+    p: int = 4,
+    q: int = 3,
+    *,
+    bias: bool = False,
+    **fields: Any,
+) -> Case:
     """A block on a dense layer with random rows, see `Case` for further fields.
 
     >>> import kfac_optax as ko
@@ -99,7 +111,11 @@ def compiled(case: Case) -> Case:
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def measure(
-    case: Case, rows: Rows, examples: int, dtype: Any = jnp.float64, weights: Any = None
+    case: Case,
+    rows: Rows,
+    examples: int,
+    dtype: Any = jnp.float64,
+    weights: Any = None,
 ) -> PyTree:
     """The statistic of a case's block, added up over uses; `weights [examples]`."""
     # rows of all uses, positions counted
@@ -126,13 +142,22 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _columns(apply: Any, shape: tuple[int, int], operands: PyTree, *rest: Any) -> jax.Array:
+def _columns(
+    apply: Any,
+    shape: tuple[int, int],
+    operands: PyTree,
+    *rest: Any,
+) -> jax.Array:
     # unit matrices E_ij [p, q], whose images are the columns
     eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
     images = jax.vmap(lambda v: apply(operands, v, *rest))(eye)
     return images.reshape(len(eye), -1).T
 
 
-def matrix(apply: Any, shape: tuple[int, int], *operands: Any) -> np.ndarray:
+def matrix(
+    apply: Any,
+    shape: tuple[int, int],
+    *operands: Any,
+) -> np.ndarray:
     """`apply(operands[0], V, *operands[1:])`, `V` of a shape, as a dense matrix."""
     return np.asarray(_columns(apply, shape, *operands))

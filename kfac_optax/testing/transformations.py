@@ -82,7 +82,11 @@ class _Compiled:
         tx = optax.with_extra_args_support(trial.tx)
         self.traces = 0
 
-        def step(params: PyTree, state: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
+        def step(
+            params: PyTree,
+            state: PyTree,
+            scale: jax.Array,
+        ) -> tuple[PyTree, PyTree]:
             # runs when the step is traced only; sizes of JAX's caches are no public number
             # a second trace would mean that something has changed its type
             self.traces += 1
@@ -91,7 +95,12 @@ class _Compiled:
 
         self._step = jax.jit(step)
 
-    def __call__(self, params: PyTree, state: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
+    def __call__(
+        self,
+        params: PyTree,
+        state: PyTree,
+        scale: jax.Array,
+    ) -> tuple[PyTree, PyTree]:
         return self._step(params, state, scale)
 
 

@@ -67,7 +67,12 @@ class Group(NamedTuple):
         return tuple(i for i, mine in enumerate(self.kinds) if mine == kind)
 
 
-def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> Rules:
+def check_rules(
+    where: str,
+    rules: Rules,
+    long_axes: tuple,
+    vectors: tuple,
+) -> Rules:
     """The rules as they are.
 
     Raises:
@@ -102,7 +107,12 @@ def merged(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     return tuple(out)
 
 
-def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View:
+def view_of(
+    where: str,
+    name: str,
+    shape: tuple[int, ...],
+    rules: Rules,
+) -> View:
     """How one leaf is seen.
 
     Raises:
@@ -142,7 +152,11 @@ def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
     return pieces, -(-length // pieces), FULL
 
 
-def make_groups(where: str, leaves: Mapping[str, Any], rules: Rules) -> tuple[Group, ...]:
+def make_groups(
+    where: str,
+    leaves: Mapping[str, Any],
+    rules: Rules,
+) -> tuple[Group, ...]:
     """Tensors of equal shape and kind together, in order of first appearance; empty leaves have no
     part.
     """
@@ -167,7 +181,9 @@ def gather(group: Group, leaves: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def scatter(
-    group: Group, tensors: jax.Array, some: jax.Array | None = None
+    group: Group,
+    tensors: jax.Array,
+    some: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name.
 

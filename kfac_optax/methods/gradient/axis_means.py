@@ -14,7 +14,10 @@ def zeros(group: Group, dtype: Any) -> dict[str, jax.Array]:
 
 
 def averaged(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], held: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    held: jax.Array,
 ) -> dict[str, jax.Array]:
     """Averages with the means of these tensors over all axes but one in them."""
     out = {}
@@ -27,7 +30,10 @@ def averaged(
 
 
 def against_product(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    damping: jax.Array,
 ) -> jax.Array:
     """`(c c^T + damping I)^{-1} G`, `c` the product of the means of all axes."""
     # c = v_1 (x) ... (x) v_k
@@ -42,7 +48,10 @@ def against_product(
 
 
 def between_roots(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    damping: jax.Array,
 ) -> jax.Array:
     """`G x_1 H_1^r ... x_k H_k^r`, `H = v v^T + damping I` and `r = -1 / (2 k)`."""
     power = -1 / (2 * len(group.block))

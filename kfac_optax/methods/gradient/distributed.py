@@ -100,7 +100,10 @@ def scale_by_distributed_shampoo(
 
 @flat_signature(scale_by_distributed_shampoo, schedules=OF_THE_STEP)
 def distributed_shampoo(
-    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
+    learning_rate: ScalarOrSchedule,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Shampoo, a whole optimizer: `scale_by_distributed_shampoo`, decoupled weight
     decay, and the step. Rates are those of the grafted optimizer, SGD with momentum by default.

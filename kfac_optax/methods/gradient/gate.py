@@ -49,7 +49,11 @@ def dtype_of(held: PyTree) -> Any:
     return leaves[0].dtype if leaves else jnp.dtype(jnp.float32)
 
 
-def check_groups(where: str, groups: tuple[Group, ...], held: Mapping[str, Any]) -> None:
+def check_groups(
+    where: str,
+    groups: tuple[Group, ...],
+    held: Mapping[str, Any],
+) -> None:
     """Raises where a state belongs to other leaves.
 
     Raises:
@@ -72,7 +76,9 @@ def _copies(axes: Any) -> int | None:
 
 
 def cleaned_tensors(
-    groups: tuple[Group, ...], leaves: Mapping[str, jax.Array], dtype: Any
+    groups: tuple[Group, ...],
+    leaves: Mapping[str, jax.Array],
+    dtype: Any,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Tensors by group in the dtype of the state, zero where not all are finite; whether they are.
 
@@ -87,7 +93,10 @@ def cleaned_tensors(
 
 
 def passed_on(
-    updates: PyTree, groups: tuple[Group, ...], new: Mapping[str, jax.Array], finite: jax.Array
+    updates: PyTree,
+    groups: tuple[Group, ...],
+    new: Mapping[str, jax.Array],
+    finite: jax.Array,
 ) -> tuple[PyTree, jax.Array]:
     """The update in the dtypes of the gradient, zero as a whole unless all of it is finite; whether
     it is. Leaves without entries stay as they are.
@@ -109,7 +118,9 @@ def passed_on(
 
 
 def scattered(
-    groups: tuple[Group, ...], tensors: Mapping[str, jax.Array], some: jax.Array
+    groups: tuple[Group, ...],
+    tensors: Mapping[str, jax.Array],
+    some: jax.Array,
 ) -> dict[str, jax.Array]:
     """Leaves of all groups by name, see `scatter`."""
     out: dict[str, jax.Array] = {}
@@ -119,7 +130,9 @@ def scattered(
 
 
 def checked_all(
-    memory: dict[str, Checked], count: jax.Array, **given: ScalarOrSchedule
+    memory: dict[str, Checked],
+    count: jax.Array,
+    **given: ScalarOrSchedule,
 ) -> tuple[dict[str, Any], dict[str, Checked]]:
     """Values of the hyperparameters at a step, by name, and what is remembered of them."""
     values = {}
@@ -128,7 +141,11 @@ def checked_all(
     return values, memory
 
 
-def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def averaged(
+    decay: Any,
+    count: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
     """Weights of what is held and of what is new, as number `count` of those accepted.
 
     `min(1 - 1/count, decay)` and one minus that; with `decay` 1 both are one: a sum.
@@ -154,7 +171,11 @@ def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     return moment / positive_or_one(1 - b ** t.astype(b.dtype))
 
 
-def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:
+def accepted(
+    new: Held,
+    old: Held,
+    finite: jax.Array,
+) -> tuple[Held, jax.Array]:
     """What is new where it is finite, copy by copy, and how many of finite gradients were not."""
     kept, bad = {}, jnp.zeros((), jnp.int32)
     for name, axes in new.items():
@@ -191,7 +212,11 @@ def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
 
 
 def counted(
-    counts: GradientCounts, finite: jax.Array, good: jax.Array, statistics: Any, inverses: Any
+    counts: GradientCounts,
+    finite: jax.Array,
+    good: jax.Array,
+    statistics: Any,
+    inverses: Any,
 ) -> GradientCounts:
     """The counts after a step."""
     # schedules and periods do not move in steps that are left out

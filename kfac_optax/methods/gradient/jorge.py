@@ -112,10 +112,21 @@ def _series(eps: float) -> Phases:
             roots[str(i)] = jnp.tile(first * one, (group.copies,) + one.ndim * (1,))
         return {}, roots
 
-    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+    def take_in(
+        group: Group,
+        tensors: jax.Array,
+        factors: ByAxis,
+        weights: Weights,
+    ) -> ByAxis:
         return factors
 
-    def refresh(group: Group, step: Step, factors: ByAxis, roots: ByAxis, previous: PyTree):
+    def refresh(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        roots: ByAxis,
+        previous: PyTree,
+    ):
         # the gradient of this step is all that the roots see; those between have no part
         # R of H^(-1/p), p = 2 k for k axes
         made, p, decay = {}, 2 * len(group.block), step.value("decay")
@@ -125,7 +136,13 @@ def _series(eps: float) -> Phases:
             made[str(i)] = jax.vmap(lambda r, h, f=follow: f(r, h, p, decay))(roots[str(i)], new)
         return made, previous
 
-    def apply(group: Group, step: Step, factors: ByAxis, roots: ByAxis, weights: Weights):
+    def apply(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        roots: ByAxis,
+        weights: Weights,
+    ):
         # G x_1 R_1 ... x_k R_k
         u = step.tensors[group.name]
         for i in range(len(group.block)):

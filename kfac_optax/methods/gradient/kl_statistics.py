@@ -18,7 +18,10 @@ STATISTICS = (OUTER, KL)
 
 
 def checked_decay(
-    where: str, statistics: str, decay: ScalarOrSchedule, root: object = None
+    where: str,
+    statistics: str,
+    decay: ScalarOrSchedule,
+    root: object = None,
 ) -> ScalarOrSchedule:
     """The decay of these statistics; of a schedule 1, which sums, makes no sense to those of `"kl"`.
 
@@ -51,7 +54,11 @@ def checked_decay(
 
 
 def kl_averaged_in(
-    group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights, whiteners: ByAxis
+    group: Group,
+    tensors: jax.Array,
+    factors: ByAxis,
+    weights: Weights,
+    whiteners: ByAxis,
 ) -> ByAxis:
     """Statistics that minimise `KL(N(0, E[g g^T]) || N(0, H_1 (x) ... (x) H_k))`.
 
@@ -109,7 +116,11 @@ def _begun(w: jax.Array, tensors: jax.Array, axes: int) -> jax.Array:
     return jnp.where(unknown, power.reshape(-1, *ones) * identity, w)
 
 
-def _share(tensors: jax.Array, whiteners: ByAxis, new: jax.Array) -> jax.Array:
+def _share(
+    tensors: jax.Array,
+    whiteners: ByAxis,
+    new: jax.Array,
+) -> jax.Array:
     """How much of every copy counts, `[copies]`: `min(1, 1 / ((1 - e) mean(whitened^2)))`."""
     if len(whiteners) < 2:  # statistics of one axis are plain averages
         return jnp.ones(len(tensors), tensors.dtype)
@@ -143,13 +154,24 @@ def levelled(factors: ByAxis, inverses: ByAxis) -> tuple[ByAxis, ByAxis]:
 def kl_phases(plain: Phases) -> Phases:
     """Shampoo's phases for roots `H^(-1/2)`, with these statistics."""
 
-    def whiten(group: Group, step: Any, factors: ByAxis, inverses: ByAxis) -> ByAxis:
+    def whiten(
+        group: Group,
+        step: Any,
+        factors: ByAxis,
+        inverses: ByAxis,
+    ) -> ByAxis:
         """The roots of the step before; those of diagonals are never stale."""
         diagonals = {i: factors[i] for i in factors if i not in inverses}
         ridge = step.value("ridge")
         return {**inverses, **{i: diagonal_root(d, 2, ridge) for i, d in diagonals.items()}}
 
-    def apply(group: Group, step: Any, factors: ByAxis, inverses: ByAxis, weights: Weights):
+    def apply(
+        group: Group,
+        step: Any,
+        factors: ByAxis,
+        inverses: ByAxis,
+        weights: Weights,
+    ):
         u = plain.apply(group, step, factors, inverses, weights)
         if len(group.block) == 1:
             return no_longer_than_fresh(group, u, weights[1])

@@ -72,7 +72,10 @@ def _normalized() -> optax.GradientTransformation:
 
 
 def graft_then_momentum(
-    lengths: Lengths | None, *, momentum: bool, nesterov: bool = False
+    lengths: Lengths | None,
+    *,
+    momentum: bool,
+    nesterov: bool = False,
 ) -> Finish:
     """Norms of `lengths`, then `M <- momentum M + U`; with `nesterov` the update is
     `momentum M + U`.
@@ -162,7 +165,11 @@ def start_lengths(lengths: Lengths | None, begin: Start) -> PyTree:
     return lengths.init(gate.replace_all(begin.params, wide))
 
 
-def updates_of(lengths: Lengths, step: Step, graft: PyTree) -> tuple[Tensors, PyTree]:
+def updates_of(
+    lengths: Lengths,
+    step: Step,
+    graft: PyTree,
+) -> tuple[Tensors, PyTree]:
     """The update of what gives the norm, from the cleaned gradient, and its new state."""
     # of leaves without entries there is nothing to clean
     clean = {n: x.astype(step.dtype) for n, x in named_leaves(step.updates).items()}

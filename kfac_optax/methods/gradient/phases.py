@@ -40,7 +40,11 @@ def gradient_itself(step: Step) -> dict[str, jax.Array]:
 
 
 def no_refresh(
-    group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree
+    group: Group,
+    step: Step,
+    factors: ByAxis,
+    inverses: ByAxis,
+    previous: PyTree,
 ) -> tuple[ByAxis, PyTree]:
     """Nothing is kept between refreshes."""
     del group, step, factors
@@ -138,7 +142,10 @@ def _weights(step: Step) -> Weights:
 
 
 def _statistics(
-    phases: Phases, step: Step, state: Any, weights: Weights
+    phases: Phases,
+    step: Step,
+    state: Any,
+    weights: Weights,
 ) -> tuple[gate.Held, jax.Array]:
     """Factors with those of this step in them, and how many were not finite."""
 
@@ -161,7 +168,10 @@ def _statistics(
 
 
 def _levelled(
-    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+    phases: Phases,
+    step: Step,
+    factors: gate.Held,
+    inverses: gate.Held,
 ) -> tuple[gate.Held, gate.Held]:
     """Factors and what was made of them, brought to one size in the steps that refresh."""
     if phases.level is None:
@@ -177,7 +187,10 @@ def _levelled(
 
 
 def _refreshed(
-    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+    phases: Phases,
+    step: Step,
+    factors: gate.Held,
+    inverses: gate.Held,
 ) -> tuple[gate.Held, jax.Array]:
     """What is made of factors, where it is due; what fails stays as it was and is counted."""
     if phases.refresh is no_refresh:
@@ -195,7 +208,12 @@ def _refreshed(
     return gate.when_due(due, refresh, (inverses, jnp.zeros((), jnp.int32)))
 
 
-def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+def averaged_in(
+    group: Group,
+    tensors: jax.Array,
+    factors: ByAxis,
+    weights: Weights,
+) -> ByAxis:
     """Statistics of a group with those of a step in them, of all axes that have one."""
     held, new = weights
     out = {}

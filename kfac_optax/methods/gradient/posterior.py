@@ -67,7 +67,12 @@ def follow_posterior(
     return transformation(Rule(where, dict(hyper), start, step))
 
 
-def _averaged(old: jax.Array, new: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+def _averaged(
+    old: jax.Array,
+    new: jax.Array,
+    b: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
     """The mean of `t` numbers with weights `b^age`: Adam's average, corrected for its start."""
     t = t.astype(b.dtype)
     # the weight of what came before, (b - b^t) / (1 - b^t); 1 - 1 / t where all count the same

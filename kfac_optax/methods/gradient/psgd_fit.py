@@ -47,7 +47,12 @@ def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
     return out
 
 
-def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
+def fitted(
+    q: Factors,
+    h: jax.Array,
+    v: jax.Array,
+    rate: jax.Array,
+) -> Factors:
     """One step of all factors on the pair `(h, v)`, `[copies, *block]` both.
 
     With `A = h x_1 Q_1 ... x_k Q_k` and `B = v x_1 Q_1^{-T} ... x_k Q_k^{-T}` every factor moves by
@@ -69,7 +74,10 @@ def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
 
 
 def fitted_groups(
-    step: Step, factors: dict[str, Factors], h: dict[str, jax.Array], key: jax.Array
+    step: Step,
+    factors: dict[str, Factors],
+    h: dict[str, jax.Array],
+    key: jax.Array,
 ) -> dict[str, Factors]:
     """All factors after one step, on random vectors of their own."""
     out: dict[str, Factors] = {}
@@ -83,7 +91,12 @@ def fitted_groups(
     return out
 
 
-def moved(q: jax.Array, of_h: jax.Array, of_v: jax.Array, rate: jax.Array) -> jax.Array:
+def moved(
+    q: jax.Array,
+    of_h: jax.Array,
+    of_v: jax.Array,
+    rate: jax.Array,
+) -> jax.Array:
     """`Q - rate / |S + T| triu(S - T) Q`, `S` and `T` the two terms, in the group of triangular
     matrices; entry by entry for a diagonal.
 

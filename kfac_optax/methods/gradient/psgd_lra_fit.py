@@ -80,7 +80,11 @@ def _inverse_of(q: LowRank, inner: _Inner) -> Float[Array, "n r"]:
     return jax.scipy.linalg.lu_solve(inner, q.v.T, trans=1).T
 
 
-def _largest(rows: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+def _largest(
+    rows: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+) -> jax.Array:
     """Bound of the squared norm of `(I + left right^T) diag(x)`, mean over rows `x`.
 
     It bounds the second derivative of the criterion by the scales, while the first, a sum over
@@ -168,7 +172,11 @@ def _followed(bound: jax.Array, own: jax.Array) -> jax.Array:
     return jnp.maximum(_KEPT * bound + (1 - _KEPT) * own, own)
 
 
-def _relative(a: jax.Array, b: jax.Array, side: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _relative(
+    a: jax.Array,
+    b: jax.Array,
+    side: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """`a (S^T a)^T - b (S^T b)^T`, means of rows, and a bound of the norm of it times `S^T`."""
     small_a, small_b = a @ side, b @ side
     bound = _lengths(a, small_a @ side.T) + _lengths(b, small_b @ side.T)

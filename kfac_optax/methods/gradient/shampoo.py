@@ -172,7 +172,13 @@ def shampoo_phases(root: int | None, method: str) -> Phases:
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         return zeros_by_axis(group, dtype), identities(group, dtype)
 
-    def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
+    def refresh(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        inverses: ByAxis,
+        previous: PyTree,
+    ):
         made, p = {}, power_of(group, root)
         # diagonal axes hold their statistic alone
         for axis, old in inverses.items():
@@ -187,7 +193,13 @@ def shampoo_phases(root: int | None, method: str) -> Phases:
             made[axis] = select(known, previous, old)
         return made, previous
 
-    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+    def apply(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        inverses: ByAxis,
+        weights: Weights,
+    ):
         # G x_1 H_1^(-1/p) ... x_k H_k^(-1/p)
         u, p = step.tensors[group.name], power_of(group, root)
         for i in range(len(group.block)):

@@ -130,7 +130,12 @@ def _sketches(rank: int, root: int | None) -> Phases:
             )
         return factors, {}
 
-    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+    def take_in(
+        group: Group,
+        tensors: jax.Array,
+        factors: ByAxis,
+        weights: Weights,
+    ) -> ByAxis:
         out: ByAxis = {}
         for i, kind in enumerate(group.kinds):
             old = factors[str(i)]
@@ -145,7 +150,13 @@ def _sketches(rank: int, root: int | None) -> Phases:
                 out[str(i)] = weights[0] * old + weights[1] * statistic(tensors, i, kind)
         return out
 
-    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+    def apply(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        inverses: ByAxis,
+        weights: Weights,
+    ):
         # G x_1 H_1^(-1/p) ... x_k H_k^(-1/p)
         u, p, ridge = step.tensors[group.name], power_of(group, root), step.value("ridge")
         for i, kind in enumerate(group.kinds):
@@ -161,7 +172,13 @@ def _sketches(rank: int, root: int | None) -> Phases:
     return Phases(start, take_in, apply, in_turn=True)
 
 
-def _times_root(tensors: jax.Array, axis: int, sketch: Sketch, p: int, ridge: jax.Array):
+def _times_root(
+    tensors: jax.Array,
+    axis: int,
+    sketch: Sketch,
+    p: int,
+    ridge: jax.Array,
+):
     """`G x_i (U D U^T + rho I)^(-1/p)`; no matrix of the size of the axis is formed."""
     # [copies, rank] within the directions, [copies] without
     inside, outside = jax.vmap(lambda s: root_weights(s, p, ridge))(sketch)

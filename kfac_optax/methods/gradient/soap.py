@@ -219,7 +219,12 @@ def _whiteners(factors: ByAxis, bases: ByAxis) -> ByAxis:
     return made
 
 
-def _rotated(tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool) -> jax.Array:
+def _rotated(
+    tensors: jax.Array,
+    bases: dict[str, jax.Array],
+    *,
+    back: bool,
+) -> jax.Array:
     """Into the bases, `G x_i Q_i^T`, or back out of them."""
     for axis, q in bases.items():
         tensors = along(tensors, int(axis), q if back else q.mT)
@@ -227,7 +232,11 @@ def _rotated(tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool) -> 
 
 
 def _refreshed(
-    groups: tuple[Group, ...], factors: gate.Held, held: tuple, basis: str, first: jax.Array
+    groups: tuple[Group, ...],
+    factors: gate.Held,
+    held: tuple,
+    basis: str,
+    first: jax.Array,
 ) -> tuple:
     """New bases, squares in the order of their columns, and how many failed; one batched call after
     another.

@@ -6,7 +6,10 @@ from typing import Any
 
 
 def stacked_axes(
-    where: str, name: str, shape: tuple[int, ...], stacked: Callable[[str], int] | None
+    where: str,
+    name: str,
+    shape: tuple[int, ...],
+    stacked: Callable[[str], int] | None,
 ) -> int:
     """The number of leading axes of a leaf that count equal parameters.
 
@@ -22,7 +25,12 @@ def stacked_axes(
     return leading_axes(f"{where}: stacked({name!r})", given, shape, "count equal parameters")
 
 
-def leading_axes(what: str, given: Any, shape: tuple[int, ...], purpose: str) -> int:
+def leading_axes(
+    what: str,
+    given: Any,
+    shape: tuple[int, ...],
+    purpose: str,
+) -> int:
     """A number of leading axes of a leaf, as it is.
 
     Raises:

@@ -116,7 +116,12 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
     def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
         return zeros_by_axis(group, dtype), identities(group, dtype)
 
-    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+    def take_in(
+        group: Group,
+        tensors: jax.Array,
+        factors: ByAxis,
+        weights: Weights,
+    ) -> ByAxis:
         # examples are one more axis of every tensor, [copies, N, *block], summed over with the rest
         joined = jnp.moveaxis(tensors, 0, 1)
         out = {}
@@ -126,7 +131,13 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
             out[str(i)] = weights[0] * factors[str(i)] + weights[1] * new
         return out
 
-    def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
+    def refresh(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        inverses: ByAxis,
+        previous: PyTree,
+    ):
         # A_i = F_i / s^((k-1)/k), so that the product over axes needs no scale of its own
         made = {}
         scale, known = _scale(group, factors)
@@ -139,7 +150,13 @@ def _tensor_normal(examples: Numeric | None) -> Phases:
             made[axis] = select(known, previous, old)
         return made, previous
 
-    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
+    def apply(
+        group: Group,
+        step: Step,
+        factors: ByAxis,
+        inverses: ByAxis,
+        weights: Weights,
+    ):
         # G x_1 (F_1 + l_1 I)^{-1} ... x_k (F_k + l_k I)^{-1}
         u = step.tensors[group.name]
         scale, known = _scale(group, factors)

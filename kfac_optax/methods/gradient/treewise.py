@@ -102,7 +102,12 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         state = TreeState(gate.no_counts(), held, start_checked(**rule.hyper))
         return varying_as(state, params)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         if not jax.tree.leaves(updates):
             return updates, state
         check_real(rule.where, named_leaves(updates))

@@ -39,7 +39,11 @@ def check_length(where: str, window: Window, vector: jax.Array) -> None:
         )
 
 
-def put(window: Window, new: Float[Array, "k d"], good: jax.Array) -> tuple[Window, jax.Array]:
+def put(
+    window: Window,
+    new: Float[Array, "k d"],
+    good: jax.Array,
+) -> tuple[Window, jax.Array]:
     """The window with new rows in place of the oldest, and whether they are in it.
 
     They are left out where `good` does not hold, or where a product with a row is not finite: one
@@ -60,7 +64,10 @@ def put(window: Window, new: Float[Array, "k d"], good: jax.Array) -> tuple[Wind
 
 
 def put_at(
-    window: Window, new: Float[Array, "k d"], places: jax.Array, good: jax.Array
+    window: Window,
+    new: Float[Array, "k d"],
+    places: jax.Array,
+    good: jax.Array,
 ) -> tuple[Window, jax.Array]:
     """The same in places of one's choice; the count stays."""
     # sums of all products have to be finite too
@@ -105,7 +112,11 @@ def check_stacked(where: str, gradient: PyTree, examples: PyTree) -> None:
         )
 
 
-def stacked_rows(where: str, gradient: PyTree, examples: PyTree) -> Float[Array, "b d"]:
+def stacked_rows(
+    where: str,
+    gradient: PyTree,
+    examples: PyTree,
+) -> Float[Array, "b d"]:
     """Gradients of examples, a tree with an axis in front, as rows in the dtype of the gradient.
 
     Raises:

@@ -36,7 +36,10 @@ _SET = ("block", "online", "overwrite", "correct_every")
 
 @flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def rs_kfac(
-    layers: Layers, *, rank: Rank = 128, **options: Any
+    layers: Layers,
+    *,
+    rank: Rank = 128,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Randomised K-FAC: factors are averaged densely, and a refresh takes the leading eigenpairs
     from a random sketch.
@@ -73,7 +76,10 @@ def rs_kfac(
 
 @flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_kfac(
-    layers: Layers, *, rank: Rank = 128, **options: Any
+    layers: Layers,
+    *,
+    rank: Rank = 128,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """B-KFAC: eigenpairs of wide dense layers' factors follow the rows of every statistic, at
     linear cost in the width.
@@ -110,7 +116,10 @@ def b_kfac(
 
 @flat_signature(kfac, low_rank, without=(*_SET, "correct_share"))
 def b_r_kfac(
-    layers: Layers, *, rank: Rank = 128, **options: Any
+    layers: Layers,
+    *,
+    rank: Rank = 128,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """B-R-KFAC: `b_kfac`, and every `inverse_every` steps a sketch of the dense average overwrites
     the eigenpairs.
@@ -234,7 +243,11 @@ def b_r_c(
     )
 
 
-def _preset(method: str, layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
+def _preset(
+    method: str,
+    layers: Layers,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
     """`kfac` with the blocks of a method; options of one, of the other, or of both."""
     # the same words may be for the blocks, for `kfac`, or for both
     for_blocks = {

@@ -35,7 +35,12 @@ class Space(NamedTuple):
 
 
 def sample_space(
-    where: str, jacobian: Any, params: PyTree, names: Sequence[str], dtype: Any, axis_name: Any
+    where: str,
+    jacobian: Any,
+    params: PyTree,
+    names: Sequence[str],
+    dtype: Any,
+    axis_name: Any,
 ) -> Space:
     """Products with the columns of `J` that belong to these leaves.
 
