@@ -251,7 +251,10 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(pick, new, old)
 
 
-def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[Layer, ...]:
+def present(
+    layers: Iterable[Layer],
+    leaves: Mapping[str, jax.Array],
+) -> tuple[Layer, ...]:
     """The layers whose weight is among the leaves; a bias that is not (masked, say) leaves its
     layer.
 

@@ -1,5 +1,6 @@
 """Frequent directions: a PSD sum followed by a few eigenpairs and a bound on what they miss."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Numeric
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_eigh
 from kfac_optax.linalg.truncated_eigen import LowRank, zero
+
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Sketch(NamedTuple):
@@ -59,23 +62,30 @@ def absorb_columns(
     """
     dimension, rank = sketch.low.vectors.shape
     # B = [sqrt(held D) U, sqrt(new) G], whose product B B^T is the sum
-    roots = sketch.low.vectors * jnp.sqrt(held * sketch.low.values)
-    both = jnp.concatenate([roots, jnp.sqrt(new) * columns], axis=1)
+    low = sketch.low
+    past = low.vectors * jnp.sqrt(held * low.values)
+    news = jnp.sqrt(new) * columns
+    both = jnp.concatenate([past, news], axis=1)
     # the eigenproblem on the smaller side, with orthonormal columns either way
     basis = None
     if both.shape[1] < dimension:
         basis, triangle = jnp.linalg.qr(both)
         # the basis is formed apart from the triangle; no two factorisations at a time
         both = after(triangle, basis)
-    gram = jnp.matmul(both, both.T, precision=jax.lax.Precision.HIGHEST)
+    gram = _product(both, both.T)
     vectors, values = psd_eigh(gram)
-    vectors, values = vectors[:, ::-1], values[::-1]
+    # the largest first
+    vectors = vectors[:, ::-1]
+    values = values[::-1]
     if basis is not None:
-        vectors = jnp.matmul(basis, vectors, precision=jax.lax.Precision.HIGHEST)
+        vectors = _product(basis, vectors)
     # c = sigma_{k+1}^2 is taken off those kept, and bounds what is left out
-    cut = values[rank] if len(values) > rank else jnp.zeros((), values.dtype)
+    cut = jnp.zeros((), values.dtype)
+    if len(values) > rank:
+        cut = values[rank]
     kept = jnp.maximum(values[:rank] - cut, 0)
-    return Sketch(LowRank(vectors[:, :rank], kept), held * sketch.tail + cut)
+    low = LowRank(vectors[:, :rank], kept)
+    return Sketch(low, held * sketch.tail + cut)
 
 
 def root_weights(
@@ -92,10 +102,15 @@ def root_weights(
     >>> print(inside, outside)
     [0.25] 0.5
     """
-    largest = sketch.low.values[0] + sketch.tail
+    values = sketch.low.values
+    largest = values[0] + sketch.tail
+    # tail + shift, and behind the directions what all others have
     outside = sketch.tail + ridge * largest
-    totals = jnp.append(sketch.low.values + outside, outside)
-    known = totals >= at_least_rounding(jnp.zeros_like(largest), largest)
-    powers = jnp.where(known, jnp.where(known, totals, 1) ** (-1 / p), 0)
+    totals = jnp.append(values + outside, outside)
+    rounding = at_least_rounding(jnp.zeros_like(largest), largest)
+    known = totals >= rounding
+    # a base that is safe where the power is not used
+    base = jnp.where(known, totals, 1)
+    powers = jnp.where(known, base ** (-1 / p), 0)
     powers = jnp.where(largest > 0, powers, 1)
     return powers[:-1], powers[-1]

@@ -37,9 +37,13 @@ def root_step(
         scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
         y = scale * x
         # T = I - Y / 2p + (2p + 1) Y^2 / 8p^2
-        t = jnp.eye(root.shape[0], dtype=root.dtype) - y / (2 * p)
-        t = t + (2 * p + 1) / (8 * p * p) * (y @ y)
-        moved = symmetrize(growth * (t.T @ root @ t))
+        linear, quadratic = _coefficients(p)
+        identity = jnp.eye(root.shape[0], dtype=root.dtype)
+        t = identity - y / linear
+        t = t + quadratic * (y @ y)
+        # from both sides, so that it stays positive definite
+        both_sides = t.T @ root @ t
+        moved = symmetrize(growth * both_sides)
     return jnp.where(known, moved, root)
 
 
@@ -57,8 +61,15 @@ def diagonal_step(
     x = root**p * news
     scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
     y = scale * x
-    t = 1 - y / (2 * p) + (2 * p + 1) / (8 * p * p) * y**2
-    return jnp.where(known, growth * root * t**2, root)
+    linear, quadratic = _coefficients(p)
+    t = 1 - y / linear + quadratic * y**2
+    moved = growth * root * t**2
+    return jnp.where(known, moved, root)
+
+
+def _coefficients(p: int) -> tuple[int, float]:
+    """`2p`, by which `Y` is divided in `T`, and `(2p + 1) / 8p^2`, the factor of `Y^2`."""
+    return 2 * p, (2 * p + 1) / (8 * p * p)
 
 
 def _weights(
@@ -71,6 +82,8 @@ def _weights(
     usable = jnp.where(known, size, 1)  # where nothing is new the root stays anyway
     # (1 - b) / b = min((1 - least) / least, 1 / ||X||): of a large ||X|| the weight b rounds to one
     least = jnp.asarray(least, size.dtype)
-    odds = jnp.minimum(1 / usable, (1 - least) / least)
+    largest = (1 - least) / least
+    odds = jnp.minimum(1 / usable, largest)
     # b = 1 / (1 + odds)
-    return odds, jnp.exp(jnp.log1p(odds) / p), known
+    growth = jnp.exp(jnp.log1p(odds) / p)
+    return odds, growth, known

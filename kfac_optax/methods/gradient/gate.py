@@ -40,7 +40,8 @@ def replace_all(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 
 def state_dtype(leaves: Mapping[str, Any]) -> Any:
     """The widest of float32 and the dtypes of the leaves."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in leaves.values()))
+    dtypes = [x.dtype for x in leaves.values()]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def dtype_of(held: PyTree) -> Any:
@@ -63,7 +64,9 @@ def check_groups(
     got = {group.name: group.copies for group in groups}
     expected = {name: _copies(axes) for name, axes in held.items()}
     same = got.keys() == expected.keys()
-    if not same or any(n not in (None, got[name]) for name, n in expected.items()):
+    # of no array nothing is known
+    known = {name: n for name, n in expected.items() if n is not None}
+    if not same or any(got[name] != n for name, n in known.items()):
         raise ValueError(
             f"{where}.update: the gradients make the groups {got}, but the state has {expected}. "
             "Pass a gradient of the parameters that `init` got."
@@ -89,7 +92,8 @@ def cleaned_tensors(
     wide = {n: x.astype(dtype) for n, x in leaves.items()}
     tensors = {group.name: gather(group, wide) for group in groups}
     finite = all_finite(tensors)
-    return {n: jnp.where(finite, x, 0) for n, x in tensors.items()}, finite
+    cleaned = {n: jnp.where(finite, x, 0) for n, x in tensors.items()}
+    return cleaned, finite
 
 
 def passed_on(
@@ -110,10 +114,11 @@ def passed_on(
         whole = jnp.where(good, new[group.name], 0)
         dtypes = {leaves[view.name].dtype for view in group.views}
         if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
-            cast |= scatter(group, within(whole, dtypes.pop()), good)
-        else:
-            found = scatter(group, whole, good)
-            cast |= {name: within(x, leaves[name].dtype) for name, x in found.items()}
+            (dtype,) = dtypes
+            cast |= scatter(group, within(whole, dtype), good)
+            continue
+        for name, x in scatter(group, whole, good).items():
+            cast[name] = within(x, leaves[name].dtype)
     return replace_leaves(updates, cast), good
 
 
@@ -159,7 +164,9 @@ def averaged(
     weight = jnp.minimum(1 - 1 / k, decay)
     # a decay of one sums, as Shampoo and AdaGrad do
     sums = decay >= 1
-    return jnp.where(sums, 1, weight), jnp.where(sums, 1, 1 - weight)
+    held = jnp.where(sums, 1, weight)
+    new = jnp.where(sums, 1, 1 - weight)
+    return held, new
 
 
 def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
@@ -168,7 +175,8 @@ def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     >>> print(unbiased(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(2)))
     1.0
     """
-    return moment / positive_or_one(1 - b ** t.astype(b.dtype))
+    power = b ** t.astype(b.dtype)
+    return moment / positive_or_one(1 - power)
 
 
 def accepted(
@@ -177,7 +185,8 @@ def accepted(
     finite: jax.Array,
 ) -> tuple[Held, jax.Array]:
     """What is new where it is finite, copy by copy, and how many of finite gradients were not."""
-    kept, bad = {}, jnp.zeros((), jnp.int32)
+    kept: Held = {}
+    bad = _zero()
     for name, axes in new.items():
         kept[name] = {}
         for axis, value in axes.items():
@@ -195,7 +204,9 @@ def as_finite(new: PyTree, old: PyTree) -> jax.Array:
     False True
     """
     kept = jnp.bool_(True)
-    for x, before in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    for x, before in pairs:
+        # counts are finite anyway
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             kept = kept & (all_finite(x) | ~all_finite(before))
     return kept
@@ -207,7 +218,10 @@ def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
         return change(held) if due else held
     # both branches differ between devices where one of them does
     held = varying_as(held, (due, held))
-    changed = lambda held: varying_as(change(held), (due, held))
+
+    def changed(held: Any) -> Any:
+        return varying_as(change(held), (due, held))
+
     return jax.lax.cond(due, changed, lambda held: held, held)
 
 
@@ -220,13 +234,13 @@ def counted(
 ) -> GradientCounts:
     """The counts after a step."""
     # schedules and periods do not move in steps that are left out
-    accepted_now = jnp.where(
-        good, optax.safe_increment(counts.gradient_count), counts.gradient_count
-    )
+    one_more = optax.safe_increment(counts.gradient_count)
+    skipped = (~finite).astype(jnp.int32)
+    overflown = (finite & ~good).astype(jnp.int32)
     return GradientCounts(
-        accepted_now,
-        counts.skipped_gradients + (~finite).astype(jnp.int32),
-        counts.skipped_statistics + statistics,
-        counts.failed_inverses + inverses,
-        counts.non_finite_updates + (finite & ~good).astype(jnp.int32),
+        gradient_count=jnp.where(good, one_more, counts.gradient_count),
+        skipped_gradients=counts.skipped_gradients + skipped,
+        skipped_statistics=counts.skipped_statistics + statistics,
+        failed_inverses=counts.failed_inverses + inverses,
+        non_finite_updates=counts.non_finite_updates + overflown,
     )

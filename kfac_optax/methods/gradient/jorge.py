@@ -10,15 +10,8 @@ import optax
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.series_root import diagonal_step, root_step
-from kfac_optax.methods.gradient.axes import (
-    DIAGONAL,
-    FULL,
-    Group,
-    Rules,
-    along,
-    check_rules,
-    statistic,
-)
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Group, Rules, check_rules
+from kfac_optax.methods.gradient.axis_products import along, statistic
 from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.methods.gradient.momenta import momentum_then_graft
 from kfac_optax.methods.gradient.phases import ByAxis, Phases, Weights, by_phases

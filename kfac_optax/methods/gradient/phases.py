@@ -15,7 +15,8 @@ from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.roots import inverse_root_of_values
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import FULL, Group, Rules, statistic
+from kfac_optax.methods.gradient.axes import FULL, Group, Rules
+from kfac_optax.methods.gradient.axis_products import statistic
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 from kfac_optax.methods.gradient.momenta import Finish
 
@@ -112,14 +113,17 @@ def by_phases(
         with jax.named_scope(f"{name}/precondition"):
             tensors = {}
             for group in step.groups:
-                own = factors[group.name], inverses[group.name]
-                tensors[group.name] = phases.apply(group, step, *own, weights)
+                name_of = group.name
+                own = factors[name_of], inverses[name_of]
+                tensors[name_of] = phases.apply(group, step, *own, weights)
         tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
         # a momentum that is not finite would stay so for ever, and so would squares in the graft
-        good = step.finite & all_finite((tensors, trace)) & gate.as_finite(graft, held.graft)
+        good = step.finite & all_finite((tensors, trace))
+        good = good & gate.as_finite(graft, held.graft)
         trace = select(good, trace, held.trace)
         graft = select(good, graft, held.graft)
-        return Advanced(tensors, (factors, inverses, trace, graft), good, skipped, failed)
+        new = factors, inverses, trace, graft
+        return Advanced(tensors, new, good, skipped, failed)
 
     return transformation(Axiswise(where, rules, hyper, state, groups_in, start, advance))
 
@@ -138,7 +142,9 @@ def _weights(step: Step) -> Weights:
     if "curvature_every" in step.now:
         every = jnp.asarray(step.now["curvature_every"]).astype(jnp.int32)
         number = step.count // every + 1
-    return gate.averaged(step.now.get("decay", 1.0), number, step.dtype)
+    # without a decay statistics are sums
+    decay = step.now.get("decay", 1.0)
+    return gate.averaged(decay, number, step.dtype)
 
 
 def _statistics(
@@ -152,16 +158,20 @@ def _statistics(
     def measured(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
         # within the branch: what is not due is not computed
         observed = phases.observe(step)
+        old, _ = held
         new: gate.Held = {}
         previous: PyTree = ()
         for group in step.groups:
-            tensors, own = after(observed[group.name], previous), held[0][group.name]
+            name = group.name
+            own = old[name]
+            tensors = after(observed[name], previous)
             across = ()
             if phases.whiten is not None:
-                across = (phases.whiten(group, step, own, state.inverses[group.name]),)
-            new[group.name] = phases.take_in(group, tensors, own, weights, *across)
-            previous = new[group.name] if phases.in_turn else ()
-        return gate.accepted(new, held[0], step.finite)
+                across = (phases.whiten(group, step, own, state.inverses[name]),)
+            new[name] = phases.take_in(group, tensors, own, weights, *across)
+            if phases.in_turn:
+                previous = new[name]
+        return gate.accepted(new, old, step.finite)
 
     none = jnp.zeros((), jnp.int32)
     return gate.when_due(_due(step, "curvature_every"), measured, (state.factors, none))
@@ -179,8 +189,12 @@ def _levelled(
     level = phases.level
 
     def change(held: tuple[gate.Held, gate.Held]) -> tuple[gate.Held, gate.Held]:
-        pairs = {name: level(own, held[1][name]) for name, own in held[0].items()}
-        return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
+        old_factors, old_inverses = held
+        new_factors, new_inverses = {}, {}
+        for name, own in old_factors.items():
+            pair = level(own, old_inverses[name])
+            new_factors[name], new_inverses[name] = pair
+        return new_factors, new_inverses
 
     due = step.finite & _due(step, "inverse_every")
     return gate.when_due(due, change, (factors, inverses))
@@ -197,12 +211,13 @@ def _refreshed(
         return inverses, jnp.zeros((), jnp.int32)
 
     def refresh(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
+        old, _ = held
         made: gate.Held = {}
         previous: PyTree = ()  # batched factorisations run one after another
         for group in step.groups:
-            own = factors[group.name], held[0][group.name]
+            own = factors[group.name], old[group.name]
             made[group.name], previous = phases.refresh(group, step, *own, previous)
-        return gate.accepted(made, held[0], jnp.bool_(True))
+        return gate.accepted(made, old, jnp.bool_(True))
 
     due = step.finite & _due(step, "inverse_every")
     return gate.when_due(due, refresh, (inverses, jnp.zeros((), jnp.int32)))
@@ -244,4 +259,8 @@ def identities(group: Group, dtype: Any) -> ByAxis:
 
 def diagonal_root(values: jax.Array, p: int, ridge: jax.Array) -> jax.Array:
     """Roots of diagonals, `[copies, n]`, which are never stale."""
-    return jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)
+
+    def root(diagonal: jax.Array) -> jax.Array:
+        return inverse_root_of_values(diagonal, p, ridge=ridge)
+
+    return jax.vmap(root)(values)

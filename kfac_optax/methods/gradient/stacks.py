@@ -4,6 +4,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 
 def stacked_axes(
     where: str,
@@ -50,3 +53,18 @@ def leading_axes(
             f"that {purpose}, an integer from 0 to {len(shape)}."
         )
     return number
+
+
+def averaged_together(h: jax.Array, axes: int, block: int) -> jax.Array:
+    """Entries that belong together, all with their mean: those along the first axes, or `block`
+    neighbours on the last one.
+    """
+    if axes:
+        mean = jnp.mean(h, tuple(range(axes)), keepdims=True)
+        return jnp.broadcast_to(mean, h.shape)
+    # neighbours that do not fill the axis stay alone
+    if block == 1 or h.ndim == 0 or h.shape[-1] % block:
+        return h
+    parts = h.reshape(*h.shape[:-1], -1, block)
+    mean = jnp.mean(parts, -1, keepdims=True)
+    return jnp.broadcast_to(mean, parts.shape).reshape(h.shape)
