@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import map_examples, named_leaves, replace_leaves
+from kfac_optax._tree import named_leaves, replace_leaves
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_choice
+from kfac_optax.inspection.examples import map_examples
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.linalg.factorize import psd_root
 

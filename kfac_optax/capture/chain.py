@@ -100,6 +100,7 @@ def chain_of(where: str, traced: Traced, inputs: Sequence[Any]) -> Chain:
     # whatever is predicted has to come through the last layer alone, or from the data
     last = frozenset({len(names) - 1})
     for mark in marks:
+        # None: from the data alone
         if mark is not None and mark.sources != last:
             first = names[min(mark.sources)]
             raise ValueError(f"{where}: the output of layer {first!r} {_PAST_NEXT}; {_EXPECTED}")
@@ -145,6 +146,7 @@ def _evaluate(
     env = dict(zip(variables, [*closed.consts, *values], strict=True))
     known = dict(zip(jaxpr.invars, marks, strict=True))
 
+    # values of the program, and what each is made of
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
@@ -216,6 +218,7 @@ def _one(
     marked = zip(eqn.invars, marks, strict=True)
     found = {v: mark for v, mark in marked if mark is not None}
 
+    # the operation as a function of what layers have a part in
     def call(*operands: Any) -> list[Any]:
         mine = {v: env[v] for v in eqn.invars if not isinstance(v, jex.Literal)}
         mine |= dict(zip(found, operands, strict=True))

@@ -103,6 +103,7 @@ class _Rewriting:
             self._unrolled(eqn)
             return
         taken: list[Any] | None = None
+        # what stands in place of the equation, and which parameters its outputs are
         if body is not None:
             taken, views = self._call(eqn, body.jaxpr, given)
         elif name == "scan":
@@ -143,14 +144,15 @@ class _Rewriting:
         """The equations of a call stand in its place, and its outputs are theirs."""
         self.changed = True
         inner, outs = renamed(body.jaxpr, eqn.invars)
-        for step in inner:
-            self._equation(step)
+        # they may be calls again, or products that come apart
+        self._equations(inner)
         named = map(self._named, outs)
         self.names |= dict(zip(eqn.outvars, named, strict=True))
 
     def _inlines(self, eqn: Any, body: Any) -> bool:
         """Whether a call makes a kernel, or one made outside meets data inside."""
         given = list(map(self.values.look, eqn.invars))
+        # what is recomputed, as the user asked, stays one call
         stays = "prevent_cse" in eqn.params or body.consts
         if stays or not any(x.made for x in given):
             return False
@@ -175,6 +177,7 @@ class _Rewriting:
         views = rewriting.views()
         if new is inner:
             return None, views
+        # values from outside that its body asks for
         brought = [outer for outer, _ in rewriting.values.imports]
         call = eqn.replace(invars=[*eqn.invars, *brought])
         return [with_body(call, new)], views
@@ -199,6 +202,7 @@ class _Rewriting:
         for i, keep in enumerate(views.kept, constants):
             if not keep:
                 inside[i] = Known(None, data, made)
+        # a body with constants is left as it is inside
         reached = None if closed.consts else self._around(eqn, views.kept)
         rewriting = _Rewriting(closed.jaxpr, inside, self.tapped, reached)
         new = rewriting.run()
@@ -219,6 +223,7 @@ class _Rewriting:
         closed, constants, carried = scan_body(eqn)
         first = constants + carried
         pairs = list(zip(closed.jaxpr.invars, eqn.invars, strict=True))
+        # of the carry what every step hands on untouched
         carry = zip(pairs[constants:first], kept)
         same = pairs[:constants] + [pair for pair, keep in carry if keep]
         return Outside(self.values, _variables(same), _variables(pairs[first:]))

@@ -55,6 +55,7 @@ def renamed(jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """Equations of a jaxpr with these values for its inputs and new ones inside, and its outputs."""
     names = dict(zip(jaxpr.invars, operands, strict=True))
 
+    # literals are values themselves
     def name(v: Any) -> Any:
         return v if isinstance(v, jex.Literal) else names[v]
 

@@ -34,14 +34,16 @@ class RowInverse(NamedTuple):
     def diagonal(self) -> Float[Array, " d"]:
         """The diagonal of the inverse, in `O(m d)`."""
         squares = jnp.square(self.vectors) / self.divisors[:, None]
-        return 1 / self.damping - jnp.sum(squares, 0)
+        seen = jnp.sum(squares, 0)
+        return 1 / self.damping - seen
 
     def column(self, i: Array | int) -> Float[Array, " d"]:
         """Column `i` of the inverse, in `O(m d)`."""
         # row i of V^T Q^{-1} V, and 1 / damping on the diagonal
         seen = self._sum(self.vectors[:, i] / self.divisors)
         column = -seen
-        return column.at[i].add(1 / self.damping)
+        outside = 1 / self.damping
+        return column.at[i].add(outside)
 
     def _sum(self, weights: Float[Array, " m"]) -> Float[Array, " d"]:
         """`sum_j w_j v_j`."""

@@ -95,7 +95,7 @@ def by_phases(
     `curvature_every`, the period of statistics, and `inverse_every`, that of `refresh`; without
     them both are 1.
     """
-    name = where.removeprefix("scale_by_")
+    method = where.removeprefix("scale_by_")
 
     def start(begin: Start) -> tuple:
         factors, inverses = {}, {}
@@ -105,17 +105,17 @@ def by_phases(
 
     def advance(step: Step, held: Any) -> Advanced:
         weights = _weights(step)
-        with jax.named_scope(f"{name}/statistics"):
+        with jax.named_scope(f"{method}/statistics"):
             factors, skipped = _statistics(phases, step, held, weights)
-        with jax.named_scope(f"{name}/roots"):
+        with jax.named_scope(f"{method}/roots"):
             factors, inverses = _levelled(phases, step, factors, held.inverses)
             inverses, failed = _refreshed(phases, step, factors, inverses)
-        with jax.named_scope(f"{name}/precondition"):
+        with jax.named_scope(f"{method}/precondition"):
             tensors = {}
             for group in step.groups:
-                name_of = group.name
-                own = factors[name_of], inverses[name_of]
-                tensors[name_of] = phases.apply(group, step, *own, weights)
+                name = group.name
+                own = factors[name], inverses[name]
+                tensors[name] = phases.apply(group, step, *own, weights)
         tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
         # a momentum that is not finite would stay so for ever, and so would squares in the graft
         good = step.finite & all_finite((tensors, trace))

@@ -103,6 +103,7 @@ def scale_by_shampoo(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
 
+    >>> import jax.numpy as jnp
     >>> tx = scale_by_shampoo(ridge=0.0)
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
     >>> updates, state = tx.update(g, tx.init(g))
