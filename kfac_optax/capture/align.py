@@ -53,11 +53,11 @@ def aligned(site: Site, lead: Site) -> Site | None:
         return None
     stored = site.kernel  # a use that was found names the stored axes themselves
     # the same axes in each role, or inputs and outputs exchanged
-    sets = [set(axes) for axes in mine.at_least_two(stored)]
-    groups, inputs, outputs = wanted.at_least_two(stored)
-    if sets == [set(groups), set(inputs), set(outputs)]:
+    here = [set(axes) for axes in mine.at_least_two(stored)]
+    groups, inputs, outputs = map(set, wanted.at_least_two(stored))
+    if here == [groups, inputs, outputs]:
         return _reordered(site, mine, wanted)
-    if sets == [set(groups), set(outputs), set(inputs)]:
+    if here == [groups, outputs, inputs]:
         other_way = _Roles(wanted.groups, wanted.outputs, wanted.inputs)
         return _reordered(site, mine, other_way)._replace(swapped=True)
     return None

@@ -63,12 +63,14 @@ class View(NamedTuple):
         """Whether every stored axis is there, and nothing else."""
         given = sorted(axis for axis in self.axes if axis is not None)
         everything = list(range(len(self.stored)))
-        return self.known and given == everything and len(self.axes) == len(everything)
+        as_many = len(self.axes) == len(everything)
+        return self.known and given == everything and as_many
 
     @property
     def complete(self) -> bool:
         """Whether every number of the leaf is there; only axes of length one may be missing."""
-        return self.known and all(i in self.axes or n == 1 for i, n in enumerate(self.stored))
+        missing = [n for i, n in enumerate(self.stored) if i not in self.axes]
+        return self.known and all(n == 1 for n in missing)
 
     @property
     def permutation(self) -> tuple[int, ...]:
@@ -92,7 +94,8 @@ class View(NamedTuple):
             # repeated along the scan: every step sees all of it
             return self._replace(axes=self.axes[1:])
         inside = self._replace(stored=self.stored[1:], depth=self.depth + 1)
-        if not self.known or self.axes[:1] != (0,) or not self._has_all_of_the_first():
+        first = self.axes[:1] == (0,)
+        if not self.known or not first or not self._has_all_of_the_first():
             return inside.lost()
         # the part of one step
         if self.part is not None:
@@ -186,7 +189,8 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
     elif views[0] is None or any(views[1:]):
         return None
     elif name == "transpose":
-        axes = tuple(views[0].axes[i] for i in eqn.params["permutation"])
+        order = eqn.params["permutation"]
+        axes = tuple(views[0].axes[i] for i in order)
         view = views[0]._replace(axes=axes)
     elif name == "broadcast_in_dim":
         view = _broadcast(views[0], eqn)
@@ -195,7 +199,8 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
     elif name == "split":
         return _split(views[0], eqn)
     elif name in _RESHAPING or _sums_nothing(eqn):
-        view = _reshaped(views[0], eqn.invars[0].aval.shape, out.shape)
+        before = eqn.invars[0].aval.shape
+        view = _reshaped(views[0], before, out.shape)
     else:
         return None
     return None if view is None else [view]
@@ -272,5 +277,6 @@ def _reshaped(
 def parameter_views(jaxpr: Any, leaves: int) -> list[View | None]:
     """Views of the inputs of a jaxpr whose first `leaves` are the parameter leaves."""
     # data has no view
-    shapes = [v.aval.shape for v in jaxpr.invars]
-    return [of_parameter(i, n) if i < leaves else None for i, n in enumerate(shapes)]
+    data = [None] * (len(jaxpr.invars) - leaves)
+    shapes = [v.aval.shape for v in jaxpr.invars[:leaves]]
+    return [*map(of_parameter, range(leaves), shapes), *data]
