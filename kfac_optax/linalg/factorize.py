@@ -120,7 +120,9 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
     # false at run time, which the compiler cannot know: adding them orders without changing
-    marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
+    arrays = [x for x in jax.tree.leaves(previous) if x.size]
+    marks = [jnp.ravel(x)[0] > jnp.inf for x in arrays]
+    # nothing to wait for: no array, or none with an entry
     if not marks:
         return tree
     mark = together(marks).any()
