@@ -106,7 +106,8 @@ from kfac_optax.methods.kfac.kflr import kflr
 from kfac_optax.methods.kfac.kpsvd import kpsvd
 from kfac_optax.methods.kfac.linear_natural import linear_natural
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
-from kfac_optax.methods.kfac.low_rank_presets import b_kfac, b_kfac_c, b_r_c, b_r_kfac, rs_kfac
+from kfac_optax.methods.kfac.low_rank_corrected import b_kfac_c, b_r_c, b_r_kfac
+from kfac_optax.methods.kfac.low_rank_presets import b_kfac, rs_kfac
 from kfac_optax.methods.kfac.mkor import mkor
 from kfac_optax.methods.kfac.mkor_hybrid import mkor_h
 from kfac_optax.methods.kfac.noisy import noisy_kfac

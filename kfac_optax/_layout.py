@@ -17,7 +17,8 @@ def replicated(x: jax.Array, ndim: int = 2) -> jax.sharding.NamedSharding | None
     # one device, or mesh axes that the compiler handles itself
     if all(part is None for part in sharding.spec):
         return None
-    spec = jax.sharding.PartitionSpec(*[None] * ndim)
+    nowhere = [None] * ndim
+    spec = jax.sharding.PartitionSpec(*nowhere)
     return jax.sharding.NamedSharding(sharding.mesh, spec)
 
 
@@ -33,10 +34,13 @@ def whole_features(x: jax.Array) -> jax.Array:
     A model whose weights are split has rows whose features are.
     """
     sharding: Any = jax.typeof(x).sharding
-    if all(part is None for part in sharding.spec[1:]):
+    examples, *features = sharding.spec or (None,)
+    if all(part is None for part in features):
         return x
-    spec = jax.sharding.PartitionSpec(sharding.spec[0], *[None] * (x.ndim - 1))
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+    nowhere = [None] * (x.ndim - 1)
+    spec = jax.sharding.PartitionSpec(examples, *nowhere)
+    whole = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jax.sharding.reshard(x, whole)
 
 
 def laid_out(x: jax.Array, like: Any) -> jax.Array:
@@ -75,8 +79,10 @@ def varying_as(tree: Any, like: Any) -> Any:
     Both branches of a condition have to be so typed, and a state that begins the same on all
     devices is not. Without such axes, outside of `shard_map` for example, it is the tree itself.
     """
-    arrays = [x for x in jax.tree.leaves(like) if isinstance(x, jax.Array)]
-    axes = set().union(*(varying_axes(jax.typeof(x)) for x in arrays))
+    axes: set[str] = set()
+    for x in jax.tree.leaves(like):
+        if isinstance(x, jax.Array):
+            axes.update(varying_axes(jax.typeof(x)))
     return varying_over(tree, sorted(axes))
 
 
@@ -92,8 +98,10 @@ def zeros_of_type(aval: Any, leading: Sequence[int] = ()) -> jax.Array:
     # explicit mesh axes: the new ones in front are not sharded
     spec = getattr(sharding, "spec", ())
     if any(part is not None for part in spec):
-        spec = jax.sharding.PartitionSpec(*[None] * len(leading), *spec)
+        in_front = [None] * len(leading)
+        spec = jax.sharding.PartitionSpec(*in_front, *spec)
         sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
         return jnp.zeros(shape, aval.dtype, out_sharding=sharding)
     # inside of `shard_map`: zeros that vary like what they stand for
-    return varying_over(jnp.zeros(shape, aval.dtype), varying_axes(aval))
+    zeros = jnp.zeros(shape, aval.dtype)
+    return varying_over(zeros, varying_axes(aval))

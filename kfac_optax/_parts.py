@@ -1,5 +1,6 @@
 """What no layer has of parameters that layers share out."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,9 +22,12 @@ def boxes_left(layers: Iterable[Layer]) -> dict[str, tuple[Part, ...]]:
     """
     taken: dict[str, list[Part]] = {}
     for layer in layers:
-        for name, part in ((layer.kernel, layer.part), (layer.bias, layer.bias_part)):
+        kernel = layer.kernel, layer.part
+        bias = layer.bias, layer.bias_part
+        for name, part in (kernel, bias):
             if name is not None and part is not None:
-                taken.setdefault(name, []).append(_of_leaf(part, layer.stack))
+                mine = _of_leaf(part, layer.stack)
+                taken.setdefault(name, []).append(mine)
     # parts that together are all of a leaf leave nothing
     left = {name: _left_over(parts) for name, parts in taken.items()}
     return {name: boxes for name, boxes in left.items() if boxes}
@@ -31,7 +35,12 @@ def boxes_left(layers: Iterable[Layer]) -> dict[str, tuple[Part, ...]]:
 
 def _of_leaf(part: Part, stack: tuple[int, ...]) -> Part:
     """A part behind the axes of a stack, as a part of the whole leaf."""
-    return Part((*stack, *part.shape), (0,) * len(stack) + part.starts, (*stack, *part.sizes))
+    front = (0,) * len(stack)
+    return Part(
+        shape=(*stack, *part.shape),
+        starts=(*front, *part.starts),
+        sizes=(*stack, *part.sizes),
+    )
 
 
 def _left_over(taken: Sequence[Part]) -> tuple[Part, ...]:
@@ -39,7 +48,8 @@ def _left_over(taken: Sequence[Part]) -> tuple[Part, ...]:
     shape = taken[0].shape
     boxes = [Part(shape, (0,) * len(shape), shape)]
     for part in taken:
-        boxes = [rest for box in boxes for rest in _without(box, part)]
+        left = [_without(box, part) for box in boxes]
+        boxes = list(itertools.chain.from_iterable(left))
     return tuple(boxes)
 
 
@@ -48,11 +58,14 @@ def _without(box: Part, taken: Part) -> list[Part]:
     left: list[Part] = []
     for axis, (start, size) in enumerate(zip(taken.starts, taken.sizes, strict=True)):
         # what is taken of the box along this axis, [low, high)
-        first, end = box.starts[axis], box.starts[axis] + box.sizes[axis]
-        low, high = max(start, first), min(start + size, end)
+        first = box.starts[axis]
+        end = first + box.sizes[axis]
+        low = max(start, first)
+        high = min(start + size, end)
         if low >= high:  # they do not meet
             return [*left, box]
-        left += [_along(box, axis, a, b) for a, b in ((first, low), (high, end)) if a < b]
+        slabs = (first, low), (high, end)
+        left += [_along(box, axis, a, b) for a, b in slabs if a < b]
         # the slabs are gone; the next axis cuts what is between them
         box = _along(box, axis, low, high)
     return left
@@ -60,8 +73,10 @@ def _without(box: Part, taken: Part) -> list[Part]:
 
 def _along(box: Part, axis: int, start: int, end: int) -> Part:
     """The box from `start` to `end` along an axis."""
-    starts, sizes = list(box.starts), list(box.sizes)
-    starts[axis], sizes[axis] = start, end - start
+    starts = list(box.starts)
+    sizes = list(box.sizes)
+    starts[axis] = start
+    sizes[axis] = end - start
     return Part(box.shape, tuple(starts), tuple(sizes))
 
 
@@ -77,10 +92,15 @@ def within_box(leaf: jax.Array, box: Part) -> jax.Array:
 
 def with_box(leaf: jax.Array, box: Part, numbers: jax.Array) -> jax.Array:
     """The leaf with these numbers in a box."""
-    return as_replicated(leaf).at[box.slices].set(as_replicated(numbers).astype(leaf.dtype))
+    numbers = as_replicated(numbers).astype(leaf.dtype)
+    return as_replicated(leaf).at[box.slices].set(numbers)
 
 
-def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Array:
+def copied(
+    into: jax.Array,
+    boxes: Iterable[Part],
+    source: jax.Array,
+) -> jax.Array:
     """`into` with the numbers of `source` in these boxes."""
     for box in boxes:
         into = with_box(into, box, within_box(source, box))
@@ -88,8 +108,13 @@ def copied(into: jax.Array, boxes: Iterable[Part], source: jax.Array) -> jax.Arr
 
 
 def emptied(
-    leaves: Mapping[str, jax.Array], boxes: Mapping[str, Iterable[Part]]
+    leaves: Mapping[str, jax.Array],
+    boxes: Mapping[str, Iterable[Part]],
 ) -> dict[str, jax.Array]:
     """Leaves by name, zero in these boxes of some."""
-    zeros = {name: jnp.zeros_like(leaves[name]) for name in boxes if name in leaves}
-    return {n: copied(x, boxes[n], zeros[n]) if n in zeros else x for n, x in leaves.items()}
+    out = dict(leaves)
+    for name, mine in boxes.items():
+        if name in leaves:
+            leaf = leaves[name]
+            out[name] = copied(leaf, mine, jnp.zeros_like(leaf))
+    return out

@@ -48,14 +48,16 @@ def _with_blocks(
     """The rows of layers with block and bytes, that of the coupling, and the total."""
     # a block with what its statistics leave out
     triples = zip(layers.blocks, notes, layers.state_bytes, strict=True)
-    made = [("; ".join((block, *said)), f"{size:,}") for block, said, size in triples]
-    pairs = zip(rows, made, strict=True)
-    rows = [row + more for row, more in pairs]
+    made: list[tuple[str, ...]] = []
+    for row, (block, said, size) in zip(rows, triples, strict=True):
+        words = "; ".join((block, *said))
+        made.append((*row, words, f"{size:,}"))
+    rows = made
     if layers.coupling:
         across = f"{layers.coupling_bytes:,}"
         rows.append(("(all layers)", "coupling", "", "", "", layers.coupling, across))
-    total = f"{sum(layers.state_bytes) + layers.coupling_bytes:,}"
-    rows.append(("total", "", "", "", "", "", total))
+    total = sum(layers.state_bytes) + layers.coupling_bytes
+    rows.append(("total", "", "", "", "", "", f"{total:,}"))
     return rows
 
 
@@ -72,7 +74,8 @@ def _geometry(layer: "Layer") -> tuple[str, ...]:
 def _left_over(layers: "Layers", parameter: "Uncovered") -> tuple[str, ...]:
     """A parameter that no block owns, why, and in which lines of code it is used."""
     place = f" ({parameter.where})" if parameter.where else ""
-    shape, gets = _shape(*parameter.shape), _gets(layers, parameter)
+    shape = _shape(*parameter.shape)
+    gets = _gets(layers, parameter)
     return parameter.path or "(root)", shape, gets, parameter.reason + place
 
 

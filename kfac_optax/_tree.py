@@ -48,12 +48,15 @@ def replace_leaves(tree: PyTree, new: Mapping[str, jax.Array]) -> PyTree:
     leaves = []
     for path, leaf in paths:
         name = path_name(path)
-        leaves.append(laid_out(new[name].astype(leaf.dtype), leaf) if name in new else leaf)
+        if name in new:
+            leaf = laid_out(new[name].astype(leaf.dtype), leaf)
+        leaves.append(leaf)
     return jax.tree.unflatten(treedef, leaves)
 
 
 def make_buckets(
-    layers: Iterable[Layer], block_of: Callable[[Layer], Block] | None = None
+    layers: Iterable[Layer],
+    block_of: Callable[[Layer], Block] | None = None,
 ) -> tuple[Bucket, ...]:
     """Groups layers of equal kind, canonical shape and block, in order of first appearance."""
     groups: dict[tuple, list[Layer]] = {}
@@ -88,16 +91,22 @@ def gather(
     # [copies, inputs, q] of every layer, one after another
     kernels, biases = [], []
     for layer in bucket.layers:
-        kernel = as_replicated(leaves[layer.kernel])[layer.box(layer.part)].astype(dtype)
+        kernel = _taken(layer, leaves[layer.kernel], layer.part).astype(dtype)
         kernels.append(_matrices(kernel, layer))
         if layer.bias is not None:
-            bias = as_replicated(leaves[layer.bias])[layer.box(layer.bias_part)].astype(dtype)
+            bias = _taken(layer, leaves[layer.bias], layer.bias_part).astype(dtype)
             biases.append(bias.reshape(layer.copies, 1, q))
     matrices = jnp.concatenate(kernels)
     if not biases:
         return matrices
     last_rows = jnp.concatenate(biases)
     return jnp.concatenate([matrices, last_rows], axis=1)
+
+
+def _taken(layer: Layer, leaf: jax.Array, part: Part | None) -> jax.Array:
+    """What a layer has of a leaf."""
+    box = layer.box(part)
+    return as_replicated(leaf)[box]
 
 
 def _matrices(kernel: jax.Array, layer: Layer) -> jax.Array:
@@ -120,7 +129,9 @@ def _as_stored(matrices: jax.Array, layer: Layer) -> jax.Array:
 
 
 def scatter(
-    bucket: Bucket, matrices: jax.Array, leaves: Mapping[str, jax.Array]
+    bucket: Bucket,
+    matrices: jax.Array,
+    leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`."""
     out: dict[str, jax.Array] = {}
@@ -128,69 +139,28 @@ def scatter(
         # the copies of this layer; its bias is the last row of each
         mine = matrices[copies]
         weights = mine[:, : layer.inputs]
+        kernel = _as_stored(weights, layer)
         before = out.get(layer.kernel, leaves[layer.kernel])
-        out[layer.kernel] = _put(layer, layer.part, _as_stored(weights, layer), before)
+        out[layer.kernel] = _put(layer, layer.part, kernel, before)
         if layer.bias is not None:
             before = out.get(layer.bias, leaves[layer.bias])
             out[layer.bias] = _put(layer, layer.bias_part, mine[:, layer.inputs], before)
     return out
 
 
-def _put(layer: Layer, part: Part | None, value: jax.Array, leaf: jax.Array) -> jax.Array:
+def _put(
+    layer: Layer,
+    part: Part | None,
+    value: jax.Array,
+    leaf: jax.Array,
+) -> jax.Array:
     """The leaf with the layer's part of it replaced, or the value as a leaf of that shape."""
     if part is None:
         return value.reshape(leaf.shape)
     box = layer.box(part)
-    return (
-        as_replicated(leaf)
-        .astype(value.dtype)
-        .at[box]
-        .set(value.reshape(*layer.stack, *part.sizes))
-    )
-
-
-def map_examples(
-    function: Callable,
-    args: Sequence[PyTree],
-    batch_size: int,
-) -> PyTree:
-    """`function(*args)` of one example after another, the results on a new axis 0.
-
-    An example keeps its axis 0, of length one. Every array with an axis 0 as long as that of the
-    first array is cut up; others are the same for all examples.
-
-    Args:
-      function: of the arguments of one example.
-      args: trees of arrays.
-      batch_size: how many examples at the same time.
-
-    Raises:
-      ValueError: there is no array with an axis to cut.
-
-    >>> print(map_examples(lambda x, scale: scale * x[0], (jnp.arange(3), 2), 2))
-    [0 2 4]
-    """
-    leaves, treedef = jax.tree.flatten(tuple(args))
-    arrays = [x for x in leaves if getattr(x, "ndim", 0) > 0]
-    if not arrays or not arrays[0].shape[0]:
-        raise ValueError(
-            "map_examples: got no array with examples on axis 0; expected the arguments of the "
-            "model, such as the inputs x [N, ...]."
-        )
-    size = arrays[0].shape[0]
-    # arrays with the examples on axis 0; others are the same for all
-    with_axis = [getattr(x, "ndim", 0) > 0 for x in leaves]
-    cut = [has and x.shape[0] == size for x, has in zip(leaves, with_axis, strict=True)]
-
-    def of_example(rows: list[jax.Array]) -> PyTree:
-        # the rows of one example in the places of the arrays they were cut from
-        left = iter(rows)
-        pairs = zip(leaves, cut, strict=True)
-        own = [next(left)[None] if is_cut else x for x, is_cut in pairs]
-        return function(*jax.tree.unflatten(treedef, own))
-
-    rows = [x for x, is_cut in zip(leaves, cut, strict=True) if is_cut]
-    return jax.lax.map(of_example, rows, batch_size=min(batch_size, size))
+    whole = as_replicated(leaf).astype(value.dtype)
+    mine = value.reshape(*layer.stack, *part.sizes)
+    return whole.at[box].set(mine)
 
 
 def tree_bytes(tree: PyTree) -> int:
@@ -212,7 +182,8 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     total = jnp.zeros((), dtype)
     for x, y in pairs:
-        total = total + jnp.sum(x.astype(dtype) * y.astype(dtype))
+        products = x.astype(dtype) * y.astype(dtype)
+        total = total + jnp.sum(products)
     return total
 
 
@@ -243,7 +214,10 @@ def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(pick, new, old)
 
 
-def present(layers: Iterable[Layer], leaves: Mapping[str, jax.Array]) -> tuple[Layer, ...]:
+def present(
+    layers: Iterable[Layer],
+    leaves: Mapping[str, jax.Array],
+) -> tuple[Layer, ...]:
     """The layers whose weight is among the leaves; a bias that is not (masked, say) leaves its
     layer.
 
@@ -268,7 +242,8 @@ def covered_leaves(tree: PyTree, layers: Layers | None) -> dict[str, jax.Array]:
         return leaves
     mine = present(layers, leaves)
     names = set(itertools.chain.from_iterable(layer.leaves for layer in mine))
-    return emptied({name: x for name, x in leaves.items() if name in names}, boxes_left(mine))
+    covered = {name: x for name, x in leaves.items() if name in names}
+    return emptied(covered, boxes_left(mine))
 
 
 def grafted_leaves(tree: PyTree, layers: Layers) -> dict[str, jax.Array]:

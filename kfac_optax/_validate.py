@@ -62,7 +62,11 @@ class Checked(NamedTuple):
     ignored_values: jax.Array  # shape=(), dtype=int32: how many made no sense, and were not used
 
 
-def check_legal(where: str, name: str, value: ScalarOrSchedule | None) -> None:
+def check_legal(
+    where: str,
+    name: str,
+    value: ScalarOrSchedule | None,
+) -> None:
     """Checks a hyperparameter against `LEGAL` where it is a plain number; `checked` does so for all
     others.
     """
@@ -92,7 +96,10 @@ def start_checked(**values: ScalarOrSchedule | None) -> dict[str, Checked]:
 
 
 def checked(
-    memory: dict[str, Checked], name: str, value: ScalarOrSchedule, count: jax.Array
+    memory: dict[str, Checked],
+    name: str,
+    value: ScalarOrSchedule,
+    count: jax.Array,
 ) -> tuple[Numeric, dict[str, Checked]]:
     """The value of a hyperparameter at a step, or the last good one where it is out of range or not
     a number.
@@ -122,7 +129,11 @@ def checked(
     return used, memory | {key: after}
 
 
-def legal_or_nan(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
+def legal_or_nan(
+    name: str,
+    value: ScalarOrSchedule,
+    count: jax.Array,
+) -> Numeric:
     """The value of a hyperparameter at a step, NaN where it is out of range: for transformations
     that leave out and count a step whose numbers are not finite. Plain numbers were checked before.
 
@@ -133,7 +144,12 @@ def legal_or_nan(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeri
     return jnp.where(is_legal(name, value), value, jnp.nan)
 
 
-def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(
+    where: str,
+    name: str,
+    value: Any,
+    choices: Iterable[str],
+) -> None:
     """Checks a word against the legal ones."""
     choices = tuple(choices)
     if value not in choices:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import covered_leaves, make_buckets, wide_dtype
-from kfac_optax._types import Block, Bucket, PyTree
+from kfac_optax._tree import covered_leaves, wide_dtype
+from kfac_optax._types import Block, PyTree
 from kfac_optax._validate import check_number
 from kfac_optax.bayes.measure import (
     Batches,
@@ -20,7 +20,8 @@ from kfac_optax.bayes.measure import (
 from kfac_optax.bayes.posterior import Posterior
 from kfac_optax.engine.block_inverse import covered_with
 from kfac_optax.engine.choice import BlockOf
-from kfac_optax.engine.state import block_of_bucket, start_of_bucket
+from kfac_optax.engine.grouping import Grouping, group_layers
+from kfac_optax.engine.state import start_of_bucket
 from kfac_optax.estimators.estimator import Estimator
 
 
@@ -91,34 +92,35 @@ def laplace(
     found = estimator.layers(params, *first)
     # one batched operation for every bucket of equal layers
     layers, block_of = covered_with(where, found, block, normalization, uncovered, exact=True)
-    buckets = make_buckets(layers, block_of)
-    check_means(where, buckets)
+    grouping = group_layers(layers.layers, block_of)
+    check_means(where, grouping.buckets)
     dtype = wide_dtype(covered_leaves(params, layers))
     precision = jnp.asarray(prior_precision, dtype)
     data: Batches = itertools.chain([first], iterator)
-    measured = _measured(estimator, params, data, buckets, key, dtype)
+    measured = _measured(estimator, params, data, grouping, key, dtype)
     if size is not None:
         # a subset of the data may stand for all of it
         check_number(where, "size", size, above=0)
         measured = measured._replace(size=jnp.asarray(size, dtype))
     # N F + prior I = N (F + prior / N I)
-    inverses = factorize(buckets, measured, precision / measured.size)
-    return Posterior(params, measured, inverses, precision, buckets, estimator.spec)
+    inverses = factorize(grouping.buckets, measured, precision / measured.size)
+    return Posterior(params, measured, inverses, precision, grouping.buckets, estimator.spec)
 
 
 def _measured(
     estimator: Estimator,
     params: PyTree,
     data: Batches,
-    buckets: tuple[Bucket, ...],
+    grouping: Grouping,
     key: jax.Array | None,
     dtype: Any,
 ) -> Measured:
     """Statistics of the data; where a block measures in its inverse, in a second pass."""
     # a generator can be read once only
-    reads = any(block_of_bucket(bucket).reads_inverse for bucket in buckets)
+    buckets = grouping.buckets
+    reads = any(block.reads_inverse for block in grouping.blocks)
     data = tuple(data) if reads else data
-    measure = functools.partial(mean_statistics, estimator, params, data, buckets, key, dtype)
+    measure = functools.partial(mean_statistics, estimator, params, data, grouping, key, dtype)
     if not reads:
         return measure({})
     one = jnp.ones((), dtype)

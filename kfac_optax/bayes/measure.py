@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import Average, Bucket, PyTree
+from kfac_optax.engine.grouping import Grouping
 from kfac_optax.engine.refresh import inverses_read
 from kfac_optax.engine.state import block_of_bucket
 from kfac_optax.estimators.estimator import Estimator
@@ -31,7 +32,7 @@ def mean_statistics(
     estimator: Estimator,
     params: PyTree,
     batches: Batches,
-    buckets: tuple[Bucket, ...],
+    grouping: Grouping,
     key: jax.Array | None,
     dtype: Any,
     inverses: dict[str, PyTree],
@@ -43,10 +44,9 @@ def mean_statistics(
     Raises:
       ValueError: a batch gives numbers that are not finite.
     """
-    # layers in the order of the buckets, each with its block
-    layers = tuple(layer for bucket in buckets for layer in bucket.layers)
-    blocks = tuple(block_of_bucket(bucket) for bucket in buckets for _ in bucket.layers)
-    read = inverses_read(layers, buckets, inverses)
+    # layers in order of execution, as in a training step
+    layers, blocks, buckets = grouping
+    read = inverses_read(grouping, inverses)
 
     @jax.jit
     def measure(params, args, key, count, read):
@@ -69,20 +69,20 @@ def mean_statistics(
         size = size + weight
     # [copies, ...] of every layer -> [copies of the bucket, ...]
     statistics, moments = {}, {}
-    means = jax.tree.map(lambda x: x / size, total)
-    mean = dict(zip(layers, means, strict=True))
+    stacked = grouping.by_bucket(jax.tree.map(lambda x: x / size, total))
     for bucket in buckets:
-        of_layers = [mean[layer] for layer in bucket.layers]
-        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs), *of_layers)
+        mine = stacked[bucket.name]
         if block_of_bucket(bucket).absorb is not None:
-            joined, moments[bucket.name] = joined
-        statistics[bucket.name] = joined
+            mine, moments[bucket.name] = mine
+        statistics[bucket.name] = mine
     return Measured(statistics, moments, size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def factorize(
-    buckets: tuple[Bucket, ...], measured: Measured, damping: jax.Array
+    buckets: tuple[Bucket, ...],
+    measured: Measured,
+    damping: jax.Array,
 ) -> dict[str, PyTree]:
     """What blocks make of the statistics, one batched factorisation after another."""
     inverses: dict[str, PyTree] = {}

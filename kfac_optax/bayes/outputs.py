@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import map_examples, named_leaves, replace_leaves
+from kfac_optax._tree import named_leaves, replace_leaves
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_choice
+from kfac_optax.inspection.examples import map_examples
 from kfac_optax.likelihoods import Bernoulli, Categorical, Normal
 from kfac_optax.linalg.factorize import psd_root
 
@@ -65,7 +66,9 @@ def linearized(
         value, pull = jax.vjp(raveled, random)
         columns = jnp.eye(len(value), dtype=value.dtype)
         (jacobian,) = jax.vmap(pull)(columns)
-        return value, _gram(jacobian, jax.vmap(spread)(jacobian))
+        # Sigma J^T, row by row
+        moved = jax.vmap(spread)(jacobian)
+        return value, _gram(jacobian, moved)
 
     # J (Sigma J^T), examples one after another
     value, form = map_examples(of_example, args, batch_size)
@@ -83,7 +86,9 @@ def _gram(left: dict[str, Array], right: dict[str, Array]) -> Float[Array, "C C"
     total: Any = 0.0
     for name, x in left.items():
         y = right[name]
-        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+        # [C, ...] to [C, n]
+        x = x.reshape(len(x), -1)
+        y = y.reshape(len(y), -1)
         total += jnp.matmul(x, y.T, precision="highest")
     return (total + total.T) / 2
 
@@ -103,7 +108,8 @@ def averaged(
     """
     check_choice("Posterior.predict", "approximation", approximation, APPROXIMATIONS)
     if isinstance(head, Normal):  # exact: a Gaussian of Gaussian mean
-        scale = jnp.sqrt(jnp.square(head.scale) + outputs.variance)
+        variance = jnp.square(head.scale) + outputs.variance
+        scale = jnp.sqrt(variance)
         return dataclasses.replace(head, mean=outputs.mean, scale=scale)
     if not isinstance(head, Categorical | Bernoulli):
         raise TypeError(

@@ -227,7 +227,9 @@ class Posterior:
 
 @jax.jit
 def _narrowed(
-    posterior: Posterior, left: jax.Array, right: jax.Array
+    posterior: Posterior,
+    left: jax.Array,
+    right: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The grid's neighbours of its best point."""
     # the loss does not depend on the prior: any number will do

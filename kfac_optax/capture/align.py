@@ -43,26 +43,28 @@ def aligned(site: Site, lead: Site) -> Site | None:
     if isinstance(lead.geometry, Lookup) and not isinstance(site.geometry, Lookup):
         return site if _is_head(site, lead) else None
     products = (Contraction, Dense)
-    both_products = isinstance(site.geometry, Contraction) and isinstance(lead.geometry, products)
-    if not both_products:
-        return site if _same_matrix(site, lead) else None
+    here = isinstance(site.geometry, Contraction)
+    if not here or not isinstance(lead.geometry, products):
+        return site if same_matrix(site, lead) else None
     # stored axes by role, in this use and in the layer
-    mine, wanted = _roles(site), _roles(lead)
+    mine = _roles(site)
+    wanted = _roles(lead)
     if len(mine.groups) != len(wanted.groups):
         return None
     stored = site.kernel  # a use that was found names the stored axes themselves
     # the same axes in each role, or inputs and outputs exchanged
-    sets = [set(axes) for axes in mine.at_least_two(stored)]
-    groups, inputs, outputs = wanted.at_least_two(stored)
-    if sets == [set(groups), set(inputs), set(outputs)]:
+    here = [set(axes) for axes in mine.at_least_two(stored)]
+    groups, inputs, outputs = map(set, wanted.at_least_two(stored))
+    if here == [groups, inputs, outputs]:
         return _reordered(site, mine, wanted)
-    if sets == [set(groups), set(outputs), set(inputs)]:
+    if here == [groups, outputs, inputs]:
         other_way = _Roles(wanted.groups, wanted.outputs, wanted.inputs)
         return _reordered(site, mine, other_way)._replace(swapped=True)
     return None
 
 
-def _same_matrix(site: Site, lead: Site) -> bool:
+def same_matrix(site: Site, lead: Site) -> bool:
+    """Whether two uses of a kernel see the same matrix in it, stored the same way."""
     if site.geometry.kind != lead.geometry.kind:
         return False
     mine = matrix_shape(site.geometry, site.kernel)
@@ -77,7 +79,8 @@ def _is_head(site: Site, table: Site) -> bool:
 
 
 def _roles(site: Site) -> _Roles:
-    origin, rank = site.params[0], len(site.kernel)
+    origin = site.params[0]
+    rank = len(site.kernel)
     permutation = () if origin is None else origin.permutation
     # which stored axis each axis of the operand is
     front = range(rank - len(permutation))
@@ -100,22 +103,27 @@ def _roles(site: Site) -> _Roles:
 def _reordered(site: Site, mine: _Roles, wanted: _Roles) -> Site:
     geometry = site.geometry
     assert isinstance(geometry, Contraction)
-    rank, rows, groups = len(site.kernel), geometry.rows, geometry.groups
+    rank = len(site.kernel)
+    rows = geometry.rows
+    first = rows + geometry.groups
     # as stored, in the order of roles of the layer
-    kernel = tuple(axis - rank for axes in wanted for axis in axes)
+    kernel = (*wanted.groups, *wanted.inputs, *wanted.outputs)
 
-    def arranged(axes: Sequence[int], role: int) -> tuple[int, ...]:
+    def arranged(
+        axes: Sequence[int],
+        own: Sequence[int],
+        of_layer: Sequence[int],
+    ) -> tuple[int, ...]:
         # rows stay; groups and features in the order of the layer
-        first = rows + groups
         batch = _sorted_by(axes[rows:first], mine.groups, wanted.groups)
-        features = _sorted_by(axes[first:], mine[role], wanted[role])
+        features = _sorted_by(axes[first:], own, of_layer)
         return (*axes[:rows], *batch, *features)
 
     geometry = dataclasses.replace(
         geometry,
-        a=arranged(geometry.a, 1),
-        s=arranged(geometry.s, 2),
-        kernel=kernel,
+        a=arranged(geometry.a, mine.inputs, wanted.inputs),
+        s=arranged(geometry.s, mine.outputs, wanted.outputs),
+        kernel=tuple(axis - rank for axis in kernel),
         inputs=len(wanted.inputs),
         outputs=len(wanted.outputs),
     )

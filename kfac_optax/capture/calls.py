@@ -8,6 +8,8 @@ from jax.extend import core as jex
 _CALLS = frozenset(
     ["jit", "pjit", "remat", "remat2", "checkpoint", "closed_call", "core_call", "eval_jaxpr"]
 )
+# Names of a call's body among its parameters.
+BODIES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Calls whose derivative is a rule of their own, so what happens inside says nothing about it: they
 # are never entered.
 RULES = {
@@ -34,7 +36,9 @@ def own_rule(eqn: Any) -> str | None:
     inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
     if word is None or inner is None:
         return word
-    name = getattr(getattr(inner, "jaxpr", inner).debug_info, "func_name", "")
+    # closed or not
+    jaxpr = getattr(inner, "jaxpr", inner)
+    name = getattr(jaxpr.debug_info, "func_name", "")
     return f"{word} `{name}`" if name else word
 
 
@@ -47,8 +51,13 @@ def call_body(eqn: Any) -> Any | None:
     """The closed body of an equation that runs it once (`jit`, `remat`), else `None`."""
     if eqn.primitive.name not in _CALLS:
         return None
-    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-    return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+    # by the kind of call
+    name = next(name for name in BODIES if name in eqn.params)
+    return _closed(eqn.params[name])
+
+
+def _closed(body: Any) -> Any:
+    return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, [])
 
 
 class ScanBody(NamedTuple):
@@ -63,8 +72,7 @@ class ScanBody(NamedTuple):
 
 def scan_body(eqn: Any) -> ScanBody:
     """Layout of a scan equation; JAX 0.11 replaced two counts by one tree of operands."""
-    inner = eqn.params["jaxpr"]
-    body = inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
+    body = _closed(eqn.params["jaxpr"])
     if "num_consts" in eqn.params:
         return ScanBody(body, eqn.params["num_consts"], eqn.params["num_carry"])
     constants, carried, _ = map(len, eqn.params["ft_in"].unpack())

@@ -95,10 +95,12 @@ def chain_of(where: str, traced: Traced, inputs: Sequence[Any]) -> Chain:
     names = tuple(traced.layers.layers[i].path or "(root)" for i in traced.owner)
     run = _Run(where, names, [], [])
     closed = traced.jaxpr
-    outputs, marks = _evaluate(run, closed, list(inputs), [None] * len(inputs))
+    no_marks: list[_Mark | None] = [None] * len(inputs)
+    outputs, marks = _evaluate(run, closed, list(inputs), no_marks)
     # whatever is predicted has to come through the last layer alone, or from the data
     last = frozenset({len(names) - 1})
     for mark in marks:
+        # None: from the data alone
         if mark is not None and mark.sources != last:
             first = names[min(mark.sources)]
             raise ValueError(f"{where}: the output of layer {first!r} {_PAST_NEXT}; {_EXPECTED}")
@@ -133,13 +135,18 @@ def _check_layers(where: str, traced: Traced) -> None:
 
 
 def _evaluate(
-    run: _Run, closed: Any, values: list[Any], marks: list[_Mark | None]
+    run: _Run,
+    closed: Any,
+    values: list[Any],
+    marks: list[_Mark | None],
 ) -> tuple[list[Any], list[_Mark | None]]:
     """Results of a program and what they are made of."""
     jaxpr = closed.jaxpr
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    env = dict(zip(variables, [*closed.consts, *values], strict=True))
     known = dict(zip(jaxpr.invars, marks, strict=True))
 
+    # values of the program, and what each is made of
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
@@ -149,11 +156,15 @@ def _evaluate(
     for eqn in jaxpr.eqns:
         # what its operands are made of decides what its results are made of
         given = list(map(mark_of, eqn.invars))
+        mine: list[_Mark | None]
         if eqn.primitive is tap_p:
-            values = [_at_layer(run, read(eqn.invars[0]), read(eqn.invars[1]), given[1])]
-            mine: list[_Mark | None] = [_start(len(run.inputs) - 1, values[0])]
+            s, a = map(read, eqn.invars[:2])
+            index = _at_layer(run, a, given[1])
+            values = [s]
+            mine = [_start(index, s)]
         elif (body := call_body(eqn)) is not None:
-            values, mine = _evaluate(run, body, list(map(read, eqn.invars)), given)
+            operands = list(map(read, eqn.invars))
+            values, mine = _evaluate(run, body, operands, given)
         else:
             values, mine = _one(jaxpr, eqn, env, given)
         env.update(zip(eqn.outvars, values, strict=True))
@@ -166,12 +177,16 @@ def _start(index: int, s: jax.Array) -> _Mark:
     return _Mark(frozenset({index}), jnp.ones_like(s), "")
 
 
-def _at_layer(run: _Run, s: jax.Array, a: jax.Array, mark: _Mark | None) -> jax.Array:
-    """Notes what a layer sees, and the slope of it in the output of the layer in front."""
+def _at_layer(
+    run: _Run,
+    a: jax.Array,
+    mark: _Mark | None,
+) -> int:
+    """Notes what a layer sees, and the slope of it in the output of the layer in front; its number."""
     index = len(run.inputs)
     run.inputs.append(a)
     if index == 0:  # it sees the data, however they were prepared
-        return s
+        return index
     name, before = run.names[index], run.names[index - 1]
     if mark is None or mark.sources != frozenset({index - 1}):
         made = "nothing before it" if mark is None else _listed(run, mark)
@@ -185,19 +200,25 @@ def _at_layer(run: _Run, s: jax.Array, a: jax.Array, mark: _Mark | None) -> jax.
             f"mixes entries; {_EXPECTED}"
         )
     run.slopes.append(mark.slope)
-    return s
+    return index
 
 
 def _listed(run: _Run, mark: _Mark) -> str:
-    return "outputs of " + ", ".join(repr(run.names[i]) for i in sorted(mark.sources))
+    names = [repr(run.names[i]) for i in sorted(mark.sources)]
+    return "outputs of " + ", ".join(names)
 
 
 def _one(
-    jaxpr: Any, eqn: Any, env: dict[Any, Any], marks: Sequence[_Mark | None]
+    jaxpr: Any,
+    eqn: Any,
+    env: dict[Any, Any],
+    marks: Sequence[_Mark | None],
 ) -> tuple[list[Any], list[_Mark | None]]:
     """One operation without layers in it."""
-    found = {v: m for v, m in zip(eqn.invars, marks, strict=True) if m is not None}
+    marked = zip(eqn.invars, marks, strict=True)
+    found = {v: mark for v, mark in marked if mark is not None}
 
+    # the operation as a function of what layers have a part in
     def call(*operands: Any) -> list[Any]:
         mine = {v: env[v] for v in eqn.invars if not isinstance(v, jex.Literal)}
         mine |= dict(zip(found, operands, strict=True))
@@ -210,8 +231,9 @@ def _one(
     # one layer's output, entry by entry: the chain rule for numbers; anything else has no slope
     sources = frozenset().union(*(m.sources for m in found.values()))
     slopes = [m.slope for m in found.values()]
+    shapes = {v.aval.shape for v in found}
     mixed = next((m.mixed for m in found.values() if m.mixed), "")
-    if mixed or len(sources) > 1 or not _by_entry(eqn, {v.aval.shape for v in found}):
+    if mixed or len(sources) > 1 or not _by_entry(eqn, shapes):
         mark = _Mark(sources, None, mixed or eqn.primitive.name)
         return call(*values), [mark] * len(eqn.outvars)
     outs, along = _with_slopes(call, values, slopes)
@@ -219,7 +241,9 @@ def _one(
 
 
 def _with_slopes(
-    call: Callable[..., list[Any]], values: list[Any], slopes: list[Any]
+    call: Callable[..., list[Any]],
+    values: list[Any],
+    slopes: list[Any],
 ) -> tuple[list[Any], list[Any]]:
     """Results, and their derivative entry by entry: that along a one in every entry."""
     outs, along = jax.jvp(call, tuple(values), tuple(slopes))
@@ -228,7 +252,8 @@ def _with_slopes(
 
 def _by_entry(eqn: Any, shapes: set[tuple[int, ...]]) -> bool:
     """Whether an operation has a result for every entry of operands of one shape."""
-    return {v.aval.shape for v in eqn.outvars} == shapes and _elementwise(eqn)
+    results = {v.aval.shape for v in eqn.outvars}
+    return results == shapes and _elementwise(eqn)
 
 
 def _elementwise(eqn: Any) -> bool:
@@ -239,5 +264,7 @@ def _elementwise(eqn: Any) -> bool:
         return eqn.invars[0].aval.ndim == 0
     if name not in _OWN_DERIVATIVE and call_body(eqn) is None:
         return False
-    inner = (getattr(body, "jaxpr", body).eqns for body in bodies(eqn))
-    return all(map(_elementwise, itertools.chain.from_iterable(inner)))
+    # a call is what its body is
+    jaxprs = [getattr(body, "jaxpr", body) for body in bodies(eqn)]
+    inner = itertools.chain.from_iterable(jaxpr.eqns for jaxpr in jaxprs)
+    return all(map(_elementwise, inner))

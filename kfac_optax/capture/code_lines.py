@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 
+_JAX = os.path.dirname(os.path.abspath(jax.__file__))
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ROOMS = ("capture", "estimators", "likelihoods")
 # of what calls what the user has written, and is called by it
-_INSIDE = (
-    os.path.dirname(os.path.abspath(jax.__file__)),
-    *(os.path.join(_HERE, room) for room in ("capture", "estimators", "likelihoods")),
-)
+_INSIDE = (_JAX, *(os.path.join(_HERE, room) for room in _ROOMS))
 _INSTALLED = f"{os.sep}site-packages{os.sep}"
 
 
@@ -34,7 +33,9 @@ def line_of_call(eqn: Any, body: Any, line: str) -> str:
     where the body is a function of JAX, whose trace is used again by other callers; else `""`.
     """
     file_name = getattr(body.debug_info, "func_filename", None) or ""
-    return (line or line_of(eqn)) if file_name.startswith(_INSIDE) else ""
+    if not file_name.startswith(_INSIDE):
+        return ""
+    return line or line_of(eqn)
 
 
 def _shortened(path: str) -> str:
@@ -46,4 +47,5 @@ def _shortened(path: str) -> str:
 def listed(lines: Iterable[str], most: int = 3) -> str:
     """The first of these lines, each once."""
     known = [line for line in dict.fromkeys(lines) if line]
-    return ", ".join(known[:most]) + (", …" if len(known) > most else "")
+    first = ", ".join(known[:most])
+    return f"{first}, …" if len(known) > most else first

@@ -28,7 +28,8 @@ def only_stopped(jaxpr: Any, stop: str) -> set[int]:
     for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
         if eqn.primitive.name == stop:
             continue
-        if not eqn.effects and not any(v in live for v in eqn.outvars):
+        read = any(v in live for v in eqn.outvars)
+        if not eqn.effects and not read:
             stopped.add(i)
             continue
         live |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
@@ -45,7 +46,7 @@ def dependence(
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def mark(v: Any) -> bool:
-        return not isinstance(v, jex.Literal) and known.get(v, False)
+        return False if isinstance(v, jex.Literal) else known.get(v, False)
 
     for eqn in jaxpr.eqns:
         marks = list(map(mark, eqn.invars))

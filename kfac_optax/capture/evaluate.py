@@ -48,7 +48,12 @@ class Probe(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _probe(
-    measure: Measure, s: jax.Array, a: jax.Array, extra: PyTree, inverse: PyTree, zeros: Zeros
+    measure: Measure,
+    s: jax.Array,
+    a: jax.Array,
+    extra: PyTree,
+    inverse: PyTree,
+    zeros: Zeros,
 ) -> jax.Array:
     # s itself: a probe leaves values as they are
     return s
@@ -71,16 +76,25 @@ def as_cotangent(x: jax.Array) -> jax.Array:
     """Rows that a probe hands back: tokens as floats, since a cotangent cannot be an integer (exact
     below 2^24).
     """
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x.astype(jnp.float32)
+    return x
 
 
 def from_cotangent(site: Site, rows: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
     """Inverse of `as_cotangent` for the rows `(a, g)` of a site."""
     a, g = rows
-    return (a.astype(jnp.int32), g) if jnp.issubdtype(site.a.dtype, jnp.integer) else (a, g)
+    if jnp.issubdtype(site.a.dtype, jnp.integer):
+        a = a.astype(jnp.int32)
+    return a, g
 
 
-def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> Zeros:
+def make_zeros(
+    site: Site,
+    measure: Measure,
+    extra: PyTree,
+    inverse: PyTree,
+) -> Zeros:
     """Zeros in the shape of what `measure` makes of a site, with the axes of enclosing scans in
     front.
     """
@@ -88,16 +102,23 @@ def make_zeros(site: Site, measure: Measure, extra: PyTree, inverse: PyTree) -> 
     rides = [n for n, over_layers in site.scans if over_layers]
     measure = _over_stack(site, measure)
 
-    def inside(a: jax.Array, s: jax.Array, extra: PyTree, inverse: PyTree) -> Zeros:
+    def inside(
+        a: jax.Array,
+        s: jax.Array,
+        extra: PyTree,
+        inverse: PyTree,
+    ) -> Zeros:
         # [layers, ...] to those of one
-        one_layer = jax.tree.map(lambda x: x[(0,) * len(rides)], inverse)
+        first = (0,) * len(rides)
+        one_layer = jax.tree.map(lambda x: x[first], inverse)
         return measure(a, s, extra, one_layer)
 
     shapes = jax.eval_shape(inside, site.a, site.s, extra, inverse)
     # rows stay apart in both
     lengths = [n for n, _ in site.scans]
     summed = jax.tree.map(lambda x: zeros_of_type(x, rides), shapes.summed)
-    return Zeros(summed, jax.tree.map(lambda x: zeros_of_type(x, lengths), shapes.rows))
+    rows = jax.tree.map(lambda x: zeros_of_type(x, lengths), shapes.rows)
+    return Zeros(summed, rows)
 
 
 def evaluate(
@@ -112,12 +133,13 @@ def evaluate(
     dropped).
     """
     run = _Run(tuple(sites), tuple(measures), extra)
-    return _evaluate(run, closed.jaxpr, closed.consts, inputs, range(len(sites)), probes, 0)
+    everything = range(len(sites))
+    return _evaluate(run, closed.jaxpr, closed.consts, inputs, everything, probes, 0)
 
 
 def _over_stack(site: Site, measure: Measure) -> Measure:
-    # stacked axes are in front, of a, g and the inverse
     """The measure of one layer mapped over a stack of layers, each with an inverse of its own."""
+    # stacked axes are in front, of a, g and the inverse
     for _ in range(site.stacked):
         measure = jax.vmap(measure, in_axes=(0, 0, None, 0))
     return measure
@@ -158,7 +180,8 @@ def _evaluate(run, jaxpr, consts, inputs, indices, probes, depth) -> list[Any]:
         # taps come in order of execution, and so do the sites
         inside, mine = _take(queue, taps)
         if eqn.primitive is tap_p:
-            outs = [_place(run, inside[0], values[0], values[1], mine[0])]
+            s, a = values[:2]
+            outs = [_place(run, inside[0], s, a, mine[0])]
         elif eqn.primitive.name == "scan":
             outs = _scan(run, eqn, values, inside, mine, depth)
         else:
@@ -174,7 +197,13 @@ def _take(queue: Iterator, n: int) -> tuple[list[int], list[Any]]:
     return [i for i, _ in pairs], [probe for _, probe in pairs]
 
 
-def _place(run: _Run, index: int, s: Any, a: Any, probe: Probe | None) -> Any:
+def _place(
+    run: _Run,
+    index: int,
+    s: Any,
+    a: Any,
+    probe: Probe | None,
+) -> Any:
     measure = run.measures[index]
     if measure is None or probe is None:
         return s
@@ -191,9 +220,8 @@ def _call(run, eqn, values, inside, probes, depth) -> list[Any]:
         return _evaluate(run, body.jaxpr, body.consts, values, inside, probes, depth)
 
     if "prevent_cse" in eqn.params:  # remat: recompute in the backward pass as the user asked
-        call = jax.checkpoint(
-            call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-        )
+        options = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+        call = jax.checkpoint(call, **options)
     return call(values, probes)
 
 
@@ -203,19 +231,13 @@ def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
     first = constants + carried
     # of each tap inside: whether this scan is over layers, or over steps in time
     over_layers = [run.sites[i].scans[depth][1] for i in inside]
-    # zeros and inverses of layers ride along as scanned inputs; of one layer only the rows do
-    riding = [
-        None if p is None else p if layered else Probe(Zeros(None, p.zeros.rows), None)
-        for p, layered in zip(probes, over_layers, strict=True)
-    ]
+    pairs = list(zip(probes, over_layers, strict=True))
+    riding = [_riding(probe, layered) for probe, layered in pairs]
 
     def body(carry, xs):
         slices, ride = xs
-        # one layer: zeros from outside, to which every step adds
-        merged = [
-            None if p is None else r if layered else _same_layer(p, r)
-            for p, r, layered in zip(probes, ride, over_layers, strict=True)
-        ]
+        given = zip(pairs, ride, strict=True)
+        merged = [_in_step(probe, one, layered) for (probe, layered), one in given]
         step = [*values[:constants], *carry, *slices]
         outs = _evaluate(run, closed.jaxpr, closed.consts, step, inside, merged, depth + 1)
         return outs[:carried], outs[carried:]
@@ -232,9 +254,22 @@ def _scan(run, eqn, values, inside, probes, depth) -> list[Any]:
     return [*carry, *ys]
 
 
-def _same_layer(probe: Probe, ride: Probe) -> Probe:
-    """What the probe of a layer is given in one step in time: only rows are kept apart."""
-    return Probe(Zeros(probe.zeros.summed, ride.zeros.rows), probe.inverse)
+def _riding(probe: Probe | None, layered: bool) -> Probe | None:
+    """What of a probe rides along with a scan, over layers or over steps in time."""
+    # zeros and inverses of layers are scanned over; of one layer only the rows are
+    if probe is None or layered:
+        return probe
+    rows = Zeros(None, probe.zeros.rows)
+    return Probe(rows, None)
+
+
+def _in_step(probe: Probe | None, ride: Probe, layered: bool) -> Probe | None:
+    """What the probe of a layer is given in one step of a scan."""
+    if probe is None or layered:
+        return ride
+    # one layer: zeros from outside, to which every step adds; only rows are kept apart
+    zeros = Zeros(probe.zeros.summed, ride.zeros.rows)
+    return Probe(zeros, probe.inverse)
 
 
 def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:

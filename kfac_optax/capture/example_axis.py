@@ -20,9 +20,9 @@ def of_inputs(jaxpr: Any, leaves: int, examples: int | None) -> list[Axis]:
     """Axes of a jaxpr's inputs, of which the first `leaves` are parameters: arguments as long as
     the batch have their examples on axis 0.
     """
-    return [
-        None if i < leaves else _of_argument(v.aval, examples) for i, v in enumerate(jaxpr.invars)
-    ]
+    arguments = jaxpr.invars[leaves:]
+    axes = [_of_argument(v.aval, examples) for v in arguments]
+    return [None] * leaves + axes
 
 
 def _of_argument(aval: Any, examples: int | None) -> Axis:
@@ -35,16 +35,25 @@ def _of_argument(aval: Any, examples: int | None) -> Axis:
 
 def sliced(axis: Axis) -> Axis:
     """Of one step of a scan over a value."""
+    if axis is None:
+        return None
     # the axis that was scanned over is gone
-    return UNKNOWN if axis in (0, UNKNOWN) else None if axis is None else axis - 1
+    return UNKNOWN if axis in (0, UNKNOWN) else axis - 1
 
 
 def stacked(axis: Axis) -> Axis:
     """Of all steps of a scan together."""
-    return axis if axis in (None, UNKNOWN) else axis + 1
+    if axis is None or axis == UNKNOWN:
+        return axis
+    # the scan's axis is in front
+    return axis + 1
 
 
-def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
+def behind(
+    eqn: Any,
+    axes: Sequence[Axis],
+    examples: int | None,
+) -> list[Axis]:
     """Axes of an equation's outputs, given those of its operands."""
     if all(axis is None for axis in axes):
         # equations among parameters alone
@@ -52,7 +61,8 @@ def behind(eqn: Any, axes: Sequence[Axis], examples: int | None) -> list[Axis]:
     # as many outputs as operands
     if eqn.primitive.name == "optimization_barrier":
         return list(axes)
-    return [_checked(_moved(eqn, axes, v), v.aval, examples) for v in eqn.outvars]
+    moved = [(v.aval, _moved(eqn, axes, v)) for v in eqn.outvars]
+    return [_checked(axis, aval, examples) for aval, axis in moved]
 
 
 def _checked(axis: int, aval: Any, examples: int | None) -> int:
@@ -81,10 +91,10 @@ def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     if name == "reshape":
         return _reshaped(axis, eqn.invars[0].aval.shape, out.aval.shape)
     if name == "squeeze":
-        # axes in front of it that are gone
-        return axis - sum(d < axis for d in p["dimensions"])
+        return _without(axis, p["dimensions"])
     if name == "dot_general":
-        return axes_of_product(eqn)[side].get(axis, UNKNOWN)
+        in_product = axes_of_product(eqn)[side]
+        return in_product.get(axis, UNKNOWN)
     if name == "conv_general_dilated" and side == 0:
         numbers = p["dimension_numbers"]
         # rows stay where the batch is, in whatever order axes are stored
@@ -92,15 +102,26 @@ def _moved(eqn: Any, axes: Sequence[Axis], out: Any) -> int:
     if name == "gather" and side == 1:
         offset = p["dimension_numbers"].offset_dims
         # axes of the output that are not offsets are those of the indices
-        return [i for i in range(out.aval.ndim) if i not in offset][axis]
+        of_indices = [i for i in range(out.aval.ndim) if i not in offset]
+        return of_indices[axis]
     if name.startswith(("reduce_", "arg")) and "axes" in p:
-        return UNKNOWN if axis in p["axes"] else axis - sum(d < axis for d in p["axes"])
+        summed = p["axes"]
+        return UNKNOWN if axis in summed else _without(axis, summed)
     # elementwise, cumulative, or unknown with as many axes
     same_rank = getattr(out.aval, "ndim", 0) == eqn.invars[side].aval.ndim
     return axis if same_rank else UNKNOWN
 
 
-def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
+def _without(axis: int, gone: Sequence[int]) -> int:
+    """An axis, when those in front of it are counted without some that are gone."""
+    return axis - sum(d < axis for d in gone)
+
+
+def _reshaped(
+    axis: int,
+    before: Sequence[int],
+    after: Sequence[int],
+) -> int:
     """The axis with as many numbers in front of it as before."""
     # a reshape that keeps an axis keeps how many numbers are in front of it
     front = math.prod(before[:axis])
@@ -113,13 +134,15 @@ def _reshaped(axis: int, before: Sequence[int], after: Sequence[int]) -> int:
 def axes_of_product(eqn: Any) -> tuple[dict[int, int], dict[int, int]]:
     """Where the axes of both operands of a `dot_general` are in its output; not those summed over."""
     summed, batched = eqn.params["dimension_numbers"]
-    found: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    left: dict[int, int] = {}
+    right: dict[int, int] = {}
     # batched axes come first, then the free ones of each side
     position = len(batched[0])
-    for side in (0, 1):
-        found[side].update((axis, i) for i, axis in enumerate(batched[side]))
+    for side, found in enumerate((left, right)):
+        found.update((axis, i) for i, axis in enumerate(batched[side]))
+        met = (*summed[side], *batched[side])
         for axis in range(eqn.invars[side].aval.ndim):
-            if axis not in summed[side] and axis not in batched[side]:
-                found[side][axis] = position
+            if axis not in met:
+                found[axis] = position
                 position += 1
-    return found
+    return left, right

@@ -20,10 +20,12 @@ def unseen(
     notes = []
     for leaf in leaves:
         reading = consumers.get(leaf, [])
-        note, others = _other_uses(names[leaf], [x.name for x in reading], uses.get(leaf, []))
+        read_by = [x.name for x in reading]
+        note, others = _other_uses(names[leaf], read_by, uses.get(leaf, []))
         where = listed(x.line for x in reading if x.name in others)
-        notes.append((names[leaf], note, where))
-    return [x for x in notes if x[1]]
+        if note:
+            notes.append((names[leaf], note, where))
+    return notes
 
 
 def uses_by_leaf(sites: Iterable[Site]) -> dict[int, list[Site]]:
@@ -39,7 +41,9 @@ def uses_by_leaf(sites: Iterable[Site]) -> dict[int, list[Site]]:
 
 
 def _other_uses(
-    name: str, consumers: Sequence[str], sites: Sequence[Site]
+    name: str,
+    consumers: Sequence[str],
+    sites: Sequence[Site],
 ) -> tuple[str, list[str]]:
     """A layer consumes each of its parameters once for every tap, and once for every use that was
     found, named by its equation; anything more the statistics do not see.
@@ -54,11 +58,14 @@ def _other_uses(
     plain = [x for x in used if not is_rule(x)]
     rules = [x for x in used if is_rule(x)]
     # the first `taps` of them are those that the taps see
-    leaf, extra = name.rpartition("/")[2], plain[taps:] + rules
+    extra = plain[taps:] + rules
+    _, _, leaf = name.rpartition("/")
     if rules and len(plain) < taps:  # what a tap sees the output of
         words = f"{leaf} used through {_listed(rules)}: its own derivative rule, not measured"
         return words, rules
-    return f"{leaf} also used by {_listed(extra)}: not measured" if extra else "", extra
+    if not extra:
+        return "", extra
+    return f"{leaf} also used by {_listed(extra)}: not measured", extra
 
 
 def bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
@@ -66,16 +73,22 @@ def bypasses(leaves: set[int], analysis: Analysis) -> dict[int, str]:
     otherwise.
     """
     # what stands behind a stopped gradient has no derivative to measure
-    used = {i: [x for x in analysis.names(i) if x != STOPPED] for i in leaves}
-    return {
-        i: f"only used by {_listed(consumers)}, not by the output of its layer: a derivative of it is not measured"
-        for i, consumers in used.items()
-        if consumers
-    }
+    reasons = {}
+    for i in leaves:
+        used = [x for x in analysis.names(i) if x != STOPPED]
+        if used:
+            reasons[i] = (
+                f"only used by {_listed(used)}, not by the output of its layer: a derivative of it "
+                "is not measured"
+            )
+    return reasons
 
 
 def reason(
-    index: int, problems: Mapping[int, str], tapped: set[int], consumers: Sequence[str]
+    index: int,
+    problems: Mapping[int, str],
+    tapped: set[int],
+    consumers: Sequence[str],
 ) -> str:
     """Why a parameter is in no layer, given why some are, which a tap sees, and what else uses it."""
     if index in problems:

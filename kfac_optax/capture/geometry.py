@@ -180,13 +180,19 @@ def _every(
     return x[whole + thinned]
 
 
-def _if_any(g: jax.Array | None, function: Callable[..., jax.Array], *args: Any) -> Any:
+def _if_any(
+    g: jax.Array | None,
+    function: Callable[..., jax.Array],
+    *args: Any,
+) -> Any:
     """A function of output gradients, where there are some."""
     return None if g is None else function(g, *args)
 
 
 def plain_rows(
-    geometry: Geometry, a: jax.Array, g: jax.Array | None
+    geometry: Geometry,
+    a: jax.Array,
+    g: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """`to_rows` of what is no convolution, at every position."""
     match geometry:

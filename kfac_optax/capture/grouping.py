@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_REAL
 from kfac_optax._types import Layer, Layers, Uncovered
-from kfac_optax.capture.align import aligned, layout_of
+from kfac_optax.capture.align import aligned, layout_of, same_matrix
 from kfac_optax.capture.code_lines import listed
 from kfac_optax.capture.explain import bypasses, reason, unseen, uses_by_leaf
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift, Unsupported
@@ -20,7 +20,10 @@ from kfac_optax.capture.sites import Analysis, Site
 
 
 def group(
-    analysis: Analysis, names: Sequence[str], leaves: Mapping[str, Any], bypassed: set[int]
+    analysis: Analysis,
+    names: Sequence[str],
+    leaves: Mapping[str, Any],
+    bypassed: set[int],
 ) -> tuple[tuple[Site, ...], tuple[int, ...], Layers]:
     """Sites that share a kernel, or the same part of one, form one layer; everything else about
     them has to agree.
@@ -39,11 +42,12 @@ def group(
             problems.setdefault(key[0], problem)
     # reasons are given only where the model uses the parameter
     tapped = tapped_leaves(analysis)
-    used = (i for i, name in enumerate(names) if i in tapped or analysis.consumers.get(i))
+    used = [i for i in range(len(names)) if i in tapped or analysis.consumers.get(i)]
     problems |= _not_of_reals({i: leaves[names[i]].dtype for i in used})
     groups = {key: members for key, members in groups.items() if key[0] not in problems}
     # a scale gives way to a kernel that has the same numbers
-    groups = apart(groups, {key: _is_scale(sites[groups[key][0]]) for key in groups})
+    scales = {key: _is_scale(sites[members[0]]) for key, members in groups.items()}
+    groups = apart(groups, scales)
     biases = _biases(groups, sites, problems)
     owner = [-1] * len(sites)
     # -1: a site of no layer
@@ -55,44 +59,45 @@ def group(
     for key, members in groups.items():
         bias = biases.get(key)
         # the kernel and, where it has one, the bias
-        mine = [leaf for leaf, _ in (key, *([] if bias is None else [bias]))]
-        notes = unseen(mine, uses, names, analysis.consumers)
-        partly = [
-            Uncovered(name, tuple(leaves[name].shape), note, where) for name, note, where in notes
-        ]
-        layers.append(_layer([sites[i] for i in members], key, bias, names, partly))
+        mine = [key[0]] if bias is None else [key[0], bias[0]]
+        partly = []
+        for name, note, where in unseen(mine, uses, names, analysis.consumers):
+            shape = tuple(leaves[name].shape)
+            partly.append(Uncovered(name, shape, note, where))
+        members_of_it = [sites[i] for i in members]
+        layers.append(_layer(members_of_it, key, bias, names, partly))
     # everything else is left over, each with its reason
-    taken = {names[leaf] for leaf, _ in (*groups, *biases.values())}
+    taken = {leaf for leaf, _ in (*groups, *biases.values())}
     problems = bypasses(bypassed, analysis) | problems
-    uncovered = tuple(
-        Uncovered(
-            name,
-            tuple(leaves[name].shape),
-            reason(i, problems, tapped, analysis.names(i)),
-            listed(consumer.line for consumer in analysis.consumers.get(i, [])),
-        )
-        for i, name in enumerate(names)
-        if name not in taken
-    )
-    return tuple(sites), tuple(owner), Layers(tuple(_distinct(layers)), uncovered)
+    uncovered = []
+    for i, name in enumerate(names):
+        if i in taken:
+            continue
+        why = reason(i, problems, tapped, analysis.names(i))
+        lines = listed(consumer.line for consumer in analysis.consumers.get(i, []))
+        uncovered.append(Uncovered(name, tuple(leaves[name].shape), why, lines))
+    coverage = Layers(tuple(_distinct(layers)), tuple(uncovered))
+    return tuple(sites), tuple(owner), coverage
 
 
-def _by_kernel(sites: Sequence[Site], problems: dict[int, str]) -> dict[Key, list[int]]:
+def _by_kernel(
+    sites: Sequence[Site],
+    problems: dict[int, str],
+) -> dict[Key, list[int]]:
     """Numbers of the sites of each kernel; why the parameters of others have none."""
     groups: dict[Key, list[int]] = {}
     for i, site in enumerate(sites):
         why = _unfit(site)
         if why is not None:
-            problems |= {o.leaf: why for o in site.params if o is not None}
+            mine = [origin.leaf for origin in site.params if origin is not None]
+            problems |= dict.fromkeys(mine, why)
         elif (kernel := site.params[0]) is not None:
             groups.setdefault(kernel.key, []).append(i)
     # an addition is no layer of its own where a product has it for its bias
-    biased = {site.bias for site in sites}
-    return {
-        key: members
-        for key, members in groups.items()
-        if key not in biased or not all(sites[i].found for i in members)
-    }
+    for bias in {site.bias for site in sites}:
+        if bias in groups and all(sites[i].found for i in groups[bias]):
+            del groups[bias]
+    return groups
 
 
 def _is_scale(site: Site) -> bool:
@@ -100,28 +105,32 @@ def _is_scale(site: Site) -> bool:
 
 
 def _biases(
-    groups: Mapping[Key, Sequence[int]], sites: list[Site], problems: dict[int, str]
+    groups: Mapping[Key, Sequence[int]],
+    sites: list[Site],
+    problems: dict[int, str],
 ) -> dict[Key, Key]:
     """The bias of each kernel, where all uses that have one agree on it and no other kernel uses
     it, nor a part of it.
     """
     # pairs (kernel, bias) of all uses
-    pairs = [(key, sites[i].bias) for key, members in groups.items() for i in members]
-    pairs = [(key, bias) for key, bias in pairs if bias is not None]
+    pairs = []
+    for key, members in groups.items():
+        biases = [sites[i].bias for i in members]
+        pairs += [(key, bias) for bias in biases if bias is not None]
     own = own_biases(pairs)
-    problems |= {
-        bias[0]: "kernel and bias are shared by different layers"
-        for key, bias in pairs
-        if own.get(key) != bias
-    }
+    for key, bias in pairs:
+        if own.get(key) != bias:
+            problems[bias[0]] = "kernel and bias are shared by different layers"
     # parts of one parameter that overlap another layer's are no bias
     free = apart(dict.fromkeys([*groups, *own.values()]), {})
     own = {key: bias for key, bias in own.items() if bias in free and bias not in groups}
     for key, members in groups.items():
         for i in members:
+            site = sites[i]
+            foreign = site.bias not in (None, own.get(key))
             # the use stays, without its bias
-            if sites[i].bias not in (None, own.get(key)) and sites[i].bias not in free:
-                sites[i] = sites[i]._replace(params=sites[i].params[:1])
+            if foreign and site.bias not in free:
+                sites[i] = site._replace(params=site.params[:1])
     return own
 
 
@@ -143,11 +152,11 @@ def _layer(
     names: Sequence[str],
     partly: Sequence[Uncovered],
 ) -> Layer:
-    kernel, part = names[key[0]], key[1]
-    # the first of them says how the kernel is stored
-    # a look-up comes before a head that shares its table, and a use before one the other way round
-    first = min(sites, key=lambda site: (not isinstance(site.geometry, Lookup), site.swapped))
+    leaf, part = key
+    kernel = names[leaf]
+    first = min(sites, key=_turn)
     kinds = {site.geometry.kind for site in sites}
+    tied = len(kinds & {"embedding", "dense"}) > 1
     groups, inputs, outputs = matrix_shape(first.geometry, first.kernel)
     mixed = bias is not None and any(site.bias is None for site in sites)
     swapped = any(site.swapped for site in sites)
@@ -158,10 +167,13 @@ def _layer(
     # how often scans around a use run it
     uses = [math.prod(site.loops) for site in sites]
     # rows of all uses together
-    rows = sum(n * math.prod(site.row_shape) for n, site in zip(uses, sites, strict=True))
+    rows = 0
+    for count, site in zip(uses, sites, strict=True):
+        rows += count * math.prod(site.row_shape)
+    module, _, _ = kernel.rpartition("/")
     return Layer(
-        path=kernel.rpartition("/")[0] or kernel,
-        kind="tied_embedding" if len(kinds & {"embedding", "dense"}) > 1 else first.geometry.kind,
+        path=module or kernel,
+        kind="tied_embedding" if tied else first.geometry.kind,
         kernel=kernel,
         bias=None if bias is None else names[bias[0]],
         inputs=inputs,
@@ -181,21 +193,36 @@ def _layer(
     )
 
 
+def _turn(site: Site) -> tuple[bool, bool]:
+    """Which use says how the kernel is stored: a look-up before a head that shares its table, and
+    one as stored before one the other way round.
+    """
+    return not isinstance(site.geometry, Lookup), site.swapped
+
+
 def tapped_leaves(analysis: Analysis) -> set[int]:
     """Parameters that are operands of a tap."""
-    return {origin.leaf for site in analysis.sites for origin in site.params if origin is not None}
+    tapped: set[int] = set()
+    for site in analysis.sites:
+        tapped.update(origin.leaf for origin in site.params if origin is not None)
+    return tapped
 
 
 def _unfit(site: Site) -> str | None:
     """Why no layer can have this site."""
     if isinstance(site.geometry, Unsupported):
         return f"not supported: {site.geometry.reason}"
-    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (site.a, site.s)):
+    dtypes = site.a.dtype, site.s.dtype
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return COMPLEX_LAYER
     return None
 
 
-def _fitting(members: Sequence[int], sites: list[Site], leaf: Any) -> tuple[list[int], str | None]:
+def _fitting(
+    members: Sequence[int],
+    sites: list[Site],
+    leaf: Any,
+) -> tuple[list[int], str | None]:
     """The uses of a kernel that are those of one layer, and what is wrong with it.
 
     Taps have to agree; what was found in the program is left out where it does not fit them.
@@ -230,16 +257,9 @@ def _alike(sites: Sequence[Site]) -> bool:
     if kinds == {"embedding", "dense"}:
         # the head of a tied table sees its transpose
         heads = [site for site in sites if isinstance(site.geometry, Dense)]
-        return all(
-            site.params[0] is not None and site.params[0].permutation == (-1, -2) for site in heads
-        )
-    first = sites[0]
-    return all(
-        site.geometry.kind == first.geometry.kind
-        and matrix_shape(site.geometry, site.kernel) == matrix_shape(first.geometry, first.kernel)
-        and layout_of(site) == layout_of(first)
-        for site in sites
-    )
+        kernels = [site.params[0] for site in heads]
+        return all(kernel and kernel.permutation == (-1, -2) for kernel in kernels)
+    return all(same_matrix(site, sites[0]) for site in sites)
 
 
 def _distinct(layers: Sequence[Layer]) -> list[Layer]:
@@ -248,12 +268,13 @@ def _distinct(layers: Sequence[Layer]) -> list[Layer]:
     """
     # a path alone would name several
     count = collections.Counter(layer.path for layer in layers)
-    return [
-        layer
-        if count[layer.path] == 1
-        else dataclasses.replace(layer, path=f"{layer.kernel}{layer.part or ''}")
-        for layer in layers
-    ]
+    distinct = []
+    for layer in layers:
+        if count[layer.path] > 1:
+            path = f"{layer.kernel}{layer.part or ''}"
+            layer = dataclasses.replace(layer, path=path)
+        distinct.append(layer)
+    return distinct
 
 
 def _misfit(site: Site, leaf: Any) -> str | None:
@@ -261,16 +282,17 @@ def _misfit(site: Site, leaf: Any) -> str | None:
     origin = site.params[0]
     assert origin is not None
     # axes in front are those of a stack of layers
-    moved = len(origin.permutation)
-    if moved > len(site.kernel):
+    in_place = len(site.kernel) - len(origin.permutation)
+    if in_place < 0:
         return "the axes of its stack are not in front"
-    used = (*site.kernel[: len(site.kernel) - moved], *(0,) * moved)
-    stored = list(used)
+    stored = list(site.kernel)
     # the shape before the transpose
-    for i, axis in enumerate(origin.permutation):
-        stored[axis] = site.kernel[len(site.kernel) - moved + i]
+    for axis, size in zip(origin.permutation, site.kernel[in_place:], strict=True):
+        stored[axis] = size
     if origin.part is not None:
         stored = list(origin.part.shape)
-    if tuple(leaf.shape) != (*site.stack, *stored):
-        return f"its layer uses a part of it: {tuple(leaf.shape)} stored, {(*site.stack, *stored)} used"
+    used = (*site.stack, *stored)
+    whole = tuple(leaf.shape)
+    if whole != used:
+        return f"its layer uses a part of it: {whole} stored, {used} used"
     return None

@@ -79,11 +79,9 @@ def trace(
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= tapped_leaves(analysis)
     # nothing that could become a layer, not even one outside of what the prediction needs
-    if not (
-        analysis.sites
-        or bypassed
-        or any(is_rule(x.name) for x in itertools.chain(*analysis.consumers.values()))
-    ):
+    consumers = itertools.chain(*analysis.consumers.values())
+    has_rules = any(is_rule(x.name) for x in consumers)
+    if not (analysis.sites or bypassed or has_rules):
         raise ValueError(
             f"{where}: no layer found in {getattr(function, '__name__', function)!r}, traced with "
             f"parameters {_named(names, analysis.consumers)}. Supported: "
@@ -108,16 +106,20 @@ def _named(names: Sequence[str], consumers: Mapping[int, Sequence[Consumer]]) ->
     """The first parameters, what uses them, and where."""
     words = []
     for i, name in enumerate(names[:5]):
-        uses = [
-            f"{x.name} at {x.line}" if x.line else x.name for x in consumers.get(i, ())[:3]
-        ] or ["nothing"]
-        words.append(f"{name or '(root)'} (used by {', '.join(dict.fromkeys(uses))})")
-    return ", ".join(words) + (", …" if len(names) > 5 else "")
+        reading = consumers.get(i, ())[:3]
+        uses = [f"{x.name} at {x.line}" if x.line else x.name for x in reading]
+        # each once
+        used_by = ", ".join(dict.fromkeys(uses)) or "nothing"
+        words.append(f"{name or '(root)'} (used by {used_by})")
+    if len(names) > 5:
+        words.append("…")
+    return ", ".join(words)
 
 
 def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
     """The same closed jaxpr without equations on which none of these outputs (default all) depends."""
-    outputs = [True] * len(closed.jaxpr.outvars) if outputs is None else outputs
+    if outputs is None:
+        outputs = [True] * len(closed.jaxpr.outvars)
     # inputs stay, so that positions of the parameters do
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(outputs), instantiate=True)
     return jex.ClosedJaxpr(jaxpr, closed.consts)
@@ -128,7 +130,8 @@ def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
     leaves, treedef = jax.tree.flatten(traced.out_shape)
     # positions of the part's arrays among the results
     numbers = range(len(leaves))
-    wanted = set(jax.tree.leaves(part(treedef.unflatten(numbers))))
+    own = part(treedef.unflatten(numbers))
+    wanted = set(jax.tree.leaves(own))
     pruned = _live(traced.jaxpr, [i in wanted for i in numbers])
     return count_taps(pruned.jaxpr) == len(traced.sites)
 
@@ -155,8 +158,10 @@ def with_examples(traced: Traced, examples: int, signs: bool) -> Traced:
     for index, layer in enumerate(traced.layers.layers):
         mine = uses[index]
         own = _per_example(mine, examples)
-        drawn = signs and not own and any(without_examples(site, examples) for site in mine)
-        notes = (*layer.notes, RANDOM_SIGNS) if drawn else layer.notes
+        shared = any(without_examples(site, examples) for site in mine)
+        notes = layer.notes
+        if signs and shared and not own:
+            notes = (*notes, RANDOM_SIGNS)
         layers.append(dataclasses.replace(layer, per_example=own, notes=notes))
     coverage = dataclasses.replace(traced.layers, layers=tuple(layers))
     return traced._replace(layers=coverage)

@@ -1,5 +1,6 @@
 """How the weight that a layer uses is stored, and the matrices it becomes."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -7,7 +8,11 @@ from kfac_optax._types import Layout
 from kfac_optax.capture.geometry import Contraction, Conv, Geometry, ScaleShift
 
 
-def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int] = ()) -> Layout:
+def layout(
+    geometry: Geometry,
+    kernel: Sequence[int],
+    permutation: Sequence[int] = (),
+) -> Layout:
     """Layout of the stored weight, given the shape the layer sees and how that was transposed from
     the stored one.
 
@@ -34,22 +39,29 @@ def layout(geometry: Geometry, kernel: Sequence[int], permutation: Sequence[int]
             order = list(range(rank + 1))
         case _:
             order = list(range(rank))
+    flat = list(itertools.chain.from_iterable(parts))
     # stored as it is used
     if not permutation or isinstance(geometry, ScaleShift):
-        return Layout(tuple(kernel), tuple(n for part in parts for n in part), tuple(order))
-    # parts in the order in which they are stored, and where each part of the used weight is found
-    # there
-    source = [*range(rank - len(permutation)), *(rank + axis for axis in permutation)]
-    # where each part begins among all parts of the used weight
-    starts = [sum(len(p) for p in parts[:i]) for i in range(rank)]
-    stored: list[int] = []
-    for axis in range(rank):
-        used = source.index(axis)
-        stored += range(starts[used], starts[used] + len(parts[used]))
-    flat = [n for part in parts for n in part]
-    shape = tuple(kernel[source.index(axis)] for axis in range(rank))
+        return Layout(tuple(kernel), tuple(flat), tuple(order))
+    front = range(rank - len(permutation))
+    source = [*front, *(rank + axis for axis in permutation)]
+    # the axis of the used weight that each stored one is
+    used = [source.index(axis) for axis in range(rank)]
+    stored = _parts_as_stored(parts, used)
+    shape = tuple(kernel[axis] for axis in used)
     split = tuple(flat[i] for i in stored)
     return Layout(shape, split, tuple(stored.index(i) for i in order))
+
+
+def _parts_as_stored(parts: Sequence[Sequence[int]], used: Sequence[int]) -> list[int]:
+    """Numbers of the parts of all used axes, in the order in which they are stored."""
+    # where each axis begins among the parts
+    counts = [len(part) for part in parts]
+    starts = [0, *itertools.accumulate(counts)]
+    stored: list[int] = []
+    for axis in used:
+        stored += range(starts[axis], starts[axis + 1])
+    return stored
 
 
 def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, int]:
@@ -58,17 +70,20 @@ def matrix_shape(geometry: Geometry, kernel: Sequence[int]) -> tuple[int, int, i
         case Contraction():
             # in the order groups, inputs, outputs
             sizes = [kernel[axis] for axis in geometry.kernel]
-            inner = geometry.groups + geometry.inputs
+            outer = geometry.groups
+            inner = outer + geometry.inputs
             return (
-                math.prod(sizes[: geometry.groups]),
-                math.prod(sizes[geometry.groups : inner]),
+                math.prod(sizes[:outer]),
+                math.prod(sizes[outer:inner]),
                 math.prod(sizes[inner:]),
             )
         case Conv():
-            inputs, outputs = kernel[-2], kernel[-1]
+            *window, inputs, outputs = kernel
             if geometry.flipped:
                 inputs, outputs = outputs, inputs
-            return geometry.groups, math.prod(kernel[:-2]) * inputs, outputs // geometry.groups
+            # every group has the channels that its part of the kernel has
+            groups = geometry.groups
+            return groups, math.prod(window) * inputs, outputs // groups
         case ScaleShift():
             return 1, 1, math.prod(kernel)
         case _:

@@ -68,21 +68,24 @@ def _norm(module, next_fun, params, x, *args, **kwargs):
     return _tap(module, out, a, geometry, params, "scale", "bias")
 
 
+_OF_LSTM = (
+    "features",
+    "gate_fn",
+    "activation_fn",
+    "kernel_init",
+    "recurrent_kernel_init",
+    "bias_init",
+    "dtype",
+    "param_dtype",
+    "carry_init",
+)
+
+
 def _lstm(module, next_fun, params, carry, inputs):
     """Its gates are one product of concatenated weights; the plain cell with the same parameters
     has a layer for each.
     """
-    fields = (
-        "features",
-        "gate_fn",
-        "activation_fn",
-        "kernel_init",
-        "recurrent_kernel_init",
-        "bias_init",
-        "dtype",
-    )
-    fields += ("param_dtype", "carry_init")
-    settings = {name: getattr(module, name) for name in fields}
+    settings = {name: getattr(module, name) for name in _OF_LSTM}
     cell = nn.LSTMCell(**settings, parent=None)
     return cell.apply({"params": params}, carry, inputs)
 
@@ -120,10 +123,8 @@ def _intercept(next_fun, args, kwargs, context):
     needed, handle = _HANDLERS[method]
     params = meta.unbox(context.module.variables.get("params", {}))
     # without parameters, or while the module is being initialised
-    if not params or needed not in (
-        "",
-        *params,
-    ):
+    complete = not needed or needed in params
+    if not params or not complete:
         return next_fun(*args, **kwargs)
     return handle(context.module, next_fun, params, *args, **kwargs)
 

@@ -24,6 +24,9 @@ from kfac_optax.capture.patches import Window
 
 Described = tuple[jax.Array, Geometry]
 
+# what Flax pads itself, and with which mode of `jnp.pad`
+_PADDED = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
+
 
 def dense(module: Any, inputs: jax.Array) -> Described:
     """`Dense`, `Linear`."""
@@ -35,9 +38,12 @@ def dense_general(module: Any, inputs: jax.Array) -> Described:
     n = inputs.ndim
     # linen and NNX have other words for the same
     batch = getattr(module, "batch_dims", None)
-    batch = tuple(module.batch_axis) if batch is None else batch
+    if batch is None:
+        batch = tuple(module.batch_axis)
     features = getattr(module, "features", None)
-    features = _tuple(module.out_features if features is None else features)
+    if features is None:
+        features = module.out_features
+    features = _tuple(features)
     axes = [axis % n for axis in _tuple(module.axis)]
     batch = [axis % n for axis in _tuple(batch)]
     # what is neither contracted nor batched
@@ -69,7 +75,8 @@ def einsum(
 ) -> Described:
     """`Einsum`: any product of two operands in which every axis has a role."""
     kernel = getattr(module, "shape", None) or module.kernel_shape
-    return inputs, contraction(einsum_str or module.einsum_str, inputs.ndim, len(kernel))
+    equation = einsum_str or module.einsum_str
+    return inputs, contraction(equation, inputs.ndim, len(kernel))
 
 
 def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
@@ -86,7 +93,8 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
     dots = "".join(spare[: a_rank - named])
     left = left.replace("...", dots)
     result = result.replace("...", dots)
-    if "." in right or len(right) != kernel_rank or len(left) != a_rank:
+    unnamed = "." in right or len(right) != kernel_rank
+    if unnamed or len(left) != a_rank:
         return Unsupported(f"einsum {equation!r} names the kernel's axes by '...'")
     # each axis has one role, or the product is no matrix product
     repeats = [len(set(labels)) != len(labels) for labels in (left, right, result)]
@@ -104,9 +112,10 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
         return Unsupported(f"einsum {equation!r} is no matrix product")
     # a dense layer where the axes are in its order already
     a_order, s_order = "".join(rows + inputs), "".join(rows + outputs)
-    plain = a_order, "".join(inputs + outputs), s_order
+    k_order = "".join(inputs + outputs)
+    in_order = (left, right, result) == (a_order, k_order, s_order)
     one_each = len(inputs) == len(outputs) == 1
-    if not groups and one_each and (left, right, result) == plain:
+    if in_order and one_each and not groups:
         return Dense()
 
     def axes(labels: str, order: Sequence[str]) -> tuple[int, ...]:
@@ -128,27 +137,29 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     # what is no convolution with one kernel is left out, with the reason
     if getattr(module, "shared_weights", True) is False:
         return inputs, Unsupported("its weights are not shared over positions")
-    custom = getattr(module, "conv_general_dilated", None)
-    if custom not in (None, jax.lax.conv_general_dilated) or getattr(
-        module, "conv_general_dilated_cls", None
-    ):
+    function = getattr(module, "conv_general_dilated", None)
+    made_by = getattr(module, "conv_general_dilated_cls", None)
+    if made_by or function not in (None, jax.lax.conv_general_dilated):
         return inputs, Unsupported("a convolution by a function of the user")
     if module.mask is not None:
         return inputs, Unsupported("its weights are masked")
     size = _tuple(module.kernel_size)
     per_axis = functools.partial(_per_axis, axes=len(size))
-    spread, dilation = per_axis(module.kernel_dilation), per_axis(module.input_dilation)
+    spread = per_axis(module.kernel_dilation)
+    dilation = per_axis(module.input_dilation)
     # extent of the kernel with its dilation
     reach = [(k - 1) * d + 1 for k, d in zip(size, spread, strict=True)]
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
     front = inputs.ndim - len(size) - 1
     # other values than zeros, or more on one side: padded here, as Flax does
-    if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+    mode = _PADDED.get(padding) if isinstance(padding, str) else None
+    if mode is not None:
         pads = [((k - 1) // 2, k // 2) for k in reach]
         if padding == "CAUSAL":
             pads = [(k - 1, 0) for k in reach]
-        mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]  # type: ignore[index]
-        widths = [(0, 0)] * front + pads + [(0, 0)]
+        # spatial axes alone
+        nothing = (0, 0)
+        widths = [nothing] * front + pads + [nothing]
         inputs = jnp.pad(inputs, widths, mode=mode)
         padding = "VALID"
     strides = per_axis(module.strides)
@@ -167,7 +178,8 @@ def resolve_padding(
     """Padding as pairs; `reach` is the size of the dilated window."""
     if isinstance(padding, str):
         # extent of the input with zeros between its values
-        spread = [(n - 1) * d + 1 for n, d in zip(spatial, dilation, strict=True)]
+        sizes = zip(spatial, dilation, strict=True)
+        spread = [(n - 1) * d + 1 for n, d in sizes]
         padding = jax.lax.padtype_to_pads(spread, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in padding)
 
@@ -231,7 +243,8 @@ def norm(module: Any, inputs: jax.Array) -> Geometry:
     """Geometry of scale and shift of a normalisation layer."""
     # linen and NNX again; axes from the end, in rising order
     axes = getattr(module, "feature_axes", None)
-    axes = getattr(module, "axis", -1) if axes is None else axes
+    if axes is None:
+        axes = getattr(module, "axis", -1)
     rank = inputs.ndim
     from_end = [axis % rank - rank for axis in _tuple(axes)]
     return ScaleShift(tuple(sorted(from_end)))

@@ -23,28 +23,41 @@ def own_biases(pairs: Iterable[tuple[Kernel, Bias]]) -> dict[Kernel, Bias]:
     for kernel, bias in pairs:
         biases.setdefault(kernel, set()).add(bias)
         kernels.setdefault(bias, set()).add(kernel)
-    single = {kernel: mine for kernel, mine in biases.items() if len(mine) == 1}
-    only = {kernel: next(iter(mine)) for kernel, mine in single.items()}
-    return {kernel: bias for kernel, bias in only.items() if len(kernels[bias]) == 1}
+    own = {}
+    for kernel, mine in biases.items():
+        bias = next(iter(mine))
+        alone = len(mine) == 1 and len(kernels[bias]) == 1
+        if alone:
+            own[kernel] = bias
+    return own
 
 
-def apart(groups: Mapping[Key, Members], scales: Mapping[Key, bool]) -> dict[Key, Members]:
+def apart(
+    groups: Mapping[Key, Members],
+    scales: Mapping[Key, bool],
+) -> dict[Key, Members]:
     """Groups without those whose part of a leaf overlaps that of another.
 
     The whole leaf comes before its parts and weights before scales and shifts, of which no leaf has
     both.
     """
     kept: dict[int, list[Key]] = {}  # by leaf
+
     # whole leaves before parts, kernels before scales
-    in_order = sorted(groups, key=lambda key: (key[1] is not None, scales.get(key, False)))
-    for key in in_order:
-        others = kept.setdefault(key[0], [])
-        if any(_overlap(key[1], other[1]) for other in others):
+    def turn(key: Key) -> tuple[bool, bool]:
+        _, part = key
+        return part is not None, scales.get(key, False)
+
+    for key in sorted(groups, key=turn):
+        leaf, part = key
+        others = kept.setdefault(leaf, [])
+        if any(_overlap(part, other) for _, other in others):
             continue
         # kernels beside kernels and scales beside scales; never both in one leaf
         if all(scales.get(key) == scales.get(other) for other in others):
             others.append(key)
-    return {key: members for key, members in groups.items() if key in kept[key[0]]}
+    found = set().union(*kept.values())
+    return {key: members for key, members in groups.items() if key in found}
 
 
 def _overlap(one: Part | None, other: Part | None) -> bool:
@@ -52,5 +65,7 @@ def _overlap(one: Part | None, other: Part | None) -> bool:
         return True
     # boxes overlap where they do on every axis; from the last one on: a part inside a scan over the
     # leaf has all of the axes in front
-    axes = zip(*map(reversed, (one.starts, one.sizes, other.starts, other.sizes)), strict=False)
-    return all(a < b + m and b < a + n for a, n, b, m in axes)
+    mine = zip(reversed(one.starts), reversed(one.sizes))
+    theirs = zip(reversed(other.starts), reversed(other.sizes))
+    axes = zip(mine, theirs, strict=False)
+    return all(a < b + m and b < a + n for (a, n), (b, m) in axes)

@@ -30,7 +30,9 @@ class Window(NamedTuple):
         for n, size, stride, (low, high), dilation, spread in axes:
             # n values with dilation - 1 zeros between them, padding on both sides; a window reaches
             # (k - 1) spread + 1 of them
-            padded = (n - 1) * dilation + 1 + low + high if n else 0
+            padded = 0
+            if n:
+                padded = (n - 1) * dilation + 1 + low + high
             reach = (size - 1) * spread + 1
             positions = (padded - reach) // stride + 1
             out.append(max(0, positions))
@@ -51,7 +53,8 @@ def _padded(a: jax.Array, window: Window) -> jax.Array:
     spatial = [(low, high, dilation - 1) for (low, high), dilation in pairs]
     as_it_is = (0, 0, 0)
     config = [as_it_is] * front + spatial + [as_it_is]
-    return jax.lax.pad(a, jnp.zeros((), a.dtype), config)
+    zero = jnp.zeros((), a.dtype)
+    return jax.lax.pad(a, zero, config)
 
 
 def _windows(
@@ -78,7 +81,10 @@ def _windows(
             starts.reverse()
         extent = (outputs[i] - 1) * stride + 1
         # one strided view for every offset
-        parts = [jax.lax.slice_in_dim(a, k, k + extent, stride, axis) for k in starts]
+        parts = []
+        for k in starts:
+            part = jax.lax.slice_in_dim(a, k, k + extent, stride, axis)
+            parts.append(part)
         a = join(parts, axis)
     return a
 
@@ -94,12 +100,14 @@ def _over_windows(
     # padding and zeros between values are in the array now, so that the window is without them
     padded = _padded(a, window)
     n = len(window.size)
-    bare = window._replace(padding=((0, 0),) * n, input_dilation=(1,) * n)
+    nothing = (0, 0)
+    bare = window._replace(padding=(nothing,) * n, input_dilation=(1,) * n)
     # [..., *spatial, C] -> [..., *spatial, groups, C / groups], and groups to the front
     grouped = padded.reshape(*padded.shape[:-1], groups, -1)
     made = _windows(grouped, bare, join, reverse)
     if groups == 1:
-        return made.squeeze(-2)[None]
+        one = made.squeeze(-2)
+        return one[None]
     return jnp.moveaxis(made, -2, 0)
 
 
@@ -148,7 +156,8 @@ def window_sums(
 ) -> jax.Array:
     """The sum of all entries of every patch, `[groups, ..., *out]`: no patch is formed."""
     # the sum over channels first: one number for every position and group
-    per_group = a.reshape(*a.shape[:-1], groups, -1).sum(-1)
+    grouped = a.reshape(*a.shape[:-1], groups, -1)
+    per_group = grouped.sum(-1)
 
     def join(parts: list[jax.Array], axis: int) -> jax.Array:
         return sum(parts[1:], parts[0])

@@ -49,9 +49,11 @@ def reduced(
     per_example = weights.reshape(len(weights), -1).sum(1)
     # sum_t w_t a_t / sum_t w_t; where nothing counts, zero
     beside_positions = (-1, *(1,) * (weights.ndim - 1))
-    share = weights / positive_or_one(per_example).reshape(beside_positions)
+    total_weight = positive_or_one(per_example).reshape(beside_positions)
+    share = weights / total_weight
     share = share[..., None]
-    mean = jnp.where(share > 0, a * share, 0).sum(axes)
+    weighted = jnp.where(share > 0, a * share, 0)
+    mean = weighted.sum(axes)
     mean_weight = per_example / math.prod(weights.shape[1:])
     return mean[:, :, None], total, mean_weight[:, None]
 
@@ -61,7 +63,11 @@ def _sum_positions(g: jax.Array) -> jax.Array:
     return g.sum(positions)[:, :, None]
 
 
-def over_output(geometry: Geometry, weights: jax.Array, rank: int) -> jax.Array:
+def over_output(
+    geometry: Geometry,
+    weights: jax.Array,
+    rank: int,
+) -> jax.Array:
     """Weights of rows `[N, *positions]` laid out so that they broadcast with a layer's output of
     that rank.
     """

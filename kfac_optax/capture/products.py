@@ -36,59 +36,80 @@ def roles_in_product(eqn: Any, operand: int, view: View) -> Roles | None:
     that is no row.
     """
     summed, batched = eqn.params["dimension_numbers"]
-    mine, other = axes_of_product(eqn)[operand], axes_of_product(eqn)[1 - operand]
+    there = 1 - operand
+    in_product = axes_of_product(eqn)
+    mine, other = in_product[operand], in_product[there]
     # axes of the operand: summed over, batched, free
-    contracting, batch = list(summed[operand]), list(batched[operand])
+    contracting = list(summed[operand])
+    batch = list(batched[operand])
     sizes = eqn.invars[operand].aval.shape
-    free = [i for i in range(len(sizes)) if i not in contracting and i not in batch]
+    free = [i for i in range(len(sizes)) if i not in contracting + batch]
     # the same parameter for several columns is no matrix of its own
-    if any(view.axes[i] is None and sizes[i] > 1 for i in contracting + free):
-        return None
+    for i in contracting + free:
+        if view.axes[i] is None and sizes[i] > 1:
+            return None
     # axes of the other side that meet mine
-    theirs = dict(zip(contracting, summed[1 - operand], strict=True))
-    theirs |= dict(zip(batch, batched[1 - operand], strict=True))
-    rows = {axis: i for axis, i in other.items() if axis not in batched[1 - operand]}
+    theirs = dict(zip(contracting, summed[there], strict=True))
+    theirs |= dict(zip(batch, batched[there], strict=True))
+    rows = {axis: i for axis, i in other.items() if axis not in batched[there]}
     # a parameter repeated along a batched axis is the same one in every row
     repeated = [i for i in batch if view.axes[i] is None]
     rows |= {theirs[i]: mine[i] for i in repeated}
 
     # in the order of storage, so that equal layers share a layout
-    def as_stored(axes: Sequence[int]) -> list[int]:
-        order = {i: axis for i, axis in enumerate(view.axes) if axis is not None}
-        return sorted(axes, key=lambda i: order.get(i, len(view.stored)))
+    def place(i: int) -> int:
+        axis = view.axes[i]
+        return len(view.stored) if axis is None else axis
 
-    groups = as_stored([i for i in batch if i not in repeated])
-    return Roles(groups, as_stored(contracting), as_stored(free), rows, theirs, mine)
+    own = [i for i in batch if i not in repeated]
+    return Roles(
+        groups=sorted(own, key=place),
+        inputs=sorted(contracting, key=place),
+        outputs=sorted(free, key=place),
+        rows=rows,
+        theirs=theirs,
+        own=mine,
+    )
 
 
 def contraction_of(
-    eqn: Any, operand: int, view: View, roles: Roles, examples: Sequence[int]
+    eqn: Any,
+    operand: int,
+    view: View,
+    roles: Roles,
+    examples: Sequence[int],
 ) -> Contraction:
     """The product as a layer whose kernel is the parameter as stored."""
-    stored = [
-        # of the operand's axes those of the parameter, role by role
-        [view.axes[i] for i in axes if view.axes[i] is not None]
-        for axes in (roles.groups, roles.inputs, roles.outputs)
-    ]
+
+    # of the operand's axes those of the parameter, role by role
+    def of_parameter(axes: Sequence[int]) -> list[int]:
+        stored = [view.axes[i] for i in axes]
+        return [axis for axis in stored if axis is not None]
+
+    groups = of_parameter(roles.groups)
+    inputs = of_parameter(roles.inputs)
+    outputs = of_parameter(roles.outputs)
     # of length one, wherever they are
-    stored[1] += [i for i in range(len(view.stored)) if i not in view.axes]
-    kernel = [axis for axes in stored for axis in axes if axis is not None]
+    inputs += [i for i in range(len(view.stored)) if i not in view.axes]
+    kernel = [*groups, *inputs, *outputs]
     # from axes of the product to those of the other operand
     in_product = {i: axis for axis, i in roles.rows.items()}
     rows = examples_first(sorted(in_product), examples)
     # a [*rows, *groups, *inputs], s [*rows, *groups, *outputs]
     features = [roles.theirs[i] for i in roles.groups + roles.inputs]
     a = [*(in_product[i] for i in rows), *features]
+    s = [*rows, *roles.features]
+    # one axis each is a dense layer, whatever it was written as
+    single = not roles.groups and len(inputs) <= 1 and len(outputs) <= 1
     return Contraction(
         a=from_end(a, eqn.invars[1 - operand].aval.ndim),
-        s=from_end([*rows, *roles.features], eqn.outvars[0].aval.ndim),
+        s=from_end(s, eqn.outvars[0].aval.ndim),
         kernel=from_end(kernel, len(view.stored)),
         rows=len(rows),
         groups=len(roles.groups),
-        inputs=len(stored[1]),
-        outputs=len(stored[2]),
-        # one axis each is a dense layer, whatever it was written as
-        kind="dense" if not roles.groups and max(map(len, stored)) <= 1 else "einsum",
+        inputs=len(inputs),
+        outputs=len(outputs),
+        kind="dense" if single else "einsum",
     )
 
 

@@ -35,8 +35,12 @@ def with_taps(closed: Any, leaves: int, examples: int | None) -> Any:
     taps = _placements(free) | dict.fromkeys(partial)
     if not taps:
         return closed
-    around = {path[:n] for path in taps for n in range(1, len(path))}
-    return jex.ClosedJaxpr(_tapped(closed.jaxpr, (), taps, around), closed.consts)
+    # calls and scans on the way to one
+    around: set[Path] = set()
+    for path in taps:
+        around.update(path[:n] for n in range(1, len(path)))
+    tapped = _tapped(closed.jaxpr, (), taps, around)
+    return jex.ClosedJaxpr(tapped, closed.consts)
 
 
 class _Placement(NamedTuple):
@@ -60,39 +64,41 @@ def _placements(free: Sequence[Found]) -> dict[Path, _Placement]:
     for found in free:
         if found.path in spent:
             continue
-        use, path, origins = found.use, found.path, (found.use.origin,)
-        if found.path in own:
-            path, bias, use = own[found.path]
+        use, path = found.use, found.path
+        origins: tuple[Origin, ...] = (use.origin,)
+        if path in own:
+            path, bias, use = own[path]
             origins = (use.origin, bias)
         # two uses meet in one equation only by mistake
         if path in taps:
             raise AssertionError(f"two layers claim the equation at {path}")
-        taps[path] = _Placement(use, found.equation, found.path[-1], origins)
+        source = found.path[-1]
+        taps[path] = _Placement(use, found.equation, source, origins)
     return taps
 
 
 def _biases_behind(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]]:
     """The bias behind each product: one of each kernel, which nothing else has or adds."""
     paths = {found.path for found in free}
-    wanted = {x.path: x.bias for x in free if x.bias is not None and x.bias[0] in paths}
+    # what each kernel has behind it first: its bias, read one way round
     first: dict[Any, Any] = {}
-    for _, bias, use in wanted.values():
-        # the first bias that a kernel has, read the same way round
-        first.setdefault(use.origin.key, (bias.key, _way_round(use)))
-    wanted = {
-        path: (where, bias, use)
-        for path, (where, bias, use) in wanted.items()
-        if first[use.origin.key] == (bias.key, _way_round(use))
-    }
+    wanted: dict[Path, tuple[Path, Origin, Use]] = {}
+    for found in free:
+        if found.bias is None or found.bias[0] not in paths:
+            continue
+        _, bias, use = found.bias
+        mine = bias.key, _way_round(use)
+        if first.setdefault(use.origin.key, mine) == mine:
+            wanted[found.path] = found.bias
     own = own_biases((use.origin.key, bias.key) for _, bias, use in wanted.values())
     added = {where for where, _, _ in wanted.values()}
     # a parameter that is also added elsewhere is a layer of its own
     elsewhere = {x.use.origin.key for x in free if x.path not in added}
-    return {
-        path: (where, bias, use)
-        for path, (where, bias, use) in wanted.items()
-        if use.origin.key in own and bias.key not in elsewhere
-    }
+    kept = {}
+    for path, (where, bias, use) in wanted.items():
+        if use.origin.key in own and bias.key not in elsewhere:
+            kept[path] = where, bias, use
+    return kept
 
 
 def _way_round(use: Use) -> tuple[int, ...]:
@@ -112,7 +118,9 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
     for i, old in enumerate(jaxpr.eqns):
         # the path of an equation is its number in every jaxpr on the way
         here = (*path, i)
-        eqn = old.replace(invars=list(map(name, old.invars))) if names else old
+        eqn = old
+        if names:
+            eqn = old.replace(invars=list(map(name, old.invars)))
         if here in taps:
             placement = taps[here]
             if placement is None:
@@ -120,22 +128,31 @@ def _tapped(jaxpr: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
                 continue
             # operands of the use itself, also where the tap is behind the bias
             source = jaxpr.eqns[placement.source]
-            equations += _with_tap(eqn, placement, list(map(name, source.invars)))
+            operands = list(map(name, source.invars))
+            equations += _with_tap(eqn, placement, operands)
         elif here in around:
             equations.append(_entered(eqn, here, taps, around))
         else:
             equations.append(eqn)
-    return jaxpr.replace(eqns=equations, outvars=list(map(name, jaxpr.outvars)))
+    outs = list(map(name, jaxpr.outvars))
+    return jaxpr.replace(eqns=equations, outvars=outs)
 
 
 def _entered(eqn: Any, path: Path, taps: _Taps, around: Set[Path]) -> Any:
     (body,) = bodies(eqn)
-    return with_body(eqn, _tapped(getattr(body, "jaxpr", body), path, taps, around))
+    # closed or not, by the kind of call
+    inner = getattr(body, "jaxpr", body)
+    return with_body(eqn, _tapped(inner, path, taps, around))
 
 
-def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Iterator[Any]:
+def _with_tap(
+    eqn: Any,
+    placement: _Placement,
+    operands: Sequence[Any],
+) -> Iterator[Any]:
     """The equation, and its output handed on through a tap, given the operands of the use."""
-    use, (out,) = placement.use, eqn.outvars
+    use = placement.use
+    (out,) = eqn.outvars
     # the use's own output is s; what read it before reads the tap's
     s = jex.Var(out.aval)
     a = s if use.other is None else operands[use.other]
@@ -149,16 +166,25 @@ def _with_tap(eqn: Any, placement: _Placement, operands: Sequence[Any]) -> Itera
     yield eqn.replace(outvars=[s])
     if use.arrange is None:
         yield eqn.replace(
-            primitive=tap_p, invars=[s, a], outvars=[out], params=params, effects=set()
+            primitive=tap_p,
+            invars=[s, a],
+            outvars=[out],
+            params=params,
+            effects=set(),
         )
         return
-    yield from rewritten(_arranged(use, params), [s, a], out, eqn.source_info)
+    # axes as layers have them, and back behind the tap
+    tap = _arranged(use, params)
+    yield from rewritten(tap, [s, a], out, eqn.source_info)
 
 
-# axes as layers have them, and back behind the tap
-def _arranged(use: Use, params: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _arranged(
+    use: Use,
+    params: Mapping[str, Any],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     def tap(s: jax.Array, a: jax.Array) -> jax.Array:
         assert use.arrange is not None
-        return use.restore(tap_p.bind(*use.arrange(s, a), **params))
+        operands = use.arrange(s, a)
+        return use.restore(tap_p.bind(*operands, **params))
 
     return tap

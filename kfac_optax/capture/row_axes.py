@@ -127,7 +127,10 @@ def _balanced(a: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return unit, jnp.where(used, g * (largest * norm), 0)
 
 
-def _without_shift(a: jax.Array, g: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+def _without_shift(
+    a: jax.Array,
+    g: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Rows of a scale without the shift that others of its uses have: two positions in which `g`
     cancels.
     """

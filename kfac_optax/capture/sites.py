@@ -12,14 +12,9 @@ from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_bo
 from kfac_optax.capture.code_lines import line_of, line_of_call
 from kfac_optax.capture.dependence import dependence, may_hold_examples, only_stopped
 from kfac_optax.capture.geometry import Geometry, rows_shape
+from kfac_optax.capture.scan_views import scan_views, views_behind_scan
 from kfac_optax.capture.tap import tap_p
-from kfac_optax.capture.views import (
-    View,
-    parameter_views,
-    passed_on,
-    scan_views,
-    views_behind_scan,
-)
+from kfac_optax.capture.views import View, parameter_views, passed_on
 
 # behind it a parameter is a constant: no use that a gradient or a statistic sees
 STOPPED = "stop_gradient"

@@ -8,17 +8,12 @@ from jax.extend import core as jex
 from kfac_optax.capture import example_axis
 from kfac_optax.capture.calls import call_body, scan_body
 from kfac_optax.capture.geometry import ScaleShift
+from kfac_optax.capture.scan_views import scan_views, views_behind_scan
 from kfac_optax.capture.shifts import find_shift
 from kfac_optax.capture.sites import Origin
 from kfac_optax.capture.tap import tap_p
 from kfac_optax.capture.uses import Use, find_use
-from kfac_optax.capture.views import (
-    View,
-    parameter_views,
-    passed_on,
-    scan_views,
-    views_behind_scan,
-)
+from kfac_optax.capture.views import View, parameter_views, passed_on
 
 Path = tuple[int, ...]  # of an equation: its number in every jaxpr on the way to it
 
@@ -50,12 +45,12 @@ class _Survey:
 
     def claim(self, path: Path, leaves: set[int], between: int) -> int:
         """A tap knows of all uses of its parameters between its input and its output."""
-        # bits of the uses that its output depends on and its input does not
-        mine = sum(
-            1 << i
-            for i, found in enumerate(self.found)
-            if between >> i & 1 and found.use.origin.leaf in leaves
-        )
+        mine = 0
+        for i, found in enumerate(self.found):
+            # bits of the uses that its output depends on and its input does not
+            bit = between & (1 << i)
+            if found.use.origin.leaf in leaves:
+                mine |= bit
         self.taps[path] = mine, leaves
         return mine
 
@@ -76,7 +71,11 @@ class _Known(NamedTuple):
     axis: example_axis.Axis = None  # of the examples
 
 
-def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found], set[Path]]:
+def unclaimed(
+    jaxpr: Any,
+    leaves: int,
+    examples: int | None,
+) -> tuple[list[Found], set[Path]]:
     """Uses of parameters that no tap accounts for, and taps that account for a part only.
 
     Of a normalisation, a derivative reads what is between the scale and the tapped output: the tap
@@ -89,7 +88,8 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
     """
     axes = example_axis.of_inputs(jaxpr, leaves, examples)
     # of every argument the axis of its examples, if it has one
-    survey = _Survey(examples, any(axis is not None for axis in axes))
+    batched = any(axis is not None for axis in axes)
+    survey = _Survey(examples, batched)
     views = parameter_views(jaxpr, leaves)
     given = [_Known(view, 0, axis) for view, axis in zip(views, axes, strict=True)]
     leaking = 0
@@ -99,12 +99,14 @@ def unclaimed(jaxpr: Any, leaves: int, examples: int | None) -> tuple[list[Found
     leaking |= survey.carried
     partial = {path for path, (uses, _) in survey.taps.items() if uses & leaking}
     partial |= survey.idle
-    partial = _linked(partial, {path: leaves for path, (_, leaves) in survey.taps.items()})
+    leaves_of = {path: leaves for path, (_, leaves) in survey.taps.items()}
+    partial = _linked(partial, leaves_of)
     claimed = 0
     for path, (uses, _) in survey.taps.items():
         # what a tap sees as a whole it keeps
-        claimed |= 0 if path in partial else uses
-    free = [found for i, found in enumerate(survey.found) if not claimed >> i & 1]
+        if path not in partial:
+            claimed |= uses
+    free = [found for i, found in enumerate(survey.found) if not claimed & (1 << i)]
     return _seen_once(free), partial
 
 
@@ -115,11 +117,13 @@ def _linked(partial: set[Path], taps: Mapping[Path, set[int]]) -> set[Path]:
     """
     while True:
         # until no tap shares a parameter with one that goes
-        touched = {leaf for path in partial for leaf in taps[path]}
-        linked = {path for path, leaves in taps.items() if leaves & touched} | partial
-        if linked == partial:
+        touched: set[int] = set()
+        for path in partial:
+            touched |= taps[path]
+        linked = {path for path, leaves in taps.items() if leaves & touched}
+        if linked <= partial:
             return partial
-        partial = linked
+        partial = partial | linked
 
 
 def _seen_once(found: Sequence[Found]) -> list[Found]:
@@ -133,9 +137,10 @@ def _seen_once(found: Sequence[Found]) -> list[Found]:
     tables, shared_out = set(), set()
     for x in found:
         leaf, part = x.use.origin.key
+        kernel = not isinstance(x.use.geometry, ScaleShift)
         if x.equation == "gather" and part is None:
             tables.add(leaf)
-        elif part is not None and (x.path in biases or not isinstance(x.use.geometry, ScaleShift)):
+        elif part is not None and (kernel or x.path in biases):
             shared_out.add(leaf)
     sliced = {x.use.origin.leaf for x in found if x.equation == "slice"}
     # a look-up in the table goes before other uses of its rows
@@ -145,34 +150,44 @@ def _seen_once(found: Sequence[Found]) -> list[Found]:
         leaf, part = x.use.origin.key
         if x.equation == "slice":
             return leaf in sliced
-        return leaf not in sliced or part is None or part.sizes[1:] != part.shape[1:]
+        if leaf not in sliced or part is None:
+            return True
+        # rows of the table have all of its columns
+        return part.sizes[1:] != part.shape[1:]
 
     return [x for x in found if counts(x)]
 
 
-def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+def _survey(
+    jaxpr: Any,
+    given: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
+) -> list[_Known]:
     """Notes all uses in a jaxpr; what is known of its outputs."""
     known: dict[Any, _Known] = dict(zip(jaxpr.invars, given, strict=True))
     readers = _readers(jaxpr)
     products: list[int] = []
 
     def look(v: Any) -> _Known:
-        return _Known() if isinstance(v, jex.Literal) else known.get(v, _Known())
+        nothing = _Known()
+        return nothing if isinstance(v, jex.Literal) else known.get(v, nothing)
 
     for i, eqn in enumerate(jaxpr.eqns):
+        here = (*path, i)
         inputs = [look(v) for v in eqn.invars]
         # None: neither a call, nor a scan, nor a parameter passed on
-        outs = _entered_or_passed(eqn, inputs, (*path, i), survey)
+        outs = _entered_or_passed(eqn, inputs, here, survey)
         if outs is None or eqn.primitive.name == "slice":
-            outs = _plain(eqn, inputs, survey) if outs is None else outs
-            views = [x.view for x in inputs]
-            axes = survey.axes(outs[0].axis, eqn.outvars[0].aval.shape) if any(views) else []
-            use = find_use(eqn, views, axes)
+            if outs is None:
+                outs = _plain(eqn, inputs, survey)
+            use = _use_of(eqn, inputs, outs[0], survey)
             if use is not None:
                 # the bias is looked for when all views are known
                 products.append(len(survey.found))
-                bit = survey.add(Found((*path, i), eqn.primitive.name, use, None))
-                outs = [outs[0]._replace(uses=outs[0].uses | bit)]
+                bit = survey.add(Found(here, eqn.primitive.name, use, None))
+                uses = outs[0].uses | bit
+                outs = [outs[0]._replace(uses=uses)]
         known.update(zip(eqn.outvars, outs, strict=True))
     views_here = {v: x.view for v, x in known.items()}
     for number in products:
@@ -184,7 +199,25 @@ def _survey(jaxpr: Any, given: Sequence[_Known], path: Path, survey: _Survey) ->
     return [look(v) for v in jaxpr.outvars]
 
 
-def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
+def _use_of(
+    eqn: Any,
+    inputs: Sequence[_Known],
+    out: _Known,
+    survey: _Survey,
+) -> Use | None:
+    """The use of a parameter that an equation is, if it is one."""
+    views = [x.view for x in inputs]
+    axes: list[int] = []
+    if any(views):
+        axes = survey.axes(out.axis, eqn.outvars[0].aval.shape)
+    return find_use(eqn, views, axes)
+
+
+def _plain(
+    eqn: Any,
+    inputs: Sequence[_Known],
+    survey: _Survey,
+) -> list[_Known]:
     # bits of all operands
     uses = 0
     for x in inputs:
@@ -194,7 +227,10 @@ def _plain(eqn: Any, inputs: Sequence[_Known], survey: _Survey) -> list[_Known]:
 
 
 def _entered_or_passed(
-    eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey
+    eqn: Any,
+    inputs: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
 ) -> list[_Known] | None:
     """What is known behind an equation that is no use itself; `None` where it may be one."""
     views = [x.view for x in inputs]
@@ -202,9 +238,10 @@ def _entered_or_passed(
         leaves = {view.leaf for view in views[2:] if view is not None}
         if views[2] is None:
             survey.idle.add(path)
+        s, a = inputs[:2]
         # between its input and its output
-        mine = survey.claim(path, leaves, inputs[0].uses & ~inputs[1].uses)
-        return [inputs[0]._replace(view=None, uses=inputs[0].uses & ~mine)]
+        mine = survey.claim(path, leaves, s.uses & ~a.uses)
+        return [s._replace(view=None, uses=s.uses & ~mine)]
     if (body := call_body(eqn)) is not None:
         return _survey(body.jaxpr, inputs, path, survey)
     if eqn.primitive.name == "scan":
@@ -216,17 +253,23 @@ def _entered_or_passed(
     return [x._replace(view=view) for x, view in zip(plain, passed, strict=True)]
 
 
-def _survey_scan(eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey) -> list[_Known]:
+def _survey_scan(
+    eqn: Any,
+    inputs: Sequence[_Known],
+    path: Path,
+    survey: _Survey,
+) -> list[_Known]:
     """What an earlier step has written is no part of this one, so one step says all."""
     closed, constants, carried = scan_body(eqn)
     first = constants + carried
     views = scan_views(eqn, [x.view for x in inputs])
     # one step sees a slice of what is scanned over
-    steps = [
-        *inputs[:first],
-        *(x._replace(axis=example_axis.sliced(x.axis)) for x in inputs[first:]),
-    ]
-    inside = [x._replace(view=view) for x, view in zip(steps, views.inside, strict=True)]
+    slices = []
+    for x in inputs[first:]:
+        axis = example_axis.sliced(x.axis)
+        slices.append(x._replace(axis=axis))
+    steps = zip([*inputs[:first], *slices], views.inside, strict=True)
+    inside = [x._replace(view=view) for x, view in steps]
     outs = _survey(closed.jaxpr, inside, path, survey)
     # a result that is carried cannot be told from what a later step makes
     for x in outs[:carried]:
@@ -234,7 +277,8 @@ def _survey_scan(eqn: Any, inputs: Sequence[_Known], path: Path, survey: _Survey
     behind = views_behind_scan(eqn, views, [x.view for x in outs])
     axes = [x.axis for x in outs[:carried]]
     axes += [example_axis.stacked(x.axis) for x in outs[carried:]]
-    return [_Known(view, x.uses, axis) for view, x, axis in zip(behind, outs, axes, strict=True)]
+    known = zip(behind, outs, axes, strict=True)
+    return [_Known(view, x.uses, axis) for view, x, axis in known]
 
 
 def _readers(jaxpr: Any) -> dict[Any, list[int]]:

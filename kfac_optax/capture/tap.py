@@ -17,40 +17,46 @@ from kfac_optax.capture.geometry import Geometry
 _tapping = jax.make_user_context(False)
 
 tap_p = jex.Primitive("kfac_tap")
+# operands are (s, a, *parameters): the identity in s; what else it carries is only looked at
 tap_p.def_impl(lambda s, *_, **__: s)
 tap_p.def_abstract_eval(lambda s, *_, **__: s)
 mlir.register_lowering(tap_p, lambda _, s, *__, **___: [s])
-ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (
-    tap_p.bind(*primals, **params),
-    tangents[0],
-)
-# the identity in the output; what else it carries is only looked at
-ad.primitive_transposes[tap_p] = lambda cotangent, _, *rest, **__: [cotangent, *[None] * len(rest)]
+
+
+def _jvp(primals, tangents, **params):
+    return tap_p.bind(*primals, **params), tangents[0]
+
+
+def _transpose(cotangent, _, *rest, **__):
+    nothing = [None] * len(rest)
+    return [cotangent, *nothing]
+
+
+ad.primitive_jvps[tap_p] = _jvp
+ad.primitive_transposes[tap_p] = _transpose
 
 
 def _batch(args, dims, *, stacked, **params):
     """Batched rows are rows; batched parameters are a stack of layers and move to the front
     together with them.
     """
-    (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
+    batched = [(x, d) for x, d in zip(args, dims, strict=True) if d is not None]
+    (size,) = {x.shape[d] for x, d in batched}
 
     def front(x, d):
-        return (
-            jax.numpy.broadcast_to(x, (size, *x.shape))
-            if d is None
-            else jax.numpy.moveaxis(x, d, 0)
-        )
+        if d is None:
+            return jax.numpy.broadcast_to(x, (size, *x.shape))
+        return jax.numpy.moveaxis(x, d, 0)
 
-    if any(d is not None for d in dims[2:]):
-        return tap_p.bind(*map(front, args, dims), stacked=stacked + 1, **params), 0
-    if stacked == 0:
-        s, a = (front(x, d) for x, d in zip(args[:2], dims[:2], strict=True))
-        return tap_p.bind(s, a, *args[2:], stacked=0, **params), 0
+    of_parameters = dims[2:]
+    if any(d is not None for d in of_parameters):
+        stack = map(front, args, dims)
+        return tap_p.bind(*stack, stacked=stacked + 1, **params), 0
     # rows batched inside a stack of layers: the new axis goes behind the stack
-    s, a = (
-        jax.numpy.moveaxis(front(x, d), 0, stacked) for x, d in zip(args[:2], dims[:2], strict=True)
-    )
-    return tap_p.bind(s, a, *args[2:], stacked=stacked, **params), stacked
+    s, a, *parameters = args
+    s = jax.numpy.moveaxis(front(s, dims[0]), 0, stacked)
+    a = jax.numpy.moveaxis(front(a, dims[1]), 0, stacked)
+    return tap_p.bind(s, a, *parameters, stacked=stacked, **params), stacked
 
 
 batching.primitive_batchers[tap_p] = _batch
@@ -68,8 +74,24 @@ def tapping() -> Iterator[None]:
         yield
 
 
-def place(s: Array, a: Array, *params: Array, geometry: Geometry, name: str) -> Array:
+def place(
+    s: Array,
+    a: Array,
+    *params: Array,
+    geometry: Geometry,
+    name: str,
+) -> Array:
     """Binds the tap; front ends call this once they know that `s` is the output of a supported
     layer.
     """
-    return tap_p.bind(s, a, *params, geometry=geometry, name=name, stacked=0, origins=(), kernel=())
+    # whose parameters they are is found out from the operands
+    return tap_p.bind(
+        s,
+        a,
+        *params,
+        geometry=geometry,
+        name=name,
+        stacked=0,
+        origins=(),
+        kernel=(),
+    )

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax._types import Part
-from kfac_optax.capture.calls import scan_body
 
 # One output per input, values (not shapes) kept or merely rounded: a parameter stays the same
 # parameter.
@@ -64,12 +63,14 @@ class View(NamedTuple):
         """Whether every stored axis is there, and nothing else."""
         given = sorted(axis for axis in self.axes if axis is not None)
         everything = list(range(len(self.stored)))
-        return self.known and given == everything and len(self.axes) == len(everything)
+        as_many = len(self.axes) == len(everything)
+        return self.known and given == everything and as_many
 
     @property
     def complete(self) -> bool:
         """Whether every number of the leaf is there; only axes of length one may be missing."""
-        return self.known and all(i in self.axes or n == 1 for i, n in enumerate(self.stored))
+        missing = [n for i, n in enumerate(self.stored) if i not in self.axes]
+        return self.known and all(n == 1 for n in missing)
 
     @property
     def permutation(self) -> tuple[int, ...]:
@@ -93,35 +94,46 @@ class View(NamedTuple):
             # repeated along the scan: every step sees all of it
             return self._replace(axes=self.axes[1:])
         inside = self._replace(stored=self.stored[1:], depth=self.depth + 1)
-        if not self.known or self.axes[:1] != (0,) or not self._has_all_of_the_first():
+        first = self.axes[:1] == (0,)
+        if not self.known or not first or not self._has_all_of_the_first():
             return inside.lost()
         # the part of one step
         if self.part is not None:
             part = Part(*(sizes[1:] for sizes in self.part))
-            inside = inside._replace(part=part, own=tuple(axis - 1 for axis in self.own[1:]))
-        return inside._replace(axes=tuple(None if x is None else x - 1 for x in self.axes[1:]))
+            own = tuple(axis - 1 for axis in self.own[1:])
+            inside = inside._replace(part=part, own=own)
+        axes = _moved(self.axes[1:], -1)
+        return inside._replace(axes=axes)
 
     def _has_all_of_the_first(self) -> bool:
         part = self.part
-        return part is None or (self.own[0] == 0 and part.sizes[0] == part.shape[0])
+        if part is None:
+            return True
+        return self.own[0] == 0 and part.sizes[0] == part.shape[0]
 
     def stacked(self, length: int) -> "View":
         """All steps of a scan, where each hands out what it has seen."""
         outside = self._replace(stored=(length, *self.stored), depth=self.depth - 1)
         # the scan's axis in front
-        axes = (0, *(None if x is None else x + 1 for x in self.axes))
+        axes = (0, *_moved(self.axes, 1))
         if self.part is not None:
             shape, starts, sizes = self.part
             part = Part((length, *shape), (0, *starts), (length, *sizes))
-            outside = outside._replace(part=part, own=(0, *(axis + 1 for axis in self.own)))
+            own = (0, *(axis + 1 for axis in self.own))
+            outside = outside._replace(part=part, own=own)
         return outside._replace(axes=axes) if self.known else outside.lost()
 
     def cut(self, starts: Sequence[int], sizes: Sequence[int]) -> "View":
         """A box of the value."""
         # the whole leaf is a part of itself
-        part = Part(self.stored, (0,) * len(self.stored), self.stored)
-        part, own = self.part or part, self.own if self.part else range(len(self.stored))
-        first, size, stored = list(part.starts), list(part.sizes), list(self.stored)
+        part = self.part
+        own: Sequence[int] = self.own
+        if part is None:
+            own = range(len(self.stored))
+            part = Part(self.stored, (0,) * len(self.stored), self.stored)
+        first = list(part.starts)
+        size = list(part.sizes)
+        stored = list(self.stored)
         for axis, start, n in zip(self.axes, starts, sizes, strict=True):
             if axis is not None and n != stored[axis]:
                 # boxes of boxes are boxes
@@ -138,12 +150,19 @@ class View(NamedTuple):
             return self
         # of length one in the leaf itself: it stays an axis
         whole = [self.part.shape[axis] for axis in self.own]
-        kept = [i for i, n in enumerate(self.stored) if i in self.axes or n > 1 or whole[i] == 1]
+        stays = [n > 1 or whole[i] == 1 for i, n in enumerate(self.stored)]
+        kept = [i for i, stay in enumerate(stays) if stay or i in self.axes]
+        axes = [None if axis is None else kept.index(axis) for axis in self.axes]
         return self._replace(
             stored=tuple(self.stored[i] for i in kept),
-            axes=tuple(None if axis is None else kept.index(axis) for axis in self.axes),
+            axes=tuple(axes),
             own=tuple(self.own[i] for i in kept),
         )
+
+
+def _moved(axes: Sequence[int | None], by: int) -> tuple[int | None, ...]:
+    """The same axes of what has some more in front, or less."""
+    return tuple(None if axis is None else axis + by for axis in axes)
 
 
 def of_parameter(leaf: int, shape: Sequence[int]) -> View:
@@ -157,7 +176,8 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
 
     `1 + scale` is one: its derivative in the parameter is the same.
     """
-    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    name = eqn.primitive.name
+    out = eqn.outvars[0].aval
     if not any(views):
         return None
     if name in _TRANSPARENT:
@@ -169,7 +189,8 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
     elif views[0] is None or any(views[1:]):
         return None
     elif name == "transpose":
-        axes = tuple(views[0].axes[i] for i in eqn.params["permutation"])
+        order = eqn.params["permutation"]
+        axes = tuple(views[0].axes[i] for i in order)
         view = views[0]._replace(axes=axes)
     elif name == "broadcast_in_dim":
         view = _broadcast(views[0], eqn)
@@ -178,7 +199,8 @@ def passed_on(eqn: Any, views: Sequence[View | None]) -> list[View | None] | Non
     elif name == "split":
         return _split(views[0], eqn)
     elif name in _RESHAPING or _sums_nothing(eqn):
-        view = _reshaped(views[0], eqn.invars[0].aval.shape, out.shape)
+        before = eqn.invars[0].aval.shape
+        view = _reshaped(views[0], before, out.shape)
     else:
         return None
     return None if view is None else [view]
@@ -188,19 +210,21 @@ def _sums_nothing(eqn: Any) -> bool:
     """Whether a sum is over axes of length one, as an einsum makes of an axis that nothing else has."""
     if eqn.primitive.name != "reduce_sum":
         return False
-    return all(eqn.invars[0].aval.shape[axis] == 1 for axis in eqn.params["axes"])
+    shape = eqn.invars[0].aval.shape
+    return all(shape[axis] == 1 for axis in eqn.params["axes"])
 
 
 def _shifted(eqn: Any, views: Sequence[View | None]) -> View | None:
     """A parameter plus or minus a number; with data it would be the shift of a layer."""
-    view = views[0] if eqn.primitive.name == "sub" else views[0] or views[1]
-    if view is None or not any(isinstance(v, jex.Literal) for v in eqn.invars):
-        return None
-    return view
+    first, second = views
+    view = first if eqn.primitive.name == "sub" else first or second
+    number = any(isinstance(v, jex.Literal) for v in eqn.invars)
+    return view if number else None
 
 
 def _broadcast(view: View, eqn: Any) -> View:
-    shape, before = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    before = eqn.invars[0].aval.shape
+    shape = eqn.outvars[0].aval.shape
     axes: list[int | None] = [None] * len(shape)
     for old, new in enumerate(eqn.params["broadcast_dimensions"]):
         # of length one, repeated: no axis of the parameter any more
@@ -214,25 +238,36 @@ def _sliced(view: View, params: dict[str, Any]) -> View:
     sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     strides = params["strides"]
     # strides are no box
-    if not view.known or (strides is not None and set(strides) != {1}):
+    dense = strides is None or set(strides) == {1}
+    if not view.known or not dense:
         return view._replace(axes=(None,) * len(sizes)).lost()
     return view.cut(starts, sizes)
 
 
 def _split(view: View, eqn: Any) -> list[View | None]:
-    axis, start, views = eqn.params["axis"], 0, []
+    if not view.known:
+        return [view] * len(eqn.outvars)
+    axis = eqn.params["axis"]
+    starts = [0] * len(view.axes)
+    views: list[View | None] = []
     for v in eqn.outvars:
-        starts = [start if i == axis else 0 for i in range(v.aval.ndim)]
-        views.append(view.cut(starts, v.aval.shape) if view.known else view)
-        start += v.aval.shape[axis]
+        sizes = v.aval.shape
+        views.append(view.cut(starts, sizes))
+        # one piece behind another
+        starts[axis] += sizes[axis]
     return views
 
 
-def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
+def _reshaped(
+    view: View,
+    before: Sequence[int],
+    after: Sequence[int],
+) -> View:
     """Axes of length one come and go; merged or split, the others are lost."""
     # axes of length one apart, nothing may change
     kept = [i for i, n in enumerate(before) if n != 1]
-    if [before[i] for i in kept] != [n for n in after if n != 1]:
+    wanted = [n for n in after if n != 1]
+    if [before[i] for i in kept] != wanted:
         return view._replace(axes=(None,) * len(after)).lost()
     source = iter(kept)
     axes = tuple(None if n == 1 else view.axes[next(source)] for n in after)
@@ -242,50 +277,6 @@ def _reshaped(view: View, before: Sequence[int], after: Sequence[int]) -> View:
 def parameter_views(jaxpr: Any, leaves: int) -> list[View | None]:
     """Views of the inputs of a jaxpr whose first `leaves` are the parameter leaves."""
     # data has no view
-    shapes = [v.aval.shape for v in jaxpr.invars]
-    return [of_parameter(i, n) if i < leaves else None for i, n in enumerate(shapes)]
-
-
-class ScanViews(NamedTuple):
-    """What one step of a scan sees, and which of its carries every step hands on untouched."""
-
-    inside: list[View | None]
-    kept: list[bool]
-    spent: list[View | None]  # parameters that the carry starts from and then changes
-    riding: set[int]  # leaves that the scan goes over
-
-
-def scan_views(eqn: Any, inputs: Sequence[View | None]) -> ScanViews:
-    """Views of the inputs of a scan's body."""
-    closed, constants, carried = scan_body(eqn)
-    body, first = closed.jaxpr, constants + carried
-    # a carry that every step hands on untouched is a constant of the scan
-    kept = [body.outvars[i] is body.invars[constants + i] for i in range(carried)]
-    starts = list(zip(inputs[constants:first], kept, strict=True))
-    carry = [view if keep else None for view, keep in starts]
-    slices = [None if view is None else view.sliced() for view in inputs[first:]]
-    spent = [view for view, keep in starts if not keep]
-    before = zip(inputs[first:], slices, strict=True)
-    riding = {new.leaf for old, new in before if old and new and new.depth > old.depth}
-    return ScanViews([*inputs[:constants], *carry, *slices], kept, spent, riding)
-
-
-def views_behind_scan(eqn: Any, given: ScanViews, outs: Sequence[View | None]) -> list[View | None]:
-    """Views of the outputs of a scan: of a parameter that is scanned over, all slices are the
-    parameter again (a residual of an inner derivative, say).
-    """
-    _, constants, carried = scan_body(eqn)
-    # a carry that is handed on is what it was at the start
-    carried_in = given.inside[constants : constants + carried]
-    pairs = zip(carried_in, given.kept, strict=True)
-    carry = [view if keep else None for view, keep in pairs]
-    length = eqn.params["length"]
-
-    def stacked(view: View | None) -> View | None:
-        if view is None:
-            return None
-        if view.leaf in given.riding:
-            return view.stacked(length)
-        return view._replace(axes=(None, *view.axes))
-
-    return [*carry, *map(stacked, outs[carried:])]
+    data = [None] * (len(jaxpr.invars) - leaves)
+    shapes = [v.aval.shape for v in jaxpr.invars[:leaves]]
+    return [*map(of_parameter, range(leaves), shapes), *data]

@@ -31,7 +31,9 @@ def _area(x: Array, axis: int, size: int) -> Array:
         last = -(-(i + 1) * have // size)
         cells[first:last, i] = 1 / (last - first)
     weights = jnp.asarray(cells, x.dtype)
-    moved = jnp.matmul(jnp.moveaxis(x, axis, -1), weights, precision="highest")
+    # the axis to the end, [..., have] -> [..., size], and back
+    last_axis = jnp.moveaxis(x, axis, -1)
+    moved = jnp.matmul(last_axis, weights, precision="highest")
     return jnp.moveaxis(moved, -1, axis)
 
 

@@ -64,7 +64,8 @@ def make_space(
         return span(system, [system.fine(left())])
     if word == "krylov":
         ones = system.prolong(jnp.ones_like(system.sizes))
-        return span(system, [ones, system.fine(system.gradient)])
+        solved = system.fine(system.gradient)
+        return span(system, [ones, solved])
     # eigenvectors of the last refresh, one matrix a row
     rows = range(len(system.sizes))
     vectors = [leading_vector(system.inverses(row)) for row in rows]
@@ -133,7 +134,8 @@ def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, 
         length = jnp.sqrt(_inner(rest, rest))
         rounding = jnp.sqrt(jnp.finfo(rest.dtype).eps)
         kept = ~(length <= rounding)  # NaN is kept, to be seen
-        unit = rest / jnp.where(kept, length, 1)
+        divisor = jnp.where(kept, length, 1)
+        unit = rest / divisor
         basis.append(jnp.where(kept, unit, 0))
     return basis
 
@@ -141,8 +143,9 @@ def orthonormal(vectors: list[Float[Array, "copies p q"]]) -> list[Float[Array, 
 def factorize_space(space: Space, form: Float[Array, "m m"]) -> Eigen:
     """Eigendecomposition of `Z F Z^T` for vectors of unit length, negative eigenvalues clamped."""
     # D^{-1} Z F Z^T D^{-1} with D the lengths of the vectors
-    lengths = _known(space.squares)
-    return psd_eigh(form / jnp.sqrt(lengths[:, None] * lengths))
+    squares = _known(space.squares)
+    scale = jnp.sqrt(squares[:, None] * squares)
+    return psd_eigh(form / scale)
 
 
 def solve_space(
@@ -176,10 +179,12 @@ def solve_space(
     # as for unit vectors, so that the scale of Z does not matter
     eps = jnp.finfo(values.dtype).eps
     kept = values > eps * jnp.max(values)
-    rotated = jnp.matmul(inverse.vectors.T, restricted / scale, precision=precision)
+    unit = restricted / scale
+    rotated = jnp.matmul(inverse.vectors.T, unit, precision=precision)
     divisor = jnp.where(kept, values, 1)
     solved = jnp.where(kept, rotated / divisor, 0)
-    return jnp.matmul(inverse.vectors, solved, precision=precision) / scale
+    weights = jnp.matmul(inverse.vectors, solved, precision=precision)
+    return weights / scale
 
 
 def leading_vector(inverse: PyTree) -> Float[Array, "p q"]:
@@ -212,7 +217,9 @@ def check_eigenvectors(layers: Sequence[Layer], blocks: Sequence[Block]) -> None
       ValueError: one does not.
     """
     for layer, block in zip(layers, blocks, strict=True):
-        if layer.coupled and not isinstance(_held(layer, block), EigenInverse | TokenEigenInverse):
+        if not layer.coupled:
+            continue
+        if not isinstance(_held(layer, block), EigenInverse | TokenEigenInverse):
             raise ValueError(
                 f"deflated: space='spectral', but layer {layer.path!r} has the block "
                 f"{block.name!r}, which holds no eigenvectors of its factors; {_EXPECTED}"
@@ -250,11 +257,12 @@ def _inner(left: Array, right: Array) -> Array:
 def _unit(vector: Array) -> Array:
     """Of every copy, at unit length; its largest entry comes first, for squares would underflow."""
     largest = jnp.max(jnp.abs(vector), (1, 2), keepdims=True)
-    scaled = vector / jnp.where(largest == 0, 1, largest)
+    scaled = vector / _known(largest)
     square = _inner(scaled, scaled)
-    return scaled / jnp.sqrt(jnp.where(square == 0, 1, square))
+    length = jnp.sqrt(_known(square))
+    return scaled / length
 
 
-def _known(squares: Array) -> Array:
-    """Squared lengths with one in place of zero, for vectors that have been dropped."""
-    return jnp.where(squares == 0, 1, squares)
+def _known(sizes: Array) -> Array:
+    """Sizes with one in place of zero, for vectors that have been dropped."""
+    return jnp.where(sizes == 0, 1, sizes)

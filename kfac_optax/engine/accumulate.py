@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import together
-from kfac_optax._types import Average, Bucket, Layer, PyTree
+from kfac_optax._types import Average, PyTree
 from kfac_optax.engine.branches import STATISTICS, when
 from kfac_optax.engine.mapped import on_all
 from kfac_optax.engine.placed import absorb_placed, own_statistics
@@ -44,8 +44,8 @@ def accumulate(
 ) -> CurvatureState:
     """Averages in new statistics, unless they are not finite; blocks that absorb do so."""
     per_layer, across = measured
-    measured_of = dict(zip(step.layers, per_layer, strict=True))
-    stacked_of = {b.name: _stacked(b, measured_of) for b in step.buckets}
+    # of layers [copies, ...] to those of buckets
+    stacked_of = step.grouping.by_bucket(per_layer)
     # of all layers: a device's own may be those that none of its examples reaches
     good, learnt = _verdict(step, (stacked_of, across))
     if step.owned is not None:
@@ -61,7 +61,6 @@ def accumulate(
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
     factors, news = {}, {}
-    # of layers [copies, ...] to those of buckets
     for bucket in step.buckets:
         stacked = stacked_of[bucket.name]
         if block_of_bucket(bucket).absorb is not None:
@@ -81,13 +80,6 @@ def accumulate(
     )
     averaged = Average(weight, count, jnp.asarray(decay, jnp.float32))
     return _absorb(step, state, news, averaged, finite) if news else state
-
-
-def _stacked(bucket: Bucket, measured_of: dict[Layer, PyTree]) -> PyTree:
-    """What the layers of a bucket measured, on one axis."""
-    return jax.tree.map(
-        lambda *xs: jnp.concatenate(xs), *(measured_of[layer] for layer in bucket.layers)
-    )
 
 
 def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:

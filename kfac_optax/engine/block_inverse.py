@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from kfac_optax._parts import boxes_left, emptied
 from kfac_optax._tree import (
     gather,
-    make_buckets,
     named_leaves,
     replace_leaves,
     scatter,
@@ -18,6 +17,7 @@ from kfac_optax._tree import (
 from kfac_optax._types import Block, Bucket, Layer, Layers, PyTree
 from kfac_optax._validate import check_choice
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
+from kfac_optax.engine.grouping import group_layers
 from kfac_optax.engine.state import (
     CoarseState,
     CurvatureState,
@@ -118,7 +118,7 @@ def of_state(where: str, state: CurvatureState, layers: Layers, block_of: BlockO
             "determinant here; expected that of a preconditioner without one, such as kfac. "
             "inverse_product takes coupling=."
         )
-    buckets = make_buckets(layers, block_of)
+    buckets = group_layers(layers.layers, block_of).buckets
     check_buckets(where, buckets, state)
     return BlockInverse(buckets, state.inverses, state.damping)
 

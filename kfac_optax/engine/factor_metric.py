@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import covered_leaves, gather, make_buckets, named_leaves, present
+from kfac_optax._tree import covered_leaves, gather, named_leaves, present
 from kfac_optax._types import Block, Layers, PyTree
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover
+from kfac_optax.engine.grouping import group_layers
 from kfac_optax.engine.state import CurvatureState, OwnFactors, block_of_bucket, the_state
 
 
@@ -60,7 +61,7 @@ def factor_metric(
         # statistics and not their inverses: F_i without damping
         factors = the_state(state, CurvatureState, where).factors
         leaves = named_leaves(updates)
-        buckets = make_buckets(present(layers, leaves), block_of)
+        buckets = group_layers(present(layers, leaves), block_of).buckets
         if {bucket.name for bucket in buckets} != set(factors):
             raise ValueError(
                 f"{where}: the state holds {', '.join(sorted(factors))}, expected "

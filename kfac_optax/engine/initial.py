@@ -5,9 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import make_buckets
-from kfac_optax._types import Coupling, Layer
-from kfac_optax.engine.choice import BlockOf
+from kfac_optax._types import Coupling
+from kfac_optax.engine.grouping import Grouping
 from kfac_optax.engine.placed import first_placed
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.refresh import factorize_all
@@ -16,25 +15,23 @@ from kfac_optax.linalg.factorize import after
 
 
 def initial(
-    mine: tuple[Layer, ...],
-    block_of: BlockOf,
+    grouping: Grouping,
     coupling: Coupling | None,
     damping: jax.Array,
     placement: Placement | None = None,
 ) -> tuple:
     """Factors, held inverses and coupling before anything was measured."""
     dtype = damping.dtype
-    buckets = make_buckets(mine, block_of)
-    factors = {bucket.name: start_of_bucket(bucket, dtype) for bucket in buckets}
-    inverses = factorize_all(buckets, factors, damping)
-    step = Step(mine, buckets, coupling, damping, placement)
+    factors = {bucket.name: start_of_bucket(bucket, dtype) for bucket in grouping.buckets}
+    inverses = factorize_all(grouping.buckets, factors, damping)
+    step = Step(grouping, coupling, damping, placement)
     kept = factors, inverses
     if placement is not None and (placement.divided or placement.owned):
         kept = first_placed(placement, factors, inverses)
     if coupling is None:
         return *kept, ()
     rows, index = 0, {}
-    coupled = tuple(layer for layer in mine if layer.coupled)
+    coupled = tuple(layer for layer in grouping.layers if layer.coupled)
     for layer in coupled:
         # rows of the coarse matrix in order of execution, one for each copy
         index[layer.path] = jnp.arange(rows, rows + layer.copies, dtype=jnp.int32)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._tree import all_finite, select
-from kfac_optax._types import Bucket, Layer, PyTree
+from kfac_optax._types import Bucket, PyTree
 from kfac_optax.engine import stagger
 from kfac_optax.engine.branches import BLOCKS, COARSE, INVERSES, when
+from kfac_optax.engine.grouping import Grouping
 from kfac_optax.engine.placed import factorize_placed, inverses_of_all
 from kfac_optax.engine.renew import kept_finite, online, renewed
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
@@ -49,7 +50,8 @@ def _refresh_part(
     step: Step, state: CurvatureState, due: Any, part: stagger.Part, previous: PyTree
 ) -> tuple[CurvatureState, PyTree]:
     """The state with one part refreshed where due, and what the next part has to wait for."""
-    mine = step._replace(buckets=tuple(bucket for bucket in step.buckets if bucket.name in part))
+    buckets = tuple(bucket for bucket in step.buckets if bucket.name in part)
+    mine = step._replace(grouping=step.grouping._replace(buckets=buckets))
 
     def pieces(trees: dict[str, PyTree]) -> dict[str, PyTree]:
         return {
@@ -130,15 +132,11 @@ def factorize_all(
 
 
 def inverses_read(
-    layers: tuple[Layer, ...], buckets: tuple[Bucket, ...], inverses: Mapping[str, PyTree]
+    grouping: Grouping,
+    inverses: Mapping[str, PyTree],
 ) -> tuple[PyTree, ...]:
     """What is held for every layer whose block measures in it, `[copies, ...]`; `None` for
     others.
     """
-    found: dict[Layer, PyTree] = {}
-    for bucket in buckets:
-        if not block_of_bucket(bucket).reads_inverse:
-            continue
-        for layer, mine in bucket.slices:
-            found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], inverses[bucket.name])
-    return tuple(found.get(layer) for layer in layers)
+    reading = [b.name for b in grouping.buckets if block_of_bucket(b).reads_inverse]
+    return grouping.by_layer({name: inverses[name] for name in reading})

@@ -8,6 +8,7 @@ import numpy as np
 
 from kfac_optax._types import Block, Bucket, Coupling, Fine, Layer, PyTree
 from kfac_optax._validate import Checked
+from kfac_optax.engine.grouping import Grouping
 from kfac_optax.engine.placement import Placement
 
 # Of all states of the package together, as `describe_state` saves it: one more whenever a field, a
@@ -88,11 +89,20 @@ class SampleSpaceState(NamedTuple):
 class Step(NamedTuple):
     """What the parts of one update share."""
 
-    layers: tuple[Layer, ...]  # in order of execution
-    buckets: tuple[Bucket, ...]
+    grouping: Grouping
     coupling: Coupling | None
     damping: jax.Array
     placement: Placement | None = None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """In order of execution."""
+        return self.grouping.layers
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The same layers, equal ones together."""
+        return self.grouping.buckets
 
     @property
     def divided(self) -> Placement | None:

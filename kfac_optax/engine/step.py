@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import all_finite, make_buckets, named_leaves, replace_leaves
-from kfac_optax._types import Coupling, Directions, Layer, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._tree import all_finite, named_leaves, replace_leaves
+from kfac_optax._types import Coupling, Directions, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, checked, start_checked
 from kfac_optax.engine.accumulate import take_statistics
 from kfac_optax.engine.arguments import (
@@ -18,6 +18,7 @@ from kfac_optax.engine.arguments import (
 )
 from kfac_optax.engine.branches import due_at, parts_due
 from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.grouping import Grouping, group_layers
 from kfac_optax.engine.initial import initial
 from kfac_optax.engine.memory import check_memory
 from kfac_optax.engine.near import near_factors
@@ -60,17 +61,15 @@ def start_state(rule: Rule, params: PyTree) -> CurvatureState:
     dtype = factors_dtype(leaves, mine, rule.factor_dtype)
     first, _ = checked(state.given, "damping", rule.numbers["damping"], state.kfac_count)
     start = jnp.asarray(first, dtype)
-    buckets = make_buckets(mine, rule.block_of)
-    for bucket in buckets:
+    grouping = group_layers(mine, rule.block_of)
+    for bucket in grouping.buckets:
         check_block(rule.where, bucket, dtype)
     # one compiled call instead of an eager one per array
-    make = jax.jit(
-        lambda damping: initial(mine, rule.block_of, rule.coupling, damping, rule.placement)
-    )
+    make = jax.jit(lambda damping: initial(grouping, rule.coupling, damping, rule.placement))
     if rule.memory is not None:
         factors, inverses, _ = jax.eval_shape(make, start)
         where = f"{rule.where}.init"
-        check_memory(where, rule.memory, rule.placement, buckets, factors, inverses)
+        check_memory(where, rule.memory, rule.placement, grouping.buckets, factors, inverses)
     factors, inverses, coarse = make(start)
     return state._replace(
         damping=jnp.array(start, jnp.float32), factors=factors, inverses=inverses, coarse=coarse
@@ -117,15 +116,16 @@ def take_step(
     now, given = _numbers_now(rule, state, damping)
     if rule.placement is not None:
         rule.placement.check_mapped()
-    buckets = make_buckets(mine, rule.block_of)
-    step = Step(mine, buckets, rule.coupling, jnp.asarray(now["damping"], dtype), rule.placement)
-    plan = _plan(rule, mine, dtype, state.kfac_count)
+    # the state's buckets and the plan's layers are of one grouping
+    grouping = group_layers(mine, rule.block_of)
+    step = Step(grouping, rule.coupling, jnp.asarray(now["damping"], dtype), rule.placement)
+    plan = _plan(rule, grouping, dtype, state.kfac_count)
     held = state
 
     def statistics():
         # only here: a divided state has to be collected for it
         inverses = inverses_of_all(step, held.factors, held.inverses)
-        wanted = plan._replace(inverses=inverses_read(mine, buckets, inverses))
+        wanted = plan._replace(inverses=inverses_read(grouping, inverses))
         if plan.travel.bits is not None:
             wanted = wanted._replace(near=near_factors(step, held.factors))
         if step.owned is not None:
@@ -171,10 +171,10 @@ def _numbers_now(
     return now, given
 
 
-def _plan(rule: Rule, mine: tuple[Layer, ...], dtype: Any, count: Any) -> Plan:
+def _plan(rule: Rule, grouping: Grouping, dtype: Any, count: Any) -> Plan:
     """What the curvature is asked for."""
-    blocks = tuple(map(rule.block_of, mine))
-    plan = Plan(mine, blocks, rule.coupling, dtype, rule.axis_name, count)
+    layers, blocks, _ = grouping
+    plan = Plan(layers, blocks, rule.coupling, dtype, rule.axis_name, count)
     return plan if rule.placement is None else plan._replace(travel=rule.placement.travel)
 
 

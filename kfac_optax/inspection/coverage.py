@@ -52,15 +52,21 @@ def coverage(
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="coverage")
     block_of = blocks_of(block, normalization=normalization)
     # what cannot be measured together is an error here already
-    of_first_moments(layers.layers, tuple(map(block_of, layers)), coupling, "coverage")
+    blocks = tuple(map(block_of, layers))
+    of_first_moments(layers.layers, blocks, coupling, "coverage")
     # factors, and what `factorize` makes of them
-    across = 0 if coupling is None else _coupling_bytes(layers, block_of, coupling, dtype)
+    pairs = zip(layers, blocks, strict=True)
+    of_layers = [_layer_bytes(layer, block, dtype) for layer, block in pairs]
+    name, across = "", 0
+    if coupling is not None:
+        name = coupling.name
+        across = _coupling_bytes(layers, blocks, coupling, dtype)
     return dataclasses.replace(
         layers,
-        blocks=tuple(block_of(layer).name for layer in layers),
-        state_bytes=tuple(_layer_bytes(layer, block_of(layer), dtype) for layer in layers),
+        blocks=tuple(block.name for block in blocks),
+        state_bytes=tuple(of_layers),
         devices=() if placement is None else _devices(layers, block_of, dtype, placement),
-        coupling="" if coupling is None else coupling.name,
+        coupling=name,
         coupling_bytes=across,
     )
 
@@ -106,24 +112,31 @@ def _layer_bytes(layer: Layer, block: Block, dtype: jnp.dtype) -> int:
 
 def _coupling_bytes(
     layers: Layers,
-    block_of: BlockOf,
+    blocks: tuple[Block, ...],
     coupling: Coupling,
     dtype: jnp.dtype,
 ) -> int:
     check_coupled(layers, "coverage")
-    coupling.check(layers.layers, tuple(map(block_of, layers)))
+    coupling.check(layers.layers, blocks)
     coupled = [layer for layer in layers if layer.coupled]
-    # a row for every matrix: layers of a stack and groups have one each
-    rows = [layer for layer in coupled for _ in range(layer.copies)]
+    rows: list[tuple[Layer, Block]] = []
+    for layer, block in zip(layers, blocks, strict=True):
+        # a row for every matrix: layers of a stack and groups have one each
+        if layer.coupled:
+            rows += [(layer, block)] * layer.copies
 
     def state():
+        one = jnp.ones((), dtype)
+        sizes = jnp.ones(len(rows), dtype)
+
         def factors(row: int):
-            return block_of(rows[row]).init(rows[row], dtype)
+            layer, block = rows[row]
+            return block.init(layer, dtype)
 
         def inverses(row: int):
-            return block_of(rows[row]).factorize(factors(row), one)
+            _, block = rows[row]
+            return block.factorize(factors(row), one)
 
-        one, sizes = jnp.ones((), dtype), jnp.ones(len(rows), dtype)
         # the block-diagonal level as a refresh sees it
         fine = Fine(factors, inverses, one, sizes)
         statistic = coupling.init(coupled, dtype)

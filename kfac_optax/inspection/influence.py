@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import inner, map_examples, wide_dtype
+from kfac_optax._tree import inner, wide_dtype
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_number
+from kfac_optax.inspection.examples import map_examples
 
 Solve = Callable[[PyTree], PyTree]
 

@@ -7,7 +7,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import make_buckets, named_leaves, present, replace_leaves, wide_dtype
+from kfac_optax._tree import named_leaves, present, replace_leaves, wide_dtype
 from kfac_optax._types import Block, Coupling, Layers, PyTree
 from kfac_optax.engine.block_inverse import (
     check_buckets,
@@ -17,6 +17,7 @@ from kfac_optax.engine.block_inverse import (
     root_trees,
 )
 from kfac_optax.engine.choice import BlockOf
+from kfac_optax.engine.grouping import group_layers
 from kfac_optax.engine.precondition import precondition
 from kfac_optax.engine.state import CoarseState, CurvatureState, Step, the_state
 
@@ -69,13 +70,13 @@ def inverse_product(
     # the state and the vector may cover a part of the parameters only, under masks
     state, leaves = the_state(opt_state, CurvatureState, where), named_leaves(vector)
     mine = present(layers, leaves)
-    buckets = make_buckets(mine, block_of)
-    check_buckets(where, buckets, state)
+    grouping = group_layers(mine, block_of)
+    check_buckets(where, grouping.buckets, state)
     _check_coupling(where, state, coupling)
     # the damping of the last update, in the dtype of what is solved with
     dtype = wide_dtype(state.inverses)
     # what an update does, without a statistic and without a refresh
-    step = Step(mine, buckets, coupling, state.damping.astype(dtype))
+    step = Step(grouping, coupling, state.damping.astype(dtype))
     (named,), _, finite = precondition(
         step, state, leaves, dtype, curvature, None, None, jnp.bool_(True), False
     )
@@ -203,19 +204,22 @@ def factors(
     where = "factors"
     layers, block_of = covered_with(where, layers, block, normalization, uncovered)
     state = the_state(opt_state, CurvatureState, where)
-    buckets = make_buckets(layers, block_of)
-    check_buckets(where, buckets, state)
+    grouping = group_layers(layers.layers, block_of)
+    check_buckets(where, grouping.buckets, state)
     found: dict[str, PyTree] = {}
-    for bucket in buckets:
-        of_bucket = state.factors[bucket.name]
-        for layer, copies in bucket.slices:
-            # without the axis of copies where there is one alone
-            mine = copies.start if layer.copies == 1 else copies
-            found[layer.path] = jax.tree.map(operator.itemgetter(mine), of_bucket)
+    for layer, mine in zip(layers, grouping.by_layer(state.factors), strict=True):
+        # without the axis of copies where there is one alone
+        if layer.copies == 1:
+            mine = jax.tree.map(operator.itemgetter(0), mine)
+        found[layer.path] = mine
     return found
 
 
-def _check_coupling(where: str, state: CurvatureState, coupling: Coupling | None) -> None:
+def _check_coupling(
+    where: str,
+    state: CurvatureState,
+    coupling: Coupling | None,
+) -> None:
     # a product with half of the preconditioner would be silently another one
     has = isinstance(state.coarse, CoarseState)
     if has != (coupling is not None):

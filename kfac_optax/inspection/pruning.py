@@ -12,7 +12,12 @@ from kfac_optax._validate import check_number
 from kfac_optax.linalg.row_inverse import RowInverse, inverse_of_rows
 
 
-def pruning_scores(params: PyTree, per_example_grads: PyTree, *, damping: Any) -> PyTree:
+def pruning_scores(
+    params: PyTree,
+    per_example_grads: PyTree,
+    *,
+    damping: Any,
+) -> PyTree:
     """By how much the loss would rise without each weight, the others adjusted:
     `w_i^2 / (2 [F^{-1}]_ii)`.
 
@@ -44,7 +49,13 @@ def pruning_scores(params: PyTree, per_example_grads: PyTree, *, damping: Any) -
     return back(jnp.square(weights) / (2 * inverse.diagonal()))
 
 
-def prune(params: PyTree, per_example_grads: PyTree, remove: PyTree, *, damping: Any) -> PyTree:
+def prune(
+    params: PyTree,
+    per_example_grads: PyTree,
+    remove: PyTree,
+    *,
+    damping: Any,
+) -> PyTree:
     """Parameters without some weights, the others moved to where the second-order model of the loss
     is least.
 
@@ -91,7 +102,10 @@ def prune(params: PyTree, per_example_grads: PyTree, remove: PyTree, *, damping:
 
 
 def _inverse(
-    where: str, params: PyTree, examples: PyTree, damping: Any
+    where: str,
+    params: PyTree,
+    examples: PyTree,
+    damping: Any,
 ) -> tuple[jax.Array, RowInverse, Any]:
     """Weights as a vector, the inverse, and the way back to a tree."""
     check_number(where, "damping", damping, above=0)

@@ -166,7 +166,10 @@ _OTHER_OPTIMIZER = (
 
 
 def _compare(
-    where: str, found: Mapping[str, str], expected: Mapping[str, str], advice: str
+    where: str,
+    found: Mapping[str, str],
+    expected: Mapping[str, str],
+    advice: str,
 ) -> None:
     """Raises with the first array in which two descriptions differ."""
     # what is expected first, then what nobody expects

@@ -82,7 +82,11 @@ def no_closed_form(mine: Any) -> TypeError:
 
 
 def split_axes(
-    name: str, *, array: Any, batch_ndim: int, event_ndim: int | None
+    name: str,
+    *,
+    array: Any,
+    batch_ndim: int,
+    event_ndim: int | None,
 ) -> tuple[int, int | None]:
     """Returns consistent (batch_ndim, event_ndim) of an array [*batch, *event].
 

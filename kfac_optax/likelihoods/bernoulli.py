@@ -101,7 +101,8 @@ class Bernoulli:
         x = _common.widen(self.logits)
         t = jnp.asarray(targets, x.dtype)
         # Both tails through log_sigmoid; softplus(x) - t x would cancel for confident outputs.
-        log_one, log_zero = jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x)
+        log_one = jax.nn.log_sigmoid(x)
+        log_zero = jax.nn.log_sigmoid(-x)
         log_p = t * log_one + (1 - t) * log_zero
         return -_common.event_sum(log_p, batch_ndim=self.batch_ndim)
 
@@ -139,14 +140,18 @@ class Bernoulli:
         [0.2402]
         """
         _common.check_other(self, other)
-        x, x_other = _common.widen(self.logits), _common.widen(other.logits)
-        one, zero = _gain(x, x_other), _gain(-x, -x_other)
+        x = _common.widen(self.logits)
+        x_other = _common.widen(other.logits)
+        # both outcomes
+        one = _gain(x, x_other)
+        zero = _gain(-x, -x_other)
         return _common.event_sum(one + zero, batch_ndim=self.batch_ndim)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws 0/1 targets `[*batch, *event]` in the dtype of the logits."""
         y = jax.nn.sigmoid(_common.widen(self.logits))
-        return jax.random.bernoulli(key, y).astype(self.logits.dtype)
+        drawn = jax.random.bernoulli(key, y)
+        return drawn.astype(self.logits.dtype)
 
     def fisher_sqrt_column(self, c: int | jax.Array) -> tuple[jax.Array]:
         """Column `c` of `S` for every term, `sqrt(y_c (1 - y_c)) e_c`.
@@ -162,7 +167,8 @@ class Bernoulli:
         log_variance = jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)
         root = jnp.exp(0.5 * log_variance)
         event = self.logits.shape[self.batch_ndim :]
-        column = jnp.where(_common.unit(c, shape=event), root, 0)
+        hit = _common.unit(c, shape=event)
+        column = jnp.where(hit, root, 0)
         return (column.astype(self.logits.dtype),)
 
     def hessian_product(self, v: tuple[jax.Array]) -> tuple[jax.Array]:
@@ -187,4 +193,5 @@ def _gain(x: jax.Array, x_other: jax.Array) -> jax.Array:
     # where nothing is counted no infinity meets another, or a zero, in gradients neither
     log_y = jax.nn.log_sigmoid(jnp.where(possible, x, 0))
     log_other = jax.nn.log_sigmoid(jnp.where(possible, x_other, 0))
-    return jnp.where(possible, jnp.exp(log_y) * (log_y - log_other), 0)
+    gain = jnp.exp(log_y) * (log_y - log_other)
+    return jnp.where(possible, gain, 0)

@@ -86,10 +86,10 @@ class Categorical:
                 f"Cast class numbers to int32; use jnp.argmax for one-hot rows."
             )
         # A select, not a gather: it shards along the classes and never wraps a label of -1.
-        log_y = jax.nn.log_softmax(_common.widen(self.logits))
-        log_p = _select(log_y, targets)
+        log_p = _select(self._log_probabilities(), targets)
         # a label that is out of range has no likelihood; NaN shows it
-        valid = (targets >= 0) & (targets < self.num_columns)
+        negative = targets < 0
+        valid = ~negative & (targets < self.num_columns)
         return jnp.where(valid, -log_p, jnp.nan)
 
     def mean_nll(self, targets: jax.Array) -> jax.Array:
@@ -126,11 +126,14 @@ class Categorical:
         [0.6931] [inf]
         """
         _common.check_other(self, other)
-        log_y, log_other = (jax.nn.log_softmax(_common.widen(x.logits)) for x in (self, other))
+        log_y = self._log_probabilities()
+        log_other = other._log_probabilities()
         y = jnp.exp(log_y)
         # where nothing is counted no infinity meets another, or a zero, in gradients neither
-        gain = jnp.where(y > 0, log_y, 0) - jnp.where(y > 0, log_other, 0)
-        return jnp.sum(y * gain, axis=-1)
+        possible = y > 0
+        mine = jnp.where(possible, log_y, 0)
+        theirs = jnp.where(possible, log_other, 0)
+        return jnp.sum(y * (mine - theirs), axis=-1)
 
     def sample(self, key: jax.Array) -> jax.Array:
         """Draws integer classes `[*batch]` from the model; a constant under differentiation."""
@@ -145,14 +148,15 @@ class Categorical:
         Returns:
             `([*batch, C],)` in the dtype of the logits.
         """
-        log_y = jax.nn.log_softmax(_common.widen(self.logits))
+        log_y = self._log_probabilities()
         y = jnp.exp(log_y)
         hit = _common.unit(c, shape=(self.num_columns,))
         # 1 - y_c as the sum of the others: no cancellation for a confident model.
         others = jnp.sum(jnp.where(hit, 0, y), axis=-1, keepdims=True)
         log_of_c = jnp.sum(jnp.where(hit, log_y, 0), axis=-1, keepdims=True)
         root = jnp.exp(0.5 * log_of_c)
-        column = root * jnp.where(hit, others, -y)
+        difference = jnp.where(hit, others, -y)
+        column = root * difference
         return (column.astype(self.logits.dtype),)
 
     def hessian_product(self, v: tuple[jax.Array]) -> tuple[jax.Array]:
@@ -175,8 +179,14 @@ class Categorical:
         product = y * (direction - mean)
         return (product.astype(self.logits.dtype),)
 
+    def _log_probabilities(self) -> jax.Array:
+        return jax.nn.log_softmax(_common.widen(self.logits))
+
 
 def _select(x: jax.Array, index: jax.Array) -> jax.Array:
     """Picks `x[..., index]` from `[*batch, C]` with `[*batch]` indices; 0 if out of range."""
-    chosen = jnp.arange(x.shape[-1]) == index[..., None]
-    return jnp.sum(jnp.where(chosen, x, 0), axis=-1)
+    classes = jnp.arange(x.shape[-1])
+    chosen = classes == index[..., None]
+    # all others are zero in the sum
+    terms = jnp.where(chosen, x, 0)
+    return jnp.sum(terms, axis=-1)

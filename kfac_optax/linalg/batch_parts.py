@@ -40,7 +40,11 @@ def parts_first(x: Float[Array, "n ..."], parts: int) -> Float[Array, "parts m .
     return jnp.moveaxis(split, 1, 0)
 
 
-def sum_of_parts(function: Callable[..., PyTree], parts: int, *rows: PyTree) -> PyTree:
+def sum_of_parts(
+    function: Callable[..., PyTree],
+    parts: int,
+    *rows: PyTree,
+) -> PyTree:
     """`function(*rows)`, sums over examples, as the sum of what it gives of parts of them.
 
     Args:

@@ -20,7 +20,10 @@ class Pairs(NamedTuple):
 
 
 def apply_bfgs(
-    kept: Float[Array, "n n"] | Pairs, v: Float[Array, "k n"], *, precision: jax.lax.PrecisionLike
+    kept: Float[Array, "n n"] | Pairs,
+    v: Float[Array, "k n"],
+    *,
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "k n"]:
     """`V H`, by the matrix, or by two passes over the pairs, which start from the identity.
 
@@ -32,7 +35,8 @@ def apply_bfgs(
         return jnp.matmul(v, kept, precision=precision)
     # 1 / s^T y, zero where there is no pair: then both passes leave V as it is
     products = jnp.sum(kept.steps * kept.changes, 1)
-    rates = quotient_or_zero(jnp.ones((), products.dtype), products)
+    one = jnp.ones((), products.dtype)
+    rates = quotient_or_zero(one, products)
 
     def along(v: Array, x: Array) -> Array:
         return jnp.matmul(v, x, precision=precision)
@@ -44,10 +48,14 @@ def apply_bfgs(
 
     def forth(v: Array, pair: tuple) -> tuple[Array, None]:
         s, y, rate, share = pair
-        return v + jnp.outer(share - rate * along(v, y), s), None
+        rest = share - rate * along(v, y)
+        return v + jnp.outer(rest, s), None
 
-    v, shares = jax.lax.scan(back, v, (*kept, rates), reverse=True)
-    return jax.lax.scan(forth, v, (*kept, rates, shares))[0]
+    # from the newest pair to the oldest, and back again
+    pairs = (*kept, rates)
+    v, shares = jax.lax.scan(back, v, pairs, reverse=True)
+    v, _ = jax.lax.scan(forth, v, (*pairs, shares))
+    return v
 
 
 def add_pair(
@@ -68,17 +76,33 @@ def add_pair(
     """
     product = jnp.vdot(step, change, precision=precision)
     good = product > 0
+    new: Array | Pairs
     if isinstance(kept, Pairs):
-        news = zip(kept, (step, change), strict=True)
-        new: Array | Pairs = Pairs(*(jnp.concatenate([x[1:], mine[None]]) for x, mine in news))
+        # the oldest makes room
+        steps = jnp.concatenate([kept.steps[1:], step[None]])
+        changes = jnp.concatenate([kept.changes[1:], change[None]])
+        new = Pairs(steps, changes)
     else:
-        rate = quotient_or_zero(jnp.ones((), product.dtype), product)
-        # H - (H y s^T + s y^T H) / s^T y + (1 + y^T H y / s^T y) s s^T / s^T y
-        moved = jnp.matmul(kept, change, precision=precision)
-        cross = jnp.outer(moved, step)
-        size = rate * jnp.vdot(change, moved, precision=precision)
-        new = kept - rate * (cross + cross.T) + rate * (1 + size) * jnp.outer(step, step)
-    return select(good & all_finite((new, product)), new, kept)
+        new = _updated(kept, step, change, product, precision)
+    good = good & all_finite((new, product))
+    return select(good, new, kept)
+
+
+def _updated(
+    matrix: Array,
+    step: Array,
+    change: Array,
+    product: Array,
+    precision: Any,
+) -> Array:
+    """`H - (H y s^T + s y^T H) / s^T y + (1 + y^T H y / s^T y) s s^T / s^T y`."""
+    rate = quotient_or_zero(jnp.ones((), product.dtype), product)
+    # H y s^T, and y^T H y / s^T y
+    moved = jnp.matmul(matrix, change, precision=precision)
+    cross = jnp.outer(moved, step)
+    size = rate * jnp.vdot(change, moved, precision=precision)
+    square = jnp.outer(step, step)
+    return matrix - rate * (cross + cross.T) + rate * (1 + size) * square
 
 
 def double_damped(
@@ -111,16 +135,26 @@ def double_damped(
     Reference: Goldfarb, Ren & Bahamou, Practical Quasi-Newton Methods for Training Deep Neural
       Networks (2020), double damping.
     """
+    # H y, by which the step is damped; the new step damps the change
     moved = apply_bfgs(kept, change[None], precision=precision)[0]
     step = _towards(step, moved, change, inverse_bound, precision)
-    return step, _towards(change, step, step, bound, precision)
+    change = _towards(change, step, step, bound, precision)
+    return step, change
 
 
-def _towards(x: Array, other: Array, along: Array, bound: Array | float, precision: Any) -> Array:
+def _towards(
+    x: Array,
+    other: Array,
+    along: Array,
+    bound: Array | float,
+    precision: Any,
+) -> Array:
     """`x`, moved towards `other` as far as `x^T along >= bound other^T along` asks for."""
     size = jnp.vdot(other, along, precision=precision)
     product = jnp.vdot(x, along, precision=precision)
     short = product < bound * size
     # the share at which x^T along is the bound times the size
-    theta = (1 - bound) * size / jnp.where(short, size - product, 1)
-    return jnp.where(short, theta * x + (1 - theta) * other, x)
+    gap = jnp.where(short, size - product, 1)
+    theta = (1 - bound) * size / gap
+    moved = theta * x + (1 - theta) * other
+    return jnp.where(short, moved, x)

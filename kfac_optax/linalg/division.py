@@ -11,7 +11,8 @@ def positive_or_one(x: jax.Array) -> jax.Array:
     >>> print(positive_or_one(jnp.array([2.0, 0.0, jnp.nan])))
     [2. 1. 1.]
     """
-    return jnp.where(x > 0, x, 1)
+    positive = x > 0
+    return jnp.where(positive, x, 1)
 
 
 def quotient_or_zero(x: jax.Array, divisor: jax.Array) -> jax.Array:
@@ -20,4 +21,6 @@ def quotient_or_zero(x: jax.Array, divisor: jax.Array) -> jax.Array:
     >>> print(quotient_or_zero(jnp.array([6.0, 6.0]), jnp.array([2.0, 0.0])))
     [3. 0.]
     """
-    return jnp.where(divisor > 0, x / positive_or_one(divisor), 0)
+    # NaN is not positive either
+    quotient = x / positive_or_one(divisor)
+    return jnp.where(divisor > 0, quotient, 0)

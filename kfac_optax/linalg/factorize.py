@@ -45,7 +45,8 @@ def damped_quotient(
     [0.5 0.  0. ]
     """
     total, known = _damped(values, damping, exact)
-    return jnp.where(known, v / total, 0)
+    quotient = v / total
+    return jnp.where(known, quotient, 0)
 
 
 def damped_root(
@@ -62,7 +63,8 @@ def damped_root(
     [0.5 1.  0. ]
     """
     total, known = _damped(values, damping, exact)
-    return jnp.where(known, v / jnp.sqrt(total), 0)
+    quotient = v / jnp.sqrt(total)
+    return jnp.where(known, quotient, 0)
 
 
 def damped_logdet(
@@ -91,7 +93,8 @@ def _damped(
     eps = jnp.finfo(values.dtype).eps
     # sums over rows carry rounding of their largest entry; diagonals measured entry by entry do not
     relative = eps * eps if exact else _ROUNDING * eps
-    known = total > relative * largest
+    noise = relative * largest
+    known = total > noise
     return jnp.where(known, total, 1), known
 
 
@@ -103,7 +106,8 @@ def at_least_rounding(shift: Array, scale: Array) -> Array:
     0.5
     """
     eps = jnp.finfo(shift.dtype).eps
-    return jnp.maximum(shift, _ROUNDING * eps * scale)
+    rounding = _ROUNDING * eps * scale
+    return jnp.maximum(shift, rounding)
 
 
 def after(tree: PyTree, previous: PyTree) -> PyTree:
@@ -116,7 +120,9 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
     # false at run time, which the compiler cannot know: adding them orders without changing
-    marks = [jnp.ravel(x)[0] > jnp.inf for x in jax.tree.leaves(previous)]
+    arrays = [x for x in jax.tree.leaves(previous) if x.size]
+    marks = [jnp.ravel(x)[0] > jnp.inf for x in arrays]
+    # nothing to wait for: no array, or none with an entry
     if not marks:
         return tree
     mark = together(marks).any()
@@ -129,7 +135,8 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
 
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """`(M + M^T) / 2`."""
-    return (matrix + matrix.T) / 2
+    twice = matrix + matrix.T
+    return twice / 2
 
 
 def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
@@ -162,7 +169,10 @@ def psd_root(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Ar
     return root, jnp.sum(jnp.log(known))
 
 
-def psd_inverse(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
+def psd_inverse(
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""],
+) -> Float[Array, "n n"]:
     """`(M + shift I)^{-1}` by Cholesky; NaN where the shifted matrix is not positive definite.
 
     The shift is at least rounding of the trace, `2 eps tr M`, so that a singular `M` has a finite
@@ -185,7 +195,10 @@ def shift_for(shift: Float[Array, ""], trace: Float[Array, ""]) -> Float[Array, 
     return jnp.maximum(shift, 2 * eps * trace)
 
 
-def damped(matrix: Float[Array, "n n"], shift: Float[Array, ""]) -> Float[Array, "n n"]:
+def damped(
+    matrix: Float[Array, "n n"],
+    shift: Float[Array, ""],
+) -> Float[Array, "n n"]:
     """`M + shift I`, made symmetric, with a shift as in `shift_for`.
 
     >>> print(damped(jnp.zeros((1, 1)), jnp.float32(0.5)))

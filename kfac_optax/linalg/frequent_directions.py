@@ -1,5 +1,6 @@
 """Frequent directions: a PSD sum followed by a few eigenpairs and a bound on what they miss."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from kfac_optax._types import Numeric
 from kfac_optax.linalg.factorize import after, at_least_rounding, psd_eigh
 from kfac_optax.linalg.truncated_eigen import LowRank, zero
 
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
 
 class Sketch(NamedTuple):
     """`U diag(D) U^T <= C <= U diag(D) U^T + tail I` for the matrix `C` that is followed."""
@@ -18,7 +21,11 @@ class Sketch(NamedTuple):
     tail: Float[Array, ""]  # the mass that escaped, as the shift that bounds it
 
 
-def no_sketch(dimension: int, rank: int, dtype: Any = jnp.float32) -> Sketch:
+def no_sketch(
+    dimension: int,
+    rank: int,
+    dtype: Any = jnp.float32,
+) -> Sketch:
     """The sketch of the zero matrix, with `min(rank, dimension)` directions.
 
     >>> print(no_sketch(3, 2).low.values, no_sketch(3, 2).tail)
@@ -28,7 +35,10 @@ def no_sketch(dimension: int, rank: int, dtype: Any = jnp.float32) -> Sketch:
 
 
 def absorb_columns(
-    sketch: Sketch, columns: Float[Array, "n m"], held: Numeric, new: Numeric
+    sketch: Sketch,
+    columns: Float[Array, "n m"],
+    held: Numeric,
+    new: Numeric,
 ) -> Sketch:
     """The sketch of `held C + new G G^T`, from that of `C`.
 
@@ -52,27 +62,36 @@ def absorb_columns(
     """
     dimension, rank = sketch.low.vectors.shape
     # B = [sqrt(held D) U, sqrt(new) G], whose product B B^T is the sum
-    roots = sketch.low.vectors * jnp.sqrt(held * sketch.low.values)
-    both = jnp.concatenate([roots, jnp.sqrt(new) * columns], axis=1)
+    low = sketch.low
+    past = low.vectors * jnp.sqrt(held * low.values)
+    news = jnp.sqrt(new) * columns
+    both = jnp.concatenate([past, news], axis=1)
     # the eigenproblem on the smaller side, with orthonormal columns either way
     basis = None
     if both.shape[1] < dimension:
         basis, triangle = jnp.linalg.qr(both)
         # the basis is formed apart from the triangle; no two factorisations at a time
         both = after(triangle, basis)
-    gram = jnp.matmul(both, both.T, precision=jax.lax.Precision.HIGHEST)
+    gram = _product(both, both.T)
     vectors, values = psd_eigh(gram)
-    vectors, values = vectors[:, ::-1], values[::-1]
+    # the largest first
+    vectors = vectors[:, ::-1]
+    values = values[::-1]
     if basis is not None:
-        vectors = jnp.matmul(basis, vectors, precision=jax.lax.Precision.HIGHEST)
+        vectors = _product(basis, vectors)
     # c = sigma_{k+1}^2 is taken off those kept, and bounds what is left out
-    cut = values[rank] if len(values) > rank else jnp.zeros((), values.dtype)
+    cut = jnp.zeros((), values.dtype)
+    if len(values) > rank:
+        cut = values[rank]
     kept = jnp.maximum(values[:rank] - cut, 0)
-    return Sketch(LowRank(vectors[:, :rank], kept), held * sketch.tail + cut)
+    low = LowRank(vectors[:, :rank], kept)
+    return Sketch(low, held * sketch.tail + cut)
 
 
 def root_weights(
-    sketch: Sketch, p: int, ridge: Numeric
+    sketch: Sketch,
+    p: int,
+    ridge: Numeric,
 ) -> tuple[Float[Array, " k"], Float[Array, ""]]:
     """`(D + tail + shift)^(-1/p)` on the directions of a sketch, and `(tail + shift)^(-1/p)` on all
     others, `shift = ridge (D_1 + tail)`.
@@ -83,10 +102,15 @@ def root_weights(
     >>> print(inside, outside)
     [0.25] 0.5
     """
-    largest = sketch.low.values[0] + sketch.tail
+    values = sketch.low.values
+    largest = values[0] + sketch.tail
+    # tail + shift, and behind the directions what all others have
     outside = sketch.tail + ridge * largest
-    totals = jnp.append(sketch.low.values + outside, outside)
-    known = totals >= at_least_rounding(jnp.zeros_like(largest), largest)
-    powers = jnp.where(known, jnp.where(known, totals, 1) ** (-1 / p), 0)
+    totals = jnp.append(values + outside, outside)
+    rounding = at_least_rounding(jnp.zeros_like(largest), largest)
+    known = totals >= rounding
+    # a base that is safe where the power is not used
+    base = jnp.where(known, totals, 1)
+    powers = jnp.where(known, base ** (-1 / p), 0)
     powers = jnp.where(largest > 0, powers, 1)
     return powers[:-1], powers[-1]

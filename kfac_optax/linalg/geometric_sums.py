@@ -6,7 +6,10 @@ from jaxtyping import Array, Float
 _NEAR_ONE = 0.1  # where (1 - x) T is smaller, the closed form of eta cancels and its series is used
 
 
-def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Array, "*shape"]:
+def eta(
+    x: Float[Array, "*shape"],
+    length: Float[Array, ""] | float,
+) -> Float[Array, "*shape"]:
     """`sum_{|d|<T} (T - |d|) x^|d|` for `-1 < x <= 1`, linear in `T` between whole numbers.
 
     Closed form `(T (1 - x^2) - 2 x (1 - x^T)) / (1 - x)^2`, and its series in `1 - x` where that
@@ -21,7 +24,8 @@ def eta(x: Float[Array, "*shape"], length: Float[Array, ""] | float) -> Float[Ar
     # mean lengths are no whole numbers
     lower = jnp.floor(length)
     part = length - lower
-    shorter, longer = _eta(x, lower), _eta(x, lower + 1)
+    shorter = _eta(x, lower)
+    longer = _eta(x, lower + 1)
     return (1 - part) * shorter + part * longer
 
 
@@ -33,7 +37,9 @@ def _eta(x: Array, t: Array) -> Array:
     # 1 - x^T, of negative x by its sign: logarithms know |x| only
     logarithm = t * jnp.log(jnp.abs(x))
     negative = (x < 0) & (t % 2 == 1)
-    one_minus_power = jnp.where(negative, 1 + jnp.exp(logarithm), -jnp.expm1(logarithm))
+    with_sign = 1 + jnp.exp(logarithm)
+    without = -jnp.expm1(logarithm)
+    one_minus_power = jnp.where(negative, with_sign, without)
     numerator = t * gap * (1 + x) - 2 * x * one_minus_power
     closed = numerator / (safe * safe)
     # (T - sum_{k<T} x^k) / gap = C(T,2) - C(T,3) gap + C(T,4) gap^2 - ...

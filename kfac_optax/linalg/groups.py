@@ -32,7 +32,8 @@ def in_groups(x: Float[Array, "*rows d"], size: int) -> Float[Array, "*rows m s"
     # the last group is filled up with zeros: its products with anything vanish
     missing = count * width - x.shape[-1]
     rows = x.shape[:-1]
-    padded = jnp.pad(x, [(0, 0)] * len(rows) + [(0, missing)])
+    behind = [(0, 0)] * len(rows) + [(0, missing)]
+    padded = jnp.pad(x, behind)
     return padded.reshape(*rows, count, width)
 
 

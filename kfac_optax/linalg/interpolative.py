@@ -37,19 +37,24 @@ def interpolate(matrix: Float[Array, "n n"], rank: int) -> Interpolation:
     diagonal = jnp.diagonal(matrix)
     tolerance = n * jnp.finfo(matrix.dtype).eps * jnp.max(diagonal)
 
-    def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(
+        j: Array,
+        state: tuple[Array, Array, Array],
+    ) -> tuple[Array, Array, Array]:
         rows, lower, left = state
         # the row with the largest remainder, `left` being the diagonal of K - L L^T
         pivot = jnp.argmax(left).astype(jnp.int32)
         remainder = left[pivot]
         good = remainder > tolerance
         # columns not made yet are zeros
-        column = matrix[:, pivot] - _product(lower, lower[pivot])
+        known = _product(lower, lower[pivot])
+        column = matrix[:, pivot] - known
         # l_j = (K - L L^T) e_pivot / sqrt(remainder)
         length = jnp.sqrt(jnp.where(good, remainder, 1))
         column = jnp.where(good, column / length, 0)
         # the pivot's own remainder is zero exactly, whatever rounding left there
-        left = (left - column**2).at[pivot].set(0)
+        left = left - column**2
+        left = left.at[pivot].set(0)
         rows = rows.at[j].set(pivot)
         lower = lower.at[:, j].set(column)
         return rows, lower, left
@@ -93,9 +98,12 @@ def middle_of_interpolation(
     left_over = matrix - _product(lower, lower.T)
     rest = psd_inverse(after(left_over, weights), shift)
     # M = P^T (E + shift I)^{-1} P, [r, r]
-    m = symmetrize(_product(_product(weights, rest), weights.T))
+    half = _product(weights, rest)
+    m = symmetrize(_product(half, weights.T))
     seen = _product(m, chosen)
     # (I + L_S^T M L_S)^{-1}
     one = jnp.ones((), lower.dtype)
-    inside = psd_inverse(_product(chosen.T, seen), one)
-    return symmetrize(m - _product(_product(seen, inside), seen.T))
+    middle = _product(chosen.T, seen)
+    inside = psd_inverse(middle, one)
+    correction = _product(_product(seen, inside), seen.T)
+    return symmetrize(m - correction)

@@ -69,7 +69,10 @@ def trace_ratio(a: Float[Array, "p p"], g: Float[Array, "q q"]) -> Float[Array, 
     return mean_ratio(mean_a, mean_g)
 
 
-def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Array, ""]:
+def mean_ratio(
+    mean_a: Float[Array, ""],
+    mean_g: Float[Array, ""],
+) -> Float[Array, ""]:
     """`pi = sqrt(mean_a / mean_g)` from the mean eigenvalues of both factors, as `trace_ratio`.
 
     >>> print(mean_ratio(jnp.float32(4.0), jnp.float32(1.0)))
@@ -77,5 +80,7 @@ def mean_ratio(mean_a: Float[Array, ""], mean_g: Float[Array, ""]) -> Float[Arra
     """
     # a factor of zeros, before the first statistic, has no scale to balance
     usable = (mean_a > 0) & (mean_g > 0)
-    ratio = jnp.where(usable, mean_a, 1) / jnp.where(usable, mean_g, 1)
-    return jnp.clip(jnp.sqrt(ratio), *_PI_RANGE)
+    numerator = jnp.where(usable, mean_a, 1)
+    divisor = jnp.where(usable, mean_g, 1)
+    pi = jnp.sqrt(numerator / divisor)
+    return jnp.clip(pi, *_PI_RANGE)

@@ -58,7 +58,8 @@ class _Iterate(NamedTuple):
 
 
 def _iterated(
-    matrix: Float[Array, "n n"], start: Float[Array, "n n"]
+    matrix: Float[Array, "n n"],
+    start: Float[Array, "n n"],
 ) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
     """The last iterate, and whether it is an inverse."""
 
@@ -66,7 +67,8 @@ def _iterated(
         return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
     def residual(x: Array) -> Array:
-        return jnp.eye(len(x), dtype=x.dtype) - product(matrix, x)
+        identity = jnp.eye(len(x), dtype=x.dtype)
+        return identity - product(matrix, x)
 
     def better(x: Array, r: Array) -> Array:
         return symmetrize(x + product(x, r))
@@ -81,7 +83,8 @@ def _iterated(
         x = better(state.x, state.residual)
         r = residual(x)
         size = jnp.linalg.norm(r)
-        shrinks = (size < _STALLED * state.size) | (size > 0.5)
+        far = size > 0.5
+        shrinks = (size < _STALLED * state.size) | far
         return _Iterate(x, r, size, shrinks, state.steps + 1)
 
     # eigenvalues of M X are positive and at most 1 + ||R||: below two after the division
@@ -90,10 +93,17 @@ def _iterated(
     identity = jnp.eye(len(r), dtype=r.dtype)
     r = (1 - part) * identity + part * r  # of `part * start`
     size = jnp.linalg.norm(r)
-    # true, and of the type of the residual, which may differ between devices
-    first = _Iterate(x=part * start, residual=r, size=size, shrinks=size >= 0, steps=jnp.int32(0))
+    first = _Iterate(
+        x=part * start,
+        residual=r,
+        size=size,
+        # true, and of the type of the residual, which may differ between devices
+        shrinks=size >= 0,
+        steps=jnp.int32(0),
+    )
     last = jax.lax.while_loop(unfinished, step, first)
-    return better(last.x, last.residual), last.size < _FAILED
+    found = better(last.x, last.residual)
+    return found, last.size < _FAILED
 
 
 @custom_vmap
@@ -119,6 +129,7 @@ def _inverses(
     x, good = jax.vmap(_iterated)(matrix, start)
 
     def mended() -> Array:
-        return select(good, x, jax.vmap(cholesky_inverse)(matrix))
+        exact = jax.vmap(cholesky_inverse)(matrix)
+        return select(good, x, exact)
 
     return jax.lax.cond(good.all(), lambda: x, mended), True

@@ -63,19 +63,22 @@ def brand_update(
     kept = truncate(low, rank)
     decay = jnp.asarray(decay, low.values.dtype)
     old = kept.vectors * jnp.sqrt(decay * kept.values)
-    new = columns.astype(low.vectors.dtype) * jnp.sqrt(1 - decay)
+    columns = columns.astype(low.vectors.dtype)
+    new = columns * jnp.sqrt(1 - decay)
     z = jnp.concatenate([old, new], 1)
     pairs = min(z.shape)
     if keep is not None:
         pairs = min(pairs, keep)
     # Z^T Z = V L V^T, no larger than [rank + n, rank + n]
-    inner = symmetrize(jnp.matmul(z.T, z, precision=precision))
-    values, rotation = jnp.linalg.eigh(inner)
+    inner = jnp.matmul(z.T, z, precision=precision)
+    values, rotation = jnp.linalg.eigh(symmetrize(inner))
     top = largest(values, rotation, pairs)
     # U = Z V L^{-1/2}; where L is rounding its column becomes zero
     eps = jnp.finfo(values.dtype).eps
-    certain = top.values > _ROUNDING * eps * top.values[0]
+    rounding = _ROUNDING * eps * top.values[0]
+    certain = top.values > rounding
     values = jnp.where(certain, top.values, 0)
+    # a divisor that is safe where it is not used
     roots = jnp.sqrt(jnp.where(certain, values, 1))
     scale = jnp.where(certain, 1 / roots, 0)
     vectors = jnp.matmul(z, top.vectors * scale, precision=precision)
@@ -118,7 +121,8 @@ def correct_directions(
     held = low.values.shape[0]
     # without replacement
     count = min(count, held)
-    chosen = jax.random.permutation(key, held)[:count]
+    order = jax.random.permutation(key, held)
+    chosen = order[:count]
     part = low.vectors[:, chosen]
     # U_c^T X U_c = W L W^T
     image = jnp.matmul(matrix, part, precision=precision)
@@ -126,7 +130,9 @@ def correct_directions(
     values, rotation = jnp.linalg.eigh(symmetrize(middle))
     rotated = jnp.matmul(part, rotation, precision=precision)
     vectors = low.vectors.at[:, chosen].set(rotated)
-    corrected = low.values.at[chosen].set(jnp.maximum(values, 0))
+    # rounding below zero is none
+    positive = jnp.maximum(values, 0)
+    corrected = low.values.at[chosen].set(positive)
     # the largest first again
     order = jnp.argsort(-corrected)
     return LowRank(vectors[:, order], corrected[order])

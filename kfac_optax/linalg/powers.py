@@ -35,7 +35,10 @@ def _powers(dtype: Any, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
     def power(n: jax.Array) -> jax.Array:
         # sign 0, the biased exponent n + maxexp - 1, mantissa 0
         bias = jnp.asarray(known.maxexp - 1, integer)
-        bits = (n.astype(integer) + bias) << known.nmant
+        biased = n.astype(integer) + bias
+        bits = biased << known.nmant
         return jax.lax.bitcast_convert_type(bits, known.dtype)
 
-    return power(half), power(exponent - half)
+    first = power(half)
+    second = power(exponent - half)
+    return first, second

@@ -100,7 +100,9 @@ def randomized_eigh(
         values, rotation = jnp.linalg.eigh(middle)
         vectors = jnp.matmul(basis, rotation, precision=precision)
         return largest(values, vectors, rank)
-    orthonormal, triangle = jnp.linalg.qr(image)  # image = (Q^T X)^T, so its left singular vectors
-    left, values, _ = jnp.linalg.svd(after(triangle, orthonormal))
+    # image = (Q^T X)^T, so its left singular vectors, by those of a triangle
+    orthonormal, triangle = jnp.linalg.qr(image)
+    triangle = after(triangle, orthonormal)
+    left, values, _ = jnp.linalg.svd(triangle)
     vectors = jnp.matmul(orthonormal, left[:, :rank], precision=precision)
     return LowRank(vectors, values[:rank])

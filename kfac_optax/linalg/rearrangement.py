@@ -42,28 +42,36 @@ def contract(
     """
     n, p = a.shape[0], a.shape[-1]
     q = g.shape[-1]
+    # positions, patches and steps on one axis
     a = a.reshape(n, -1, p)
     g = g.reshape(n, -1, q)
     rows = a.shape[1]
 
     def times_middle(x: Array) -> Array:
-        return x if middle is None else jnp.matmul(x, middle, precision=precision)
+        if middle is None:
+            return x
+        return jnp.matmul(x, middle, precision=precision)
 
     # sum_b (g^T M g) a a^T
     if rows == 1:
-        sizes = jnp.sum(times_middle(g) * g, -1, keepdims=True)
+        products = times_middle(g) * g
+        sizes = jnp.sum(products, -1, keepdims=True)
         return gram(sizes * a, a, precision=precision)
 
     # sum_rs (g_r^T M g_s) a_r a_s^T
     def of_pairs(a: Array, g: Array) -> Array:
-        pairs = jnp.matmul(times_middle(g), g.mT, precision=precision)  # [n, rows, rows]
+        # [n, rows, rows]
+        moved = times_middle(g)
+        pairs = jnp.matmul(moved, g.mT, precision=precision)
         left = jnp.matmul(pairs, a, precision=precision)
         return gram(left, a, precision=precision)
 
     # D M D^T, with D formed
     def of_products(a: Array, g: Array) -> Array:
-        products = jnp.matmul(a.mT, g, precision=precision)  # [n, p, q]
-        return gram(times_middle(products).mT, products.mT, precision=precision)
+        # [n, p, q], and its rows in front of the contraction
+        products = jnp.matmul(a.mT, g, precision=precision)
+        moved = times_middle(products)
+        return gram(moved.mT, products.mT, precision=precision)
 
     # multiplications for each example
     pairwise = rows * (p * p + q * q) + rows * rows * (p + q)

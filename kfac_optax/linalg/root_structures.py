@@ -62,7 +62,9 @@ def _same(x: jax.Array) -> jax.Array:
 
 def _lower_tangent(x: jax.Array) -> jax.Array:
     # of m + m^T the diagonal has m twice, what is below it once
-    return jnp.tril(x) + jnp.tril(x, -1)
+    lower = jnp.tril(x)
+    below = jnp.tril(x, -1)
+    return lower + below
 
 
 def _toeplitz(column: jax.Array) -> jax.Array:
@@ -70,7 +72,8 @@ def _toeplitz(column: jax.Array) -> jax.Array:
     # entry (i, j) is that of the diagonal i - j
     distance = index[:, None] - index
     entries = column[jnp.maximum(distance, 0)]
-    return jnp.where(distance >= 0, entries, 0)[None]
+    matrix = jnp.where(distance >= 0, entries, 0)
+    return matrix[None]
 
 
 def _first_column(matrix: jax.Array) -> jax.Array:
@@ -84,5 +87,8 @@ def _toeplitz_tangent(x: jax.Array) -> jax.Array:
     # above the diagonal the entries are zero, so it does not matter to which sum they go
     distance = (index[:, None] - index) % dimension
     zeros = jnp.zeros(dimension, x.dtype)
-    sums = zeros.at[distance].add(_lower_tangent(x)[0])
-    return sums / (dimension - index)
+    tangent = _lower_tangent(x)[0]
+    sums = zeros.at[distance].add(tangent)
+    # a diagonal further down is shorter
+    lengths = dimension - index
+    return sums / lengths

@@ -70,7 +70,10 @@ def inverse_root(
 
 
 def inverse_root_of_values(
-    values: Float[Array, " n"], p: int, *, ridge: Numeric = 1e-6
+    values: Float[Array, " n"],
+    p: int,
+    *,
+    ridge: Numeric = 1e-6,
 ) -> Float[Array, " n"]:
     """`(d + ridge max(d))^(-1/p)` of a diagonal matrix, zero where that is no positive number.
 
@@ -79,7 +82,8 @@ def inverse_root_of_values(
     """
     values = jnp.maximum(values, 0)
     largest = jnp.max(values, initial=0)
-    total = values + jnp.asarray(ridge, values.dtype) * largest
+    shift = jnp.asarray(ridge, values.dtype) * largest
+    total = values + shift
     return _power(total, total > 0, p)
 
 
@@ -87,12 +91,16 @@ def _exponent(matrix: Array) -> Array:
     """Power of two near the largest entry; zero where there is none or it is not finite."""
     largest = jnp.max(jnp.abs(matrix), initial=0)
     usable = jnp.isfinite(largest) & (largest > 0)
-    return jnp.frexp(jnp.where(usable, largest, 0.5))[1]
+    # of one half it is zero
+    size = jnp.where(usable, largest, 0.5)
+    _, exponent = jnp.frexp(size)
+    return exponent
 
 
 def _power(total: Array, known: Array, p: int) -> Array:
     # a divisor that is safe where it is not used; NaN stays NaN
-    power = jnp.where(known, total, 1) ** (-1 / p)
+    base = jnp.where(known, total, 1)
+    power = base ** (-1 / p)
     unknown = jnp.where(total > 0, 0, total)
     return jnp.where(known, power, unknown)
 
@@ -100,7 +108,8 @@ def _power(total: Array, known: Array, p: int) -> Array:
 def _by_eigh(matrix: Array, p: int, ridge: Numeric) -> Array:
     vectors, values = psd_eigh(matrix)
     largest = values[-1]
-    total = values + jnp.asarray(ridge, values.dtype) * largest
+    shift = jnp.asarray(ridge, values.dtype) * largest
+    total = values + shift
     # U diag((d + ridge d_max)^(-1/p)) U^T; a singular direction has no part in it
     rounding = at_least_rounding(jnp.zeros_like(largest), largest)
     known = (total >= rounding) & (total > 0)
@@ -131,8 +140,10 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
     # the iteration converges where the eigenvalues of c A are below p + 1
     bound = _largest(matrix)
     zero = bound == 0
-    shift = at_least_rounding(jnp.asarray(ridge, matrix.dtype) * bound, bound)
-    shifted = jnp.where(zero, identity, matrix + shift * identity)
+    wanted = jnp.asarray(ridge, matrix.dtype) * bound
+    shift = at_least_rounding(wanted, bound)
+    regular = matrix + shift * identity
+    shifted = jnp.where(zero, identity, regular)
     largest = jnp.where(zero, 1, bound + shift)
     c = (1 + p) / (2 * largest)
     # the largest entry of M - I that rounding allows
@@ -149,7 +160,8 @@ def _by_newton(matrix: Array, p: int, ridge: Numeric) -> Array:
         i, m, x, error, _ = carry
         with jax.default_matmul_precision("highest"):
             t = ((1 + p) * identity - m) / p
-            new_m = symmetrize(jnp.linalg.matrix_power(t, p) @ m)
+            power = jnp.linalg.matrix_power(t, p)
+            new_m = symmetrize(power @ m)
             new_x = x @ t
         new_error = residual(new_m)
         grows = new_error > _GROWTH * error

@@ -26,22 +26,34 @@ class RowInverse(NamedTuple):
 
     def product(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """`(F + damping I)^{-1} x`, in `O(m d)`."""
-        weights = jnp.matmul(self.vectors, x, precision=_EXACT) / self.divisors
-        return x / self.damping - jnp.matmul(weights, self.vectors, precision=_EXACT)
+        # v_j^T x / q_j, [m]
+        products = jnp.matmul(self.vectors, x, precision=_EXACT)
+        seen = self._sum(products / self.divisors)
+        return x / self.damping - seen
 
     def diagonal(self) -> Float[Array, " d"]:
         """The diagonal of the inverse, in `O(m d)`."""
         squares = jnp.square(self.vectors) / self.divisors[:, None]
-        return 1 / self.damping - jnp.sum(squares, 0)
+        seen = jnp.sum(squares, 0)
+        return 1 / self.damping - seen
 
     def column(self, i: Array | int) -> Float[Array, " d"]:
         """Column `i` of the inverse, in `O(m d)`."""
-        weights = self.vectors[:, i] / self.divisors
-        column = -jnp.matmul(weights, self.vectors, precision=_EXACT)
-        return column.at[i].add(1 / self.damping)
+        # row i of V^T Q^{-1} V, and 1 / damping on the diagonal
+        seen = self._sum(self.vectors[:, i] / self.divisors)
+        column = -seen
+        outside = 1 / self.damping
+        return column.at[i].add(outside)
+
+    def _sum(self, weights: Float[Array, " m"]) -> Float[Array, " d"]:
+        """`sum_j w_j v_j`."""
+        return jnp.matmul(weights, self.vectors, precision=_EXACT)
 
 
-def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float) -> RowInverse:
+def inverse_of_rows(
+    rows: Float[Array, "m d"],
+    damping: Float[Array, ""] | float,
+) -> RowInverse:
     """Inverse of the damped empirical Fisher `(1/m) sum_j g_j g_j^T + damping I` of some gradients.
 
     `v_j = F_{j-1}^{-1} g_j` by the Sherman-Morrison formula, one gradient after the other; `O(m^2 d)`
@@ -72,10 +84,15 @@ def inverse_of_rows(rows: Float[Array, "m d"], damping: Float[Array, ""] | float
     def one(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
         vectors, divisors = found  # zero and one where they are still to be made
         so_far = RowInverse(vectors, divisors, damping)
-        v = so_far.product(rows[i])
-        return vectors.at[i].set(v), divisors.at[i].set(m + jnp.vdot(rows[i], v))
+        row = rows[i]
+        # v_i = F_{i-1}^{-1} g_i and q_i = m + g_i^T v_i
+        v = so_far.product(row)
+        divisor = m + jnp.vdot(row, v)
+        return vectors.at[i].set(v), divisors.at[i].set(divisor)
 
     # of the type of the rows, which may differ between devices
-    start = jnp.zeros_like(rows), jnp.ones_like(rows, shape=m)
+    no_vectors = jnp.zeros_like(rows)
+    no_divisors = jnp.ones_like(rows, shape=m)
+    start = no_vectors, no_divisors
     vectors, divisors = jax.lax.fori_loop(0, m, one, start)
     return RowInverse(vectors, divisors, damping)

@@ -1,14 +1,18 @@
 """Inner products of examples' gradients from the rows of a layer, without the gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 _EXACT = jax.lax.Precision.HIGHEST
+_einsum = functools.partial(jnp.einsum, precision=_EXACT)
 
 
 def row_kernel(
-    a: Float[Array, "copies N T p"], g: Float[Array, "K copies N T q"]
+    a: Float[Array, "copies N T p"],
+    g: Float[Array, "K copies N T q"],
 ) -> Float[Array, "NK NK"]:
     """`<D_bk, D_cl>` for the gradients `D_bk = sum_t a_bt g_kbt^T` of a layer, over its copies.
 
@@ -24,16 +28,19 @@ def row_kernel(
     _, n, steps, p = a.shape
     k, q = g.shape[2], g.shape[4]
     # numbers formed: inner products of steps, or whole gradients of examples
-    if steps == 1 or n * k * steps**2 <= p * q:
+    of_steps = n * k * steps**2
+    if steps == 1 or of_steps <= p * q:
         # inner products of inputs, x the copies, t and s the steps of examples b and c
-        of_inputs = jnp.einsum("xbtp,xcsp->xbtcs", a, a, precision=_EXACT)
+        of_inputs = _einsum("xbtp,xcsp->xbtcs", a, a)
         return _by_products(of_inputs, g)
-    gradients = jnp.einsum("xbtp,xbktq->bkxpq", a, g, precision=_EXACT)
+    # sum_t a_bt g_kbt^T
+    gradients = _einsum("xbtp,xbktq->bkxpq", a, g)
     return _by_gradients(gradients)
 
 
 def token_kernel(
-    tokens: Int[Array, "copies N T"], g: Float[Array, "K copies N T q"]
+    tokens: Int[Array, "copies N T"],
+    g: Float[Array, "K copies N T q"],
 ) -> Float[Array, "NK NK"]:
     """The same of an embedding, whose inputs are unit vectors.
 
@@ -44,7 +51,8 @@ def token_kernel(
      [0. 0. 9.]]
     """
     # e_s^T e_t = 1 for the same token, 0 otherwise: [copies, N, T, N, T]
-    here, there = tokens[:, :, :, None, None], tokens[:, None, None, :, :]
+    here = tokens[:, :, :, None, None]
+    there = tokens[:, None, None, :, :]
     same = (here == there).astype(g.dtype)
     return _by_products(same, jnp.moveaxis(g, 0, 2))
 
@@ -79,8 +87,9 @@ def _by_products(of_inputs: jax.Array, g: jax.Array) -> jax.Array:
     total = jnp.zeros((n, k, n, k), g.dtype)
     for inputs, mine in zip(of_inputs, g, strict=True):
         # g_kbt^T g_lcs for examples b, c, pullbacks k, l and steps t, s
-        of_outputs = jnp.einsum("bktq,clsq->bktcls", mine, mine, precision=_EXACT)
-        total = total + jnp.einsum("btcs,bktcls->bkcl", inputs, of_outputs, precision=_EXACT)
+        of_outputs = _einsum("bktq,clsq->bktcls", mine, mine)
+        of_copy = _einsum("btcs,bktcls->bkcl", inputs, of_outputs)
+        total = total + of_copy
     return total.reshape(n * k, n * k)
 
 

@@ -9,7 +9,10 @@ from kfac_optax.linalg.factorize import symmetrize
 
 
 def root_step(
-    root: Float[Array, "n n"], news: Float[Array, "n n"], p: int, least: Numeric
+    root: Float[Array, "n n"],
+    news: Float[Array, "n n"],
+    p: int,
+    least: Numeric,
 ) -> Float[Array, "n n"]:
     """`R ~ H^(-1/p)` moved along with `H <- b H + (1 - b) S`.
 
@@ -34,14 +37,21 @@ def root_step(
         scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
         y = scale * x
         # T = I - Y / 2p + (2p + 1) Y^2 / 8p^2
-        t = jnp.eye(root.shape[0], dtype=root.dtype) - y / (2 * p)
-        t = t + (2 * p + 1) / (8 * p * p) * (y @ y)
-        moved = symmetrize(growth * (t.T @ root @ t))
+        linear, quadratic = _coefficients(p)
+        identity = jnp.eye(root.shape[0], dtype=root.dtype)
+        t = identity - y / linear
+        t = t + quadratic * (y @ y)
+        # from both sides, so that it stays positive definite
+        both_sides = t.T @ root @ t
+        moved = symmetrize(growth * both_sides)
     return jnp.where(known, moved, root)
 
 
 def diagonal_step(
-    root: Float[Array, " n"], news: Float[Array, " n"], p: int, least: Numeric
+    root: Float[Array, " n"],
+    news: Float[Array, " n"],
+    p: int,
+    least: Numeric,
 ) -> Float[Array, " n"]:
     """`root_step` of diagonal matrices.
 
@@ -51,16 +61,29 @@ def diagonal_step(
     x = root**p * news
     scale, growth, known = _weights(jnp.linalg.norm(x), p, least)
     y = scale * x
-    t = 1 - y / (2 * p) + (2 * p + 1) / (8 * p * p) * y**2
-    return jnp.where(known, growth * root * t**2, root)
+    linear, quadratic = _coefficients(p)
+    t = 1 - y / linear + quadratic * y**2
+    moved = growth * root * t**2
+    return jnp.where(known, moved, root)
 
 
-def _weights(size: Array, p: int, least: Numeric) -> tuple[Array, Array, Array]:
+def _coefficients(p: int) -> tuple[int, float]:
+    """`2p`, by which `Y` is divided in `T`, and `(2p + 1) / 8p^2`, the factor of `Y^2`."""
+    return 2 * p, (2 * p + 1) / (8 * p * p)
+
+
+def _weights(
+    size: Array,
+    p: int,
+    least: Numeric,
+) -> tuple[Array, Array, Array]:
     """`(1 - b) / b`, `b^(-1/p)`, and whether there is anything new."""
     known = size > 0
     usable = jnp.where(known, size, 1)  # where nothing is new the root stays anyway
     # (1 - b) / b = min((1 - least) / least, 1 / ||X||): of a large ||X|| the weight b rounds to one
     least = jnp.asarray(least, size.dtype)
-    odds = jnp.minimum(1 / usable, (1 - least) / least)
+    largest = (1 - least) / least
+    odds = jnp.minimum(1 / usable, largest)
     # b = 1 / (1 + odds)
-    return odds, jnp.exp(jnp.log1p(odds) / p), known
+    growth = jnp.exp(jnp.log1p(odds) / p)
+    return odds, growth, known

@@ -61,7 +61,10 @@ def kernel_of(
 
 
 def factor_kernel(
-    kernel: Float[Array, "n n"], damping: Any, *, cutoff: Any = None
+    kernel: Float[Array, "n n"],
+    damping: Any,
+    *,
+    cutoff: Any = None,
 ) -> KernelInverse:
     """Factors what `kernel_solve` needs.
 
@@ -149,7 +152,8 @@ def solve_in_parameters(
     if inverse.values is not None:
         some = inverse.values > 0
         divisor = jnp.where(some, inverse.values, 1)
-        once_more = jnp.where(some, _shares(inverse) / divisor, 0)
+        shares = _shares(inverse) / divisor
+        once_more = jnp.where(some, shares, 0)
         return adjoint(_along_eigenvectors(inverse, forward(g), once_more))
 
     def once(g: PyTree) -> PyTree:

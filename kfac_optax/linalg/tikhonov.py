@@ -28,7 +28,8 @@ def tikhonov_shifts(
       Curvature (2015), section 6.3.
     """
     # A + pi sqrt(damping) I and G + sqrt(damping) / pi I
-    pi, root = mean_ratio(mean_a, mean_g), jnp.sqrt(damping)
+    pi = mean_ratio(mean_a, mean_g)
+    root = jnp.sqrt(damping)
     shift_a = at_least_rounding(pi * root, mean_a)
     shift_g = at_least_rounding(root / pi, mean_g)
     return shift_a, shift_g

@@ -76,9 +76,14 @@ def truncate(low: LowRank, rank: int) -> LowRank:
     return LowRank(low.vectors[:, :rank], low.values[:rank])
 
 
-def to_dense(low: LowRank, *, precision: jax.lax.PrecisionLike = "highest") -> Float[Array, "d d"]:
+def to_dense(
+    low: LowRank,
+    *,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Float[Array, "d d"]:
     """`U diag(D) U^T`, for tests and plots."""
-    return jnp.matmul(low.vectors * low.values, low.vectors.T, precision=precision)
+    scaled = low.vectors * low.values
+    return jnp.matmul(scaled, low.vectors.T, precision=precision)
 
 
 def low_rank_solve(
@@ -125,7 +130,9 @@ def low_rank_solve(
     outside = inverses[-1]
     inside = inverses[:-1] - outside
     scaled = inside[:, None] * coordinates
-    return jnp.matmul(low.vectors, scaled, precision=precision) + outside * v
+    # back from coordinates, and everything as if it were outside
+    seen = jnp.matmul(low.vectors, scaled, precision=precision)
+    return seen + outside * v
 
 
 def low_rank_root(
@@ -156,7 +163,8 @@ def low_rank_root(
     outside = roots[-1]
     inside = roots[:-1] - outside
     scaled = inside[:, None] * coordinates
-    return jnp.matmul(low.vectors, scaled, precision=precision) + outside * z
+    seen = jnp.matmul(low.vectors, scaled, precision=precision)
+    return seen + outside * z
 
 
 def low_rank_logdet(
@@ -176,11 +184,12 @@ def low_rank_logdet(
     # one eigenvalue for every direction that the columns do not span
     others = jnp.full(dimension - kept, rest, low.values.dtype)
     # a column of zeros takes nothing away from what is left out
-    held = jnp.sum(jnp.square(low.vectors), 0) > 0
+    lengths = jnp.sum(jnp.square(low.vectors), 0)
     values = low.values
     if dimension > kept:
-        values = jnp.where(held, values, rest)
-    return damped_logdet(jnp.append(values, others), shift)
+        values = jnp.where(lengths > 0, values, rest)
+    everything = jnp.append(values, others)
+    return damped_logdet(everything, shift)
 
 
 def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
@@ -189,8 +198,9 @@ def beyond(low: LowRank, used: Any, value: Any) -> LowRank:
     >>> print(beyond(LowRank(jnp.eye(3), jnp.array([3.0, 2.0, 1.0])), 2, 0.5).values)
     [3.  2.  0.5]
     """
-    first = jnp.arange(low.values.shape[0]) < used
-    return low._replace(values=jnp.where(first, low.values, value))
+    place = jnp.arange(low.values.shape[0])
+    values = jnp.where(place < used, low.values, value)
+    return low._replace(values=values)
 
 
 def rank_for(
@@ -205,9 +215,12 @@ def rank_for(
     2
     """
     # the trace that the first k pairs hold, for k = 1, 2, ..., against the share that is asked for
-    enough = jnp.cumsum(low.values) >= (1 - error) * trace
-    fewest, everything = jnp.argmax(enough) + 1, low.values.shape[0]
-    return jnp.where(enough.any(), fewest, everything).astype(jnp.int32)
+    wanted = (1 - error) * trace
+    enough = jnp.cumsum(low.values) >= wanted
+    fewest = jnp.argmax(enough) + 1
+    everything = low.values.shape[0]
+    rank = jnp.where(enough.any(), fewest, everything)
+    return rank.astype(jnp.int32)
 
 
 def mean_left_out(
@@ -222,9 +235,11 @@ def mean_left_out(
     0.5
     """
     # rounding can make the difference negative, and nothing left out is above the last one in use
-    rest = trace - jnp.sum(beyond(low, used, 0).values)
+    in_use = beyond(low, used, 0).values
+    rest = trace - jnp.sum(in_use)
     left_out = jnp.maximum(low.vectors.shape[0] - used, 1)
-    return jnp.clip(rest / left_out, 0, low.values[used - 1])
+    mean = rest / left_out
+    return jnp.clip(mean, 0, low.values[used - 1])
 
 
 def captured_energy(low: LowRank, trace: Float[Array, ""]) -> Float[Array, ""]:

@@ -34,7 +34,8 @@ def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
             "matrices."
         )
     # the matrix is [[a, b], [b, c]]
-    a, c = matrix[..., 0, 0], matrix[..., 1, 1]
+    a = matrix[..., 0, 0]
+    c = matrix[..., 1, 1]
     b = (matrix[..., 0, 1] + matrix[..., 1, 0]) / 2
     gap = c - a
     # tan of the Jacobi angle, the smaller one: 2 b / (gap +- sqrt(gap^2 + 4 b^2)) by sign of the
@@ -43,13 +44,15 @@ def small_psd_eigh(matrix: Float[Array, "*batch p p"]) -> Eigen:
     signed = jnp.where(gap < 0, -2, 2)
     tangent = signed * b / positive_or_one(length)
     # columns (cos, -sin) and (sin, cos) are the eigenvectors
-    cosine = 1 / jnp.sqrt(1 + tangent * tangent)
+    secant = jnp.sqrt(1 + tangent * tangent)
+    cosine = 1 / secant
     sine = tangent * cosine
     first_row = jnp.stack([cosine, sine], -1)
     second_row = jnp.stack([-sine, cosine], -1)
     vectors = jnp.stack([first_row, second_row], -2)
     # larger = max(a, c) + |t b|; smaller = (a c - b^2) / larger, without overflow of the products
-    low, high = jnp.minimum(a, c), jnp.maximum(a, c)
+    low = jnp.minimum(a, c)
+    high = jnp.maximum(a, c)
     larger = high + jnp.abs(tangent * b)
     divisor = positive_or_one(larger)
     smaller = low * (high / divisor) - b * (b / divisor)

@@ -112,5 +112,6 @@ def two_term_solve(
     product = of_left[:, None] * of_right
     # in the common eigenbasis the operator is the diagonal 1 +- s1 s2^T
     rotated = sandwich(left.vectors.T, v, right.vectors, precision=precision)
-    scaled = rotated / (1 - product if minus else 1 + product)
+    diagonal = 1 - product if minus else 1 + product
+    scaled = rotated / diagonal
     return sandwich(left.vectors, scaled, right.vectors.T, precision=precision)

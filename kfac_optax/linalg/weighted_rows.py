@@ -10,7 +10,8 @@ from kfac_optax.linalg.gram import gram, replicated
 
 
 def keep_rows(
-    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+    x: Float[Array, "*rows d"],
+    weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, "*rows d"]:
     """`x` with zeros in the rows of weight zero, whatever those held: zero times NaN is not zero.
 
@@ -20,11 +21,13 @@ def keep_rows(
     if weights is None:
         return x
     kept = weights[..., None] != 0
-    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+    zero = jnp.zeros((), x.dtype)
+    return jnp.where(kept, x, zero)
 
 
 def count_rows(
-    x: Float[Array, "*rows d"], weights: Float[Array, "*rows"] | None
+    x: Float[Array, "*rows d"],
+    weights: Float[Array, "*rows"] | None,
 ) -> Float[Array, ""] | int:
     """How many rows `x` stands for: its own, or the sum of their weights.
 
@@ -36,7 +39,10 @@ def count_rows(
     return jnp.sum(weights)
 
 
-def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Float[Array, "..."]:
+def finite_padding(
+    x: Float[Array, "..."],
+    weights: Float[Array, "..."],
+) -> Float[Array, "..."]:
     """`x` with zeros in place of what is not finite where the weight is zero; the two broadcast.
 
     For what carries its weight already: a cotangent of zero that met a NaN on its way back is a
@@ -48,7 +54,8 @@ def finite_padding(x: Float[Array, "..."], weights: Float[Array, "..."]) -> Floa
     """
     # finite numbers stay
     padding = (weights == 0) & ~jnp.isfinite(x)
-    return jnp.where(padding, jnp.zeros((), x.dtype), x)
+    zero = jnp.zeros((), x.dtype)
+    return jnp.where(padding, zero, x)
 
 
 def weighted_gram(

@@ -62,7 +62,8 @@ def unknown_numbers(words: Mapping[str, Any], schedules: tuple[str, ...]) -> dic
 
 
 def with_checked(
-    make: Callable[..., optax.GradientTransformation], **numbers: Any
+    make: Callable[..., optax.GradientTransformation],
+    **numbers: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`make(**numbers)`, where a number that is out of range, or none, counts as the last good one.
 

@@ -48,7 +48,9 @@ class Default(NamedTuple):
 
 
 def flat_signature(
-    *sources: Callable[..., Any], without: Iterable[str] = (), schedules: tuple[str, ...] = ()
+    *sources: Callable[..., Any],
+    without: Iterable[str] = (),
+    schedules: tuple[str, ...] = (),
 ) -> Callable[[Preset], Preset]:
     """Gives a function with `**options` the keywords of those that the options go to, one by one.
 
@@ -118,7 +120,9 @@ def check_size(where: str, name: str, value: Any) -> None:
 
 
 def _parameters(
-    function: Callable[..., Any], sources: Iterable[Callable[..., Any]], without: frozenset[str]
+    function: Callable[..., Any],
+    sources: Iterable[Callable[..., Any]],
+    without: frozenset[str],
 ) -> dict[str, inspect.Parameter]:
     """Those of the function, then those of the sources that it does not have."""
     of_all: dict[str, inspect.Parameter] = {}

@@ -40,7 +40,11 @@ class Filled(NamedTuple):
     works: tuple[Work, ...]
 
 
-def fill(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") -> Filled:
+def fill(
+    stages: Sequence[Stage],
+    microbatches: int,
+    order: str = "1f1b",
+) -> Filled:
     """Fills the bubbles of a pipeline with curvature and inversion, and moves nothing else.
 
     The statistics of a microbatch are ready behind its backward pass on a stage, a layer's
@@ -95,7 +99,10 @@ def fill(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") -> Fil
 
 
 def _fill_stage(
-    s: int, stage: Stage, mine: Sequence[Work], step_time: float
+    s: int,
+    stage: Stage,
+    mine: Sequence[Work],
+    step_time: float,
 ) -> tuple[list[Work], int]:
     """Where the work of one refresh is done on a stage, and in how many steps."""
     units = _units(stage, mine)
@@ -118,7 +125,12 @@ def _fill_stage(
     return placed, step
 
 
-def _fill_bubble(s: int, units: list[Unit], now: float, length: float) -> list[Work]:
+def _fill_bubble(
+    s: int,
+    units: list[Unit],
+    now: float,
+    length: float,
+) -> list[Work]:
     """What one bubble takes; these units are taken out of the list, and what waited for them may be
     ready.
     """
@@ -179,7 +191,9 @@ ROW = "{:<6} {:>6} {:>12} {:>10} {:>10} {:>10} {:>7} {:>14}"
 
 
 def bubble_table(
-    stages: Sequence[Stage], microbatches: Sequence[int], orders: Sequence[str]
+    stages: Sequence[Stage],
+    microbatches: Sequence[int],
+    orders: Sequence[str],
 ) -> str:
     """Lines of a table: what bubbles can hold, for each order and number of microbatches.
 

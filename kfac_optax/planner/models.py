@@ -17,8 +17,9 @@ def resnet50() -> list[Shape]:
         counts[p, q] = counts.get((p, q), 0) + 1
 
     inputs = 64
+    stages = ((64, 3), (128, 4), (256, 6), (512, 3))
     # three convolutions in a block: down, 3 x 3, up again
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+    for width, blocks in stages:
         add(inputs, 4 * width)  # the shortcut of a stage's first block
         for _ in range(blocks):
             add(inputs, width)
@@ -37,7 +38,11 @@ def bert_large() -> list[Shape]:
     302211072
     """
     # four projections; into the MLP, and out of it
-    return [Shape(96, 1025, 1024), Shape(24, 1025, 4096), Shape(24, 4097, 1024)]
+    return [
+        Shape(96, 1025, 1024),
+        Shape(24, 1025, 4096),
+        Shape(24, 4097, 1024),
+    ]
 
 
 def decoder_1b() -> list[Shape]:

@@ -42,7 +42,11 @@ class Work(NamedTuple):
     end: float
 
 
-def stage_of(shapes: Sequence[Shape], rows: int, unit: float = 1.0) -> Stage:
+def stage_of(
+    shapes: Sequence[Shape],
+    rows: int,
+    unit: float = 1.0,
+) -> Stage:
     """Times of a stage with some layers, by their operations: forward `2 R p q` of `R` rows,
     backward twice that, curvature `2 R (p^2 + q^2)`, inversion `9 (p^3 + q^3)`, and
     `4 p q (p + q)` to precondition in eigenbases.
@@ -66,7 +70,11 @@ def stage_of(shapes: Sequence[Shape], rows: int, unit: float = 1.0) -> Stage:
     return Stage(forward, 2 * forward, tuple(curvature), tuple(inversion), solve)
 
 
-def schedule(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") -> tuple[Work, ...]:
+def schedule(
+    stages: Sequence[Stage],
+    microbatches: int,
+    order: str = "1f1b",
+) -> tuple[Work, ...]:
     """One step of a pipeline that is flushed behind it, every piece of work as early as it can be.
 
     A forward pass waits for that of the stage before, a backward pass for that of the stage behind;
@@ -117,7 +125,12 @@ def schedule(stages: Sequence[Stage], microbatches: int, order: str = "1f1b") ->
     return tuple(work for mine in works for work in mine)
 
 
-def _order(order: str, stage: int, depth: int, microbatches: int) -> list[tuple[str, int]]:
+def _order(
+    order: str,
+    stage: int,
+    depth: int,
+    microbatches: int,
+) -> list[tuple[str, int]]:
     """In which order a stage does its passes."""
     forward = [("forward", k) for k in range(microbatches)]
     if order == "gpipe":
@@ -132,7 +145,13 @@ def _order(order: str, stage: int, depth: int, microbatches: int) -> list[tuple[
     return found
 
 
-def _ready(kind: str, stage: int, k: int, depth: int, ends: dict) -> float | None:
+def _ready(
+    kind: str,
+    stage: int,
+    k: int,
+    depth: int,
+    ends: dict,
+) -> float | None:
     """When what a pass waits for is done; `None` where nobody knows yet."""
     if kind == "forward":
         return 0.0 if stage == 0 else ends.get(("forward", stage - 1, k))

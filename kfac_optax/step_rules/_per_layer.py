@@ -41,13 +41,22 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     wide = _wide(leaves)
     of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
     largest = jnp.max(together([x.astype(wide) for x in of_leaves]))
-    # without a usable size there is nothing to divide by: 2^0
+    return _exponent(largest).astype(jnp.int32)
+
+
+def _exponent(largest: jax.Array) -> jax.Array:
+    """`e` with a size in `[2^(e-1), 2^e)`, zero where there is no usable one."""
     usable = jnp.isfinite(largest) & (largest > 0)
+    # nothing to divide by: 2^0
     _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
-    return exponent.astype(jnp.int32)
+    return exponent
 
 
-def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled:
+def inner_products(
+    left: PyTree,
+    right: PyTree,
+    layers: Layers | None,
+) -> Scaled:
     """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
 
     The entries of both sides are divided by a power of two first, so that no product overflows. Of
@@ -58,7 +67,8 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
     [ 2. -1.]
     """
     # parameters without a block have no part in the product
-    u, v = covered_leaves(left, layers), covered_leaves(right, layers)
+    u = covered_leaves(left, layers)
+    v = covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
     if layers is not None:
         # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep
@@ -67,7 +77,8 @@ def inner_products(left: PyTree, right: PyTree, layers: Layers | None) -> Scaled
         u = {bucket.name: gather(bucket, u, dtype) for bucket in buckets}
         v = {bucket.name: gather(bucket, v, dtype) for bucket in buckets}
     # entries of both sides at most one; the exponents go along apart from the products
-    of_u, of_v = exponent_of(u), exponent_of(v)
+    of_u = exponent_of(u)
+    of_v = exponent_of(v)
     u = {name: times_power(_widened(x, dtype), -of_u) for name, x in u.items()}
     v = {name: times_power(_widened(x, dtype), -of_v) for name, x in v.items()}
     # one number for every leaf, or for every matrix [copies, p, q]
@@ -95,10 +106,12 @@ def inverse_root_of(
     # sqrt(bound / (rate^2 v 2^(e - 2h))) 2^-h: the power leaves the root
     half = exponent >> 1
     rest = times_power(values, exponent - 2 * half)
-    square = jnp.square(jnp.asarray(rate, values.dtype)) * rest
+    rate = jnp.asarray(rate, values.dtype)
+    square = jnp.square(rate) * rest
     usable = jnp.isfinite(square) & (square > 0)
     divisor = jnp.where(usable, square, 1)
-    scale = jnp.sqrt(jnp.asarray(bound, values.dtype) / divisor)
+    bound = jnp.asarray(bound, values.dtype)
+    scale = jnp.sqrt(bound / divisor)
     shortened = jnp.minimum(times_power(scale, -half), 1)
     return jnp.where(usable, shortened, 1)
 
@@ -113,8 +126,7 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     # a power of two near the largest entry of each matrix, [copies, 1, 1]
     sizes = jnp.abs(x)
     largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
-    usable = jnp.isfinite(largest) & (largest > 0)
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
+    exponent = _exponent(largest)
     squares = jnp.square(times_power(sizes, -exponent))
     reduce = jnp.mean if mean else jnp.sum
     root = jnp.sqrt(reduce(squares, axis=(1, 2)))
@@ -156,7 +168,9 @@ def scale_layers(
     # what no layer has of a leaf that some share out goes with the leaves that none has
     leaves = named_leaves(tree)
     for name, boxes in boxes_left(present(layers, leaves)).items():
-        rest = leaves[name] * scale.astype(leaves[name].dtype) if layers.graft else leaves[name]
+        rest = leaves[name]
+        if layers.graft:
+            rest = rest * scale.astype(rest.dtype)
         scaled[name] = copied(scaled[name], boxes, rest)
     return replace_leaves(tree, scaled)
 
@@ -195,12 +209,12 @@ def map_layers(
     # all other leaves
     for name, boxes in boxes_left(mine).items():
         for box in boxes:
-            rows = [_widened(within_box(x[name], box), dtype).reshape(1, 1, -1) for x in leaves]
+            rows = [_one_row(within_box(x[name], box), dtype) for x in leaves]
             matrix, report = function(*rows)
             new[name] = with_box(new[name], box, matrix.reshape(box.sizes))
             reports.append(report)
     for name in [n for n in leaves[0] if n not in new]:
-        rows = [_widened(x[name], dtype).reshape(1, 1, -1) for x in leaves]
+        rows = [_one_row(x[name], dtype) for x in leaves]
         matrix, report = function(*rows)
         new[name] = matrix.reshape(leaves[0][name].shape)
         reports.append(report)
@@ -250,3 +264,8 @@ def _wide(leaves: Mapping[str, jax.Array]) -> Any:
 
 def _widened(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(jnp.promote_types(dtype, x.dtype))
+
+
+def _one_row(x: jax.Array, dtype: Any) -> jax.Array:
+    """Any array as a matrix of one row, `[1, 1, n]`."""
+    return _widened(x, dtype).reshape(1, 1, -1)

@@ -86,7 +86,12 @@ def balance_parts(
         count = jnp.zeros((), jnp.int32)
         return BalanceState(preconditioner.init(params), count, start, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         # handed on as they came: the preconditioner tells a forgotten curvature from none
         curvature, damping = extra.get("curvature"), extra.get("damping")
         new, after = preconditioner.update(updates, state.preconditioner, params, **extra)

@@ -64,7 +64,12 @@ def cold_start(
         count = jnp.zeros((), jnp.int32)
         return ColdStartState(warm.init(params), cold.init(params), count, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         # both run in every step, so that both states go on
         later, warm_state = warm.update(updates, state.preconditioner, params, **extra)
         first, cold_state = cold.update(updates, state.cold, params, **extra)

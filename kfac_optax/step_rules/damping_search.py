@@ -11,7 +11,10 @@ from kfac_optax.step_rules.reduction_ratio import DampingRule, quadratic_state
 
 
 def search(
-    rule: DampingRule, state: Any, attempt: Callable, adapt: bool | None
+    rule: DampingRule,
+    state: Any,
+    attempt: Callable,
+    adapt: bool | None,
 ) -> tuple[PyTree, PyTree, jax.Array]:
     """The update, the optimizer's state after it, and the `gamma^2` both were made with."""
     if rule.search_every is None:

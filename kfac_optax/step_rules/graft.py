@@ -58,7 +58,12 @@ def graft_norm(
     def init(params: PyTree) -> GraftState:
         return GraftState(direction_of.init(params), length_of.init(params))
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         # both see the same gradient
         direction, inner = direction_of.update(updates, state.preconditioner, params, **extra)
         lengths, graft = length_of.update(updates, state.graft, params, **extra)

@@ -68,7 +68,12 @@ def clip_by_kl(
         count, scale = jnp.zeros((), jnp.int32), jnp.ones((), jnp.float32)
         return KLClipState(preconditioner.init(params), count, scale, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         preconditioned, inner = preconditioner.update(
             updates, state.preconditioner, params, **extra
         )

@@ -65,7 +65,12 @@ def clip_by_rms(
         given = start_checked(max_rms=max_rms)
         return RMSClipState(preconditioner.init(params), count, scale, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         preconditioned, inner = preconditioner.update(
             updates, state.preconditioner, params, **extra
         )

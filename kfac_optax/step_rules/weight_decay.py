@@ -108,7 +108,12 @@ def add_weight_decay(
         count = jnp.zeros((), jnp.int32)
         return WeightDecayState(preconditioner.init(params), count, given)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         if params is None:
             raise ValueError(
                 f"{where}.update got no `params`; expected tx.update(grads, opt_state, params, "

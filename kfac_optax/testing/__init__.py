@@ -4,20 +4,16 @@ Every `check_...` raises `AssertionError` with the law that does not hold and th
 it; `check_block` and `check_transformation` go through all of them. Only numpy and JAX are needed.
 """
 
-from kfac_optax.testing.blocks import (
-    check_batch_split,
-    check_block,
+from kfac_optax.testing.blocks import check_block
+from kfac_optax.testing.case import Case, dense_case, dense_layer
+from kfac_optax.testing.shapes import check_mapped, check_start_and_zeros, check_types
+from kfac_optax.testing.solves import (
     check_large_damping,
     check_loss_scale,
-    check_mapped,
-    check_masked,
     check_operator,
-    check_permutation,
     check_product,
-    check_start_and_zeros,
-    check_types,
 )
-from kfac_optax.testing.case import Case, dense_case, dense_layer
+from kfac_optax.testing.statistics import check_batch_split, check_masked, check_permutation
 from kfac_optax.testing.transformations import (
     Trial,
     check_broken_batch,

@@ -46,7 +46,12 @@ class Case(NamedTuple):
 
 
 def dense_layer(
-    inputs: int, outputs: int, *, bias: bool = False, kind: str = "dense", channels: int = 0
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = False,
+    kind: str = "dense",
+    channels: int = 0,
 ) -> Layer:
     """A layer that belongs to no model, to call the functions of a block with.
 
@@ -66,7 +71,14 @@ def dense_layer(
     return Layer("", kind, "kernel", name, inputs, outputs, layout, channels=channels)
 
 
-def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fields: Any) -> Case:
+def dense_case(
+    block: Block,
+    p: int = 4,
+    q: int = 3,
+    *,
+    bias: bool = False,
+    **fields: Any,
+) -> Case:
     """A block on a dense layer with random rows, see `Case` for further fields.
 
     >>> import kfac_optax as ko
@@ -77,10 +89,10 @@ def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fi
 
     def rows(seed: int, examples: int) -> Rows:
         random = np.random.default_rng(seed)
-        shapes = (examples, width), (examples, q)
         # a [N, p], g [N, q]
-        a, g = (jnp.asarray(random.standard_normal(shape)) for shape in shapes)
-        return [(a, g)]
+        a = random.standard_normal((examples, width))
+        g = random.standard_normal((examples, q))
+        return [(jnp.asarray(a), jnp.asarray(g))]
 
     return Case(block, dense_layer(width, q, bias=bias), rows, **fields)
 
@@ -88,51 +100,78 @@ def dense_case(block: Block, p: int = 4, q: int = 3, *, bias: bool = False, **fi
 def compiled(case: Case) -> Case:
     """The case with functions that are compiled once, not operation by operation in every check."""
     block = case.block
-    return case._replace(
-        block=block._replace(
-            factorize=jax.jit(block.factorize),
-            solve=jax.jit(block.solve),
-            multiply=jax.jit(block.multiply),
-        )
+    block = block._replace(
+        factorize=jax.jit(block.factorize),
+        solve=jax.jit(block.solve),
+        multiply=jax.jit(block.multiply),
     )
+    return case._replace(block=block)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def measure(
-    case: Case, rows: Rows, examples: int, dtype: Any = jnp.float64, weights: Any = None
+    case: Case,
+    rows: Rows,
+    examples: int,
+    dtype: Any = jnp.float64,
+    weights: Any = None,
 ) -> PyTree:
     """The statistic of a case's block, added up over uses; `weights [examples]`."""
     # rows of all uses, positions counted
     count = sum(g[..., 0].size for _, g in rows)
     use = Use(case.layer, examples, count, dtype)
+    known = _read(case, dtype)
     parts = []
     for a, g in rows:
-        # tokens have no axis of features
-        lead = a.shape if jnp.issubdtype(a.dtype, jnp.integer) else a.shape[:-1]
-        spread = None
+        weighted = use
         if weights is not None:
-            # a weight for each example, the same at all of its positions
-            beside = weights.reshape(-1, *(1,) * (len(lead) - 1))
-            spread = jnp.broadcast_to(beside, lead)
-        known = ()
-        if case.block.reads_inverse:
-            # in the basis that stands for nothing measured yet
-            start = case.block.init(case.layer, dtype)
-            known = (case.block.factorize(start, jnp.ones((), dtype)),)
-        part = case.block.measure(a, g, use._replace(weights=spread), *known)
+            weighted = use._replace(weights=_spread(weights, a))
+        part = case.block.measure(a, g, weighted, *known)
         # what a block absorbs comes beside its statistic
-        parts.append(part if case.block.absorb is None else part[0])
+        if case.block.absorb is not None:
+            part, _ = part
+        parts.append(part)
     return jax.tree.map(lambda *x: sum(x[1:], x[0]), *parts)
 
 
+def _read(case: Case, dtype: Any) -> tuple[PyTree, ...]:
+    """What the block measures in: the basis that stands for nothing measured yet."""
+    if not case.block.reads_inverse:
+        return ()
+    start = case.block.init(case.layer, dtype)
+    one = jnp.ones((), dtype)
+    return (case.block.factorize(start, one),)
+
+
+def _spread(weights: jax.Array, a: jax.Array) -> jax.Array:
+    """A weight for each example, the same at all of its positions."""
+    # tokens have no axis of features
+    tokens = jnp.issubdtype(a.dtype, jnp.integer)
+    rows = a.shape if tokens else a.shape[:-1]
+    positions = (1,) * (len(rows) - 1)
+    beside = weights.reshape(-1, *positions)
+    return jnp.broadcast_to(beside, rows)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _columns(apply: Any, shape: tuple[int, int], operands: PyTree, *rest: Any) -> jax.Array:
+def _columns(
+    apply: Any,
+    shape: tuple[int, int],
+    operands: PyTree,
+    *rest: Any,
+) -> jax.Array:
     # unit matrices E_ij [p, q], whose images are the columns
-    eye = jnp.eye(shape[0] * shape[1]).reshape(-1, *shape)
-    images = jax.vmap(lambda v: apply(operands, v, *rest))(eye)
-    return images.reshape(len(eye), -1).T
+    p, q = shape
+    units = jnp.eye(p * q).reshape(-1, p, q)
+    images = jax.vmap(lambda v: apply(operands, v, *rest))(units)
+    # [pq, p, q] to columns
+    return images.reshape(len(units), -1).T
 
 
-def matrix(apply: Any, shape: tuple[int, int], *operands: Any) -> np.ndarray:
+def matrix(
+    apply: Any,
+    shape: tuple[int, int],
+    *operands: Any,
+) -> np.ndarray:
     """`apply(operands[0], V, *operands[1:])`, `V` of a shape, as a dense matrix."""
     return np.asarray(_columns(apply, shape, *operands))

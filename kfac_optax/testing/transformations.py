@@ -10,6 +10,8 @@ import optax
 
 from kfac_optax._types import PyTree
 
+_ONE = np.float32(1)  # scale of a good batch
+
 
 class Trial(NamedTuple):
     """A transformation, and a problem to run it on.
@@ -46,7 +48,7 @@ def check_transformation(trial: Trial) -> None:
     """
     # compiled once for all laws
     step = _Compiled(trial)
-    start = jax.jit(trial.tx.init)(trial.params)
+    start = _start(trial)
     _check_steps(trial, step, start)
     _check_zero_batch(trial, step, start)
     _check_broken_batch(trial, step, start)
@@ -57,22 +59,28 @@ def check_steps(trial: Trial) -> None:
     """Structure, shapes, dtypes and weak types of the state stay as `init` made them, updates are
     like parameters, all is finite, and nothing compiles twice.
     """
-    _check_steps(trial, _Compiled(trial), jax.jit(trial.tx.init)(trial.params))
+    _check_steps(trial, _Compiled(trial), _start(trial))
 
 
 def check_zero_batch(trial: Trial) -> None:
     """A batch of zeros leaves state and update finite."""
-    _check_zero_batch(trial, _Compiled(trial), jax.jit(trial.tx.init)(trial.params))
+    _check_zero_batch(trial, _Compiled(trial), _start(trial))
 
 
 def check_broken_batch(trial: Trial) -> None:
     """A batch of NaN gives an update of zeros, and a state from which good batches go on."""
-    _check_broken_batch(trial, _Compiled(trial), jax.jit(trial.tx.init)(trial.params))
+    _check_broken_batch(trial, _Compiled(trial), _start(trial))
 
 
 def check_checkpoint(trial: Trial) -> None:
     """A state that went through a list of numpy arrays goes on as the one it was made of."""
-    _check_checkpoint(trial, _Compiled(trial), jax.jit(trial.tx.init)(trial.params))
+    _check_checkpoint(trial, _Compiled(trial), _start(trial))
+
+
+def _start(trial: Trial) -> PyTree:
+    """The state before the first step."""
+    init = jax.jit(trial.tx.init)
+    return init(trial.params)
 
 
 class _Compiled:
@@ -82,39 +90,52 @@ class _Compiled:
         tx = optax.with_extra_args_support(trial.tx)
         self.traces = 0
 
-        def step(params: PyTree, state: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
-            # runs when the step is traced only; sizes of JAX's caches are no public number
-            # a second trace would mean that something has changed its type
+        def step(
+            params: PyTree,
+            state: PyTree,
+            scale: jax.Array,
+        ) -> tuple[PyTree, PyTree]:
+            # Runs when the step is traced only, since sizes of JAX's caches are no public number: a
+            # second trace would mean that something has changed its type.
             self.traces += 1
             gradient, more = trial.arguments(params, scale)
             return tx.update(gradient, state, params, **more)
 
         self._step = jax.jit(step)
 
-    def __call__(self, params: PyTree, state: PyTree, scale: jax.Array) -> tuple[PyTree, PyTree]:
+    def __call__(
+        self,
+        params: PyTree,
+        state: PyTree,
+        scale: jax.Array,
+    ) -> tuple[PyTree, PyTree]:
         return self._step(params, state, scale)
 
 
 def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
     # a few steps: a first one may differ from those behind it
-    params, state, one = trial.params, start, jnp.float32(1)
+    params = trial.params
+    state = start
     expected = _kinds(start)
-    weak = [path for path, (_, _, is_weak) in expected.items() if is_weak]
+    weak = [path for path, kind in expected.items() if kind.weak]
     _holds(trial, "init makes no weak types", not weak, f"weak: {weak}")
     for number in range(3):
-        updates, state = step(params, state, one)
+        updates, state = step(params, state, _ONE)
         got = _kinds(state)
         # where another type, shape or structure would be compiled again
         changed = {path: kind for path, kind in got.items() if expected.get(path) != kind}
         same = not changed and got.keys() == expected.keys()
         law = "the state keeps its structure, shapes and dtypes"
         _holds(trial, law, same, f"changed in step {number}: {changed or got.keys()}")
-        like = _kinds(updates) == _kinds(params)
-        _holds(trial, "updates are like parameters", like, f"got {_kinds(updates)}")
+        made = _kinds(updates)
+        law = "updates are like parameters"
+        _holds(trial, law, made == _kinds(params), f"got {made}")
         _finite(trial, f"step {number}", (updates, state), like=start)
         # small steps, so that the problem stays what it is
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -0.01 * u, updates))
-    _holds(trial, "one trace serves all steps", step.traces == 1, f"{step.traces} traces")
+        small = jax.tree.map(lambda u: -0.01 * u, updates)
+        params = optax.apply_updates(params, small)
+    law = "one trace serves all steps"
+    _holds(trial, law, step.traces == 1, f"{step.traces} traces")
 
 
 def _check_zero_batch(trial: Trial, step: Any, start: PyTree) -> None:
@@ -123,46 +144,54 @@ def _check_zero_batch(trial: Trial, step: Any, start: PyTree) -> None:
 
 
 def _check_broken_batch(trial: Trial, step: Any, start: PyTree) -> None:
-    _, good = step(trial.params, start, jnp.float32(1))
+    _, good = step(trial.params, start, _ONE)
     # after a good batch: a first one would find nothing to spoil
     updates, state = step(trial.params, good, jnp.float32(jnp.nan))
     arrays = map(np.asarray, jax.tree.leaves(updates))
     largest = max(float(np.abs(u).max()) for u in arrays)
-    _holds(trial, "a broken batch gives an update of zeros", largest == 0, f"found {largest:.3g}")
+    law = "a broken batch gives an update of zeros"
+    _holds(trial, law, largest == 0, f"found {largest:.3g}")
     _finite(trial, "state after a broken batch", state, like=start)
-    after = step(trial.params, state, jnp.float32(1))
+    after = step(trial.params, state, _ONE)
     _finite(trial, "step after a broken one", after, like=start)
 
 
 def _check_checkpoint(trial: Trial, step: Any, start: PyTree) -> None:
-    _, state = step(trial.params, start, jnp.float32(1))
+    _, state = step(trial.params, start, _ONE)
     # as files keep it
     saved = [np.asarray(x) for x in jax.tree.leaves(state)]
     arrays = [jnp.asarray(x) for x in saved]
-    restored = jax.tree.unflatten(jax.tree.structure(start), arrays)
+    structure = jax.tree.structure(start)
+    restored = jax.tree.unflatten(structure, arrays)
     # the same step from both
-    expected, got = (step(trial.params, s, jnp.float32(1)) for s in (state, restored))
-    for path, x, y in _pairs(got, expected):
+    expected = _by_path(step(trial.params, state, _ONE))
+    got = _by_path(step(trial.params, restored, _ONE))
+    law = "a restored state goes on as it was"
+    for path, x in got.items():
+        y = expected[path]
         same = np.array_equal(x, y, equal_nan=True)
-        law = "a restored state goes on as it was"
-        _holds(trial, law, same, f"{path} differs in {np.count_nonzero(x != y)} entries")
+        differing = np.count_nonzero(np.asarray(x) != np.asarray(y))
+        _holds(trial, law, same, f"{path} differs in {differing} entries")
 
 
-def _kinds(tree: PyTree) -> dict[str, tuple]:
+class _Kind(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    weak: bool
+
+
+def _kinds(tree: PyTree) -> dict[str, _Kind]:
     """Shape, dtype and weak type of every leaf, by path."""
-    return {
-        jax.tree_util.keystr(path): (x.shape, str(x.dtype), jax.typeof(x).weak_type)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    kinds = {}
+    for path, x in _by_path(tree).items():
+        weak = jax.typeof(x).weak_type
+        kinds[path] = _Kind(x.shape, str(x.dtype), weak)
+    return kinds
 
 
-def _pairs(got: PyTree, expected: PyTree) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    leaves = jax.tree_util.tree_leaves_with_path(got)
-    others = jax.tree.leaves(expected)
-    return [
-        (jax.tree_util.keystr(path), np.asarray(x), np.asarray(y))
-        for (path, x), y in zip(leaves, others, strict=True)
-    ]
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): x for path, x in leaves}
 
 
 def _finite(trial: Trial, when: str, tree: PyTree, *, like: PyTree) -> None:
@@ -170,12 +199,13 @@ def _finite(trial: Trial, when: str, tree: PyTree, *, like: PyTree) -> None:
     # clips start with an infinite bound, say
     at_first = map(np.asarray, jax.tree.leaves(like))
     infinite_at_first = any(np.isinf(x).any() for x in at_first)
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    for path, x in _by_path(tree).items():
         x = np.asarray(x)
         # a matrix has no reason to be infinite
-        bad = np.isnan(x) if infinite_at_first and x.ndim == 0 else ~np.isfinite(x)
-        name = jax.tree_util.keystr(path)
-        _holds(trial, "all is finite", not bad.any(), f"{when}, {name} is {x.ravel()[:3]}")
+        may_be_infinite = infinite_at_first and x.ndim == 0
+        bad = np.isnan(x) if may_be_infinite else ~np.isfinite(x)
+        some = x.ravel()[:3]
+        _holds(trial, "all is finite", not bad.any(), f"{when}, {path} is {some}")
 
 
 def _holds(trial: Trial, law: str, true: Any, number: str) -> None:

@@ -132,7 +132,7 @@ def test_bases_stay_orthogonal():
 
 
 def test_failed_basis_keeps_the_last_good_one(monkeypatch):
-    from kfac_optax.methods.gradient import soap
+    from kfac_optax.methods.gradient import soap_bases
 
     gradients = c.draws(9, 3, 3, steps=2).astype(np.float32)
     tx = ko.scale_by_soap(inverse_every=1)
@@ -142,7 +142,7 @@ def test_failed_basis_keeps_the_last_good_one(monkeypatch):
         order = jnp.broadcast_to(jnp.arange(3), q.shape[:-1])
         return jnp.full_like(q, jnp.nan), order
 
-    monkeypatch.setattr(soap, "_power_step", fails)
+    monkeypatch.setattr(soap_bases, "_power_step", fails)
     update, after = tx.update(jnp.asarray(gradients[1]), before)
     h.assert_equal(after.bases, before.bases)
     assert int(after.counts.failed_inverses) == 2

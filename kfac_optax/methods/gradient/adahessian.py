@@ -11,7 +11,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.methods.gradient.gate import unbiased
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
-from kfac_optax.methods.gradient.stacks import leading_axes
+from kfac_optax.methods.gradient.stacks import averaged_together, leading_axes
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, zeros
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import check_size, flat_signature
@@ -82,22 +82,24 @@ def adahessian(
       (2020).
     """
     where = "adahessian"
-    hyper: dict[str, Any] = dict(
-        b1=b1, b2=b2, eps=eps, power=power, curvature_every=curvature_every
-    )
+    hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, power=power)
+    hyper["curvature_every"] = curvature_every
     check_size(where, "block", block)
 
     def start(params: PyTree, dtype: Any) -> AdaHessianHeld:
-        return AdaHessianHeld(zeros(params, dtype), no_probes(zeros(params, dtype), seed))
+        probes = no_probes(zeros(params, dtype), seed)
+        return AdaHessianHeld(zeros(params, dtype), probes)
 
     def square(name: str, z: jax.Array, hz: jax.Array) -> jax.Array:
-        h = jnp.abs(z * hz) if abs_before_average else z * hz
+        h = z * hz
+        if abs_before_average:
+            h = jnp.abs(h)
         # by default the window of a convolution
         axes = h.ndim - 2 if h.ndim >= 4 else 0
         if spatial is not None:
             what = f"{where}: spatial({name!r})"
             axes = leading_axes(what, spatial(name), h.shape, "are averaged over")
-        return jnp.square(_averaged(h, axes, block))
+        return jnp.square(averaged_together(h, axes, block))
 
     def step(given: Step) -> Made:
         now, (mean, probes) = given.now, given.held
@@ -108,25 +110,17 @@ def adahessian(
         probes = next_probes(probes, squares, taken)
 
         def direction(m: jax.Array, n: jax.Array) -> jax.Array:
-            root = unbiased(n, b2, probes.count) ** (now["power"] / 2) + now["eps"]
+            square = unbiased(n, b2, probes.count)
+            root = square ** (now["power"] / 2) + now["eps"]
             # only with eps=0, where there is no curvature
-            return quotient_or_zero(unbiased(m, b1, given.count + 1), root)
+            mean = unbiased(m, b1, given.count + 1)
+            return quotient_or_zero(mean, root)
 
         out = jax.tree.map(direction, mean, probes.squares)
         held = AdaHessianHeld(mean, probes)
         return Made(out, held, probes.count > 0, taken.skipped)
 
     return transformation(Rule(where, hyper, start, step))
-
-
-def _averaged(h: jax.Array, axes: int, block: int) -> jax.Array:
-    """Entries that belong together, all with their mean."""
-    if axes:
-        return jnp.broadcast_to(jnp.mean(h, tuple(range(axes)), keepdims=True), h.shape)
-    if block == 1 or h.ndim == 0 or h.shape[-1] % block:
-        return h
-    parts = h.reshape(*h.shape[:-1], -1, block)
-    return jnp.broadcast_to(jnp.mean(parts, -1, keepdims=True), parts.shape).reshape(h.shape)
 
 
 _SHORT: dict[str, Any] = dict(curvature_every=2)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import string
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,12 +12,16 @@ from kfac_optax._validate import check_choice, check_real
 from kfac_optax.methods.gradient.stacks import stacked_axes
 from kfac_optax.methods.signature import check_size
 
-FULL, DIAGONAL, IDENTITY = "full", "diagonal", "identity"
-ALL, SHORT = "all", "short"
+# what is kept of an axis
+FULL = "full"
+DIAGONAL = "diagonal"
+IDENTITY = "identity"
+# which axes have a matrix
+ALL = "all"
+SHORT = "short"
 SIDES = (ALL, SHORT)
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
 _MANY = 8  # leaves of one group from which on every kernel that need not be compiled counts
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Rules(NamedTuple):
@@ -67,7 +70,12 @@ class Group(NamedTuple):
         return tuple(i for i, mine in enumerate(self.kinds) if mine == kind)
 
 
-def check_rules(where: str, rules: Rules, long_axes: tuple, vectors: tuple) -> Rules:
+def check_rules(
+    where: str,
+    rules: Rules,
+    long_axes: tuple,
+    vectors: tuple,
+) -> Rules:
     """The rules as they are.
 
     Raises:
@@ -91,18 +99,24 @@ def merged(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     """
     # a leaf of one number is a vector of length one
     axes = [n for n in shape if n != 1] or [1]
-    # a product of neighbours fits, and two axes are left at least: no matrix becomes a vector
     out = axes[:1]
     for i, n in enumerate(axes[1:], start=2):
+        fits = out[-1] * n <= limit
+        # two axes are left at least: no matrix becomes a vector
         left = len(axes) - i
-        if out[-1] * n <= limit and len(out) + left >= 2:
+        if fits and len(out) + left >= 2:
             out[-1] *= n
         else:
             out.append(n)
     return tuple(out)
 
 
-def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View:
+def view_of(
+    where: str,
+    name: str,
+    shape: tuple[int, ...],
+    rules: Rules,
+) -> View:
     """How one leaf is seen.
 
     Raises:
@@ -122,7 +136,8 @@ def view_of(where: str, name: str, shape: tuple[int, ...], rules: Rules) -> View
         whole = [(1, n, IDENTITY) for n in axes]
         divided = [*whole[:short], divided[short], *whole[short + 1 :]]
     pieces, block, kinds = zip(*divided, strict=True)
-    return View(name, shape, math.prod(shape[:stack]), axes, pieces, block, kinds)
+    copies = math.prod(shape[:stack])
+    return View(name, shape, copies, axes, pieces, block, kinds)
 
 
 def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
@@ -142,7 +157,11 @@ def _divide(length: int, order: int, rules: Rules) -> tuple[int, int, str]:
     return pieces, -(-length // pieces), FULL
 
 
-def make_groups(where: str, leaves: Mapping[str, Any], rules: Rules) -> tuple[Group, ...]:
+def make_groups(
+    where: str,
+    leaves: Mapping[str, Any],
+    rules: Rules,
+) -> tuple[Group, ...]:
     """Tensors of equal shape and kind together, in order of first appearance; empty leaves have no
     part.
     """
@@ -152,41 +171,51 @@ def make_groups(where: str, leaves: Mapping[str, Any], rules: Rules) -> tuple[Gr
         if leaf.size:
             view = view_of(where, name, tuple(leaf.shape), rules)
             members.setdefault((view.block, view.kinds), []).append(view)
-    return tuple(
-        Group("x".join(_label(*key)), tuple(views), *key) for key, views in members.items()
-    )
+    groups = []
+    for (block, kinds), views in members.items():
+        name = _label(block, kinds)
+        groups.append(Group(name, tuple(views), block, kinds))
+    return tuple(groups)
 
 
-def _label(block: tuple[int, ...], kinds: tuple[str, ...]) -> list[str]:
-    return [f"{n}{_MARK[kind]}" for n, kind in zip(block, kinds, strict=True)]
+def _label(block: tuple[int, ...], kinds: tuple[str, ...]) -> str:
+    # lengths, and of those without a matrix what they have instead
+    axes = zip(block, kinds, strict=True)
+    return "x".join(f"{n}{_MARK[kind]}" for n, kind in axes)
 
 
 def gather(group: Group, leaves: Mapping[str, jax.Array]) -> jax.Array:
     """Tensors of a group, `[copies, *block]`; pieces are filled up with zeros."""
-    return jnp.concatenate([_cut(leaves[view.name], view) for view in group.views])
+    tensors = [_cut(leaves[view.name], view) for view in group.views]
+    return jnp.concatenate(tensors)
 
 
 def scatter(
-    group: Group, tensors: jax.Array, some: jax.Array | None = None
+    group: Group,
+    tensors: jax.Array,
+    some: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Inverse of `gather`: leaves by name.
 
     With `some`, a scalar bool known only when the step runs, a deep net compiles sooner; where it
     is false the leaves may be any part of the tensors.
     """
-    starts = [0]
     # the first entry of each leaf along the axis of copies
-    for view in group.views:
-        starts.append(starts[-1] + view.tensors)
+    counts = [view.tensors for view in group.views]
+    starts = [0, *itertools.accumulate(counts)]
     if some is None or len(group.views) < _MANY:
         # in a small group slices are static
         parts = [tensors[a:b] for a, b in itertools.pairwise(starts)]
     else:
+        first = (0,) * len(group.block)
         parts = []
-        for start, view in zip(_places(starts[:-1], some), group.views, strict=True):
-            at, size = (start, *(0,) * len(group.block)), (view.tensors, *group.block)
-            parts.append(jax.lax.dynamic_slice(tensors, at, size, allow_negative_indices=False))
-    return {v.name: _join(part, v) for part, v in zip(parts, group.views, strict=True)}
+        for start, count in zip(_places(starts[:-1], some), counts, strict=True):
+            at = (start, *first)
+            size = (count, *group.block)
+            part = jax.lax.dynamic_slice(tensors, at, size, allow_negative_indices=False)
+            parts.append(part)
+    of_leaves = zip(group.views, parts, strict=True)
+    return {view.name: _join(part, view) for view, part in of_leaves}
 
 
 def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
@@ -197,7 +226,10 @@ def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
     """
 
     def unknown(some: jax.Array) -> list[jax.Array]:
-        return jax.lax.cond(some, lambda: known(some), lambda: [jnp.int32(0)] * len(starts))
+        def nowhere() -> list[jax.Array]:
+            return [jnp.int32(0)] * len(starts)
+
+        return jax.lax.cond(some, lambda: known(some), nowhere)
 
     def known(some: jax.Array) -> list[jax.Array]:
         return [jnp.int32(start) for start in starts]
@@ -208,7 +240,7 @@ def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
 def _grid(view: View) -> tuple[int, ...]:
     pairs = zip(view.pieces, view.block, strict=True)
     # [pieces_1, block_1, pieces_2, block_2, ...]
-    return tuple(n for pair in pairs for n in pair)
+    return tuple(itertools.chain.from_iterable(pairs))
 
 
 def _cut(leaf: jax.Array, view: View) -> jax.Array:
@@ -240,55 +272,3 @@ def _join(tensors: jax.Array, view: View) -> jax.Array:
     # what was filled up is cut off
     kept = (slice(None), *(slice(n) for n in view.axes))
     return tensors[kept].reshape(view.shape)
-
-
-def statistic(tensors: jax.Array, axis: int, kind: str) -> jax.Array:
-    """`mat_i(G) mat_i(G)^T` of every tensor, `[copies, n, n]`, or its diagonal, `[copies, n]`.
-
-    >>> g = jnp.array([[[1.0, 2.0], [0.0, 1.0]]])
-    >>> print(statistic(g, 0, "full")[0], statistic(g, 0, "diagonal")[0])
-    [[5. 2.]
-     [2. 1.]] [5. 1.]
-    """
-    mine, other = _letters(tensors, axis)
-    # sum over all other axes of G_j^2
-    if kind == DIAGONAL:
-        return jnp.einsum(f"{mine},{mine}->z{mine[axis + 1]}", tensors, tensors, precision=_HIGHEST)
-    # sum over all other axes of G_j G_k
-    out = f"z{mine[axis + 1]}Z"
-    return jnp.einsum(f"{mine},{other}->{out}", tensors, tensors, precision=_HIGHEST)
-
-
-def unfolded(tensors: jax.Array, axis: int) -> jax.Array:
-    """`mat_i(G)` of every tensor, `[copies, n, rest]`.
-
-    >>> print(unfolded(jnp.arange(6.0).reshape(1, 2, 3), 1)[0])
-    [[0. 3.]
-     [1. 4.]
-     [2. 5.]]
-    """
-    # [copies, n_i, others] to [copies, n_i, rest]
-    first = jnp.moveaxis(tensors, axis + 1, 1)
-    return first.reshape(*first.shape[:2], -1)
-
-
-def along(tensors: jax.Array, axis: int, matrices: jax.Array) -> jax.Array:
-    """`G x_i M`: every tensor multiplied by its matrix `[n, m]` from the left along an axis of
-    length `m`, or by the diagonal `[n]` of one.
-
-    >>> print(along(jnp.ones((1, 2, 3)), 0, jnp.array([[[1.0, 1.0], [0.0, 1.0]]]))[0])
-    [[2. 2. 2.]
-     [1. 1. 1.]]
-    """
-    mine, other = _letters(tensors, axis)
-    letter = mine[axis + 1]
-    if matrices.ndim == 2:
-        # a diagonal: one number for every entry of the axis
-        return jnp.einsum(f"{mine},z{letter}->{mine}", tensors, matrices)
-    return jnp.einsum(f"{mine},zZ{letter}->{other}", tensors, matrices, precision=_HIGHEST)
-
-
-def _letters(tensors: jax.Array, axis: int) -> tuple[str, str]:
-    # z the copies, Z the axis behind the product
-    letters = string.ascii_lowercase[: tensors.ndim - 1]
-    return "z" + letters, "z" + letters[:axis] + "Z" + letters[axis + 1 :]

@@ -10,24 +10,32 @@ from kfac_optax.methods.gradient.axes import Group
 
 def zeros(group: Group, dtype: Any) -> dict[str, jax.Array]:
     """A vector for every axis of a group's tensors."""
-    return {str(i): jnp.zeros((group.copies, n), dtype) for i, n in enumerate(group.block)}
+    shapes = [(group.copies, n) for n in group.block]
+    return {str(i): jnp.zeros(shape, dtype) for i, shape in enumerate(shapes)}
 
 
 def averaged(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], held: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    held: jax.Array,
 ) -> dict[str, jax.Array]:
     """Averages with the means of these tensors over all axes but one in them."""
     out = {}
+    # axis 0 is that of copies
+    axes = range(1, tensors.ndim)
     for i in range(len(group.block)):
-        # axis 0 is that of copies
-        others = tuple(axis + 1 for axis in range(len(group.block)) if axis != i)
+        others = tuple(axis for axis in axes if axis != i + 1)
         mean = jnp.mean(tensors, others)
         out[str(i)] = held * means[str(i)] + (1 - held) * mean
     return out
 
 
 def against_product(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    damping: jax.Array,
 ) -> jax.Array:
     """`(c c^T + damping I)^{-1} G`, `c` the product of the means of all axes."""
     # c = v_1 (x) ... (x) v_k
@@ -38,11 +46,15 @@ def against_product(
     along_c = jnp.sum(c * tensors, within, keepdims=True)
     size = jnp.sum(jnp.square(c), within, keepdims=True)
     # (G - c <c, G> / (damping + |c|^2)) / damping
-    return (tensors - along_c * c / (damping + size)) / damping
+    seen = along_c * c / (damping + size)
+    return (tensors - seen) / damping
 
 
 def between_roots(
-    group: Group, tensors: jax.Array, means: dict[str, jax.Array], damping: jax.Array
+    group: Group,
+    tensors: jax.Array,
+    means: dict[str, jax.Array],
+    damping: jax.Array,
 ) -> jax.Array:
     """`G x_1 H_1^r ... x_k H_k^r`, `H = v v^T + damping I` and `r = -1 / (2 k)`."""
     power = -1 / (2 * len(group.block))
@@ -53,10 +65,11 @@ def between_roots(
         length = jnp.sqrt(jnp.where(size > 0, size, 1))
         unit = _along_axis(group, v / length, int(axis))
         # H^r = damping^r I + [(damping + |v|^2)^r - damping^r] u u^T
-        change = (damping + size) ** power - damping**power
+        outside = damping**power
+        change = (damping + size) ** power - outside
+        each = change.reshape(-1, *[1] * len(group.block))
         along_unit = jnp.sum(unit * tensors, int(axis) + 1, keepdims=True)
-        rest = damping**power * tensors
-        tensors = rest + change.reshape(-1, *[1] * len(group.block)) * unit * along_unit
+        tensors = outside * tensors + each * unit * along_unit
     return tensors
 
 

@@ -96,7 +96,12 @@ def transformation(method: Axiswise) -> optax.GradientTransformationExtraArgs:
         parts = method.start(Start(groups, gate.state_dtype(leaves), params))
         return varying_as(method.state(gate.no_counts(), *parts, given), params)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         leaves = named_leaves(updates)
         if not leaves:
             return updates, state

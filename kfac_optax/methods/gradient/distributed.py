@@ -11,7 +11,8 @@ from kfac_optax.linalg.roots import METHODS
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
 from kfac_optax.methods.gradient.momenta import graft_of, two_momenta
 from kfac_optax.methods.gradient.phases import by_phases
-from kfac_optax.methods.gradient.shampoo import ShampooState, check_root, shampoo_phases
+from kfac_optax.methods.gradient.shampoo import ShampooState
+from kfac_optax.methods.gradient.shampoo_phases import check_root, shampoo_phases
 from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
@@ -100,7 +101,10 @@ def scale_by_distributed_shampoo(
 
 @flat_signature(scale_by_distributed_shampoo, schedules=OF_THE_STEP)
 def distributed_shampoo(
-    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
+    learning_rate: ScalarOrSchedule,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Distributed Shampoo, a whole optimizer: `scale_by_distributed_shampoo`, decoupled weight
     decay, and the step. Rates are those of the grafted optimizer, SGD with momentum by default.

@@ -57,18 +57,21 @@ def esgd(
     def start(params: PyTree, dtype: Any) -> Probes:
         return no_probes(zeros(params, dtype), seed)
 
+    # E[(H z)^2] of standard normal z: the squared norms of the rows of H
+    def square(name: str, z: jax.Array, hz: jax.Array) -> jax.Array:
+        return jnp.square(hz)
+
     def step(given: Step) -> Made:
         old: Probes = given.held
-        squares, taken = probed(
-            where, given, old, jax.random.normal, lambda name, z, hz: jnp.square(hz)
-        )
+        squares, taken = probed(where, given, old, jax.random.normal, square)
         # the mean over all probes
         share = 1 / (old.count + 1).astype(given.now["damping"].dtype)
         mean = jax.tree.map(lambda d, s: d + share * (s - d), old.squares, squares)
         probes = next_probes(old, mean, taken)
 
         def direction(g: jax.Array, d: jax.Array) -> jax.Array:
-            return g / (jnp.sqrt(d) + given.now["damping"])
+            norm = jnp.sqrt(d)
+            return g / (norm + given.now["damping"])
 
         out = jax.tree.map(direction, given.gradient, probes.squares)
         return Made(out, probes, probes.count > 0, taken.skipped)

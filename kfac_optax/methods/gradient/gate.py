@@ -40,7 +40,8 @@ def replace_all(tree: PyTree, leaves: dict[str, jax.Array]) -> PyTree:
 
 def state_dtype(leaves: Mapping[str, Any]) -> Any:
     """The widest of float32 and the dtypes of the leaves."""
-    return jnp.result_type(jnp.float32, *(x.dtype for x in leaves.values()))
+    dtypes = [x.dtype for x in leaves.values()]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def dtype_of(held: PyTree) -> Any:
@@ -49,7 +50,11 @@ def dtype_of(held: PyTree) -> Any:
     return leaves[0].dtype if leaves else jnp.dtype(jnp.float32)
 
 
-def check_groups(where: str, groups: tuple[Group, ...], held: Mapping[str, Any]) -> None:
+def check_groups(
+    where: str,
+    groups: tuple[Group, ...],
+    held: Mapping[str, Any],
+) -> None:
     """Raises where a state belongs to other leaves.
 
     Raises:
@@ -59,7 +64,9 @@ def check_groups(where: str, groups: tuple[Group, ...], held: Mapping[str, Any])
     got = {group.name: group.copies for group in groups}
     expected = {name: _copies(axes) for name, axes in held.items()}
     same = got.keys() == expected.keys()
-    if not same or any(n not in (None, got[name]) for name, n in expected.items()):
+    # of no array nothing is known
+    known = {name: n for name, n in expected.items() if n is not None}
+    if not same or any(got[name] != n for name, n in known.items()):
         raise ValueError(
             f"{where}.update: the gradients make the groups {got}, but the state has {expected}. "
             "Pass a gradient of the parameters that `init` got."
@@ -72,7 +79,9 @@ def _copies(axes: Any) -> int | None:
 
 
 def cleaned_tensors(
-    groups: tuple[Group, ...], leaves: Mapping[str, jax.Array], dtype: Any
+    groups: tuple[Group, ...],
+    leaves: Mapping[str, jax.Array],
+    dtype: Any,
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Tensors by group in the dtype of the state, zero where not all are finite; whether they are.
 
@@ -83,11 +92,15 @@ def cleaned_tensors(
     wide = {n: x.astype(dtype) for n, x in leaves.items()}
     tensors = {group.name: gather(group, wide) for group in groups}
     finite = all_finite(tensors)
-    return {n: jnp.where(finite, x, 0) for n, x in tensors.items()}, finite
+    cleaned = {n: jnp.where(finite, x, 0) for n, x in tensors.items()}
+    return cleaned, finite
 
 
 def passed_on(
-    updates: PyTree, groups: tuple[Group, ...], new: Mapping[str, jax.Array], finite: jax.Array
+    updates: PyTree,
+    groups: tuple[Group, ...],
+    new: Mapping[str, jax.Array],
+    finite: jax.Array,
 ) -> tuple[PyTree, jax.Array]:
     """The update in the dtypes of the gradient, zero as a whole unless all of it is finite; whether
     it is. Leaves without entries stay as they are.
@@ -101,15 +114,18 @@ def passed_on(
         whole = jnp.where(good, new[group.name], 0)
         dtypes = {leaves[view.name].dtype for view in group.views}
         if len(dtypes) == 1:  # stacked: every operation on a leaf of its own has to be compiled
-            cast |= scatter(group, within(whole, dtypes.pop()), good)
-        else:
-            found = scatter(group, whole, good)
-            cast |= {name: within(x, leaves[name].dtype) for name, x in found.items()}
+            (dtype,) = dtypes
+            cast |= scatter(group, within(whole, dtype), good)
+            continue
+        for name, x in scatter(group, whole, good).items():
+            cast[name] = within(x, leaves[name].dtype)
     return replace_leaves(updates, cast), good
 
 
 def scattered(
-    groups: tuple[Group, ...], tensors: Mapping[str, jax.Array], some: jax.Array
+    groups: tuple[Group, ...],
+    tensors: Mapping[str, jax.Array],
+    some: jax.Array,
 ) -> dict[str, jax.Array]:
     """Leaves of all groups by name, see `scatter`."""
     out: dict[str, jax.Array] = {}
@@ -119,7 +135,9 @@ def scattered(
 
 
 def checked_all(
-    memory: dict[str, Checked], count: jax.Array, **given: ScalarOrSchedule
+    memory: dict[str, Checked],
+    count: jax.Array,
+    **given: ScalarOrSchedule,
 ) -> tuple[dict[str, Any], dict[str, Checked]]:
     """Values of the hyperparameters at a step, by name, and what is remembered of them."""
     values = {}
@@ -128,7 +146,11 @@ def checked_all(
     return values, memory
 
 
-def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def averaged(
+    decay: Any,
+    count: jax.Array,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
     """Weights of what is held and of what is new, as number `count` of those accepted.
 
     `min(1 - 1/count, decay)` and one minus that; with `decay` 1 both are one: a sum.
@@ -142,7 +164,9 @@ def averaged(decay: Any, count: jax.Array, dtype: Any) -> tuple[jax.Array, jax.A
     weight = jnp.minimum(1 - 1 / k, decay)
     # a decay of one sums, as Shampoo and AdaGrad do
     sums = decay >= 1
-    return jnp.where(sums, 1, weight), jnp.where(sums, 1, 1 - weight)
+    held = jnp.where(sums, 1, weight)
+    new = jnp.where(sums, 1, 1 - weight)
+    return held, new
 
 
 def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
@@ -151,12 +175,18 @@ def unbiased(moment: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
     >>> print(unbiased(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(2)))
     1.0
     """
-    return moment / positive_or_one(1 - b ** t.astype(b.dtype))
+    power = b ** t.astype(b.dtype)
+    return moment / positive_or_one(1 - power)
 
 
-def accepted(new: Held, old: Held, finite: jax.Array) -> tuple[Held, jax.Array]:
+def accepted(
+    new: Held,
+    old: Held,
+    finite: jax.Array,
+) -> tuple[Held, jax.Array]:
     """What is new where it is finite, copy by copy, and how many of finite gradients were not."""
-    kept, bad = {}, jnp.zeros((), jnp.int32)
+    kept: Held = {}
+    bad = _zero()
     for name, axes in new.items():
         kept[name] = {}
         for axis, value in axes.items():
@@ -174,7 +204,9 @@ def as_finite(new: PyTree, old: PyTree) -> jax.Array:
     False True
     """
     kept = jnp.bool_(True)
-    for x, before in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    for x, before in pairs:
+        # counts are finite anyway
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             kept = kept & (all_finite(x) | ~all_finite(before))
     return kept
@@ -186,22 +218,29 @@ def when_due(due: Any, change: Callable[[Any], Any], held: Any) -> Any:
         return change(held) if due else held
     # both branches differ between devices where one of them does
     held = varying_as(held, (due, held))
-    changed = lambda held: varying_as(change(held), (due, held))
+
+    def changed(held: Any) -> Any:
+        return varying_as(change(held), (due, held))
+
     return jax.lax.cond(due, changed, lambda held: held, held)
 
 
 def counted(
-    counts: GradientCounts, finite: jax.Array, good: jax.Array, statistics: Any, inverses: Any
+    counts: GradientCounts,
+    finite: jax.Array,
+    good: jax.Array,
+    statistics: Any,
+    inverses: Any,
 ) -> GradientCounts:
     """The counts after a step."""
     # schedules and periods do not move in steps that are left out
-    accepted_now = jnp.where(
-        good, optax.safe_increment(counts.gradient_count), counts.gradient_count
-    )
+    one_more = optax.safe_increment(counts.gradient_count)
+    skipped = (~finite).astype(jnp.int32)
+    overflown = (finite & ~good).astype(jnp.int32)
     return GradientCounts(
-        accepted_now,
-        counts.skipped_gradients + (~finite).astype(jnp.int32),
-        counts.skipped_statistics + statistics,
-        counts.failed_inverses + inverses,
-        counts.non_finite_updates + (finite & ~good).astype(jnp.int32),
+        gradient_count=jnp.where(good, one_more, counts.gradient_count),
+        skipped_gradients=counts.skipped_gradients + skipped,
+        skipped_statistics=counts.skipped_statistics + statistics,
+        failed_inverses=counts.failed_inverses + inverses,
+        non_finite_updates=counts.non_finite_updates + overflown,
     )

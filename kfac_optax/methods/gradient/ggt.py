@@ -96,7 +96,11 @@ def ggt(
     )
 
 
-def _weights(window: Window, now: dict[str, jax.Array], mode: str) -> jax.Array:
+def _weights(
+    window: Window,
+    now: dict[str, jax.Array],
+    mode: str,
+) -> jax.Array:
     """`D V f(s) V^T x`: the update as a combination of the rows, `D` their scales."""
     age, used = ages(window)
     x = jnp.where(used, now["b1"] ** age, 0)

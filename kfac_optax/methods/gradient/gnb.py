@@ -71,11 +71,15 @@ def gnb_estimator(*, axis_name: Any = None) -> optax.GradientTransformationExtra
         # one score for every example, the root of its weight inside
         rows = jax.eval_shape(jacobian.jvp, curvature.params)
         ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), rows)
+        # N g^2 of the mean gradient g at sampled labels: (sum_b g_b)^2 / N
         total = named_leaves(jacobian.vjp(ones))
         square = {n: jnp.square(x) / jacobian.examples for n, x in total.items()}
         good = finite_as_one(square)
-        mine = {n: jnp.where(good, square[n], 0) for n in named_leaves(updates)}
-        leaves = [mine[n].astype(x.dtype) for n, x in named_leaves(updates).items()]
+        # of the leaves that are given, which under masks are some of them
+        leaves = []
+        for name, x in named_leaves(updates).items():
+            mine = jnp.where(good, square[name], 0)
+            leaves.append(mine.astype(x.dtype))
         diagonal = jax.tree.unflatten(jax.tree.structure(updates), leaves)
         skipped = state.skipped_estimates + (~good).astype(jnp.int32)
         return diagonal, GNBState(optax.safe_increment(state.estimates), skipped)

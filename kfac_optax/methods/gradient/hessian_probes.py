@@ -32,7 +32,12 @@ def no_probes(squares: PyTree, seed: int) -> Probes:
     return Probes(squares, jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed)))
 
 
-def hessian_product(where: str, params: PyTree, vector: PyTree, extra: dict[str, Any]) -> PyTree:
+def hessian_product(
+    where: str,
+    params: PyTree,
+    vector: PyTree,
+    extra: dict[str, Any],
+) -> PyTree:
     """`H v` by the extra argument `hvp`, or of `value_fn` by a derivative of its gradient.
 
     Raises:
@@ -68,7 +73,11 @@ class Taken(NamedTuple):
 
 
 def probed(
-    where: str, given: Step, probes: Probes, draw: Draw, square: Square
+    where: str,
+    given: Step,
+    probes: Probes,
+    draw: Draw,
+    square: Square,
 ) -> tuple[PyTree, Taken]:
     """Squares from a probe where one is due (`curvature_every`), and whether they are to be used.
 

@@ -3,25 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.linalg.series_root import diagonal_step, root_step
-from kfac_optax.methods.gradient.axes import (
-    DIAGONAL,
-    FULL,
-    Group,
-    Rules,
-    along,
-    check_rules,
-    statistic,
-)
-from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
+from kfac_optax.methods.gradient.jorge_roots import followed_roots
 from kfac_optax.methods.gradient.momenta import momentum_then_graft
-from kfac_optax.methods.gradient.phases import ByAxis, Phases, Weights, by_phases
+from kfac_optax.methods.gradient.phases import by_phases
 
 
 def scale_by_jorge(
@@ -74,6 +63,7 @@ def scale_by_jorge(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
 
+    >>> import jax.numpy as jnp
     >>> tx = scale_by_jorge()
     >>> g = jnp.array([[3.0, 0.0], [0.0, -3.0]])
     >>> updates, state = tx.update(g, tx.init(g))
@@ -94,42 +84,4 @@ def scale_by_jorge(
     hyper["eps"] = eps
     # here a decay does not weigh statistics that are kept
     finish = momentum_then_graft(graft=graft is not None)
-    return by_phases(where, rules, hyper, _series(eps), finish, groups_in="inverses")
-
-
-def _series(eps: float) -> Phases:
-    """Roots that follow the statistics of the steps where they are due; nothing else is kept."""
-
-    def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
-        roots = {}  # eps^(-1/p) I, or that diagonal
-        # injected, it is known only now; where it makes no sense the default stands in
-        legal = jnp.isfinite(eps) & (jnp.asarray(eps) > 0)
-        usable = jnp.where(legal, eps, 1e-6).astype(dtype)
-        first = usable ** (-1 / (2 * len(group.block)))
-        for i, (n, kind) in enumerate(zip(group.block, group.kinds, strict=True)):
-            # [copies, n, n] or [copies, n]
-            one = jnp.eye(n, dtype=dtype) if kind == FULL else jnp.ones(n, dtype)
-            roots[str(i)] = jnp.tile(first * one, (group.copies,) + one.ndim * (1,))
-        return {}, roots
-
-    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
-        return factors
-
-    def refresh(group: Group, step: Step, factors: ByAxis, roots: ByAxis, previous: PyTree):
-        # the gradient of this step is all that the roots see; those between have no part
-        # R of H^(-1/p), p = 2 k for k axes
-        made, p, decay = {}, 2 * len(group.block), step.value("decay")
-        for i, kind in enumerate(group.kinds):
-            new = statistic(step.tensors[group.name], i, kind)
-            follow = root_step if kind == FULL else diagonal_step
-            made[str(i)] = jax.vmap(lambda r, h, f=follow: f(r, h, p, decay))(roots[str(i)], new)
-        return made, previous
-
-    def apply(group: Group, step: Step, factors: ByAxis, roots: ByAxis, weights: Weights):
-        # G x_1 R_1 ... x_k R_k
-        u = step.tensors[group.name]
-        for i in range(len(group.block)):
-            u = along(u, i, roots[str(i)])
-        return u
-
-    return Phases(start, take_in, apply, refresh)
+    return by_phases(where, rules, hyper, followed_roots(eps), finish, groups_in="inverses")

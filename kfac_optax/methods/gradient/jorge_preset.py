@@ -13,7 +13,10 @@ from kfac_optax.methods.signature import flat_signature
 
 @flat_signature(scale_by_jorge, schedules=OF_THE_STEP)
 def jorge(
-    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
+    learning_rate: ScalarOrSchedule,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Jorge, a whole optimizer: `scale_by_jorge`, decoupled weight decay, and the step. Rates are
     those of SGD with momentum.

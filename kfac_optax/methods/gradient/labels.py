@@ -157,7 +157,11 @@ def axes_table(
     return columns(header, rows)
 
 
-def _labels_of(where: str, params: PyTree, labels: PyTree | None) -> dict[str, str] | None:
+def _labels_of(
+    where: str,
+    params: PyTree,
+    labels: PyTree | None,
+) -> dict[str, str] | None:
     if labels is None:
         return None
     found = {name: str(label) for name, label in named_leaves(labels).items()}

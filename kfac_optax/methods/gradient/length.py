@@ -9,7 +9,11 @@ from kfac_optax.methods.gradient.axes import FULL, Group
 from kfac_optax.step_rules._per_layer import norms
 
 
-def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.Array:
+def no_longer_than_fresh(
+    group: Group,
+    u: jax.Array,
+    weight: jax.Array,
+) -> jax.Array:
     """Updates cut to the length that roots of this step's statistics could give at most.
 
     `H_i >= w mat_i(G) mat_i(G)^T` bounds `||U||^2` by `(r_1 ... r_k)^(1/k) / w`, `r_i` the largest
@@ -26,7 +30,11 @@ def no_longer_than_fresh(group: Group, u: jax.Array, weight: jax.Array) -> jax.A
     return no_longer_than(group, u, bound / weight)
 
 
-def no_longer_than(group: Group, u: jax.Array, square: jax.Array) -> jax.Array:
+def no_longer_than(
+    group: Group,
+    u: jax.Array,
+    square: jax.Array,
+) -> jax.Array:
     """Updates cut to a squared length, every copy by itself."""
     size = norms(u.reshape(group.copies, 1, -1))
     usable = jnp.isfinite(size) & (size > 0)

@@ -28,7 +28,9 @@ from kfac_optax.methods.signature import check_size, flat_signature
 
 @flat_signature()
 def mfac(
-    *, window: int = 1024, damping: ScalarOrSchedule = 1e-5
+    *,
+    window: int = 1024,
+    damping: ScalarOrSchedule = 1e-5,
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC: the damped empirical Fisher of the last `m` gradients, inverted exactly.
 
@@ -100,7 +102,11 @@ def _factored(window: Window, damping: jax.Array) -> KernelInverse:
     return factor_kernel(kernel, shift_for(damping, jnp.trace(kernel)))
 
 
-def _solved(window: Window, damping: jax.Array, vector: jax.Array) -> jax.Array:
+def _solved(
+    window: Window,
+    damping: jax.Array,
+    vector: jax.Array,
+) -> jax.Array:
     """`(G^T G / m + damping I)^{-1} v` for any `v`, by Woodbury's formula."""
     root = jnp.sqrt(jnp.asarray(len(window.rows), vector.dtype))
 
@@ -113,7 +119,11 @@ def _solved(window: Window, damping: jax.Array, vector: jax.Array) -> jax.Array:
     return solve_in_parameters(_factored(window, damping), forward, adjoint, vector, refine=1)
 
 
-def _example_rows(gradient: PyTree, examples: PyTree, window: int) -> jax.Array:
+def _example_rows(
+    gradient: PyTree,
+    examples: PyTree,
+    window: int,
+) -> jax.Array:
     """Gradients of examples as rows `[B, d]`.
 
     Raises:

@@ -68,11 +68,17 @@ def _normalized() -> optax.GradientTransformation:
         size = norms(x.reshape(1, 1, -1))[0]
         return x / positive_or_one(size)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(unit, updates))
+    def units(updates: PyTree, params: PyTree) -> PyTree:
+        return jax.tree.map(unit, updates)
+
+    return optax.stateless(units)
 
 
 def graft_then_momentum(
-    lengths: Lengths | None, *, momentum: bool, nesterov: bool = False
+    lengths: Lengths | None,
+    *,
+    momentum: bool,
+    nesterov: bool = False,
 ) -> Finish:
     """Norms of `lengths`, then `M <- momentum M + U`; with `nesterov` the update is
     `momentum M + U`.
@@ -89,7 +95,10 @@ def graft_then_momentum(
         if not momentum:
             return tensors, trace, graft
         trace = traced(step, trace, tensors)
-        return traced(step, trace, tensors) if nesterov else trace, trace, graft
+        ahead = trace
+        if nesterov:
+            ahead = traced(step, trace, tensors)
+        return ahead, trace, graft
 
     return Finish(start, apply)
 
@@ -118,7 +127,8 @@ def two_momenta(lengths: Lengths | None, *, nesterov: bool) -> Finish:
             ahead = {kind: traced(step, trace[kind], both[kind]) for kind in both}
         # both run from the first step, so that the change is no start from zero
         ready = step.count >= step.value("start_step")
-        return select(ready, ahead["preconditioned"], ahead["plain"]), trace, graft
+        chosen = select(ready, ahead["preconditioned"], ahead["plain"])
+        return chosen, trace, graft
 
     return Finish(start, apply)
 
@@ -130,22 +140,26 @@ def momentum_then_graft(*, graft: bool) -> Finish:
 
     def start(begin: Start) -> tuple[Any, PyTree]:
         trace = {"preconditioned": zeros(begin)}
-        return trace | ({"sgd": zeros(begin)} if graft else {}), ()
+        if graft:
+            trace["sgd"] = zeros(begin)
+        return trace, ()
 
     def apply(step: Step, tensors: Tensors, trace: Any, state: PyTree):
         # M <- momentum M + U and N <- momentum N + G, then M ||N|| / ||M||
-        new = {"preconditioned": traced(step, trace["preconditioned"], tensors)}
+        mine = traced(step, trace["preconditioned"], tensors)
         if not graft:
-            return new["preconditioned"], new, state
-        new["sgd"] = traced(step, trace["sgd"], step.tensors)
-        return with_norms(step, new["preconditioned"], new["sgd"]), new, state
+            return mine, {"preconditioned": mine}, state
+        plain = traced(step, trace["sgd"], step.tensors)
+        trace = {"preconditioned": mine, "sgd": plain}
+        return with_norms(step, mine, plain), trace, state
 
     return Finish(start, apply)
 
 
 def zeros(begin: Start) -> Tensors:
     """Zeros like the tensors of every group."""
-    return {g.name: jnp.zeros((g.copies, *g.block), begin.dtype) for g in begin.groups}
+    shapes = {group.name: (group.copies, *group.block) for group in begin.groups}
+    return {name: jnp.zeros(shape, begin.dtype) for name, shape in shapes.items()}
 
 
 def traced(step: Step, trace: Tensors, tensors: Tensors) -> Tensors:
@@ -158,18 +172,28 @@ def start_lengths(lengths: Lengths | None, begin: Start) -> PyTree:
     """State of what gives the norm, in the dtype of the whole."""
     if lengths is None:
         return ()
-    wide = {n: x.astype(begin.dtype) for n, x in named_leaves(begin.params).items()}
+    wide = _wide(begin.params, begin.dtype)
     return lengths.init(gate.replace_all(begin.params, wide))
 
 
-def updates_of(lengths: Lengths, step: Step, graft: PyTree) -> tuple[Tensors, PyTree]:
+def _wide(tree: PyTree, dtype: Any) -> Tensors:
+    """Leaves by name in the dtype of the whole."""
+    leaves = named_leaves(tree)
+    return {name: x.astype(dtype) for name, x in leaves.items()}
+
+
+def updates_of(
+    lengths: Lengths,
+    step: Step,
+    graft: PyTree,
+) -> tuple[Tensors, PyTree]:
     """The update of what gives the norm, from the cleaned gradient, and its new state."""
     # of leaves without entries there is nothing to clean
-    clean = {n: x.astype(step.dtype) for n, x in named_leaves(step.updates).items()}
+    clean = _wide(step.updates, step.dtype)
     clean |= gate.scattered(step.groups, step.tensors, step.finite)
     tree = gate.replace_all(step.updates, clean)
     wanted, graft = lengths.update(tree, graft, step.params, **step.extra)
-    leaves = {n: x.astype(step.dtype) for n, x in named_leaves(wanted).items()}
+    leaves = _wide(wanted, step.dtype)
     return {group.name: gather(group, leaves) for group in step.groups}, graft
 
 
@@ -179,12 +203,14 @@ def with_norms(step: Step, tensors: Tensors, wanted: Tensors) -> Tensors:
     """
     out = {}
     for group in step.groups:
-        size = _norms_of_leaves(group, tensors[group.name])
+        mine = tensors[group.name]
+        size = _norms_of_leaves(group, mine)
         length = _norms_of_leaves(group, wanted[group.name])
         # a norm of many large entries overflows; NaN stays
         length = jnp.minimum(length, jnp.finfo(length.dtype).max)
         ratio = length / positive_or_one(size)
-        out[group.name] = tensors[group.name] * ratio.reshape(-1, *[1] * len(group.block))
+        each = ratio.reshape(-1, *[1] * len(group.block))
+        out[group.name] = mine * each
     return out
 
 
@@ -193,8 +219,10 @@ def _norms_of_leaves(group: Group, tensors: jax.Array) -> jax.Array:
     sizes = norms(tensors.reshape(group.copies, 1, -1))
     owners, leaves = [], 0
     for view in group.views:
-        pieces = math.prod(view.pieces)  # the copies of a view come one after another
-        owners.append(leaves + np.repeat(np.arange(view.copies), pieces))
+        # the copies of a view come one after another, with all pieces of each
+        pieces = math.prod(view.pieces)
+        copy = np.repeat(np.arange(view.copies), pieces)
+        owners.append(leaves + copy)
         leaves += view.copies
     if leaves == group.copies:
         return sizes
@@ -202,5 +230,6 @@ def _norms_of_leaves(group: Group, tensors: jax.Array) -> jax.Array:
     largest = jax.ops.segment_max(sizes, owner, leaves)[owner]
     # divided by the largest first, so that no square overflows
     unit = positive_or_one(largest)
-    squares = jax.ops.segment_sum(jnp.square(sizes / unit), owner, leaves)
+    shares = jnp.square(sizes / unit)
+    squares = jax.ops.segment_sum(shares, owner, leaves)
     return jnp.sqrt(squares)[owner] * unit

@@ -15,7 +15,8 @@ from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.roots import inverse_root_of_values
 from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import FULL, Group, Rules, statistic
+from kfac_optax.methods.gradient.axes import FULL, Group, Rules
+from kfac_optax.methods.gradient.axis_products import statistic
 from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
 from kfac_optax.methods.gradient.momenta import Finish
 
@@ -40,7 +41,11 @@ def gradient_itself(step: Step) -> dict[str, jax.Array]:
 
 
 def no_refresh(
-    group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree
+    group: Group,
+    step: Step,
+    factors: ByAxis,
+    inverses: ByAxis,
+    previous: PyTree,
 ) -> tuple[ByAxis, PyTree]:
     """Nothing is kept between refreshes."""
     del group, step, factors
@@ -90,7 +95,7 @@ def by_phases(
     `curvature_every`, the period of statistics, and `inverse_every`, that of `refresh`; without
     them both are 1.
     """
-    name = where.removeprefix("scale_by_")
+    method = where.removeprefix("scale_by_")
 
     def start(begin: Start) -> tuple:
         factors, inverses = {}, {}
@@ -100,22 +105,25 @@ def by_phases(
 
     def advance(step: Step, held: Any) -> Advanced:
         weights = _weights(step)
-        with jax.named_scope(f"{name}/statistics"):
+        with jax.named_scope(f"{method}/statistics"):
             factors, skipped = _statistics(phases, step, held, weights)
-        with jax.named_scope(f"{name}/roots"):
+        with jax.named_scope(f"{method}/roots"):
             factors, inverses = _levelled(phases, step, factors, held.inverses)
             inverses, failed = _refreshed(phases, step, factors, inverses)
-        with jax.named_scope(f"{name}/precondition"):
+        with jax.named_scope(f"{method}/precondition"):
             tensors = {}
             for group in step.groups:
-                own = factors[group.name], inverses[group.name]
-                tensors[group.name] = phases.apply(group, step, *own, weights)
+                name = group.name
+                own = factors[name], inverses[name]
+                tensors[name] = phases.apply(group, step, *own, weights)
         tensors, trace, graft = finish.apply(step, tensors, held.trace, held.graft)
         # a momentum that is not finite would stay so for ever, and so would squares in the graft
-        good = step.finite & all_finite((tensors, trace)) & gate.as_finite(graft, held.graft)
+        good = step.finite & all_finite((tensors, trace))
+        good = good & gate.as_finite(graft, held.graft)
         trace = select(good, trace, held.trace)
         graft = select(good, graft, held.graft)
-        return Advanced(tensors, (factors, inverses, trace, graft), good, skipped, failed)
+        new = factors, inverses, trace, graft
+        return Advanced(tensors, new, good, skipped, failed)
 
     return transformation(Axiswise(where, rules, hyper, state, groups_in, start, advance))
 
@@ -134,34 +142,46 @@ def _weights(step: Step) -> Weights:
     if "curvature_every" in step.now:
         every = jnp.asarray(step.now["curvature_every"]).astype(jnp.int32)
         number = step.count // every + 1
-    return gate.averaged(step.now.get("decay", 1.0), number, step.dtype)
+    # without a decay statistics are sums
+    decay = step.now.get("decay", 1.0)
+    return gate.averaged(decay, number, step.dtype)
 
 
 def _statistics(
-    phases: Phases, step: Step, state: Any, weights: Weights
+    phases: Phases,
+    step: Step,
+    state: Any,
+    weights: Weights,
 ) -> tuple[gate.Held, jax.Array]:
     """Factors with those of this step in them, and how many were not finite."""
 
     def measured(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
         # within the branch: what is not due is not computed
         observed = phases.observe(step)
+        old, _ = held
         new: gate.Held = {}
         previous: PyTree = ()
         for group in step.groups:
-            tensors, own = after(observed[group.name], previous), held[0][group.name]
+            name = group.name
+            own = old[name]
+            tensors = after(observed[name], previous)
             across = ()
             if phases.whiten is not None:
-                across = (phases.whiten(group, step, own, state.inverses[group.name]),)
-            new[group.name] = phases.take_in(group, tensors, own, weights, *across)
-            previous = new[group.name] if phases.in_turn else ()
-        return gate.accepted(new, held[0], step.finite)
+                across = (phases.whiten(group, step, own, state.inverses[name]),)
+            new[name] = phases.take_in(group, tensors, own, weights, *across)
+            if phases.in_turn:
+                previous = new[name]
+        return gate.accepted(new, old, step.finite)
 
     none = jnp.zeros((), jnp.int32)
     return gate.when_due(_due(step, "curvature_every"), measured, (state.factors, none))
 
 
 def _levelled(
-    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+    phases: Phases,
+    step: Step,
+    factors: gate.Held,
+    inverses: gate.Held,
 ) -> tuple[gate.Held, gate.Held]:
     """Factors and what was made of them, brought to one size in the steps that refresh."""
     if phases.level is None:
@@ -169,33 +189,46 @@ def _levelled(
     level = phases.level
 
     def change(held: tuple[gate.Held, gate.Held]) -> tuple[gate.Held, gate.Held]:
-        pairs = {name: level(own, held[1][name]) for name, own in held[0].items()}
-        return {n: pair[0] for n, pair in pairs.items()}, {n: pair[1] for n, pair in pairs.items()}
+        old_factors, old_inverses = held
+        new_factors, new_inverses = {}, {}
+        for name, own in old_factors.items():
+            pair = level(own, old_inverses[name])
+            new_factors[name], new_inverses[name] = pair
+        return new_factors, new_inverses
 
     due = step.finite & _due(step, "inverse_every")
     return gate.when_due(due, change, (factors, inverses))
 
 
 def _refreshed(
-    phases: Phases, step: Step, factors: gate.Held, inverses: gate.Held
+    phases: Phases,
+    step: Step,
+    factors: gate.Held,
+    inverses: gate.Held,
 ) -> tuple[gate.Held, jax.Array]:
     """What is made of factors, where it is due; what fails stays as it was and is counted."""
     if phases.refresh is no_refresh:
         return inverses, jnp.zeros((), jnp.int32)
 
     def refresh(held: tuple[gate.Held, jax.Array]) -> tuple[gate.Held, jax.Array]:
+        old, _ = held
         made: gate.Held = {}
         previous: PyTree = ()  # batched factorisations run one after another
         for group in step.groups:
-            own = factors[group.name], held[0][group.name]
+            own = factors[group.name], old[group.name]
             made[group.name], previous = phases.refresh(group, step, *own, previous)
-        return gate.accepted(made, held[0], jnp.bool_(True))
+        return gate.accepted(made, old, jnp.bool_(True))
 
     due = step.finite & _due(step, "inverse_every")
     return gate.when_due(due, refresh, (inverses, jnp.zeros((), jnp.int32)))
 
 
-def averaged_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
+def averaged_in(
+    group: Group,
+    tensors: jax.Array,
+    factors: ByAxis,
+    weights: Weights,
+) -> ByAxis:
     """Statistics of a group with those of a step in them, of all axes that have one."""
     held, new = weights
     out = {}
@@ -226,4 +259,8 @@ def identities(group: Group, dtype: Any) -> ByAxis:
 
 def diagonal_root(values: jax.Array, p: int, ridge: jax.Array) -> jax.Array:
     """Roots of diagonals, `[copies, n]`, which are never stale."""
-    return jax.vmap(lambda d: inverse_root_of_values(d, p, ridge=ridge))(values)
+
+    def root(diagonal: jax.Array) -> jax.Array:
+        return inverse_root_of_values(diagonal, p, ridge=ridge)
+
+    return jax.vmap(root)(values)

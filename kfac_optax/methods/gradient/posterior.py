@@ -46,31 +46,45 @@ def follow_posterior(
                 "it. Pass them: tx.update(grads, opt_state, params)."
             )
         old, now = given.held, given.now
-        w, t = now["weight_decay"], old.count + 1
+        w = now["weight_decay"]
+        t = old.count + 1
         squares = squares_of(given)
-        mean = jax.tree.map(
-            lambda m, g, p: _averaged(m, g + w * p.astype(g.dtype), now["b1"], t),
-            old.mean,
-            given.gradient,
-            given.params,
-        )
-        s = jax.tree.map(lambda s, new: _averaged(s, new, now["b2"], t), old.squares, squares)
+
+        # m of the gradient of the posterior, to which the prior adds w theta
+        def mean_of(m: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+            return _averaged(m, g + w * p.astype(g.dtype), now["b1"], t)
+
+        def squares_with(s: jax.Array, new: jax.Array) -> jax.Array:
+            return _averaged(s, new, now["b2"], t)
+
+        mean = jax.tree.map(mean_of, old.mean, given.gradient, given.params)
+        s = jax.tree.map(squares_with, old.squares, squares)
 
         def direction(m: jax.Array, s: jax.Array) -> jax.Array:
             divisor = s**power + w + now["damping"]
             # only without weight decay, where there has been no gradient
             return quotient_or_zero(m, divisor)
 
+        out = jax.tree.map(direction, mean, s)
+        held = DiagonalPosterior(mean, s, t)
         skipped = given.finite & ~finite_as_one(squares)
-        return Made(jax.tree.map(direction, mean, s), DiagonalPosterior(mean, s, t), True, skipped)
+        return Made(out, held, True, skipped)
 
     return transformation(Rule(where, dict(hyper), start, step))
 
 
-def _averaged(old: jax.Array, new: jax.Array, b: jax.Array, t: jax.Array) -> jax.Array:
+def _averaged(
+    old: jax.Array,
+    new: jax.Array,
+    b: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
     """The mean of `t` numbers with weights `b^age`: Adam's average, corrected for its start."""
     t = t.astype(b.dtype)
     # the weight of what came before, (b - b^t) / (1 - b^t); 1 - 1 / t where all count the same
-    share = jnp.where(b < 1, (b - b**t) / jnp.where(b < 1, 1 - b**t, 1), 1 - 1 / t)
+    decays = b < 1
+    divisor = jnp.where(decays, 1 - b**t, 1)
+    share = jnp.where(decays, (b - b**t) / divisor, 1 - 1 / t)
+    # the first is the mean of itself
     share = jnp.where(t > 1, share, 0)
     return share * old + (1 - share) * new

@@ -62,7 +62,10 @@ def shampoo(
 
 @flat_signature(scale_by_soap, schedules=OF_THE_STEP)
 def soap(
-    learning_rate: ScalarOrSchedule, *, weight_decay: ScalarOrSchedule = 0.0, **options: Any
+    learning_rate: ScalarOrSchedule,
+    *,
+    weight_decay: ScalarOrSchedule = 0.0,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP, a whole optimizer: `scale_by_soap`, decoupled weight decay, and the step.
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import after
-from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, along, statistic
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL
+from kfac_optax.methods.gradient.axis_products import along, statistic
 from kfac_optax.methods.gradient.axiswise import Step
 from kfac_optax.step_rules._per_layer import norms
 
@@ -41,13 +42,20 @@ def started(q: Factors, h: jax.Array, scale: jax.Array | None) -> Factors:
     each = jnp.where(usable, scale, 0) ** (1 / len(q))
     out = {}
     for axis, x in q.items():
-        one = jnp.eye(x.shape[-1], dtype=x.dtype) if x.ndim == 3 else jnp.ones((), x.dtype)
+        # a matrix, or the diagonal of one
+        matrix = x.ndim == 3
+        one = jnp.eye(x.shape[-1], dtype=x.dtype) if matrix else jnp.ones((), x.dtype)
         new = _beside(each, x) * one
         out[axis] = jnp.where(_unset(x), new, x)
     return out
 
 
-def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
+def fitted(
+    q: Factors,
+    h: jax.Array,
+    v: jax.Array,
+    rate: jax.Array,
+) -> Factors:
     """One step of all factors on the pair `(h, v)`, `[copies, *block]` both.
 
     With `A = h x_1 Q_1 ... x_k Q_k` and `B = v x_1 Q_1^{-T} ... x_k Q_k^{-T}` every factor moves by
@@ -55,35 +63,49 @@ def fitted(q: Factors, h: jax.Array, v: jax.Array, rate: jax.Array) -> Factors:
     """
     a, b = h, v
     for axis, x in q.items():
-        a, b = along(a, int(axis), x), _against(b, int(axis), x)
-    known = jnp.any(h != 0, axis=tuple(range(1, h.ndim)))
+        a = along(a, int(axis), x)
+        b = _against(b, int(axis), x)
+    known = jnp.any(h != 0, axis=_behind_copies(h))
     out = {}
     for axis, x in q.items():
         kind = FULL if x.ndim == 3 else DIAGONAL
-        of_h, of_v = (statistic(side, int(axis), kind) for side in (a, b))
+        of_h = statistic(a, int(axis), kind)
+        of_v = statistic(b, int(axis), kind)
         new = moved(x, of_h, of_v, rate)
         # nothing is known of what has had no gradient, nor where the step is not finite
-        good = known & jnp.all(jnp.isfinite(new), axis=tuple(range(1, x.ndim)))
+        good = known & jnp.all(jnp.isfinite(new), axis=_behind_copies(x))
         out[axis] = jnp.where(_beside(good, x), new, x)
     return balanced(out)
 
 
 def fitted_groups(
-    step: Step, factors: dict[str, Factors], h: dict[str, jax.Array], key: jax.Array
+    step: Step,
+    factors: dict[str, Factors],
+    h: dict[str, jax.Array],
+    key: jax.Array,
 ) -> dict[str, Factors]:
     """All factors after one step, on random vectors of their own."""
+    damping = step.value("damping")
+    rate = step.value("fit_rate")
     out: dict[str, Factors] = {}
     for number, group in enumerate(step.groups):
         mine = h[group.name]
-        v = jax.random.normal(jax.random.fold_in(key, number), mine.shape, mine.dtype)
+        own_key = jax.random.fold_in(key, number)
+        v = jax.random.normal(own_key, mine.shape, mine.dtype)
         v = after(v, out)  # each group has triangular solves with it
-        squares = jnp.mean(jnp.square(mine), tuple(range(1, mine.ndim)), keepdims=True)
-        damped = mine + step.value("damping") * jnp.sqrt(squares) * v
-        out[group.name] = fitted(factors[group.name], damped, v, step.value("fit_rate"))
+        # h + damping |h| v, with the root mean square of every copy for its size
+        squares = jnp.mean(jnp.square(mine), _behind_copies(mine), keepdims=True)
+        damped = mine + damping * jnp.sqrt(squares) * v
+        out[group.name] = fitted(factors[group.name], damped, v, rate)
     return out
 
 
-def moved(q: jax.Array, of_h: jax.Array, of_v: jax.Array, rate: jax.Array) -> jax.Array:
+def moved(
+    q: jax.Array,
+    of_h: jax.Array,
+    of_v: jax.Array,
+    rate: jax.Array,
+) -> jax.Array:
     """`Q - rate / |S + T| triu(S - T) Q`, `S` and `T` the two terms, in the group of triangular
     matrices; entry by entry for a diagonal.
 
@@ -94,13 +116,16 @@ def moved(q: jax.Array, of_h: jax.Array, of_v: jax.Array, rate: jax.Array) -> ja
     [[1.5]]
     """
     total = jnp.abs(of_h + of_v)
+    # sums over rows of a matrix; a diagonal is its own
     rows = total if q.ndim == 2 else jnp.sum(total, axis=-1)
     bound = jnp.max(rows, axis=-1)
     share = rate / positive_or_one(bound)
     difference = of_h - of_v
+    # diagonals [copies, n], or upper triangular matrices, which stay such
     if q.ndim == 2:
         return q - share[:, None] * difference * q
-    product = jnp.matmul(jnp.triu(difference), q, precision=jax.lax.Precision.HIGHEST)
+    upper = jnp.triu(difference)
+    product = jnp.matmul(upper, q, precision=jax.lax.Precision.HIGHEST)
     return q - share[:, None, None] * product
 
 
@@ -111,40 +136,56 @@ def balanced(q: Factors) -> Factors:
     >>> print(q["0"], q["1"])
     [[2.]] [[2.]]
     """
-    sizes = [jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))) for x in q.values()]
-    safe = [positive_or_one(size) for size in sizes]
-    mean = jnp.exp(sum(jnp.log(size) for size in safe) / len(safe))
-    out = {}
-    for (axis, x), size in zip(q.items(), safe, strict=True):
-        out[axis] = x * _beside(mean / size, x)
-    return out
+    sizes = {}
+    for axis, x in q.items():
+        largest = jnp.max(jnp.abs(x), axis=_behind_copies(x))
+        sizes[axis] = positive_or_one(largest)
+    # the geometric mean, by logarithms: a product of sizes would overflow
+    logarithms = sum(jnp.log(size) for size in sizes.values())
+    mean = jnp.exp(logarithms / len(sizes))
+    return {axis: x * _beside(mean / sizes[axis], x) for axis, x in q.items()}
 
 
 def preconditioned(q: Factors, tensors: jax.Array) -> jax.Array:
     """`P G` with `P` the Kronecker product of all `Q_i^T Q_i`."""
     for axis, x in q.items():
-        tensors = along(along(tensors, int(axis), x), int(axis), x if x.ndim == 2 else x.mT)
+        i = int(axis)
+        # Q_i, then its transpose, which a diagonal is itself
+        tensors = along(tensors, i, x)
+        tensors = along(tensors, i, x if x.ndim == 2 else x.mT)
     return tensors
 
 
 def _against(v: jax.Array, axis: int, q: jax.Array) -> jax.Array:
     """`v x_i Q_i^{-T}`; factors that are zero count as the identity."""
+    # axis 0 is that of copies
+    place = axis + 1
     if q.ndim == 2:
-        shape = [q.shape[0], *[1] * (v.ndim - 1)]
-        shape[axis + 1] = q.shape[1]
-        return v / jnp.where(q != 0, q, 1).reshape(shape)
-    q = jnp.where(_unset(q), jnp.eye(q.shape[-1], dtype=q.dtype), q)
-    columns = jnp.moveaxis(v, axis + 1, 1)
+        shape = [1] * v.ndim
+        shape[0], shape[place] = q.shape
+        divisor = jnp.where(q != 0, q, 1)
+        return v / divisor.reshape(shape)
+    identity = jnp.eye(q.shape[-1], dtype=q.dtype)
+    q = jnp.where(_unset(q), identity, q)
+    # [copies, n, rest], solved, and back in place
+    columns = jnp.moveaxis(v, place, 1)
     flat = columns.reshape(*columns.shape[:2], -1)
     solved = jax.scipy.linalg.solve_triangular(q, flat, trans=1, lower=False)
-    return jnp.moveaxis(solved.reshape(columns.shape), 1, axis + 1)
+    return jnp.moveaxis(solved.reshape(columns.shape), 1, place)
 
 
 def _unset(q: jax.Array) -> jax.Array:
     """Which copies are zero, as an array beside them."""
-    return ~jnp.any(q != 0, axis=tuple(range(1, q.ndim)), keepdims=True)
+    known = jnp.any(q != 0, axis=_behind_copies(q), keepdims=True)
+    return ~known
+
+
+def _behind_copies(x: jax.Array) -> tuple[int, ...]:
+    """All axes but the first."""
+    return tuple(range(1, x.ndim))
 
 
 def _beside(numbers: jax.Array, q: jax.Array) -> jax.Array:
     """A number for every copy, with the axes of a factor."""
-    return numbers.reshape(numbers.shape + (1,) * (q.ndim - 1))
+    ones = (1,) * (q.ndim - 1)
+    return numbers.reshape(numbers.shape + ones)

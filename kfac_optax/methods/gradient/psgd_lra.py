@@ -86,31 +86,40 @@ def psgd_lra(
     def start(params: PyTree, dtype: Any) -> Held:
         n = sum(x.size for x in jax.tree.leaves(params))
         key, own = jax.random.split(jax.random.key(seed))
-        v = jax.random.normal(own, (n, rank), dtype) / jnp.sqrt(jnp.asarray(max(n, 1), dtype))
+        # columns of about unit length; U, and the scales that nothing is known of, are zero
+        length = jnp.sqrt(jnp.asarray(max(n, 1), dtype))
+        v = jax.random.normal(own, (n, rank), dtype) / length
         q = LowRank(jnp.zeros_like(v), v, jnp.zeros(n, dtype))
         bounds = Bounds(*(jnp.zeros((), dtype) for _ in Bounds._fields))
-        return Held(q, bounds, jnp.zeros(n, dtype), jax.random.key_data(key))
+        mean = jnp.zeros(n, dtype)
+        return Held(q, bounds, mean, jax.random.key_data(key))
 
     def step(given: Step) -> Made:
+        held, now = given.held, given.now
         vector, back = ravel_pytree(given.gradient)
-        _check_length(given.held, vector)
-        b1 = given.now["b1"]
-        mean = b1 * given.held.mean + (1 - b1) * vector
+        _check_length(held, vector)
+        b1 = now["b1"]
+        mean = b1 * held.mean + (1 - b1) * vector
         h = gate.unbiased(mean, b1, given.count + 1)
-        key, coin, own, side = jax.random.split(jax.random.wrap_key_data(given.held.key), 4)
-        first = _started(given.held.q, h, initial_scale), given.held.bounds
+        key = jax.random.wrap_key_data(held.key)
+        key, coin, own, side = jax.random.split(key, 4)
+        first = _started(held.q, h, initial_scale), held.bounds
 
         def fit(held: tuple[LowRank, Bounds]) -> tuple[LowRank, Bounds]:
             v = jax.random.normal(own, h.shape, h.dtype)
-            damped = h + given.now["damping"] * _size(h) * v
-            of_u, rate = jax.random.bernoulli(side), given.now["fit_rate"]
-            return psgd_lra_fit.fitted(*held, damped[None], v[None], rate, of_u)
+            damped = h + now["damping"] * _size(h) * v
+            of_u = jax.random.bernoulli(side)
+            # one pair, as a row
+            pair = damped[None], v[None]
+            return psgd_lra_fit.fitted(*held, *pair, now["fit_rate"], of_u)
 
+        drawn = jax.random.uniform(coin) < now["fit_probability"]
         # nothing is known of a gradient of zeros
-        due = jnp.any(h != 0) & (jax.random.uniform(coin) < given.now["fit_probability"])
+        due = jnp.any(h != 0) & drawn
         q, bounds = gate.when_due(due, fit, first)
         held = Held(q, bounds, mean, jax.random.key_data(key))
-        return Made(back(psgd_lra_fit.preconditioned(q, h)), held)
+        update = psgd_lra_fit.preconditioned(q, h)
+        return Made(back(update), held)
 
     return transformation(Rule(where, hyper, start, step))
 
@@ -119,7 +128,8 @@ def _started(q: LowRank, h: jax.Array, scale: float | None) -> LowRank:
     """A `d` that is still zero becomes that of `P = (mean h^2)^{-1/2} I`, or what is given."""
     size = _size(h)
     first = positive_or_one(size) ** -0.5 if scale is None else jnp.asarray(scale, h.dtype)
-    begins = ~jnp.any(q.d != 0) & (size > 0)
+    unknown = ~jnp.any(q.d != 0)
+    begins = unknown & (size > 0)
     return q._replace(d=jnp.where(begins, first, q.d))
 
 

@@ -48,7 +48,11 @@ def sampled_tensors(step: Step, examples: Numeric | None) -> dict[str, jax.Array
 
 
 def _checked(
-    where: str, name: str, leaves: dict, like: jax.Array, examples: Numeric | None
+    where: str,
+    name: str,
+    leaves: dict,
+    like: jax.Array,
+    examples: Numeric | None,
 ) -> jax.Array:
     """One leaf with an axis of examples, of length one for a mean over them."""
     if name not in leaves:

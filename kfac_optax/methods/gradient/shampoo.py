@@ -3,38 +3,18 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import select
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
 from kfac_optax.engine.state import GradientCounts
-from kfac_optax.linalg.factorize import after
-from kfac_optax.linalg.roots import METHODS, inverse_root
-from kfac_optax.methods.gradient.axes import (
-    DIAGONAL,
-    FULL,
-    Group,
-    Rules,
-    along,
-    check_rules,
-)
-from kfac_optax.methods.gradient.axiswise import Step
-from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, checked_decay, kl_phases
-from kfac_optax.methods.gradient.length import no_longer_than_fresh
+from kfac_optax.linalg.roots import METHODS
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
+from kfac_optax.methods.gradient.kl_phases import kl_phases
+from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, checked_decay
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
-from kfac_optax.methods.gradient.phases import (
-    ByAxis,
-    Phases,
-    Weights,
-    averaged_in,
-    by_phases,
-    diagonal_root,
-    identities,
-    zeros_by_axis,
-)
+from kfac_optax.methods.gradient.phases import by_phases
+from kfac_optax.methods.gradient.shampoo_phases import check_root, shampoo_phases
 
 
 class ShampooState(NamedTuple):
@@ -123,6 +103,7 @@ def scale_by_shampoo(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
 
+    >>> import jax.numpy as jnp
     >>> tx = scale_by_shampoo(ridge=0.0)
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
     >>> updates, state = tx.update(g, tx.init(g))
@@ -154,55 +135,3 @@ def scale_by_shampoo(
     if statistics == KL:
         phases = kl_phases(shampoo_phases(2, inverse))
     return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
-
-
-def check_root(where: str, root: Any) -> None:
-    """Checks the `p` of roots `H^(-1/p)`.
-
-    Raises:
-      ValueError: it is no positive Python integer and not `None`.
-    """
-    if root is not None and (not isinstance(root, int) or root < 1):
-        raise ValueError(f"{where}: root={root!r}; expected a positive Python int or None.")
-
-
-def shampoo_phases(root: int | None, method: str) -> Phases:
-    """Sums or averages of every axis, their roots, and the gradient between these."""
-
-    def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
-        return zeros_by_axis(group, dtype), identities(group, dtype)
-
-    def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
-        made, p = {}, power_of(group, root)
-        # diagonal axes hold their statistic alone
-        for axis, old in inverses.items():
-            # one batched factorisation after another
-            ready = after(factors[axis], previous)
-            ridge = step.now["ridge"]
-            previous = jax.vmap(lambda h, r=ridge: inverse_root(h, p, ridge=r, method=method))(
-                ready
-            )
-            # nothing measured: the identity stays
-            known = jnp.any(factors[axis] != 0, axis=(1, 2))
-            made[axis] = select(known, previous, old)
-        return made, previous
-
-    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
-        # G x_1 H_1^(-1/p) ... x_k H_k^(-1/p)
-        u, p = step.tensors[group.name], power_of(group, root)
-        for i in range(len(group.block)):
-            # a diagonal axis has no entry among the inverses
-            matrices = inverses.get(str(i))
-            if matrices is None:
-                matrices = diagonal_root(factors[str(i)], p, step.value("ridge"))
-            u = along(u, i, matrices)
-        # the bound is that of p = 2 k
-        return u if root is not None else no_longer_than_fresh(group, u, weights[1])
-
-    return Phases(start, averaged_in, apply, refresh)
-
-
-def power_of(group: Group, root: int | None) -> int:
-    """`p` of the roots `H^(-1/p)`."""
-    # k axes with the root 2 k each: together the inverse root
-    return 2 * len(group.block) if root is None else root

@@ -1,43 +1,19 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from kfac_optax._layout import varying_as
-from kfac_optax._tree import all_finite, select
-from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import Checked, check_choice
-from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
-from kfac_optax.linalg.division import quotient_or_zero
-from kfac_optax.linalg.factorize import after, psd_eigh
-from kfac_optax.methods.gradient import gate
-from kfac_optax.methods.gradient.axes import (
-    ALL,
-    FULL,
-    IDENTITY,
-    Group,
-    Rules,
-    along,
-    check_rules,
-)
-from kfac_optax.methods.gradient.axiswise import Advanced, Axiswise, Start, Step, transformation
-from kfac_optax.methods.gradient.kl_statistics import (
-    KL,
-    OUTER,
-    checked_decay,
-    kl_averaged_in,
-    levelled,
-)
-from kfac_optax.methods.gradient.momenta import zeros
-from kfac_optax.methods.gradient.phases import ByAxis, averaged_in, diagonal_root, identities
-
-BASES = ("qr", "eigh")
-_RIDGE = 1e-6  # of inverses in statistics, relative to the largest eigenvalue
+from kfac_optax.methods.gradient.axes import ALL, FULL, IDENTITY, Rules, check_rules
+from kfac_optax.methods.gradient.axiswise import Axiswise, transformation
+from kfac_optax.methods.gradient.kl_statistics import OUTER, checked_decay
+from kfac_optax.methods.gradient.soap_bases import BASES
+from kfac_optax.methods.gradient.soap_step import start_moments, step_in_bases
 
 
 class SoapState(NamedTuple):
@@ -117,6 +93,7 @@ def scale_by_soap(
       TypeError: a leaf is complex or not floating; a size is no Python integer.
       ValueError: a hyperparameter out of range; gradients of other parameters than `init` got.
 
+    >>> import jax.numpy as jnp
     >>> tx = scale_by_soap()
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
     >>> _, state = tx.update(g, tx.init(g))
@@ -137,145 +114,5 @@ def scale_by_soap(
     decay = checked_decay(where, statistics, decay)
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, decay=decay, inverse_every=inverse_every)
 
-    def advance(step: Step, state: Any) -> Advanced:
-        with jax.named_scope("soap/adam"):
-            tensors, mu, nu = _adam(step, state)
-        # squares that overflow would stay for ever
-        good = step.finite & all_finite((tensors, nu))
-        mu, nu = select(good, (mu, nu), (state.mu, state.nu))
-        with jax.named_scope("soap/statistics"):
-            # e H_i + (1 - e) mat_i(G) mat_i(G)^T
-            weights = gate.averaged(step.now["decay"], step.count + 1, step.dtype)
-            new = {}
-            for group in step.groups:
-                mine, held = step.tensors[group.name], state.factors[group.name]
-                if statistics == KL:
-                    across = _whiteners(held, state.bases[group.name])
-                    new[group.name] = kl_averaged_in(group, mine, held, weights, across)
-                else:
-                    new[group.name] = averaged_in(group, mine, held, weights)
-            factors, skipped = gate.accepted(new, state.factors, step.finite)
-            if statistics == KL:
-                factors = {name: levelled(own, {})[0] for name, own in factors.items()}
-
-        def refresh(held: tuple) -> tuple:
-            return _refreshed(step.groups, factors, held, basis, step.count == 0)
-
-        with jax.named_scope("soap/bases"):
-            # periods follow the steps that were accepted
-            due = good & due_at(step.count, step.now["inverse_every"])
-            # squares live in the bases, and move with them
-            held = (state.bases, nu, jnp.zeros((), jnp.int32))
-            bases, nu, failed = gate.when_due(due, refresh, held)
-        return Advanced(tensors, (factors, bases, mu, nu), good, skipped, failed)
-
-    return transformation(Axiswise(where, rules, hyper, SoapState, "mu", _start, advance))
-
-
-def _start(begin: Start) -> tuple:
-    """No statistics, the identity for bases, and moments of zero."""
-    factors, bases = {}, {}
-    for group in begin.groups:
-        bases[group.name] = identities(group, begin.dtype)
-        factors[group.name] = jax.tree.map(jnp.zeros_like, bases[group.name])
-    return factors, bases, zeros(begin), zeros(begin)
-
-
-def _adam(step: Step, state: Any) -> tuple[dict, dict, dict]:
-    """Adam's direction in the bases of the step before, and its moments."""
-    mu, nu, tensors = {}, {}, {}
-    # schedules at this step
-    b1, b2, eps = (step.value(name) for name in ("b1", "b2", "eps"))
-    for group in step.groups:
-        name, q = group.name, state.bases[group.name]
-        # in a basis of its own all but rounding is on the diagonal of a gradient
-        t = step.count if q else step.count + 1
-        old = state.mu[name], state.nu[name]
-        # G' = Q_L^T G Q_R
-        turned = _rotated(step.tensors[name], q, back=False)
-        mean = b1 * old[0] + (1 - b1) * step.tensors[name]
-        # V <- b2 V + (1 - b2) G'^2, in the bases
-        square = b2 * old[1] + (1 - b2) * jnp.square(turned)
-        mu[name], nu[name] = select(t > 0, (mean, square), old)
-        turned_mean = _rotated(mu[name], q, back=False)
-        # M' / (sqrt(V) + eps), both without their bias; zero where the gradient has always been
-        # zero, which only eps=0 divides by
-        divisor = jnp.sqrt(gate.unbiased(nu[name], b2, t)) + eps
-        u = quotient_or_zero(gate.unbiased(turned_mean, b1, t), divisor)
-        # Q_L (...) Q_R^T
-        tensors[name] = _rotated(u, q, back=True)
-    return tensors, mu, nu
-
-
-def _whiteners(factors: ByAxis, bases: ByAxis) -> ByAxis:
-    """`W` with `W^T W = Q diag(Q^T H Q)^(-1) Q^T`, by axis."""
-    made = {}
-    for axis, q in bases.items():
-        with jax.default_matmul_precision("highest"):
-            values = jnp.sum(q * (factors[axis] @ q), axis=1)
-        # a direction that rounding alone knows counts as much as one of this share
-        roots = diagonal_root(values, 2, jnp.asarray(_RIDGE, q.dtype))
-        made[axis] = roots[:, :, None] * q.mT
-    return made
-
-
-def _rotated(tensors: jax.Array, bases: dict[str, jax.Array], *, back: bool) -> jax.Array:
-    """Into the bases, `G x_i Q_i^T`, or back out of them."""
-    for axis, q in bases.items():
-        tensors = along(tensors, int(axis), q if back else q.mT)
-    return tensors
-
-
-def _refreshed(
-    groups: tuple[Group, ...], factors: gate.Held, held: tuple, basis: str, first: jax.Array
-) -> tuple:
-    """New bases, squares in the order of their columns, and how many failed; one batched call after
-    another.
-    """
-    bases, nu, failed = held
-    out: gate.Held = {}
-    squares = dict(nu)
-    previous: PyTree = ()
-    for group in groups:
-        out[group.name] = {}
-        for axis, q in bases[group.name].items():
-            ready = after(factors[group.name][axis], previous)
-            if basis == "eigh":
-                new, order = _eigenvectors(ready, q)
-            else:
-                # a first basis from scratch, later ones by a step of power iteration
-                new, order = jax.lax.cond(first, _eigenvectors, _power_step, ready, q)
-            previous = new
-            good = jax.vmap(all_finite)(new)
-            out[group.name][axis] = select(good, new, q)
-            moved = _in_order(squares[group.name], int(axis), order)
-            squares[group.name] = select(good, moved, squares[group.name])
-            failed = failed + jnp.sum(~good, dtype=jnp.int32)
-    return out, squares, failed
-
-
-def _eigenvectors(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvectors, the largest value first; squares stay with the rank of the value."""
-    # psd_eigh gives values in ascending order
-    vectors = jax.vmap(psd_eigh)(matrices).vectors[..., ::-1]
-    order = jnp.broadcast_to(jnp.arange(q.shape[-1]), q.shape[:-1])
-    return vectors, varying_as(order, matrices)
-
-
-def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One orthogonalised product with columns in descending order of their Rayleigh quotients."""
-    with jax.default_matmul_precision("highest"):
-        products = matrices @ q
-        # q_j^T H q_j
-        values = jnp.sum(q * products, axis=1)
-        order = jnp.argsort(-values, axis=-1)
-        sorted_products = jnp.take_along_axis(products, order[:, None, :], axis=2)
-        # positions have no part in what JAX knows of devices
-        return jnp.linalg.qr(sorted_products)[0], varying_as(order, matrices)
-
-
-def _in_order(tensors: jax.Array, axis: int, order: jax.Array) -> jax.Array:
-    shape = [1] * tensors.ndim
-    # [copies, 1, ..., n, ..., 1]
-    shape[0], shape[axis + 1] = order.shape
-    return jnp.take_along_axis(tensors, order.reshape(shape), axis=axis + 1)
+    advance = functools.partial(step_in_bases, basis=basis, statistics=statistics)
+    return transformation(Axiswise(where, rules, hyper, SoapState, "mu", start_moments, advance))

@@ -4,9 +4,15 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 
 def stacked_axes(
-    where: str, name: str, shape: tuple[int, ...], stacked: Callable[[str], int] | None
+    where: str,
+    name: str,
+    shape: tuple[int, ...],
+    stacked: Callable[[str], int] | None,
 ) -> int:
     """The number of leading axes of a leaf that count equal parameters.
 
@@ -22,7 +28,12 @@ def stacked_axes(
     return leading_axes(f"{where}: stacked({name!r})", given, shape, "count equal parameters")
 
 
-def leading_axes(what: str, given: Any, shape: tuple[int, ...], purpose: str) -> int:
+def leading_axes(
+    what: str,
+    given: Any,
+    shape: tuple[int, ...],
+    purpose: str,
+) -> int:
     """A number of leading axes of a leaf, as it is.
 
     Raises:
@@ -42,3 +53,18 @@ def leading_axes(what: str, given: Any, shape: tuple[int, ...], purpose: str) ->
             f"that {purpose}, an integer from 0 to {len(shape)}."
         )
     return number
+
+
+def averaged_together(h: jax.Array, axes: int, block: int) -> jax.Array:
+    """Entries that belong together, all with their mean: those along the first axes, or `block`
+    neighbours on the last one.
+    """
+    if axes:
+        mean = jnp.mean(h, tuple(range(axes)), keepdims=True)
+        return jnp.broadcast_to(mean, h.shape)
+    # neighbours that do not fill the axis stay alone
+    if block == 1 or h.ndim == 0 or h.shape[-1] % block:
+        return h
+    parts = h.reshape(*h.shape[:-1], -1, block)
+    mean = jnp.mean(parts, -1, keepdims=True)
+    return jnp.broadcast_to(mean, parts.shape).reshape(h.shape)

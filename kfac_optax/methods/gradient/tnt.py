@@ -3,35 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import select
-from kfac_optax._types import Numeric, PyTree, ScalarOrSchedule
+from kfac_optax._types import Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_number
-from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after, psd_inverse
-from kfac_optax.methods.gradient.axes import (
-    DIAGONAL,
-    FULL,
-    Group,
-    Rules,
-    along,
-    check_rules,
-    statistic,
-)
-from kfac_optax.methods.gradient.axiswise import Step
+from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
 from kfac_optax.methods.gradient.momenta import graft_then_momentum
-from kfac_optax.methods.gradient.phases import (
-    ByAxis,
-    Phases,
-    Weights,
-    by_phases,
-    identities,
-    zeros_by_axis,
-)
-from kfac_optax.methods.gradient.sampled import sampled_tensors
+from kfac_optax.methods.gradient.phases import by_phases
+from kfac_optax.methods.gradient.tensor_normal import tensor_normal
 
 
 def scale_by_tnt(
@@ -87,6 +66,7 @@ def scale_by_tnt(
       ValueError: a hyperparameter out of range; gradients of other parameters than `init` got;
         `sampled_grads` is missing or has other shapes.
 
+    >>> import jax.numpy as jnp
     >>> tx = scale_by_tnt(damping=1.0)
     >>> g = jnp.array([2.0, 1.0])
     >>> updates, state = tx.update(g, tx.init(g), sampled_grads=jnp.array([[1.0, 0.0], [1.0, 0.0]]))
@@ -106,69 +86,4 @@ def scale_by_tnt(
         hyper["momentum"] = momentum
     # a natural gradient has a length of its own: nothing is grafted
     finish = graft_then_momentum(None, momentum=momentum is not None)
-    return by_phases(where, rules, hyper, _tensor_normal(examples), finish)
-
-
-def _tensor_normal(examples: Numeric | None) -> Phases:
-    """Averages over sampled gradients and their inverses, normalised by the trace."""
-
-    # the identity until something has been measured
-    def start(group: Group, dtype: Any) -> tuple[ByAxis, ByAxis]:
-        return zeros_by_axis(group, dtype), identities(group, dtype)
-
-    def take_in(group: Group, tensors: jax.Array, factors: ByAxis, weights: Weights) -> ByAxis:
-        # examples are one more axis of every tensor, [copies, N, *block], summed over with the rest
-        joined = jnp.moveaxis(tensors, 0, 1)
-        out = {}
-        for i, kind in enumerate(group.kinds):
-            # the mean over examples of mat_i(g) mat_i(g)^T, not the product of the mean
-            new = statistic(joined, i + 1, kind) / len(tensors)
-            out[str(i)] = weights[0] * factors[str(i)] + weights[1] * new
-        return out
-
-    def refresh(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, previous: PyTree):
-        # A_i = F_i / s^((k-1)/k), so that the product over axes needs no scale of its own
-        made = {}
-        scale, known = _scale(group, factors)
-        for axis, old in inverses.items():
-            # one batched factorisation after another
-            ready = after(scale[:, None, None] * factors[axis], previous)
-            # l_i = damping^(1/k) n / n_i
-            shift = _share(group, int(axis), step.value("damping"))
-            previous = jax.vmap(lambda a, s=shift: psd_inverse(a, s))(ready)
-            made[axis] = select(known, previous, old)
-        return made, previous
-
-    def apply(group: Group, step: Step, factors: ByAxis, inverses: ByAxis, weights: Weights):
-        # G x_1 (F_1 + l_1 I)^{-1} ... x_k (F_k + l_k I)^{-1}
-        u = step.tensors[group.name]
-        scale, known = _scale(group, factors)
-        for i, kind in enumerate(group.kinds):
-            if kind == FULL:
-                u = along(u, i, inverses[str(i)])
-            else:  # never stale
-                shift = _share(group, i, step.value("damping"))
-                # a diagonal axis is divided by
-                divisor = scale[:, None] * factors[str(i)] + shift
-                u = along(u, i, jnp.where(known[:, None], 1 / divisor, 1))
-        return u
-
-    return Phases(start, take_in, apply, refresh, lambda step: sampled_tensors(step, examples))
-
-
-def _scale(group: Group, factors: ByAxis) -> tuple[jax.Array, jax.Array]:
-    """`s^(-(k-1)/k)` of every tensor, `[copies]`, and whether anything of it has been measured."""
-    # s = tr F_i is the same for every axis: the sum of all squares
-    first = factors["0"]
-    s = jnp.trace(first, axis1=1, axis2=2) if first.ndim == 3 else jnp.sum(first, 1)
-    k = len(group.block)
-    return positive_or_one(s) ** (-(k - 1) / k), s > 0
-
-
-def _share(group: Group, axis: int, damping: jax.Array) -> jax.Array:
-    """The part of the damping that one axis gets, `damping^(1/k) n / n_i`."""
-    # n = (n_1 ... n_k)^(1/k), so that the product over axes is the damping
-    k, mean = len(group.block), 1.0
-    for n in group.block:
-        mean *= n ** (1 / k)
-    return damping ** (1 / k) * (mean / group.block[axis])
+    return by_phases(where, rules, hyper, tensor_normal(examples), finish)

@@ -85,13 +85,18 @@ def tonga(
         place = old.count
         held, fits = put_at(old, vector[None], place[None], given.finite)
         # C <- decay C + V V^T, where V is taken in: all columns but the new one
+        newest = jnp.arange(rank + block) == place
         root = jnp.where(fits, jnp.sqrt(given.now["decay"]), 1)
-        scale = jnp.where(jnp.arange(rank + block) == place, 1, root)
-        rows, gram = scale[:, None] * held.rows, scale[:, None] * held.gram * scale
-        held = Window(rows, gram, jnp.where(fits, place + 1, old.count))
-        kernel = factor_kernel(held.gram, shift_for(given.now["damping"], jnp.trace(held.gram)))
-        newest = (jnp.arange(rank + block) == place).astype(vector.dtype)
-        direction = combine(held, kernel_solve(kernel, newest))
+        scale = jnp.where(newest, 1, root)
+        rows = scale[:, None] * held.rows
+        gram = scale[:, None] * held.gram * scale
+        count = jnp.where(fits, place + 1, old.count)
+        held = Window(rows, gram, count)
+        # (X X^T + damping I)^{-1} g = X (X^T X + damping I)^{-1} e, g being the newest column
+        shift = shift_for(given.now["damping"], jnp.trace(gram))
+        kernel = factor_kernel(gram, shift)
+        weights = kernel_solve(kernel, newest.astype(vector.dtype))
+        direction = combine(held, weights)
         return Made(back(direction), held, fits, given.finite & ~fits)
 
     return transformation(Rule(where, hyper, start, step, guarded=False))
@@ -105,11 +110,13 @@ def _compressed(window: Window, rank: int) -> Window:
     size = len(window.rows)
     vectors, squares = psd_eigh(window.gram)
     # ascending: the last are the largest
-    leading = vectors[:, ::-1][:, :rank].T
+    falling = vectors[:, ::-1]
+    leading = falling[:, :rank].T
     rows = jnp.matmul(leading, window.rows, precision=jax.lax.Precision.HIGHEST)
     kept = jnp.zeros_like(window.rows).at[:rank].set(rows)
     values = jnp.where(jnp.arange(size) < rank, squares[::-1], 0)
-    return Window(kept, jnp.diag(values), jnp.full((), rank, jnp.int32))
+    count = jnp.full((), rank, jnp.int32)
+    return Window(kept, jnp.diag(values), count)
 
 
 _SHORT: dict[str, Any] = dict(rank=2, block=1, damping=0.05)

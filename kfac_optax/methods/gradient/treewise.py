@@ -102,7 +102,12 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         state = TreeState(gate.no_counts(), held, start_checked(**rule.hyper))
         return varying_as(state, params)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         if not jax.tree.leaves(updates):
             return updates, state
         check_real(rule.where, named_leaves(updates))
@@ -111,24 +116,27 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         state = varying_as(state, updates)
         dtype, counts = wide_dtype(state.held), state.counts
         gradient = jax.tree.map(lambda x: x.astype(dtype), updates)
+        # a bad gradient is a zero one to the method
         finite = finite_as_one(gradient)
         gradient = jax.tree.map(lambda x: jnp.where(finite, x, 0), gradient)
         now, given = gate.checked_all(state.given, counts.gradient_count, **rule.hyper)
         now = {name: jnp.asarray(value, dtype) for name, value in now.items()}
+        step = Step(gradient, finite, state.held, now, counts.gradient_count, params, extra)
         with jax.named_scope(rule.where):
-            made = rule.step(
-                Step(gradient, finite, state.held, now, counts.gradient_count, params, extra)
-            )
+            made = rule.step(step)
         good = finite & finite_as_one(made.direction)
         held = made.held
         if rule.guarded:
             good = good & finite_as_one(held)
+        # asked once: what depends on them is computed after both
         good, shown = jax.lax.optimization_barrier((good, good & made.usable))
         if rule.guarded:
             held = select(good, held, state.held)
-        out = jax.tree.map(
-            lambda new, old: within(jnp.where(shown, new, 0), old.dtype), made.direction, updates
-        )
+
+        def shown_as(new: jax.Array, old: jax.Array) -> jax.Array:
+            return within(jnp.where(shown, new, 0), old.dtype)
+
+        out = jax.tree.map(shown_as, made.direction, updates)
         counts = gate.counted(counts, finite, good, made.skipped, 0)
         return out, TreeState(counts, held, given)
 
@@ -143,14 +151,18 @@ def finite_as_one(tree: PyTree) -> jax.Array:
     """
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     parts = [_in_one(x) for x in floats]
-    return jax.lax.optimization_barrier(jnp.all(jnp.isfinite(jnp.concatenate(parts))))
+    together = jnp.concatenate(parts)
+    finite = jnp.all(jnp.isfinite(together))
+    return jax.lax.optimization_barrier(finite)
 
 
 def _in_one(x: jax.Array) -> jax.Array:
     """The entries as a vector; one number in their place where they are on explicit mesh axes."""
     if replicated(x) is None:
         return x.ravel()
-    return jnp.where(jnp.all(jnp.isfinite(x)), 0, jnp.nan).astype(x.dtype)[None]
+    finite = jnp.all(jnp.isfinite(x))
+    stand_in = jnp.where(finite, 0, jnp.nan)
+    return stand_in.astype(x.dtype)[None]
 
 
 def zeros(tree: PyTree, dtype: Any) -> PyTree:

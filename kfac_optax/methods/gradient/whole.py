@@ -44,7 +44,12 @@ def _of_their_dtype(
 ) -> optax.GradientTransformationExtraArgs:
     """Updates in the dtypes of the gradient, also where a rate is an array of a wider one."""
 
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any):
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree | None = None,
+        **extra: Any,
+    ):
         new, state = tx.update(updates, state, params, **extra)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state
 

@@ -21,7 +21,9 @@ def empty_window(size: int, params: PyTree, dtype: Any) -> Window:
     """A window for gradients of these parameters, as one vector each."""
     d = sum(x.size for x in jax.tree.leaves(params))
     return Window(
-        jnp.zeros((size, d), dtype), jnp.zeros((size, size), dtype), jnp.zeros((), jnp.int32)
+        rows=jnp.zeros((size, d), dtype),
+        gram=jnp.zeros((size, size), dtype),
+        count=jnp.zeros((), jnp.int32),
     )
 
 
@@ -39,7 +41,11 @@ def check_length(where: str, window: Window, vector: jax.Array) -> None:
         )
 
 
-def put(window: Window, new: Float[Array, "k d"], good: jax.Array) -> tuple[Window, jax.Array]:
+def put(
+    window: Window,
+    new: Float[Array, "k d"],
+    good: jax.Array,
+) -> tuple[Window, jax.Array]:
     """The window with new rows in place of the oldest, and whether they are in it.
 
     They are left out where `good` does not hold, or where a product with a row is not finite: one
@@ -56,29 +62,39 @@ def put(window: Window, new: Float[Array, "k d"], good: jax.Array) -> tuple[Wind
     changed, good = put_at(window, new, places, good)
     count = window.count + len(new)
     count = jnp.where(count >= 2 * size, count - size, count)  # never overflows
-    return changed._replace(count=jnp.where(good, count, window.count)), good
+    count = jnp.where(good, count, window.count)
+    return changed._replace(count=count), good
 
 
 def put_at(
-    window: Window, new: Float[Array, "k d"], places: jax.Array, good: jax.Array
+    window: Window,
+    new: Float[Array, "k d"],
+    places: jax.Array,
+    good: jax.Array,
 ) -> tuple[Window, jax.Array]:
     """The same in places of one's choice; the count stays."""
     # sums of all products have to be finite too
     limit = jnp.finfo(window.rows.dtype).max / (4 * len(window.rows))
     with jax.default_matmul_precision("highest"):
-        products = (window.rows @ new.T).at[places].set(new @ new.T)  # [m, k]
+        products = window.rows @ new.T  # [m, k]
+        products = products.at[places].set(new @ new.T)
     good = good & jnp.all(jnp.abs(products) < limit)
     # only the rows that change are selected, so that the matrix is written in place
-    rows = window.rows.at[places].set(jnp.where(good, new, window.rows[places]))
-    gram = window.gram.at[:, places].set(products).at[places].set(products.T)
-    return Window(rows, jnp.where(good, gram, window.gram), window.count), good
+    kept = jnp.where(good, new, window.rows[places])
+    rows = window.rows.at[places].set(kept)
+    # both the columns and the rows of what is new
+    gram = window.gram.at[:, places].set(products)
+    gram = gram.at[places].set(products.T)
+    gram = jnp.where(good, gram, window.gram)
+    return Window(rows, gram, window.count), good
 
 
 def ages(window: Window) -> tuple[jax.Array, jax.Array]:
     """How many rows came after each, `[m]`, and which places are used."""
     size = len(window.rows)
     places = jnp.arange(size)
-    return (window.count - 1 - places) % size, places < window.count
+    later = (window.count - 1 - places) % size
+    return later, places < window.count
 
 
 def combine(window: Window, weights: Float[Array, " m"]) -> Float[Array, " d"]:
@@ -92,12 +108,14 @@ def check_stacked(where: str, gradient: PyTree, examples: PyTree) -> None:
     Raises:
       ValueError: names the shapes.
     """
-    like, got = jax.tree.structure(gradient), jax.tree.structure(examples)
+    like = jax.tree.structure(gradient)
+    got = jax.tree.structure(examples)
     shapes = [tuple(x.shape) for x in jax.tree.leaves(examples)]
     expected = [tuple(x.shape) for x in jax.tree.leaves(gradient)]
     counts = {shape[:1] for shape in shapes}
     behind = [shape[1:] for shape in shapes]
-    if like != got or behind != expected or len(counts) != 1 or () in counts:
+    one_axis = len(counts) == 1 and () not in counts
+    if like != got or behind != expected or not one_axis:
         raise ValueError(
             f"{where}.update: per_example_grads has the shapes {shapes}; expected a tree like the "
             f"gradient, {expected}, with one axis of examples in front of every leaf, as "
@@ -105,7 +123,11 @@ def check_stacked(where: str, gradient: PyTree, examples: PyTree) -> None:
         )
 
 
-def stacked_rows(where: str, gradient: PyTree, examples: PyTree) -> Float[Array, "b d"]:
+def stacked_rows(
+    where: str,
+    gradient: PyTree,
+    examples: PyTree,
+) -> Float[Array, "b d"]:
     """Gradients of examples, a tree with an axis in front, as rows in the dtype of the gradient.
 
     Raises:
@@ -113,4 +135,6 @@ def stacked_rows(where: str, gradient: PyTree, examples: PyTree) -> Float[Array,
     """
     check_stacked(where, gradient, examples)
     leaves = zip(jax.tree.leaves(examples), jax.tree.leaves(gradient), strict=True)
-    return jnp.concatenate([x.reshape(len(x), -1).astype(g.dtype) for x, g in leaves], axis=1)
+    # [b, ...] of every leaf, one beside another
+    rows = [x.reshape(len(x), -1).astype(g.dtype) for x, g in leaves]
+    return jnp.concatenate(rows, axis=1)

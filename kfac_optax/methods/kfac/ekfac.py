@@ -76,7 +76,10 @@ def ekfac(
 
 
 def where_examples(
-    block: Block | BlockOf, normalization: str, precision: Any, inverse: str = "eigh"
+    block: Block | BlockOf,
+    normalization: str,
+    precision: Any,
+    inverse: str = "eigh",
 ) -> BlockOf:
     """A block, or one for every layer, where the gradient is known for every example; else what
     `kfac` takes.

@@ -1,6 +1,7 @@
 """K-FAC as a preconditioner; chain it with `optax.sgd` or any other optimizer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -175,7 +176,7 @@ def kfac(
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T
     if bound == "exact" and kl_clip is not None and balance != "apart":
         assert learning_rate is not None
-        make = functools.partial(
+        bounded = functools.partial(
             bound_step,
             preconditioner,
             learning_rate=learning_rate,
@@ -183,14 +184,19 @@ def kfac(
             damping=damping,
             axis_name=axis_name,
         )
-        # an injected one is known only in an update
-        late = isinstance(momentum, jax.Array)
-        return with_checked(make, momentum=momentum) if late else make(momentum=momentum)
+        return _with_momentum(bounded, momentum)
     # the coarse part as far as an exact model agrees
     if coupling is not None and balance == "model":
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
     # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+
+
+def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:
+    """A transformation for a momentum, which is known only in an update where it is injected."""
+    if isinstance(momentum, jax.Array):
+        return with_checked(make, momentum=momentum)
+    return make(momentum=momentum)
 
 
 def eigen_numbers(s: Sizes) -> int:

@@ -73,7 +73,12 @@ def scale_by_pairs(rule: Rule) -> optax.GradientTransformationExtraArgs:
         return KBFGSState(pairs, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
     def update(
-        updates: PyTree, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
+        updates: PyTree,
+        state: Any,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        **extra: Any,
     ):
         del extra, params
         if not jax.tree.leaves(updates):
@@ -123,7 +128,11 @@ def _check(where: str, curvature: Any) -> None:
         )
 
 
-def _numbers(rule: Rule, state: KBFGSState, dtype: Any) -> tuple[jax.Array, Numbers]:
+def _numbers(
+    rule: Rule,
+    state: KBFGSState,
+    dtype: Any,
+) -> tuple[jax.Array, Numbers]:
     """The rate of this step, and what its pairs depend on."""
     # a rate, damping and decay may follow schedules of their own
     given = (rule.learning_rate, rule.damping, rule.decay)
@@ -146,7 +155,11 @@ def _by_bucket(layers: tuple[Layer, ...], measured: list[PyTree]) -> dict[str, A
 
 
 def _taken(
-    state: KBFGSState, updates: PyTree, new: dict, held: dict, good: jax.Array
+    state: KBFGSState,
+    updates: PyTree,
+    new: dict,
+    held: dict,
+    good: jax.Array,
 ) -> tuple[PyTree, KBFGSState]:
     """The step and its pairs, or none of both where anything is not finite."""
     one = good.astype(jnp.int32)

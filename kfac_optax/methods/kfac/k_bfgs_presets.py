@@ -99,7 +99,10 @@ def k_bfgs(layers: Layers, **options: Any) -> optax.GradientTransformationExtraA
 
 @flat_signature(_preset, schedules=_NUMBERS)
 def k_bfgs_l(
-    layers: Layers, *, memory: int = 100, **options: Any
+    layers: Layers,
+    *,
+    memory: int = 100,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS(L): `k_bfgs` with the last `memory` pairs of each layer in place of the matrix `H_G`.
 

@@ -84,7 +84,12 @@ def kflr(
     )
 
     def update(
-        updates: PyTree, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
+        updates: PyTree,
+        state: Any,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        **extra: Any,
     ):
         # without a batch there is no product with its curvature
         if curvature is None:

@@ -79,7 +79,11 @@ def low_rank_blocks(
 
     # one block for all layers of equal rank and shape: they share a batched call
     @functools.cache
-    def made(rank: int, shape: tuple[int, int], online: tuple[bool, bool]) -> Block:
+    def made(
+        rank: int,
+        shape: tuple[int, int],
+        online: tuple[bool, bool],
+    ) -> Block:
         block = low_rank(rank, online=online, **options)
         return block._replace(
             name=f"low rank ({' x '.join(map(functools.partial(_describe, rank), shape, online))})"

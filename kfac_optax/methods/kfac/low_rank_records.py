@@ -3,7 +3,8 @@
 from typing import Any
 
 from kfac_optax.methods.kfac.low_rank_blocks import low_rank_blocks
-from kfac_optax.methods.kfac.low_rank_presets import b_kfac, b_kfac_c, b_r_c, b_r_kfac, rs_kfac
+from kfac_optax.methods.kfac.low_rank_corrected import b_kfac_c, b_r_c, b_r_kfac
+from kfac_optax.methods.kfac.low_rank_presets import b_kfac, rs_kfac
 from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes
 
 

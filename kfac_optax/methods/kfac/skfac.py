@@ -86,7 +86,12 @@ def skfac(
     )
 
 
-def _blocks(rows: Rows | None, sharing: str, normalization: str, precision: Any) -> BlockOf:
+def _blocks(
+    rows: Rows | None,
+    sharing: str,
+    normalization: str,
+    precision: Any,
+) -> BlockOf:
     """The block of rows where a layer has some; what `kfac` gives to others."""
     # the same factors as dense matrices, for layers without rows of their own
     plain = kronecker("cholesky", sharing=sharing, precision=precision)

@@ -103,7 +103,12 @@ def thor(
     )
 
 
-def _gated(split: Block, others: BlockOf, refresh_above: Numeric, freeze_below: Numeric) -> BlockOf:
+def _gated(
+    split: Block,
+    others: BlockOf,
+    refresh_above: Numeric,
+    freeze_below: Numeric,
+) -> BlockOf:
     """The split block behind a gate, one for every shape; other kinds of layers as they are."""
 
     @functools.cache

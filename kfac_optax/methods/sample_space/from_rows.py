@@ -17,7 +17,12 @@ from kfac_optax.methods.sample_space.space import Leaves, Space, of_all_devices
 
 
 def rows_of_gradient(
-    where: str, curvature: Any, layers: Layers, leaves: Leaves, sampled: bool, axis_name: Any
+    where: str,
+    curvature: Any,
+    layers: Layers,
+    leaves: Leaves,
+    sampled: bool,
+    axis_name: Any,
 ) -> dict[Layer, Any]:
     """Rows of all layers that the gradient has.
 
@@ -37,7 +42,12 @@ def rows_of_gradient(
     return curvature.rows(mine, sampled=sampled, axis_name=axis_name)
 
 
-def kernel_of_rows(rows: dict[Layer, Any], space: Space, dtype: Any, axis_name: Any) -> jax.Array:
+def kernel_of_rows(
+    rows: dict[Layer, Any],
+    space: Space,
+    dtype: Any,
+    axis_name: Any,
+) -> jax.Array:
     """`(1/N) J J^T` of all devices, its rows in the order of the space."""
     # J J^T = sum over layers of J_l J_l^T
     parts = []

@@ -99,7 +99,12 @@ def _check_divisible(rule: Rule, damping: Any, start: Any) -> None:
 
 
 def _solve(
-    rule: Rule, curvature: Any, space: Space, gradient: Leaves, start: Any, damping: Any
+    rule: Rule,
+    curvature: Any,
+    space: Space,
+    gradient: Leaves,
+    start: Any,
+    damping: Any,
 ) -> Solved:
     """`(F + damping I)^{-1}` of the gradient, or of `J^T start / sqrt(N)`."""
     dtype = wide_dtype(gradient)

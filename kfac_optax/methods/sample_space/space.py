@@ -35,7 +35,12 @@ class Space(NamedTuple):
 
 
 def sample_space(
-    where: str, jacobian: Any, params: PyTree, names: Sequence[str], dtype: Any, axis_name: Any
+    where: str,
+    jacobian: Any,
+    params: PyTree,
+    names: Sequence[str],
+    dtype: Any,
+    axis_name: Any,
 ) -> Space:
     """Products with the columns of `J` that belong to these leaves.
 
@@ -57,9 +62,11 @@ def sample_space(
     scale = jacobian.examples**-0.5
 
     def flat(rows: PyTree) -> jax.Array:
-        parts = [jnp.ravel(as_replicated(x)).astype(dtype) for x in jax.tree.leaves(rows)]
+        heads = map(as_replicated, jax.tree.leaves(rows))
+        parts = [jnp.ravel(x).astype(dtype) for x in heads]
         # [N, ...] of every head to one vector, then that of all devices
-        return of_all_devices(scale * jnp.concatenate(parts), axis_name)
+        own = scale * jnp.concatenate(parts)
+        return of_all_devices(own, axis_name)
 
     # J v / sqrt(N)
     def forward(vector: Leaves) -> jax.Array:
@@ -72,14 +79,17 @@ def sample_space(
             u = jax.lax.dynamic_slice(u, (start,), (mine,))
         parts, start = [], 0
         for x in leaves:
-            parts.append(u[start : start + x.size].reshape(x.shape).astype(x.dtype))
-            start += x.size
+            end = start + x.size
+            part = u[start:end].reshape(x.shape)
+            parts.append(part.astype(x.dtype))
+            start = end
         product = named_leaves(jacobian.vjp(treedef.unflatten(parts)))
         return {name: scale * product[name].astype(dtype) for name in names}
 
     def given(rows: PyTree) -> jax.Array:
         # rows of the residual are those of J, output by output
-        shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(rows)], [x.shape for x in leaves]
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(rows)]
+        expected = [x.shape for x in leaves]
         if shapes != expected:
             raise ValueError(
                 f"{where}: residual has arrays of shapes {shapes}; expected {expected}, one "
@@ -95,8 +105,11 @@ def of_all_devices(rows: jax.Array, axis_name: Any) -> jax.Array:
     """Rows `[n]` of every device one after another."""
     if axis_name is None:
         return rows
-    devices, mine = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    devices = jax.lax.axis_size(axis_name)
+    mine = jax.lax.axis_index(axis_name)
     # a sum, unlike all_gather, gives what shard_map knows to be the same on all devices
     # [devices, n], zero but for the rows of this one
-    apart = jnp.zeros((devices, *rows.shape), rows.dtype).at[mine].set(rows)
-    return jax.lax.psum(apart, axis_name).reshape(-1, *rows.shape[1:])
+    nothing = jnp.zeros((devices, *rows.shape), rows.dtype)
+    apart = nothing.at[mine].set(rows)
+    together = jax.lax.psum(apart, axis_name)
+    return together.reshape(-1, *rows.shape[1:])
