@@ -68,6 +68,8 @@ def _whole_family(config: ml_collections.ConfigDict, variant: str) -> ml_collect
     """Every method of the catalogue, each with the same grid and as many epochs."""
     config.name = f"family_{variant}"
     config.low_rank = ml_collections.ConfigDict({"rank": 16})
+    # a row for each example, not for each of its outputs: of 64 pixels the kernel would be 8192 wide
+    config.sample_space = ml_collections.ConfigDict({"sampled": True})
     config.grid = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
     config.tune_seeds = 1  # a rate is tried once, then the best gets the other seeds
     chains = () if variant == "cnn" else _ONLY_CHAINS

@@ -9,6 +9,7 @@ import optax
 
 import kfac_optax as ko
 from kfac_optax.methods.kfac import low_rank_records
+from kfac_optax.methods.sample_space import smw, spring
 
 # A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
 Rate = Any
@@ -62,8 +63,8 @@ class Curved(NamedTuple):
 
     Attributes:
         layers: those that the library found in the model; None where gradients are enough.
-        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
-          that is meant, or from `config.adaptive`; with their schedules.
+        options: keyword arguments of the library, from `config.kfac` and a section for methods of
+          its kind, or from `config.adaptive`; with their schedules.
     """
 
     layers: Any
@@ -88,6 +89,16 @@ def recursion(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Es
     return ko.recursive_ggn(lambda *args: predict(*args)[0], subsample=subsample)
 
 
+def _section_of(record: ko.Method) -> str:
+    """The section of the configuration for methods of this kind."""
+    sections = {
+        "low_rank": low_rank_records.RECORDS,
+        "sample_space": (*smw.RECORDS, *spring.RECORDS),
+    }
+    mine = [name for name, known in sections.items() if any(record is other for other in known)]
+    return mine[0] if mine else ""
+
+
 def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: Any) -> Any:
     del layers
     return ko.sample_diagonal(opt_state, params, key, **words)
@@ -110,8 +121,8 @@ class Optimizer(NamedTuple):
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
           grid is tried, and its options are those of `config.adaptive`.
-        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
-          of `config.kfac`.
+        section: of the configuration, one of `settings.SECTIONS`, whose options come on top of those
+          of `config.kfac`; `""` for none.
         every_step: whether each update needs the curvature of its own batch, and nothing is ever
           due.
         products: whether each update needs products with the curvature, though statistics are due
@@ -129,7 +140,7 @@ class Optimizer(NamedTuple):
     curvature: bool
     build: Build
     adaptive: bool = False
-    low_rank: bool = False
+    section: str = ""
     every_step: bool = False
     products: bool = False
     rated: bool = True
@@ -159,7 +170,7 @@ def of_record(record: ko.Method) -> Optimizer:
         bool({"curvature", "sampled"} & record.needs),
         build or preset_before_sgd(preset),
         adaptive=adaptive,
-        low_rank=any(record is other for other in low_rank_records.RECORDS),
+        section=_section_of(record),
         every_step=record.block_of is None,
         products=whole and record.block_of is not None,
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,

@@ -120,7 +120,7 @@ OPTIMIZERS = {
     ),
     "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
     "b_kfac_two_level": Optimizer(
-        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
+        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), section="low_rank"
     ),
     # last, as the place in this table decides the style in figures
     "kl_shampoo": Optimizer(

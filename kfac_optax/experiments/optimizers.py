@@ -163,8 +163,8 @@ def _measured(
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
-    if optimizer.low_rank:
-        options |= config.low_rank.to_dict() if "low_rank" in config else {}
+    if optimizer.section in config:
+        options |= config[optimizer.section].to_dict()
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
     # damping and periods are their own affair

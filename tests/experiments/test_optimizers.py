@@ -102,6 +102,21 @@ def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
     np.testing.assert_allclose(spread, (1 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
 
 
+def test_options_of_a_section_are_for_methods_of_its_kind():
+    """Nor do they say anything about runs of the others."""
+    config, _, _ = small_family()
+    for name in ("smw", "spring", "kfac", "rs_kfac"):
+        said = results.run_settings(config, results.Job(name, 0.1, 0))
+        assert ("sample_space" in said) == (name in ("smw", "spring"))
+        assert ("low_rank" in said) == (name == "rs_kfac")
+    # a row of J for each example: the kernel has no other size in the program of a step
+    start, step = one_step("smw")
+    text = str(jax.make_jaxpr(step)(jax.eval_shape(start)))
+    examples = config.batch_size
+    assert f"[{examples},{examples}] = cholesky" in text
+    assert f"[{10 * examples},{10 * examples}]" not in text
+
+
 @pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs", "sophia"])
 def test_those_with_needs_of_their_own_change_the_parameters(name):
     """Parameters drawn from a posterior; losses of the data, and a second pass; drawn labels."""
