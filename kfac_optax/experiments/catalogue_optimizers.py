@@ -96,7 +96,7 @@ def _section_of(record: ko.Method) -> str:
         "sample_space": (*smw.RECORDS, *spring.RECORDS),
     }
     mine = [name for name, known in sections.items() if any(record is other for other in known)]
-    return mine[0] if mine else ""
+    return "posterior" if record.name in _DRAWN else mine[0] if mine else ""
 
 
 def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: Any) -> Any:
@@ -123,6 +123,7 @@ class Optimizer(NamedTuple):
           grid is tried, and its options are those of `config.adaptive`.
         section: of the configuration, one of `settings.SECTIONS`, whose options come on top of those
           of `config.kfac`; `""` for none.
+        momentum: whether that of the configuration may be behind it; not where it has its own.
         every_step: whether each update needs the curvature of its own batch, and nothing is ever
           due.
         products: whether each update needs products with the curvature, though statistics are due
@@ -141,6 +142,7 @@ class Optimizer(NamedTuple):
     build: Build
     adaptive: bool = False
     section: str = ""
+    momentum: bool = True
     every_step: bool = False
     products: bool = False
     rated: bool = True
@@ -171,6 +173,7 @@ def of_record(record: ko.Method) -> Optimizer:
         build or preset_before_sgd(preset),
         adaptive=adaptive,
         section=_section_of(record),
+        momentum=whole or not averages_gradients(preset),
         every_step=record.block_of is None,
         products=whole and record.block_of is not None,
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
@@ -213,13 +216,17 @@ def _made(preset: Callable[..., Any], curved: Curved | None, rate: Rate) -> tupl
 
 
 def preset_before_sgd(preset: Callable[..., Any]) -> Build:
-    """A preconditioner, with weight decay, momentum and the rate behind it."""
+    """A preconditioner, with weight decay, momentum and the rate behind it, as far as it has none of
+    its own.
+    """
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         tx, words = _made(preset, curved, rate)
+        # a second momentum would make a rate ten times as large
+        momentum = None if averages_gradients(preset) else config.momentum
         if "weight_decay" in words:  # which is then its own
-            return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
-        return preconditioned(tx, config, rate)
+            return optax.chain(tx, optax.sgd(rate, momentum=momentum))
+        return preconditioned(tx, config, rate, momentum)
 
     return build
 
@@ -247,12 +254,19 @@ def adaptive_preset(preset: Callable[..., Any]) -> Build:
     return build
 
 
-def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+def averages_gradients(preset: Callable[..., Any]) -> bool:
+    """Whether a preset has a momentum of its own, as Adam has."""
+    return "b1" in inspect.signature(preset).parameters
+
+
+def preconditioned(
+    tx: Any, config: ml_collections.ConfigDict, rate: Rate, momentum: float | None
+) -> Any:
     """Appends weight decay, momentum and the learning rate to a preconditioner."""
     # The decay is added to the preconditioned gradient, as the paper does: before it, the
     # preconditioner would rescale the decay and the KL clip would see it.
     return optax.chain(
         tx,
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(rate, momentum=config.momentum),
+        optax.sgd(rate, momentum=momentum),
     )

@@ -74,7 +74,7 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
             coarse_damping=coarse_damping,
             **curved.options,
         )
-        return preconditioned(tx, config, rate)
+        return preconditioned(tx, config, rate, config.momentum)
 
     return build
 
@@ -92,7 +92,8 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
             "momentum": config.momentum,
             **words,
         }
-        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
+        tx = preset(curved.layers, learning_rate=rate, **options)
+        return preconditioned(tx, config, rate, config.momentum)
 
     return build
 

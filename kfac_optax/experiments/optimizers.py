@@ -163,7 +163,8 @@ def _measured(
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
-    if optimizer.section in config:
+    # what a posterior is like is no matter of the preset alone
+    if optimizer.section in config and optimizer.drawn is None:
         options |= config[optimizer.section].to_dict()
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
@@ -231,11 +232,13 @@ def _posterior(
     draw = optimizer.drawn
     if draw is None:
         return {}, None
-    # without a weight decay the prior is that of variance one
-    words = {"weight_decay": config.weight_decay or 1 / examples}
+    said = config.posterior if "posterior" in config else {"temperature": 1.0, "variance": 1.0}
+    # the prior N(0, variance I) has a weight decay of t / (N variance)
+    decay = config.weight_decay or said["temperature"] / (examples * said["variance"])
+    words, t = {"weight_decay": decay}, said["temperature"]
 
     def drawn(params: Any, opt_state: Any, key: jax.Array) -> Any:
-        return draw(layers, opt_state, params, key, size=examples, **words)
+        return draw(layers, opt_state, params, key, size=examples, temperature=t, **words)
 
     return words, drawn
 

@@ -49,6 +49,7 @@ def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
         curvature=kind.curvature,
         adaptive=kind.adaptive,
         section=kind.section,
+        momentum=kind.momentum,
     )
     return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 

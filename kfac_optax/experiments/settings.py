@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 # Options for methods of one kind, beside those of `kfac`.
-SECTIONS = ("low_rank", "sample_space")
+SECTIONS = ("low_rank", "sample_space", "posterior")
 
 # Entries that decide which runs there are, how they are shown, kept or where files lie, not what
 # happens in one.
@@ -71,6 +71,7 @@ def identity(
     curvature: bool,
     adaptive: bool = False,
     section: str = "",
+    momentum: bool = True,
 ) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it
     back.
@@ -86,6 +87,8 @@ def identity(
         settings.pop("subsample", None)
     if not adaptive:
         settings.pop("adaptive", None)
+    if not momentum:
+        settings.pop("momentum", None)
     for name in SECTIONS:
         if name != section:
             settings.pop(name, None)
