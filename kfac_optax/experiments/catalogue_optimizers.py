@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 import kfac_optax as ko
+from kfac_optax.methods.gradient import mfac
 from kfac_optax.methods.kfac import low_rank_records
 from kfac_optax.methods.sample_space import smw, spring
 
@@ -94,6 +95,7 @@ def _section_of(record: ko.Method) -> str:
     sections = {
         "low_rank": low_rank_records.RECORDS,
         "sample_space": (*smw.RECORDS, *spring.RECORDS),
+        "mfac": mfac.RECORDS,
     }
     mine = [name for name, known in sections.items() if any(record is other for other in known)]
     return "posterior" if record.name in _DRAWN else mine[0] if mine else ""
@@ -104,6 +106,8 @@ def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: 
     return ko.sample_diagonal(opt_state, params, key, **words)
 
 
+# whose authors average gradients, and whose second pass takes the step as it is
+_AVERAGED = (ko.k_bfgs, ko.k_bfgs_l)
 # those that follow a posterior
 _DRAWN: dict[str, Draw] = {
     "noisy_kfac": ko.sample_params,
@@ -123,7 +127,9 @@ class Optimizer(NamedTuple):
           grid is tried, and its options are those of `config.adaptive`.
         section: of the configuration, one of `settings.SECTIONS`, whose options come on top of those
           of `config.kfac`; `""` for none.
-        momentum: whether that of the configuration may be behind it; not where it has its own.
+        momentum: where that of the configuration is: `"behind"` it, `"before"` it, as an average of
+          gradients, or `""`, nowhere, as it has its own. The default of a whole optimizer says
+          nothing.
         every_step: whether each update needs the curvature of its own batch, and nothing is ever
           due.
         products: whether each update needs products with the curvature, though statistics are due
@@ -142,7 +148,7 @@ class Optimizer(NamedTuple):
     build: Build
     adaptive: bool = False
     section: str = ""
-    momentum: bool = True
+    momentum: str = "behind"
     every_step: bool = False
     products: bool = False
     rated: bool = True
@@ -164,6 +170,8 @@ def of_record(record: ko.Method) -> Optimizer:
     whole, of_loss = record.kind == "optimizer", "value_fn" in record.needs
     adaptive = whole and of_loss
     build = adaptive_preset(preset) if adaptive else whole_preset(preset) if whole else None
+    momentum = momentum_of(preset)
+    build = averaged_before(preset) if momentum == "before" else build
     own = _MEASURED_BY.get(record.name)
     made = _of_model(own) if own is not None else drawn_labels
     return Optimizer(
@@ -173,7 +181,7 @@ def of_record(record: ko.Method) -> Optimizer:
         build or preset_before_sgd(preset),
         adaptive=adaptive,
         section=_section_of(record),
-        momentum=whole or not averages_gradients(preset),
+        momentum=momentum or ("behind" if whole else ""),
         every_step=record.block_of is None,
         products=whole and record.block_of is not None,
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
@@ -223,7 +231,7 @@ def preset_before_sgd(preset: Callable[..., Any]) -> Build:
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         tx, words = _made(preset, curved, rate)
         # a second momentum would make a rate ten times as large
-        momentum = None if averages_gradients(preset) else config.momentum
+        momentum = config.momentum if momentum_of(preset) else None
         if "weight_decay" in words:  # which is then its own
             return optax.chain(tx, optax.sgd(rate, momentum=momentum))
         return preconditioned(tx, config, rate, momentum)
@@ -254,9 +262,21 @@ def adaptive_preset(preset: Callable[..., Any]) -> Build:
     return build
 
 
-def averages_gradients(preset: Callable[..., Any]) -> bool:
-    """Whether a preset has a momentum of its own, as Adam has."""
-    return "b1" in inspect.signature(preset).parameters
+def momentum_of(preset: Callable[..., Any]) -> str:
+    """Where momentum belongs, see `Optimizer`."""
+    if preset in _AVERAGED:
+        return "before"
+    # one with decays of its own, as Adam's
+    return "" if "b1" in inspect.signature(preset).parameters else "behind"
+
+
+def averaged_before(preset: Callable[..., Any]) -> Build:
+    """A whole optimizer of average gradients, with weight decay in these."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        return optax.chain(optax.ema(config.momentum), whole_preset(preset)(config, curved, rate))
+
+    return build
 
 
 def preconditioned(

@@ -101,6 +101,7 @@ def make(
     # gradients alone, or with the loss as a function: no layers and no curvature
     if not optimizer.curvature:
         words, drawn = _posterior(config, optimizer, None, examples=steps * len(x))
+        words |= _of_section(config, optimizer)
         bare = Curved(None, words) if words else None
         return Method(
             lambda rate: optax.with_extra_args_support(
@@ -163,9 +164,7 @@ def _measured(
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
-    # what a posterior is like is no matter of the preset alone
-    if optimizer.section in config and optimizer.drawn is None:
-        options |= config[optimizer.section].to_dict()
+    options |= _of_section(config, optimizer)
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
     # damping and periods are their own affair
@@ -173,6 +172,12 @@ def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int
     return {k: options[k] for k in _STRUCTURE if k in options} | schedules.resolve(
         own, steps=steps, where="config.adaptive"
     )
+
+
+def _of_section(config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict[str, Any]:
+    """Options for methods of its kind; what a posterior is like is no matter of the preset alone."""
+    known = optimizer.section in config and optimizer.drawn is None
+    return config[optimizer.section].to_dict() if known else {}
 
 
 def _extra(

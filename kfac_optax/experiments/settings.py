@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 # Options for methods of one kind, beside those of `kfac`.
-SECTIONS = ("low_rank", "sample_space", "posterior")
+SECTIONS = ("low_rank", "sample_space", "posterior", "mfac")
 
 # Entries that decide which runs there are, how they are shown, kept or where files lie, not what
 # happens in one.
@@ -71,7 +71,7 @@ def identity(
     curvature: bool,
     adaptive: bool = False,
     section: str = "",
-    momentum: bool = True,
+    momentum: str = "behind",
 ) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it
     back.
@@ -87,8 +87,9 @@ def identity(
         settings.pop("subsample", None)
     if not adaptive:
         settings.pop("adaptive", None)
-    if not momentum:
-        settings.pop("momentum", None)
+    if momentum != "behind":
+        value = settings.pop("momentum", None)
+        settings |= {"average": value} if momentum == "before" else {}
     for name in SECTIONS:
         if name != section:
             settings.pop(name, None)

@@ -107,13 +107,13 @@ def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
 def test_there_is_one_momentum(name):
     """Of the preset, where it averages gradients itself; else that of the configuration."""
     params = {"w": jnp.arange(6.0).reshape(2, 3)}
-    own = OPTIMIZERS[name].momentum
-    assert own == (name == "tonga")
+    behind = OPTIMIZERS[name].momentum == "behind"
+    assert behind == (name == "tonga")
     tx, words = (
         OPTIMIZERS[name].build(CONFIG, None, 0.1),
         {"value_fn": lambda p: jnp.sum(p["w"] ** 4)},
     )
-    alone = optax.chain(getattr(ko, name)(), optax.sgd(0.1, momentum=0.9 if own else None))
+    alone = optax.chain(getattr(ko, name)(), optax.sgd(0.1, momentum=0.9 if behind else None))
     states = [tx.init(params), alone.init(params)]
     for i in range(2):
         gradient = jax.tree.map(lambda x, i=i: jnp.sin(x + i), params)
@@ -121,7 +121,17 @@ def test_there_is_one_momentum(name):
         other, states[1] = alone.update(gradient, states[1], params, **words)
         np.testing.assert_array_equal(mine["w"], other["w"])
     said = results.run_settings(small_family()[0], results.Job(name, 0.1, 0))
-    assert ("momentum" in said) == own  # what has no influence is no part of a run
+    assert ("momentum" in said) == behind  # what has no influence is no part of a run
+
+
+def test_gradients_of_k_bfgs_are_averaged_before_it():
+    """As its authors do: behind its step comes the second pass."""
+    config, dataset, _ = small_family()
+    state = steps.problem(config, "k_bfgs_l", dataset).method.transform(0.1).init
+    params = {"Dense_0": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones(10)}}
+    assert isinstance(jax.eval_shape(state, params)[0], optax.EmaState)
+    said = results.run_settings(config, results.Job("k_bfgs_l", 0.1, 0))
+    assert said["average"] == config.momentum and "momentum" not in said
 
 
 def test_options_of_a_section_are_for_methods_of_its_kind():
@@ -131,6 +141,7 @@ def test_options_of_a_section_are_for_methods_of_its_kind():
         said = results.run_settings(config, results.Job(name, 0.1, 0))
         assert ("sample_space" in said) == (name in ("smw", "spring"))
         assert ("low_rank" in said) == (name == "rs_kfac")
+        assert "mfac" not in said
     # a row of J for each example: the kernel has no other size in the program of a step
     start, step = one_step("smw")
     text = str(jax.make_jaxpr(step)(jax.eval_shape(start)))
