@@ -150,9 +150,7 @@ def scale_by_shampoo(
     finish = graft_then_momentum(
         graft_of(where, graft), momentum=momentum is not None, nesterov=nesterov
     )
-    phases = shampoo_phases(root, inverse)
-    if statistics == KL:
-        phases = kl_phases(shampoo_phases(2, inverse))
+    phases = phases_of(statistics, root, inverse)
     return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
 
 
@@ -164,6 +162,13 @@ def check_root(where: str, root: Any) -> None:
     """
     if root is not None and (not isinstance(root, int) or root < 1):
         raise ValueError(f"{where}: root={root!r}; expected a positive Python int or None.")
+
+
+def phases_of(statistics: str, root: int | None, inverse: str) -> Phases:
+    """Those of `"outer"` statistics, or of `"kl"`, whose roots are square roots."""
+    if statistics == KL:
+        return kl_phases(shampoo_phases(2, inverse))
+    return shampoo_phases(root, inverse)
 
 
 def shampoo_phases(root: int | None, method: str) -> Phases:
