@@ -116,18 +116,23 @@ def stack(depth: int, width: int) -> dict[str, jax.Array]:
 
 
 def of_plain(name: str, rounds: int, small: bool) -> dict[str, float]:
-    """Twenty steps of a method, over twenty of the same arithmetic leaf by leaf; bytes of state."""
+    """Twenty steps of a method, over twenty of the same arithmetic leaf by leaf; what XLA counts
+    in a step, factorisations apart; bytes of state.
+    """
     params = stack(2, 8) if small else stack(8, 128)
     ours = {"shampoo": ko.shampoo, "soap": ko.soap}[name](RATE)
     plain = {"shampoo": plain_shampoo, "soap": plain_soap}[name]()
-    sides = {}
+    sides, counts, sizes = {}, [], []
     for label, tx in (("ours", ours), ("plain", plain)):
-        step = jax.jit(tx.update)
-        sides[label] = functools.partial(_run, step, params, tx.init(params), 2 * EVERY)
+        state = tx.init(params)
+        step = jax.jit(tx.update).lower(params, state).compile()
+        sides[label] = functools.partial(_run, step, params, state, 2 * EVERY)
+        counts.append(step.cost_analysis()["flops"])
+        sizes.append(tree_bytes(state))
     times = paired(sides, rounds)
-    sizes = [tree_bytes(tx.init(params)) for tx in (ours, plain)]
     found = ratio(times["ours"], times["plain"])
-    return {"/ plain": found.median, **found.quartiles(), "state / plain": sizes[0] / sizes[1]}
+    of_program = {"operations / plain": counts[0] / counts[1], "state / plain": sizes[0] / sizes[1]}
+    return {"/ plain": found.median, **found.quartiles(), **of_program}
 
 
 def _run(step: Callable, params: Any, state: Any, count: int) -> None:
@@ -159,14 +164,14 @@ def of_gate(rounds: int, small: bool) -> dict[str, float]:
     for label, bound in (("gated", {}), ("ungated", {"refresh_above": 0.0, "freeze_below": 0.0})):
         tx = ko.thor(layers, **bound)
 
-        def step(grads: Any, state: Any, tx: Any = tx) -> tuple[Any, Any]:
-            curvature = fisher.at(params, network.x, key=key)
-            due = {"measure": True, "refresh": True}
-            return tx.update(grads, state, params, curvature=curvature, **due)
+        def step(given: Any, state: Any, tx: Any = tx) -> tuple[Any, Any]:
+            params, x = given
+            curvature, due = fisher.at(params, x, key=key), {"measure": True, "refresh": True}
+            return tx.update(params, state, params, curvature=curvature, **due)
 
         step, state = jax.jit(step), tx.init(params)
         for _ in range(2):  # of one batch: its trace stays, and the gate closes
-            _, state = step(params, state)
-        sides[label] = functools.partial(_run, step, params, state, 3)
+            _, state = step((params, network.x), state)
+        sides[label] = functools.partial(_run, step, (params, network.x), state, 1)
     times = paired(sides, rounds)
     return {"ungated / gated": ratio(times["ungated"], times["gated"]).median}
