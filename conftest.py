@@ -6,3 +6,6 @@ import os
 # keep several optimizers in flight at once, whose batched factorisations compete for the same
 # threads (see docs/howto/loops.md).
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+# LAPACK has threads of its own, which on busy cores wait for each other far longer than they work;
+# it is loaded with the first factorisation.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

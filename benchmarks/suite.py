@@ -109,6 +109,29 @@ def scale(small: bool) -> Iterable[Case]:
             yield Case(f"{width}: {name}", measure)
 
 
+def plain(small: bool) -> Iterable[Case]:
+    """Steps and states beside the same arithmetic leaf by leaf."""
+    from benchmarks import family
+
+    for name in ("shampoo", "soap"):
+        yield Case(name, functools.partial(family.of_plain, name, _rounds(small), small))
+
+
+def depth(small: bool) -> Iterable[Case]:
+    """Compiling 64 equal layers beside compiling four, of methods that need gradients alone."""
+    from benchmarks import family
+
+    for name in family.OF_DEPTH:
+        yield Case(name, functools.partial(family.of_depth, name, small))
+
+
+def gate(small: bool) -> Iterable[Case]:
+    """A step of THOR where nothing changes, beside one without its gate."""
+    from benchmarks import family
+
+    yield Case("thor", functools.partial(family.of_gate, _rounds(small), small))
+
+
 def _cases(measure: Callable[[], dict[str, dict[str, Any]]], prefix: str = "") -> Iterable[Case]:
     """The rows of a table that is measured in one go."""
     for name, row in measure().items():
@@ -124,4 +147,7 @@ PARTS: dict[str, parts.Part] = {
     "flops": flops,
     "memory": memory,
     "compile": accelerator.PARTS["compile"],
+    "plain": plain,
+    "depth": depth,
+    "gate": gate,
 }

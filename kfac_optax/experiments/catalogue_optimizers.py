@@ -8,7 +8,9 @@ import ml_collections
 import optax
 
 import kfac_optax as ko
+from kfac_optax.methods.gradient import mfac
 from kfac_optax.methods.kfac import low_rank_records
+from kfac_optax.methods.sample_space import smw, spring
 
 # A float, a traced scalar (one compiled epoch serves every rate) or a schedule made of one.
 Rate = Any
@@ -62,8 +64,8 @@ class Curved(NamedTuple):
 
     Attributes:
         layers: those that the library found in the model; None where gradients are enough.
-        options: keyword arguments of the library, from `config.kfac`, with `config.low_rank` where
-          that is meant, or from `config.adaptive`; with their schedules.
+        options: keyword arguments of the library, from `config.kfac` and a section for methods of
+          its kind, or from `config.adaptive`; with their schedules.
     """
 
     layers: Any
@@ -88,11 +90,24 @@ def recursion(predict: Callable[..., Any], losses: Any, subsample: Any) -> ko.Es
     return ko.recursive_ggn(lambda *args: predict(*args)[0], subsample=subsample)
 
 
+def _section_of(record: ko.Method) -> str:
+    """The section of the configuration for methods of this kind."""
+    sections = {
+        "low_rank": low_rank_records.RECORDS,
+        "sample_space": (*smw.RECORDS, *spring.RECORDS),
+        "mfac": mfac.RECORDS,
+    }
+    mine = [name for name, known in sections.items() if any(record is other for other in known)]
+    return "posterior" if record.name in _DRAWN else mine[0] if mine else ""
+
+
 def _from_diagonal(layers: Any, opt_state: Any, params: Any, key: Any, **words: Any) -> Any:
     del layers
     return ko.sample_diagonal(opt_state, params, key, **words)
 
 
+# whose authors average gradients, and whose second pass takes the step as it is
+_AVERAGED = (ko.k_bfgs, ko.k_bfgs_l)
 # those that follow a posterior
 _DRAWN: dict[str, Draw] = {
     "noisy_kfac": ko.sample_params,
@@ -110,8 +125,11 @@ class Optimizer(NamedTuple):
         build: config, layers and options if `curvature`, learning rate to the transformation.
         adaptive: whether it finds rate, momentum and damping itself: its updates need the loss, no
           grid is tried, and its options are those of `config.adaptive`.
-        low_rank: whether its inverses are of low rank: the options of `config.low_rank` come on top
-          of `config.kfac`.
+        section: of the configuration, one of `settings.SECTIONS`, whose options come on top of those
+          of `config.kfac`; `""` for none.
+        momentum: where that of the configuration is: `"behind"` it, `"before"` it, as an average of
+          gradients, or `""`, nowhere, as it has its own. The default of a whole optimizer says
+          nothing.
         every_step: whether each update needs the curvature of its own batch, and nothing is ever
           due.
         products: whether each update needs products with the curvature, though statistics are due
@@ -129,7 +147,8 @@ class Optimizer(NamedTuple):
     curvature: bool
     build: Build
     adaptive: bool = False
-    low_rank: bool = False
+    section: str = ""
+    momentum: str = "behind"
     every_step: bool = False
     products: bool = False
     rated: bool = True
@@ -151,6 +170,8 @@ def of_record(record: ko.Method) -> Optimizer:
     whole, of_loss = record.kind == "optimizer", "value_fn" in record.needs
     adaptive = whole and of_loss
     build = adaptive_preset(preset) if adaptive else whole_preset(preset) if whole else None
+    momentum = momentum_of(preset)
+    build = averaged_before(preset) if momentum == "before" else build
     own = _MEASURED_BY.get(record.name)
     made = _of_model(own) if own is not None else drawn_labels
     return Optimizer(
@@ -159,7 +180,8 @@ def of_record(record: ko.Method) -> Optimizer:
         bool({"curvature", "sampled"} & record.needs),
         build or preset_before_sgd(preset),
         adaptive=adaptive,
-        low_rank=any(record is other for other in low_rank_records.RECORDS),
+        section=_section_of(record),
+        momentum=momentum or ("behind" if whole else ""),
         every_step=record.block_of is None,
         products=whole and record.block_of is not None,
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
@@ -202,13 +224,17 @@ def _made(preset: Callable[..., Any], curved: Curved | None, rate: Rate) -> tupl
 
 
 def preset_before_sgd(preset: Callable[..., Any]) -> Build:
-    """A preconditioner, with weight decay, momentum and the rate behind it."""
+    """A preconditioner, with weight decay, momentum and the rate behind it, as far as it has none of
+    its own.
+    """
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         tx, words = _made(preset, curved, rate)
+        # a second momentum would make a rate ten times as large
+        momentum = config.momentum if momentum_of(preset) else None
         if "weight_decay" in words:  # which is then its own
-            return optax.chain(tx, optax.sgd(rate, momentum=config.momentum))
-        return preconditioned(tx, config, rate)
+            return optax.chain(tx, optax.sgd(rate, momentum=momentum))
+        return preconditioned(tx, config, rate, momentum)
 
     return build
 
@@ -236,12 +262,31 @@ def adaptive_preset(preset: Callable[..., Any]) -> Build:
     return build
 
 
-def preconditioned(tx: Any, config: ml_collections.ConfigDict, rate: Rate) -> Any:
+def momentum_of(preset: Callable[..., Any]) -> str:
+    """Where momentum belongs, see `Optimizer`."""
+    if preset in _AVERAGED:
+        return "before"
+    # one with decays of its own, as Adam's
+    return "" if "b1" in inspect.signature(preset).parameters else "behind"
+
+
+def averaged_before(preset: Callable[..., Any]) -> Build:
+    """A whole optimizer of average gradients, with weight decay in these."""
+
+    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
+        return optax.chain(optax.ema(config.momentum), whole_preset(preset)(config, curved, rate))
+
+    return build
+
+
+def preconditioned(
+    tx: Any, config: ml_collections.ConfigDict, rate: Rate, momentum: float | None
+) -> Any:
     """Appends weight decay, momentum and the learning rate to a preconditioner."""
     # The decay is added to the preconditioned gradient, as the paper does: before it, the
     # preconditioner would rescale the decay and the KL clip would see it.
     return optax.chain(
         tx,
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(rate, momentum=config.momentum),
+        optax.sgd(rate, momentum=momentum),
     )

@@ -74,7 +74,7 @@ def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
             coarse_damping=coarse_damping,
             **curved.options,
         )
-        return preconditioned(tx, config, rate)
+        return preconditioned(tx, config, rate, config.momentum)
 
     return build
 
@@ -92,7 +92,8 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
             "momentum": config.momentum,
             **words,
         }
-        return preconditioned(preset(curved.layers, learning_rate=rate, **options), config, rate)
+        tx = preset(curved.layers, learning_rate=rate, **options)
+        return preconditioned(tx, config, rate, config.momentum)
 
     return build
 
@@ -120,7 +121,7 @@ OPTIMIZERS = {
     ),
     "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
     "b_kfac_two_level": Optimizer(
-        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), low_rank=True
+        "B-KFAC, two-level", True, preset_before_sgd(_online_two_level), section="low_rank"
     ),
     # last, as the place in this table decides the style in figures
     "kl_shampoo": Optimizer(

@@ -101,6 +101,7 @@ def make(
     # gradients alone, or with the loss as a function: no layers and no curvature
     if not optimizer.curvature:
         words, drawn = _posterior(config, optimizer, None, examples=steps * len(x))
+        words |= _of_section(config, optimizer)
         bare = Curved(None, words) if words else None
         return Method(
             lambda rate: optax.with_extra_args_support(
@@ -163,8 +164,7 @@ def _measured(
 def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     # options of the configuration, for presets that take them
     options = config.kfac.to_dict()
-    if optimizer.low_rank:
-        options |= config.low_rank.to_dict() if "low_rank" in config else {}
+    options |= _of_section(config, optimizer)
     if not optimizer.adaptive:
         return schedules.resolve(options, steps=steps, where="config.kfac")
     # damping and periods are their own affair
@@ -172,6 +172,12 @@ def _options(config: ml_collections.ConfigDict, optimizer: Optimizer, steps: int
     return {k: options[k] for k in _STRUCTURE if k in options} | schedules.resolve(
         own, steps=steps, where="config.adaptive"
     )
+
+
+def _of_section(config: ml_collections.ConfigDict, optimizer: Optimizer) -> dict[str, Any]:
+    """Options for methods of its kind; what a posterior is like is no matter of the preset alone."""
+    known = optimizer.section in config and optimizer.drawn is None
+    return config[optimizer.section].to_dict() if known else {}
 
 
 def _extra(
@@ -231,11 +237,13 @@ def _posterior(
     draw = optimizer.drawn
     if draw is None:
         return {}, None
-    # without a weight decay the prior is that of variance one
-    words = {"weight_decay": config.weight_decay or 1 / examples}
+    said = config.posterior if "posterior" in config else {"temperature": 1.0, "variance": 1.0}
+    # the prior N(0, variance I) has a weight decay of t / (N variance)
+    decay = config.weight_decay or said["temperature"] / (examples * said["variance"])
+    words, t = {"weight_decay": decay}, said["temperature"]
 
     def drawn(params: Any, opt_state: Any, key: jax.Array) -> Any:
-        return draw(layers, opt_state, params, key, size=examples, **words)
+        return draw(layers, opt_state, params, key, size=examples, temperature=t, **words)
 
     return words, drawn
 

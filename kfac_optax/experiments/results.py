@@ -48,7 +48,8 @@ def run_settings(config: ml_collections.ConfigDict, job: Job) -> dict[str, Any]:
         job.optimizer,
         curvature=kind.curvature,
         adaptive=kind.adaptive,
-        low_rank=kind.low_rank,
+        section=kind.section,
+        momentum=kind.momentum,
     )
     return common | {"optimizer": job.optimizer, "learning_rate": job.rate, "seed": job.seed}
 

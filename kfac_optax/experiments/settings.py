@@ -5,6 +5,9 @@ from typing import Any
 
 import ml_collections
 
+# Options for methods of one kind, beside those of `kfac`.
+SECTIONS = ("low_rank", "sample_space", "posterior", "mfac")
+
 # Entries that decide which runs there are, how they are shown, kept or where files lie, not what
 # happens in one.
 _OF_THE_SWEEP = {"name", "title", "optimizers", "seeds", "learning_rate"}
@@ -67,7 +70,8 @@ def identity(
     *,
     curvature: bool,
     adaptive: bool = False,
-    low_rank: bool = False,
+    section: str = "",
+    momentum: str = "behind",
 ) -> dict[str, Any]:
     """All that decides the outcome of an optimizer's runs besides rate and seed, as JSON gives it
     back.
@@ -83,6 +87,10 @@ def identity(
         settings.pop("subsample", None)
     if not adaptive:
         settings.pop("adaptive", None)
-    if not low_rank:
-        settings.pop("low_rank", None)
+    if momentum != "behind":
+        value = settings.pop("momentum", None)
+        settings |= {"average": value} if momentum == "before" else {}
+    for name in SECTIONS:
+        if name != section:
+            settings.pop(name, None)
     return json.loads(json.dumps(settings))

@@ -113,12 +113,17 @@ def _drain(events: Any, receive: Receive) -> None:
         receive(events.get())
 
 
+# of the libraries that SciPy, whose LAPACK JAX calls on a CPU, may have been built with
+_THREADS_OF_LAPACK = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _process: dict[str, Any] = {}  # what a worker process was started with; empty in the main process
 
 
 def _enter_process(events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
-    os.environ.setdefault("NPROC", "1")  # XLA's thread pools: one thread for each run
+    # One thread for each run, in XLA's pools and in LAPACK, which is loaded with the first call of
+    # it: threads of several runs that wait for each other cost ten times the work and more.
+    for name in ("NPROC", *_THREADS_OF_LAPACK):
+        os.environ.setdefault(name, "1")
     main = multiprocessing.parent_process()
     assert main is not None  # only ever called in a process of the pool
     # not `os.getppid()`, which is another one where the main process has ended by now

@@ -124,6 +124,20 @@ def test_half_precision_is_close_and_symmetric(form):
         assert np.abs(js - ours).max() < 0.05 * np.abs(ours).max()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_update_costs_the_square_of_the_width(form):
+    """As XLA counts it in the compiled program: twice the width is four times the work."""
+    counted = []
+    for width in (64, 128):
+        shapes = jax.ShapeDtypeStruct((width,), jnp.float32)
+        means, block = Means(shapes, shapes), mkor_block(form)
+        start = jax.eval_shape(lambda m, b=block: b.factorize(m, jnp.zeros(())), means)
+        average = Average(jnp.float32(0.0), jnp.int32(1), jnp.float32(DECAY))
+        absorb = lambda inverse, new, b=block: b.absorb(inverse, new, new, 0.1, average)
+        counted.append(jax.jit(absorb).lower(start, means).compile().cost_analysis()["flops"])
+    assert counted[1] < 4.2 * counted[0] < 4.2 * 40 * 64**2
+
+
 def test_errors():
     with pytest.raises(ValueError, match="expected one of 'exact', 'blend', 'sum'"):
         mkor_block("paper")

@@ -123,11 +123,12 @@ def sizes(program):
         yield from (x.aval.shape for x in equation.outvars if hasattr(x.aval, "shape"))
 
 
-@pytest.mark.parametrize("make", [ko.skfac, ko.hylo])
+@pytest.mark.parametrize("make", [ko.skfac, ko.hylo, ko.eva, ko.eva_f])
 def test_no_matrix_of_a_layers_width_is_formed(make):
     """Neither `p x p` nor `q x q`, nor rows of all entries; in the start and in a step."""
     empirical, _, w, x, y = problem()
-    tx = make(empirical.layers(w, x, y), **({"rank": 2} if make is ko.hylo else {}))
+    words = {ko.hylo: {"rank": 2}, ko.skfac: {}}.get(make, {"kl_clip": None})
+    tx = make(empirical.layers(w, x, y), **words)
 
     def step(w, state):
         return tx.update(w, state, w, curvature=empirical.at(w, x, y))

@@ -301,7 +301,12 @@ def test_a_worker_knows_its_main_process_where_that_has_ended_already(monkeypatc
     )
     monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
     monkeypatch.setattr(workers, "_process", {})
+    for name in ("NPROC", *workers._THREADS_OF_LAPACK):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")  # what is there already goes first
     workers._enter_process(None)
+    threads = [workers.os.environ[x] for x in ("NPROC", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")]
+    assert threads == ["1", "1", "2"]
     assert started[0]["args"] == (5,)
 
 

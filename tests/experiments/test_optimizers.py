@@ -97,9 +97,57 @@ def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
     params = {"w": jnp.ones(100)}
     tx = method.transform(0.1)
     _, state = tx.update(params, tx.init(params), params)
-    # s = 1 after the first gradient, a weight decay of 1 / 16 on 16 examples
+    # s = 1 after the first gradient, a weight decay of t / (N v) = 1 / 16 on 16 examples
+    assert config.posterior.to_dict() == {"temperature": 1e-2, "variance": 1e-2}
     spread = jnp.std(method.drawn(params, state, jax.random.key(0))["w"])
-    np.testing.assert_allclose(spread, (1 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
+    np.testing.assert_allclose(spread, (1e-2 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
+
+
+@pytest.mark.parametrize("name", ["ggt", "adahessian", "tonga"])
+def test_there_is_one_momentum(name):
+    """Of the preset, where it averages gradients itself; else that of the configuration."""
+    params = {"w": jnp.arange(6.0).reshape(2, 3)}
+    behind = OPTIMIZERS[name].momentum == "behind"
+    assert behind == (name == "tonga")
+    tx, words = (
+        OPTIMIZERS[name].build(CONFIG, None, 0.1),
+        {"value_fn": lambda p: jnp.sum(p["w"] ** 4)},
+    )
+    alone = optax.chain(getattr(ko, name)(), optax.sgd(0.1, momentum=0.9 if behind else None))
+    states = [tx.init(params), alone.init(params)]
+    for i in range(2):
+        gradient = jax.tree.map(lambda x, i=i: jnp.sin(x + i), params)
+        mine, states[0] = tx.update(gradient, states[0], params, **words)
+        other, states[1] = alone.update(gradient, states[1], params, **words)
+        np.testing.assert_array_equal(mine["w"], other["w"])
+    said = results.run_settings(small_family()[0], results.Job(name, 0.1, 0))
+    assert ("momentum" in said) == behind  # what has no influence is no part of a run
+
+
+def test_gradients_of_k_bfgs_are_averaged_before_it():
+    """As its authors do: behind its step comes the second pass."""
+    config, dataset, _ = small_family()
+    state = steps.problem(config, "k_bfgs_l", dataset).method.transform(0.1).init
+    params = {"Dense_0": {"kernel": jnp.ones((64, 10)), "bias": jnp.ones(10)}}
+    assert isinstance(jax.eval_shape(state, params)[0], optax.EmaState)
+    said = results.run_settings(config, results.Job("k_bfgs_l", 0.1, 0))
+    assert said["average"] == config.momentum and "momentum" not in said
+
+
+def test_options_of_a_section_are_for_methods_of_its_kind():
+    """Nor do they say anything about runs of the others."""
+    config, _, _ = small_family()
+    for name in ("smw", "spring", "kfac", "rs_kfac"):
+        said = results.run_settings(config, results.Job(name, 0.1, 0))
+        assert ("sample_space" in said) == (name in ("smw", "spring"))
+        assert ("low_rank" in said) == (name == "rs_kfac")
+        assert "mfac" not in said
+    # a row of J for each example: the kernel has no other size in the program of a step
+    start, step = one_step("smw")
+    text = str(jax.make_jaxpr(step)(jax.eval_shape(start)))
+    examples = config.batch_size
+    assert f"[{examples},{examples}] = cholesky" in text
+    assert f"[{10 * examples},{10 * examples}]" not in text
 
 
 @pytest.mark.parametrize("name", ["noisy_kfac", "k_bfgs", "sophia"])

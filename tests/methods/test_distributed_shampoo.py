@@ -16,10 +16,11 @@ from tests.methods.test_shampoo import root_of
 PLAIN = dict(decay=1.0, graft=None, momentum=0.0, nesterov=False, start_step=0)
 
 
-def test_without_its_additions_it_is_shampoo():
+@pytest.mark.parametrize("statistics", [{"decay": 1.0}, {"statistics": "kl", "decay": 0.9}])
+def test_without_its_additions_it_is_shampoo(statistics):
     gradients = [{n: c.tree_of_all_kinds(s)[n] for n in ("dense", "vector")} for s in range(4)]
-    words = dict(max_dim=3, merge=16, inverse_every=2, inverse="eigh")
-    mine, _ = c.run(ko.scale_by_distributed_shampoo(**PLAIN, **words), gradients)
+    words = dict(max_dim=3, merge=16, inverse_every=2, inverse="eigh") | statistics
+    mine, _ = c.run(ko.scale_by_distributed_shampoo(**(PLAIN | words)), gradients)
     h.assert_close(mine, c.run(ko.scale_by_shampoo(**words), gradients)[0], rtol=1e-5, atol=1e-6)
 
 

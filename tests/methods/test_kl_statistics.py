@@ -250,3 +250,5 @@ def test_roots_of_their_own_are_square_roots():
         ko.scale_by_shampoo(statistics="kl", decay=0.9, root=4)
     with pytest.raises(ValueError, match=r"decay=1.0, which sums"):
         ko.shampoo(0.1, statistics="kl")
+    with pytest.raises(ValueError, match=r"distributed_shampoo: statistics='kl' with root=4"):
+        ko.distributed_shampoo(0.1, statistics="kl", root=4)

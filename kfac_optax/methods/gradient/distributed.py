@@ -9,10 +9,11 @@ from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.linalg.roots import METHODS
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
+from kfac_optax.methods.gradient.kl_statistics import OUTER, checked_decay
 from kfac_optax.methods.gradient.momenta import graft_of, two_momenta
 from kfac_optax.methods.gradient.phases import by_phases
-from kfac_optax.methods.gradient.shampoo import ShampooState
-from kfac_optax.methods.gradient.shampoo_phases import check_root, shampoo_phases
+from kfac_optax.methods.gradient.shampoo import ShampooState, phases_of
+from kfac_optax.methods.gradient.shampoo_phases import check_root
 from kfac_optax.methods.gradient.whole import OF_THE_STEP, entries, matrices, of_leaves, with_step
 from kfac_optax.methods.record import Method
 from kfac_optax.methods.signature import flat_signature
@@ -29,6 +30,7 @@ def scale_by_distributed_shampoo(
     nesterov: bool = True,
     graft: str | optax.GradientTransformation | None = "sgd",
     root: int | None = None,
+    statistics: str = OUTER,
     inverse: str = "newton",
     max_dim: int = 1024,
     merge: int = 1024,
@@ -61,6 +63,7 @@ def scale_by_distributed_shampoo(
         (of every leaf divided by its norm), a transformation, or `None`: norms stay and the first
         steps are those of the gradient.
       root: `p` of `H^(-1/p)`; default twice the number of axes.
+      statistics: `"outer"` or `"kl"`, as in `scale_by_shampoo`; for `"kl"` lower the decay, too.
       inverse: `"newton"` or `"eigh"`.
       max_dim: axes longer than this are long, the size of a block.
       merge: neighbouring axes are merged while their product is at most this and two are left.
@@ -91,12 +94,14 @@ def scale_by_distributed_shampoo(
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
     check_choice(where, "inverse", inverse, METHODS)
     check_root(where, root)
+    decay = checked_decay(where, statistics, decay, root)
     hyper: dict[str, Any] = dict(momentum=momentum, decay=decay, ridge=ridge, start_step=start_step)
     hyper |= dict(curvature_every=curvature_every, inverse_every=inverse_every)
     # of the preconditioned gradient and of the grafted one
     finish = two_momenta(graft_of(where, graft), nesterov=nesterov)
     # H_i <- e H_i + (1 - e) mat_i(G) mat_i(G)^T, H_i^(-1/p), then the finish
-    return by_phases(where, rules, hyper, shampoo_phases(root, inverse), finish, state=ShampooState)
+    phases = phases_of(statistics, root, inverse)
+    return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
 
 
 @flat_signature(scale_by_distributed_shampoo, schedules=OF_THE_STEP)

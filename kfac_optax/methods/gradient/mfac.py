@@ -34,21 +34,21 @@ def mfac(
 ) -> optax.GradientTransformationExtraArgs:
     """M-FAC: the damped empirical Fisher of the last `m` gradients, inverted exactly.
 
-    `U = (F + damping I)^{-1} V` with `F = (1/m) G^T G`, `G [m, d]` the last `m` gradients, this one
-    among them. It is solved by the Cholesky factor of the matrix of their products,
-    `U = G^T (G G^T / m + damping I)^{-1} e`, as the gradient is row `e` itself. Places that no
-    gradient has taken yet count as zeros, so the first steps are long, up to `V m / |V|^2`: warm
-    the rate up, or clip. The step costs `O(m d + m^3)`, and `m` gradients are kept. Chain it with
-    the optimizer that takes the step; weight decay belongs before it.
+    `U = (F + damping I)^{-1} V` with `F = (1/n) G^T G`, `G [n, d]` the last gradients, this one
+    among them, `n` the window or as many as there have been. It is solved by the Cholesky factor of
+    the matrix of their products, `U = G^T (G G^T / n + damping I)^{-1} e`, as the gradient is row
+    `e` itself. The step costs `O(m d + m^3)` with `m` the window, and `m` gradients are kept. Chain
+    it with the optimizer that takes the step; weight decay belongs before it.
 
     `update(grads, state, params, *, per_example_grads=None)`: a tree like the gradient whose leaves
     have an axis of examples in front. Its gradients are then the new rows, in place of that of the
     batch, and the gradient may be anything:
-    `U = (V - G^T (G G^T + m damping I)^{-1} G V) / damping`, refined once.
+    `U = (V - G^T (G G^T + n damping I)^{-1} G V) / damping`, refined once.
 
     Args:
-      window: `m`.
-      damping: positive. It counts as rounding of the trace of `F` at least.
+      window: `m`. One that is longer than the training adds up gradients of all of it.
+      damping: positive, in units of the gradients' squares. It counts as rounding of the trace of
+        `F` at least.
 
     Returns:
       A transformation; its state has `m d + m^2` numbers.
@@ -61,11 +61,12 @@ def mfac(
     >>> tx = mfac(window=2, damping=2.0)
     >>> g = jnp.array([2.0, 0.0])
     >>> updates, state = tx.update(g, tx.init(g))
-    >>> print(updates)  # g / (|g|^2 / 2 + 2)
-    [0.5 0. ]
+    >>> print(updates.round(3))  # g / (|g|^2 + 2)
+    [0.333 0.   ]
 
     Reference: Frantar, Kurtic & Alistarh, M-FAC: Efficient Matrix-Free Approximations of
-      Second-Order Information (2021), the dynamic algorithm.
+      Second-Order Information (2021), the dynamic algorithm. There `n` is `m` from the start, which
+      makes the first steps up to `m` times as long.
     """
     check_size("mfac", "window", window)
     check_number("mfac", "damping", damping, above=0)
@@ -97,9 +98,15 @@ def mfac(
 
 
 def _factored(window: Window, damping: jax.Array) -> KernelInverse:
-    """`(G G^T / m + damping I)^{-1}`."""
-    kernel = window.gram / len(window.gram)
+    """`(G G^T / n + damping I)^{-1}`."""
+    kernel = window.gram / _gradients(window)
     return factor_kernel(kernel, shift_for(damping, jnp.trace(kernel)))
+
+
+def _gradients(window: Window) -> jax.Array:
+    """How many of the rows are gradients, at least one."""
+    _, used = ages(window)
+    return jnp.maximum(jnp.sum(used), 1).astype(window.gram.dtype)
 
 
 def _solved(
@@ -107,8 +114,8 @@ def _solved(
     damping: jax.Array,
     vector: jax.Array,
 ) -> jax.Array:
-    """`(G^T G / m + damping I)^{-1} v` for any `v`, by Woodbury's formula."""
-    root = jnp.sqrt(jnp.asarray(len(window.rows), vector.dtype))
+    """`(G^T G / n + damping I)^{-1} v` for any `v`, by Woodbury's formula."""
+    root = jnp.sqrt(_gradients(window))
 
     def forward(v: jax.Array) -> jax.Array:
         return jnp.matmul(window.rows, v, precision="highest") / root
@@ -147,7 +154,7 @@ RECORDS = (
         summary="the damped empirical Fisher of the last m gradients, all parameters together, "
         "inverted through the matrix of their products; gradients alone",
         paper="Frantar, Kurtic & Alistarh (2021)",
-        equation="U = (Gᵀ G / m + λ I)⁻¹ V, G the last m gradients",
+        equation="U = (Gᵀ G / n + λ I)⁻¹ V, G the last n ≤ m gradients",
         needs=frozenset({"gradient"}),
         state=lambda sizes: sizes.r * sizes.p * sizes.q,
         state_text="m p q (and m² once)",

@@ -13,7 +13,7 @@ from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
 from kfac_optax.methods.gradient.kl_phases import kl_phases
 from kfac_optax.methods.gradient.kl_statistics import KL, OUTER, checked_decay
 from kfac_optax.methods.gradient.momenta import graft_of, graft_then_momentum
-from kfac_optax.methods.gradient.phases import by_phases
+from kfac_optax.methods.gradient.phases import Phases, by_phases
 from kfac_optax.methods.gradient.shampoo_phases import check_root, shampoo_phases
 
 
@@ -131,7 +131,12 @@ def scale_by_shampoo(
     finish = graft_then_momentum(
         graft_of(where, graft), momentum=momentum is not None, nesterov=nesterov
     )
-    phases = shampoo_phases(root, inverse)
-    if statistics == KL:
-        phases = kl_phases(shampoo_phases(2, inverse))
+    phases = phases_of(statistics, root, inverse)
     return by_phases(where, rules, hyper, phases, finish, state=ShampooState)
+
+
+def phases_of(statistics: str, root: int | None, inverse: str) -> Phases:
+    """Those of `"outer"` statistics, or of `"kl"`, whose roots are square roots."""
+    if statistics == KL:
+        return kl_phases(shampoo_phases(2, inverse))
+    return shampoo_phases(root, inverse)
