@@ -17,6 +17,7 @@ from kfac_optax.blocks.kpsvd import kpsvd_block
 from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
 from kfac_optax.blocks.kronecker import kronecker
 from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.masked import masked
 from kfac_optax.blocks.mkor import mkor_block
 from kfac_optax.blocks.per_equation import per_equation
 from kfac_optax.blocks.per_unit import quasi_diagonal_block, unit_block
@@ -230,6 +231,7 @@ __all__ = [
     "log_determinant",
     "low_rank",
     "low_rank_blocks",
+    "masked",
     "matrix_labels",
     "mfac",
     "mkor",

@@ -52,6 +52,7 @@ class Block(NamedTuple):
       logdet: `(inverse, damping, (p, q)) -> log det(F + damping I)`, of the matrix that `solve`
         inverts; directions that `solve` leaves out as singular are not counted.
       per_unit: `measure` reads squares of `g` alone: every output unit has a metric of its own.
+      masks: it solves on the entries that the layer's mask leaves.
     """
 
     # what every block has
@@ -81,6 +82,7 @@ class Block(NamedTuple):
     logdet: Callable[..., jax.Array] | None = None
     # who can measure it
     per_unit: bool = False
+    masks: bool = False
 
 
 class Travel(NamedTuple):

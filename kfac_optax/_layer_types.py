@@ -47,6 +47,19 @@ class Part(NamedTuple):
         return f"[{', '.join(words)}]"
 
 
+class Staircase(NamedTuple):
+    """Which entries of a matrix are there, `mask[i, j] = rows[i] < columns[j]`: steps, once rows and
+    columns are in order.
+
+    Attributes:
+      rows: `[p]`, place of each row among all, those with most entries first.
+      columns: `[q]`, entries of each column.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Uncovered:
     """A parameter that no curvature block owns, or not all uses of which are measured, and why.
@@ -75,7 +88,8 @@ class Layer:
     Attributes:
       path: normalised path of the module in the parameter tree, for example `"Dense_0"`.
       kind: what the layer computes: `"dense"`, `"einsum"`, `"conv"`, `"embedding"`,
-        `"tied_embedding"`, `"scale_shift"`, or `"diagonal"` for a parameter on its own.
+        `"tied_embedding"`, `"scale_shift"`, `"masked"` for a matrix of which only some entries are
+        there, or `"diagonal"` for a parameter on its own.
       kernel: path of the weight leaf (of the scale, or of the shift where there is no scale).
       bias: path of the bias leaf, or `None`.
       inputs, outputs: sizes of the weight as a matrix, of one group.
@@ -96,6 +110,7 @@ class Layer:
         derivative do.
       part, bias_part: the part of the weight leaf and of the bias leaf that it has, where those are
         shared out among several layers; `None` for all of it.
+      mask: entries of the weight as a matrix that the layer uses, `None` for all of them.
     """
 
     # its leaves in the parameter tree
@@ -121,6 +136,7 @@ class Layer:
     # what of its leaves it has
     part: Part | None = None
     bias_part: Part | None = None
+    mask: Staircase | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -139,7 +155,8 @@ class Layer:
     @property
     def coupled(self) -> bool:
         """Whether a coupling sees the layer: it has rows of examples, and weights between units."""
-        return self.between_units and self.per_example
+        # sums of rows are those of a whole matrix
+        return self.between_units and self.per_example and self.mask is None
 
     @property
     def given_rows(self) -> bool:

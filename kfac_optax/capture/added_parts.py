@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from kfac_optax.capture.kernel_expression import DoesNotFit, Joined, Leaf
-from kfac_optax.capture.kernel_values import Known, Values, is_real
+from kfac_optax.capture.kernel_expression import (
+    DoesNotFit,
+    Expression,
+    Joined,
+    Leaf,
+    Negative,
+    Sum,
+)
+from kfac_optax.capture.kernel_known import Known, is_real
+from kfac_optax.capture.kernel_values import Values
 from kfac_optax.capture.rewriting import rewritten
 
 
@@ -77,6 +85,57 @@ def _part_by_part(
         pair = [x, jax.lax.broadcast_in_dim(b.astype(x.dtype), x.shape, axes)]
         made.append(eqn.primitive.bind(*(pair if side else reversed(pair)), **eqn.params))
     return jnp.concatenate(made, axis) if len(made) > 1 else made[0]
+
+
+def added_apart(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
+    """`s + (b - c)` as `(s + b) - c`, for parameters that are added to each other first."""
+    for side in (0, 1):
+        v, s = eqn.invars[side], eqn.invars[1 - side]
+        if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
+            continue
+        if s.aval.shape != eqn.outvars[0].aval.shape:
+            continue
+        base, axes = values.before_repeats(v)
+        values.whole.clear()
+        try:
+            terms = _terms(values.expression(base), 1)
+        except DoesNotFit:
+            continue
+        if len(terms) < 2 or not any(values.look(x.value).is_parameter for x, _ in terms):
+            continue
+        # s - v is s + (-v), v - s is -s + v
+        signs = (-1, 1) if side == 0 else (1, -1)
+        of_s, of_v = signs if eqn.primitive.name == "sub" else (1, 1)
+        function = functools.partial(
+            _one_after_another, axes, of_s, [of_v * sign for _, sign in terms]
+        )
+        operands = [s, *(x.value for x, _ in terms)]
+        return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
+    return None
+
+
+def _terms(kernel: Expression, sign: int) -> list[tuple[Leaf, int]]:
+    """The leaves of a sum and their signs; none where it is made of anything else."""
+    match kernel:
+        case Leaf():
+            return [(kernel, sign)]
+        case Negative():
+            return _terms(kernel.of, -sign)
+        case Sum():
+            first, second = _terms(kernel.first, sign), _terms(kernel.second, sign * kernel.sign)
+            return first + second if first and second else []
+        case _:
+            return []
+
+
+def _one_after_another(
+    axes: Sequence[int], sign: int, signs: Sequence[int], s: jax.Array, *parameters: jax.Array
+) -> jax.Array:
+    s = s if sign > 0 else -s
+    for b, plus in zip(parameters, signs, strict=True):
+        b = jax.lax.broadcast_in_dim(b.astype(s.dtype), s.shape, axes)
+        s = s + b if plus > 0 else s - b
+    return s
 
 
 def scaled_after(values: Values, eqn: Any, tapped: Set[int]) -> list[Any] | None:

@@ -39,6 +39,9 @@ def aligned(site: Site, lead: Site) -> Site | None:
     The matrix of a product may be there the other way round: `g W^T` beside `x W`. Its rows are
     swapped then: the gradient in `W` is the outer product of the product's cotangent and `g`.
     """
+    # a mask leaves out what another use may have
+    if getattr(lead.geometry, "mask", None) is not None:
+        return None
     # a table may also be the head, h E^T
     if isinstance(lead.geometry, Lookup) and not isinstance(site.geometry, Lookup):
         return site if _is_head(site, lead) else None
@@ -66,6 +69,8 @@ def aligned(site: Site, lead: Site) -> Site | None:
 def same_matrix(site: Site, lead: Site) -> bool:
     """Whether two uses of a kernel see the same matrix in it, stored the same way."""
     if site.geometry.kind != lead.geometry.kind:
+        return False
+    if getattr(site.geometry, "mask", None) != getattr(lead.geometry, "mask", None):
         return False
     mine = matrix_shape(site.geometry, site.kernel)
     wanted = matrix_shape(lead.geometry, lead.kernel)

@@ -26,6 +26,14 @@ def bodies(eqn: Any) -> list[Any]:
     return list(jex.jaxprs_in_params(eqn.params))
 
 
+def has_rule_back_only(jaxpr: Any) -> bool:
+    """Whether a linear function, traced, has a part that a rule for the way back alone has made."""
+    inside = (getattr(body, "jaxpr", body) for eqn in jaxpr.eqns for body in bodies(eqn))
+    return any(eqn.primitive.name == "custom_lin" for eqn in jaxpr.eqns) or any(
+        map(has_rule_back_only, inside)
+    )
+
+
 def own_rule(eqn: Any) -> str | None:
     """Which derivative rule of its own an equation has, by the name of what it was made from; else
     `None`.

@@ -18,9 +18,10 @@ def may_hold_examples(aval: Any) -> bool:
 
 
 def only_stopped(jaxpr: Any, stop: str) -> set[int]:
-    """Numbers of the equations all of whose outputs end in equations of that name, if read at all.
+    """Numbers of the equations all of whose outputs end in equations of that name, or in integers and
+    flags, if read at all.
 
-    Nothing before a stopped gradient has a derivative in what it reads.
+    Nothing before a stopped gradient has a derivative in what it reads, nor a choice of the largest.
     """
     # values that something else reads, or the jaxpr hands out
     live = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
@@ -28,7 +29,8 @@ def only_stopped(jaxpr: Any, stop: str) -> set[int]:
     for i, eqn in reversed(list(enumerate(jaxpr.eqns))):
         if eqn.primitive.name == stop:
             continue
-        read = any(v in live for v in eqn.outvars)
+        outs = [v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+        read = any(v in live for v in outs)
         if not eqn.effects and not read:
             stopped.add(i)
             continue

@@ -14,11 +14,18 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from kfac_optax.capture.added_parts import beside_data, meets_by_parts, scaled_after
+from kfac_optax.capture.added_parts import (
+    added_apart,
+    beside_data,
+    meets_by_parts,
+    scaled_after,
+)
 from kfac_optax.capture.calls import call_body, scan_body
-from kfac_optax.capture.kernel_expression import Cut
+from kfac_optax.capture.kernel_equations import slice_of
+from kfac_optax.capture.kernel_known import Known
+from kfac_optax.capture.kernel_slices import Cut
 from kfac_optax.capture.kernel_uses import PRODUCTS, multiplies
-from kfac_optax.capture.kernel_values import Known, Outside, Values, slice_of
+from kfac_optax.capture.kernel_values import Outside, Values
 from kfac_optax.capture.rewriting import renamed, rewritten, scan_with, with_body
 from kfac_optax.capture.scan_views import scan_views, views_behind_scan
 from kfac_optax.capture.taken_apart import taken_apart
@@ -136,6 +143,8 @@ class _Rewriting:
         taken = None
         if name in ("add", "sub", "mul", "div"):
             taken = meets_by_parts(self.values, eqn, given)
+        if name in ("add", "sub") and taken is None:
+            taken = added_apart(self.values, eqn, given)
         if name == "mul" and taken is None:
             taken = scaled_after(self.values, eqn, self.tapped)
         return taken

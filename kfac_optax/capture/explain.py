@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from kfac_optax._reasons import NOT_USED
 from kfac_optax.capture.calls import is_rule
 from kfac_optax.capture.code_lines import listed
+from kfac_optax.capture.geometry import Contraction
+from kfac_optax.capture.ownership import Key
 from kfac_optax.capture.sites import STOPPED, Analysis, Consumer, Site
 
 
@@ -26,6 +28,31 @@ def unseen(
         if note:
             notes.append((names[leaf], note, where))
     return notes
+
+
+def that_see_data(
+    groups: Mapping[Key, list[int]],
+    sites: Sequence[Site],
+    names: Sequence[str],
+    consumers: Mapping[int, Sequence[Consumer]],
+    problems: dict[int, str],
+) -> dict[Key, list[int]]:
+    """Groups without those of which only products without data are seen, and not what meets data;
+    why, in `problems`.
+
+    Of `w / norm(w)` that is what the norm is made of, whose curvature is not that of `w`.
+    """
+    kept = {}
+    for key, members in groups.items():
+        mine = [sites[i] for i in members]
+        # rows of a table see no data either
+        idle = all(isinstance(x.geometry, Contraction) and not x.varies for x in mine)
+        left = unseen([key[0]], uses_by_leaf(mine), names, consumers) if idle else []
+        if left:
+            problems[key[0]] = f"{left[0][1]}, but by products that no data enters"
+        else:
+            kept[key] = members
+    return kept
 
 
 def uses_by_leaf(sites: Iterable[Site]) -> dict[int, list[Site]]:
@@ -100,7 +127,7 @@ def reason(
     used = [x for x in consumers if x != STOPPED]
     # all that is left is behind a stopped gradient
     if not used:
-        return f"only used behind {STOPPED}"
+        return f"only used behind {STOPPED}, or for integers and flags"
     if all(map(is_rule, used)):
         return f"inside {_listed(used)}: its own derivative rule"
     return f"used by {_listed(used)} outside any supported layer"

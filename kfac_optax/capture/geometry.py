@@ -14,14 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._types import Staircase
 from kfac_optax.capture import patches
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """`s = a @ kernel`, `a [*rows, p]`, `kernel [p, q]`."""
+    """`s = a @ kernel`, `a [*rows, p]`, `kernel [p, q]`, of which `mask` says which entries are used."""
 
-    kind = "dense"
+    mask: Staircase | None = None
+
+    @property
+    def kind(self) -> str:
+        """`"masked"` where it has a mask."""
+        return "dense" if self.mask is None else "masked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +58,24 @@ class Conv:
     """A convolution of channels-last maps, `a [N, *spatial, C]`, `kernel [*window, C / groups, q]`.
 
     `flipped`: the kernel is stored for the transposed convolution, `[*window, q, C]` and reversed
-    in space.
+    in space. `mask` is that of the kernel as a matrix, its window and channels flattened.
     """
 
     window: patches.Window
     groups: int = 1
     flipped: bool = False
-    kind = "conv"
+    mask: Staircase | None = None
+
+    @property
+    def kind(self) -> str:
+        """`"masked"` where it has a mask."""
+        return "conv" if self.mask is None else "masked"
 
     def plain_channels(self, kernel: Sequence[int]) -> int:
         """Input channels, where every output position sees a window of the input as it is; else 0."""
         # SUA takes moments of the input map, which must be what every window sees
         undilated = set(self.window.input_dilation) == {1}
-        plain = self.groups == 1 and not self.flipped and undilated
+        plain = self.groups == 1 and not self.flipped and undilated and self.mask is None
         return kernel[-2] if plain else 0
 
 

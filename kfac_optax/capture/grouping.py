@@ -12,7 +12,7 @@ from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_REAL
 from kfac_optax._types import Layer, Layers, Uncovered
 from kfac_optax.capture.align import aligned, layout_of, same_matrix
 from kfac_optax.capture.code_lines import listed
-from kfac_optax.capture.explain import bypasses, reason, unseen, uses_by_leaf
+from kfac_optax.capture.explain import bypasses, reason, that_see_data, unseen, uses_by_leaf
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift, Unsupported
 from kfac_optax.capture.layouts import matrix_shape
 from kfac_optax.capture.ownership import Key, apart, own_biases
@@ -48,6 +48,7 @@ def group(
     # a scale gives way to a kernel that has the same numbers
     scales = {key: _is_scale(sites[members[0]]) for key, members in groups.items()}
     groups = apart(groups, scales)
+    groups = that_see_data(groups, sites, names, analysis.consumers, problems)
     biases = _biases(groups, sites, problems)
     owner = [-1] * len(sites)
     # -1: a site of no layer
@@ -190,6 +191,7 @@ def _layer(
         swapped=swapped,
         part=part,
         bias_part=None if bias is None else bias[1],
+        mask=getattr(first.geometry, "mask", None),
     )
 
 

@@ -26,6 +26,7 @@ from kfac_optax.capture.kernel_expression import (
     Product,
     Reshaped,
     Scaled,
+    Stretched,
     Sum,
     blocks_of_reshape,
 )
@@ -41,13 +42,16 @@ class Multiply:
       values: of the leaves, by the identity of what they are in the program.
       einsum: `(x, names, M, names, names of the output) -> output`.
       fresh: names that are not in use.
-      fixed: names of axes of the kernel that cannot be cut or regrouped.
+      fixed: names of axes of the kernel that cannot be regrouped.
+      part: `(name, before, after)` to what multiplies by the numbers along a fixed axis between
+        these many on both sides, `None` where they cannot be cut.
     """
 
     values: Mapping[int, jax.Array]
     einsum: Einsum
     fresh: itertools.count
     fixed: Names = ()
+    part: Callable[[int, int, int], "Multiply | None"] = lambda *_: None
 
     def __call__(
         self, x: jax.Array, of_x: Names, kernel: Expression, of_kernel: Names, out: Names
@@ -65,6 +69,8 @@ class Multiply:
                 factor = self.value(kernel.factor)
                 scaled = (x / factor if kernel.inverse else x * factor).astype(x.dtype)
                 return self(scaled, of_x, kernel.of, of_kernel, out)
+            case Stretched():
+                return self._stretched(x, of_x, kernel, of_kernel, out)
             case Negative():
                 return self(-x, of_x, kernel.of, of_kernel, out)
             case Moved():
@@ -85,6 +91,18 @@ class Multiply:
         """Of a leaf."""
         value = self.values[id(leaf.value)]
         return value if leaf.dtype is None else value.astype(leaf.dtype)
+
+    def _stretched(self, x, of_x, kernel: Stretched, of_kernel, out) -> jax.Array:
+        """`x (d M) = (x d) M` for factors of rows, `x (M d) = (x M) d` for those of columns."""
+        factor = self.value(kernel.factor)
+        along = tuple(of_kernel[axis] for axis in kernel.axes)
+        # in groups the channels of the kernel are fewer than those of `x`
+        if set(along) <= set(of_x) and _sizes(x, of_x, along) == factor.shape:
+            return self(_times(x, of_x, factor, along), of_x, kernel.of, of_kernel, out)
+        if set(along) <= set(out):
+            made = self(x, of_x, kernel.of, of_kernel, out)
+            return _times(made, out, factor, along)
+        raise DoesNotFit(kernel.value)
 
     def _product(self, x, of_x, kernel: Product, of_kernel, out) -> jax.Array:
         """`x (A B)` as `(x A) B`, or `(x B) A` where `x` meets `B` first."""
@@ -120,7 +138,9 @@ class Multiply:
     def _joined(self, x, of_x, kernel: Joined, of_kernel, out) -> jax.Array:
         """Each part meets its own slice of `x`, or makes its own slice of the output."""
         name, stacked = of_kernel[kernel.axis], not kernel.sizes
-        if name in self.fixed or (stacked and self.fixed):
+        if name in self.fixed and not stacked:
+            return self._joined_fixed(x, of_x, kernel, of_kernel, out)
+        if stacked and self.fixed:
             raise DoesNotFit(kernel.value)
         # a stack is a join of parts of length one
         sizes = kernel.sizes or (1,) * len(kernel.parts)
@@ -144,6 +164,19 @@ class Multiply:
         join = jnp.stack if stacked else jnp.concatenate
         # x [M_1, M_2] = [x M_1, x M_2]
         return join(results, out.index(name))
+
+    def _joined_fixed(self, x, of_x, kernel: Joined, of_kernel, out) -> jax.Array:
+        """Each part of a window meets what that sees, and the results add up."""
+        name, before, total = of_kernel[kernel.axis], 0, sum(kernel.sizes)
+        results = []
+        for part, size in zip(kernel.parts, kernel.sizes, strict=True):
+            multiply = self.part(name, before, total - before - size)
+            if multiply is None:
+                raise DoesNotFit(kernel.value)
+            if size:
+                results.append(multiply(x, of_x, part, of_kernel, out))
+            before += size
+        return sum(results[1:], results[0])
 
     def _reshaped(self, x, of_x, kernel: Reshaped, of_kernel, out) -> jax.Array:
         """The axes of `x` are regrouped as those of the kernel are, those of the output back."""
@@ -171,6 +204,18 @@ class Multiply:
         for new, old, sizes in back:
             made, names = _regrouped(made, names, new, old, sizes)
         return made.transpose([names.index(n) for n in out])
+
+
+def _sizes(x: jax.Array, names: Names, along: Names) -> tuple[int, ...]:
+    return tuple(x.shape[names.index(name)] for name in along)
+
+
+def _times(x: jax.Array, names: Names, factor: jax.Array, along: Names) -> jax.Array:
+    """Every number along these axes times its factor."""
+    # axes of the factor in the order in which x has them
+    axes = sorted(names.index(name) for name in along)
+    factor = factor.transpose([along.index(names[axis]) for axis in axes])
+    return (x * jax.lax.broadcast_in_dim(factor, x.shape, axes)).astype(x.dtype)
 
 
 def _regrouped(
@@ -210,44 +255,3 @@ def names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
         between = {axis: rank + i for i, axis in enumerate(summed[side])}
         sides.append(tuple(places[side].get(axis, between.get(axis, -1)) for axis in axes))
     return sides[0], sides[1], tuple(range(rank))
-
-
-def convolution(
-    eqn: Any, kernel: Expression, x: jax.Array, values: Mapping[int, jax.Array]
-) -> jax.Array:
-    """A `conv_general_dilated` with the kernel."""
-    numbers, p = eqn.params["dimension_numbers"], eqn.params
-    rank = x.ndim
-    # batch, spatial axes, input and output channels, window
-    rows, features = tuple(range(rank - 1)), (rank - 1, rank)
-    window = tuple(range(rank + 1, 2 * rank - 1))
-    of_x = _named(numbers.lhs_spec, (rows[0], features[0], *rows[1:]))
-    of_kernel = _named(numbers.rhs_spec, (features[1], features[0], *window))
-    out = _named(numbers.out_spec, (rows[0], features[1], *rows[1:]))
-    kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
-    kept += ("batch_group_count", "precision", "preferred_element_type")
-    options = {key: p[key] for key in kept}
-
-    def einsum(x: jax.Array, of_x: Names, m: jax.Array, of_m: Names, out: Names) -> jax.Array:
-        if not set(window) & set(of_m):
-            chosen = {key: p[key] for key in ("precision", "preferred_element_type")}
-            return jnp.einsum(x, of_x, m, of_m, out, **chosen)
-        # the channels may be those between two products
-        (inputs,) = set(of_x) & set(of_m)
-        (outputs,) = set(of_m) - {inputs, *window}
-        sides = (of_x, inputs, rows), (out, outputs, rows)
-        lhs, made = ((n.index(r[0]), n.index(c), *map(n.index, r[1:])) for n, c, r in sides)
-        rhs = (of_m.index(outputs), of_m.index(inputs), *map(of_m.index, window))
-        axes = jax.lax.ConvDimensionNumbers(lhs, rhs, made)
-        return jax.lax.conv_general_dilated(x, m, dimension_numbers=axes, **options)
-
-    # channels of groups stay together
-    fixed = window if p["feature_group_count"] == 1 else (*window, *features)
-    multiply = Multiply(values, einsum, itertools.count(2 * rank), fixed)
-    return multiply(x, of_x, kernel, of_kernel, out)
-
-
-def _named(places: Sequence[int], names: Sequence[int]) -> Names:
-    """The names in the order of the axes, given the axis of each."""
-    found = dict(zip(places, names, strict=True))
-    return tuple(found[axis] for axis in range(len(places)))

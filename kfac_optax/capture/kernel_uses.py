@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from kfac_optax.capture.calls import bodies
+from kfac_optax.capture.kernel_convolutions import convolution
 from kfac_optax.capture.kernel_expression import Expression
-from kfac_optax.capture.kernel_parts import convolution, product
-from kfac_optax.capture.kernel_values import is_real
+from kfac_optax.capture.kernel_known import is_real
+from kfac_optax.capture.kernel_parts import product
 from kfac_optax.capture.table_parts import is_lookup, lookup
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "gather")

@@ -6,15 +6,24 @@ further operands.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
+from kfac_optax.capture.kernel_equations import (
+    cuts_of,
+    filled,
+    pads,
+    piece,
+    regroups,
+    slice_of,
+    spread_over,
+    squeezed,
+)
 from kfac_optax.capture.kernel_expression import (
-    Cut,
     DoesNotFit,
     Expression,
     Joined,
@@ -24,42 +33,19 @@ from kfac_optax.capture.kernel_expression import (
     Product,
     Reshaped,
     Scaled,
+    Stretched,
     Sum,
     joins,
     leaves_of,
-    sliced,
     with_leaves,
 )
+from kfac_optax.capture.kernel_known import Known, is_real
 from kfac_optax.capture.kernel_parts import names_of_product
-from kfac_optax.capture.rewriting import renamed
+from kfac_optax.capture.kernel_slices import Cut, sliced
 from kfac_optax.capture.views import View, passed_on
 
 # of one kernel: every step of `w <- 1.5 w - 0.5 w w' w` makes them four times as many
 _MOST_LEAVES = 1000
-
-
-class Known(NamedTuple):
-    """What is known of a value."""
-
-    view: View | None = None
-    data: bool = False  # it depends on what is no parameter
-    made: bool = False  # it depends on a parameter
-    leaves: int = 1  # at most so many there are where it comes apart
-
-    @property
-    def is_parameter(self) -> bool:
-        """Whether it is a parameter, seen through casts and transposes: a layer's kernel already."""
-        return self.view is not None and self.view.complete
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether it is made of parameters, and of parameters only, but is none."""
-        return self.made and not self.data and not self.is_parameter
-
-
-def is_real(v: Any) -> bool:
-    """Whether a value is of floating point."""
-    return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
 class Outside(NamedTuple):
@@ -153,7 +139,8 @@ class Values:
         if name == "neg":
             return Negative(of(given[0]))
         if name in ("mul", "div"):
-            return self._scaled(out, eqn, dtype)
+            scaled = self._scaled(out, eqn, dtype)
+            return self._stretched(out, eqn, dtype) if scaled is None else scaled
         if name == "transpose":
             return Moved(out, of(given[0]), tuple(p["permutation"]))
         if name == "dot_general":
@@ -167,7 +154,9 @@ class Values:
             cut = self._cut(out, eqn, of(given[0]))
             if cut is not None or name != "squeeze":
                 return cut
-        if _regroups(eqn, out) and 0 not in shapes[0]:
+        if name == "pad" and pads(eqn) and 0 not in shapes[0]:
+            return self._padded(out, of(given[0]), eqn)
+        if regroups(eqn, out) and 0 not in shapes[0]:
             return Reshaped(out, of(given[0]), shapes[0], out.aval.shape)
         return None
 
@@ -183,10 +172,59 @@ class Values:
             return None  # such as the norm of the weight itself
         return Scaled(self.expression(other, dtype), Leaf(factor, out.aval.dtype), name == "div")
 
+    def _stretched(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
+        """A product with numbers that are the same along some axes: `w * columns`, `u[:, None] * v`."""
+        shape = out.aval.shape
+        sides = [self.before_repeats(v) for v in eqn.invars]
+        first, second = (spread_over(v, axes, shape) for v, axes in sides)
+        if eqn.primitive.name != "mul" or 0 in shape:
+            return None
+        every = tuple(range(len(shape)))
+        # u v^T: no axis is summed over
+        if first and second and sorted(first + second) == list(every):
+            u, v = (self.expression(self._squeezed(v), dtype) for v, _ in sides)
+            return Product(out, u, v, (first, second, every))
+        for (factor, _), along, of in zip(sides, (first, second), eqn.invars[::-1], strict=True):
+            known = self.look(factor)
+            # such as the norms of the weight's own columns
+            own = known.made and not known.is_parameter
+            whole = math.prod(shape[axis] for axis in along) == out.aval.size
+            if not (own or whole) and of.aval.shape == shape:
+                value = Leaf(self._squeezed(factor), out.aval.dtype)
+                return Stretched(out, self.expression(of, dtype), value, along)
+        return None
+
+    def _padded(self, out: Any, kernel: Expression, eqn: Any) -> Expression:
+        """Numbers, the kernel and numbers, one after another along every axis that gets some."""
+        shape = list(eqn.invars[0].aval.shape)
+        for axis, (low, high, _) in enumerate(eqn.params["padding_config"]):
+            sizes = [
+                (n, part) for n, part in ((low, None), (shape[axis], kernel), (high, None)) if n
+            ]
+            parts = []
+            for n, part in sizes:
+                shape[axis] = n
+                parts.append(self._filled(shape, eqn.invars[1]) if part is None else part)
+            if len(parts) > 1:
+                kernel = Joined(out, tuple(parts), axis, tuple(n for n, _ in sizes))
+            shape[axis] = sum(n for n, _ in sizes)
+        return kernel
+
+    def _filled(self, shape: Sequence[int], value: Any) -> Leaf:
+        made, out = filled(tuple(shape), value)
+        self._write(made)
+        return Leaf(out)
+
+    def _squeezed(self, v: Any) -> Any:
+        """The value without axes of length one, which new equations make."""
+        made, out = squeezed(v)
+        self._write(made)
+        return out
+
     def _cut(self, out: Any, eqn: Any, kernel: Expression) -> Expression | None:
         if out.aval.shape == eqn.invars[0].aval.shape:
             return kernel  # all of it
-        cuts = _cuts(eqn, out)
+        cuts = cuts_of(eqn, out)
         try:
             for cut in cuts:
                 kernel = sliced(kernel, cut, self._cut_leaf)
@@ -200,11 +238,15 @@ class Values:
     def _cut_leaf(self, leaf: Leaf, cut: Cut) -> Leaf:
         """The slice of a value, which new equations make."""
         made, out = slice_of(leaf.value, cut)
+        self._write(made)
+        return dataclasses.replace(leaf, value=out)
+
+    def _write(self, made: Sequence[Any]) -> None:
+        """Notes new equations."""
         for eqn in made:
             given = list(map(self.look, eqn.invars))
             self.note(eqn, given, passed_on(eqn, [x.view for x in given]))
         self.slices += made
-        return dataclasses.replace(leaf, value=out)
 
     def _from_outside(self, v: Any, dtype: Any) -> Expression | None:
         """Where an input of a body is a kernel that is made outside."""
@@ -229,7 +271,7 @@ class Values:
         values, _, riding = self._outside()
         known = values.look(leaf.value)
         view = None if known.view is None else known.view.sliced()
-        aval = jax.make_jaxpr(functools.partial(_piece, Cut(0, 0, None)))(leaf.value.aval)
+        aval = jax.make_jaxpr(functools.partial(piece, Cut(0, 0, None)))(leaf.value.aval)
         same = [inner for inner, outer in riding.items() if outer is leaf.value]
         return self._import(leaf, True, same, aval.out_avals[0], known._replace(view=view))
 
@@ -255,47 +297,3 @@ class Values:
     def _outside(self) -> Outside:
         assert self.outside is not None
         return self.outside
-
-
-def _regroups(eqn: Any, out: Any) -> bool:
-    """Whether an equation keeps all numbers in their order."""
-    name = eqn.primitive.name
-    if name == "broadcast_in_dim":
-        # axes of length one come in
-        axes = list(eqn.params["broadcast_dimensions"])
-        return axes == sorted(axes) and eqn.invars[0].aval.size == out.aval.size
-    return name in ("reshape", "squeeze", "expand_dims")
-
-
-def _cuts(eqn: Any, out: Any) -> list[Cut]:
-    """How an equation cuts its operand; the last axes first, as axes may go."""
-    p, name, shape = eqn.params, eqn.primitive.name, out.aval.shape
-    if 0 in shape:
-        return []
-    if name == "squeeze":
-        return [Cut(axis, 0, None) for axis in sorted(p["dimensions"], reverse=True)]
-    starts = [0] * len(shape)
-    if name == "split":
-        before = eqn.outvars[: eqn.outvars.index(out)]
-        starts[p["axis"]] = sum(v.aval.shape[p["axis"]] for v in before)
-    elif name == "slice" and set(p["strides"] or (1,)) == {1}:
-        starts = p["start_indices"]
-    else:
-        return []
-    old = eqn.invars[0].aval.shape
-    sizes = zip(starts, shape, old, strict=True)
-    return [Cut(axis, start, n) for axis, (start, n, m) in enumerate(sizes) if n != m]
-
-
-def slice_of(v: Any, cut: Cut) -> tuple[list[Any], Any]:
-    """Equations that cut a value, and what they make."""
-    closed = jax.make_jaxpr(functools.partial(_piece, cut))(v.aval)
-    equations, (out,) = renamed(closed.jaxpr, [v])
-    return equations, out
-
-
-def _piece(cut: Cut, x: jax.Array) -> jax.Array:
-    """The slice of an array."""
-    start, size = cut.start or 0, cut.size or 1
-    piece = jax.lax.slice_in_dim(x, start, start + size, axis=cut.axis)
-    return jax.lax.squeeze(piece, [cut.axis]) if cut.size is None else piece

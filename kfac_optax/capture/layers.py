@@ -75,7 +75,8 @@ def trace(
     # What the prediction does not depend on would be measured as zero, and a layer may be there for
     # a derivative only.
     jaxpr = _live(distributed(_live(jaxpr), len(names), bypassed))
-    jaxpr = with_taps(jaxpr, len(names), examples)
+    # a kernel that only a tap has read, which has made way for those of its parts, is read no more
+    jaxpr = _live(with_taps(jaxpr, len(names), examples))
     analysis = analyse(jaxpr.jaxpr, len(names))
     bypassed -= tapped_leaves(analysis)
     # nothing that could become a layer, not even one outside of what the prediction needs

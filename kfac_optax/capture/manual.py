@@ -8,10 +8,12 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from kfac_optax._types import Staircase
 from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift
 from kfac_optax.capture.modules import resolve_padding
 from kfac_optax.capture.patches import Window
 from kfac_optax.capture.tap import active, place
+from kfac_optax.linalg.staircase import staircase
 
 
 def tap_dense(
@@ -20,6 +22,7 @@ def tap_dense(
     kernel: Float[Array, "p q"],
     bias: Float[Array, " q"] | None = None,
     *,
+    mask: Any = None,
     name: str = "",
 ) -> Float[Array, "*batch q"]:
     """Marks `s = a @ kernel + bias` as a dense layer, where the program does not show it by itself.
@@ -31,13 +34,15 @@ def tap_dense(
       a: input of the layer, `[*batch, p]`.
       kernel: the weight **parameter**, `[p, q]` (pass `weight.T` where it is stored transposed).
       bias: the bias parameter `[q]`, if the layer has one.
+      mask: constant ones and zeros `[p, q]`, where `s = a @ (kernel * mask) + bias`. Rows have to be
+        nested, as those of an autoregressive network are, see `masked`.
       name: shown in errors.
 
     Returns:
       `s`.
 
     Raises:
-      ValueError: the shapes do not belong together.
+      ValueError: the shapes do not belong together; a mask whose rows are not nested.
 
     >>> import jax.numpy as jnp
     >>> x, w = jnp.ones((4, 3)), jnp.ones((3, 2))
@@ -59,7 +64,8 @@ def tap_dense(
     # outside of tracing a tap is its first argument
     if not active():
         return s
-    return place(s, a, kernel, *_given(bias), geometry=Dense(), name=name)
+    geometry = Dense(_stairs(label, mask, kernel))
+    return place(s, a, kernel, *_given(bias), geometry=geometry, name=name)
 
 
 def tap_conv(
@@ -73,6 +79,7 @@ def tap_conv(
     input_dilation: int | Sequence[int] = 1,
     kernel_dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    mask: Any = None,
     name: str = "",
 ) -> Float[Array, "*batch q"]:
     """Marks `s` as the convolution of `a` with `kernel`, plus `bias`; channels come last.
@@ -92,6 +99,8 @@ def tap_conv(
       kernel_dilation: as `strides`.
       padding: `"SAME"`, `"VALID"` or pairs.
       groups: `feature_group_count`.
+      mask: constant ones and zeros of the shape of the kernel, where it is `kernel * mask`; nested as
+        for `tap_dense`, `[*window, C]` being the rows. Not in groups.
       name: shown in errors.
 
     Returns:
@@ -135,7 +144,10 @@ def tap_conv(
     _check_bias(label, bias, s)
     if not active():
         return s
-    return place(s, a, kernel, *_given(bias), geometry=Conv(window, groups), name=name)
+    if mask is not None and groups != 1:
+        raise ValueError(f"{label}: got mask= and groups={groups}; expected groups=1.")
+    geometry = Conv(window, groups, mask=_stairs(label, mask, kernel))
+    return place(s, a, kernel, *_given(bias), geometry=geometry, name=name)
 
 
 def tap_scale_shift(
@@ -227,6 +239,18 @@ def tap_embedding(
     if not active():
         return s
     return place(s, tokens, table, geometry=Lookup(table.shape[0]), name=name)
+
+
+def _stairs(label: str, mask: Any, kernel: Array) -> Staircase | None:
+    if mask is None:
+        return None
+    if getattr(mask, "shape", None) != kernel.shape:
+        raise ValueError(
+            f"{label}: got a mask of shape {getattr(mask, 'shape', None)}; expected an array of that "
+            f"of the kernel, {kernel.shape}."
+        )
+    with jax.ensure_compile_time_eval():
+        return staircase(mask.reshape(-1, kernel.shape[-1]), label)
 
 
 def _given(bias: Array | None) -> tuple[Array, ...]:

@@ -11,6 +11,7 @@ import flax.linen.linear as linen_linear
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._types import Staircase
 from kfac_optax.capture.geometry import (
     Contraction,
     Conv,
@@ -21,6 +22,7 @@ from kfac_optax.capture.geometry import (
     Unsupported,
 )
 from kfac_optax.capture.patches import Window
+from kfac_optax.linalg.staircase import staircase
 
 Described = tuple[jax.Array, Geometry]
 
@@ -141,8 +143,13 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     made_by = getattr(module, "conv_general_dilated_cls", None)
     if made_by or function not in (None, jax.lax.conv_general_dilated):
         return inputs, Unsupported("a convolution by a function of the user")
+    mask = None
     if module.mask is not None:
-        return inputs, Unsupported("its weights are masked")
+        mask = _stairs(module.mask)
+        if mask is None or module.feature_group_count != 1:
+            return inputs, Unsupported(
+                "its weights are masked, and not by a staircase of constants"
+            )
     size = _tuple(module.kernel_size)
     per_axis = functools.partial(_per_axis, axes=len(size))
     spread = per_axis(module.kernel_dilation)
@@ -165,7 +172,15 @@ def conv(module: Any, inputs: jax.Array) -> Described:
     strides = per_axis(module.strides)
     pads = resolve_padding(inputs.shape[front:-1], reach, strides, dilation, padding)
     window = Window(size, strides, pads, dilation, spread)
-    return inputs, Conv(window, module.feature_group_count)
+    return inputs, Conv(window, module.feature_group_count, mask=mask)
+
+
+def _stairs(mask: Any) -> Staircase | None:
+    """What a mask of the shape of the kernel is, if its rows are nested and it is known."""
+    try:
+        return staircase(mask.reshape(-1, mask.shape[-1]))
+    except (TypeError, ValueError):
+        return None
 
 
 def resolve_padding(

@@ -7,11 +7,13 @@ from jax.extend import core as jex
 
 from kfac_optax.capture import example_axis
 from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.dependence import only_stopped
 from kfac_optax.capture.geometry import ScaleShift
 from kfac_optax.capture.scan_views import scan_views, views_behind_scan
 from kfac_optax.capture.shifts import find_shift
-from kfac_optax.capture.sites import Origin
+from kfac_optax.capture.sites import STOPPED, Origin
 from kfac_optax.capture.tap import tap_p
+from kfac_optax.capture.taps_inside import taps_in
 from kfac_optax.capture.uses import Use, find_use
 from kfac_optax.capture.views import View, parameter_views, passed_on
 
@@ -36,6 +38,7 @@ class _Survey:
         self.found: list[Found] = []
         self.taps: dict[Path, tuple[int, set[int]]] = {}  # uses that each accounts for, its leaves
         self.idle: set[Path] = set()  # taps whose kernel is no parameter
+        self.stopped: set[Path] = set()  # taps that no derivative comes back to
         self.carried = 0  # uses whose results a scan hands from step to step
 
     def add(self, found: Found) -> int:
@@ -107,7 +110,7 @@ def unclaimed(
         if path not in partial:
             claimed |= uses
     free = [found for i, found in enumerate(survey.found) if not claimed & (1 << i)]
-    return _seen_once(free), partial
+    return _seen_once(free), partial | survey.stopped
 
 
 def _linked(partial: set[Path], taps: Mapping[Path, set[int]]) -> set[Path]:
@@ -168,6 +171,7 @@ def _survey(
     known: dict[Any, _Known] = dict(zip(jaxpr.invars, given, strict=True))
     readers = _readers(jaxpr)
     products: list[int] = []
+    stopped = only_stopped(jaxpr, STOPPED)
 
     def look(v: Any) -> _Known:
         nothing = _Known()
@@ -176,6 +180,10 @@ def _survey(
     for i, eqn in enumerate(jaxpr.eqns):
         here = (*path, i)
         inputs = [look(v) for v in eqn.invars]
+        if i in stopped:  # its rows have gradients of zero, which are none of a layer's
+            survey.stopped.update(taps_in(eqn, here))
+            known.update(zip(eqn.outvars, _plain(eqn, inputs, survey), strict=True))
+            continue
         # None: neither a call, nor a scan, nor a parameter passed on
         outs = _entered_or_passed(eqn, inputs, here, survey)
         if outs is None or eqn.primitive.name == "slice":
@@ -207,9 +215,7 @@ def _use_of(
 ) -> Use | None:
     """The use of a parameter that an equation is, if it is one."""
     views = [x.view for x in inputs]
-    axes: list[int] = []
-    if any(views):
-        axes = survey.axes(out.axis, eqn.outvars[0].aval.shape)
+    axes = survey.axes(out.axis, eqn.outvars[0].aval.shape) if any(views) else []
     return find_use(eqn, views, axes)
 
 

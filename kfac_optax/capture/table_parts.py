@@ -16,6 +16,7 @@ from kfac_optax.capture.kernel_expression import (
     Negative,
     Product,
     Scaled,
+    Stretched,
     Sum,
 )
 from kfac_optax.capture.kernel_parts import Multiply
@@ -92,6 +93,9 @@ class _LookUp:
             case Scaled():
                 rows, factor = self(table.of, tokens), self._value(table.factor)
                 return (rows / factor if table.inverse else rows * factor).astype(rows.dtype)
+            case Stretched(axes=(1,)):
+                rows = self(table.of, tokens)
+                return (rows * self._value(table.factor)).astype(rows.dtype)
             case Negative():
                 return -self(table.of, tokens)
             case Product():

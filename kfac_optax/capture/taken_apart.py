@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kfac_optax.capture.kernel_expression import DoesNotFit, Leaf, leaves_of
+from kfac_optax.capture.kernel_known import Known
 from kfac_optax.capture.kernel_uses import Multiplied, multiplied, ways
-from kfac_optax.capture.kernel_values import Known, Values
+from kfac_optax.capture.kernel_values import Values
 from kfac_optax.capture.rewriting import rewritten
 
 

@@ -15,6 +15,7 @@ from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.diagonal import diagonal
 from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.kronecker import INVERSES, kronecker
+from kfac_optax.blocks.masked import knowing_masks, masked
 from kfac_optax.blocks.recurrent import OPTIONS, recurrent
 from kfac_optax.blocks.sua import sua
 from kfac_optax.blocks.tied_embedding import tied_embedding
@@ -118,7 +119,7 @@ def blocks_of(
             convolution=(convolution, "kfc"),
             recurrence=(recurrence, "independent"),
         )
-        return linear
+        return knowing_masks(linear)
     lookup = _embeddings(embedding, inverse, precision)
     tied = _embeddings(tied_embedding, inverse, precision)
     by_kind = {
@@ -131,6 +132,8 @@ def blocks_of(
     def block_of(layer: Layer) -> Block:
         if layer.kind in by_kind:
             return by_kind[layer.kind]
+        if layer.mask is not None:
+            return masked(layer, precision=precision)
         if layer.kind in ("embedding", "tied_embedding"):
             return (lookup if layer.kind == "embedding" else tied)(layer)
         # channels are known of plain convolutions only
@@ -144,7 +147,7 @@ def blocks_of(
 
 
 def _embeddings(make: Callable[..., Block], inverse: str, precision: Any) -> BlockOf:
-    """The block of an embedding table, whose only dense factor is that of the outputs."""
+    """The block of an embedding table."""
     words = {"auto": ("eigh", "cholesky"), "newton": ("cholesky", "cholesky")}
     narrow, wide = (make(x, precision=precision) for x in words.get(inverse, (inverse, inverse)))
     return lambda layer: narrow if layer.outputs <= NARROW else wide

@@ -9,6 +9,7 @@ from kfac_optax._tree import gather, make_buckets, named_leaves, replace_leaves,
 from kfac_optax._types import Block, Layer, PyTree
 from kfac_optax.blocks.embedding import embedding
 from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.masked import masked
 from kfac_optax.blocks.tied_embedding import tied_embedding
 from kfac_optax.estimators.curvature import LazyCurvature
 from kfac_optax.estimators.plan import Plan
@@ -44,6 +45,8 @@ def forward_product(
 
 def _block_of_inputs(layer: Layer) -> Block:
     """What knows `A (x) I` of a layer with weights between units."""
+    if layer.mask is not None:
+        return masked(layer)
     # one-hot inputs: A is diagonal
     tables = {"embedding": embedding, "tied_embedding": tied_embedding}
     make = tables.get(layer.kind, kronecker)

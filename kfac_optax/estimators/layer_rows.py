@@ -100,7 +100,7 @@ def layer_rows(
 def _check(where: str, layers: Sequence[Layer]) -> None:
     for layer in layers:
         reason = "; ".join(layer.notes)
-        if layer.kind in ("tied_embedding", "diagonal"):
+        if layer.kind in ("tied_embedding", "diagonal", "masked"):
             reason = f"a layer of kind {layer.kind!r} has none"
         elif layer.swapped and not reason:
             reason = "what multiplies by its transposed weight has a cotangent for its input"

@@ -13,6 +13,7 @@ from kfac_optax._types import PyTree
 from kfac_optax.estimators.centring import about_mean, is_centred
 from kfac_optax.estimators.heads import Kind, count_examples, find_weights, split_outputs
 from kfac_optax.estimators.reductions import devices_of, sum_over_devices
+from kfac_optax.estimators.tangents import linearized
 from kfac_optax.linalg.gram import replicated
 from kfac_optax.linalg.pairs import symmetric_matrix
 
@@ -38,7 +39,7 @@ def _linearize(
         return split_outputs(kind, function(params, *args))
 
     # tangents of the natural arrays, J_b d
-    _, jvp, heads = jax.linearize(naturals, params, has_aux=True)
+    jvp, heads = linearized(naturals, params)
     examples = count_examples(kind, heads)
     # the Hessian in the losses is the identity: sum_b g_b g_b^T
     if kind.losses:

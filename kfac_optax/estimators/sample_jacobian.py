@@ -19,6 +19,7 @@ from kfac_optax.estimators.heads import Kind, count_examples, find_weights, spli
 from kfac_optax.estimators.output_cotangents import Naturals, sampled_scores
 from kfac_optax.estimators.products import read_terms
 from kfac_optax.estimators.reductions import devices_of, sum_over_devices
+from kfac_optax.estimators.tangents import linearized
 from kfac_optax.linalg.weighted_rows import keep_rows
 
 _CHUNK = 32  # columns that exist at the same time
@@ -96,7 +97,7 @@ def sample_jacobian(
         return split_outputs(kind, function(params, *args))
 
     # J v = S^T (d natural) v for every term
-    _, tangents_of, heads = jax.linearize(naturals, params, has_aux=True)
+    tangents_of, heads = linearized(naturals, params)
     examples = count_examples(kind, heads) * devices_of(axis_name)
     if kind.losses:
 

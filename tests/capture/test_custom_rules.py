@@ -231,7 +231,7 @@ def test_what_is_behind_stop_gradient_is_no_use():
     )
     layers = ko.ggn(frozen).layers(params, x)
     assert [(u.path, u.reason) for u in layers.uncovered] == [
-        ("a", "only used behind stop_gradient")
+        ("a", "only used behind stop_gradient, or for integers and flags")
     ]
 
 
@@ -252,3 +252,21 @@ def test_a_product_with_its_own_rule_is_noted_at_its_tap():
         "a used through custom_vjp `product`: its own derivative rule, not measured",
     )
     assert second.notes == ()
+
+
+@pytest.mark.parametrize("rule", [reversal, half_gradient])
+def test_products_follow_the_rule_of_the_way_back(rule):
+    """A function with `custom_vjp` has no derivative forward: `J v` is `J^T`, transposed."""
+    params = {"a": oracles.normal(0, (3, 4)), "b": oracles.normal(1, (4, 2))}
+    x = oracles.normal(2, (N, 3))
+    model = lambda p: rule(p["a"], x) @ p["b"]
+    predict = lambda p, x: ko.Normal(rule(p["a"], x) @ p["b"])
+    vector = {"a": oracles.normal(3, (3, 4)), "b": oracles.normal(4, (4, 2))}
+    jacobian = jax.jacrev(model)(params)
+    along = sum(jnp.tensordot(jacobian[k], vector[k], 2) for k in params)
+    expected = {k: jnp.tensordot(along, jacobian[k], 2) / N for k in params}
+    got = jax.jit(ko.ggn(predict).vector_product)(params, vector, x)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10)
+    jax.tree.map(close, got, expected)
+    (rows,) = ko.ggn(predict).at(params, x).linearize().jvp(vector)
+    close(np.sum(np.square(rows)), jnp.vdot(along, along))

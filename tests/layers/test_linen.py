@@ -201,13 +201,13 @@ def test_what_is_not_supported_says_why(x64):
     assert (
         reasons["masked/kernel"]
         == reasons["masked/bias"]
-        == "not supported: its weights are masked"
+        == "not supported: its weights are masked, and not by a staircase of constants"
     )
     assert (
         reasons["round/kernel"] == "not supported: a transposed convolution with circular padding"
     )
     assert reasons["scaled/kernel"] == "not supported: einsum 'ntd,td->nt' is no matrix product"
     table = str(layers)
-    assert "not supported: its weights are masked" in table
+    assert "not supported: its weights are masked, and not by a staircase of constants" in table
     with pytest.raises(ValueError, match="not shared over positions"):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")

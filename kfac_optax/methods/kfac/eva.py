@@ -16,7 +16,7 @@ from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 
 # a scale has no input side, a tied table two of them
-LEFT_OUT = ("scale_shift", "tied_embedding")
+LEFT_OUT = ("scale_shift", "tied_embedding", "masked")
 
 
 def _preset(

@@ -8,6 +8,7 @@ import optax
 from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.foof import OF, foof_block
+from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL
@@ -84,6 +85,8 @@ def foof(
     """
     check_choice("foof", "uncovered", uncovered, WITHOUT_DIAGONAL)
     check_choice("foof", "normalization", normalization, ("unitwise", "pass"))
+    # left out first, so that `uncovered` decides on what is left over
+    layers = leave_out(cover(layers, where="foof"), ("masked",), "{kind}: no block of inputs alone")
     # A alone: the factor of outputs is the identity
     linear = foof_block(sharing=sharing, positions=positions, precision=precision)
     # counts of tokens, their sum with a head, (x, 1) of every channel

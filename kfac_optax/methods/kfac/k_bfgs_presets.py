@@ -14,7 +14,7 @@ from kfac_optax.methods.signature import check_size, flat_signature
 UNCOVERED = ("pass", "raise")
 # Checked in every update where they are arrays or schedules.
 _NUMBERS = ("learning_rate", "damping", "decay")
-LEFT_OUT = ("scale_shift", "tied_embedding", "embedding")
+LEFT_OUT = ("scale_shift", "tied_embedding", "embedding", "masked")
 
 
 def _preset(

@@ -18,7 +18,7 @@ from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.graft import graft_norm
 
 # a scale has no input side; inverses of the size of a vocabulary have no room
-LEFT_OUT = ("scale_shift", "tied_embedding", "embedding")
+LEFT_OUT = ("scale_shift", "tied_embedding", "embedding", "masked")
 
 
 @flat_signature()

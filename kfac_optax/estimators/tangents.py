@@ -1,0 +1,49 @@
+"""Derivatives of a model along directions of its parameters, also where it has rules for the way
+back alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_optax._types import PyTree
+from kfac_optax.capture.calls import has_rule_back_only
+
+
+def linearized(
+    function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree
+) -> tuple[Callable[[PyTree], PyTree], Any]:
+    """`J v` for directions `v`, and what the function returns besides.
+
+    Functions with `custom_vjp` cannot be derived forward: their `J^T` is transposed instead, so that
+    products are those of the rule that gradients follow.
+
+    Args:
+      function: parameters to `(outputs, other)`.
+      params: where it is linearised.
+
+    >>> import jax.numpy as jnp
+    >>> @jax.custom_vjp
+    ... def reversed_gradient(x):
+    ...     return x
+    >>> reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+    >>> along, _ = linearized(lambda x: (reversed_gradient(2 * x), None), jnp.ones(2))
+    >>> print(along(jnp.array([1.0, 3.0])))
+    [-2. -6.]
+    """
+    _, along, other = jax.linearize(function, params, has_aux=True)
+    # integers have no directions to trace it with
+    real = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(params))
+    if not real or not has_rule_back_only(jax.make_jaxpr(along)(params).jaxpr):
+        return along, other
+    outputs, pull, other = jax.vjp(function, params, has_aux=True)
+    # J^T u is linear in u, and its transpose is J v
+    backward = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+
+    def transposed(direction: PyTree) -> PyTree:
+        (tangents,) = backward(direction)
+        return tangents
+
+    return transposed, other
