@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from kfac_optax._types import PyTree
+from kfac_optax.testing.factorizations import side_by_side
 
 _ONE = np.float32(1)  # scale of a good batch
 
@@ -50,6 +51,7 @@ def check_transformation(trial: Trial) -> None:
     step = _Compiled(trial)
     start = _start(trial)
     _check_steps(trial, step, start)
+    _check_factorizations(trial, step, start)
     _check_zero_batch(trial, step, start)
     _check_broken_batch(trial, step, start)
     _check_checkpoint(trial, step, start)
@@ -60,6 +62,13 @@ def check_steps(trial: Trial) -> None:
     like parameters, all is finite, and nothing compiles twice.
     """
     _check_steps(trial, _Compiled(trial), _start(trial))
+
+
+def check_factorizations(trial: Trial) -> None:
+    """On a CPU, no two LAPACK calls of a step run at the same time: each could wait for the other
+    for ever. `jax.lax.optimization_barrier` does not order them, a path of data does.
+    """
+    _check_factorizations(trial, _Compiled(trial), _start(trial))
 
 
 def check_zero_batch(trial: Trial) -> None:
@@ -111,6 +120,10 @@ class _Compiled:
     ) -> tuple[PyTree, PyTree]:
         return self._step(params, state, scale)
 
+    def program(self, params: PyTree, state: PyTree, scale: jax.Array) -> str:
+        """The text of what was compiled for such arguments."""
+        return self._step.lower(params, state, scale).compile().as_text()
+
 
 def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
     # a few steps: a first one may differ from those behind it
@@ -136,6 +149,12 @@ def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
         params = optax.apply_updates(params, small)
     law = "one trace serves all steps"
     _holds(trial, law, step.traces == 1, f"{step.traces} traces")
+
+
+def _check_factorizations(trial: Trial, step: Any, start: PyTree) -> None:
+    pairs, calls = side_by_side(step.program(trial.params, start, _ONE))
+    law = "factorisations follow one another"
+    _holds(trial, law, not pairs, f"{len(pairs)} pairs of {calls} calls may wait for each other")
 
 
 def _check_zero_batch(trial: Trial, step: Any, start: PyTree) -> None:

@@ -5,13 +5,14 @@ for it; two at a time can take all threads for waiting, and the step never retur
 be a path of data from each call to every later one.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import kfac_optax as ko
+from kfac_optax import testing
+from kfac_optax.testing.factorizations import side_by_side
 from tests import oracles
 
 N, SIZES = 5, (40, 30, 30, 30, 3)  # buckets of one and of two layers, factors wide and small
@@ -51,28 +52,6 @@ WITHOUT_REFRESH = {
 ALL_PARTS = {"online, staggered": (0, 1)}
 
 
-def side_by_side(text):
-    """Pairs of LAPACK calls of a compiled program without a path between them, and the number of
-    calls.
-    """
-    pairs, count, with_calls, before, calls = [], 0, set(), {}, []
-    for line in text.splitlines():
-        # a computation; those that it uses came before
-        if match := re.match(r"(?:ENTRY )?(%[\w.-]+) .*\{$", line):
-            computation, before, calls = match[1], {}, []
-        elif match := re.match(r" +(?:ROOT )?(%[\w.-]+) = (.*)", line):
-            name, rest = match.groups()
-            uses = set(re.findall(r"%[\w.-]+", rest))
-            before[name] = set().union(*(before[use] | {use} for use in uses if use in before))
-            direct = 'custom_call_target="lapack_' in rest
-            if direct or uses & with_calls:
-                pairs += [(other, name) for other in calls if other not in before[name]]
-                calls.append(name)
-                count += direct
-                with_calls.add(computation)
-    return pairs, count
-
-
 def test_calls_side_by_side_are_seen():
     x = jnp.eye(3)
     apart = (
@@ -89,6 +68,20 @@ def test_calls_side_by_side_are_seen():
     assert len(side_by_side(apart)[0]) == 1
     assert len(side_by_side(inside)[0]) == 1
     assert side_by_side(row) == ([], 2)
+
+
+def test_a_transformation_that_factorises_side_by_side_is_named():
+    def update(updates, state, params=None):
+        del params
+        return {name: jnp.linalg.eigh(x @ x.T)[1] for name, x in updates.items()}, state
+
+    params = {"a": jnp.eye(2), "b": jnp.eye(3)}
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    trial = testing.Trial("apart", tx, params, lambda params, scale: (params, {}))
+    with pytest.raises(
+        AssertionError, match="'apart': factorisations follow .* 1 pairs of 2 calls"
+    ):
+        testing.check_factorizations(trial)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
