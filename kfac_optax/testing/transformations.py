@@ -122,7 +122,7 @@ class _Compiled:
 
     def program(self, params: PyTree, state: PyTree, scale: jax.Array) -> str:
         """The text of what was compiled for such arguments."""
-        return self._step.lower(params, state, scale).compile().as_text()
+        return str(self._step.lower(params, state, scale).compile().as_text())
 
 
 def _check_steps(trial: Trial, step: Any, start: PyTree) -> None:
