@@ -69,12 +69,12 @@ def _whole_family(config: ml_collections.ConfigDict, variant: str) -> ml_collect
     config.name = f"family_{variant}"
     config.low_rank = ml_collections.ConfigDict({"rank": 16})
     # a row for each example, not for each of its outputs: of 64 pixels the kernel would be 8192 wide
+    config.sample_space = ml_collections.ConfigDict({"sampled": True})
     # of all gradients of a run, which are small: the default is for losses of large models
     config.mfac = ml_collections.ConfigDict({"window": 256, "damping": 1e-2})
-    # of weights as large as those at the start; at temperature one this little data says less of
-    # 17,000 weights than the prior
+    # a prior of weights as large as those at the start; at temperature one this little data says
+    # less of 17,000 weights than the prior
     config.posterior = ml_collections.ConfigDict({"temperature": 1e-2, "variance": 1e-2})
-    config.sample_space = ml_collections.ConfigDict({"sampled": True})
     config.grid = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
     config.tune_seeds = 1  # a rate is tried once, then the best gets the other seeds
     chains = () if variant == "cnn" else _ONLY_CHAINS
