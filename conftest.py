@@ -7,5 +7,5 @@ import os
 # threads (see docs/howto/loops.md).
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 # LAPACK has threads of its own, which on busy cores wait for each other far longer than they work;
-# it is loaded with the first factorisation.
+# it reads their number once, when SciPy is imported, as it is with JAX.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,11 +1,12 @@
 """Runs of a sweep in several processes, one optimizer at a time in each."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -86,7 +87,8 @@ def _in_processes(
     events = context.SimpleQueue()
     size = min(config.workers, len(groups))
     with ProcessPoolExecutor(size, context, _enter_process, (events,)) as pool:
-        pending = {pool.submit(_in_process, config, out, group) for group in groups}
+        with _single_threads():
+            pending = {pool.submit(_in_process, config, out, group) for group in groups}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -113,17 +115,31 @@ def _drain(events: Any, receive: Receive) -> None:
         receive(events.get())
 
 
-# of the libraries that SciPy, whose LAPACK JAX calls on a CPU, may have been built with
-_THREADS_OF_LAPACK = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+# of XLA's pools, and of the libraries that SciPy, whose LAPACK JAX calls on a CPU, may have been
+# built with
+_THREADS = ("NPROC", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _process: dict[str, Any] = {}  # what a worker process was started with; empty in the main process
+
+
+@contextlib.contextmanager
+def _single_threads() -> Iterator[None]:
+    """One thread for each run in the processes that are started meanwhile, in XLA and in LAPACK.
+
+    Threads of several runs that wait for each other cost ten times the work and more. LAPACK reads
+    its number when SciPy is imported, in a worker before any code of ours, so that it has to be in
+    the environment that the process starts with. What is there already goes first.
+    """
+    added = [name for name in _THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(added, "1"))
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _enter_process(events: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
-    # One thread for each run, in XLA's pools and in LAPACK, which is loaded with the first call of
-    # it: threads of several runs that wait for each other cost ten times the work and more.
-    for name in ("NPROC", *_THREADS_OF_LAPACK):
-        os.environ.setdefault(name, "1")
     main = multiprocessing.parent_process()
     assert main is not None  # only ever called in a process of the pool
     # not `os.getppid()`, which is another one where the main process has ended by now

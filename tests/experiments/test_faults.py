@@ -301,13 +301,32 @@ def test_a_worker_knows_its_main_process_where_that_has_ended_already(monkeypatc
     )
     monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
     monkeypatch.setattr(workers, "_process", {})
-    for name in ("NPROC", *workers._THREADS_OF_LAPACK):
+    workers._enter_process(None)
+    assert started[0]["args"] == (5,)
+
+
+def test_workers_start_with_one_thread_of_lapack(monkeypatch):
+    """LAPACK has read the number before any function is called in the worker."""
+    for name in workers._THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MKL_NUM_THREADS", "2")  # what is there already goes first
-    workers._enter_process(None)
-    threads = [workers.os.environ[x] for x in ("NPROC", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")]
-    assert threads == ["1", "1", "2"]
-    assert started[0]["args"] == (5,)
+    before, seen = dict(workers.os.environ), []
+
+    class Pool:
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+        def submit(self, *_):  # where processes are started
+            seen.append({name: workers.os.environ.get(name) for name in workers._THREADS})
+            future = concurrent.futures.Future()
+            future.set_result([])
+            return future
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda *_: Pool())
+    config = types.SimpleNamespace(workers=2)
+    assert workers._in_processes(config, None, [[], []], seen.append) == []
+    assert seen == [dict.fromkeys(workers._THREADS, "1") | {"MKL_NUM_THREADS": "2"}] * 2
+    assert dict(workers.os.environ) == before  # the main process keeps its threads
 
 
 class Started:
