@@ -19,6 +19,8 @@ from kfac_optax.experiments.results import Job, Runs
 
 # What the runs of one folder have in common: the problem, and what they were given for it.
 _SAME = ("data", "model", "likelihood", "inputs", "epochs", "budget_seconds")
+# What a step does not get longer by: of timed runs a few epochs are enough, at any rate.
+_UNTIMED = {"epochs", "budget_seconds", "learning_rate", "schedule", "seed"}
 
 
 class Costs(NamedTuple):
@@ -129,7 +131,8 @@ def with_times(problem: Problem, quiet: Problem) -> Problem:
         quiet: the timed runs, at any learning rate.
 
     Raises:
-        Stopped: the timed runs are of another problem.
+        Stopped: the timed runs are of another problem, of other methods alone, or of a method with
+          other settings.
     """
     _check_timed(problem, quiet)
     every: dict[str, list[results.Run]] = {}
@@ -156,8 +159,7 @@ def _retimed(run: results.Run, seconds_per_step: float) -> results.Run:
 
 
 def _check_timed(problem: Problem, quiet: Problem) -> None:
-    # of timed runs a few epochs are enough
-    same = [entry for entry in _SAME if entry not in ("epochs", "budget_seconds")]
+    same = [entry for entry in _SAME if entry not in _UNTIMED]
     mine, other = (next(iter(one.settings.values())) for one in (problem, quiet))
     for entry in (*same, "batch_size"):
         if mine.get(entry) != other.get(entry):
@@ -165,6 +167,26 @@ def _check_timed(problem: Problem, quiet: Problem) -> None:
                 f"{quiet.name}: timed runs with {entry} {other.get(entry)!r}, expected those of "
                 f"{problem.name}, {mine.get(entry)!r}. Give the folders of --timing in the order "
                 "of the others."
+            )
+    names = [name for name in problem.settings if name in quiet.settings]
+    if not names:
+        raise Stopped(
+            f"{quiet.name}: timed runs of {', '.join(quiet.settings)}, expected some methods of "
+            f"{problem.name}, which has {', '.join(problem.settings)}."
+        )
+    for name in names:
+        _check_method(name, problem, quiet)
+
+
+def _check_method(name: str, problem: Problem, quiet: Problem) -> None:
+    """With other periods, say, a method's step has another length."""
+    mine, other = (one.settings[name] for one in (problem, quiet))
+    # records of older runs say less
+    for entry in sorted((mine.keys() & other.keys()) - _UNTIMED):
+        if mine[entry] != other[entry]:
+            raise Stopped(
+                f"{quiet.name}: timed runs of {name} with {entry} {other[entry]!r}, expected "
+                f"{mine[entry]!r}, as in {problem.name}. Time it with the settings of the race."
             )
 
 

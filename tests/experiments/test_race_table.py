@@ -183,3 +183,18 @@ def test_timed_runs_of_another_problem_are_refused(folders, tmp_path, capsys):
     with pytest.raises(SystemExit):
         race.main([*map(str, folders), *words])
     assert "--timing: got 1 folders, expected one for each of the 2" in capsys.readouterr().err
+
+
+def test_timed_runs_of_a_method_with_other_settings_are_refused(folders, deep_linear, tmp_path):
+    """Their steps may be shorter."""
+    race_of = stored.read(folders[1])
+    deep_linear.batch_size = 32
+    deep_linear.kfac.inverse_every = 1000
+    write(tmp_path / "lazy", deep_linear, Job("sgd", 0.3, 0), [3])
+    stored.with_times(race_of, stored.read(tmp_path / "lazy"))  # nothing to SGD
+    write(tmp_path / "lazy", deep_linear, Job("kfac_two_level", 0.3, 0), [3])
+    with pytest.raises(Stopped, match=r"lazy: timed runs of kfac_two_level with kfac .*1000"):
+        stored.with_times(race_of, stored.read(tmp_path / "lazy"))
+    write(tmp_path / "none", deep_linear, Job("muon", 0.3, 0), [3])
+    with pytest.raises(Stopped, match="none: timed runs of muon, expected some methods of second"):
+        stored.with_times(race_of, stored.read(tmp_path / "none"))
