@@ -237,15 +237,28 @@ def _posterior(
     draw = optimizer.drawn
     if draw is None:
         return {}, None
-    said = config.posterior if "posterior" in config else {"temperature": 1.0, "variance": 1.0}
+    t, variance = _temperature_and_variance(config)
     # the prior N(0, variance I) has a weight decay of t / (N variance)
-    decay = config.weight_decay or said["temperature"] / (examples * said["variance"])
-    words, t = {"weight_decay": decay}, said["temperature"]
+    words = {"weight_decay": config.weight_decay or t / (examples * variance)}
 
     def drawn(params: Any, opt_state: Any, key: jax.Array) -> Any:
         return draw(layers, opt_state, params, key, size=examples, temperature=t, **words)
 
     return words, drawn
+
+
+def _temperature_and_variance(config: ml_collections.ConfigDict) -> tuple[float, float]:
+    """Of the section `posterior`, one each where it says nothing."""
+    said = {"temperature": 1.0, "variance": 1.0}
+    given = config.posterior.to_dict() if "posterior" in config else {}
+    for name, value in given.items():
+        if name not in said or not value > 0:
+            raise ValueError(
+                f"config.posterior.{name}: got {value!r}, expected a positive temperature or "
+                "variance (of the prior), and nothing else."
+            )
+    said |= given
+    return said["temperature"], said["variance"]
 
 
 def _due(optimizer: Optimizer, curved: Curved) -> ko.HostSchedule:

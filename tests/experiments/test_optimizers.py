@@ -103,6 +103,23 @@ def test_gradients_are_taken_at_draws_where_a_posterior_is_followed():
     np.testing.assert_allclose(spread, (1e-2 / 16 / (1 + 1 / 16)) ** 0.5, rtol=0.2)
 
 
+def test_a_section_of_a_posterior_may_be_a_part_of_it_but_nothing_else():
+    config, dataset, _ = small_family()
+    config = config.copy_and_resolve_references()
+    config.posterior = {"temperature": 0.25}
+    method = steps.problem(config, "vadam", dataset).method
+    params = {"w": jnp.ones(100)}
+    tx = method.transform(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    spread = jnp.std(method.drawn(params, state, jax.random.key(0))["w"])
+    # t / (N (s + w)) with s = 1 and w = t / N, of a prior of variance one
+    np.testing.assert_allclose(spread, (0.25 / 16 / (1 + 0.25 / 16)) ** 0.5, rtol=0.2)
+    for wrong in ({"variance": 0.0}, {"temprature": 0.5}):
+        config.posterior = wrong
+        with pytest.raises(ValueError, match=rf"config.posterior.{next(iter(wrong))}: got"):
+            steps.problem(config, "vadam", dataset)
+
+
 @pytest.mark.parametrize("name", ["ggt", "adahessian", "tonga"])
 def test_there_is_one_momentum(name):
     """Of the preset, where it averages gradients itself; else that of the configuration."""
