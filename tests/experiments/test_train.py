@@ -87,7 +87,9 @@ def test_decay_follows_the_preconditioner_but_precedes_adam(deep_linear):
     def first_update(tx):
         return tx.update(zero, tx.init(params), params)[0]["w"]
 
-    decayed = first_update(catalogue_optimizers.preconditioned(optax.identity(), deep_linear, 0.1))
+    decayed = first_update(
+        catalogue_optimizers.preconditioned(optax.identity(), deep_linear, 0.1, 0.9)
+    )
     np.testing.assert_allclose(decayed, -0.1 * 0.5 * 3.0, rtol=1e-6)
     np.testing.assert_allclose(
         first_update(optimizers.OPTIMIZERS["sgd"].build(deep_linear, None, 0.1)), decayed, rtol=1e-6
