@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen.linear as linen_linear
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfac_optax._types import Staircase
 from kfac_optax.capture.geometry import (
@@ -178,7 +179,9 @@ def conv(module: Any, inputs: jax.Array) -> Described:
 def _stairs(mask: Any) -> Staircase | None:
     """What a mask of the shape of the kernel is, if its rows are nested and it is known."""
     try:
-        return staircase(mask.reshape(-1, mask.shape[-1]))
+        # by NumPy: while tracing JAX would make a constant a traced value
+        known = np.asarray(mask)
+        return staircase(known.reshape(-1, known.shape[-1]))
     except (TypeError, ValueError):
         return None
 

@@ -11,6 +11,13 @@ import jax.numpy as jnp
 from kfac_optax._types import PyTree
 from kfac_optax.capture.calls import has_rule_back_only
 
+_NOT_LINEAR = (
+    "linearized: the backward rule of a custom_vjp in the model cannot be transposed; expected one "
+    "that is linear in the cotangent, without stop_gradient of it. One that clips or rounds the "
+    "gradient has no product J v: apply it to the gradient itself, outside of the model, or give "
+    "the function a custom_jvp."
+)
+
 
 def linearized(
     function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree
@@ -18,11 +25,14 @@ def linearized(
     """`J v` for directions `v`, and what the function returns besides.
 
     Functions with `custom_vjp` cannot be derived forward: their `J^T` is transposed instead, so that
-    products are those of the rule that gradients follow.
+    products are those of the rule that gradients follow. It has to be linear in the cotangent.
 
     Args:
       function: parameters to `(outputs, other)`.
       params: where it is linearised.
+
+    Raises:
+      ValueError: a `custom_vjp` has a rule that cannot be transposed, as one that clips gradients.
 
     >>> import jax.numpy as jnp
     >>> @jax.custom_vjp
@@ -43,7 +53,12 @@ def linearized(
     backward = jax.linear_transpose(lambda u: pull(u)[0], outputs)
 
     def transposed(direction: PyTree) -> PyTree:
-        (tangents,) = backward(direction)
+        try:
+            (tangents,) = backward(direction)
+        except jax.errors.JaxRuntimeError:  # of the device, as where memory runs out
+            raise
+        except (RuntimeError, AssertionError) as problem:
+            raise ValueError(_NOT_LINEAR) from problem
         return tangents
 
     return transposed, other

@@ -14,25 +14,34 @@ def staircase(mask: Any, where: str = "staircase") -> Staircase:
     triangles, and rows or columns that are left out.
 
     Args:
-      mask: of numbers or flags that are known when tracing; what is not zero is there.
+      mask: of ones and zeros, or flags, that are known when tracing.
       where: for errors.
 
     Raises:
-      ValueError: it is no matrix, or of two rows each has entries that the other has not.
+      ValueError: it is no matrix, has other numbers than ones and zeros, or of two rows each has
+        entries that the other has not.
       TypeError: it is traced.
 
     >>> print(staircase([[1, 0, 1], [1, 1, 1]]))
     Staircase(rows=(1, 0), columns=(2, 1, 2))
     """
     try:
-        there = np.asarray(mask) != 0
+        numbers = np.asarray(mask)
     except Exception as problem:
         raise TypeError(
             f"{where}: the mask is a {type(mask).__name__} whose numbers are not known; expected "
             "constants. Make it with NumPy, outside of jit."
         ) from problem
-    if there.ndim != 2:
-        raise ValueError(f"{where}: got a mask of shape {there.shape}; expected a matrix [p, q].")
+    if numbers.ndim != 2:
+        raise ValueError(f"{where}: got a mask of shape {numbers.shape}; expected a matrix [p, q].")
+    there = numbers != 0
+    # the curvature of `w * 0.5` is another, and so is the gradient
+    if (there & (numbers != 1)).any():
+        other = numbers[there & (numbers != 1)][0]
+        raise ValueError(
+            f"{where}: got a mask with {other} in it; expected ones and zeros. Multiply the output "
+            "by a factor of the whole weight, and give factors of entries parameters of their own."
+        )
     # most entries first: then every row has to be a part of the one before it
     order = np.argsort(-there.sum(1), kind="stable")
     ordered = there[order]

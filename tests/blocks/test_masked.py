@@ -1,5 +1,6 @@
 """Weights of which a mask leaves some entries: the exact inverse of the Kronecker product on those."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,5 +148,35 @@ def test_masks_that_are_no_staircase_are_refused():
     with pytest.raises(ValueError, match=r"mask of shape \(5,\); expected .*\(5, 4\)"):
         estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w, mask=np.ones(5))))
         estimator.layers(jnp.ones((P, Q)), x)
+    # factors are no mask: the curvature of w / 2 is another
+    for factors in (MADE / 2, -MADE, np.where(MADE, np.nan, 0)):
+        with pytest.raises(ValueError, match=r"a mask with \S+ in it; expected ones and zeros"):
+            staircase(factors)
     with pytest.raises(TypeError, match="whose numbers are not known"):
         jax.jit(lambda mask: staircase(mask).rows)(jnp.ones((2, 2)))
+
+
+def test_masks_of_modules_are_those_of_numpy_and_jax():
+    """One with other numbers than ones and zeros is named, and not taken for a mask."""
+    x = jnp.ones((N, 4, 2))
+
+    def layers_of(mask):
+        conv = nn.Conv(2, (3,), use_bias=False, mask=mask)
+        dense = nn.Dense(1)
+        params = {
+            "conv": conv.init(jax.random.key(0), x)["params"],
+            "dense": dense.init(jax.random.key(1), x)["params"],
+        }
+
+        def predict(p, x):
+            hidden = conv.apply({"params": p["conv"]}, x)
+            return ko.Normal(dense.apply({"params": p["dense"]}, hidden)[..., 0])
+
+        return ko.ggn(predict).layers(params, x)
+
+    mask = np.array([1.0, 1.0, 0.0])[:, None, None] * np.ones((3, 2, 2))
+    for known in (mask, jnp.asarray(mask)):
+        first, _ = layers_of(known)
+        np.testing.assert_array_equal(entries(first.mask), mask.reshape(6, 2) != 0)
+    (left,) = layers_of(mask / 2).uncovered
+    assert (left.path, "not by a staircase" in left.reason) == ("conv/kernel", True)

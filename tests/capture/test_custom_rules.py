@@ -270,3 +270,26 @@ def test_products_follow_the_rule_of_the_way_back(rule):
     jax.tree.map(close, got, expected)
     (rows,) = ko.ggn(predict).at(params, x).linearize().jvp(vector)
     close(np.sum(np.square(rows)), jnp.vdot(along, along))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda g: jnp.clip(g, -1, 1),
+        lambda g: g / jnp.linalg.norm(g),
+        lambda g: jnp.where(g > 0, g, 0),
+        jax.lax.stop_gradient,
+    ],
+)
+def test_a_rule_that_cannot_be_transposed_has_no_products(rule):
+    @jax.custom_vjp
+    def changed(x):
+        return x
+
+    changed.defvjp(lambda x: (x, None), lambda _, g: (rule(g),))
+    predict = lambda w, x: ko.Normal(changed(x @ w))
+    w, x = jnp.eye(3), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="backward rule of a custom_vjp.*linear in the cotangent"):
+        ko.ggn(predict).vector_product(w, w, x)
+    with pytest.raises(ValueError, match="backward rule of a custom_vjp"):
+        ko.ggn(predict).at(w, x).linearize().jvp(w)
