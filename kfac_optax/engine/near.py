@@ -30,7 +30,7 @@ def near_factors(
         if not isinstance(kept, Factors) or any(x.ndim != 3 for x in kept):
             continue
         errors = jax.vmap(factor_errors, (0, 0, None))(*kept, step.damping)
-        near = Near(tuple(kept), errors, tuple(_largest(x, average) for x in kept))
+        near = Near(tuple(kept), errors, tuple(norms_allowed(x, average) for x in kept))
         for layer, mine in bucket.slices:
             found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], near)
     return tuple(found.get(layer) for layer in step.layers)
@@ -53,7 +53,7 @@ def factor_errors(a: jax.Array, g: jax.Array, damping: jax.Array) -> tuple[jax.A
     return SHARE * of_a, SHARE * of_g
 
 
-def _largest(kept: jax.Array, average: Average) -> jax.Array:
+def norms_allowed(kept: jax.Array, average: Average) -> jax.Array:
     """The norms `[copies]` of a statistic with which averages `[copies, n, n]` grow by no more than
     there is room for; none where there is no average yet, but what a state starts from.
     """
