@@ -30,7 +30,8 @@ def near_factors(
         if not isinstance(kept, Factors) or any(x.ndim != 3 for x in kept):
             continue
         errors = jax.vmap(factor_errors, (0, 0, None))(*kept, step.damping)
-        near = Near(tuple(kept), errors, tuple(norms_allowed(x, average) for x in kept))
+        largest = norms_allowed(kept.inputs, average), norms_allowed(kept.outputs, average)
+        near = Near(tuple(kept), errors, largest)
         for layer, mine in bucket.slices:
             found[layer] = jax.tree.map(lambda x, mine=mine: x[mine], near)
     return tuple(found.get(layer) for layer in step.layers)

@@ -72,9 +72,12 @@ def near_means(
     usable &= jnp.max(jnp.abs(points)) < 2**31 // devices
     size = _size(matrices, [x for of_layer in near for x in of_layer.largest])
     # in one sum: all points, their checksum, and the sizes in parts of what is allowed for the mean
-    unit = 2**31 // devices**2
+    # whole numbers below 2^24, which are exact, and a sum that fits
+    unit = max(1, min(2**16, 2**31 // devices**2))
     most = unit * devices
-    parts = jnp.where(usable & (size <= devices), jnp.ceil(size * unit), most + 1)
+    parts = jnp.where(
+        usable & (size <= devices), jnp.ceil(unit * size.astype(jnp.float32)), most + 1
+    )
     beside = jnp.stack([lattice.checksum(points), parts.astype(jnp.uint32)])
     words = jnp.concatenate([lattice.to_words(points, bits), beside])
     words = jax.lax.psum(words, axis_name)

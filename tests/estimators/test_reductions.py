@@ -151,3 +151,12 @@ def test_points_whose_sum_is_a_multiple_of_what_a_word_holds_are_not_taken(x64):
     found = near_mean(Factors(x, x), near, 16)
     np.testing.assert_array_equal(found.inputs, x)
     np.testing.assert_array_equal(found.outputs, x)
+
+
+def test_one_device_of_two_that_cannot_take_part_is_enough():
+    """The other one has nothing to count."""
+    start, one = jnp.eye(1)[None], jnp.ones(1)
+    near = Near((start, start), (one / 9, one / 9), (one, one))
+    x = jnp.array([jnp.nan, 0.0]).reshape(2, 1, 1, 1)
+    found = near_mean(Factors(x, jnp.zeros_like(x)), near, 8)
+    assert jnp.isnan(found.inputs).all()
