@@ -98,11 +98,13 @@ class Travel(NamedTuple):
 
 class Near(NamedTuple):
     """Kronecker factors of a layer that all devices have, `[copies, n, n]`, and how far those may
-    be off that are sent near them, a pair of `[copies]`, in Frobenius norm.
+    be off that are sent near them, a pair of `[copies]`, in Frobenius norm; and the norms up to which
+    these errors are small enough, negative where none is.
     """
 
     factors: tuple[jax.Array, jax.Array]
     errors: tuple[jax.Array, jax.Array]
+    largest: tuple[jax.Array, jax.Array]
 
 
 class Average(NamedTuple):

@@ -52,12 +52,10 @@ def accumulate(
         stacked_of = own_statistics(step, step.owned, state.factors, stacked_of)
     finite = good & learnt
     count = state.curvature_count + finite.astype(jnp.int32)
-    # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
-    k = jnp.maximum(count, 1).astype(jnp.float32)
-    weight = jnp.minimum(1 - 1 / k, jnp.asarray(decay, jnp.float32))
+    averaged = average_at(count, decay)
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        e = weight.astype(old.dtype)
+        e = averaged.weight.astype(old.dtype)
         return jnp.where(finite, e * old + (1 - e) * new.astype(old.dtype), old)
 
     factors, news = {}, {}
@@ -78,8 +76,15 @@ def accumulate(
     state = state._replace(
         factors=factors, curvature_count=count, skipped_statistics=skipped, coarse=coarse
     )
-    averaged = Average(weight, count, jnp.asarray(decay, jnp.float32))
     return _absorb(step, state, news, averaged, finite) if news else state
+
+
+def average_at(count: jax.Array, decay: Any) -> Average:
+    """How statistic number `count` is averaged in."""
+    # statistic k enters with weight 1/k while that is more than 1 - decay: a mean at first
+    k = jnp.maximum(count, 1).astype(jnp.float32)
+    bound = jnp.asarray(decay, jnp.float32)
+    return Average(jnp.minimum(1 - 1 / k, bound), count, bound)
 
 
 def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -97,6 +102,10 @@ def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
     if step.owned.local:
         good, learnt = on_all(step.owned, jnp.stack([good, learnt]))
         return good, learnt
+    # sums are not seen here: what is rounded for them has to be finite as it is sent
+    narrow = step.owned.travel.dtype
+    if narrow is not None:
+        good &= jnp.isfinite(largest.astype(narrow)).all()
     good, empty = on_all(step.owned, jnp.stack([good, ~learnt]))
     return good, ~empty
 

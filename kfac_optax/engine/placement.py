@@ -58,8 +58,8 @@ class Placement:
       statistics_bits: in how many bits the numbers of Kronecker factors are sent, 2 to 16, without
         double entries: as differences from the averages that all devices have, rounded so that
         eigenvalues of `A (x) G + damping I` are off by less than a quarter of the damping. Statistics
-        too far from the averages for that many bits, the first ones for sure, are sent as they are,
-        after the attempt. `None`: all bits.
+        too far from the averages for that many bits, or so large that averages might grow by more
+        than two fifths, the first ones always, are sent as they are, after the attempt. `None`: all bits.
       statistics: `"averaged"` over the devices, `"scattered"` or `"local"`; the latter two inside
         `shard_map` and `pmap` with `axis_name=`, without a coupling. Blocks that take every
         statistic into their inverse (`ekfac`, those followed online) want `worker_fraction=0` with

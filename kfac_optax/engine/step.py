@@ -9,7 +9,7 @@ import optax
 from kfac_optax._tree import all_finite, named_leaves, replace_leaves
 from kfac_optax._types import Coupling, Directions, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, checked, start_checked
-from kfac_optax.engine.accumulate import take_statistics
+from kfac_optax.engine.accumulate import average_at, take_statistics
 from kfac_optax.engine.arguments import (
     check_curvature,
     factors_dtype,
@@ -127,7 +127,8 @@ def take_step(
         inverses = inverses_of_all(step, held.factors, held.inverses)
         wanted = plan._replace(inverses=inverses_read(grouping, inverses))
         if plan.travel.bits is not None:
-            wanted = wanted._replace(near=near_factors(step, held.factors))
+            average = average_at(held.curvature_count + 1, now["decay"])
+            wanted = wanted._replace(near=near_factors(step, held.factors, average))
         if step.owned is not None:
             # nothing is averaged here between the devices that share out the layers; where
             # statistics are scattered the batch is that of all of them

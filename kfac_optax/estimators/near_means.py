@@ -50,7 +50,7 @@ def near_means(
     `R + s sum_d k_d / W`: whole numbers, the same everywhere in whatever order they are added up.
     With `s = 2 error / sqrt(size)` rounding costs at most the error. The sum is known where it is
     within reach, `|sum_d k_d| < 2^bits / 2`; a checksum beside it tells whether it is. Where it is
-    not, or something is not finite, all matrices are sent as they are.
+    not, or something is not finite, or matrices have outgrown their errors, all are sent as they are.
 
     Args:
       factors: of this device, `[copies, n, n]` each matrix.
@@ -66,17 +66,27 @@ def near_means(
     offsets = [lattice.triangle(x - r) for x, r in zip(matrices, known, strict=True)]
     pairs = list(zip(offsets, spacings, strict=True))
     points = jnp.concatenate([lattice.points_of(x, s).ravel() for x, s in pairs])
-    lost = ~jnp.stack([lattice.representable(x, s).all() for x, s in pairs]).all()
-    # in one sum: all points, their checksum, and how many devices have some that are none
-    beside = jnp.stack([lattice.checksum(points), lost.astype(jnp.uint32)])
+    devices = devices_of(axis_name)
+    usable = jnp.stack([lattice.representable(x, s).all() for x, s in pairs]).all()
+    # sums of whole points have to fit in 32 bits: modulo 2^32 a checksum knows no others
+    usable &= jnp.max(jnp.abs(points)) < 2**31 // devices
+    size = _size(matrices, [x for of_layer in near for x in of_layer.largest])
+    # in one sum: all points, their checksum, and the sizes in parts of what is allowed for the mean
+    # whole numbers below 2^24, which are exact, and a sum that fits
+    unit = max(1, min(2**16, 2**31 // devices**2))
+    most = unit * devices
+    parts = jnp.where(
+        usable & (size <= devices), jnp.ceil(unit * size.astype(jnp.float32)), most + 1
+    )
+    beside = jnp.stack([lattice.checksum(points), parts.astype(jnp.uint32)])
     words = jnp.concatenate([lattice.to_words(points, bits), beside])
     words = jax.lax.psum(words, axis_name)
     # differences: the nearest to zero
     total = lattice.from_words(words[:-2], jnp.zeros(points.shape, jnp.float32), bits)
-    right = (lattice.checksum(total) == words[-2]) & (words[-1] == 0)
+    right = (lattice.checksum(total) == words[-2]) & (words[-1] <= most)
 
     def decoded(_: Sequence[jax.Array]) -> list[jax.Array]:
-        return _decoded(total / devices_of(axis_name), known, spacings)
+        return _decoded(total / devices, known, spacings)
 
     def exact(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         pairs = [Factors(*matrices[i : i + 2]) for i in range(0, len(matrices), 2)]
@@ -86,6 +96,17 @@ def near_means(
     # the same branch on all devices: it depends on sums alone
     means = jax.lax.cond(right, decoded, exact, matrices)
     return [Factors(*means[i : i + 2]) for i in range(0, len(means), 2)]
+
+
+def _size(matrices: Sequence[jax.Array], largest: Sequence[jax.Array]) -> jax.Array:
+    """The largest norm of the matrices of a device, relative to those allowed; Inf or NaN where none
+    is. The mean of sizes is at least the size of the mean.
+    """
+    sizes = []
+    for x, limit in zip(matrices, largest, strict=True):
+        norms = jnp.linalg.norm(x, axis=(1, 2)) / limit
+        sizes.append(jnp.max(jnp.where(limit > 0, norms, jnp.inf)))
+    return jnp.max(jnp.stack(sizes))
 
 
 def _spacing(matrix: jax.Array, error: jax.Array) -> jax.Array:

@@ -11,8 +11,9 @@ from jax.sharding import AbstractMesh
 
 import kfac_optax as ko
 from kfac_optax._tree import tree_bytes
+from kfac_optax.engine.accumulate import average_at
 from kfac_optax.engine.division import divide
-from kfac_optax.engine.near import factor_errors
+from kfac_optax.engine.near import GROWTH, SHARE, factor_errors, norms_allowed
 from kfac_optax.engine.state import OwnFactors
 from kfac_optax.linalg.tikhonov import factor_shifts
 from tests import helpers as h
@@ -292,6 +293,20 @@ def test_errors_of_factors_move_no_eigenvalue_by_more_than_a_quarter_of_the_damp
         assert of_a <= jnp.linalg.norm(a) / 12
         assert of_g <= jnp.linalg.norm(g) / 12
     assert factor_errors(0 * a, g, jnp.asarray(1.0))[0] == 0
+
+
+def test_norms_allowed_are_those_with_which_averages_grow_by_no_more_than_there_is_room_for():
+    assert 2 * GROWTH * SHARE + SHARE**2 < 1 / 4
+    kept = jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])
+    # the start of a state is no average of anything
+    assert (norms_allowed(kept, average_at(jnp.int32(1), 0.9)) < 0).all()
+    for count, decay in ((2, 0.9), (100, 0.9), (2, 0.0), (2**30, 1.0)):
+        average = average_at(jnp.int32(count), decay)
+        allowed = norms_allowed(kept, average)
+        grown = average.weight * jnp.linalg.norm(kept, axis=(1, 2)) + (1 - average.weight) * allowed
+        assert jnp.isfinite(allowed).all()
+        if average.weight < 1:
+            h.assert_close(grown, GROWTH * jnp.linalg.norm(kept, axis=(1, 2)))
 
 
 @pytest.mark.parametrize("words", [{}, {"worker_fraction": 0.0}, {"statistics": "scattered"}])

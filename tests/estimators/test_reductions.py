@@ -79,8 +79,9 @@ def near_mean(factors, near, bits):
 def factors_near(away, error):
     """Factors of every device, and what all of them have, `away` from the mean."""
     factors, _ = statistics()
+    errors = jnp.full(COPIES, error), jnp.full(COPIES, error / 2)
     known = Factors(*(x.mean(0) + away * jnp.eye(x.shape[-1]) for x in factors))
-    return factors, Near(known, (jnp.full(COPIES, error), jnp.full(COPIES, error / 2)))
+    return factors, Near(known, errors, (jnp.full(COPIES, 1e6),) * 2)
 
 
 def errors_of(found, factors):
@@ -131,3 +132,31 @@ def test_means_in_a_few_bits_send_no_more_than_these():
     at_top = [e for e in program.jaxpr.eqns if e.primitive.name.startswith("psum")]
     numbers = COPIES * (P * (P + 1) // 2 + Q * (Q + 1) // 2)
     assert [x.aval.size for e in at_top for x in e.invars] == [-(-numbers // 4) + 2]
+
+
+def test_matrices_that_outgrow_their_errors_are_sent_as_they_are():
+    """Within reach of the bits, and larger than the errors allow for."""
+    factors, near = factors_near(0.2, 0.1)
+    for allowed in (1e-3, -1.0):
+        far = near._replace(largest=(near.largest[0], jnp.full(COPIES, allowed)))
+        for x in errors_of(near_mean(factors, far, 10), factors):
+            np.testing.assert_allclose(x, 0, atol=1e-5)
+
+
+def test_points_whose_sum_is_a_multiple_of_what_a_word_holds_are_not_taken(x64):
+    """Four times `2^30 - 1` is `-4` in a word, and in a checksum."""
+    start, one = jnp.zeros((1, 1, 1)), jnp.ones(1)
+    near = Near((start, start), (one / 2, one / 2), (2.0**40 * one, 2.0**40 * one))
+    x = jnp.full((4, 1, 1, 1), 2.0**30 - 1)
+    found = near_mean(Factors(x, x), near, 16)
+    np.testing.assert_array_equal(found.inputs, x)
+    np.testing.assert_array_equal(found.outputs, x)
+
+
+def test_one_device_of_two_that_cannot_take_part_is_enough():
+    """The other one has nothing to count."""
+    start, one = jnp.eye(1)[None], jnp.ones(1)
+    near = Near((start, start), (one / 9, one / 9), (one, one))
+    x = jnp.array([jnp.nan, 0.0]).reshape(2, 1, 1, 1)
+    found = near_mean(Factors(x, jnp.zeros_like(x)), near, 8)
+    assert jnp.isnan(found.inputs).all()
