@@ -69,6 +69,7 @@ def read(folder: Path) -> Problem:
         if run is None:
             continue
         name = own["optimizer"]
+        _check_alike(folder, settings.get(name, own), own)
         runs.setdefault((name, own["learning_rate"]), []).append(run)
         settings.setdefault(name, own)
         # records of older runs say less
@@ -108,6 +109,20 @@ def _check_same(folder: Path, found: Mapping[Path, Mapping[str, Any]]) -> None:
                 f"{folder}: runs with different {entry!r} ({words}), expected one problem and one "
                 "budget. Take the others out of runs/."
             )
+
+
+def _check_alike(folder: Path, first: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Means over seeds, and a best rate, are of one method with one setting."""
+    # records of older runs say less
+    both = first.keys() & own.keys() - {"learning_rate", "seed"}
+    other = sorted(entry for entry in both if first[entry] != own[entry])
+    if other:
+        entry, name = other[0], own["optimizer"]
+        raise Stopped(
+            f"{folder}: runs of {name} with different {entry!r} ({first[entry]!r} and "
+            f"{own[entry]!r}), expected one setting of each method. Take those of the other "
+            "settings out of runs/."
+        )
 
 
 def with_sizes(problem: Problem) -> Problem:

@@ -198,3 +198,10 @@ def test_timed_runs_of_a_method_with_other_settings_are_refused(folders, deep_li
     write(tmp_path / "none", deep_linear, Job("muon", 0.3, 0), [3])
     with pytest.raises(Stopped, match="none: timed runs of muon, expected some methods of second"):
         stored.with_times(race_of, stored.read(tmp_path / "none"))
+
+
+def test_runs_of_one_method_with_two_settings_are_refused(folders, deep_linear):
+    deep_linear.epochs, deep_linear.batch_size, deep_linear.momentum = 4, 32, 0.5
+    write(folders[1], deep_linear, Job("sgd", 0.01, 0), [3, 2, 1, 0.5], **SIZES)
+    with pytest.raises(Stopped, match="second: runs of sgd with different 'momentum' .0.5 and 0.9"):
+        stored.read(folders[1])
