@@ -1,7 +1,7 @@
 """Parameters that are added to data, or stand beside it, where no equation of their own shows that."""
 
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -26,13 +26,7 @@ def meets_by_parts(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any
     """`[s_1, s_2] + [b_1, b_2]` as `[s_1 + b_1, s_2 + b_2]`, for a bias joined of several, or one
     that is a slice of parameters joined; so with a scale.
     """
-    for side in (0, 1):
-        v, s = eqn.invars[side], eqn.invars[1 - side]
-        if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
-            continue
-        # data that the parameters are broadcast to, and not the other way round
-        if s.aval.shape != eqn.outvars[0].aval.shape:
-            continue
+    for side, v, s in _beside_data(eqn, given):
         # repeated along rows: axes of the parameters in the output
         base, axes = values.before_repeats(v)
         kernel = _joined(values, base)
@@ -45,6 +39,17 @@ def meets_by_parts(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any
         operands = [*parts, *(x.value for x in leaves)]
         return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
     return None
+
+
+def _beside_data(eqn: Any, given: Sequence[Known]) -> Iterator[tuple[int, Any, Any]]:
+    """Operands made of parameters that meet data: their place, they and the data."""
+    for side in (0, 1):
+        v, s = eqn.invars[side], eqn.invars[1 - side]
+        if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
+            continue
+        # data that the parameters are broadcast to, and not the other way round
+        if s.aval.shape == eqn.outvars[0].aval.shape:
+            yield side, v, s
 
 
 def _joined(values: Values, v: Any) -> tuple[list[Leaf], int, tuple[int, ...]] | None:
@@ -89,12 +94,7 @@ def _part_by_part(
 
 def added_apart(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
     """`s + (b - c)` as `(s + b) - c`, for parameters that are added to each other first."""
-    for side in (0, 1):
-        v, s = eqn.invars[side], eqn.invars[1 - side]
-        if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
-            continue
-        if s.aval.shape != eqn.outvars[0].aval.shape:
-            continue
+    for side, v, s in _beside_data(eqn, given):
         base, axes = values.before_repeats(v)
         values.whole.clear()
         try:

@@ -257,6 +257,11 @@ def _temperature_and_variance(config: ml_collections.ConfigDict) -> tuple[float,
                 f"config.posterior.{name}: got {value!r}, expected a positive temperature or "
                 "variance (of the prior), and nothing else."
             )
+    if config.weight_decay and "variance" in given:
+        raise ValueError(
+            f"config.posterior.variance: got {given['variance']!r} beside config.weight_decay="
+            f"{config.weight_decay!r}, expected one of them: both say how wide the prior is."
+        )
     said |= given
     return said["temperature"], said["variance"]
 

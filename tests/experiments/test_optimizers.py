@@ -118,6 +118,9 @@ def test_a_section_of_a_posterior_may_be_a_part_of_it_but_nothing_else():
         config.posterior = wrong
         with pytest.raises(ValueError, match=rf"config.posterior.{next(iter(wrong))}: got"):
             steps.problem(config, "vadam", dataset)
+    config.posterior, config.weight_decay = {"variance": 0.01}, 1e-3
+    with pytest.raises(ValueError, match="variance: got 0.01 beside config.weight_decay=0.001"):
+        steps.problem(config, "vadam", dataset)
 
 
 @pytest.mark.parametrize("name", ["ggt", "adahessian", "tonga"])
