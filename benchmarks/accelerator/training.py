@@ -23,6 +23,8 @@ def training(
     make: Callable[[bool], steps.Problem], small: bool, only: tuple[str, ...] | None = None
 ) -> Iterable[Case]:
     """Every optimizer on one network, SGD first."""
+    if unknown := set(only or ()) - set(steps.OPTIMIZERS):
+        raise ValueError(f"got {sorted(unknown)}, expected some of {list(steps.OPTIMIZERS)}")
     problem = make(small)
     names = [name for name in steps.OPTIMIZERS if only is None or name in only]
     programs = compile_together(

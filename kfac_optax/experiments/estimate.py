@@ -9,7 +9,7 @@ class Pace(NamedTuple):
     Attributes:
         epochs: trained.
         seconds: that these took, added up over the processes.
-        prepared: optimizers that have been compiled.
+        prepared: optimizers that have been compiled, in how many processes.
         preparation: seconds that this took, added up in the same way.
     """
 
@@ -39,7 +39,8 @@ def left(pace: Pace, *, epochs: float, optimizers: int, workers: int) -> float |
     Args:
         pace: what was seen.
         epochs: still to train.
-        optimizers: in all, each of them compiled once, by one process.
+        optimizers: in all, each of them compiled once, by one process; one that several processes
+            share counts as often.
         workers: processes at the most.
 
     >>> pace = observe(Pace(), epochs=2.0, seconds=1.0, preparation=4.0)

@@ -197,7 +197,8 @@ class _Display:
     ):
         self.config, self.jobs, self.console, self.later = config, jobs, console, later
         self.total = len(jobs) * config.epochs
-        self.kinds = len({job.optimizer for job in jobs})
+        # each is compiled by the process that makes its runs
+        self.kinds = len(workers.grouped(jobs, config.workers))
         self.progress = _bar(console)
         self.task = self.progress.add_task("compiling", total=self.total)
         self.pace = estimate.Pace()

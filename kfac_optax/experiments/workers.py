@@ -47,7 +47,9 @@ Receive = Callable[[Event], None]
 def train_all(
     config: ml_collections.ConfigDict, out: Path, jobs: Sequence[Job], receive: Receive
 ) -> None:
-    """Trains all `jobs`; every optimizer is compiled once, in the process that has all its runs.
+    """Trains all `jobs`; an optimizer is compiled once in every process that has some of its runs.
+
+    That is one process, unless there are more of them than optimizers.
 
     Args:
         config: the experiment; with `workers=1` everything happens in this process.
@@ -58,22 +60,37 @@ def train_all(
     Raises:
         Stopped: some runs failed, after all the others were made; or nothing can be written.
     """
-    groups: dict[str, list[Job]] = {}
-    # The longest first, so that no process is left alone with one of them at the end.
-    for job in sorted(jobs, key=lambda job: not OPTIMIZERS[job.optimizer].curvature):
-        groups.setdefault(job.optimizer, []).append(job)
+    groups = grouped(jobs, config.workers)
     if config.workers == 1:
         failed = []
-        for group in groups.values():
+        for group in groups:
             failed += _train_optimizer(config, out, group, receive)
     else:
-        failed = _in_processes(config, out, list(groups.values()), receive)
+        failed = _in_processes(config, out, groups, receive)
     if failed:
         raise Stopped(
             f"{len(failed)} of {len(jobs)} runs failed, the others are finished and kept:\n"
             + "\n".join(failed)
             + "\nThe same command makes the missing ones."
         )
+
+
+def grouped(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """Runs of one optimizer each, to be made one after another; as many groups as workers, where
+    there are so many runs.
+    """
+    by_name: dict[str, list[Job]] = {}
+    # The longest first, so that no process is left alone with one of them at the end.
+    for job in sorted(jobs, key=lambda job: not OPTIMIZERS[job.optimizer].curvature):
+        by_name.setdefault(job.optimizer, []).append(job)
+    groups = list(by_name.values())
+    # more workers than optimizers: halves of the largest groups
+    for _ in range(min(workers, len(jobs)) - len(groups)):
+        largest = max(groups, key=len)
+        middle = len(largest) // 2
+        place = groups.index(largest)
+        groups[place : place + 1] = [largest[:middle], largest[middle:]]
+    return groups
 
 
 def _in_processes(

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from kfac_optax.experiments import compare, sweep, workers
+from kfac_optax.experiments.results import Job
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,3 +147,16 @@ def test_the_command_takes_overrides_and_several_processes(tmp_path):
     assert "[4/4]" in done.stdout
     assert "train acc %" in done.stdout
     assert len(list(tmp_path.glob("runs/*/run.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, [5, 3]), (2, [5, 3]), (3, [3, 2, 3]), (6, [1, 1, 1, 1, 1, 3]), (9, [1] * 8)],
+)
+def test_more_workers_than_optimizers_share_the_runs_of_the_largest(count, sizes):
+    jobs = [Job("sgd", 1e-3, seed) for seed in range(3)] + [Job("kfac", 1e-3, s) for s in range(5)]
+    groups = workers.grouped(jobs, count)
+    assert sorted(job for group in groups for job in group) == sorted(jobs)
+    assert all(len({job.optimizer for job in group}) == 1 for group in groups)
+    assert len(groups) == max(2, min(count, 8))
+    assert groups[0][0].optimizer == "kfac"
