@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from kfac_optax.capture.calls import bodies, call_body
 from kfac_optax.capture.evaluate import run_equations
+from kfac_optax.capture.jaxpr.calls import bodies, call_body
 from kfac_optax.capture.layers import Traced
 from kfac_optax.capture.tap import tap_p
 

@@ -17,7 +17,7 @@ from jax.extend import core as jex
 
 from kfac_optax._layout import zeros_of_type
 from kfac_optax._types import PyTree
-from kfac_optax.capture.calls import call_body, scan_body
+from kfac_optax.capture.jaxpr.calls import call_body, scan_body
 from kfac_optax.capture.sites import Site, count_taps_of
 from kfac_optax.capture.tap import tap_p
 

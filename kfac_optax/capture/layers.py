@@ -14,12 +14,12 @@ from kfac_optax._types import (
     Layers,
     PyTree,
 )
-from kfac_optax.capture import linen, nnx
-from kfac_optax.capture.calls import is_rule
-from kfac_optax.capture.distribute import distributed
+from kfac_optax.capture.discovery.program import with_taps
+from kfac_optax.capture.front_ends import linen, nnx
 from kfac_optax.capture.geometry import Lookup
-from kfac_optax.capture.grouping import group, tapped_leaves
-from kfac_optax.capture.program import with_taps
+from kfac_optax.capture.grouping.grouping import group, tapped_leaves
+from kfac_optax.capture.jaxpr.calls import is_rule
+from kfac_optax.capture.kernels.distribute import distributed
 from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import Consumer, Site, analyse, count_taps
 from kfac_optax.capture.tap import tapping

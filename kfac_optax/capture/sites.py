@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from kfac_optax._types import Part
-from kfac_optax.capture.calls import RULES, bodies, call_body, own_rule, scan_body
-from kfac_optax.capture.code_lines import line_of, line_of_call
-from kfac_optax.capture.dependence import dependence, may_hold_examples, only_stopped
 from kfac_optax.capture.geometry import Geometry, rows_shape
-from kfac_optax.capture.scan_views import scan_views, views_behind_scan
+from kfac_optax.capture.jaxpr.calls import RULES, bodies, call_body, own_rule, scan_body
+from kfac_optax.capture.jaxpr.code_lines import line_of, line_of_call
+from kfac_optax.capture.jaxpr.dependence import dependence, may_hold_examples, only_stopped
+from kfac_optax.capture.jaxpr.scan_views import scan_views, views_behind_scan
+from kfac_optax.capture.jaxpr.views import View, parameter_views, passed_on
 from kfac_optax.capture.tap import tap_p
-from kfac_optax.capture.views import View, parameter_views, passed_on
 
 # behind it a parameter is a constant: no use that a gradient or a statistic sees
 STOPPED = "stop_gradient"

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, PyTree, System, Vector
-from kfac_optax.blocks.embedding import TokenEigenInverse
-from kfac_optax.blocks.kronecker import EigenInverse
+from kfac_optax.blocks.embedding.embedding import TokenEigenInverse
+from kfac_optax.blocks.kronecker.kronecker import EigenInverse
 from kfac_optax.linalg.factorize import Eigen, psd_eigh
 
 SPACES = ("sums", "updates", "residual", "krylov", "spectral")

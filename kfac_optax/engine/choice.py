@@ -12,14 +12,14 @@ from kfac_optax._parts import boxes_left
 from kfac_optax._reasons import COMPLEX, NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Layer, Layers, Layout, Part, Uncovered
 from kfac_optax._validate import check_choice, check_unused
-from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.embedding import embedding
-from kfac_optax.blocks.kronecker import INVERSES, kronecker
-from kfac_optax.blocks.masked import knowing_masks, masked
-from kfac_optax.blocks.recurrent import OPTIONS, recurrent
-from kfac_optax.blocks.sua import sua
-from kfac_optax.blocks.tied_embedding import tied_embedding
-from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.diagonal.diagonal import diagonal
+from kfac_optax.blocks.diagonal.unitwise import unitwise
+from kfac_optax.blocks.embedding.embedding import embedding
+from kfac_optax.blocks.embedding.tied_embedding import tied_embedding
+from kfac_optax.blocks.kronecker.kronecker import INVERSES, kronecker
+from kfac_optax.blocks.kronecker.masked import knowing_masks, masked
+from kfac_optax.blocks.kronecker.recurrent import OPTIONS, recurrent
+from kfac_optax.blocks.kronecker.sua import sua
 
 NORMALIZATION = ("unitwise", "diagonal", "pass")
 UNCOVERED = ("pass", "diagonal", "graft", "raise")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._types import Average, Layer, Near, PyTree
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.engine.state import Step
 from kfac_optax.linalg.tikhonov import factor_shifts
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import PyTree, Travel
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.engine.division import Division, Share
 from kfac_optax.engine.mapped import as_varying
 from kfac_optax.linalg.packing import pack, unpack

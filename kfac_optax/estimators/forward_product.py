@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import gather, make_buckets, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Block, Layer, PyTree
-from kfac_optax.blocks.embedding import embedding
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.blocks.masked import masked
-from kfac_optax.blocks.tied_embedding import tied_embedding
+from kfac_optax.blocks.embedding.embedding import embedding
+from kfac_optax.blocks.embedding.tied_embedding import tied_embedding
+from kfac_optax.blocks.kronecker.kronecker import kronecker
+from kfac_optax.blocks.kronecker.masked import masked
 from kfac_optax.estimators.curvature import LazyCurvature
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.spec import Spec, trace_model

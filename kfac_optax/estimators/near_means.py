@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._types import Near, PyTree, Travel
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.reductions import devices_of, mean_over_devices
 from kfac_optax.linalg import lattice

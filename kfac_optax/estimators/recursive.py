@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import gather, make_buckets, named_leaves
 from kfac_optax._types import Block, Layer, Layers, PyTree, Use
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.capture.chain import Chain, chain_of
 from kfac_optax.estimators.curvature import LazyCurvature
 from kfac_optax.estimators.estimator import Estimator

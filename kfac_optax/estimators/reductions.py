@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kfac_optax._layout import varying_axes
 from kfac_optax._types import PyTree, Travel
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.linalg.packing import pack, unpack
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core as jex
 
-from kfac_optax.capture.calls import call_body
+from kfac_optax.capture.jaxpr.calls import call_body
 from kfac_optax.capture.layers import RANDOM_SIGNS, Traced
 from kfac_optax.capture.sites import Site, count_taps_of
 from kfac_optax.estimators.heads import Kind, count_examples

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._types import PyTree
-from kfac_optax.capture.calls import has_rule_back_only
+from kfac_optax.capture.jaxpr.calls import has_rule_back_only
 
 _NOT_LINEAR = (
     "linearized: the backward rule of a custom_vjp in the model cannot be transposed; expected one "

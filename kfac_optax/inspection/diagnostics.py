@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import PyTree
-from kfac_optax.blocks.low_rank_side import LowRankInverse, Side, quality
+from kfac_optax.blocks.low_rank.low_rank_side import LowRankInverse, Side, quality
 from kfac_optax.couplings.coarse import Exact, Grams, coarse_matrix
 from kfac_optax.engine.state import (
     CoarseState,

@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_optax import testing
-from kfac_optax.blocks.delayed import delayed
-from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.ekfac import ekfac_block
-from kfac_optax.blocks.embedding import embedding
-from kfac_optax.blocks.foof import foof_block
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.blocks.low_rank import low_rank
-from kfac_optax.blocks.recurrent import recurrent
-from kfac_optax.blocks.similarity_gate import similarity_gate
-from kfac_optax.blocks.sua import sua
-from kfac_optax.blocks.tied_embedding import tied_embedding
-from kfac_optax.blocks.trace_gate import trace_gate
-from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.diagonal.diagonal import diagonal
+from kfac_optax.blocks.diagonal.unitwise import unitwise
+from kfac_optax.blocks.embedding.embedding import embedding
+from kfac_optax.blocks.embedding.tied_embedding import tied_embedding
+from kfac_optax.blocks.kronecker.ekfac import ekfac_block
+from kfac_optax.blocks.kronecker.foof import foof_block
+from kfac_optax.blocks.kronecker.kronecker import kronecker
+from kfac_optax.blocks.kronecker.recurrent import recurrent
+from kfac_optax.blocks.kronecker.sua import sua
+from kfac_optax.blocks.low_rank.low_rank import low_rank
+from kfac_optax.blocks.refresh_rules.delayed import delayed
+from kfac_optax.blocks.refresh_rules.similarity_gate import similarity_gate
+from kfac_optax.blocks.refresh_rules.trace_gate import trace_gate
 from kfac_optax.testing import Case, dense_layer
 from kfac_optax.testing.blocks import BLOCK_LAWS
 from kfac_optax.testing.case import compiled, matrix, measure

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kfac_optax._types import Use
-from kfac_optax.blocks.embedding import embedding
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.blocks.tied_embedding import tied_embedding
+from kfac_optax.blocks.embedding.embedding import embedding
+from kfac_optax.blocks.embedding.tied_embedding import tied_embedding
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.testing import dense_layer
 from tests import oracles
 

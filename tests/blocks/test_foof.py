@@ -8,8 +8,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Use
-from kfac_optax.blocks.foof import foof_block
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.foof import foof_block
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.testing import dense_layer
 from tests import helpers, oracles
 

@@ -7,8 +7,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Average, Use
-from kfac_optax.blocks.inverse_free import Means, Roots
-from kfac_optax.blocks.inverse_root import Root
+from kfac_optax.blocks.kronecker.inverse_free import Means, Roots
+from kfac_optax.blocks.kronecker.inverse_root import Root
 from kfac_optax.linalg.root_structures import STRUCTURES, structure_of
 from tests import helpers, oracles
 

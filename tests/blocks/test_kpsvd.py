@@ -10,11 +10,11 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Average, Use
-from kfac_optax.blocks.kpsvd import kpsvd_block
-from kfac_optax.blocks.kpsvd_terms import unit
-from kfac_optax.blocks.kpsvd_two import kpsvd_two_block
-from kfac_optax.blocks.kronecker import Factors
-from kfac_optax.blocks.tkfac import tkfac_block
+from kfac_optax.blocks.kronecker.kpsvd import kpsvd_block
+from kfac_optax.blocks.kronecker.kpsvd_terms import unit
+from kfac_optax.blocks.kronecker.kpsvd_two import kpsvd_two_block
+from kfac_optax.blocks.kronecker.kronecker import Factors
+from kfac_optax.blocks.kronecker.tkfac import tkfac_block
 from tests import helpers as h
 from tests import oracles
 from tests.blocks import test_ekfac as of_ekfac

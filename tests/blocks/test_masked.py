@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.linalg.staircase import entries, staircase
 from tests import oracles
 

@@ -7,8 +7,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Average
-from kfac_optax.blocks.mkor import FORMS, mkor_block
-from kfac_optax.blocks.rank_one import Means
+from kfac_optax.blocks.rank_one.mkor import FORMS, mkor_block
+from kfac_optax.blocks.rank_one.rank_one import Means
 from tests import oracles
 
 P, Q, DECAY = 4, 3, 0.9

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfac_optax as ko
-from kfac_optax.blocks.per_equation import EquationFactors, per_equation
+from kfac_optax.blocks.kronecker.per_equation import EquationFactors, per_equation
 from kfac_optax.experiments import jets
 from kfac_optax.testing import Case
 from kfac_optax.testing.case import dense_layer, matrix

@@ -7,8 +7,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Use
-from kfac_optax.blocks.foof import foof_block
-from kfac_optax.blocks.rank_one import Means, rank_one
+from kfac_optax.blocks.kronecker.foof import foof_block
+from kfac_optax.blocks.rank_one.rank_one import Means, rank_one
 from kfac_optax.engine.choice import blocks_of
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.testing import dense_layer

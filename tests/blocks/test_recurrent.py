@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_optax._types import Use
-from kfac_optax.blocks.kronecker import Factors, kronecker
-from kfac_optax.blocks.recurrent import OPTIONS, TemporalFactors, eta, recurrent
+from kfac_optax.blocks.kronecker.kronecker import Factors, kronecker
+from kfac_optax.blocks.kronecker.recurrent import OPTIONS, TemporalFactors, eta, recurrent
 from kfac_optax.testing import dense_layer
 from tests import oracles
 

@@ -7,15 +7,15 @@ import pytest
 
 from kfac_optax import testing
 from kfac_optax._types import Use
-from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.ekfac import ekfac_block
-from kfac_optax.blocks.foof import foof_block
-from kfac_optax.blocks.kronecker import Factors, kronecker
-from kfac_optax.blocks.low_rank import low_rank
-from kfac_optax.blocks.rank_one import Means, rank_one
-from kfac_optax.blocks.recurrent import recurrent
-from kfac_optax.blocks.sua import sua
-from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.diagonal.diagonal import diagonal
+from kfac_optax.blocks.diagonal.unitwise import unitwise
+from kfac_optax.blocks.kronecker.ekfac import ekfac_block
+from kfac_optax.blocks.kronecker.foof import foof_block
+from kfac_optax.blocks.kronecker.kronecker import Factors, kronecker
+from kfac_optax.blocks.kronecker.recurrent import recurrent
+from kfac_optax.blocks.kronecker.sua import sua
+from kfac_optax.blocks.low_rank.low_rank import low_rank
+from kfac_optax.blocks.rank_one.rank_one import Means, rank_one
 from kfac_optax.testing.case import matrix
 from tests import oracles
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from kfac_optax._types import Use
-from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.embedding import embedding
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.blocks.low_rank import low_rank
-from kfac_optax.blocks.recurrent import recurrent
-from kfac_optax.blocks.sua import sua
-from kfac_optax.blocks.tied_embedding import tied_embedding
-from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.diagonal.diagonal import diagonal
+from kfac_optax.blocks.diagonal.unitwise import unitwise
+from kfac_optax.blocks.embedding.embedding import embedding
+from kfac_optax.blocks.embedding.tied_embedding import tied_embedding
+from kfac_optax.blocks.kronecker.kronecker import kronecker
+from kfac_optax.blocks.kronecker.recurrent import recurrent
+from kfac_optax.blocks.kronecker.sua import sua
+from kfac_optax.blocks.low_rank.low_rank import low_rank
 from kfac_optax.couplings.coarse import coarse_factorize, coarse_solve
 from kfac_optax.linalg.factorize import damped_quotient
 from kfac_optax.testing import dense_layer

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kfac_optax._types import Use
-from kfac_optax.blocks.kronecker import kronecker
-from kfac_optax.blocks.sua import sua
+from kfac_optax.blocks.kronecker.kronecker import kronecker
+from kfac_optax.blocks.kronecker.sua import sua
 from kfac_optax.testing import dense_layer
 from tests import oracles
 

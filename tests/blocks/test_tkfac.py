@@ -7,9 +7,9 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Use
-from kfac_optax.blocks.kronecker import Factors
-from kfac_optax.blocks.tekfac import tekfac_block
-from kfac_optax.blocks.tkfac import tkfac_block
+from kfac_optax.blocks.kronecker.kronecker import Factors
+from kfac_optax.blocks.kronecker.tekfac import tekfac_block
+from kfac_optax.blocks.kronecker.tkfac import tkfac_block
 from kfac_optax.linalg.rearrangement import contract
 from tests import helpers as h
 from tests import oracles

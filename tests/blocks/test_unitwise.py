@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kfac_optax._types import Use
-from kfac_optax.blocks.diagonal import diagonal
-from kfac_optax.blocks.unitwise import unitwise
+from kfac_optax.blocks.diagonal.diagonal import diagonal
+from kfac_optax.blocks.diagonal.unitwise import unitwise
 from kfac_optax.testing import dense_layer
 from tests import oracles
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.capture.distribute import distributed
+from kfac_optax.capture.kernels.distribute import distributed
 from tests import oracles
 from tests.layers.gradients import assert_gradients, squares
 

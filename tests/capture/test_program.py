@@ -11,7 +11,7 @@ import pytest
 from jax.extend import core as jex
 
 import kfac_optax as ko
-from kfac_optax.capture.program import with_taps
+from kfac_optax.capture.discovery.program import with_taps
 from kfac_optax.capture.sites import count_taps
 from kfac_optax.capture.tap import tapping
 from kfac_optax.couplings.coarse import coarse_matrix

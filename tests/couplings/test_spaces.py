@@ -9,7 +9,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import System
-from kfac_optax.blocks.kronecker import EigenInverse
+from kfac_optax.blocks.kronecker.kronecker import EigenInverse
 from kfac_optax.couplings.deflated import MODES
 from kfac_optax.couplings.spaces import SPACES, make_space, orthonormal
 from kfac_optax.linalg.factorize import psd_eigh

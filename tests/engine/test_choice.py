@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.blocks.kronecker import DenseInverse, EigenInverse
+from kfac_optax.blocks.kronecker.kronecker import DenseInverse, EigenInverse
 from kfac_optax.engine.choice import NARROW
 from tests import helpers as h
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 
 P, Q, LAM = 3, 2, 0.3
 BLOCK = ko.kronecker("cholesky")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kfac_optax._types import Near, Travel
-from kfac_optax.blocks.kronecker import Factors
+from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.estimators.near_means import near_means
 from kfac_optax.estimators.reductions import mean_over_devices
 from kfac_optax.linalg.packing import pack, unpack

@@ -11,7 +11,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax import testing
-from kfac_optax.blocks.low_rank_side import LowRankInverse, quality
+from kfac_optax.blocks.low_rank.low_rank_side import LowRankInverse, quality
 from kfac_optax.engine.state import CurvatureState, the_state
 from kfac_optax.estimators.output_cotangents import mean_over
 from tests import oracles

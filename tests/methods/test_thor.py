@@ -10,8 +10,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._types import Use
-from kfac_optax.blocks.kronecker import Factors
-from kfac_optax.blocks.split_kronecker import SplitFactors
+from kfac_optax.blocks.kronecker.kronecker import Factors
+from kfac_optax.blocks.kronecker.split_kronecker import SplitFactors
 from kfac_optax.linalg.groups import group_product, in_groups
 from tests import oracles
 

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Layers, Numeric, ScalarOrSchedule
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.schedule import ADAPTIVE_CURVATURE_EVERY, ADAPTIVE_INVERSE_EVERY
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import Method, Sizes

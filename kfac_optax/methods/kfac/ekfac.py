@@ -5,8 +5,8 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Layer, Layers
-from kfac_optax.blocks.ekfac import ekfac_block
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.ekfac import ekfac_block
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
 from kfac_optax.methods.record import SHORT_CLIPPED, Method, Sizes

@@ -7,7 +7,7 @@ import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.rank_one import rank_one
+from kfac_optax.blocks.rank_one.rank_one import rank_one
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL

@@ -9,7 +9,7 @@ import optax
 
 from kfac_optax._types import Block, Coupling, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_unused
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.placement import Placement

@@ -7,7 +7,7 @@ import optax
 
 from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice
-from kfac_optax.blocks.foof import OF, foof_block
+from kfac_optax.blocks.kronecker.foof import OF, foof_block
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.placement import Placement

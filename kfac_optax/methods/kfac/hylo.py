@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
-from kfac_optax.blocks.hylo import Critical, hylo_block
+from kfac_optax.blocks.sample_space.hylo import Critical, hylo_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import kfac

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers
-from kfac_optax.blocks.inverse_free import inverse_free
+from kfac_optax.blocks.kronecker.inverse_free import inverse_free
 from kfac_optax.methods.kfac.singd import TEST, singd
 from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature

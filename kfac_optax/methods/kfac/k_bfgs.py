@@ -20,7 +20,7 @@ from kfac_optax._tree import (
 )
 from kfac_optax._types import Block, Layer, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, resolve
-from kfac_optax.blocks.pairs import (
+from kfac_optax.blocks.rank_one.pairs import (
     LayerPairs,
     Numbers,
     direction,
@@ -28,7 +28,7 @@ from kfac_optax.blocks.pairs import (
     start_pairs,
     with_pairs,
 )
-from kfac_optax.blocks.rank_one import rank_one
+from kfac_optax.blocks.rank_one.rank_one import rank_one
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.linalg.factorize import after
 

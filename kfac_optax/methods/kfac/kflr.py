@@ -6,7 +6,7 @@ import optax
 
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature

@@ -6,8 +6,8 @@ import optax
 
 from kfac_optax._types import Block, Layers
 from kfac_optax._validate import check_choice, check_unused
-from kfac_optax.blocks.kpsvd import kpsvd_block
-from kfac_optax.blocks.kpsvd_two import FIRST, kpsvd_two_block
+from kfac_optax.blocks.kronecker.kpsvd import kpsvd_block
+from kfac_optax.blocks.kronecker.kpsvd_two import FIRST, kpsvd_two_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, where_examples
 from kfac_optax.methods.kfac.fixed import kfac

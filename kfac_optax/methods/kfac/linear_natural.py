@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.choice import check_coupled
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
 from kfac_optax.methods.record import SHORT, Method

@@ -6,7 +6,7 @@ from typing import Any
 
 from kfac_optax._types import Block, Layer
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.low_rank.low_rank import low_rank
 from kfac_optax.engine.choice import BlockOf, blocks_of
 
 Rank = int | Callable[[Layer], int]

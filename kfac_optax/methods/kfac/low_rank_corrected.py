@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers
-from kfac_optax.blocks.low_rank import low_rank
+from kfac_optax.blocks.low_rank.low_rank import low_rank
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.kfac.low_rank_blocks import Rank
 from kfac_optax.methods.kfac.low_rank_presets import DECIDED, low_rank_preset

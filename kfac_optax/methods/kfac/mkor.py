@@ -9,7 +9,7 @@ import optax
 from kfac_optax._tree import all_finite
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.mkor import mkor_block
+from kfac_optax.blocks.rank_one.mkor import mkor_block
 from kfac_optax.engine.choice import cover, leave_out
 from kfac_optax.engine.core import scale_by_curvature
 from kfac_optax.engine.uncovered import WITHOUT_DIAGONAL

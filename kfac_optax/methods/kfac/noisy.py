@@ -7,7 +7,7 @@ import optax
 
 from kfac_optax._types import Layers, Numeric, ScalarOrSchedule
 from kfac_optax._validate import check_legal, resolve
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac
 from kfac_optax.methods.record import SHORT_CLIPPED, Method
 from kfac_optax.methods.signature import flat_signature

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Layer, Layers, Numeric, ScalarOrSchedule
-from kfac_optax.blocks.inverse_free import inverse_free
+from kfac_optax.blocks.kronecker.inverse_free import inverse_free
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import SHORT, Method, Sizes

@@ -8,8 +8,8 @@ import optax
 
 from kfac_optax._types import Block, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.blocks.kronecker import SHARING, kronecker
-from kfac_optax.blocks.skfac import skfac_block
+from kfac_optax.blocks.kronecker.kronecker import SHARING, kronecker
+from kfac_optax.blocks.sample_space.skfac import skfac_block
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import SHORT, Method, Sizes

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers
-from kfac_optax.blocks.tekfac import tekfac_block
+from kfac_optax.blocks.kronecker.tekfac import tekfac_block
 from kfac_optax.engine.choice import beside_blocks
 from kfac_optax.methods.kfac.ekfac import OF_THE_BLOCK, corrected_numbers, where_examples
 from kfac_optax.methods.kfac.fixed import kfac

@@ -6,8 +6,8 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Block, Layer, Layers, Numeric, ScalarOrSchedule
-from kfac_optax.blocks.split_kronecker import split_kronecker
-from kfac_optax.blocks.trace_gate import trace_gate
+from kfac_optax.blocks.kronecker.split_kronecker import split_kronecker
+from kfac_optax.blocks.refresh_rules.trace_gate import trace_gate
 from kfac_optax.engine.choice import BlockOf, beside_blocks, blocks_of
 from kfac_optax.linalg.groups import group_sizes
 from kfac_optax.methods.kfac.fixed import kfac

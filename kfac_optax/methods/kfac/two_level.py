@@ -6,7 +6,7 @@ import optax
 
 from kfac_optax._types import Layers, Numeric
 from kfac_optax._validate import check_choice, check_unused
-from kfac_optax.blocks.kronecker import kronecker
+from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.couplings.coarse import coarse_correction
 from kfac_optax.couplings.deflated import MODES, deflated
 from kfac_optax.methods.kfac.fixed import eigen_numbers, kfac

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from kfac_optax._types import Layers, ScalarOrSchedule
-from kfac_optax.blocks.per_unit import quasi_diagonal_block, unit_block
+from kfac_optax.blocks.diagonal.per_unit import quasi_diagonal_block, unit_block
 from kfac_optax.methods.kfac.fixed import kfac
 from kfac_optax.methods.record import SHORT, Method, Sizes
 from kfac_optax.methods.signature import flat_signature

@@ -1,0 +1,1 @@
+"""Blocks of single parameters, of channels and of output units."""

@@ -1,0 +1,1 @@
+"""Blocks of tables that are looked up by tokens."""

@@ -1,0 +1,1 @@
+"""Blocks that are Kronecker products, or sums of two, and their corrections."""

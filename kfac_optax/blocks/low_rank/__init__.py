@@ -1,0 +1,1 @@
+"""Kronecker blocks whose factors are held as a few eigenpairs."""

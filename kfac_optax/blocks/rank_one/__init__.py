@@ -1,0 +1,1 @@
+"""Blocks from mean inputs and mean output gradients."""

@@ -1,0 +1,1 @@
+"""Uses of parameters that no front end has seen, found in the traced program."""

@@ -1,0 +1,1 @@
+"""Where taps come from: Flax modules, and taps that users place themselves."""

@@ -1,0 +1,1 @@
+"""Which sites are uses of one layer, and why a parameter belongs to none."""

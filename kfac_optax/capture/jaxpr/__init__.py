@@ -1,0 +1,1 @@
+"""Traced programs: their calls, what is known of their values, other equations in their place."""

@@ -1,0 +1,1 @@
+"""Kernels that a program makes of its parameters, taken apart."""
