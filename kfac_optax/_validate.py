@@ -198,13 +198,13 @@ def check_unused(where: str, beside: str, **words: tuple[Any, Any]) -> None:
 
 
 def check_subsample(where: str, name: str, value: Any) -> None:
-    """Checks a part of the batch: a fraction, a whole number of examples, or a function.
+    """Checks a part of the batch: a fraction, a whole number of examples, `"auto"`, or a function.
 
     Args:
       where: for the error.
       name: of the argument.
-      value: `None` (all of it), a fraction in (0, 1], a whole number above one, or a function of
-        the arguments.
+      value: `None` (all of it), a fraction in (0, 1], a whole number above one, `"auto"`, or a
+        function of the arguments.
 
     Raises:
       ValueError: neither; a one that may mean one example or all of them.
@@ -212,9 +212,9 @@ def check_subsample(where: str, name: str, value: Any) -> None:
     >>> check_subsample("fisher", "subsample", 256)
     >>> check_subsample("fisher", "subsample", 1)
     Traceback (most recent call last):
-    ValueError: fisher: subsample=1; expected a fraction in (0, 1], or a number of examples, at least 2.
+    ValueError: fisher: subsample=1; expected a fraction in (0, 1], a number of examples, at least 2, or 'auto'.
     """
-    if value is None or callable(value):
+    if value is None or callable(value) or (isinstance(value, str) and value == "auto"):
         return
     if isinstance(value, numbers.Integral):
         # True is an integer too, but no number of examples
@@ -223,8 +223,8 @@ def check_subsample(where: str, name: str, value: Any) -> None:
     elif isinstance(value, numbers.Real) and 0 < float(value) <= 1:
         return
     raise ValueError(
-        f"{where}: {name}={value!r}; expected a fraction in (0, 1], or a number of examples, at "
-        "least 2."
+        f"{where}: {name}={value!r}; expected a fraction in (0, 1], a number of examples, at least "
+        "2, or 'auto'."
     )
 
 

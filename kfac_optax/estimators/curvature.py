@@ -57,7 +57,7 @@ class LazyCurvature:
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """Statistics of the plan's layers, `[copies, ...]` each, and of its coupling."""
-        args = part_of_batch(self.spec, self.args)
+        args = part_of_batch(self.spec, self.params, self.args)
         if self.microbatch_size is None:
             return self._statistics(plan, args)
         key = jax.random.key(0) if self.key is None else self.key
@@ -130,7 +130,7 @@ class LazyCurvature:
     def _mean(self, function: Callable[[Spec, tuple[PyTree, ...]], PyTree], subsample: Any) -> Any:
         """What is a mean over examples, of one microbatch after another if there are several."""
         # every product is exact on the part of the batch that is asked for
-        spec, args = _exact(self.spec, self.args, subsample)
+        spec, args = _exact(self.spec, self.params, self.args, subsample)
         if self.microbatch_size is None:
             return function(spec, args)
         batch = microbatches.divide(spec, self.params, args, self.microbatch_size)
@@ -151,7 +151,7 @@ class LazyCurvature:
           subsample: as in `quadratic_form`.
           axis_name: mapped axis over which the batch is split.
         """
-        spec, args = _exact(self.spec, self.args, subsample)
+        spec, args = _exact(self.spec, self.params, self.args, subsample)
         # without a key all columns of the output Fisher are taken
         key = _label_key(spec.kind, self.key, axis_name) if sampled else None
         return sample_jacobian(
@@ -178,7 +178,7 @@ class LazyCurvature:
           sampled: as in `linearize`.
           axis_name: mapped axis over which the batch is split; rows are those of this device.
         """
-        spec, args = _exact(self.spec, self.args, None)
+        spec, args = _exact(self.spec, self.params, self.args, None)
         return layer_rows(
             spec.kind,
             # rows are kept where the probes of these layers see them
@@ -194,7 +194,7 @@ class LazyCurvature:
         """Gradient of the mean negative log-likelihood at labels drawn from the model, a tree like
         the parameters.
         """
-        spec, args = _exact(self.spec, self.args, None)
+        spec, args = _exact(self.spec, self.params, self.args, None)
         key = _label_key(spec.kind, self.key, axis_name)
         return sampled_gradient(
             spec.kind,
@@ -214,6 +214,7 @@ def averages_gradients(kind: Kind, plan: Plan) -> bool:
 
 def _exact(
     spec: Spec,
+    params: PyTree,
     args: tuple[PyTree, ...],
     subsample: Any,
 ) -> tuple[Spec, tuple[PyTree, ...]]:
@@ -227,9 +228,9 @@ def _exact(
     if subsample is not None:
         if callable(spec.subsample) and not callable(subsample):
             # only the user knows where examples are: of what is left
-            args = part_of_batch(spec, args)
+            args = part_of_batch(spec, params, args)
         spec = spec._replace(subsample=subsample)
-    return spec, part_of_batch(spec, args)
+    return spec, part_of_batch(spec, params, args)
 
 
 def _label_key(

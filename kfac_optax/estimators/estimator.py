@@ -37,7 +37,7 @@ class Estimator:
         """
         kind = self.spec.kind
         # the layers that the statistics will see, on their part of the batch
-        args = part_of_batch(self.spec, args)
+        args = part_of_batch(self.spec, params, args)
         traced = trace_model(self.spec, params, args)
         # shapes of a likelihood of the user's own are checked before anything runs
         if kind.gradients and not kind.losses:
@@ -85,7 +85,7 @@ class Estimator:
         layer, zero for other parameters. Of complex parameters it is a cotangent, as `jax.grad`
         gives them: `v^T F v` is the real part of the sum of `v * (F v)`.
         """
-        args = part_of_batch(self.spec, args)
+        args = part_of_batch(self.spec, params, args)
         kind, function = self.spec.kind, self.spec.function
         if not kind.gradients:
             return forward_product(self.spec, params, vector, args)

@@ -17,7 +17,7 @@ def fisher(
     predict: Callable[..., PyTree],
     *,
     samples: int = 1,
-    subsample: float | Callable | None = None,
+    subsample: float | str | Callable | None = None,
     has_aux: bool = False,
 ) -> Estimator:
     """The Fisher information of the model's predictive distribution, from labels drawn from the
@@ -33,7 +33,8 @@ def fisher(
       subsample: measure on a part of the batch only: a whole number of examples, some hundreds
         say, of which a smaller batch has all (inside `shard_map` of what each device has); a
         fraction in (0, 1] (both take evenly spaced examples of every argument whose axis 0 is the
-        batch); or a function of the arguments that returns them cut down.
+        batch); `"auto"`, as many examples as give 32,768 numbers of the predictions, but at least
+        128; or a function of the arguments that returns them cut down.
       has_aux: `predict` returns a pair, the likelihoods and anything else (new batch statistics,
         logits), which `value_and_grad` hands out next to the loss, as `jax.value_and_grad` does.
 
@@ -41,7 +42,8 @@ def fisher(
       An `Estimator` with `.layers`, `.at`, `.vector_product` and `.value_and_grad`.
 
     Raises:
-      ValueError: `samples < 1`, a fraction outside (0, 1] or fewer than two examples.
+      ValueError: `samples < 1`, a fraction outside (0, 1], fewer than two examples, or another
+        word.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = fisher(lambda w, x: ko.Categorical(ko.tap_dense(x @ w, x, w)))
@@ -57,7 +59,7 @@ def fisher(
 def ggn(
     predict: Callable[..., PyTree],
     *,
-    subsample: float | Callable | None = None,
+    subsample: float | str | Callable | None = None,
     has_aux: bool = False,
 ) -> Estimator:
     """The exact generalised Gauss-Newton matrix, `(1/N) sum_b J_b^T H_b J_b`, from all output
@@ -93,7 +95,7 @@ def ggn(
 def empirical_fisher(
     per_example_loss: Callable[..., jax.Array],
     *,
-    subsample: float | Callable | None = None,
+    subsample: float | str | Callable | None = None,
 ) -> Estimator:
     """Second moment of the training gradients, `(1/N) sum_b g_b g_b^T`, with the labels of the
     data.
@@ -120,7 +122,7 @@ def empirical_fisher(
 def forward_only(
     predict: Callable[..., PyTree],
     *,
-    subsample: float | Callable | None = None,
+    subsample: float | str | Callable | None = None,
     has_aux: bool = False,
 ) -> Estimator:
     """Second moments of the layers' inputs only: `F ~ A (x) I`. No labels and, once compiled, no

@@ -118,7 +118,7 @@ class ChainEstimator(Estimator):
     def layers(self, params: PyTree, *args: PyTree) -> Layers:
         """As of any estimator; raises where the model is no chain."""
         found = super().layers(params, *args)
-        args = part_of_batch(self.spec, args)
+        args = part_of_batch(self.spec, params, args)
         traced = trace_model(self.spec, params, args)
         where = self.spec.kind.name
         # for its checks: nothing is computed
@@ -158,7 +158,7 @@ class ChainCurvature(LazyCurvature):
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """Statistics of the plan's layers, `[1, ...]` each; there is no coupling."""
-        kind, args = self.spec.kind, part_of_batch(self.spec, self.args)
+        kind, args = self.spec.kind, part_of_batch(self.spec, self.params, self.args)
         _check_plan(kind, plan)
         traced = trace_model(self.spec, self.params, args)
         inputs = jax.tree.leaves((self.params, args))

@@ -15,6 +15,11 @@ from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.served_heads import rows_of_own_heads, served_of
 from kfac_optax.linalg.batch_parts import shards
 
+# What `subsample="auto"` keeps at least: curvature along a step is an average over outputs, and
+# with some hundred of them it is underestimated.
+AUTO_EXAMPLES = 128
+AUTO_OUTPUTS = 2**15
+
 
 class Spec(NamedTuple):
     """Settings of an estimator.
@@ -31,7 +36,7 @@ class Spec(NamedTuple):
     kind: Kind
     function: Callable[..., PyTree]
     samples: int = 1
-    subsample: float | Callable[..., Sequence[PyTree]] | None = None
+    subsample: float | str | Callable[..., Sequence[PyTree]] | None = None
     with_aux: Callable[..., tuple[PyTree, PyTree]] | None = None
 
 
@@ -102,12 +107,17 @@ def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
     return out
 
 
-def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+def part_of_batch(
+    spec: Spec,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+) -> tuple[PyTree, ...]:
     """The arguments restricted to the examples that `subsample` keeps.
 
     A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
     in every array whose axis 0 has the length of the first array's. A whole number keeps so many,
-    or all where there are fewer.
+    or all where there are fewer. `"auto"` keeps enough examples for both `AUTO_EXAMPLES` and
+    `AUTO_OUTPUTS`.
     """
     if spec.subsample is None:
         return args
@@ -118,8 +128,12 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     if not arrays:
         return args
     size = arrays[0].shape[0]
-    whole = isinstance(spec.subsample, numbers.Integral)
-    keep = int(spec.subsample) if whole else max(1, round(size * spec.subsample))
+    if spec.subsample == "auto":
+        keep = _enough(spec, params, args, size, shards(arrays[0]))
+    elif isinstance(spec.subsample, numbers.Integral):
+        keep = int(spec.subsample)
+    else:
+        keep = max(1, round(size * spec.subsample))
     if keep >= size:
         return args
     # evenly spaced
@@ -139,6 +153,24 @@ def part_of_batch(spec: Spec, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         return x.at[index].get(out_sharding=sharding)
 
     return jax.tree.map(take, args)
+
+
+def _enough(
+    spec: Spec,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    size: int,
+    devices: int,
+) -> int:
+    """Examples that `"auto"` keeps of a batch of this size, a multiple of the devices."""
+    # no need to look at the model
+    if size <= AUTO_EXAMPLES:
+        return size
+    predicted = jax.eval_shape(spec.function, params, *args)
+    outputs = sum(x.size for x in jax.tree.leaves(predicted))
+    # of one example: outputs / size
+    examples = max(AUTO_EXAMPLES, -(-AUTO_OUTPUTS * size // max(outputs, 1)))
+    return -(-examples // devices) * devices
 
 
 def _check_even(spec: Spec, keep: int, devices: int) -> None:

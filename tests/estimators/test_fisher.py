@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import kfac_optax as ko
 from kfac_optax.couplings.coarse import coarse_matrix
+from kfac_optax.estimators import spec
 from tests import oracles
 
 SIZES = (3, 4, 2)
@@ -215,6 +216,28 @@ def test_subsample_keeps_spaced_examples_of_every_batched_argument(x64):
             np.testing.assert_allclose(u, v, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("examples", "outputs", "kept"),
+    [(2, 1, 2), (2, 6, 3), (2, 7, 4), (N, 1, N), (1, 10**6, N)],
+)
+def test_enough_of_the_batch_for_so_many_examples_and_outputs(
+    x64, monkeypatch, examples, outputs, kept
+):
+    monkeypatch.setattr(spec, "AUTO_EXAMPLES", examples)
+    monkeypatch.setattr(spec, "AUTO_OUTPUTS", outputs)
+    params, x, _ = problem()
+    got = measure(ko.ggn(categorical, subsample="auto"), params, x)
+    want = measure(ko.ggn(categorical, subsample=max(kept, 2)), params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), got, want)
+    # products of a whole estimator on that part; a function of the user's goes first
+    form = ko.ggn(categorical).at(params, x).quadratic_form((params,), subsample="auto")
+    part = ko.ggn(categorical).at(params, x).quadratic_form((params,), subsample=max(kept, 2))
+    np.testing.assert_allclose(form, part, rtol=1e-12)
+    own = ko.ggn(categorical, subsample=lambda x: (x[:2],)).at(params, x)
+    of_two = own.quadratic_form((params,), subsample="auto")
+    np.testing.assert_allclose(of_two, own.quadratic_form((params,)), rtol=1e-12)
+
+
 def test_forward_only_measures_inputs_and_needs_no_backward_pass(x64):
     params, x, _ = problem()
     estimator = ko.forward_only(categorical)
@@ -393,6 +416,7 @@ ERRORS = [
         "samples=0; expected samples >= 1",
     ),
     (lambda p, x: ko.fisher(categorical, subsample=1.5), ValueError, "subsample=1.5"),
+    (lambda p, x: ko.ggn(categorical, subsample="half"), ValueError, "subsample='half'; .* 'auto'"),
     (lambda p, x: ko.ggn(categorical, subsample=1), ValueError, "subsample=1; .* at least 2"),
     (lambda p, x: ko.ggn(categorical, subsample=True), ValueError, "subsample=True; .* at least 2"),
     (lambda p, x: ko.quadratic_step(subsample=0), ValueError, "quadratic_step: subsample=0; "),

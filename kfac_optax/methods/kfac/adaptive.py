@@ -33,7 +33,7 @@ def kfac_adaptive(
     damping_max: Numeric = 1e8,
     reject_below: Numeric | None = 0.0,
     search_every: int | None = None,
-    model_subsample: Any = None,
+    model_subsample: Any = "auto",
     curvature_every: ScalarOrSchedule = ADAPTIVE_CURVATURE_EVERY,
     inverse_every: ScalarOrSchedule = ADAPTIVE_INVERSE_EVERY,
     inverse: str = "cholesky",
@@ -67,8 +67,8 @@ def kfac_adaptive(
       search_every: period of the search for the preconditioner's own damping; `None`: it is
         `lambda + weight_decay`.
       model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in
-        `fisher`: some hundreds of examples of a larger batch will do, a small one has to be whole;
-        `256` has it so.
+        `fisher`. `"auto"` has small batches whole, and large ones where a prediction is a few
+        numbers; `None` takes the part that the estimator measures.
       curvature_every: period of the statistics; by default every step of the first 20, then every
         5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
