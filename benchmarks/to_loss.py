@@ -9,6 +9,7 @@ machine slows both. The loss is that of 5,000 training images, without a penalty
 import argparse
 import pathlib
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,14 +19,15 @@ import numpy as np
 import optax
 
 import kfac_optax as ko
-from benchmarks.ratios import seconds, table
+from benchmarks.ratios import table
 from kfac_optax.experiments import data
 from kfac_optax.experiments.nets_dense import Autoencoder
 
 TARGETS = (244.0, 228.0, 220.0, 216.0, 213.6, 211.0)
 BATCH, EVALUATED = 1000, 5000
 PENALTY = 1e-5  # coefficient of the squared weights
-FREQUENT = {"curvature_every": 1, "inverse_every": 5}
+WIDTHS = (1000, 500, 250, 30)
+COMPILED_AFTER = 27  # steps in which every kind of step has been due
 
 
 class Setting(NamedTuple):
@@ -36,13 +38,13 @@ class Setting(NamedTuple):
     schedule: dict[str, Any] = {}
 
 
-PARTS = {"model_subsample": 125}
+PART = {"subsample": "auto"}
 SETTINGS = {
     "defaults": Setting(),
-    "parts of the batch": Setting({"subsample": 250}, PARTS),
-    "parts, damping_min=1e-4": Setting({"subsample": 250}, PARTS | {"damping_min": 1e-4}),
-    "parts, damping_min=1e-4, 1/5": Setting(
-        {"subsample": 250}, PARTS | {"damping_min": 1e-4}, FREQUENT
+    "statistics of a part": Setting(PART),
+    "and damping_min=1e-4": Setting(PART, {"damping_min": 1e-4}),
+    "and periods 1/5": Setting(
+        PART, {"damping_min": 1e-4}, {"curvature_every": 1, "inverse_every": 5}
     ),
 }
 
@@ -61,7 +63,60 @@ def batches(pixels: np.ndarray, seed: int, batch: int) -> Iterator[jax.Array]:
     while True:
         order = rng.permutation(len(pixels))
         for start in range(0, len(pixels) - batch + 1, batch):
-            yield jnp.asarray(pixels[order[start : start + batch]], jnp.float32) / 255
+            yield numbers(pixels[order[start : start + batch]])
+
+
+def numbers(pixels: np.ndarray) -> jax.Array:
+    """Bytes to numbers in [0, 1]."""
+    return jnp.asarray(pixels, jnp.float32) / 255
+
+
+class Problem:
+    """The network, its loss, and a step of either optimizer from the same start."""
+
+    def __init__(self, setting: Setting, pixels: np.ndarray, seed: int, batch: int, widths: Any):
+        model = Autoencoder(widths=widths, outputs=pixels.shape[1])
+        x = numbers(pixels[:batch])
+
+        def predict(params: Any, x: jax.Array) -> ko.Bernoulli:
+            return ko.Bernoulli(model.apply({"params": params}, x, train=True))
+
+        self.predict = predict
+        self.params = model.init(jax.random.key(seed), x, train=True)["params"]
+        self.estimator = ko.fisher(predict, **setting.estimator)
+        layers = self.estimator.layers(self.params, x)
+        self.adaptive = ko.kfac_adaptive(layers, weight_decay=PENALTY, **setting.preset)
+        self.sgd = optax.sgd(1e-3, momentum=0.9)
+        schedule = ko.HostSchedule(adapt_every=5, **setting.schedule)
+        self.step = ko.compile_step(self._adaptive_step, schedule, donate_argnums=(0, 1))
+        self.sgd_step = jax.jit(self._sgd_step, donate_argnums=(0, 1))
+
+    def objective(self, params: Any, x: jax.Array) -> jax.Array:
+        """The loss with its penalty."""
+        square = optax.tree.norm(params, squared=True)
+        return self.predict(params, x).mean_nll(x) + PENALTY / 2 * square
+
+    def _adaptive_step(self, params: Any, state: Any, x: jax.Array, key: jax.Array, **due: Any):
+        value, grads = jax.value_and_grad(self.objective)(params, x)
+        updates, state = self.adaptive.update(
+            grads,
+            state,
+            params,
+            curvature=self.estimator.at(params, x, key=key),
+            value=value,
+            value_fn=lambda params: self.objective(params, x),
+            **due,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def _sgd_step(self, params: Any, state: Any, x: jax.Array):
+        grads = jax.grad(self.objective)(params, x)
+        updates, state = self.sgd.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def start(self, tx: Any) -> tuple[Any, Any]:
+        """Parameters of one's own, to be donated, and a first state."""
+        return jax.tree.map(jnp.copy, self.params), jax.jit(tx.init)(self.params)
 
 
 def train(
@@ -71,76 +126,37 @@ def train(
     seed: int,
     steps: int,
     batch: int = BATCH,
-    widths: tuple[int, ...] = (1000, 500, 250, 30),
+    widths: tuple[int, ...] = WIDTHS,
 ) -> Run:
     """One run, with a step of SGD after every step."""
-    model = Autoencoder(widths=widths, outputs=pixels.shape[1])
+    problem = Problem(setting, pixels, seed, batch, widths)
+    evaluated = numbers(pixels[:EVALUATED])
+    loss_of = jax.jit(lambda params: problem.predict(params, evaluated).mean_nll(evaluated))
 
-    def predict(params: Any, x: jax.Array) -> ko.Bernoulli:
-        return ko.Bernoulli(model.apply({"params": params}, x, train=True))
-
-    def objective(params: Any, x: jax.Array) -> jax.Array:
-        return predict(params, x).mean_nll(x) + PENALTY / 2 * optax.tree.norm(params, squared=True)
-
-    drawn = batches(pixels, seed, batch)
-    x = next(drawn)
-    params = model.init(jax.random.key(seed), x, train=True)["params"]
-    evaluated = jnp.asarray(pixels[:EVALUATED], jnp.float32) / 255
-    loss_of = jax.jit(lambda params: predict(params, evaluated).mean_nll(evaluated))
-
-    estimator = ko.fisher(predict, **setting.estimator)
-    tx = ko.kfac_adaptive(estimator.layers(params, x), weight_decay=PENALTY, **setting.preset)
-
-    def adaptive_step(params: Any, state: Any, x: jax.Array, key: jax.Array, **due: Any) -> Any:
-        value, grads = jax.value_and_grad(objective)(params, x)
-        curvature = estimator.at(params, x, key=key)
-        updates, state = tx.update(
-            grads,
-            state,
-            params,
-            curvature=curvature,
-            value=value,
-            value_fn=lambda p: objective(p, x),
-            **due,
-        )
-        return optax.apply_updates(params, updates), state
-
-    sgd = optax.sgd(1e-3, momentum=0.9)
-
-    def sgd_step(params: Any, state: Any, x: jax.Array) -> Any:
-        grads = jax.grad(objective)(params, x)
-        updates, state = sgd.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    schedule = ko.HostSchedule(adapt_every=5, **setting.schedule)
-    step = ko.compile_step(adaptive_step, schedule, donate_argnums=(0, 1))
-    plain = jax.jit(sgd_step, donate_argnums=(0, 1))
-
-    def repeat(steps: int, timed: Run | None = None) -> Any:
+    def repeat(steps: int, run: Run) -> Run:
         """So many steps from the start, of both."""
-        ours = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
-        theirs = jax.tree.map(jnp.copy, params), sgd.init(params)
-
-        def one(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-            kept: list[Any] = []
-            spent = seconds(lambda: kept.append(jax.block_until_ready(call(*arguments))))
-            return kept[0], spent
-
+        ours, theirs = problem.start(problem.adaptive), problem.start(problem.sgd)
+        run.losses.append(float(loss_of(ours[0])))
         drawn = batches(pixels, seed, batch)
         for number in range(steps):
             x, key = next(drawn), jax.random.key(number)
-            ours, spent = one(step, *ours, x, key)
-            theirs, of_sgd = one(plain, *theirs, x)
-            if timed is not None:
-                timed.seconds.append(spent)
-                timed.sgd.append(of_sgd)
-                timed.losses.append(float(loss_of(ours[0])))
+            ours, spent = timed(problem.step, *ours, x, key)
+            theirs, of_sgd = timed(problem.sgd_step, *theirs, x)
+            run.seconds.append(spent)
+            run.sgd.append(of_sgd)
+            run.losses.append(float(loss_of(ours[0])))
+        return run
 
     # all kinds of step are compiled before the clock starts
-    repeat(min(steps, 27))
-    run = Run([float(loss_of(params))], [], [])
-    repeat(steps, run)
-    return run
+    repeat(min(steps, COMPILED_AFTER), Run([], [], []))
+    return repeat(steps, Run([], [], []))
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """The result, once it is there, and the seconds that it took."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call(*arguments))
+    return result, time.perf_counter() - start
 
 
 def reached(run: Run, target: float) -> tuple[int, float] | None:
@@ -159,16 +175,15 @@ def reached(run: Run, target: float) -> tuple[int, float] | None:
 
 
 def rows(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """For every setting and target the steps, and the time in steps of SGD, of every seed."""
+    """For every setting and target the time in steps of SGD, and the steps, of every seed."""
     found: dict[str, dict[str, Any]] = {}
     for name, of_seeds in runs.items():
-        unit = [statistics.median(run.sgd) for run in of_seeds]
-        spent = [statistics.fmean(run.seconds) / u for run, u in zip(of_seeds, unit, strict=True)]
-        row: dict[str, Any] = {"step / SGD": " ".join(f"{value:.2f}" for value in spent)}
+        steps = [statistics.fmean(run.seconds) / statistics.median(run.sgd) for run in of_seeds]
+        row: dict[str, Any] = {"step / SGD": " ".join(f"{ratio:.2f}" for ratio in steps)}
         for target in TARGETS:
             places = [reached(run, target) for run in of_seeds]
-            text = [f"{place[1]:.0f} ({place[0]})" if place else "-" for place in places]
-            row[f"{target:g}"] = " ".join(text)
+            words = [f"{place[1]:.0f} ({place[0]})" if place else "-" for place in places]
+            row[f"{target:g}"] = " ".join(words)
         found[name] = row
     return found
 

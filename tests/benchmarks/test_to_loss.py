@@ -1,0 +1,24 @@
+"""The race to a loss in steps of SGD."""
+
+import numpy as np
+
+from benchmarks import to_loss
+
+
+def test_a_tiny_run_falls_and_is_counted_in_steps_of_sgd():
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 12), np.uint8)
+    setting = to_loss.SETTINGS["and periods 1/5"]
+    run = to_loss.train(setting, pixels, seed=0, steps=3, batch=8, widths=(4, 2))
+    assert len(run.losses) == 4 and len(run.seconds) == len(run.sgd) == 3
+    assert run.losses[-1] < run.losses[0] < to_loss.TARGETS[-1]
+    # the loss of the start is below all targets
+    (row,) = to_loss.rows({"tiny": [run, run]}).values()
+    assert [row[f"{target:g}"] for target in to_loss.TARGETS] == ["0 (0) 0 (0)"] * 6
+
+
+def test_every_epoch_has_every_image_once():
+    pixels = np.arange(10, dtype=np.uint8)[:, None]
+    drawn = to_loss.batches(pixels, 0, 5)
+    for _ in range(2):
+        seen = np.concatenate([next(drawn), next(drawn)]) * 255
+        np.testing.assert_allclose(np.sort(seen[:, 0]), np.arange(10), rtol=1e-6)
