@@ -34,7 +34,7 @@ from kfac_optax.estimators.sample_jacobian import (
     sampled_gradient,
 )
 from kfac_optax.estimators.served_heads import served_of
-from kfac_optax.estimators.spec import Spec, part_of_batch, trace_model
+from kfac_optax.estimators.spec import PRODUCTS, Spec, part_of_batch, trace_model
 from kfac_optax.estimators.statistics import collect
 
 
@@ -225,12 +225,14 @@ def _exact(
             "fisher or ggn where the step is decided by a quadratic model, a trust region in the "
             "exact metric, or a deflated coupling."
         )
-    if subsample is not None:
-        if callable(spec.subsample) and not callable(subsample):
-            # only the user knows where examples are: of what is left
-            args = part_of_batch(spec, params, args)
-        spec = spec._replace(subsample=subsample)
-    return spec, part_of_batch(spec, params, args)
+    # the estimator's own part, that of statistics and of the layers' rows
+    if subsample is None:
+        return spec, part_of_batch(spec, params, args)
+    if callable(spec.subsample) and not callable(subsample):
+        # only the user knows where examples are: of what is left
+        args = part_of_batch(spec, params, args)
+    spec = spec._replace(subsample=subsample)
+    return spec, part_of_batch(spec, params, args, PRODUCTS)
 
 
 def _label_key(

@@ -15,10 +15,20 @@ from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.served_heads import rows_of_own_heads, served_of
 from kfac_optax.linalg.batch_parts import shards
 
-# What `subsample="auto"` keeps at least: curvature along a step is an average over outputs, and
-# with some hundred of them it is underestimated.
-AUTO_EXAMPLES = 128
-AUTO_OUTPUTS = 2**15
+
+class Enough(NamedTuple):
+    """What `subsample="auto"` keeps at least: examples, and numbers of their predictions.
+
+    Curvature is an average over both: with some hundred numbers it is underestimated along a step.
+    """
+
+    examples: int
+    outputs: int
+
+
+# statistics draw labels, exact products do not
+STATISTICS = Enough(256, 2**16)
+PRODUCTS = Enough(128, 2**15)
 
 
 class Spec(NamedTuple):
@@ -111,13 +121,13 @@ def part_of_batch(
     spec: Spec,
     params: PyTree,
     args: tuple[PyTree, ...],
+    least: Enough = STATISTICS,
 ) -> tuple[PyTree, ...]:
     """The arguments restricted to the examples that `subsample` keeps.
 
     A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
     in every array whose axis 0 has the length of the first array's. A whole number keeps so many,
-    or all where there are fewer. `"auto"` keeps enough examples for both `AUTO_EXAMPLES` and
-    `AUTO_OUTPUTS`.
+    or all where there are fewer. `"auto"` keeps as many as `least` asks for.
     """
     if spec.subsample is None:
         return args
@@ -129,7 +139,10 @@ def part_of_batch(
         return args
     size = arrays[0].shape[0]
     if spec.subsample == "auto":
-        keep = _enough(spec, params, args, size, shards(arrays[0]))
+        keep = _enough(spec, params, args, size, least)
+        # explicit mesh axes divide them
+        devices = shards(arrays[0])
+        keep = -(-keep // devices) * devices
     elif isinstance(spec.subsample, numbers.Integral):
         keep = int(spec.subsample)
     else:
@@ -160,17 +173,17 @@ def _enough(
     params: PyTree,
     args: tuple[PyTree, ...],
     size: int,
-    devices: int,
+    least: Enough,
 ) -> int:
-    """Examples that `"auto"` keeps of a batch of this size, a multiple of the devices."""
+    """Examples that `"auto"` keeps of a batch of this size."""
     # no need to look at the model
-    if size <= AUTO_EXAMPLES:
+    if size <= least.examples:
         return size
     predicted = jax.eval_shape(spec.function, params, *args)
     outputs = sum(x.size for x in jax.tree.leaves(predicted))
-    # of one example: outputs / size
-    examples = max(AUTO_EXAMPLES, -(-AUTO_OUTPUTS * size // max(outputs, 1)))
-    return -(-examples // devices) * devices
+    # one example has `outputs / size` of them
+    examples = -(-least.outputs * size // max(outputs, 1))
+    return max(least.examples, examples)
 
 
 def _check_even(spec: Spec, keep: int, devices: int) -> None:

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import kfac_optax as ko
 from kfac_optax.couplings.coarse import coarse_matrix
-from kfac_optax.estimators import spec
+from kfac_optax.estimators import curvature, spec
 from tests import oracles
 
 SIZES = (3, 4, 2)
@@ -223,13 +223,14 @@ def test_subsample_keeps_spaced_examples_of_every_batched_argument(x64):
 def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     x64, monkeypatch, examples, outputs, kept
 ):
-    monkeypatch.setattr(spec, "AUTO_EXAMPLES", examples)
-    monkeypatch.setattr(spec, "AUTO_OUTPUTS", outputs)
+    least = spec.Enough(examples, outputs)
+    monkeypatch.setattr(spec.part_of_batch, "__defaults__", (least,))
+    monkeypatch.setattr(curvature, "PRODUCTS", least)
     params, x, _ = problem()
     got = measure(ko.ggn(categorical, subsample="auto"), params, x)
     want = measure(ko.ggn(categorical, subsample=max(kept, 2)), params, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), got, want)
-    # products of a whole estimator on that part; a function of the user's goes first
+    # products of a whole estimator on their part; a function of the user's goes first
     form = ko.ggn(categorical).at(params, x).quadratic_form((params,), subsample="auto")
     part = ko.ggn(categorical).at(params, x).quadratic_form((params,), subsample=max(kept, 2))
     np.testing.assert_allclose(form, part, rtol=1e-12)
