@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxtyping import Array
 
+from kfac_optax._types import Block, Layer
+
 INSTEAD = "another block (kronecker)"
 
 
@@ -52,3 +54,24 @@ def without_product(where: str, what: str = "no average of the factors") -> Call
         )
 
     return multiply
+
+
+def of_all_positions(block: Block, word: str, layer: Layer, rows: Block) -> Block:
+    """A block that measures every position by itself, where nothing else is asked for.
+
+    Args:
+      block: the block.
+      word: that gives it to the layer, for the error.
+      layer: the layer.
+      rows: the block of other layers, which says how positions are measured.
+
+    Raises:
+      ValueError: positions are pooled, or some are left out.
+    """
+    if rows.sharing == "expand" and rows.positions is None:
+        return block
+    raise ValueError(
+        f"blocks_of: {word} gives layer {layer.path!r} the block {block.name!r}, which measures "
+        f"every position by itself; got sharing={rows.sharing!r}, positions={rows.positions} beside "
+        f"it, expected 'expand' and None. Leave them out, or {word}."
+    )

@@ -67,6 +67,28 @@ def factors_dtype(leaves: dict[str, jax.Array], mine: tuple[Layer, ...], factor_
     return jnp.result_type(jnp.float32, *(leaves[layer.kernel].dtype for layer in mine))
 
 
+def check_factor_dtype(where: str, factor_dtype: Any) -> None:
+    """Checks that factors can be kept in a dtype.
+
+    Raises:
+      TypeError: it is none of floating numbers.
+
+    >>> check_factor_dtype("kfac", "int32")
+    Traceback (most recent call last):
+    TypeError: kfac: factor_dtype='int32'; expected a dtype of floating numbers, or None.
+    """
+    if factor_dtype is None:
+        return
+    try:
+        floating = jnp.issubdtype(jnp.dtype(factor_dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise TypeError(
+            f"{where}: factor_dtype={factor_dtype!r}; expected a dtype of floating numbers, or None."
+        )
+
+
 def check_curvature(where: str, curvature: Any) -> None:
     """Checks that statistics can be asked for.
 

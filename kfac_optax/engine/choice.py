@@ -20,6 +20,7 @@ from kfac_optax.blocks.kronecker.kronecker import INVERSES, kronecker
 from kfac_optax.blocks.kronecker.masked import knowing_masks, masked
 from kfac_optax.blocks.kronecker.recurrent import OPTIONS, recurrent
 from kfac_optax.blocks.kronecker.sua import sua
+from kfac_optax.blocks.refusals import of_all_positions
 
 NORMALIZATION = ("unitwise", "diagonal", "pass")
 UNCOVERED = ("pass", "diagonal", "graft", "raise")
@@ -98,7 +99,8 @@ def blocks_of(
       precision: matmul precision of factor products and solves.
 
     Raises:
-      ValueError: a word is unknown, or has no effect beside a function of the layer.
+      ValueError: a word is unknown, or has no effect beside a function of the layer; later, where a
+        layer is met to whose block a word says nothing.
 
     >>> import kfac_optax as ko
     >>> block_of = blocks_of(ko.kronecker())
@@ -126,6 +128,11 @@ def blocks_of(
         "scale_shift": unitwise(full=normalization != "diagonal"),
         "diagonal": diagonal(),
     }
+    # rows of a layer with a mask are those of a layer without
+    rows = linear.narrow if isinstance(linear, ByWidth) else linear
+    of_mask = functools.partial(
+        masked, sharing=rows.sharing, positions=rows.positions, precision=precision
+    )
     of_channels = sua(precision=precision)
     in_time = None if recurrence == "independent" else recurrent(recurrence, precision=precision)
 
@@ -133,14 +140,14 @@ def blocks_of(
         if layer.kind in by_kind:
             return by_kind[layer.kind]
         if layer.mask is not None:
-            return masked(layer, precision=precision)
+            return of_mask(layer)
         if layer.kind in ("embedding", "tied_embedding"):
             return (lookup if layer.kind == "embedding" else tied)(layer)
         # channels are known of plain convolutions only
         if convolution == "sua" and layer.channels:
-            return of_channels
+            return of_all_positions(of_channels, "convolution='sua'", layer, rows)
         if in_time is not None and layer.uses > 1 and layer.kind != "conv":
-            return in_time
+            return of_all_positions(in_time, f"recurrence={recurrence!r}", layer, rows)
         return linear.block_of(layer) if isinstance(linear, ByWidth) else linear
 
     return block_of

@@ -8,6 +8,7 @@ import optax
 from kfac_optax._types import Block, Coupling, Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import NO_CURVATURE, check_axis_name
 from kfac_optax.engine.arguments import (
+    check_factor_dtype,
     check_factored,
     check_numbers,
     check_owned,
@@ -122,6 +123,7 @@ def scale_by_curvature(
     where = "scale_by_curvature"
     check_numbers(where, damping, decay, curvature_every, inverse_every)
     check_axis_name(where, axis_name)
+    check_factor_dtype(where, factor_dtype)
     parts = check_parts(where, stagger)
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where=where)
     block_of = blocks_of(block, normalization=normalization)

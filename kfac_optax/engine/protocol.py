@@ -19,7 +19,8 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
       dtype: of the statistics.
 
     Raises:
-      ValueError: a function returns other shapes than the protocol asks for.
+      ValueError: a function returns other shapes than the protocol asks for, or a factorisation
+        does not exist in a dtype narrower than float32.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> block = ko.kronecker()._replace(name="mine", solve=lambda inverse, v, damping: v.T)
@@ -34,6 +35,7 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
     statistic = jax.eval_shape(lambda: block.init(bucket.layers[0], dtype))
     number = jax.ShapeDtypeStruct((), dtype)
     inverse = jax.eval_shape(block.factorize, statistic, number)
+    _check_narrow(here, block, statistic, number)
     _check_arrays(f"{here}: init(layer, dtype)", statistic)
     _check_arrays(f"{here}: factorize(statistic, damping)", inverse)
     # solve and root_solve: from V [p, q] to V
@@ -45,6 +47,21 @@ def check_block(where: str, bucket: Bucket, dtype: Any) -> None:
         _check_same(f"{here}: root_solve(inverse, Z, damping)", root, v, "what Z is")
     _check_refresh(here, block, statistic, inverse, number)
     _check_due(here, block, statistic, inverse, number)
+
+
+def _check_narrow(here: str, block: Block, statistic: PyTree, number: Any):
+    """Raises where a factorisation has no form in half precision: found when it is lowered."""
+    if number.dtype.itemsize >= 4:
+        return
+    try:
+        jax.jit(block.factorize).lower(statistic, number)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{here}: factorize(statistic, damping) cannot be computed in {number.dtype.name}, the "
+            f"factor_dtype ({error}). Leave factor_dtype out (float32 at least), or take a block "
+            "without factorisations, such as rank_one(). What devices send each other can be "
+            "narrower: Placement(statistics_dtype=)."
+        ) from error
 
 
 def _check_refresh(here: str, block: Block, statistic: PyTree, inverse: PyTree, number: Any):

@@ -8,6 +8,7 @@ import ml_collections
 import optax
 
 import kfac_optax as ko
+from kfac_optax.experiments.averages import average_of_finite
 from kfac_optax.methods.gradient import mfac
 from kfac_optax.methods.kfac import low_rank_records
 from kfac_optax.methods.sample_space import smw, spring
@@ -274,7 +275,8 @@ def averaged_before(preset: Callable[..., Any]) -> Build:
     """A whole optimizer of average gradients, with weight decay in these."""
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        return optax.chain(optax.ema(config.momentum), whole_preset(preset)(config, curved, rate))
+        average = average_of_finite(config.momentum)
+        return optax.chain(average, whole_preset(preset)(config, curved, rate))
 
     return build
 

@@ -20,6 +20,7 @@ from kfac_optax._tree import (
 )
 from kfac_optax._types import Bucket, Layers, PyTree
 from kfac_optax.linalg.powers import times_power
+from kfac_optax.step_rules._alike import stacked_alike
 
 
 class Scaled(NamedTuple):
@@ -59,8 +60,9 @@ def inner_products(
 ) -> Scaled:
     """`<left_i, right_i>` of every layer, `[k]`; without `layers` every leaf is one.
 
-    The entries of both sides are divided by a power of two first, so that no product overflows. Of
-    complex leaves it is the real part of the product with the conjugate.
+    Leaves of one type are neighbours, in order of first appearance. The entries of both sides are
+    divided by a power of two first, so that no product overflows. Of complex leaves it is the real
+    part of the product with the conjugate.
 
     >>> products = inner_products({"a": jnp.ones(2), "b": jnp.ones(1)}, {"a": jnp.ones(2), "b": -jnp.ones(1)}, None)
     >>> print(products.values * 2.0**products.exponent)
@@ -70,9 +72,11 @@ def inner_products(
     u = covered_leaves(left, layers)
     v = covered_leaves(right, layers)
     dtype = jnp.promote_types(_wide(u), _wide(v))
-    if layers is not None:
-        # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep
-        # net and scales each
+    # stacked first: XLA takes minutes to compile a number that depends on all leaves of a deep net
+    # and scales each
+    if layers is None:
+        u, v = stacked_alike(u, v)
+    else:
         buckets = make_buckets(present(layers, v))
         u = {bucket.name: gather(bucket, u, dtype) for bucket in buckets}
         v = {bucket.name: gather(bucket, v, dtype) for bucket in buckets}
@@ -84,7 +88,7 @@ def inner_products(
     # one number for every leaf, or for every matrix [copies, p, q]
     if layers is None:
         products = [jnp.real(u[name] * jnp.conj(v[name])) for name in v]
-        parts = [jnp.sum(x)[None].astype(dtype) for x in products]
+        parts = [jnp.sum(x, tuple(range(1, x.ndim))).astype(dtype) for x in products]
     else:
         parts = [jnp.sum(u[name] * v[name], axis=(1, 2)) for name in v]
     values = jnp.concatenate(parts) if parts else jnp.zeros((1,), dtype)

@@ -180,3 +180,12 @@ def test_masks_of_modules_are_those_of_numpy_and_jax():
         np.testing.assert_array_equal(entries(first.mask), mask.reshape(6, 2) != 0)
     (left,) = layers_of(mask / 2).uncovered
     assert (left.path, "not by a staircase" in left.reason) == ("conv/kernel", True)
+
+
+def test_words_for_layers_with_a_mask_are_used_or_refused():
+    *_, layers = problem(MADE)
+    block = ko.blocks_of(ko.kronecker(sharing="reduce", positions=3))(layers.layers[0])
+    assert (block.name, block.sharing, block.positions) == ("masked kronecker", "reduce", 3)
+    with pytest.raises(ValueError, match=r"inverse='eigh'.*the masks of .*factored damping alone"):
+        ko.kfac(layers, inverse="eigh", kl_clip=None)
+    ko.kfac(layers, block=ko.kronecker("eigh"), kl_clip=None)

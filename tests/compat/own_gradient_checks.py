@@ -86,4 +86,20 @@ def forgotten_mean():
         jax.eval_shape(divided, x, tx.init(x[0]))
 
 
-CHECKS = {check.__name__: check for check in (own_gradients, own_matrices, forgotten_mean)}
+def split_parameters():
+    """Of a method of all parameters together, divided over an explicit axis: the same numbers,
+    divided as they are.
+    """
+    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Explicit,))
+    keys, tx = jax.random.split(jax.random.key(0), 9), ko.tonga(rank=1, block=2)
+    whole = {f"layer_{i}": jax.random.normal(key, (DEVICES, 3)) for i, key in enumerate(keys)}
+    expected, _ = tx.update(whole, tx.init(whole))
+    with jax.set_mesh(mesh):
+        split = jax.tree.map(lambda x: jax.reshard(x, P("d", None)), whole)
+        updates, _ = tx.update(split, tx.init(split))
+    assert {x.sharding.spec for x in jax.tree.leaves(updates)} == {P("d", None)}
+    h.assert_close(jax.device_get(updates), jax.device_get(expected), rtol=1e-4)
+
+
+OF_OWN = (own_gradients, own_matrices, forgotten_mean, split_parameters)
+CHECKS = {check.__name__: check for check in OF_OWN}

@@ -1,5 +1,6 @@
 """The default inverse of each layer: exact damping of narrow ones, two products for wide ones."""
 
+import dataclasses
 import functools
 
 import jax
@@ -130,3 +131,19 @@ def test_a_state_with_the_other_inverse_is_named():
     with pytest.raises(ValueError, match=r"block=blocks_of\(None, inverse='eigh'\)"):
         ko.inverse_product(layers, state, params)
     ko.inverse_product(layers, state, params, block=ko.blocks_of(None, inverse="eigh"))
+
+
+@pytest.mark.parametrize("words", [dict(sharing="reduce"), dict(positions=2)])
+def test_words_that_a_block_of_its_kind_does_not_read_are_refused(words):
+    """Channels, and steps that correlate, are measured at every position."""
+    dense = ko.testing.dense_layer(2, 3)
+    linear = ko.kronecker(**words)
+    for layer, word in (
+        (dataclasses.replace(dense, kind="conv", channels=2), dict(convolution="sua")),
+        (dataclasses.replace(dense, uses=3), dict(recurrence="option1")),
+    ):
+        block_of = ko.blocks_of(linear, **word)
+        assert block_of(dense) is linear
+        (name, value), (other, _) = [*word.items(), *words.items()]
+        with pytest.raises(ValueError, match=f"{name}='{value}'.*every position.*{other}"):
+            block_of(layer)

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import kfac_optax as ko
@@ -83,3 +84,18 @@ def test_nothing_is_computed_for_the_check():
 
     make(factorize=factorize).init(W)
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_factorisation_that_half_precision_lacks_is_named(dtype):
+    message = (
+        rf"kronecker \(cholesky\).*dense_3x2.*in {dtype}, the factor_dtype.*Leave factor_dtype"
+    )
+    with pytest.raises(ValueError, match=message):
+        ko.kfac(LAYERS, kl_clip=None, inverse="cholesky", factor_dtype=dtype).init(W)
+    with pytest.raises(TypeError, match="factor_dtype='int32'; expected a dtype of floating"):
+        ko.kfac(LAYERS, kl_clip=None, factor_dtype="int32")
+    # nothing is factorised
+    state = ko.eva(LAYERS, kl_clip=None, factor_dtype=dtype).init(W)
+    factors = jax.tree.leaves(optax.tree.get(state, "factors"))
+    assert {x.dtype.name for x in factors} == {dtype}

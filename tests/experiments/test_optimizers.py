@@ -11,6 +11,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.experiments import plots, results, settings, steps, train
+from kfac_optax.experiments.averages import average_of_finite
 from kfac_optax.experiments.compared import OF_OPTAX
 from kfac_optax.experiments.optimizers import OPTIMIZERS, Curved
 from tests import helpers
@@ -220,3 +221,15 @@ def test_a_word_that_nothing_knows_is_refused():
     for name in ("kfac", "eva", "k_bfgs"):
         with pytest.raises(TypeError, match="unknown argument 'dampin'"):
             OPTIMIZERS[name].build(CONFIG, curved, 0.1)
+
+
+def test_an_average_forgets_a_bad_gradient():
+    average, plain = average_of_finite(0.9), optax.ema(0.9)
+    state, expected = average.init(jnp.zeros(2)), plain.init(jnp.zeros(2))
+    for gradient in (jnp.ones(2), jnp.array([jnp.nan, 1.0]), jnp.array([2.0, -1.0])):
+        out, state = average.update(gradient, state)
+        if jnp.isnan(gradient).any():
+            np.testing.assert_array_equal(out, gradient)  # for what follows to see
+            continue
+        right, expected = plain.update(gradient, expected)
+        np.testing.assert_allclose(out, right, rtol=1e-6)

@@ -97,6 +97,17 @@ def test_gradients_too_large_to_square_are_soon_forgotten(name, at):
         assert max(sizes) < 1e4
 
 
+@every
+def test_gradients_that_begin_late_are_as_good(name):
+    """Twenty of zeros move nothing, and what follows is finite and no longer than a few steps."""
+    nothing = jax.tree.map(jnp.zeros_like, steps()[0])
+    updates, state = c.run_of_two(name, [nothing] * 20 + list(steps()))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    h.assert_equal(updates[:20], [nothing] * 20)
+    size = optax.tree.norm(updates[-1])
+    assert 0 < size < 20 * optax.tree.norm(plain(name)[0][-1])
+
+
 @pytest.mark.parametrize("factor", [jnp.nan, 1e25])
 def test_bad_batch_does_not_reach_graft_and_momentum(factor):
     """One whose squares overflow in Adam is as bad as one that is not finite."""
@@ -265,14 +276,22 @@ def test_a_deep_net_of_equal_layers_is_a_stack_of_them():
     h.assert_equal(updates[1], jax.tree.map(jnp.zeros_like, updates[1]))
 
 
-@pytest.mark.parametrize("name", ["shampoo", "soap"])
+DEEP = {
+    "shampoo": ko.scale_by_shampoo,
+    "soap": ko.scale_by_soap,
+    "eva_s": lambda: ko.eva_s(0.1),
+    "ggt": lambda: ko.ggt(window=2),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels of the CPU's compiler")
 def test_a_deep_net_has_no_more_kernels_than_a_shallow_one(name):
     """Kernels that differ in nothing are compiled once, so that depth costs no time to compile."""
 
     def kernels(depth):
         params = {f"layer_{i:02d}": jnp.ones((3, 4)) for i in range(depth)}
-        tx = c.SCALE_BY[name]()
+        tx = DEEP[name]()
         text = jax.jit(tx.update).lower(params, tx.init(params)).compile().as_text()
         bodies = re.findall(r"^%fused_computation\S* \(.*?^}", text, re.DOTALL | re.MULTILINE)
         # without names, numbers of instructions, and where in the program they come from

@@ -38,16 +38,25 @@ def beside(gradient):
     return {"hvp": hvp, "per_example_grads": twice}
 
 
-def run(name, gradients, tx=None):
-    tx = MAKE[name]() if tx is None else tx
+def compiled(name, tx):
     extra = name not in ("mfac",)  # whose rows are those of the batch, here
-    params = jax.tree.map(jnp.zeros_like, gradients[0])
-    state, out = tx.init(params), []
 
     @jax.jit
     def step(gradient, state):
+        params = jax.tree.map(jnp.zeros_like, gradient)
         return tx.update(gradient, state, params, **(beside(gradient) if extra else {}))
 
+    return tx, step
+
+
+@functools.cache
+def usual(name):
+    return compiled(name, MAKE[name]())
+
+
+def run(name, gradients, tx=None):
+    tx, step = usual(name) if tx is None else compiled(name, tx)
+    state, out = tx.init(jax.tree.map(jnp.zeros_like, gradients[0])), []
     for gradient in gradients:
         update, state = step(gradient, state)
         out.append(update)
@@ -93,6 +102,28 @@ def test_bad_batch_is_as_if_it_had_not_been(name):
     h.assert_equal(state._replace(counts=clean.counts), clean)
     assert int(state.counts.skipped_gradients) == 2
     assert "2 gradients were not finite" in ko.problems(state)[0]
+
+
+@every
+def test_gradients_that_begin_late_are_as_good(name):
+    """Twenty of zeros move nothing, and what follows is finite and no longer than a few steps."""
+    nothing = jax.tree.map(jnp.zeros_like, steps()[0])
+    updates, state = run(name, [nothing] * 20 + list(steps()))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    h.assert_equal(updates[:20], [nothing] * 20)
+    size = optax.tree.norm(updates[-1])
+    assert 0 < size < 20 * optax.tree.norm(plain(name)[0][-1])
+
+
+@pytest.mark.parametrize("name", ["ggt", "mfac", "tonga", "psgd_kron", "psgd_lra", "vadam"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_gradients_too_large_to_square_are_as_if_they_had_not_been(name, at):
+    huge = jax.tree.map(lambda x: 1e25 * x, steps()[1])
+    updates, state = run(name, [*steps()[:at], huge, *steps()[at:]])
+    h.assert_equal(updates[at], jax.tree.map(jnp.zeros_like, huge))
+    h.assert_equal(state._replace(counts=plain(name)[1].counts), plain(name)[1])
+    counts = state.counts
+    assert int(counts.skipped_statistics + counts.non_finite_updates) > 0
 
 
 @every
@@ -153,3 +184,21 @@ def test_schedules_follow_the_count_and_nonsense_is_counted():
     fixed, _ = run("ggt", steps(), ko.ggt(window=3, b1=0.5))
     h.assert_close(scheduled, fixed, rtol=1e-5)
     assert "1 values of b1 made no sense" in ko.problems(state)[0]
+
+
+def test_many_leaves_are_one_vector():
+    """As one stacked leaf has it, in the dtype of each leaf; a bad gradient is left out of both."""
+    gradients = [jnp.asarray(g, jnp.float32) for g in c.draws(5, 10, 2, 3, steps=3)]
+    gradients[1] = gradients[1].at[2, 0, 0].set(jnp.inf)
+    dtypes = [jnp.float32, jnp.bfloat16] * 5
+    stacked = [
+        jnp.stack([x.astype(t).astype("float32") for x, t in zip(g, dtypes)]) for g in gradients
+    ]
+    apart = [[x.astype(t) for x, t in zip(g, dtypes)] for g in gradients]
+    updates, state = c.run(ko.ggt(window=2), apart)
+    expected, other = c.run(ko.ggt(window=2), stacked)
+    h.assert_close(state.held.rows, other.held.rows, rtol=1e-6)
+    for one, two in zip(updates, expected, strict=True):
+        for x, y, dtype in zip(one, two, dtypes, strict=True):
+            assert x.dtype == dtype
+            h.assert_close(x.astype(jnp.float32), y.astype(dtype).astype(jnp.float32), rtol=1e-5)

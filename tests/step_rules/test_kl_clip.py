@@ -70,3 +70,15 @@ def test_dtype_of_the_updates_is_kept():
     tx = ko.clip_by_kl(optax.identity(), learning_rate=1.0, kl_clip=1e-3)
     grads = jnp.ones(3, jnp.bfloat16)
     assert tx.update(grads, tx.init(grads))[0].dtype == jnp.bfloat16
+
+
+def test_many_equal_leaves_are_as_few():
+    """Leaves are stacked where there are many of one type; a scalar and an empty leaf go along."""
+    rng = np.random.default_rng(0)
+    shapes = {**{f"w{i}": (2, 3) for i in range(9)}, "b": (), "empty": (0, 2)}
+    u, v = (
+        {k: jnp.asarray(rng.normal(size=s), "float32") for k, s in shapes.items()} for _ in "uv"
+    )
+    product = sum(abs(np.sum(np.asarray(u[k]) * np.asarray(v[k]))) for k in shapes)
+    scale = ko.kl_scale(u, v, 0.5, 1e-2)
+    np.testing.assert_allclose(scale, np.sqrt(1e-2 / (0.25 * product)), rtol=1e-5)

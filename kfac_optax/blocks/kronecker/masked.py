@@ -24,7 +24,13 @@ class TriangularInverse(NamedTuple):
     outputs: Float[Array, "q q"]
 
 
-def masked(layer: Layer, *, precision: jax.lax.PrecisionLike = "highest") -> Block:
+def masked(
+    layer: Layer,
+    *,
+    sharing: str = "expand",
+    positions: int | None = None,
+    precision: jax.lax.PrecisionLike = "highest",
+) -> Block:
     """Kronecker block of a masked weight, `F ~ M (A (x) G) M`, solved exactly on the entries of `M`.
 
     With `s = x (w * M)` the gradient of `w` is that of the kernel times `M`, so its curvature is
@@ -37,17 +43,20 @@ def masked(layer: Layer, *, precision: jax.lax.PrecisionLike = "highest") -> Blo
 
     `Y = M * (L^{-1} V K^{-T})`, `X = M * (L^{-T} Y K^{-1})`.
 
-    Factors are those of `kronecker`, the damping is factored as in `kronecker("cholesky")`.
+    Factors are those of `kronecker`, the damping is factored as in `kronecker("cholesky")`: among
+    the entries of `M` no eigenbasis is a Kronecker product, and there is no exact damping.
 
     Args:
       layer: one of kind `"masked"`, from `tap_dense(..., mask=)` or `tap_conv(..., mask=)`.
+      sharing: as for `kronecker`.
+      positions: as for `kronecker`.
       precision: matmul precision of factor products and solves.
 
     Returns:
       A `Block`; the same one for all layers of one mask.
 
     Raises:
-      ValueError: the layer has no mask.
+      ValueError: the layer has no mask; unknown `sharing`, `positions < 1`.
 
     >>> import kfac_optax as ko
     >>> mask = np.tri(2)
@@ -67,12 +76,12 @@ def masked(layer: Layer, *, precision: jax.lax.PrecisionLike = "highest") -> Blo
             "tap_dense(..., mask=mask). Give it another block, for example kronecker()."
         )
     stairs = layer.mask if layer.bias is None else with_bias(layer.mask)
-    return _masked(stairs, precision)
+    return _masked(stairs, sharing, positions, precision)
 
 
 @functools.cache
-def _masked(stairs: Staircase, precision: Any) -> Block:
-    whole = kronecker("cholesky", precision=precision)
+def _masked(stairs: Staircase, sharing: str, positions: int | None, precision: Any) -> Block:
+    whole = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
     there = entries(stairs)
     # most entries first, of rows and columns
     rows = np.argsort(stairs.rows).astype(np.int32)

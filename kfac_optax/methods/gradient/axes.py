@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax._validate import check_choice, check_real
+from kfac_optax.methods.gradient.flat import MANY, unknown_places
 from kfac_optax.methods.gradient.stacks import stacked_axes
 from kfac_optax.methods.signature import check_size
 
@@ -21,7 +22,6 @@ ALL = "all"
 SHORT = "short"
 SIDES = (ALL, SHORT)
 _MARK = {FULL: "", DIAGONAL: "d", IDENTITY: "i"}
-_MANY = 8  # leaves of one group from which on every kernel that need not be compiled counts
 
 
 class Rules(NamedTuple):
@@ -203,38 +203,19 @@ def scatter(
     # the first entry of each leaf along the axis of copies
     counts = [view.tensors for view in group.views]
     starts = [0, *itertools.accumulate(counts)]
-    if some is None or len(group.views) < _MANY:
+    if some is None or len(group.views) < MANY:
         # in a small group slices are static
         parts = [tensors[a:b] for a, b in itertools.pairwise(starts)]
     else:
         first = (0,) * len(group.block)
         parts = []
-        for start, count in zip(_places(starts[:-1], some), counts, strict=True):
+        for start, count in zip(unknown_places(starts[:-1], some), counts, strict=True):
             at = (start, *first)
             size = (count, *group.block)
             part = jax.lax.dynamic_slice(tensors, at, size, allow_negative_indices=False)
             parts.append(part)
     of_leaves = zip(group.views, parts, strict=True)
     return {view.name: _join(part, view) for view, part in of_leaves}
-
-
-def _places(starts: list[int], some: jax.Array) -> list[jax.Array]:
-    """Where the leaves begin, as numbers that the compiler of the CPU does not know.
-
-    It makes a kernel of every slice with all that is done before it, and compiles equal ones once.
-    Those of leaves at known places are all different; out of a branch no place is known.
-    """
-
-    def unknown(some: jax.Array) -> list[jax.Array]:
-        def nowhere() -> list[jax.Array]:
-            return [jnp.int32(0)] * len(starts)
-
-        return jax.lax.cond(some, lambda: known(some), nowhere)
-
-    def known(some: jax.Array) -> list[jax.Array]:
-        return [jnp.int32(start) for start in starts]
-
-    return jax.lax.platform_dependent(some, cpu=unknown, default=known)
 
 
 def _grid(view: View) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_number
@@ -79,11 +78,10 @@ def ggt(
     check_number("ggt", "eps", eps, above=0)
 
     def step(given: Step) -> Made:
-        vector, back = ravel_pytree(given.gradient)
-        check_length("ggt", given.held, vector)
-        held, fits = put(given.held, vector[None], given.finite)
+        check_length("ggt", given.held, given.gradient)
+        held, fits = put(given.held, given.gradient[None], given.finite)
         direction = combine(held, _weights(held, given.now, mode))
-        return Made(back(direction), held, fits, given.finite & ~fits)
+        return Made(direction, held, fits, given.finite & ~fits)
 
     return transformation(
         Rule(
@@ -92,6 +90,7 @@ def ggt(
             lambda params, dtype: empty_window(window, params, dtype),
             step,
             guarded=False,
+            flat=True,
         )
     )
 

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import PyTree, ScalarOrSchedule
@@ -72,7 +71,7 @@ def mfac(
     check_number("mfac", "damping", damping, above=0)
 
     def step(given: Step) -> Made:
-        vector, back = ravel_pytree(given.gradient)
+        vector = given.gradient
         check_length("mfac", given.held, vector)
         examples = given.extra.get("per_example_grads")
         if examples is None:
@@ -81,10 +80,10 @@ def mfac(
             weights = kernel_solve(_factored(held, given.now["damping"]), newest)
             direction = combine(held, weights)
         else:
-            new = _example_rows(given.gradient, examples, window)
+            new = _example_rows(given, examples, window)
             held, fits = put(given.held, new, given.finite & all_finite(new))
             direction = _solved(held, given.now["damping"], vector)
-        return Made(back(direction), held, fits, given.finite & ~fits)
+        return Made(direction, held, fits, given.finite & ~fits)
 
     return transformation(
         Rule(
@@ -93,6 +92,7 @@ def mfac(
             lambda params, dtype: empty_window(window, params, dtype),
             step,
             guarded=False,
+            flat=True,
         )
     )
 
@@ -127,7 +127,7 @@ def _solved(
 
 
 def _example_rows(
-    gradient: PyTree,
+    given: Step,
     examples: PyTree,
     window: int,
 ) -> jax.Array:
@@ -136,7 +136,7 @@ def _example_rows(
     Raises:
       ValueError: they are no tree like the gradient, or more than the window has rows.
     """
-    rows = stacked_rows("mfac", gradient, examples)
+    rows = stacked_rows("mfac", given.updates, examples, given.gradient.dtype)
     if len(rows) > window:
         raise ValueError(
             f"mfac.update: got the gradients of {len(rows)} examples for a window of {window} rows; "

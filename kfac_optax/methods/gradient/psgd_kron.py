@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_optax._tree import all_finite
 from kfac_optax._types import ScalarOrSchedule
 from kfac_optax._validate import Checked, check_number
 from kfac_optax.engine.state import GradientCounts
@@ -49,8 +50,8 @@ def psgd_kron(
     triangular factor for every axis, a diagonal one for long axes, and moves by a small step in the
     group of these matrices, `Q_i <- Q_i - fit_rate / |S + T| triu(S - T) Q_i`, see the reference.
     No root and no inverse is computed. The update has a root mean square of about one, whatever the
-    scale of the loss. A gradient that is not finite changes nothing, and its update is zero. Chain
-    it with what takes the step.
+    scale of the loss. A gradient that is not finite, or whose squares are not, changes nothing, and
+    its update is zero. Chain it with what takes the step.
 
     Args:
       b1: decay of the gradients' mean, which is bias-corrected; 0 for none.
@@ -101,9 +102,12 @@ def psgd_kron(
 
     def advance(step: Step, state: Any) -> Advanced:
         b1, key = step.value("b1"), jax.random.wrap_key_data(state.key)
+        # one whose squares overflow fits no factors, and would stay in the mean for hundreds of steps
+        squares = [jnp.sum(jnp.square(x)) for x in step.tensors.values()]
+        fits = step.finite & all_finite(squares)
         mean, h = {}, {}
         for name, old in state.mean.items():
-            mean[name] = jnp.where(step.finite, b1 * old + (1 - b1) * step.tensors[name], old)
+            mean[name] = jnp.where(fits, b1 * old + (1 - b1) * step.tensors[name], old)
             # also with b1 of 0
             h[name] = gate.unbiased(mean[name], b1, step.count + 1)
         next_key, coin, own = jax.random.split(key, 3)
@@ -115,10 +119,10 @@ def psgd_kron(
             return psgd_fit.fitted_groups(step, factors, h, own)
 
         with jax.named_scope("psgd/fit"):
-            due = step.finite & (jax.random.uniform(coin) < step.value("fit_probability"))
+            due = fits & (jax.random.uniform(coin) < step.value("fit_probability"))
             factors = gate.when_due(due, fit, first)
         new = {name: psgd_fit.preconditioned(factors[name], h[name]) for name in h}
-        key = jnp.where(step.finite, jax.random.key_data(next_key), state.key)
-        return Advanced(new, (factors, mean, key), step.finite)
+        key = jnp.where(fits, jax.random.key_data(next_key), state.key)
+        return Advanced(new, (factors, mean, key), fits)
 
     return transformation(Axiswise(where, rules, hyper, PSGDState, "factors", start, advance))

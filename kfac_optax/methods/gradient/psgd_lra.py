@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_number
@@ -47,7 +46,8 @@ def psgd_lra(
     this is the form for shapes that are no matrices and for correlations between layers. With
     `U = 0` at first it is a diagonal. The step costs `O(n r + r^3)` for `n` parameters. The update
     has a root mean square of about one, whatever the scale of the loss. A gradient that is not
-    finite changes nothing, and its update is zero. Chain it with what takes the step.
+    finite, or whose squares are not, changes nothing, and its update is zero. Chain it with what
+    takes the step.
 
     Args:
       rank: `r`, columns of `U` and of `V`.
@@ -96,10 +96,12 @@ def psgd_lra(
 
     def step(given: Step) -> Made:
         held, now = given.held, given.now
-        vector, back = ravel_pytree(given.gradient)
-        _check_length(held, vector)
+        _check_length(held, given.gradient)
         b1 = now["b1"]
-        mean = b1 * held.mean + (1 - b1) * vector
+        # one whose squares overflow is as bad as one that is not finite: `P` can be fitted to none
+        fits = jnp.isfinite(jnp.sum(jnp.square(given.gradient)))
+        gradient = jnp.where(fits, given.gradient, jnp.nan)
+        mean = b1 * held.mean + (1 - b1) * gradient
         h = gate.unbiased(mean, b1, given.count + 1)
         key = jax.random.wrap_key_data(held.key)
         key, coin, own, side = jax.random.split(key, 4)
@@ -119,9 +121,9 @@ def psgd_lra(
         q, bounds = gate.when_due(due, fit, first)
         held = Held(q, bounds, mean, jax.random.key_data(key))
         update = psgd_lra_fit.preconditioned(q, h)
-        return Made(back(update), held)
+        return Made(update, held)
 
-    return transformation(Rule(where, hyper, start, step))
+    return transformation(Rule(where, hyper, start, step, flat=True))
 
 
 def _started(q: LowRank, h: jax.Array, scale: float | None) -> LowRank:

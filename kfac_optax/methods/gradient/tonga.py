@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import check_number
@@ -77,7 +76,7 @@ def tonga(
         return empty_window(rank + block, params, dtype)
 
     def step(given: Step) -> Made:
-        vector, back = ravel_pytree(given.gradient)
+        vector = given.gradient
         check_length(where, given.held, vector)
         # the count is the next place, and goes back to the rank where columns are compressed
         full = given.finite & (given.held.count >= rank + block)
@@ -97,9 +96,9 @@ def tonga(
         kernel = factor_kernel(gram, shift)
         weights = kernel_solve(kernel, newest.astype(vector.dtype))
         direction = combine(held, weights)
-        return Made(back(direction), held, fits, given.finite & ~fits)
+        return Made(direction, held, fits, given.finite & ~fits)
 
-    return transformation(Rule(where, hyper, start, step, guarded=False))
+    return transformation(Rule(where, hyper, start, step, guarded=False, flat=True))
 
 
 def _compressed(window: Window, rank: int) -> Window:

@@ -17,7 +17,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked, check_legal, check_real, start_checked
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.linalg.gram import replicated
-from kfac_optax.methods.gradient import gate
+from kfac_optax.methods.gradient import flat, gate
 from kfac_optax.step_rules._per_layer import within
 
 
@@ -33,12 +33,14 @@ class Step(NamedTuple):
     """What a step is given.
 
     Attributes:
-      gradient: in the dtype of the state; all zero where it was not finite.
+      gradient: in the dtype of the state, a vector for a `flat` rule; all zero where it was not
+        finite.
       finite: whether it was.
       held: what the method keeps.
       now: hyperparameters by name, in the dtype of the state.
       count: gradients used so far, without this one.
       params: as `update` got them.
+      updates: the gradient as it came.
       extra: the extra arguments of `update`.
     """
 
@@ -48,6 +50,7 @@ class Step(NamedTuple):
     now: dict[str, jax.Array]
     count: jax.Array
     params: PyTree | None
+    updates: PyTree
     extra: dict[str, Any]
 
 
@@ -55,7 +58,7 @@ class Made(NamedTuple):
     """What a step makes.
 
     Attributes:
-      direction: a tree like the gradient.
+      direction: like the gradient of the step.
       held: what the method keeps.
       usable: whether there is a direction; it is zero otherwise.
       skipped: statistics that were not finite, and have no part in what is held.
@@ -77,6 +80,7 @@ class Rule(NamedTuple):
       step: `Step -> Made`.
       guarded: whether what is held goes back to what it was where the step is not finite. A method
         with large arrays sees to that itself, without a copy of them.
+      flat: whether gradient and direction are one vector `[d]` with the entries of all leaves.
     """
 
     where: str
@@ -84,6 +88,7 @@ class Rule(NamedTuple):
     start: Callable[[PyTree, Any], Any]
     step: Callable[[Step], Made]
     guarded: bool = True
+    flat: bool = False
 
 
 def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
@@ -115,13 +120,14 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         # curvature of a part of the batch say, is not read
         state = varying_as(state, updates)
         dtype, counts = wide_dtype(state.held), state.counts
-        gradient = jax.tree.map(lambda x: x.astype(dtype), updates)
+        gradient = _taken(rule, updates, dtype)
         # a bad gradient is a zero one to the method
         finite = finite_as_one(gradient)
         gradient = jax.tree.map(lambda x: jnp.where(finite, x, 0), gradient)
         now, given = gate.checked_all(state.given, counts.gradient_count, **rule.hyper)
         now = {name: jnp.asarray(value, dtype) for name, value in now.items()}
-        step = Step(gradient, finite, state.held, now, counts.gradient_count, params, extra)
+        count = counts.gradient_count
+        step = Step(gradient, finite, state.held, now, count, params, updates, extra)
         with jax.named_scope(rule.where):
             made = rule.step(step)
         good = finite & finite_as_one(made.direction)
@@ -133,14 +139,31 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         if rule.guarded:
             held = select(good, held, state.held)
 
-        def shown_as(new: jax.Array, old: jax.Array) -> jax.Array:
-            return within(jnp.where(shown, new, 0), old.dtype)
-
-        out = jax.tree.map(shown_as, made.direction, updates)
+        direction = jax.tree.map(lambda x: jnp.where(shown, x, 0), made.direction)
+        out = _given(rule, direction, updates, shown)
         counts = gate.counted(counts, finite, good, made.skipped, 0)
         return out, TreeState(counts, held, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _taken(rule: Rule, updates: PyTree, dtype: Any) -> PyTree:
+    """The gradient in the dtype of the state, as the rule has it."""
+    if rule.flat:
+        return flat.as_vector(updates, dtype)
+    return jax.tree.map(lambda x: x.astype(dtype), updates)
+
+
+def _given(
+    rule: Rule,
+    direction: PyTree,
+    updates: PyTree,
+    shown: jax.Array,
+) -> PyTree:
+    """A direction as a tree like the gradient, in its dtypes."""
+    if rule.flat:
+        return flat.as_leaves(direction, updates, shown)
+    return jax.tree.map(lambda x, old: within(x, old.dtype), direction, updates)
 
 
 def finite_as_one(tree: PyTree) -> jax.Array:

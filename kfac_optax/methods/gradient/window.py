@@ -127,14 +127,14 @@ def stacked_rows(
     where: str,
     gradient: PyTree,
     examples: PyTree,
+    dtype: Any,
 ) -> Float[Array, "b d"]:
-    """Gradients of examples, a tree with an axis in front, as rows in the dtype of the gradient.
+    """Gradients of examples, a tree with an axis in front, as rows.
 
     Raises:
       ValueError: the trees do not match.
     """
     check_stacked(where, gradient, examples)
-    leaves = zip(jax.tree.leaves(examples), jax.tree.leaves(gradient), strict=True)
     # [b, ...] of every leaf, one beside another
-    rows = [x.reshape(len(x), -1).astype(g.dtype) for x, g in leaves]
+    rows = [x.reshape(len(x), -1).astype(dtype) for x in jax.tree.leaves(examples)]
     return jnp.concatenate(rows, axis=1)

@@ -84,16 +84,18 @@ def kfac(
       inverse: `"eigh"` (exact damping), `"cholesky"` (factored Tikhonov damping, half the products
         in a step and a cheaper refresh), `"newton"` (the same, refreshed by matrix products from
         the last inverse; for accelerators); or `"auto"`: `"eigh"` for layers of at most 128 inputs
-        and outputs, `"cholesky"` for wider ones. `coverage` shows which.
+        and outputs, `"cholesky"` for wider ones. `coverage` shows which. Layers with a mask have
+        `"cholesky"` alone (`"newton"` is the same for them), embeddings no `"newton"`.
       uncovered: parameters without a block: `"graft"` (their gradient with the size of the others'
         updates, and clipped with them), `"pass"` (their gradient as it is), `"diagonal"` (diagonal
         of the Fisher) or `"raise"`.
       normalization: scale and shift of normalisation layers: `"unitwise"` (a 2 x 2 block for every
         channel), `"diagonal"` or `"pass"`.
       sharing: positions that share a weight: `"expand"` (a row each, KFC) or `"reduce"` (pooled per
-        example).
+        example); look-ups and normalisation layers always have a row each.
       positions: at most about this many positions of an example are measured; `None` for all.
-      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels only, factored damping).
+      convolution: `"kfc"` or, cheaper for wide layers, `"sua"` (channels of all positions only,
+        factored damping).
       recurrence: steps of a layer that is used several times: `"independent"`, `"option1"` or
         `"option2"`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
@@ -138,8 +140,9 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
-    # a block that is given knows how positions are shared
-    if block is not None:
+    if block is None:
+        _check_masks(layers, inverse)
+    else:  # knows how positions are shared
         check_unused(
             "kfac",
             "block=, which already says so: kronecker(sharing=, positions=)",
@@ -190,6 +193,19 @@ def kfac(
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
     # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))
     return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+
+
+def _check_masks(layers: Any, inverse: str) -> None:
+    """Raises where exact damping is asked for that a layer cannot have."""
+    if inverse != "eigh" or not isinstance(layers, Layers):
+        return
+    names = [layer.path for layer in layers if layer.mask is not None]
+    if names:
+        raise ValueError(
+            f"kfac: got inverse='eigh' (exact damping) with the masks of {', '.join(names)}, whose "
+            "block has factored damping alone; expected 'auto', 'cholesky' or 'newton'. For exact "
+            "damping of the other layers pass block=kronecker('eigh')."
+        )
 
 
 def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:

@@ -53,7 +53,7 @@ def noisy_kfac(
       layers: from `fisher.layers(params, *args)`.
       weight_decay: `w`, the temperature times the prior's precision over the number of examples.
       damping: what is added to it in the step.
-      **options: as for `kfac`; the damping is exact.
+      **options: as for `kfac`; the damping is exact, of layers with a mask factored.
 
     Returns:
       A transformation; its update needs `params`.
@@ -75,9 +75,16 @@ def noisy_kfac(
     check_legal("noisy_kfac", "weight_decay", weight_decay)
     check_legal("noisy_kfac", "damping", damping)
     # (F + (w + lambda) I)^{-1}: the precision of the prior damps too
-    inner = kfac(layers, damping=_total(weight_decay, damping), inverse="eigh", **options)
+    block = kronecker("eigh", precision=options.get("precision", "highest"), **_rows(options))
+    total = _total(weight_decay, damping)
+    inner = kfac(layers, damping=total, inverse="eigh", block=block, **options)
     # V + w M, the gradient of the negative log posterior
     return add_weight_decay(inner, weight_decay, mode="loss")
+
+
+def _rows(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes out what a block is told of positions that share a weight."""
+    return {name: options.pop(name) for name in ("sharing", "positions") if name in options}
 
 
 def _total(first: ScalarOrSchedule, second: ScalarOrSchedule) -> ScalarOrSchedule:
