@@ -93,3 +93,10 @@ def test_an_update_of_any_length_has_the_bound(x64):
     for factor in (1e3, 1e20, 1e30):
         move = oracles.flatten(moved(jnp.float32(factor)))
         np.testing.assert_allclose(move @ fisher @ move, 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bound", ["exact", "movement"])
+@pytest.mark.parametrize("words", [{"kl_clip": None}, {"learning_rate": 0.1, "balance": "apart"}])
+def test_a_bound_that_would_not_be_taken_is_refused(bound, words):
+    with pytest.raises(ValueError, match=f"got bound='{bound}', which has no effect beside"):
+        ko.kfac_two_level(problem()[3], bound=bound, **words)

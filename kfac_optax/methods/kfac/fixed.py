@@ -143,6 +143,7 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    _check_bound(bound, kl_clip, balance)
     if block is None:
         _check_masks(layers, inverse)
     else:  # knows how positions are shared
@@ -180,8 +181,8 @@ def kfac(
         placement=placement,
     )
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T
-    if bound == "exact" and kl_clip is not None and balance != "apart":
-        assert learning_rate is not None
+    if bound == "exact":
+        assert learning_rate is not None and kl_clip is not None
         bounded = functools.partial(
             bound_step,
             preconditioner,
@@ -198,9 +199,9 @@ def kfac(
     clipped = clip_by_kl(
         preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers
     )
-    if bound != "movement" or kl_clip is None or balance == "apart":
+    if bound != "movement":
         return clipped
-    assert learning_rate is not None
+    assert learning_rate is not None and kl_clip is not None
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T = m T0 - learning_rate U
     moving = functools.partial(
         bound_movement, clipped, learning_rate=learning_rate, kl_clip=kl_clip, axis_name=axis_name
@@ -219,6 +220,14 @@ def _check_masks(layers: Any, inverse: str) -> None:
             "block has factored damping alone; expected 'auto', 'cholesky' or 'newton'. For exact "
             "damping of the other layers pass block=kronecker('eigh')."
         )
+
+
+def _check_bound(bound: str, kl_clip: Any, balance: str) -> None:
+    """What has no bound here cannot have another one."""
+    for void, why in ((kl_clip is None, "kl_clip=None"), (balance == "apart", "balance='apart'")):
+        if void:
+            beside = f"{why}: what follows decides on the length of the step"
+            check_unused("kfac", beside, bound=(bound, "damped"))
 
 
 def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:
