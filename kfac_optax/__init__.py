@@ -129,6 +129,7 @@ from kfac_optax.step_rules.cold_start import cold_start
 from kfac_optax.step_rules.damping import adapt_damping
 from kfac_optax.step_rules.graft import graft_norm
 from kfac_optax.step_rules.kl_clip import clip_by_kl, kl_scale
+from kfac_optax.step_rules.movement import bound_movement
 from kfac_optax.step_rules.quadratic_model import quadratic_step, solve_model
 from kfac_optax.step_rules.rms import clip_by_rms
 from kfac_optax.step_rules.stall import until_stalled
@@ -169,6 +170,7 @@ __all__ = [
     "backpropagated_metric",
     "balance_parts",
     "blocks_of",
+    "bound_movement",
     "bound_step",
     "check_state",
     "clip_by_kl",

@@ -131,4 +131,11 @@ OPTIMIZERS = {
     "adamw": Optimizer("AdamW", False, _decoupled(optax.adamw)),
     "lion": Optimizer("Lion", False, _decoupled(optax.lion)),
     "sophia": Optimizer("Sophia-G", True, _sophia, every_step=True),
+    # KL-clip, and the same bound on the whole step in the exact metric
+    "kfac_movement": Optimizer(
+        "K-FAC, movement", True, _bounded(ko.kfac, bound="movement"), products=True
+    ),
+    "two_level_movement": Optimizer(
+        "two-level, movement", True, _bounded(ko.kfac_two_level, bound="movement"), products=True
+    ),
 }

@@ -21,6 +21,7 @@ from kfac_optax.step_rules.balance import BalanceState
 from kfac_optax.step_rules.bound import BoundState
 from kfac_optax.step_rules.damping import DampingState
 from kfac_optax.step_rules.kl_clip import KLClipState
+from kfac_optax.step_rules.movement import MovementState
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 from kfac_optax.step_rules.trust_region import TrustRegionState
 
@@ -38,7 +39,8 @@ def diagnostics(opt_state: PyTree) -> dict[str, jax.Array]:
     """Scalars that say how a K-FAC transformation is doing; works under `jit`.
 
     `kl_scale` and `trust_scale` (nu of KL-clip and of a trust region, if they are used),
-    `step_rate`, `coarse_rate` and `bound_scale` of `bound_step`, `coarse_weight` of
+    `step_rate`, `coarse_rate` and `bound_scale` of `bound_step`, `movement_scale` and
+    `movement_norm` of `bound_movement`, `coarse_weight` of
     `balance_parts`, `damping`, `coarse_share` (norm of what the coupling changed over norm of the
     update), `inverse_age` (steps since the inverses were made; with `stagger`, the part made last),
     `statistics` (accepted), `skipped_statistics`, `failed_inverses`, the numbers of
@@ -133,6 +135,7 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     KLClipState: ("kl_scale",),
     TrustRegionState: ("trust_scale",),
     BoundState: ("step_rate", "coarse_rate", "bound_scale"),
+    MovementState: ("movement_scale", "movement_norm"),
     BalanceState: ("coarse_weight",),
     QuadraticState: (
         "step_rate",

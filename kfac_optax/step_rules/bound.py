@@ -22,7 +22,7 @@ from kfac_optax._validate import (
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.step_rules._per_layer import like_parameters
-from kfac_optax.step_rules.directions import combine, inner_products_of, negative_parts
+from kfac_optax.step_rules.directions import combine, inner_products_of, moved_since, negative_parts
 from kfac_optax.step_rules.model_solution import agreed_mix, solve_model
 
 MODEL_EXAMPLES = 256
@@ -173,7 +173,8 @@ def bound_step(
         share = rate / positive_or_one(peak)  # what a schedule has left of the rate
         carried = momentum * rate / positive_or_one(state.last_rate)
         with jax.named_scope("kfac/bound_step"):
-            parts, last = negative_parts(preconditioned), _moved(params, state)
+            parts = negative_parts(preconditioned)
+            last = moved_since(state.previous_params, params, first=state.bound_count == 0)
             # of a step in constant directions
             room = bound / (1 - momentum) ** 2
             if curvature is None:
@@ -207,17 +208,6 @@ def bound_step(
         return new, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _moved(params: PyTree, state: BoundState) -> PyTree:
-    """How the parameters have moved since the last update; not at all before the first one."""
-    first = state.bound_count == 0
-
-    def difference(new: jax.Array, old: jax.Array) -> jax.Array:
-        moved = new - old
-        return jnp.where(first | ~jnp.isfinite(moved), 0, moved)
-
-    return jax.tree.map(difference, params, state.previous_params)
 
 
 def _form(

@@ -46,3 +46,15 @@ def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
         return sum(terms[1:], terms[0])
 
     return jax.tree.map(entry, *directions)
+
+
+def moved_since(before: PyTree, now: PyTree, *, first: jax.Array) -> PyTree:
+    """How the parameters have moved, `now - before`; not at all in the first update, or where the
+    difference is not finite.
+    """
+
+    def difference(new: jax.Array, old: jax.Array) -> jax.Array:
+        moved = new - old
+        return jnp.where(first | ~jnp.isfinite(moved), 0, moved)
+
+    return jax.tree.map(difference, now, before)

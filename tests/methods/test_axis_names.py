@@ -15,6 +15,7 @@ TAKES = {
     "scale_by_curvature": lambda **a: ko.scale_by_curvature(LAYERS, block=ko.kronecker(), **a),
     "quadratic_step": lambda **a: ko.quadratic_step(**a),
     "bound_step": lambda **a: ko.bound_step(IDENTITY, learning_rate=0.1, **a),
+    "bound_movement": lambda **a: ko.bound_movement(IDENTITY, learning_rate=0.1, **a),
     "balance_parts": lambda **a: ko.balance_parts(IDENTITY, **a),
     "adapt_damping": lambda **a: ko.adapt_damping(IDENTITY, **a),
     "clip_by_trust_region": lambda **a: ko.clip_by_trust_region(IDENTITY, learning_rate=0.1, **a),

@@ -188,13 +188,20 @@ def test_without_curvature_the_first_step_is_that_of_kl_clip_and_later_ones_repe
     np.testing.assert_allclose(oracles.flatten(larger), oracles.flatten(measured), rtol=1e-10)
 
 
-@pytest.mark.parametrize("preset", [ko.kfac, functools.partial(ko.kfac_two_level, balance="model")])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        functools.partial(ko.kfac, bound="exact"),
+        functools.partial(ko.kfac_two_level, bound="exact", balance="model"),
+        functools.partial(ko.kfac_two_level, bound="movement"),
+    ],
+)
 def test_one_bad_step_is_survived(preset):
     with jax.enable_x64(True):
         estimator, params, x, layers = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
     tx = optax.chain(
-        preset(layers, learning_rate=0.1, damping=DAMPING, bound="exact"),
+        preset(layers, learning_rate=0.1, damping=DAMPING),
         optax.sgd(0.1, momentum=0.9),
     )
 
@@ -313,7 +320,7 @@ def test_three_directions_of_the_adaptive_preset_are_never_a_worse_model_than_tw
     assert changes["model"] < 0
 
 
-@pytest.mark.parametrize("words", [{"bound": "exact"}, {"balance": "model"}])
+@pytest.mark.parametrize("words", [{"bound": "exact"}, {"bound": "movement"}, {"balance": "model"}])
 def test_a_forgotten_curvature_is_an_error(words):
     with jax.enable_x64(True):
         _, params, _, layers = problem()

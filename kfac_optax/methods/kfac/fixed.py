@@ -20,9 +20,10 @@ from kfac_optax.methods.signature import flat_signature
 from kfac_optax.step_rules.balance import balance_parts
 from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
+from kfac_optax.step_rules.movement import bound_movement
 
-# of KL-clip: in the metric of the batch, or in that of the blocks
-BOUNDS = ("exact", "damped")
+# in the metric of the batch, in that of the blocks, or in both: first one, then the other
+BOUNDS = ("exact", "damped", "movement")
 # of fine and coarse part: by a model, added up, or handed on
 BALANCES = ("model", "sum", "apart")
 
@@ -74,8 +75,10 @@ def kfac(
       bound: `"damped"` is KL-clip as in the papers, which scales the update down to
         `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"exact"` makes the step, momentum
         included, as long as an exact quadratic model wants it and bounds it in the metric of the
-        Fisher itself (see `bound_step`): the level of the rate has no influence then.
-      momentum: of the transformation that follows; `bound="exact"` counts it.
+        Fisher itself (see `bound_step`): the level of the rate has no influence then. `"movement"`
+        is KL-clip, and behind it the same `kl_clip` as a bound on the whole step, momentum
+        included, in the exact metric (see `bound_movement`): a rate that is too large is survived.
+      momentum: of the transformation that follows; all but `bound="damped"` count it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
       inverse_every: period of the inverses; by default 10 in the first 100 steps, since the first
@@ -140,6 +143,7 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    _check_bound(bound, kl_clip, balance)
     if block is None:
         _check_masks(layers, inverse)
     else:  # knows how positions are shared
@@ -177,8 +181,8 @@ def kfac(
         placement=placement,
     )
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T
-    if bound == "exact" and kl_clip is not None and balance != "apart":
-        assert learning_rate is not None
+    if bound == "exact":
+        assert learning_rate is not None and kl_clip is not None
         bounded = functools.partial(
             bound_step,
             preconditioner,
@@ -192,7 +196,17 @@ def kfac(
     if coupling is not None and balance == "model":
         preconditioner = balance_parts(preconditioner, damping=damping, axis_name=axis_name)
     # nu = min(1, sqrt(kl_clip / (learning_rate^2 sum_i |<U_i, V_i>|)))
-    return clip_by_kl(preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers)
+    clipped = clip_by_kl(
+        preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers
+    )
+    if bound != "movement":
+        return clipped
+    assert learning_rate is not None and kl_clip is not None
+    # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T = m T0 - learning_rate U
+    moving = functools.partial(
+        bound_movement, clipped, learning_rate=learning_rate, kl_clip=kl_clip, axis_name=axis_name
+    )
+    return _with_momentum(moving, momentum)
 
 
 def _check_masks(layers: Any, inverse: str) -> None:
@@ -206,6 +220,14 @@ def _check_masks(layers: Any, inverse: str) -> None:
             "block has factored damping alone; expected 'auto', 'cholesky' or 'newton'. For exact "
             "damping of the other layers pass block=kronecker('eigh')."
         )
+
+
+def _check_bound(bound: str, kl_clip: Any, balance: str) -> None:
+    """What has no bound here cannot have another one."""
+    for void, why in ((kl_clip is None, "kl_clip=None"), (balance == "apart", "balance='apart'")):
+        if void:
+            beside = f"{why}: what follows decides on the length of the step"
+            check_unused("kfac", beside, bound=(bound, "damped"))
 
 
 def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:
@@ -226,7 +248,8 @@ RECORDS = (
         kind="preconditioner",
         summary="block-diagonal K-FAC, `(A ⊗ G + λI)⁻¹` per layer (factored damping above 128 "
         "inputs or outputs), then KL-clip; "
-        '`bound="exact"`: a bound on the true step, at any rate',
+        '`bound="exact"`: a bound on the true step, at any rate; `bound="movement"`: KL-clip and such a '
+        "bound behind it",
         paper="Martens & Grosse (2015)",
         equation="U = (A ⊗ G + λ I)⁻¹ V",
         needs=frozenset({"gradient", "curvature"}),

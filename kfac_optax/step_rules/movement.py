@@ -1,0 +1,163 @@
+"""Bounds how far the parameters move in a step, momentum included, in the exact metric; the rate
+stays what it is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfac_optax._tree import named_leaves, wide_dtype
+from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import (
+    Checked,
+    check_axis_name,
+    check_legal,
+    check_number,
+    checked,
+    start_checked,
+)
+from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.powers import times_power
+from kfac_optax.step_rules._per_layer import exponent_of, inverse_root_of, like_parameters
+from kfac_optax.step_rules.bound import MODEL_EXAMPLES
+from kfac_optax.step_rules.directions import combine, moved_since
+
+
+class MovementState(NamedTuple):
+    """State of `bound_movement`; numbers are float32, or wider where the parameters are."""
+
+    preconditioner: PyTree
+    previous_params: PyTree  # like the parameters: those of the last update
+    movement_count: Any  # shape=(), dtype=int32
+    movement_scale: jax.Array  # shape=(): what the bound left of the last movement
+    movement_norm: jax.Array  # shape=(): (1 - m) sqrt(T^T F T) of it before the bound
+    last_rate: jax.Array  # shape=(): the learning rate of the last update
+    given: dict[str, Checked]
+
+
+def bound_movement(
+    preconditioner: optax.GradientTransformation,
+    *,
+    learning_rate: ScalarOrSchedule,
+    kl_clip: ScalarOrSchedule = 1e-3,
+    momentum: float = 0.9,
+    examples: int = MODEL_EXAMPLES,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Shortens the whole movement of the parameters, momentum included, to an exact bound.
+
+    `T = s (m T0 - learning_rate U)`, `s = min(1, sqrt(kl_clip / ((1 - m)^2 T'^T F T')))` with `T'`
+    what the parentheses hold, `T0` the step before (how the parameters have moved, whatever moved
+    them), `m` the momentum of what follows, and `F` the exact Fisher or GGN of the batch, one
+    forward-mode product. `1 - m` is there since updates that stay the same build up steps of
+    `1 / (1 - m)` times their own length: `kl_clip` is the bound of a single one, as in `clip_by_kl`.
+    The next step starts from the movement that was made: momentum does not carry on what the bound
+    has cut off.
+
+    Unlike `bound_step` it looks for no rate. Over `clip_by_kl`, whose `|<U, grad>|` is the Fisher
+    norm only where `U` does not misjudge the curvature, it is what holds where that fails.
+
+    What is handed on is `(m T0 - T) / learning_rate`, of which
+    `optax.sgd(learning_rate, momentum=m)` makes the step `T`. An update with `curvature=None`, or a
+    product that is not finite, keeps the last `s`, one at first.
+
+    Args:
+      preconditioner: any transformation; extra arguments are handed on.
+      learning_rate: the rate that the following transformations apply.
+      kl_clip: bound on the squared Fisher norm of a step, momentum apart.
+      momentum: of the transformation that follows, in [0, 1).
+      examples: how many examples of a batch the product is taken on, or all where there are fewer.
+      axis_name: mapped axis over which the batch is split.
+
+    Returns:
+      A transformation; `update` needs `params`. Its state shows the last `s` as `movement_scale`
+      and `(1 - m) sqrt(T'^T F T')` as `movement_norm`.
+
+    Raises:
+      ValueError: a hyperparameter out of range; in an update, `params` missing.
+
+    >>> import kfac_optax as ko
+    >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
+    >>> w, x = jnp.zeros((2, 1)), jnp.eye(2)
+    >>> tx = bound_movement(optax.identity(), learning_rate=4.0, kl_clip=1.0, momentum=0.0)
+    >>> updates, state = tx.update(jnp.ones((2, 1)), tx.init(w), w, curvature=estimator.at(w, x))
+    >>> print(updates.ravel(), state.movement_scale, state.movement_norm)
+    [0.25 0.25] 0.25 4.0
+
+    Reference: Ba, Grosse & Martens, Distributed second-order optimization using Kronecker-factored
+      approximations (2017), for the bound on an update, here exact and of the whole movement.
+    """
+    where = "bound_movement"
+    check_legal(where, "learning_rate", learning_rate)
+    check_legal(where, "kl_clip", kl_clip)
+    check_number(where, "momentum", momentum, at_least=0, at_most=0.999)
+    check_number(where, "examples", examples, at_least=1)
+    check_axis_name(where, axis_name)
+    preconditioner = optax.with_extra_args_support(preconditioner)
+
+    def init(params: PyTree) -> MovementState:
+        dtype = wide_dtype(params)
+        # new arrays each time: no buffer occurs twice
+        copies = jax.tree.map(jnp.array, params)
+        one, zero, rate = jnp.ones((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
+        given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
+        count = jnp.zeros((), jnp.int32)
+        return MovementState(preconditioner.init(params), copies, count, one, zero, rate, given)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+        # handed on as they came: the preconditioner tells a forgotten curvature from none
+        curvature = extra.get("curvature")
+        new, after = preconditioner.update(updates, state.preconditioner, params, **extra)
+        if not jax.tree.leaves(updates):
+            return new, state._replace(preconditioner=after)
+        if params is None:
+            raise ValueError(
+                f"{where}.update: got no params; the bound is one on how the parameters really "
+                "move. Pass them: tx.update(grads, opt_state, params, curvature=...)."
+            )
+        # numbers of this step, in place of those that make no sense
+        dtype, count = state.movement_scale.dtype, state.movement_count
+        rate, given = checked(state.given, "learning_rate", learning_rate, count)
+        bound, given = checked(given, "kl_clip", kl_clip, count)
+        rate, bound = jnp.asarray(rate, dtype), jnp.asarray(bound, dtype)
+        carried = momentum * rate / positive_or_one(state.last_rate)
+        with jax.named_scope("kfac/bound_movement"):
+            last = moved_since(state.previous_params, params, first=count == 0)
+            scale, norm = state.movement_scale, state.movement_norm
+            if curvature is not None:
+                # T' = m T0 - rate U
+                movement = combine((new, last), jnp.stack([-rate, carried]))
+                square, exponent = _square(curvature, movement, examples, axis_name)
+                square = square.astype(dtype)
+                found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
+                root = jnp.sqrt(jnp.maximum(square, 0))
+                size = (1 - momentum) * times_power(root, exponent // 2)
+                # of a batch that says nothing, nothing is remembered
+                scale = jnp.where(jnp.isfinite(square), found, scale)
+                norm = jnp.where(jnp.isfinite(size), size, norm)
+            # what sgd makes of it: rate * handed = m T0 - s T'
+            of_last = (1 - scale) * carried / positive_or_one(rate)
+            handed = combine((new, last), jnp.stack([scale, of_last]))
+        copies = jax.tree.map(jnp.array, params)
+        count = optax.safe_increment(count)
+        return handed, MovementState(after, copies, count, scale, norm, rate, given)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _square(
+    curvature: Any, movement: PyTree, examples: int, axis_name: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`T^T F T` on some examples, apart from a power of two; what is masked has no part in it."""
+    leaves = named_leaves(movement)
+    exponent = exponent_of(leaves)
+    # products with a direction of ordinary length cannot overflow
+    shorter = {}
+    for name, x in leaves.items():
+        wide = x.astype(wide_dtype(x))
+        shorter[name] = times_power(wide, -exponent).astype(x.dtype)
+    direction = like_parameters(curvature.params, shorter)
+    form = curvature.quadratic_form((direction,), subsample=examples, axis_name=axis_name)
+    return form[0, 0], 2 * exponent

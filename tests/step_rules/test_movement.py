@@ -1,0 +1,102 @@
+"""Movements of `bound_movement` against dense matrices, momentum included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfac_optax as ko
+from tests import oracles
+from tests.step_rules.test_bound import MOMENTUM, dense_fisher, gradient, problem
+
+RATES = optax.piecewise_constant_schedule(0.3, {2: 0.5})
+
+
+@pytest.fixture(scope="module")
+def moves():
+    """Four steps of K-FAC under a bound: what moved, and what it should be made of."""
+    with jax.enable_x64(True):
+        estimator, params, x, layers = problem()
+        inside = ko.kfac(layers, kl_clip=None, damping=0.05, inverse_every=1, curvature_every=1)
+
+        def run(kl_clip, params=params, steps=4):
+            bounded = ko.bound_movement(
+                inside, learning_rate=RATES, kl_clip=kl_clip, momentum=MOMENTUM
+            )
+            tx = optax.chain(bounded, optax.sgd(RATES, momentum=MOMENTUM))
+
+            @jax.jit
+            def step(params, state, inner):
+                grad, curvature = gradient(params, x), estimator.at(params, x)
+                update, inner = inside.update(grad, inner, params, curvature=curvature)
+                updates, state = tx.update(grad, state, params, curvature=curvature)
+                return optax.apply_updates(params, updates), state, inner, update
+
+            state, inner, rows = tx.init(params), inside.init(params), []
+            for _ in range(steps):
+                new, state, inner, update = step(params, state, inner)
+                moved = oracles.flatten(new) - oracles.flatten(params)
+                rows.append((moved, oracles.flatten(update), dense_fisher(params, x), state[0]))
+                params = new
+            return rows
+
+        yield run
+
+
+@pytest.mark.parametrize("kl_clip", [1e6, 1e-5])
+def test_movements_are_those_of_dense_matrices(x64, moves, kl_clip):
+    previous, last_rate = 0.0, float(RATES(0))
+    for i, (moved, update, fisher, state) in enumerate(moves(kl_clip)):
+        rate = float(RATES(i))
+        # a lower rate shortens what momentum carries on, as in sgd
+        whole = MOMENTUM * rate / last_rate * previous - rate * update
+        norm = (1 - MOMENTUM) * np.sqrt(whole @ fisher @ whole)
+        scale = min(1.0, np.sqrt(kl_clip) / norm)
+        np.testing.assert_allclose(moved, scale * whole, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(state.movement_scale, scale, rtol=1e-9)
+        np.testing.assert_allclose(state.movement_norm, norm, rtol=1e-9)
+        assert (scale < 1) == (kl_clip < 1)
+        previous, last_rate = moved, rate
+
+
+def test_without_curvature_the_last_scale_is_used_again(x64):
+    estimator, params, x, layers = problem()
+    options = {"learning_rate": 0.5, "kl_clip": 1e-4, "momentum": 0.0}
+    bounded = ko.kfac(layers, bound="movement", **options)
+    alone = ko.kfac(layers, learning_rate=0.5, kl_clip=1e-4)
+    grad, curvature = gradient(params, x), estimator.at(params, x)
+    clipped, _ = alone.update(grad, alone.init(params), params, curvature=curvature)
+    first, state = bounded.update(grad, bounded.init(params), params, curvature=curvature)
+    scale = float(state.movement_scale)
+    np.testing.assert_allclose(oracles.flatten(first), scale * oracles.flatten(clipped), rtol=1e-10)
+    again, after = bounded.update(grad, state, params, curvature=None)
+    np.testing.assert_allclose(oracles.flatten(again), oracles.flatten(first), rtol=1e-10)
+    assert float(after.movement_scale) == scale
+    assert ko.diagnostics(after)["movement_scale"] == scale
+    with pytest.raises(ValueError, match="got no params"):
+        bounded.update(grad, state, curvature=curvature)
+
+
+def test_an_update_of_any_length_has_the_bound(x64):
+    estimator, params, x, _ = problem()
+    params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
+    tx = ko.bound_movement(optax.identity(), learning_rate=1.0, kl_clip=1e-4, momentum=0.0)
+    grad, fisher = gradient(params, x), dense_fisher(params, x)
+
+    @jax.jit
+    def moved(factor):
+        update = jax.tree.map(lambda g: factor * g, grad)
+        return tx.update(update, tx.init(params), params, curvature=estimator.at(params, x))[0]
+
+    # squares of the larger ones are beyond float32
+    for factor in (1e3, 1e20, 1e30):
+        move = oracles.flatten(moved(jnp.float32(factor)))
+        np.testing.assert_allclose(move @ fisher @ move, 1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bound", ["exact", "movement"])
+@pytest.mark.parametrize("words", [{"kl_clip": None}, {"learning_rate": 0.1, "balance": "apart"}])
+def test_a_bound_that_would_not_be_taken_is_refused(bound, words):
+    with pytest.raises(ValueError, match=f"got bound='{bound}', which has no effect beside"):
+        ko.kfac_two_level(problem()[3], bound=bound, **words)
