@@ -59,12 +59,12 @@ def unshared(
       filter_shape: of the window.
     """
     lead = inputs.shape[: inputs.ndim - spatial - 1]
-    letters = "DHW"[-spatial:]
+    letters = "abcdefgh"[:spatial]
     names = f"N{letters}C", f"{letters}IO", f"N{letters}C"
     flat = inputs.reshape(-1, *inputs.shape[len(lead) :])
-    # channels vary slowest, as in the kernel
+    # channels vary slowest, as in the kernel; a copy of numbers, whatever makes it
     patches = jax.lax.conv_general_dilated_patches(
-        flat, filter_shape, dimension_numbers=names, **options
+        flat, filter_shape, dimension_numbers=names, precision=jax.lax.Precision.HIGHEST, **options
     )
     a = patches.reshape(*lead, *patches.shape[1:])
     # a [rows, positions, inputs], s [rows, positions, outputs], kernel [positions, inputs, outputs]
