@@ -185,3 +185,31 @@ def test_gain_of_a_weight_norm_is_a_scale_of_its_rows(x64):
     losses = lambda p, x: squares(jnp.tanh(model.apply({"params": p}, x)))
     layers = assert_gradients(losses, params, X, uncovered=["layer_instance/kernel"])
     assert [(x.kind, x.uses, x.per_example) for x in layers] == [("scale_shift", 1, True)]
+
+
+def gain_before_the_norm(p, x):
+    return x @ (p["gain"] * p["other"] / jnp.linalg.norm(p["other"], axis=0)) + p["bias"]
+
+
+def gain_of_rows(p, x):
+    kernel = p["gain"][:, None] * p["other"]
+    return x @ (kernel * jax.lax.rsqrt(jnp.sum(p["other"] ** 2, 1, keepdims=True))).T + p["bias"]
+
+
+def gain_of_a_standardised_weight(p, x):
+    w = p["other"]
+    return x @ (p["gain"] * (w - w.mean(0)) / jnp.sqrt(w.var(0) + 1e-4)) + p["bias"]
+
+
+GAINS = [gain_before_the_norm, gain_of_rows, gain_of_a_standardised_weight]
+
+
+@pytest.mark.parametrize("model", GAINS)
+def test_gain_that_meets_its_weight_first(x64, model):
+    """`(g w) / n = (w / n) g`: the gain and the bias behind it are those of every row of data."""
+    params = {"gain": normal(3) + 1, "other": normal(3, 3), "bias": normal(3)}
+    losses = lambda p, x: squares(jnp.tanh(model(p, x)))
+    layers = assert_gradients(losses, params, X, uncovered=["other"], rtol=1e-10)
+    assert [(x.kind, x.bias, x.uses, x.per_example) for x in layers] == [
+        ("scale_shift", "bias", 1, True)
+    ]

@@ -416,18 +416,19 @@ def test_what_no_equation_shows_is_named():
         hidden = hidden @ p["partly"] + jnp.sin(p["partly"])[0]
         shifted = 1 + p["scale"]
         hidden = hidden * shifted + jnp.exp(shifted)
-        return ko.Normal(hidden @ (p["v"] / jnp.linalg.norm(p["v"])) @ chosen(p["stack"], x))
+        hidden = hidden @ (p["v"] / jnp.linalg.norm(p["v"])) @ chosen(p["stack"], x)
+        return ko.Normal(hidden * jnp.fft.rfft(p["filter"], 2).real)  # in functions of JAX
 
     square = jnp.eye(3)
     params = {"branch": square, "partly": square, "scale": jnp.ones(3), "v": square, "idle": square}
-    params["stack"] = jnp.ones((2, 3, 2))
+    params |= {"stack": jnp.ones((2, 3, 2)), "filter": jnp.ones(1)}
     layers = ko.ggn(model).layers(params, jnp.ones((N, 3)))
     assert {layer.path: layer.notes for layer in layers} == {
         "partly": ("partly also used by sin: not measured",),
         "scale": ("scale also used by exp: not measured",),
     }
     reasons = {u.path: u.reason for u in layers.uncovered}
-    assert set(reasons) == {"branch", "v", "idle", "stack"}
+    assert set(reasons) == {"branch", "v", "idle", "stack", "filter"}
     assert "cond" in reasons["branch"] and "div" in reasons["v"]
     assert "dynamic_slice" in reasons["stack"] and reasons["idle"] == "not used"
     lines = {u.path: u.where for u in layers.uncovered}

@@ -31,6 +31,7 @@ TRANSPOSED = {
     "up_dilated": dict(features=2, kernel_size=(2, 3), strides=(1, 2), kernel_dilation=(2, 1)),
     "up_flipped": dict(features=3, kernel_size=(3, 2), strides=(2, 1), transpose_kernel=True),
     "up_explicit": dict(features=2, kernel_size=(2, 2), strides=(2, 2), padding=((1, 0), (2, 1))),
+    "up_round": dict(features=2, kernel_size=(3, 2), strides=(2, 3), padding="CIRCULAR"),
 }
 
 
@@ -56,6 +57,9 @@ class OneAndThree(nn.Module):
         ]
         outs += [nn.Conv(2, (2, 3, 2), strides=(1, 2, 1), name="volume")(volume)]
         outs += [nn.Conv(2, (2, 2), name="batched")(maps)]  # two batch axes
+        local = dict(strides=2, padding=((2, 0),), input_dilation=2, kernel_dilation=2)
+        outs += [nn.ConvLocal(2, 2, **local, name="local")(x)]  # a kernel for every position
+        outs += [nn.ConvLocal(2, (2, 2), use_bias=False, name="batched_local")(maps)]
         return jnp.concatenate(list(map(flat, outs)), 1)
 
 
@@ -175,9 +179,8 @@ def test_what_is_not_supported_says_why(x64):
     class Odd(nn.Module):
         @nn.compact
         def __call__(self, x):
-            outs = [nn.Dense(2, name="fine")(x), nn.ConvLocal(2, (2,), name="local")(x)]
+            outs = [nn.Dense(2, name="fine")(x)]
             outs += [nn.Conv(2, (2,), mask=jnp.ones((2, 4, 2)), name="masked")(x)]
-            outs += [nn.ConvTranspose(2, (2,), padding="CIRCULAR", name="round")(x)]
             outs += [nn.Einsum((3, 4), "ntd,td->nt", use_bias=False, name="scaled")(x)]
             shared = self.param("shared", nn.initializers.normal(), (4, 4))
             tokens = jnp.asarray([[0, 1], [2, 2]])
@@ -197,17 +200,13 @@ def test_what_is_not_supported_says_why(x64):
         "partly": ("partly also used by sin: not measured",),
     }
     assert reasons["shared"] == "layers of different kinds share it"
-    assert reasons["local/kernel"] == "not supported: its weights are not shared over positions"
     assert (
         reasons["masked/kernel"]
         == reasons["masked/bias"]
         == "not supported: its weights are masked, and not by a staircase of constants"
     )
-    assert (
-        reasons["round/kernel"] == "not supported: a transposed convolution with circular padding"
-    )
     assert reasons["scaled/kernel"] == "not supported: einsum 'ntd,td->nt' is no matrix product"
     table = str(layers)
     assert "not supported: its weights are masked, and not by a staircase of constants" in table
-    with pytest.raises(ValueError, match="not shared over positions"):
+    with pytest.raises(ValueError, match="is no matrix product"):
         ko.kfac(layers, learning_rate=0.1, uncovered="raise")

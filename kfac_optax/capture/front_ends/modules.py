@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._types import Staircase
+from kfac_optax.capture.front_ends.unusual_convolutions import unshared, wrapped
 from kfac_optax.capture.geometry import (
     Contraction,
     Conv,
@@ -138,15 +139,14 @@ def contraction(equation: str, a_rank: int, kernel_rank: int) -> Geometry:
 def conv(module: Any, inputs: jax.Array) -> Described:
     """`Conv`: padding that is not zeros is applied here, so that the geometry sees zeros only."""
     # what is no convolution with one kernel is left out, with the reason
-    if getattr(module, "shared_weights", True) is False:
-        return inputs, Unsupported("its weights are not shared over positions")
+    shared = getattr(module, "shared_weights", True)
     function = getattr(module, "conv_general_dilated", None)
     made_by = getattr(module, "conv_general_dilated_cls", None)
     if made_by or function not in (None, jax.lax.conv_general_dilated):
         return inputs, Unsupported("a convolution by a function of the user")
     mask = None
     if module.mask is not None:
-        mask = _stairs(module.mask)
+        mask = _stairs(module.mask) if shared else None
         if mask is None or module.feature_group_count != 1:
             return inputs, Unsupported(
                 "its weights are masked, and not by a staircase of constants"
@@ -172,6 +172,10 @@ def conv(module: Any, inputs: jax.Array) -> Described:
         padding = "VALID"
     strides = per_axis(module.strides)
     pads = resolve_padding(inputs.shape[front:-1], reach, strides, dilation, padding)
+    if not shared:
+        options = dict(window_strides=strides, padding=pads)
+        options |= dict(lhs_dilation=dilation, rhs_dilation=spread)
+        return unshared(inputs, len(size), options, size)
     window = Window(size, strides, pads, dilation, spread)
     return inputs, Conv(window, module.feature_group_count, mask=mask)
 
@@ -206,14 +210,14 @@ def conv_transpose(module: Any, inputs: jax.Array) -> Described:
     """`ConvTranspose`: an ordinary convolution of the input with zeros between its values."""
     if module.mask is not None:
         return inputs, Unsupported("its weights are masked")
-    # wraps around after the transposed convolution, which is no window of the input
-    if module.padding == "CIRCULAR":
-        return inputs, Unsupported("a transposed convolution with circular padding")
     size = _tuple(module.kernel_size)
     strides = _per_axis(module.strides, len(size))
     spread = _per_axis(module.kernel_dilation, len(size))
     padding = linen_linear.canonicalize_padding(module.padding, len(size))
-    return inputs, transposed(size, strides, padding, spread, flipped=module.transpose_kernel)
+    make = functools.partial(transposed, size, strides, flipped=module.transpose_kernel)
+    if padding == "CIRCULAR":
+        return wrapped(inputs, make("VALID", spread))
+    return inputs, make(padding, spread)
 
 
 def transposed(

@@ -1,7 +1,7 @@
 """Where in the user's code an equation of a traced program stands."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,21 @@ def line_of_call(eqn: Any, body: Any, line: str) -> str:
     """The line that all of a call's body stands in: that of the call, or of one around it (`line`),
     where the body is a function of JAX, whose trace is used again by other callers; else `""`.
     """
+    return (line or line_of(eqn)) if _is_of_jax(body) else ""
+
+
+def written_out(equations: Sequence[Any], eqn: Any, body: Any) -> list[Any]:
+    """Equations of a call's body that stand in the place of the call, `eqn`: those of a function of
+    JAX are in its line, too.
+    """
+    if not _is_of_jax(body):
+        return list(equations)
+    return [inner.replace(source_info=eqn.source_info) for inner in equations]
+
+
+def _is_of_jax(body: Any) -> bool:
     file_name = getattr(body.debug_info, "func_filename", None) or ""
-    if not file_name.startswith(_INSIDE):
-        return ""
-    return line or line_of(eqn)
+    return file_name.startswith(_INSIDE)
 
 
 def _shortened(path: str) -> str:

@@ -34,7 +34,7 @@ def meets_by_parts(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any
             continue
         leaves, axis, sizes = kernel
         axis = axes[axis] if sizes else 0
-        parts = values.joined_parts(s, axis, sizes) if sizes else [s]
+        parts = _parts_of(values, s, axis, sizes) if sizes else [s]
         function = functools.partial(_part_by_part, eqn, side, axis, sizes, axes, len(parts))
         operands = [*parts, *(x.value for x in leaves)]
         return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
@@ -67,6 +67,15 @@ def _joined(values: Values, v: Any) -> tuple[list[Leaf], int, tuple[int, ...]] |
     leaves = [x for x in parts if isinstance(x, Leaf)]
     some = any(values.look(x.value).is_parameter for x in leaves)
     return (leaves, axis, sizes) if some and len(leaves) == len(parts) else None
+
+
+def _parts_of(values: Values, v: Any, axis: int, sizes: Sequence[int]) -> list[Any]:
+    """What a value is joined of, if of parts of these sizes along that axis; else itself."""
+    eqn = None if isinstance(v, jex.Literal) else values.source.get(v)
+    if eqn is None or eqn.primitive.name != "concatenate":
+        return [v]
+    found = [x.aval.shape[axis] for x in eqn.invars]
+    return list(eqn.invars) if eqn.params["dimension"] == axis and found == list(sizes) else [v]
 
 
 def _part_by_part(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from kfac_optax.capture.jaxpr.calls import call_body, scan_body
+from kfac_optax.capture.jaxpr.code_lines import written_out
 from kfac_optax.capture.jaxpr.rewriting import renamed, rewritten, scan_with, with_body
 from kfac_optax.capture.jaxpr.scan_views import scan_views, views_behind_scan
 from kfac_optax.capture.jaxpr.views import View, parameter_views, passed_on
@@ -154,7 +155,7 @@ class _Rewriting:
         self.changed = True
         inner, outs = renamed(body.jaxpr, eqn.invars)
         # they may be calls again, or products that come apart
-        self._equations(inner)
+        self._equations(written_out(inner, eqn, body.jaxpr))
         named = map(self._named, outs)
         self.names |= dict(zip(eqn.outvars, named, strict=True))
 

@@ -40,6 +40,7 @@ from kfac_optax.capture.kernels.expression import (
     leaves_of,
     with_leaves,
 )
+from kfac_optax.capture.kernels.gains import gain_of
 from kfac_optax.capture.kernels.known import Known, is_real
 from kfac_optax.capture.kernels.parts import names_of_product
 from kfac_optax.capture.kernels.slices import Cut, sliced
@@ -117,14 +118,6 @@ class Values:
             return v, tuple(range(v.aval.ndim))
         return eqn.invars[0], tuple(eqn.params["broadcast_dimensions"])
 
-    def joined_parts(self, v: Any, axis: int, sizes: Sequence[int]) -> list[Any]:
-        """What a value is joined of, if of parts of these sizes along that axis; else itself."""
-        eqn = None if isinstance(v, jex.Literal) else self.source.get(v)
-        if eqn is None or eqn.primitive.name != "concatenate":
-            return [v]
-        found = [x.aval.shape[axis] for x in eqn.invars]
-        return list(eqn.invars) if eqn.params["dimension"] == axis and found == list(sizes) else [v]
-
     def _node(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
         p, name, given = eqn.params, eqn.primitive.name, eqn.invars
         shapes = [getattr(v.aval, "shape", ()) for v in given]
@@ -139,8 +132,9 @@ class Values:
         if name == "neg":
             return Negative(of(given[0]))
         if name in ("mul", "div"):
-            scaled = self._scaled(out, eqn, dtype)
-            return self._stretched(out, eqn, dtype) if scaled is None else scaled
+            ways = (self._scaled, self._stretched, self._with_gain)
+            found = (way(out, eqn, dtype) for way in ways)
+            return next((made for made in found if made is not None), None)
         if name == "transpose":
             return Moved(out, of(given[0]), tuple(p["permutation"]))
         if name == "dot_general":
@@ -194,6 +188,15 @@ class Values:
                 return Stretched(out, self.expression(of, dtype), value, along)
         return None
 
+    def _with_gain(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
+        """A quotient by what is made of the kernel itself, of which a gain of columns is a factor."""
+        found = gain_of(eqn, self.source, self.look, self.before_repeats)
+        if found is None:
+            return None
+        self._write([found.equation])
+        factor = Leaf(self._squeezed(found.gain), out.aval.dtype)
+        return Stretched(out, Leaf(found.rest, dtype), factor, found.along)
+
     def _padded(self, out: Any, kernel: Expression, eqn: Any) -> Expression:
         """Numbers, the kernel and numbers, one after another along every axis that gets some."""
         shape = list(eqn.invars[0].aval.shape)
@@ -216,8 +219,7 @@ class Values:
         return Leaf(out)
 
     def _squeezed(self, v: Any) -> Any:
-        """The value without axes of length one, which new equations make."""
-        made, out = squeezed(v)
+        made, out = squeezed(v)  # without axes of length one
         self._write(made)
         return out
 
@@ -236,7 +238,6 @@ class Values:
         return kernel if cuts else None
 
     def _cut_leaf(self, leaf: Leaf, cut: Cut) -> Leaf:
-        """The slice of a value, which new equations make."""
         made, out = slice_of(leaf.value, cut)
         self._write(made)
         return dataclasses.replace(leaf, value=out)
