@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import kfac_optax as ko
 from kfac_optax.linalg.factorize import Eigen
+from tests import oracles
 
 PRESETS = {"kfac": ko.kfac, "kfac_two_level": ko.kfac_two_level}
 
@@ -81,6 +83,18 @@ def plain_params(seed: int = 0, dtype: Any = jnp.float32) -> Any:
 def plain_problem() -> Problem:
     """Two dense layers of plain arrays, equal in shape: one bucket compiles fast."""
     return make_problem(plain_predict, plain_params(), *data())
+
+
+@functools.cache
+def classes_problem(
+    sizes: tuple[int, ...], labels: tuple[int, ...], dtype: str = "float64"
+) -> Problem:
+    """`oracles.classifier` of these widths; double precision needs the fixture `x64`."""
+    params, x = oracles.make_params(0, sizes), oracles.normal(1, (len(labels), sizes[0]))
+    params, x = jax.tree.map(lambda v: v.astype(dtype), (params, x))
+    # what is kept here serves tests of both precisions
+    assert x.dtype == dtype
+    return make_problem(oracles.classifier, params, x, jnp.asarray(labels))
 
 
 class MLP(nn.Module):
@@ -237,6 +251,12 @@ def assert_close(
     if not structure:
         a, b = jax.tree.leaves(a), jax.tree.leaves(b)
     chex.assert_trees_all_close(a, b, rtol=rtol, atol=atol)
+
+
+def assert_leaves_close(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Fails unless the leaves of two trees agree in order, eigenvectors as they are."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
 def assert_equal(a: Any, b: Any) -> None:

@@ -54,6 +54,22 @@ def forward(params, x, shifts=None, activation=jnp.tanh, tapped=True):
     return x, inputs
 
 
+def classifier(params, x, weights=None):
+    """The stack with one logit for each class."""
+    return ko.Categorical(forward(params, x)[0], weights=weights)
+
+
+def regressor(params, x, activation=jnp.tanh):
+    """The stack with means of unit variance."""
+    return ko.Normal(forward(params, x, activation=activation)[0])
+
+
+def matrix_of(apply, p, q):
+    """Matrix of a linear map of `[p, q]` matrices, row by row."""
+    eye = jnp.eye(p * q).reshape(-1, p, q)
+    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
+
+
 def per_example(params, x, seeds, activation=jnp.tanh):
     """Rows of every layer: `a_i [N, p]` with the trailing one, `g_i [C, N, q]` for output seeds
     `[C, N, out]`.

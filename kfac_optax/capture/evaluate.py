@@ -275,8 +275,11 @@ def _in_step(probe: Probe | None, ride: Probe, layered: bool) -> Probe | None:
 def run_equations(jaxpr: Any, eqns: list[Any], env: dict[Any, Any]) -> None:
     """Evaluates tap-free equations as one jaxpr, with JAX's own rules for everything in it."""
     # inputs are what others write, outputs all that is written: XLA drops what nobody reads
-    written = [v for eqn in eqns for v in eqn.outvars]
-    read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal)]
+    written: list[Any] = []
+    read: list[Any] = []
+    for eqn in eqns:
+        written += eqn.outvars
+        read += [v for v in eqn.invars if not isinstance(v, jex.Literal)]
     made = set(written)
     used = list(dict.fromkeys(v for v in read if v not in made))
     outs = [v for v in written if not isinstance(v, jex.DropVar)]

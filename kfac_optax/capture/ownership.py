@@ -65,7 +65,10 @@ def _overlap(one: Part | None, other: Part | None) -> bool:
         return True
     # boxes overlap where they do on every axis; from the last one on: a part inside a scan over the
     # leaf has all of the axes in front
-    mine = zip(reversed(one.starts), reversed(one.sizes))
-    theirs = zip(reversed(other.starts), reversed(other.sizes))
-    axes = zip(mine, theirs, strict=False)
-    return all(a < b + m and b < a + n for (a, n), (b, m) in axes)
+    count = min(len(one.sizes), len(other.sizes))
+    for axis in range(-1, -1 - count, -1):
+        first, second = one.starts[axis], other.starts[axis]
+        apart = first + one.sizes[axis] <= second or second + other.sizes[axis] <= first
+        if apart:
+            return False
+    return True

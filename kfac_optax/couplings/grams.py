@@ -1,5 +1,6 @@
 """Gram matrices of channel sums over all pairs of layers, whatever the shapes of their maps."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +41,10 @@ def grams_of(
     for i, sums in enumerate(measured):
         positions = sums.inputs.shape[2:]
         groups.setdefault(positions, []).append(i)
-    stacks = [_joined([measured[i] for i in members]) for members in groups.values()]
+    stacks = []
+    for members in groups.values():
+        together = [measured[i] for i in members]
+        stacks.append(_joined(together))
     rows_in, rows_out = [], []
     # block rows of both Grams, one for each group
     for left in stacks:
@@ -127,7 +131,7 @@ def _order(measured: Sequence[Sums], groups: dict[tuple[int, ...], list[int]]) -
     change.
     """
     copies = [sums.inputs.shape[0] for sums in measured]
-    grouped = [i for members in groups.values() for i in members]
+    grouped = list(itertools.chain.from_iterable(groups.values()))
     starts, position = {}, 0
     # where the copies of a layer begin in the grouped order
     for i in grouped:

@@ -181,8 +181,11 @@ def logdet(where: str, operator: BlockInverse) -> jax.Array:
 
 def covered_names(operator: BlockInverse) -> list[str]:
     """Parameters with a block, by path."""
-    names = [name for layer in layers_of(operator) for name in layer.leaves]
-    return list(dict.fromkeys(names))  # layers may have parts of one parameter
+    # once each: layers may have parts of one parameter
+    names: dict[str, None] = {}
+    for layer in layers_of(operator):
+        names |= dict.fromkeys(layer.leaves)
+    return list(names)
 
 
 def covered_only(operator: BlockInverse, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -193,7 +196,10 @@ def covered_only(operator: BlockInverse, leaves: Mapping[str, jax.Array]) -> dic
 
 def layers_of(operator: BlockInverse) -> list[Layer]:
     """All layers with a block."""
-    return [layer for bucket in operator.buckets for layer in bucket.layers]
+    layers: list[Layer] = []
+    for bucket in operator.buckets:
+        layers += bucket.layers
+    return layers
 
 
 def _leaves(operator: BlockInverse, tree: PyTree) -> dict[str, jax.Array]:

@@ -223,9 +223,14 @@ def cover(
 
 def _boxes_used(layers: Layers) -> list[Layer]:
     """What no layer has of parameters that layers share out, where they have other uses."""
-    partly = {u.path: u for layer in layers for u in layer.partly}
-    boxes = [(name, box) for name, left in boxes_left(layers).items() for box in left]
-    return [_single(partly[name], box) for name, box in boxes if name in partly]
+    partly: dict[str, Uncovered] = {}
+    for layer in layers:
+        partly |= {u.path: u for u in layer.partly}
+    single: list[Layer] = []
+    for name, left in boxes_left(layers).items():
+        if name in partly:
+            single += [_single(partly[name], box) for box in left]
+    return single
 
 
 def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
@@ -244,7 +249,9 @@ def leave_out(layers: Layers, kinds: Sequence[str], reason: str) -> Layers:
 
 def _refuse(where: str, layers: Layers) -> None:
     """Raises where a parameter has no block, or one that does not see all of its uses."""
-    partly = [u for layer in layers for u in layer.partly]
+    partly: list[Uncovered] = []
+    for layer in layers:
+        partly += layer.partly
     found = []
     for what, those in (
         ("no block covers", layers.uncovered),

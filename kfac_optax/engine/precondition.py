@@ -65,7 +65,9 @@ def precondition(
         finite = finite & all_finite(parts)
         # numbers of shared leaves that no layer has: checked with the parts, and in the first alone
         boxes = boxes_left(step.layers)
-        rest = {name: [within_box(leaves[name], box) for box in boxes[name]] for name in boxes}
+        rest = {}
+        for name, left in boxes.items():
+            rest[name] = [within_box(leaves[name], box) for box in left]
         finite = finite & all_finite(rest)
         parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
         first = leaves | {name: jnp.where(finite, leaves[name], 0) for name in boxes}
@@ -110,10 +112,8 @@ def _from_rows(
         if solve_rows is None or any(layer not in rows for layer in bucket.layers):
             continue
         # a [copies, R, p] and g [copies, R, q]; sum_n a_n g_n^T is the gradient
-        a, g = (
-            _stacked(xs, dtype)
-            for xs in zip(*(rows[layer] for layer in bucket.layers), strict=True)
-        )
+        of_layers = [rows[layer] for layer in bucket.layers]
+        a, g = (_stacked(xs, dtype) for xs in zip(*of_layers, strict=True))
         solved = jax.vmap(solve_rows, (0, 0, 0, None))(
             state.inverses[bucket.name], a, g, step.damping
         )
@@ -182,11 +182,10 @@ class _Between(NamedTuple):
 
     def replace(self, vector: Vector, matrices: Sequence[jax.Array]) -> Vector:
         of_place = dict(zip(self.step.places(), matrices, strict=True))
-        coupled = self.coupled()
-        return [
-            jnp.stack([of_place[i, k] for k in range(len(v))]) if i in coupled else v
-            for i, v in enumerate(vector)
-        ]
+        new = list(vector)
+        for i in self.coupled():
+            new[i] = jnp.stack([of_place[i, k] for k in range(len(vector[i]))])
+        return new
 
     def coupled(self) -> list[int]:
         return [i for i, bucket in enumerate(self.step.buckets) if bucket.layers[0].coupled]

@@ -128,23 +128,17 @@ class Step(NamedTuple):
             if layer.coupled:
                 first[layer] = start
                 start += layer.copies
-        return np.concatenate(
-            [
-                first[x] + np.arange(x.copies)
-                for bucket in self.buckets
-                for x in bucket.layers
-                if x.coupled
-            ]
-        )
+        rows: list[np.ndarray] = []
+        for bucket in self.buckets:
+            rows += [first[x] + np.arange(x.copies) for x in bucket.layers if x.coupled]
+        return np.concatenate(rows)
 
     def places(self) -> list[tuple[int, int]]:
         """Bucket of every row and its position there, rows in order of execution."""
-        in_buckets = [
-            (i, k)
-            for i, b in enumerate(self.buckets)
-            if b.layers[0].coupled
-            for k in range(b.copies)
-        ]
+        in_buckets: list[tuple[int, int]] = []
+        for i, bucket in enumerate(self.buckets):
+            if bucket.layers[0].coupled:
+                in_buckets += [(i, k) for k in range(bucket.copies)]
         return [in_buckets[i] for i in np.argsort(self.rows())]
 
     def fine(self, factors: PyTree, inverses: PyTree, sizes: jax.Array) -> Fine:

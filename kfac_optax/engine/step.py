@@ -191,7 +191,9 @@ def _preconditioned(
     """The update, the share that the coupling has in it, and whether all of it is finite."""
     # (a, g) of layers whose gradient is sum_n a_n g_n^T
     rows = gradient_rows(rule.where, curvature, plan) if rule.factored_gradient else None
-    covered = {name for layer in step.layers for name in layer.leaves}
+    covered: set[str] = set()
+    for layer in step.layers:
+        covered.update(layer.leaves)
     finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
     new, share, finite = precondition(
         step, state, leaves, plan.dtype, curvature, rule.axis_name, rows, finite, rule.separate

@@ -2,6 +2,7 @@
 that all devices have.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.estimators.plan import Plan
 from kfac_optax.estimators.reductions import devices_of, mean_over_devices
 from kfac_optax.linalg import lattice
+
+_chain = itertools.chain.from_iterable
 
 
 def means_of_plan(
@@ -59,9 +62,9 @@ def near_means(
       bits: of a number that is sent.
     """
     # of all layers one after another: inputs, outputs
-    matrices = [x for pair in factors for x in pair]
-    known = [x for of_layer in near for x in of_layer.factors]
-    errors = [x for of_layer in near for x in of_layer.errors]
+    matrices = [*_chain(factors)]
+    known = [*_chain(of_layer.factors for of_layer in near)]
+    errors = [*_chain(of_layer.errors for of_layer in near)]
     spacings = [_spacing(x, error) for x, error in zip(known, errors, strict=True)]
     offsets = [lattice.triangle(x - r) for x, r in zip(matrices, known, strict=True)]
     pairs = list(zip(offsets, spacings, strict=True))
@@ -70,7 +73,8 @@ def near_means(
     usable = jnp.stack([lattice.representable(x, s).all() for x, s in pairs]).all()
     # sums of whole points have to fit in 32 bits: modulo 2^32 a checksum knows no others
     usable &= jnp.max(jnp.abs(points)) < 2**31 // devices
-    size = _size(matrices, [x for of_layer in near for x in of_layer.largest])
+    largest = [*_chain(of_layer.largest for of_layer in near)]
+    size = _size(matrices, largest)
     # in one sum: all points, their checksum, and the sizes in parts of what is allowed for the mean
     # whole numbers below 2^24, which are exact, and a sum that fits
     unit = max(1, min(2**16, 2**31 // devices**2))
@@ -91,7 +95,7 @@ def near_means(
     def exact(matrices: Sequence[jax.Array]) -> list[jax.Array]:
         pairs = [Factors(*matrices[i : i + 2]) for i in range(0, len(matrices), 2)]
         means = mean_over_devices(pairs, axis_name, Travel(packed=True))
-        return [x for pair in means for x in pair]
+        return [*_chain(means)]
 
     # the same branch on all devices: it depends on sums alone
     means = jax.lax.cond(right, decoded, exact, matrices)

@@ -158,12 +158,11 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
 
 def _step_control(opt_state: PyTree) -> dict[str, jax.Array]:
     """What decided the length of the step, from the outermost transformation of each kind."""
-    return {
-        name: getattr(found, name)
-        for kind, names in _NUMBERS.items()
-        for found in find_states(opt_state, kind)[:1]
-        for name in names
-    }
+    numbers: dict[str, jax.Array] = {}
+    for kind, names in _NUMBERS.items():
+        for outermost in find_states(opt_state, kind)[:1]:
+            numbers |= {name: getattr(outermost, name) for name in names}
+    return numbers
 
 
 def coarse_fisher(opt_state: PyTree) -> CoarseFisher:

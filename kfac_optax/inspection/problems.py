@@ -110,13 +110,13 @@ def problems(opt_state: PyTree) -> list[str]:
     1 statistics were not finite and dropped: look for NaN o
     """
     # every state of a kind, wherever it is nested
-    found = [
-        text.format(int(getattr(state, field)))
-        for kind, texts in _PROBLEMS.items()
-        for state in find_states(opt_state, kind)
-        for field, text in texts.items()
-        if int(getattr(state, field))
-    ]
+    found = []
+    for kind, texts in _PROBLEMS.items():
+        for state in find_states(opt_state, kind):
+            for field, text in texts.items():
+                count = int(getattr(state, field))
+                if count:
+                    found.append(text.format(count))
     return found + _ignored(opt_state)
 
 

@@ -66,6 +66,7 @@ def check_other(mine: Any, other: Any) -> None:
             "of one kind are compared in closed form."
         )
     got, expected = other.natural[0].shape, mine.natural[0].shape
+    # of the same terms, one by one
     if (got, other.batch_shape) != (expected, mine.batch_shape):
         raise ValueError(
             f"{name}.kl: other has shape {got} with the batch {other.batch_shape}, expected "

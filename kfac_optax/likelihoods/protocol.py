@@ -101,7 +101,10 @@ def check_members(where: str, head: Any) -> None:
     """
     # of a dataclass a field is an attribute of the instance alone
     owners = (type(head), head)
-    missing = [n for n in PROPERTIES if not any(hasattr(x, n) for x in owners)]
+    missing = []
+    for name in PROPERTIES:
+        if not any(hasattr(x, name) for x in owners):
+            missing.append(name)
     if missing:
         raise TypeError(
             f"{where}: predict returned {type(head).__name__} without {', '.join(missing)}; "

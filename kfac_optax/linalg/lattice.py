@@ -93,10 +93,13 @@ def to_words(points: Int[Array, "size"], bits: int) -> UInt[Array, "words"]:
     """
     lanes = 32 // bits
     size = words_for(len(points), bits)
+    missing = lanes * size - len(points)
+    padded = jnp.pad(points, (0, missing)).astype(jnp.uint32)
     # [lanes, words]: neighbours lie in different words, so that lanes are slices
-    padded = jnp.pad(points, (0, lanes * size - len(points))).astype(jnp.uint32)
+    in_lanes = padded.reshape(lanes, size)
     shifts = bits * jnp.arange(lanes, dtype=jnp.uint32)
-    return jnp.sum(padded.reshape(lanes, size) << shifts[:, None], 0, dtype=jnp.uint32)
+    shifted = in_lanes << shifts[:, None]
+    return jnp.sum(shifted, 0, dtype=jnp.uint32)
 
 
 def words_for(size: int, bits: int) -> int:
@@ -118,10 +121,14 @@ def from_words(
     [300  -5]
     """
     lanes, count = 32 // bits, len(words)
-    padded = jnp.pad(near, (0, lanes * count - len(near))).reshape(lanes, count)
-    points, left = [], words
-    for lane in padded:
-        found = _nearest(left & jnp.uint32(2**bits - 1), lane, bits)
+    missing = lanes * count - len(near)
+    # [lanes, words], as points are in words
+    references = jnp.pad(near, (0, missing)).reshape(lanes, count)
+    lowest = jnp.uint32(2**bits - 1)
+    points = []
+    left = words
+    for lane in references:
+        found = _nearest(left & lowest, lane, bits)
         points.append(found)
         # without this point, whole, the rest is divisible: what it carried over goes with it
         left = (left - found.astype(jnp.uint32)) >> bits
@@ -155,7 +162,9 @@ def checksum(points: Int[Array, "size"]) -> UInt[Array, ""]:
     # mixed, so that no regular pattern of errors cancels
     mixed = (place ^ (place >> 16)) * jnp.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(points.astype(jnp.uint32) * (mixed | jnp.uint32(1)), dtype=jnp.uint32)
+    odd = mixed | jnp.uint32(1)
+    weighted = points.astype(jnp.uint32) * odd
+    return jnp.sum(weighted, dtype=jnp.uint32)
 
 
 def triangle(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch size"]:
@@ -165,9 +174,9 @@ def triangle(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch size"]:
     >>> print(triangle(jnp.ones((2, 2))).round(4))
     [1.     1.     1.4142]
     """
-    n = matrix.shape[-1]
-    packed = pack(matrix * _weights(n, matrix.dtype))
-    return packed.reshape(*matrix.shape[:-2], -1)
+    *batch, _, n = matrix.shape
+    weighted = matrix * _weights(n, matrix.dtype)
+    return pack(weighted).reshape(*batch, -1)
 
 
 def from_triangle(vector: Float[Array, "*batch size"], n: int) -> Float[Array, "*batch n n"]:
@@ -177,6 +186,7 @@ def from_triangle(vector: Float[Array, "*batch size"], n: int) -> Float[Array, "
     [[1. 2.]
      [2. 3.]]
     """
+    # as wide as the larger of both diagonal blocks
     columns = (n + 1) // 2
     packed = vector.reshape(*vector.shape[:-1], -1, columns)
     return unpack(packed, n) / _weights(n, vector.dtype)
@@ -184,4 +194,6 @@ def from_triangle(vector: Float[Array, "*batch size"], n: int) -> Float[Array, "
 
 def _weights(n: int, dtype: jnp.dtype) -> Float[Array, "n n"]:
     """One on the diagonal, `sqrt(2)` off it."""
-    return jnp.where(jnp.eye(n, dtype=bool), 1, jnp.asarray(math.sqrt(2), dtype))
+    on_diagonal = jnp.eye(n, dtype=bool)
+    off_diagonal = jnp.asarray(math.sqrt(2), dtype)
+    return jnp.where(on_diagonal, 1, off_diagonal)

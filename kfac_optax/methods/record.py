@@ -1,6 +1,7 @@
 """What is known about a method, in one place: for tests, for the documentation, for comparisons."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def collect(*records: Iterable[Method]) -> dict[str, Method]:
     """
     found: dict[str, Method] = {}
     # in the order of the files, which is that of the page of methods
-    for record in (x for those in records for x in those):
+    for record in itertools.chain.from_iterable(records):
         if record.name in found:
             raise ValueError(f"catalogue: two records are named {record.name!r}; expected one.")
         if unknown := record.needs - frozenset(NEEDS):

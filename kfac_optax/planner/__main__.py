@@ -188,6 +188,7 @@ def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
             if getattr(given, word) is not None:
                 flag = "--" + word.replace("_", "-")
                 parser.error(f"got {flag}, which has no effect beside {beside}; leave it out")
+    # only now: what was not given had to be known as such
     for word, default in (STRATEGY | PIPELINE).items():
         if getattr(given, word) is None:
             setattr(given, word, default)

@@ -132,24 +132,14 @@ def costs(
       Second-Order Optimizer Framework for Deep Neural Networks (2021), for the strategies.
     """
     factors = sum(s.copies * s.factors for s in shapes)
-    sent = sum(s.copies * (s.packed if packed else s.factors) for s in shapes)
-    sent_bytes = sent * (sent_itemsize or itemsize)
-    if statistics_bits is not None:
-        numbers = sum(s.copies * s.packed for s in shapes)
-        # a checksum, and a count of devices that could not take part
-        sent_bytes = 4 * (words_for(numbers, statistics_bits) + 2)
+    sent_bytes = _bytes_sent(shapes, packed, sent_itemsize or itemsize, statistics_bits)
     # a sum over a ring sends everything twice: once to add up, once to hand on
     summed = _ring(devices) * 2 * sent_bytes
     total = EIGH * sum(float(s.copies * s.work) for s in shapes)
     inverses = sum(s.copies * s.inverse for s in shapes)
     # every device does all of the work
     if worker_fraction is None:
-        if statistics != "averaged" or flops_per_byte or statistics_bits is not None:
-            raise ValueError(
-                f"costs: got statistics={statistics!r}, flops_per_byte={flops_per_byte!r} and "
-                f"statistics_bits={statistics_bits!r} without a placement; expected "
-                "worker_fraction= with them, a number."
-            )
+        _check_without_placement(statistics, flops_per_byte, statistics_bits)
         return Costs((factors + inverses) * itemsize, summed, 0.0, 0.0, total, float(devices))
     # no device is needed to divide work over some
     placement = Placement(
@@ -186,6 +176,27 @@ def costs(
         # largest over mean: one where all have the same work
         balance=float(np.max(load) / np.mean(load)),
     )
+
+
+def _bytes_sent(shapes: Sequence[Shape], packed: bool, itemsize: int, bits: int | None) -> int:
+    """Of the statistics of all layers, once."""
+    if bits is None:
+        numbers = sum(s.copies * (s.packed if packed else s.factors) for s in shapes)
+        return numbers * itemsize
+    numbers = sum(s.copies * s.packed for s in shapes)
+    # a checksum, and a count of devices that could not take part
+    return 4 * (words_for(numbers, bits) + 2)
+
+
+def _check_without_placement(
+    statistics: str, flops_per_byte: float, statistics_bits: int | None
+) -> None:
+    if statistics != "averaged" or flops_per_byte or statistics_bits is not None:
+        raise ValueError(
+            f"costs: got statistics={statistics!r}, flops_per_byte={flops_per_byte!r} and "
+            f"statistics_bits={statistics_bits!r} without a placement; expected "
+            "worker_fraction= with them, a number."
+        )
 
 
 def _ring(devices: int) -> float:

@@ -1,5 +1,6 @@
 """Schedules of one step of a pipeline: which stage works on which microbatch when."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -108,6 +109,7 @@ def schedule(
     # a sweep over the stages does at least one piece of work: no order here waits for itself
     while any(waiting):
         for s, stage in enumerate(stages):
+            # all that this stage can do with what others have done so far
             while waiting[s]:
                 kind, k = waiting[s][0]
                 ready = _ready(kind, s, k, depth, ends)
@@ -118,11 +120,12 @@ def schedule(
                 ends[kind, s, k] = free[s]
                 works[s].append(Work(kind, s, k, -1, start, free[s]))
                 waiting[s].pop(0)
+    # behind the last backward pass of each stage
     for s, stage in enumerate(stages):
         if stage.precondition:
             end = free[s] + stage.precondition
             works[s].append(Work("precondition", s, -1, -1, free[s], end))
-    return tuple(work for mine in works for work in mine)
+    return tuple(itertools.chain.from_iterable(works))
 
 
 def _order(
@@ -140,6 +143,7 @@ def _order(
     # as many forward passes ahead as there are stages behind
     ahead = min(depth - 1 - stage, microbatches)
     found = forward[:ahead]
+    # then one of each in turn; the last backward passes have no forward pass beside them
     for k in range(microbatches):
         found += forward[ahead + k : ahead + k + 1] + backward[k : k + 1]
     return found
@@ -153,8 +157,10 @@ def _ready(
     ends: dict,
 ) -> float | None:
     """When what a pass waits for is done; `None` where nobody knows yet."""
+    # activations come from the stage before
     if kind == "forward":
         return 0.0 if stage == 0 else ends.get(("forward", stage - 1, k))
+    # the last stage has the loss, gradients come from the stage behind
     if stage == depth - 1:
         return ends.get(("forward", stage, k))
     return ends.get(("backward", stage + 1, k))

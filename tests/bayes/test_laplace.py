@@ -73,7 +73,7 @@ def test_samples_have_mean_and_covariance(x64):
 
 def mlp(block=None, **words):
     params, x = oracles.make_params(0, (3, 4, 2)), oracles.normal(1, (N, 3))
-    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     s = jnp.asarray(oracles.softmax_columns(oracles.forward(params, x)[0]))
     rows = oracles.per_example(params, x, s)
     batches = words.pop("batches", [(x,)])

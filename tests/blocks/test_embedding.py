@@ -1,5 +1,7 @@
 """Embedding blocks against the dense block on one-hot inputs and against exact curvature."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from tests import oracles
 
 VOCABULARY, FEATURES, N, R = 5, 3, 4, 2
 INVERSES = ("eigh", "cholesky")
+dense = functools.partial(oracles.matrix_of, p=VOCABULARY, q=FEATURES)
 
 
 def make_use(rows=N * R, weights=None):
@@ -28,12 +31,6 @@ def data(seed=0):
 
 def one_hot(tokens):
     return jax.nn.one_hot(tokens, VOCABULARY, dtype=jnp.float64)
-
-
-def dense(apply, p=VOCABULARY, q=FEATURES):
-    """Matrix of a linear map of `[p, q]` matrices, row by row."""
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
 
 
 def tied_data(seed=0):

@@ -1,5 +1,7 @@
 """FOOF's blocks against dense references, K-FAC with `G = I`, and what the method promises."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,16 +18,11 @@ from tests import helpers, oracles
 pytestmark = pytest.mark.usefixtures("x64")
 N, R, P, Q = 6, 3, 4, 2
 LAM = jnp.asarray(0.3)
+dense = functools.partial(oracles.matrix_of, q=Q)
 
 
 def make_use(rows=N, weights=None, bias=False, inputs=P):
     return Use(dense_layer(inputs, Q, bias=bias), N, rows, jnp.float64, weights)
-
-
-def dense(apply, p, q=Q):
-    """Matrix of a linear map of `[p, q]` matrices, row by row."""
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
 
 
 def solve(block, statistic, v, damping=LAM):

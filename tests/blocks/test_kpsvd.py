@@ -64,8 +64,7 @@ def exact(a, g):
 
 
 def dense(block, statistic, p=P, q=Q):
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(lambda v: block.multiply(statistic, v))(eye)).reshape(p * q, -1)
+    return oracles.matrix_of(lambda v: block.multiply(statistic, v), p, q).T
 
 
 def left_over(a, g, terms):

@@ -1,5 +1,7 @@
 """Blocks of rank one against dense references, and their means against gradients of the loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +19,7 @@ from tests import oracles
 pytestmark = pytest.mark.usefixtures("x64")
 N, T, P, Q = 6, 3, 4, 2
 LAM = jnp.asarray(0.3)
-
-
-def dense(apply, p, q=Q):
-    """Matrix of a linear map of `[p, q]` matrices, row by row."""
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
+dense = functools.partial(oracles.matrix_of, q=Q)
 
 
 @pytest.mark.parametrize("outputs", [True, False])

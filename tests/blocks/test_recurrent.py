@@ -1,5 +1,7 @@
 """Recurrent blocks against dense inverses of the chain they model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +17,11 @@ from kfac_optax.testing import dense_layer
 from tests import oracles
 
 P, Q, N = 3, 2, 4
+dense = functools.partial(oracles.matrix_of, p=P, q=Q)
 
 
 def make_use(t, bias=False, weights=None, n=N):
     return Use(dense_layer(P - bias, Q, bias=bias), n, n * t, jnp.float64, weights)
-
-
-def dense(apply, p=P, q=Q):
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
 
 
 def stationary(seed, n, symmetric, largest):
@@ -259,7 +257,7 @@ def test_lags_beyond_one_are_clipped(x64):
         for option in OPTIONS:
             block = recurrent(option)
             inverse = block.factorize(factors, jnp.asarray(1e-9))
-            matrix = dense(lambda v, b=block, h=inverse: b.solve(h, v, None), 2, 2)
+            matrix = dense(lambda v, b=block, h=inverse: b.solve(h, v, None), p=2, q=2)
             assert np.isfinite(matrix).all() and np.linalg.eigvalsh(matrix).min() > 0
             assert np.isfinite(block.multiply(factors, jnp.ones((2, 2)))).all()
 

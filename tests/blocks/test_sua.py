@@ -3,6 +3,7 @@ patch block.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from kfac_optax.testing import dense_layer
 from tests import oracles
 
 C, Q, N = 2, 3, 4
+dense = functools.partial(oracles.matrix_of, q=Q)
 
 
 def make_layer(offsets, bias=True, channels=C):
@@ -24,11 +26,6 @@ def make_layer(offsets, bias=True, channels=C):
 
 def make_use(offsets, rows, bias=True, weights=None):
     return Use(make_layer(offsets, bias), N, rows, jnp.float64, weights)
-
-
-def dense(apply, p, q=Q):
-    eye = jnp.eye(p * q).reshape(-1, p, q)
-    return np.asarray(jax.vmap(apply)(eye)).reshape(p * q, p * q).T
 
 
 def omega(x, offsets, steps, bias):

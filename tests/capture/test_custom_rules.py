@@ -12,14 +12,11 @@ import pytest
 import kfac_optax as ko
 from kfac_optax._tree import named_leaves
 from tests import oracles
+from tests.helpers import dense
 
 N = 6
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def dense(x, w):
-    return ko.tap_dense(x @ w, x, w)
 
 
 def tanh_layer(w, x):

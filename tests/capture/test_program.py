@@ -1,6 +1,7 @@
 """Models written by hand, without taps: the traced program shows where their parameters are used."""
 
 import functools
+import os
 import re
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jax.extend import core as jex
 
 import kfac_optax as ko
 from kfac_optax.capture.discovery.program import with_taps
+from kfac_optax.capture.jaxpr import code_lines
 from kfac_optax.capture.sites import count_taps
 from kfac_optax.capture.tap import tapping
 from kfac_optax.couplings.coarse import coarse_matrix
@@ -382,6 +384,10 @@ def test_taps_linked_by_their_parameters_give_way_together(x64):
     kinds = {"u": "dense", "v": "dense", "w": "dense", "b": "scale_shift"}
     assert {x.path: x.kind for x in layers} in (kinds, kinds | {"c": "scale_shift"})
     assert not any(layer.partly for layer in layers)
+
+
+def test_folders_whose_lines_nobody_asks_for_exist():
+    assert all(map(os.path.isdir, code_lines._INSIDE))
 
 
 def is_line_of_this_file(line):

@@ -24,11 +24,7 @@ BLOCK = ko.kronecker("cholesky")
 SIZES = (2, 3, 3)
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
-
-
-ESTIMATOR = ko.fisher(predict, samples=2)
+ESTIMATOR = ko.fisher(oracles.classifier, samples=2)
 
 
 @functools.cache
@@ -56,7 +52,7 @@ def test_schedule_state_and_inspection(name):
 
     @functools.partial(helpers.counted_jit, donate_argnums=(0, 1))
     def step(params, state, key, bad):
-        grads = jax.grad(lambda p: predict(p, x).mean_nll(jnp.zeros(6, int)))(params)
+        grads = jax.grad(lambda p: oracles.classifier(p, x).mean_nll(jnp.zeros(6, int)))(params)
         at = ESTIMATOR.at(params, jnp.where(bad, jnp.nan, x), key=key)
         updates, new = tx.update(grads, state, params, curvature=at)
         return optax.apply_updates(params, updates), new, state[0].coarse

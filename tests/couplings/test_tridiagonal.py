@@ -17,16 +17,12 @@ DAMPING = 0.05
 KFAC = functools.partial(ko.kfac, inverse="cholesky", **SETTINGS | {"damping": DAMPING})
 
 
-def predict(params, x, weights=None):
-    return ko.Categorical(oracles.forward(params, x)[0], weights=weights)
-
-
 def dense_problem(sizes):
     """Update operator in canonical order, and the damped Kronecker surrogate of the whole Fisher."""
     params, x = oracles.make_params(0, sizes), oracles.normal(1, (7, sizes[0]))
     logits = jax.jit(lambda p: oracles.forward(p, x)[0])(params)
     a, g = oracles.per_example(params, x, jnp.asarray(oracles.softmax_columns(logits)))
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, x)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
@@ -112,11 +108,13 @@ def test_weights_count_examples(x64):
     params, x = oracles.make_params(0, (2, 3, 2)), oracles.normal(1, (5, 2))
     weights = jnp.asarray([0, 1, 2, 0, 1])
     repeated = jnp.repeat(x, weights, axis=0)
-    got = cross(ko.ggn(predict), params, x.at[0].set(1e6), weights.astype(float))
-    expected = cross(ko.ggn(predict), params, repeated)
+    got = cross(ko.ggn(oracles.classifier), params, x.at[0].set(1e6), weights.astype(float))
+    expected = cross(ko.ggn(oracles.classifier), params, repeated)
     for u, v in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(u, v, rtol=1e-10, atol=1e-14)
-    sampled = cross(ko.fisher(predict, samples=3), params, repeated, key=jax.random.key(0))
+    sampled = cross(
+        ko.fisher(oracles.classifier, samples=3), params, repeated, key=jax.random.key(0)
+    )
     for factors, across in (expected, sampled):
         for mine, link in zip(("inputs", "outputs"), across, strict=True):
             (block,) = link.values()
@@ -130,7 +128,7 @@ def test_weights_count_examples(x64):
 def test_cross_factors_are_averaged_like_the_factors(x64):
     """Two batches one after another are the mean of both: same count, same weight."""
     params, x = oracles.make_params(0, (2, 3, 2)), oracles.normal(1, (10, 2))
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     tx = KFAC(estimator.layers(params, x), coupling=ko.tridiagonal())
     step = jax.jit(
         lambda s, x: tx.update(params, s, curvature=estimator.at(params, x), refresh=False)[1]

@@ -18,8 +18,8 @@ COMMON = dict(kl_clip=None, damping=0.05)
 
 
 def predict(params, x):
-    x = jnp.tanh(ko.tap_dense(x @ params["wide"], x, params["wide"]))
-    return ko.Normal(ko.tap_dense(x @ params["narrow"], x, params["narrow"]))
+    x = jnp.tanh(h.dense(x, params["wide"]))
+    return ko.Normal(h.dense(x, params["narrow"]))
 
 
 @functools.cache

@@ -18,21 +18,12 @@ SIZES = (3, 4, 4, 2)
 N = 6
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
+ESTIMATOR = ko.ggn(oracles.classifier)
 
 
-ESTIMATOR = ko.ggn(predict)
-
-
-@functools.cache
 def problem():
-    params = jax.tree.map(lambda v: v.astype(jnp.float32), oracles.make_params(0, SIZES))
-    return (
-        params,
-        oracles.normal(1, (N, 3)).astype(jnp.float32),
-        ESTIMATOR.layers(params, jnp.ones((N, 3))),
-    )
+    _, params, x, _, _, layers = h.classes_problem(SIZES, (0,) * N, "float32")
+    return params, x, layers
 
 
 def stepper(tx):
@@ -46,11 +37,6 @@ def stepper(tx):
 
 def core(state):
     return state.preconditioner
-
-
-def close(u, v, rtol=1e-5):
-    for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
 
 
 def test_schedule_order_and_averaging():
@@ -79,7 +65,7 @@ def test_schedule_order_and_averaging():
             )
             kept.append(new)
             if k <= 2:  # still the arithmetic mean
-                close(expected, [sum(v) / k for v in zip(*kept)])
+                h.assert_leaves_close(expected, [sum(v) / k for v in zip(*kept)])
         if i % 3 == 0:
             inverse_from = expected
         assert int(inner.curvature_count) == k
@@ -90,10 +76,12 @@ def test_schedule_order_and_averaging():
                 for j, layer in enumerate(layers)
                 if bucket == f"dense_{layer.shape[0]}x{layer.shape[1]}_bias"
             ]
-            close(got.inputs, np.concatenate([expected[j] for j in rows]))
+            h.assert_leaves_close(got.inputs, np.concatenate([expected[j] for j in rows]))
             v = inner.inverses[bucket].inputs
             rebuilt = np.einsum("nij,nj,nkj->nik", v.vectors, v.values, v.vectors)
-            close(rebuilt, np.concatenate([inverse_from[j] for j in rows]), rtol=1e-4)
+            h.assert_leaves_close(
+                rebuilt, np.concatenate([inverse_from[j] for j in rows]), rtol=1e-4
+            )
     assert int(inner.kfac_count) == 7
 
 
@@ -118,7 +106,7 @@ def test_static_refresh_has_no_branch_and_equals_the_traced_schedule():
         x = oracles.normal(i, (N, 3)).astype(jnp.float32)
         u, one = traced(params, one, params, x)
         v, two = static(params, two, params, x, **schedule(i))
-        close((u, one), (v, two), rtol=1e-4)
+        h.assert_leaves_close((u, one), (v, two), rtol=1e-4)
     for flags in ({"measure": False, "refresh": False}, {"measure": True, "refresh": True}):
         text = str(
             jax.make_jaxpr(functools.partial(static.__wrapped__, **flags))(params, two, params, x)
@@ -144,7 +132,9 @@ def test_a_bad_batch_is_counted_and_changes_nothing(inverse):
         updates, state = step(params, good, params, x.at[2, 1].set(value))
         assert int(core(state).skipped_statistics) == 1
         assert int(core(state).curvature_count) == 1
-        close((core(state).factors, core(state).coarse), (core(good).factors, core(good).coarse))
+        h.assert_leaves_close(
+            (core(state).factors, core(state).coarse), (core(good).factors, core(good).coarse)
+        )
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
     updates, state = step(params, state, params, x)  # and it goes on
     assert int(core(state).curvature_count) == 2
@@ -235,7 +225,7 @@ def test_hyperparameters_may_be_schedules_or_traced():
 
     fixed = ko.kfac(layers, learning_rate=0.3, damping=0.2)
     expected, _ = stepper(fixed)(params, fixed.init(params), params, x)
-    close(traced(0.3, 0.2, 10), expected)
+    h.assert_leaves_close(traced(0.3, 0.2, 10), expected)
 
 
 def test_no_recompilation_and_a_stable_state_over_200_steps():
@@ -247,7 +237,7 @@ def test_no_recompilation_and_a_stable_state_over_200_steps():
 
     @h.counted_jit
     def step(params, state, x):
-        grads = jax.grad(lambda p: predict(p, x).mean_nll(jnp.zeros(N, int)))(params)
+        grads = jax.grad(lambda p: oracles.classifier(p, x).mean_nll(jnp.zeros(N, int)))(params)
         updates, state = tx.update(grads, state, params, curvature=ESTIMATOR.at(params, x))
         return optax.apply_updates(params, updates), state
 
@@ -258,7 +248,7 @@ def test_no_recompilation_and_a_stable_state_over_200_steps():
     assert step.traces == 1
     assert jax.tree.map(jax.typeof, state) == types
     assert not any(t.weak_type for t in jax.tree.leaves(types))
-    assert float(predict(params, x).mean_nll(jnp.zeros(N, int))) < 0.01
+    assert float(oracles.classifier(params, x).mean_nll(jnp.zeros(N, int))) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -412,7 +402,7 @@ def test_wrong_curvature_is_named():
     with pytest.raises(TypeError, match=r"curvature is a ArrayImpl; expected fisher.at"):
         tx.update(params, state, params, curvature=x)
     with pytest.raises(ValueError, match="no layer 'layer0'"):
-        estimator = ko.ggn(lambda p, x: predict(p["net"], x))
+        estimator = ko.ggn(lambda p, x: oracles.classifier(p["net"], x))
         tx.update(params, state, params, curvature=estimator.at({"net": params}, x))
     wide = jax.tree.map(lambda v: v.astype(jnp.float32), oracles.make_params(0, (3, 7, 4, 2)))
     with pytest.raises(

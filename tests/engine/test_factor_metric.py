@@ -28,7 +28,7 @@ def once(tx, estimator, params, x, metric):
 @pytest.mark.parametrize(("sizes", "bias"), [((3, 4, 2), True), ((4, 4, 4), False)])
 def test_metric_is_the_dense_block_diagonal(x64, sizes, bias):
     params, x = oracles.make_params(0, sizes, bias), oracles.normal(1, (6, sizes[0]))
-    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, x)
     tx = ko.kfac(layers, learning_rate=1.0, damping=0.1, kl_clip=None)
     grads = jax.tree.map(jnp.ones_like, params)

@@ -18,11 +18,7 @@ from tests import oracles
 N, SIZES = 5, (40, 30, 30, 30, 3)  # buckets of one and of two layers, factors wide and small
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
-
-
-FISHER = ko.fisher(predict)
+FISHER = ko.fisher(oracles.classifier)
 COMMON = dict(learning_rate=0.1)
 RANK = dict(rank=4, oversampling=2, **COMMON)
 OPTIMIZERS = {

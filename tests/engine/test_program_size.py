@@ -9,14 +9,14 @@ import optax
 import kfac_optax as ko
 from kfac_optax._tree import all_finite, select
 from kfac_optax.linalg.factorize import after
+from tests import helpers as h
 
 DEPTH, BATCH, WIDTH = 10, 4096, 8
 
 
 def predict(params, x):
     for name in sorted(params):
-        w = params[name]
-        x = jnp.tanh(ko.tap_dense(x @ w, x, w))
+        x = jnp.tanh(h.dense(x, params[name]))
     return ko.Categorical(x)
 
 

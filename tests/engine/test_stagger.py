@@ -24,7 +24,7 @@ BUCKETS = st.lists(st.tuples(st.integers(1, 40), st.floats(1, 1e9)), min_size=1,
 @functools.cache
 def problem(dtype="float32"):
     params = jax.tree.map(lambda v: np.asarray(v, dtype), oracles.make_params(0, SIZES))
-    estimator = ko.ggn(lambda params, x: ko.Categorical(oracles.forward(params, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     return params, estimator.layers(params, jnp.ones((2, 3)))
 
 
@@ -58,11 +58,6 @@ def drift(state, seed):
         factors=jax.tree.map(change, state.factors),
         coarse=state.coarse._replace(coarse_factors=coarse),
     )
-
-
-def close(u, v, rtol=1e-5, atol=1e-6):
-    for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(v), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 def changed(old, new):
@@ -146,7 +141,7 @@ def test_after_a_period_of_constant_factors_all_is_as_if_refreshed_at_once(stagg
         inverses.append((state.inverses, state.coarse))
         assert changed(before, state)[1]  # the coupling, with part 0, in the last step
         assert jax.tree.leaves(state.inverses)[0].dtype == jnp.float64
-    close(*inverses, rtol=1e-12, atol=0)
+    helpers.assert_leaves_close(*inverses, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("stagger", [2, 3])
@@ -158,7 +153,7 @@ def test_static_parts_equal_the_traced_schedule(stagger):
         u, one = step(drift(one, i))
         v, two = step(drift(two, i), refresh=refresh)
         kinds.add(refresh)
-        close((u, one), (v, two), rtol=1e-4)
+        helpers.assert_leaves_close((u, one), (v, two), rtol=1e-4)
     assert kinds == {True, False} | {(j,) for j in range(stagger)}
     assert "cond[" not in str(
         jax.make_jaxpr(functools.partial(step.__wrapped__, refresh=(1,)))(two)
@@ -201,7 +196,7 @@ def test_a_warm_up_is_the_same_traced_and_on_the_host(stagger):
         refresh = schedule(i)["refresh"]
         u, one = step(drift(one, i))
         v, two = step(drift(two, i), refresh=refresh)
-        close((u, one), (v, two), rtol=1e-4)
+        helpers.assert_leaves_close((u, one), (v, two), rtol=1e-4)
         said.append(refresh)
     assert said[:3] == [True] * 3  # every part, in every step of the warm-up
     rest = (

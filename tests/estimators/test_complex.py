@@ -9,13 +9,10 @@ import pytest
 
 import kfac_optax as ko
 from tests import oracles
+from tests.helpers import dense
 
 pytestmark = pytest.mark.usefixtures("x64")
 N = 6
-
-
-def dense(x, w):
-    return ko.tap_dense(x @ w, x, w)
 
 
 def log_psi(w, x):

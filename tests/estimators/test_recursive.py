@@ -16,11 +16,7 @@ from tests import oracles
 SIZES = (3, 4, 3, 2)
 
 
-def predict(params, x, activation=jnp.tanh, head=ko.Categorical):
-    return head(oracles.forward(params, x, activation=activation)[0])
-
-
-def factors(make, params, x, block=None, predict=predict):
+def factors(make, params, x, block=None, predict=oracles.classifier):
     """Statistics of all layers in order of execution, compiled."""
     estimator = make(predict)
     plan = oracles.plan(estimator.layers(params, x), block=block)
@@ -50,7 +46,7 @@ def test_of_a_linear_chain_it_is_exact_on_any_batch(x64):
     params, x = oracles.make_params(0, SIZES), oracles.normal(1, (6, 3))
 
     def linear(params, x):
-        return predict(params, x, lambda s: s, ko.Normal)
+        return oracles.regressor(params, x, lambda s: s)
 
     seeds = jnp.broadcast_to(jnp.eye(2)[:, None], (2, 6, 2))
     a, g = oracles.per_example(params, x, seeds, activation=lambda s: s)
@@ -134,7 +130,7 @@ def test_a_copy_of_an_estimator_measures_the_same(x64):
 def test_parts_of_a_batch_have_the_factors_of_all(x64):
     """The recursion is not linear: it has to go on from the mean over devices."""
     params, x = oracles.make_params(0, SIZES), oracles.normal(1, (4, 3))
-    estimator = ko.recursive_ggn(predict)
+    estimator = ko.recursive_ggn(oracles.classifier)
     plan = oracles.plan(estimator.layers(params, x))._replace(axis_name="devices")
     parts = jax.vmap(lambda x: estimator.at(params, x).statistics(plan)[0], axis_name="devices")
     got = jax.tree.map(lambda s: s[0, 0], jax.jit(parts)(x.reshape(2, 2, 3)))
@@ -151,7 +147,7 @@ def test_scaling_and_shifting_an_activation_changes_no_step_without_damping(x64)
 
     def steps(params, activation, damping):
         def model(params, x):
-            return predict(params, x, activation, ko.Normal)
+            return oracles.regressor(params, x, activation)
 
         estimator = ko.backpropagated_metric(model)
         tx = ko.unitwise_natural(
@@ -227,7 +223,10 @@ def test_models_that_are_no_chain_are_refused_by_name(name):
 
 def test_blocks_and_words_that_do_not_fit_are_refused():
     params, x = oracles.make_params(0, (3, 2)), jnp.ones((4, 3))
-    recursive, metric = ko.recursive_ggn(predict), ko.backpropagated_metric(predict)
+    recursive, metric = (
+        ko.recursive_ggn(oracles.classifier),
+        ko.backpropagated_metric(oracles.classifier),
+    )
     layers = recursive.layers(params, x)
     cases = [
         (
@@ -251,4 +250,4 @@ def test_blocks_and_words_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="got microbatch_size=2; expected none"):
         recursive.at(params, x, microbatch_size=2)
     with pytest.raises(ValueError, match="subsample=1;"):
-        ko.recursive_ggn(predict, subsample=1)
+        ko.recursive_ggn(oracles.classifier, subsample=1)

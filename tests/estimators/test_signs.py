@@ -10,13 +10,10 @@ import pytest
 import kfac_optax as ko
 from kfac_optax.estimators.output_cotangents import OutputCotangents, fisher_columns, signed
 from tests import helpers, oracles
+from tests.helpers import dense
 
 pytestmark = pytest.mark.usefixtures("x64")
 N, DRAWS = 5, 3000
-
-
-def dense(x, w):
-    return ko.tap_dense(x @ w, x, w)
 
 
 def unsigned(estimator):

@@ -83,7 +83,7 @@ def test_a_posterior_solves_too(x64):
 def test_lissa_of_a_network_is_the_dense_solve(x64):
     """With exact products of the whole matrix, couplings between layers included."""
     params, x = oracles.make_params(0, (3, 2, 2)), oracles.normal(1, (6, 3))
-    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     s = jnp.asarray(oracles.softmax_columns(oracles.forward(params, x)[0]))
     fisher = oracles.exact_fisher(*oracles.per_example(params, x, s))
     scale = 0.6 * (np.linalg.eigvalsh(fisher).max() + 0.1)

@@ -16,7 +16,7 @@ SIZES, DAMPING = (3, 4, 2), 0.125  # a state keeps its damping in single precisi
 def made(block=None, sizes=SIZES, **words):
     """One step from fresh factors in double precision: layers, state and what they were made of."""
     params, x = oracles.make_params(0, sizes), oracles.normal(1, (6, sizes[0]))
-    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, x)
     block = ko.kronecker() if block is None else block
     tx = ko.scale_by_curvature(layers, block=block, damping=DAMPING, **words)

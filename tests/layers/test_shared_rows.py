@@ -8,10 +8,7 @@ import pytest
 import kfac_optax as ko
 from kfac_optax.engine.state import CurvatureState, the_state
 from tests import helpers, oracles
-
-
-def dense(x, w):
-    return ko.tap_dense(x @ w, x, w)
+from tests.helpers import dense
 
 
 def with_table(rows, how="added"):

@@ -15,15 +15,11 @@ from kfac_optax.estimators.centring import centred_cotangents
 from kfac_optax.estimators.output_cotangents import OutputCotangents
 from kfac_optax.likelihoods import is_likelihood
 from tests import oracles
-from tests.helpers import computed
+from tests.helpers import computed, dense
 
 pytestmark = pytest.mark.usefixtures("x64")
 N = 6
 NORM = 20  # the row of the factor, behind those of the layers
-
-
-def dense(x, w):
-    return ko.tap_dense(x @ w, x, w)
 
 
 def log_psi(p, x, phase):

@@ -11,10 +11,6 @@ from tests import oracles
 SIZES, N = (3, 4, 2), 5
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
-
-
 def setup():
     return oracles.make_params(0, SIZES), oracles.normal(1, (N, 3)), jnp.arange(N) % 2
 
@@ -36,7 +32,7 @@ def test_factors_are_the_dense_definition(x64):
     params, x, _ = setup()
     a, g = rows(params, x)
     want_a, want_g = oracles.cross_factors(a, g)
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     plan = oracles.plan(estimator.layers(params, x))
     measured, _ = jax.jit(lambda p: estimator.at(p, x).statistics(plan))(params)
     for i, factors in enumerate(measured):
@@ -47,9 +43,11 @@ def test_factors_are_the_dense_definition(x64):
 def test_they_are_what_drawn_labels_give_on_average(x64):
     """Within the standard errors of 500 draws, and no closer than these."""
     params, x, _ = setup()
-    exact = jax.jit(lambda p: outputs(ko.ggn(predict), p, x))(params)
+    exact = jax.jit(lambda p: outputs(ko.ggn(oracles.classifier), p, x))(params)
     keys = jax.random.split(jax.random.key(0), 500)
-    drawn = jax.jit(jax.vmap(lambda key: outputs(ko.fisher(predict), params, x, key)))(keys)
+    drawn = jax.jit(jax.vmap(lambda key: outputs(ko.fisher(oracles.classifier), params, x, key)))(
+        keys
+    )
     for mine, want in zip(drawn, exact, strict=True):
         error = mine.std(0, ddof=1) / np.sqrt(len(keys))
         deviations = np.abs(mine.mean(0) - want) / error
@@ -59,9 +57,9 @@ def test_they_are_what_drawn_labels_give_on_average(x64):
 def test_the_step_minimises_the_model_along_the_damped_direction(x64):
     params, x, y = setup()
     lam = 0.1
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     tx = ko.kflr(estimator.layers(params, x), damping=lam)
-    grads = jax.grad(lambda p: predict(p, x).mean_nll(y))(params)
+    grads = jax.grad(lambda p: oracles.classifier(p, x).mean_nll(y))(params)
     run = jax.jit(
         lambda g: tx.update(g, tx.init(params), params, curvature=estimator.at(params, x))
     )
@@ -76,9 +74,9 @@ def test_the_step_minimises_the_model_along_the_damped_direction(x64):
 
 def test_with_the_recursion_it_trains():
     params, x, y = setup()
-    estimator = ko.recursive_ggn(predict)
+    estimator = ko.recursive_ggn(oracles.classifier)
     tx = ko.kflr(estimator.layers(params, x))
-    loss = jax.jit(lambda p: predict(p, x).mean_nll(y))
+    loss = jax.jit(lambda p: oracles.classifier(p, x).mean_nll(y))
 
     @jax.jit
     def step(params, state):
@@ -94,6 +92,6 @@ def test_with_the_recursion_it_trains():
 
 def test_without_curvature_it_says_what_is_missing():
     params, x, _ = setup()
-    tx = ko.kflr(ko.ggn(predict).layers(params, x))
+    tx = ko.kflr(ko.ggn(oracles.classifier).layers(params, x))
     with pytest.raises(ValueError, match="kflr.update got no `curvature`"):
         tx.update(params, tx.init(params), params, curvature=None)

@@ -15,8 +15,8 @@ SIZES = (3, 4, 4, 2)
 L = len(SIZES) - 1
 
 
-def predict(params, x):
-    return ko.Normal(oracles.forward(params, x, activation=lambda s: s)[0])
+def linear(params, x):
+    return oracles.regressor(params, x, lambda s: s)
 
 
 def function(params):
@@ -30,7 +30,7 @@ class Setting:
     def __init__(self):
         self.params = oracles.make_params(0, SIZES, bias=False)
         self.x, self.best = oracles.normal(1, (12, 3)), oracles.normal(2, (3, 2))
-        self.estimator = ko.ggn(predict)
+        self.estimator = ko.ggn(linear)
         self.layers = self.estimator.layers(self.params, self.x)
 
     def loss(self, params):
@@ -101,7 +101,7 @@ def test_the_default_damping_keeps_a_softmax_net_from_jumping():
     """
     x, y = oracles.normal(5, (48, 6)) * 10.0 ** -jnp.linspace(0, 1, 6), jnp.arange(48) % 4
     params = oracles.make_params(0, (6, 8, 4))
-    estimator = ko.ggn(lambda p, x: ko.Categorical(oracles.forward(p, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, x)
     default = inspect.signature(ko.linear_natural).parameters["damping"].default
 

@@ -110,7 +110,7 @@ EVERY = 2
 def setup(gate=(0.01, 0.001), stagger=None, made=None):
     """A compiled step without statistics, and the state before the first."""
     params = jax.tree.map(lambda x: np.asarray(x, "float64"), oracles.make_params(0, SIZES))
-    estimator = ko.ggn(lambda params, x: ko.Categorical(oracles.forward(params, x)[0]))
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, jnp.ones((2, 3)))
     plain = ko.split_kronecker(2) if made is None else made
 

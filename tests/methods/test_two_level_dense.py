@@ -17,16 +17,12 @@ SIZES = (4, 5, 5, 5, 3)
 DAMPING, RATE, KAPPA = 0.03, 0.1, 1e-3
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
-
-
 @functools.cache
 def setup(bias):
     params = oracles.make_params(0, SIZES, bias)
     x = oracles.normal(1, (17, SIZES[0]))
     y = jnp.asarray(np.random.default_rng(2).integers(0, SIZES[-1], 17))
-    grads = jax.jit(jax.grad(lambda p: predict(p, x).mean_nll(y)))(params)
+    grads = jax.jit(jax.grad(lambda p: oracles.classifier(p, x).mean_nll(y)))(params)
     logits = jax.jit(lambda p: oracles.forward(p, x)[0])(params)
     a, g = oracles.per_example(params, x, jnp.asarray(oracles.softmax_columns(logits)))
     return params, x, y, grads, a, g
@@ -44,7 +40,7 @@ CASES += [("eigh", c, "galerkin") for c in ("factored", "exact")]
 @pytest.mark.parametrize(("inverse", "coarse", "coarse_damping"), CASES)
 def test_update_equals_dense_formula(x64, bias, inverse, coarse, coarse_damping):
     params, x, _, grads, a, g = setup(bias)
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     layers = estimator.layers(params, x)
 
     @jax.jit
@@ -113,9 +109,9 @@ def test_sampled_labels_give_the_dense_formula(x64, coarse):
 
     jax.tree_util.register_pytree_node(Fixed, lambda f: ((f.inner,), None), lambda _, c: Fixed(*c))
     for estimator, args in [
-        (ko.empirical_fisher(lambda p, x, y: predict(p, x).nll(y)), (x, y)),
-        (ko.fisher(lambda p, x: Fixed(predict(p, x))), (x,)),
-        (ko.fisher(lambda p, x: Fixed(predict(p, x)), samples=3), (x,)),
+        (ko.empirical_fisher(lambda p, x, y: oracles.classifier(p, x).nll(y)), (x, y)),
+        (ko.fisher(lambda p, x: Fixed(oracles.classifier(p, x))), (x,)),
+        (ko.fisher(lambda p, x: Fixed(oracles.classifier(p, x)), samples=3), (x,)),
     ]:
         layers = estimator.layers(params, *args)
         tx = ko.kfac_two_level(layers, learning_rate=RATE, damping=DAMPING, coarse=coarse)
@@ -133,7 +129,7 @@ def test_sampled_labels_give_the_dense_formula(x64, coarse):
 
 def test_coarse_weight_zero_is_kfac_and_weights_enter_linearly(x64):
     params, x, _, grads, _, _ = setup(True)
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     layers, curvature = estimator.layers(params, x), estimator.at(params, x)
 
     def update(tx):
@@ -160,7 +156,7 @@ def test_operator_is_symmetric_positive_definite(x64):
     """Additive two-level preconditioning applied to the identity; also linearity in the gradient."""
     params = oracles.make_params(0, (2, 3, 2))
     x = oracles.normal(1, (9, 2))
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     tx = ko.kfac_two_level(
         estimator.layers(params, x), learning_rate=1.0, kl_clip=None, damping=0.1
     )
@@ -181,7 +177,7 @@ def test_operator_is_symmetric_positive_definite(x64):
 
 def test_large_damping_turns_into_the_gradient(x64):
     params, x, _, grads, _, _ = setup(True)
-    estimator = ko.ggn(predict)
+    estimator = ko.ggn(oracles.classifier)
     lam = 1e8
     tx = ko.kfac(estimator.layers(params, x), learning_rate=RATE, kl_clip=None, damping=lam)
     updates, _ = jax.jit(tx.update)(

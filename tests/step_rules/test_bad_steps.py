@@ -11,15 +11,14 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from tests import helpers as h
 
 N, CLASSES = 64, 3
 
 
 def _predict(params, x):
-    def dense(x, w, b):
-        return ko.tap_dense(x @ w + b, x, w, b)
-
-    return ko.Categorical(dense(jnp.tanh(dense(x, *params["first"])), *params["last"]))
+    hidden = jnp.tanh(h.dense(x, *params["first"]))
+    return ko.Categorical(h.dense(hidden, *params["last"]))
 
 
 ESTIMATOR = ko.fisher(_predict)

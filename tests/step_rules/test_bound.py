@@ -14,26 +14,23 @@ from hypothesis import strategies as st
 
 import kfac_optax as ko
 from kfac_optax.step_rules.quadratic_model import agreed_mix
+from tests import helpers as h
 from tests import oracles
 
 DAMPING, MOMENTUM = 0.05, 0.9
-LABELS = jnp.asarray([0, 1, 1, 0, 1, 0, 1, 1])
+LABELS = (0, 1, 1, 0, 1, 0, 1, 1)
 
 
-def predict(params, x):
-    return ko.Categorical(oracles.forward(params, x)[0])
-
-
-@functools.cache
 def problem():
-    """Three layers in double precision: estimator, parameters, inputs and layers."""
-    params, x = oracles.make_params(0, (3, 4, 4, 2)), oracles.normal(1, (len(LABELS), 3))
-    estimator = ko.ggn(predict)
-    return estimator, params, x, estimator.layers(params, x)
+    """Three layers in double precision."""
+    return h.classes_problem((3, 4, 4, 2), LABELS)
 
 
-def gradient(params, x):
-    return jax.grad(lambda p: predict(p, x).mean_nll(LABELS))(params)
+def loss_of(params, x):
+    return oracles.classifier(params, x).mean_nll(jnp.asarray(LABELS))
+
+
+gradient = jax.grad(loss_of)
 
 
 def inner_preconditioner(layers, two_level):
@@ -81,7 +78,7 @@ def dense_step(fisher, parts, grad, previous, kl_clip):
     ("two_level", "kl_clip"), [(False, 1e3), (False, 1e-6), (True, 1e3), (True, 1e-6)]
 )
 def test_steps_are_those_of_dense_matrices_with_momentum_in_them(x64, two_level, kl_clip):
-    estimator, params, x, layers = problem()
+    _, params, x, _, estimator, layers = problem()
     inside = inner_preconditioner(layers, two_level)
     bounded = ko.bound_step(
         inside, learning_rate=0.3, kl_clip=kl_clip, momentum=MOMENTUM, damping=DAMPING
@@ -116,7 +113,7 @@ def test_steps_are_those_of_dense_matrices_with_momentum_in_them(x64, two_level,
 
 
 def train(tx, steps=6, rate_of=lambda i: 1.0):
-    estimator, params, x, _ = problem()
+    _, params, x, _, estimator, _ = problem()
 
     @jax.jit
     def step(params, state, scale):
@@ -132,7 +129,7 @@ def train(tx, steps=6, rate_of=lambda i: 1.0):
 
 
 def test_the_level_of_the_rate_has_no_influence(x64):
-    layers = problem()[3]
+    layers = problem().layers
 
     def run(rate):
         tx = ko.kfac_two_level(
@@ -146,7 +143,7 @@ def test_the_level_of_the_rate_has_no_influence(x64):
 
 
 def test_a_schedule_shrinks_steps_in_proportion_to_the_largest_rate_so_far(x64):
-    layers, params = problem()[3], problem()[1]
+    layers, params = problem().layers, problem().params
     first = optax.piecewise_constant_schedule(0.2, {1: 0.25})
 
     def run(schedule):
@@ -171,7 +168,7 @@ def test_a_schedule_shrinks_steps_in_proportion_to_the_largest_rate_so_far(x64):
 
 
 def test_without_curvature_the_first_step_is_that_of_kl_clip_and_later_ones_repeat_the_rates(x64):
-    estimator, params, x, layers = problem()
+    _, params, x, _, estimator, layers = problem()
     grad, options = gradient(params, x), {"learning_rate": 0.1, "kl_clip": 1e-4, "damping": DAMPING}
     exact, damped = ko.kfac(layers, bound="exact", **options), ko.kfac(layers, **options)
     first, state = exact.update(grad, exact.init(params), params, curvature=None)
@@ -198,7 +195,7 @@ def test_without_curvature_the_first_step_is_that_of_kl_clip_and_later_ones_repe
 )
 def test_one_bad_step_is_survived(preset):
     with jax.enable_x64(True):
-        estimator, params, x, layers = problem()
+        _, params, x, _, estimator, layers = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
     tx = optax.chain(
         preset(layers, learning_rate=0.1, damping=DAMPING),
@@ -213,17 +210,17 @@ def test_one_bad_step_is_survived(preset):
         updates, state = tx.update(grad, state, params, curvature=estimator.at(params, x))
         return optax.apply_updates(params, updates), state
 
-    state, start = tx.init(params), float(predict(params, x).mean_nll(LABELS))
+    state, start = tx.init(params), float(loss_of(params, x))
     for i in range(60):
         factor = {5: 1e20, 9: jnp.inf, 13: jnp.nan}.get(i, 1.0)
         params, state = step(params, state, factor, jnp.full_like(x, jnp.nan) if i == 17 else x)
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((params, state)))
-    assert float(predict(params, x).mean_nll(LABELS)) < 0.5 * start
+    assert float(loss_of(params, x)) < 0.5 * start
 
 
 def test_state_keeps_its_types_in_a_scan_and_needs_params():
     with jax.enable_x64(True):
-        estimator, params, x, layers = problem()
+        _, params, x, _, estimator, layers = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), x.astype(jnp.bfloat16)
     tx = ko.kfac_two_level(layers, learning_rate=0.1, bound="exact", balance="model")
 
@@ -279,7 +276,7 @@ def test_several_directions_are_solved_together(seed, k):
 
 
 def test_the_coarse_part_enters_as_far_as_the_model_agrees(x64):
-    estimator, params, x, layers = problem()
+    _, params, x, _, estimator, layers = problem()
     grad, curvature = gradient(params, x), estimator.at(params, x)
     inside = inner_preconditioner(layers, two_level=True)
     parts, _ = inside.update(grad, inside.init(params), params, curvature=curvature)
@@ -297,8 +294,8 @@ def test_the_coarse_part_enters_as_far_as_the_model_agrees(x64):
 
 
 def test_three_directions_of_the_adaptive_preset_are_never_a_worse_model_than_two(x64):
-    estimator, params, x, layers = problem()
-    loss = lambda p: predict(p, x).mean_nll(LABELS)
+    _, params, x, _, estimator, layers = problem()
+    loss = lambda p: loss_of(p, x)
     changes = {}
     for name, tx in {
         "one level": ko.kfac_adaptive(layers),
@@ -323,7 +320,7 @@ def test_three_directions_of_the_adaptive_preset_are_never_a_worse_model_than_tw
 @pytest.mark.parametrize("words", [{"bound": "exact"}, {"bound": "movement"}, {"balance": "model"}])
 def test_a_forgotten_curvature_is_an_error(words):
     with jax.enable_x64(True):
-        _, params, _, layers = problem()
+        _, params, _, _, _, layers = problem()
         tx = ko.kfac_two_level(layers, learning_rate=0.1, **words)
         with pytest.raises(ValueError, match="got no `curvature`"):
             tx.update(params, tx.init(params), params)
@@ -331,10 +328,10 @@ def test_a_forgotten_curvature_is_an_error(words):
 
 def test_a_space_that_the_additive_correction_has_not_is_refused():
     with pytest.raises(ValueError, match="coarse_space='krylov' with correction='additive'"):
-        ko.kfac_two_level(problem()[3], learning_rate=0.1, coarse_space="krylov")
+        ko.kfac_two_level(h.plain_problem().layers, learning_rate=0.1, coarse_space="krylov")
 
 
 @pytest.mark.parametrize(("word", "value"), [("bound", "exakt"), ("balance", "both")])
 def test_unknown_words_are_named(word, value):
     with pytest.raises(ValueError, match=f"{word}='{value}'; expected one of"):
-        ko.kfac_two_level(problem()[3], learning_rate=0.1, **{word: value})
+        ko.kfac_two_level(h.plain_problem().layers, learning_rate=0.1, **{word: value})

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from tests import helpers as h
 from tests import oracles
 from tests.step_rules.test_bound import MOMENTUM, dense_fisher, gradient, problem
 
@@ -17,7 +18,7 @@ RATES = optax.piecewise_constant_schedule(0.3, {2: 0.5})
 def moves():
     """Four steps of K-FAC under a bound: what moved, and what it should be made of."""
     with jax.enable_x64(True):
-        estimator, params, x, layers = problem()
+        _, params, x, _, estimator, layers = problem()
         inside = ko.kfac(layers, kl_clip=None, damping=0.05, inverse_every=1, curvature_every=1)
 
         def run(kl_clip, params=params, steps=4):
@@ -61,7 +62,7 @@ def test_movements_are_those_of_dense_matrices(x64, moves, kl_clip):
 
 
 def test_without_curvature_the_last_scale_is_used_again(x64):
-    estimator, params, x, layers = problem()
+    _, params, x, _, estimator, layers = problem()
     options = {"learning_rate": 0.5, "kl_clip": 1e-4, "momentum": 0.0}
     bounded = ko.kfac(layers, bound="movement", **options)
     alone = ko.kfac(layers, learning_rate=0.5, kl_clip=1e-4)
@@ -79,7 +80,7 @@ def test_without_curvature_the_last_scale_is_used_again(x64):
 
 
 def test_an_update_of_any_length_has_the_bound(x64):
-    estimator, params, x, _ = problem()
+    _, params, x, _, estimator, _ = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
     tx = ko.bound_movement(optax.identity(), learning_rate=1.0, kl_clip=1e-4, momentum=0.0)
     grad, fisher = gradient(params, x), dense_fisher(params, x)
@@ -99,4 +100,4 @@ def test_an_update_of_any_length_has_the_bound(x64):
 @pytest.mark.parametrize("words", [{"kl_clip": None}, {"learning_rate": 0.1, "balance": "apart"}])
 def test_a_bound_that_would_not_be_taken_is_refused(bound, words):
     with pytest.raises(ValueError, match=f"got bound='{bound}', which has no effect beside"):
-        ko.kfac_two_level(problem()[3], bound=bound, **words)
+        ko.kfac_two_level(h.plain_problem().layers, bound=bound, **words)

@@ -24,11 +24,10 @@ def linear_softmax(weights, x):
 def problem():
     """Two layers in double precision: estimator, parameters, inputs, gradient, layers."""
     params, x = oracles.make_params(0, (3, 4, 2)), oracles.normal(1, (6, 3))
-    predict = lambda p, x: ko.Categorical(oracles.forward(p, x)[0])
-    grads = jax.jit(jax.grad(lambda p: predict(p, x).mean_nll(jnp.asarray([0, 1, 1, 0, 1, 0]))))(
-        params
-    )
-    estimator = ko.ggn(predict)
+    labels = jnp.asarray([0, 1, 1, 0, 1, 0])
+    loss = lambda p: oracles.classifier(p, x).mean_nll(labels)
+    grads = jax.jit(jax.grad(loss))(params)
+    estimator = ko.ggn(oracles.classifier)
     return estimator, params, x, grads, estimator.layers(params, x)
 
 

@@ -86,11 +86,6 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
     """
     check_choice("embedding", "inverse", inverse, INVERSES)
 
-    def init(layer: Layer, dtype: jnp.dtype) -> TokenFactors:
-        p, q = layer.shape
-        counts = jnp.ones(p, dtype)
-        return TokenFactors(counts, jnp.eye(q, dtype=dtype))
-
     def measure(a: Array, g: Array | None, use: Use) -> TokenFactors:
         check_lookup("embedding", a, use)
         counts = token_counts(a, use)
@@ -134,27 +129,34 @@ def embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = "high
         right = jnp.matmul(z, root.T, precision=precision)
         return jnp.sqrt(inverse.rows)[:, None] * right
 
-    def logdet(
-        inverse: Inverse,
-        damping: Array,
-        shape: tuple[int, int],
-    ) -> Array:
-        if isinstance(inverse, TokenEigenInverse):
-            products = inverse.counts[:, None] * inverse.outputs.values
-            return damped_logdet(products, damping)
-        # log det(A (x) G) = q log det A + p log det G, and inverses have the negative of it
-        _, of_outputs = psd_root(inverse.outputs)
-        p, q = shape
-        of_rows = jnp.sum(jnp.log(inverse.rows))
-        return -q * of_rows - p * of_outputs
-
     return Block(
         f"embedding ({inverse})",
-        init,
+        _start,
         measure,
         factorize,
         solve,
         multiply,
         root_solve=root_solve,
-        logdet=logdet,
+        logdet=_logdet,
     )
+
+
+def _start(layer: Layer, dtype: jnp.dtype) -> TokenFactors:
+    p, q = layer.shape
+    counts = jnp.ones(p, dtype)
+    return TokenFactors(counts, jnp.eye(q, dtype=dtype))
+
+
+def _logdet(
+    inverse: Inverse,
+    damping: Array,
+    shape: tuple[int, int],
+) -> Array:
+    if isinstance(inverse, TokenEigenInverse):
+        products = inverse.counts[:, None] * inverse.outputs.values
+        return damped_logdet(products, damping)
+    # log det(A (x) G) = q log det A + p log det G, and inverses have the negative of it
+    _, of_outputs = psd_root(inverse.outputs)
+    p, q = shape
+    of_rows = jnp.sum(jnp.log(inverse.rows))
+    return -q * of_rows - p * of_outputs

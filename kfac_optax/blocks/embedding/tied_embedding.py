@@ -89,13 +89,6 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
     """
     check_choice("tied_embedding", "inverse", inverse, INVERSES)
 
-    def init(layer: Layer, dtype: jnp.dtype) -> TiedFactors:
-        p, q = layer.shape
-        one, eye = jnp.ones((), dtype), jnp.eye(q, dtype=dtype)
-        halves = jnp.full(p, 0.5, dtype)
-        # the two terms add up to the identity
-        return TiedFactors(halves, eye, one, halves, eye, one)
-
     def measure(a: Array, g: Array | None, use: Use) -> TiedFactors:
         # the same table is used in two ways; integers are tokens to look up
         if jnp.issubdtype(a.dtype, jnp.integer):
@@ -136,26 +129,33 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
         scaled = z / jnp.sqrt(_total(inverse))
         return jnp.matmul(scaled, inverse.dense.vectors.T, precision=precision)
 
-    def logdet(
-        inverse: TiedInverse,
-        damping: Array,
-        shape: tuple[int, int],
-    ) -> Array:
-        # K is not orthogonal: det(K)^2 comes in once for each of p rows
-        _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
-        p, _ = shape
-        return jnp.sum(jnp.log(_total(inverse))) - 2 * p * of_vectors
-
     return Block(
         f"tied embedding ({inverse})",
-        init,
+        _start,
         measure,
         factorize,
         solve,
         multiply,
         root_solve=root_solve,
-        logdet=logdet,
+        logdet=_logdet,
     )
+
+
+def _logdet(inverse: TiedInverse, damping: Array, shape: tuple[int, int]) -> Array:
+    # K is not orthogonal: det(K)^2 comes in once for each of p rows
+    _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
+    p, _ = shape
+    of_total = jnp.sum(jnp.log(_total(inverse)))
+    return of_total - 2 * p * of_vectors
+
+
+def _start(layer: Layer, dtype: jnp.dtype) -> TiedFactors:
+    """Two terms that add up to the identity."""
+    p, q = layer.shape
+    one = jnp.ones((), dtype)
+    eye = jnp.eye(q, dtype=dtype)
+    halves = jnp.full(p, 0.5, dtype)
+    return TiedFactors(halves, eye, one, halves, eye, one)
 
 
 def _of_lookup(

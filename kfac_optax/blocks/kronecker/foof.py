@@ -251,13 +251,6 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
         scaled = damped_root(z, inverse.counts[:, None] + values, damping)
         return jnp.matmul(scaled, vectors.T, precision=precision)
 
-    def logdet(
-        inverse: TiedInputsInverse,
-        damping: Array,
-        shape: tuple[int, int],
-    ) -> Array:
-        return damped_logdet(inverse.counts[:, None] + inverse.head.values, damping)
-
     return Block(
         "foof (tied)",
         init,
@@ -266,8 +259,18 @@ def _tied(precision: jax.lax.PrecisionLike) -> Block:
         solve,
         multiply,
         root_solve=root_solve,
-        logdet=logdet,
+        logdet=_logdet_of_tied,
     )
+
+
+def _logdet_of_tied(
+    inverse: TiedInputsInverse,
+    damping: Array,
+    shape: tuple[int, int],
+) -> Array:
+    # eigenvalues of V -> diag(counts) V + V H: all sums of one of each, [p, q]
+    eigenvalues = inverse.counts[:, None] + inverse.head.values
+    return damped_logdet(eigenvalues, damping)
 
 
 def _scale_shift() -> Block:

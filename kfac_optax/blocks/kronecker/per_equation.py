@@ -91,13 +91,6 @@ def per_equation(
     if positions is not None:
         check_number("per_equation", "positions", positions, at_least=1)
 
-    def init(layer: Layer, dtype: jnp.dtype) -> EquationFactors:
-        p, q = layer.shape
-        eye_p, eye_q = jnp.eye(p, dtype=dtype), jnp.eye(q, dtype=dtype)
-        inputs = jnp.stack([eye_p / EQUATIONS] * EQUATIONS)
-        outputs = jnp.stack([eye_q] * EQUATIONS)
-        return EquationFactors(inputs, outputs, jnp.ones(EQUATIONS, dtype))  # adds up to I
-
     def measure(a: Array, g: Array | None, use: Use) -> EquationFactors:
         _check(use)
         neither = jnp.zeros(EQUATIONS, use.dtype)
@@ -139,7 +132,7 @@ def per_equation(
     words = "" if sharing == "expand" else f" ({sharing})"
     return Block(
         f"per equation{words}",
-        init,
+        _start,
         measure,
         factorize,
         solve,
@@ -147,6 +140,17 @@ def per_equation(
         sharing=sharing,
         positions=positions,
     )
+
+
+def _start(layer: Layer, dtype: jnp.dtype) -> EquationFactors:
+    """Terms that add up to the identity."""
+    p, q = layer.shape
+    of_inputs = jnp.eye(p, dtype=dtype) / EQUATIONS
+    of_outputs = jnp.eye(q, dtype=dtype)
+    # [2, p, p] and [2, q, q]
+    inputs = jnp.stack([of_inputs] * EQUATIONS)
+    outputs = jnp.stack([of_outputs] * EQUATIONS)
+    return EquationFactors(inputs, outputs, jnp.ones(EQUATIONS, dtype))
 
 
 def _terms(factors: EquationFactors) -> tuple[Array, Array]:

@@ -85,13 +85,6 @@ def tkfac_block(
     plain = kronecker(inverse, precision=precision)
     moments = _moments_of_positions if sharing == "expand" else _partial_traces
 
-    def init(layer: Layer, dtype: jnp.dtype) -> Factors:
-        p, q = layer.shape
-        # both partial traces of the identity
-        inputs = q * jnp.eye(p, dtype=dtype)
-        outputs = p * jnp.eye(q, dtype=dtype)
-        return Factors(inputs, outputs)
-
     def measure(a: Array, g: Array | None, use: Use) -> Factors:
         return moments(a, given_outputs(where, g), use, precision)
 
@@ -117,13 +110,21 @@ def tkfac_block(
     words = inverse if sharing == "expand" else f"{inverse}, {sharing}"
     return plain._replace(
         name=f"tkfac ({words})",
-        init=init,
+        init=_start,
         measure=measure,
         factorize=factorize,
         multiply=multiply,
         positions=positions,
         per_example=True,
     )
+
+
+def _start(layer: Layer, dtype: jnp.dtype) -> Factors:
+    """Both partial traces of the identity."""
+    p, q = layer.shape
+    inputs = q * jnp.eye(p, dtype=dtype)
+    outputs = p * jnp.eye(q, dtype=dtype)
+    return Factors(inputs, outputs)
 
 
 def _partial_traces(

@@ -90,7 +90,8 @@ def _biases_behind(free: Sequence[Found]) -> dict[Path, tuple[Path, Origin, Use]
         mine = bias.key, _way_round(use)
         if first.setdefault(use.origin.key, mine) == mine:
             wanted[found.path] = found.bias
-    own = own_biases((use.origin.key, bias.key) for _, bias, use in wanted.values())
+    pairs = [(use.origin.key, bias.key) for _, bias, use in wanted.values()]
+    own = own_biases(pairs)
     added = {where for where, _, _ in wanted.values()}
     # a parameter that is also added elsewhere is a layer of its own
     elsewhere = {x.use.origin.key for x in free if x.path not in added}

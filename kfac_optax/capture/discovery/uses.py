@@ -66,9 +66,11 @@ def find_use(eqn: Any, views: Sequence[View | None], examples: Sequence[int]) ->
     handler = _HANDLERS.get(eqn.primitive.name)
     if handler is None or len(given) != 1:
         return None
+    operand, view = given[0]
+    out = eqn.outvars[0].aval
     # a scalar parameter, or one among integers, is no layer
-    (operand, view), out = given[0], eqn.outvars[0].aval
-    if not view.complete or out.ndim == 0 or not jnp.issubdtype(out.dtype, jnp.inexact):
+    array = out.ndim > 0 and jnp.issubdtype(out.dtype, jnp.inexact)
+    if not view.complete or not array:
         return None
     if 0 in view.stored:  # nothing to measure
         return None
@@ -94,7 +96,8 @@ def _scale(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use |
     other = 1 - operand
 
     def values(s: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(1 / x if divided else x, s.shape).astype(s.dtype)
+        factor = 1 / x if divided else x
+        return jnp.broadcast_to(factor, s.shape).astype(s.dtype)
 
     x = eqn.invars[other].aval
     # x as it is: no equation has to be written
@@ -128,17 +131,20 @@ def _elementwise(
     # [*rows, *channels], and back
     order += [i for i in range(len(out)) if i not in rows]
     back = [order.index(i) for i in range(len(out))]
-    geometry = ScaleShift(from_end([order.index(i) for i in places], len(out)))
+    channels = [back[i] for i in places]
+    geometry = ScaleShift(from_end(channels, len(out)))
 
     def laid_out(x: jax.Array) -> jax.Array:
         moved = x.transpose(order)
         return jax.lax.expand_dims(moved, [0]) if apart else moved
 
     def arrange(s: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return laid_out(s), laid_out(x if values is None else values(s, x))
+        a = x if values is None else values(s, x)
+        return laid_out(s), laid_out(a)
 
     def restore(s: jax.Array) -> jax.Array:
-        return (jax.lax.squeeze(s, [0]) if apart else s).transpose(back)
+        moved = jax.lax.squeeze(s, [0]) if apart else s
+        return moved.transpose(back)
 
     plain = values is None and not apart and order == sorted(order)
     origin = origin_of(view)
@@ -159,18 +165,20 @@ def places_of(view: View, shape: Sequence[int], out: Sequence[int]) -> tuple[int
 
     Those of length one are nowhere; `None` where an axis is missing.
     """
-    axes = view.axes if len(shape) == len(out) else (None,) * len(out)
+    as_many = len(shape) == len(out)
+    axes = view.axes if as_many else (None,) * len(out)
     # a scalar, or as many axes as the output has
-    if shape and len(shape) != len(out):
+    if shape and not as_many:
         return None
-    found = {
-        axis: i
-        for i, axis in enumerate(axes)
-        if axis is not None and view.stored[axis] == out[i] > 1
-    }
+    found = {}
+    for i, axis in enumerate(axes):
+        if axis is not None and view.stored[axis] == out[i] > 1:
+            found[axis] = i
     # axes of length one have no place of their own
     wanted = [axis for axis, n in enumerate(view.stored) if n > 1]
-    return tuple(found[axis] for axis in wanted) if set(found) == set(wanted) else None
+    if set(found) != set(wanted):
+        return None
+    return tuple(found[axis] for axis in wanted)
 
 
 def _rows_of_table(eqn: Any, operand: int, view: View, examples: Sequence[int]) -> Use | None:

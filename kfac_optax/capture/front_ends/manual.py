@@ -51,7 +51,8 @@ def tap_dense(
     """
     label = f"tap_dense{f' {name!r}' if name else ''}"
     # s [*batch, q] = a [*batch, p] kernel [p, q]
-    if kernel.ndim != 2 or a.shape[-1:] != kernel.shape[:1] or s.shape[-1:] != kernel.shape[1:]:
+    fits = (*a.shape[-1:], *s.shape[-1:]) == kernel.shape
+    if kernel.ndim != 2 or not fits:
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, kernel {kernel.shape}; expected s [*batch, "
             "q], a [*batch, p] and kernel [p, q]. Pass the kernel so that s = a @ kernel (+ bias)."
@@ -131,9 +132,11 @@ def tap_conv(
     per_axis = [_per_axis(label, x, n) for x in (strides, input_dilation, kernel_dilation)]
     steps, dilation, spread = per_axis
     # how far a dilated window reaches
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel.shape[:n], spread, strict=True)]
-    pads = resolve_padding(a.shape[-1 - n : -1], reach, steps, dilation, padding)
-    window = Window(tuple(kernel.shape[:n]), steps, pads, dilation, spread)
+    size = tuple(kernel.shape[:n])
+    reach = [(k - 1) * d + 1 for k, d in zip(size, spread, strict=True)]
+    spatial = a.shape[-1 - n : -1]
+    pads = resolve_padding(spatial, reach, steps, dilation, padding)
+    window = Window(size, steps, pads, dilation, spread)
     # [*batch, *out], as the window makes it of a
     expected = (*a.shape[: -1 - n], *window.outputs(a.shape))
     if s.shape[:-1] != expected:
@@ -183,7 +186,8 @@ def tap_scale_shift(
     label = f"tap_scale_shift{f' {name!r}' if name else ''}"
     # one of both is enough
     operands = [x for x in (scale, shift) if x is not None]
-    if not operands or s.shape != a.shape or any(x.shape != s.shape[-1:] for x in operands):
+    fits = all(x.shape == s.shape[-1:] for x in operands)
+    if not operands or s.shape != a.shape or not fits:
         raise ValueError(
             f"{label}: got s {s.shape}, a {a.shape}, parameters {[x.shape for x in operands]}; "
             "expected s and a of one shape [*batch, C] and a scale, a shift or both of shape [C]."

@@ -1,9 +1,12 @@
 """Why a parameter belongs to no layer, and what the statistics of a layer leave out."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from kfac_optax._reasons import NOT_USED
-from kfac_optax.capture.geometry import Contraction
+import jax.numpy as jnp
+
+from kfac_optax._reasons import COMPLEX_LAYER, NOT_USED
+from kfac_optax.capture.geometry import Contraction, Unsupported
 from kfac_optax.capture.jaxpr.calls import is_rule
 from kfac_optax.capture.jaxpr.code_lines import listed
 from kfac_optax.capture.ownership import Key
@@ -135,3 +138,34 @@ def reason(
 
 def _listed(consumers: Sequence[str]) -> str:
     return ", ".join(sorted(set(consumers)))
+
+
+def unfit(site: Site) -> str | None:
+    """Why no layer can have this site."""
+    if isinstance(site.geometry, Unsupported):
+        return f"not supported: {site.geometry.reason}"
+    dtypes = site.a.dtype, site.s.dtype
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return COMPLEX_LAYER
+    return None
+
+
+def misfit(site: Site, leaf: Any) -> str | None:
+    """Why the kernel operand of a site is not the parameter as stored, if it is not."""
+    origin = site.params[0]
+    assert origin is not None
+    # axes in front are those of a stack of layers
+    in_place = len(site.kernel) - len(origin.permutation)
+    if in_place < 0:
+        return "the axes of its stack are not in front"
+    stored = list(site.kernel)
+    # the shape before the transpose
+    for axis, size in zip(origin.permutation, site.kernel[in_place:], strict=True):
+        stored[axis] = size
+    if origin.part is not None:
+        stored = list(origin.part.shape)
+    used = (*site.stack, *stored)
+    whole = tuple(leaf.shape)
+    if whole != used:
+        return f"its layer uses a part of it: {whole} stored, {used} used"
+    return None

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_optax._reasons import COMPLEX, COMPLEX_LAYER, NOT_REAL
+from kfac_optax._reasons import COMPLEX, NOT_REAL
 from kfac_optax._types import Layer, Layers, Uncovered
-from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift, Unsupported
+from kfac_optax.capture.geometry import Conv, Dense, Lookup, ScaleShift
 from kfac_optax.capture.grouping.align import aligned, layout_of, same_matrix
 from kfac_optax.capture.grouping.explain import (
     bypasses,
+    misfit,
     reason,
     that_see_data,
+    unfit,
     unseen,
     uses_by_leaf,
 )
@@ -48,8 +50,11 @@ def group(
             problems.setdefault(key[0], problem)
     # reasons are given only where the model uses the parameter
     tapped = tapped_leaves(analysis)
-    used = [i for i in range(len(names)) if i in tapped or analysis.consumers.get(i)]
-    problems |= _not_of_reals({i: leaves[names[i]].dtype for i in used})
+    dtypes = {}
+    for i, name in enumerate(names):
+        if i in tapped or analysis.consumers.get(i):
+            dtypes[i] = leaves[name].dtype
+    problems |= _not_of_reals(dtypes)
     groups = {key: members for key, members in groups.items() if key[0] not in problems}
     # a scale gives way to a kernel that has the same numbers
     scales = {key: _is_scale(sites[members[0]]) for key, members in groups.items()}
@@ -94,7 +99,7 @@ def _by_kernel(
     """Numbers of the sites of each kernel; why the parameters of others have none."""
     groups: dict[Key, list[int]] = {}
     for i, site in enumerate(sites):
-        why = _unfit(site)
+        why = unfit(site)
         if why is not None:
             mine = [origin.leaf for origin in site.params if origin is not None]
             problems |= dict.fromkeys(mine, why)
@@ -216,16 +221,6 @@ def tapped_leaves(analysis: Analysis) -> set[int]:
     return tapped
 
 
-def _unfit(site: Site) -> str | None:
-    """Why no layer can have this site."""
-    if isinstance(site.geometry, Unsupported):
-        return f"not supported: {site.geometry.reason}"
-    dtypes = site.a.dtype, site.s.dtype
-    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
-        return COMPLEX_LAYER
-    return None
-
-
 def _fitting(
     members: Sequence[int],
     sites: list[Site],
@@ -242,13 +237,13 @@ def _fitting(
     kept = []
     for i in members:
         site = aligned(sites[i], lead) if sites[i].found else sites[i]
-        if site is None or (site.found and taps and _misfit(site, leaf) is not None):
+        if site is None or (site.found and taps and misfit(site, leaf) is not None):
             continue
         # a bias belongs to the layer's outputs
         sites[i] = site._replace(params=site.params[:1]) if site.swapped else site
         kept.append(i)
     for i in kept:
-        if (reason := _misfit(sites[i], leaf)) is not None:
+        if (reason := misfit(sites[i], leaf)) is not None:
             return kept, reason
     alike = _alike([sites[i] for i in taps])
     # two taps on one kernel have to agree
@@ -283,24 +278,3 @@ def _distinct(layers: Sequence[Layer]) -> list[Layer]:
             layer = dataclasses.replace(layer, path=path)
         distinct.append(layer)
     return distinct
-
-
-def _misfit(site: Site, leaf: Any) -> str | None:
-    """Why the kernel operand of a site is not the parameter as stored, if it is not."""
-    origin = site.params[0]
-    assert origin is not None
-    # axes in front are those of a stack of layers
-    in_place = len(site.kernel) - len(origin.permutation)
-    if in_place < 0:
-        return "the axes of its stack are not in front"
-    stored = list(site.kernel)
-    # the shape before the transpose
-    for axis, size in zip(origin.permutation, site.kernel[in_place:], strict=True):
-        stored[axis] = size
-    if origin.part is not None:
-        stored = list(origin.part.shape)
-    used = (*site.stack, *stored)
-    whole = tuple(leaf.shape)
-    if whole != used:
-        return f"its layer uses a part of it: {whole} stored, {used} used"
-    return None

@@ -1,5 +1,6 @@
 """Equations that contain others: calls that are entered, scans, and rules that are not."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -26,12 +27,18 @@ def bodies(eqn: Any) -> list[Any]:
     return list(jex.jaxprs_in_params(eqn.params))
 
 
+def jaxprs_inside(jaxpr: Any) -> Iterator[Any]:
+    """Jaxprs that the equations of a jaxpr contain, but not what is inside those."""
+    for eqn in jaxpr.eqns:
+        for body in bodies(eqn):
+            # closed jaxprs bring their constants along
+            yield getattr(body, "jaxpr", body)
+
+
 def has_rule_back_only(jaxpr: Any) -> bool:
     """Whether a linear function, traced, has a part that a rule for the way back alone has made."""
-    inside = (getattr(body, "jaxpr", body) for eqn in jaxpr.eqns for body in bodies(eqn))
-    return any(eqn.primitive.name == "custom_lin" for eqn in jaxpr.eqns) or any(
-        map(has_rule_back_only, inside)
-    )
+    names = [eqn.primitive.name for eqn in jaxpr.eqns]
+    return "custom_lin" in names or any(map(has_rule_back_only, jaxprs_inside(jaxpr)))
 
 
 def own_rule(eqn: Any) -> str | None:

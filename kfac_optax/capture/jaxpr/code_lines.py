@@ -1,13 +1,15 @@
 """Where in the user's code an equation of a traced program stands."""
 
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the package: this file is in capture/jaxpr/
+_HERE = str(pathlib.Path(__file__).absolute().parents[2])
 _ROOMS = ("capture", "estimators", "likelihoods")
 # of what calls what the user has written, and is called by it
 _INSIDE = (_JAX, *(os.path.join(_HERE, room) for room in _ROOMS))

@@ -33,8 +33,11 @@ def meets_by_parts(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any
         if kernel is None:
             continue
         leaves, axis, sizes = kernel
-        axis = axes[axis] if sizes else 0
-        parts = _parts_of(values, s, axis, sizes) if sizes else [s]
+        parts = [s]
+        if sizes:
+            # the data may be joined of parts of the same sizes
+            axis = axes[axis]
+            parts = _parts_of(values, s, axis, sizes)
         function = functools.partial(_part_by_part, eqn, side, axis, sizes, axes, len(parts))
         operands = [*parts, *(x.value for x in leaves)]
         return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
@@ -45,7 +48,8 @@ def _beside_data(eqn: Any, given: Sequence[Known]) -> Iterator[tuple[int, Any, A
     """Operands made of parameters that meet data: their place, they and the data."""
     for side in (0, 1):
         v, s = eqn.invars[side], eqn.invars[1 - side]
-        if not given[1 - side].data or not given[side].is_kernel or not is_real(v):
+        made_of_parameters = given[side].is_kernel and is_real(v)
+        if not given[1 - side].data or not made_of_parameters:
             continue
         # data that the parameters are broadcast to, and not the other way round
         if s.aval.shape == eqn.outvars[0].aval.shape:
@@ -59,23 +63,27 @@ def _joined(values: Values, v: Any) -> tuple[list[Leaf], int, tuple[int, ...]] |
         kernel = values.expression(v)
     except DoesNotFit:
         return None
-    # itself: nothing is known that the program does not show
     axis, sizes = 0, ()
-    parts: Sequence[Any] = [] if getattr(kernel, "value", v) is v else [kernel]
     if isinstance(kernel, Joined) and kernel.sizes:
         parts, axis, sizes = kernel.parts, kernel.axis, kernel.sizes
+    elif getattr(kernel, "value", v) is v:
+        # itself: nothing is known that the program does not show
+        return None
+    else:
+        parts = (kernel,)
     leaves = [x for x in parts if isinstance(x, Leaf)]
     some = any(values.look(x.value).is_parameter for x in leaves)
     return (leaves, axis, sizes) if some and len(leaves) == len(parts) else None
 
 
-def _parts_of(values: Values, v: Any, axis: int, sizes: Sequence[int]) -> list[Any]:
-    """What a value is joined of, if of parts of these sizes along that axis; else itself."""
-    eqn = None if isinstance(v, jex.Literal) else values.source.get(v)
+def _parts_of(values: Values, s: Any, axis: int, sizes: Sequence[int]) -> list[Any]:
+    """What data is joined of, if of parts of these sizes along that axis; else itself."""
+    eqn = None if isinstance(s, jex.Literal) else values.source.get(s)
     if eqn is None or eqn.primitive.name != "concatenate":
-        return [v]
+        return [s]
     found = [x.aval.shape[axis] for x in eqn.invars]
-    return list(eqn.invars) if eqn.params["dimension"] == axis and found == list(sizes) else [v]
+    alike = eqn.params["dimension"] == axis and found == list(sizes)
+    return list(eqn.invars) if alike else [s]
 
 
 def _part_by_part(
@@ -96,8 +104,9 @@ def _part_by_part(
     # [s_1 op b_1, s_2 op b_2], operands in the order in which they were
     made = []
     for x, b in zip(data, parameters, strict=True):
-        pair = [x, jax.lax.broadcast_in_dim(b.astype(x.dtype), x.shape, axes)]
-        made.append(eqn.primitive.bind(*(pair if side else reversed(pair)), **eqn.params))
+        repeated = jax.lax.broadcast_in_dim(b.astype(x.dtype), x.shape, axes)
+        pair = (x, repeated) if side else (repeated, x)
+        made.append(eqn.primitive.bind(*pair, **eqn.params))
     return jnp.concatenate(made, axis) if len(made) > 1 else made[0]
 
 
@@ -110,14 +119,15 @@ def added_apart(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any] |
             terms = _terms(values.expression(base), 1)
         except DoesNotFit:
             continue
-        if len(terms) < 2 or not any(values.look(x.value).is_parameter for x, _ in terms):
+        some = any(values.look(x.value).is_parameter for x, _ in terms)
+        if len(terms) < 2 or not some:
             continue
         # s - v is s + (-v), v - s is -s + v
-        signs = (-1, 1) if side == 0 else (1, -1)
-        of_s, of_v = signs if eqn.primitive.name == "sub" else (1, 1)
-        function = functools.partial(
-            _one_after_another, axes, of_s, [of_v * sign for _, sign in terms]
-        )
+        of_s, of_v = 1, 1
+        if eqn.primitive.name == "sub":
+            of_s, of_v = (-1, 1) if side == 0 else (1, -1)
+        signs = [of_v * sign for _, sign in terms]
+        function = functools.partial(_one_after_another, axes, of_s, signs)
         operands = [s, *(x.value for x, _ in terms)]
         return rewritten(function, operands, eqn.outvars[0], eqn.source_info)
     return None
@@ -131,7 +141,8 @@ def _terms(kernel: Expression, sign: int) -> list[tuple[Leaf, int]]:
         case Negative():
             return _terms(kernel.of, -sign)
         case Sum():
-            first, second = _terms(kernel.first, sign), _terms(kernel.second, sign * kernel.sign)
+            first = _terms(kernel.first, sign)
+            second = _terms(kernel.second, sign * kernel.sign)
             return first + second if first and second else []
         case _:
             return []
@@ -153,9 +164,11 @@ def scaled_after(values: Values, eqn: Any, tapped: Set[int]) -> list[Any] | None
         v, x = eqn.invars[side], eqn.invars[1 - side]
         base, axes = values.before_repeats(v)
         made = None if isinstance(base, jex.Literal) else values.source.get(base)
+        if made is None or made.primitive.name != "mul":
+            continue
         # all rows of the output are those of `x`, and `r scale` has fewer
-        fewer = base.aval.size < x.aval.size and x.aval.shape == eqn.outvars[0].aval.shape
-        if made is None or made.primitive.name != "mul" or not fewer:
+        fewer = base.aval.size < x.aval.size
+        if not fewer or x.aval.shape != eqn.outvars[0].aval.shape:
             continue
         for scale, r in (made.invars, reversed(made.invars)):
             view = values.look(scale).view
@@ -177,18 +190,20 @@ def _one_by_one(axes: Sequence[int], x: jax.Array, *factors: jax.Array) -> jax.A
 def beside_data(values: Values, eqn: Any, given: Sequence[Known]) -> list[Any] | None:
     """Parameters repeated along rows and put beside data, or in its place, as shifts of zeros."""
     # without data beside it there is nobody's example axis to take over
-    beside = zip(eqn.invars, given, strict=True)
-    rows = [v for v, x in beside if x.data and is_real(v) and 0 not in v.aval.shape]
+    rows = []
+    for v, known in zip(eqn.invars, given, strict=True):
+        if known.data and is_real(v) and 0 not in v.aval.shape:
+            rows.append(v)
     # a token, or a position, that all examples share
     tokens = [v for v in eqn.invars if rows and _is_repeated(values, v)]
+    if not tokens:
+        return None
+    shift = functools.partial(_shifted_zeros, eqn.params.get("dimension"))
     new: dict[Any, Any] = {}
     equations: list[Any] = []
     for v in tokens:
         new[v] = jex.Var(v.aval)
-        shift = functools.partial(_shifted_zeros, eqn.params.get("dimension"))
         equations += rewritten(shift, [rows[0], v], new[v], eqn.source_info)
-    if not tokens:
-        return None
     read = [v if isinstance(v, jex.Literal) else new.get(v, v) for v in eqn.invars]
     return [*equations, eqn.replace(invars=read)]
 

@@ -116,24 +116,31 @@ class Multiply:
         for name in (*first, *second):
             if name not in rename:
                 rename[name] = next(self.fresh)
-        sides = [
-            (kernel.first, tuple(rename[name] for name in first)),
-            (kernel.second, tuple(rename[name] for name in second)),
-        ]
-        held = [len(set(self.fixed) & set(names)) for _, names in sides]
-        # and besides the window each side has one kind of channels and the axis between
-        others = [len(names) - n for n, (_, names) in zip(held, sides, strict=True)]
-        if sorted(held) != [0, len(self.fixed)] or (self.fixed and others != [2, 2]):
-            raise DoesNotFit(kernel.value)
+        of_first = tuple(rename[name] for name in first)
+        of_second = tuple(rename[name] for name in second)
+        self._check_sides(kernel, of_first, of_second)
+        sides = [(kernel.first, of_first), (kernel.second, of_second)]
         # first the side that `x` is summed with
         met = set(of_x) - set(out)
-        if not met & set(sides[0][1]):
+        if not met & set(of_first):
             sides.reverse()
         (near, near_names), (far, far_names) = sides
         # what the other side or the output still needs
-        needed = (*of_x, *near_names)
-        kept = tuple(n for n in dict.fromkeys(needed) if n in out or n in far_names)
-        return self(self(x, of_x, near, near_names, kept), kept, far, far_names, out)
+        needed = dict.fromkeys((*of_x, *near_names))
+        kept = tuple(n for n in needed if n in out or n in far_names)
+        made = self(x, of_x, near, near_names, kept)
+        return self(made, kept, far, far_names, out)
+
+    def _check_sides(self, kernel: Product, first: Names, second: Names) -> None:
+        """Raises where a window, or channels in groups, would be on both sides of a product."""
+        fixed = set(self.fixed)
+        held = [len(fixed.intersection(names)) for names in (first, second)]
+        if sorted(held) != [0, len(fixed)]:
+            raise DoesNotFit(kernel.value)
+        # and besides the window each side has one kind of channels and the axis between
+        others = [len(first) - held[0], len(second) - held[1]]
+        if fixed and others != [2, 2]:
+            raise DoesNotFit(kernel.value)
 
     def _joined(self, x, of_x, kernel: Joined, of_kernel, out) -> jax.Array:
         """Each part meets its own slice of `x`, or makes its own slice of the output."""
@@ -147,17 +154,18 @@ class Multiply:
         starts = [0, *itertools.accumulate(sizes)]
         results = []
         for part, start, size in zip(kernel.parts, starts, sizes, strict=False):
-            mine, mine_names = x, of_x
+            mine = x
             # summed over, or the same axis in both: the part of `x` that meets it
             if name in of_x:
                 mine = jax.lax.slice_in_dim(x, start, start + size, axis=of_x.index(name))
-            kept = (of_x, of_kernel, out)
+            mine_names, part_names, out_names = of_x, of_kernel, out
             if stacked:
                 # the stacked axis is in neither part nor its product
                 mine = mine.squeeze(of_x.index(name)) if name in of_x else mine
-                kept = tuple(tuple(n for n in names if n != name) for names in kept)
-            mine_names, kernel_names, out_names = kept
-            results.append(self(mine, mine_names, part, kernel_names, out_names))
+                mine_names = _without(name, of_x)
+                part_names = _without(name, of_kernel)
+                out_names = _without(name, out)
+            results.append(self(mine, mine_names, part, part_names, out_names))
         if name not in out:
             # x M = sum_i x_i M_i
             return sum(results[1:], results[0])
@@ -206,6 +214,10 @@ class Multiply:
         return made.transpose([names.index(n) for n in out])
 
 
+def _without(gone: int, names: Names) -> Names:
+    return tuple(name for name in names if name != gone)
+
+
 def _sizes(x: jax.Array, names: Names, along: Names) -> tuple[int, ...]:
     return tuple(x.shape[names.index(name)] for name in along)
 
@@ -246,12 +258,14 @@ def product(
 
 def names_of_product(eqn: Any) -> tuple[Names, Names, Names]:
     """Names of the axes of both operands of a `dot_general`, and of its output."""
-    (summed, _), places = eqn.params["dimension_numbers"], axes_of_product(eqn)
+    summed, _ = eqn.params["dimension_numbers"]
+    places = axes_of_product(eqn)
     # names of the output's axes are their numbers; those summed over come behind
     rank = eqn.outvars[0].aval.ndim
     sides = []
     for side in (0, 1):
+        names = dict(places[side])
+        names |= {axis: rank + i for i, axis in enumerate(summed[side])}
         axes = range(eqn.invars[side].aval.ndim)
-        between = {axis: rank + i for i, axis in enumerate(summed[side])}
-        sides.append(tuple(places[side].get(axis, between.get(axis, -1)) for axis in axes))
+        sides.append(tuple(names[axis] for axis in axes))
     return sides[0], sides[1], tuple(range(rank))

@@ -65,7 +65,9 @@ def lookup(
     # rows that are in none of the parts have been zero up to here
     missing = (tokens < 0) | (tokens >= number)
     fill = eqn.params["fill_value"]
-    return jnp.where(missing, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype), rows)
+    if fill is None:
+        fill = jnp.nan
+    return jnp.where(missing, jnp.asarray(fill, rows.dtype), rows)
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from kfac_optax.capture.jaxpr.calls import bodies
+from kfac_optax.capture.jaxpr.calls import jaxprs_inside
 from kfac_optax.capture.kernels.convolutions import convolution
 from kfac_optax.capture.kernels.expression import Expression
 from kfac_optax.capture.kernels.known import is_real
@@ -20,8 +20,8 @@ Multiplied = Callable[..., jax.Array]
 
 def multiplies(jaxpr: Any) -> bool:
     """Whether a kernel may meet data in a jaxpr, or in what it contains."""
-    inside = (getattr(body, "jaxpr", body) for eqn in jaxpr.eqns for body in bodies(eqn))
-    return any(eqn.primitive.name in PRODUCTS for eqn in jaxpr.eqns) or any(map(multiplies, inside))
+    here = any(eqn.primitive.name in PRODUCTS for eqn in jaxpr.eqns)
+    return here or any(map(multiplies, jaxprs_inside(jaxpr)))
 
 
 def ways(eqn: Any) -> Iterator[tuple[int, Multiplied]]:
@@ -46,5 +46,7 @@ def multiplied(
     *values: jax.Array,
 ) -> jax.Array:
     """What the equation computes, given values of the leaves in that order."""
-    out = multiply(kernel, x, dict(zip(map(id, leaves), values, strict=True)))
+    # a leaf is known by what it is in the program, of which there is one object
+    by_leaf = dict(zip(map(id, leaves), values, strict=True))
+    out = multiply(kernel, x, by_leaf)
     return out.astype(eqn.outvars[0].aval.dtype)

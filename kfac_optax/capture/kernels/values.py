@@ -20,6 +20,7 @@ from kfac_optax.capture.kernels.equations import (
     pads,
     piece,
     regroups,
+    scalar_and_other,
     slice_of,
     spread_over,
     squeezed,
@@ -109,7 +110,8 @@ class Values:
             kernel = self.expression(v)
         except DoesNotFit:
             return False
-        return joins(kernel, 0) and any(self.look(x.value).is_parameter for x in leaves_of(kernel))
+        some = any(self.look(x.value).is_parameter for x in leaves_of(kernel))
+        return some and joins(kernel, 0)
 
     def before_repeats(self, v: Any) -> tuple[Any, tuple[int, ...]]:
         """What a value repeats along some axes, and where its axes are then; itself where it does not."""
@@ -156,15 +158,14 @@ class Values:
 
     def _scaled(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
         """Where one side is a scalar; for a quotient the divisor."""
-        first, second = eqn.invars
-        name = eqn.primitive.name
-        if () not in (second.aval.shape, first.aval.shape if name == "mul" else None):
+        factor, other = scalar_and_other(eqn)
+        if factor is None:
             return None
-        factor, other = (second, first) if second.aval.shape == () else (first, second)
         known = self.look(factor)
         if known.made and not known.is_parameter:
             return None  # such as the norm of the weight itself
-        return Scaled(self.expression(other, dtype), Leaf(factor, out.aval.dtype), name == "div")
+        of, number = self.expression(other, dtype), Leaf(factor, out.aval.dtype)
+        return Scaled(of, number, eqn.primitive.name == "div")
 
     def _stretched(self, out: Any, eqn: Any, dtype: Any) -> Expression | None:
         """A product with numbers that are the same along some axes: `w * columns`, `u[:, None] * v`."""
@@ -178,7 +179,8 @@ class Values:
         if first and second and sorted(first + second) == list(every):
             u, v = (self.expression(self._squeezed(v), dtype) for v, _ in sides)
             return Product(out, u, v, (first, second, every))
-        for (factor, _), along, of in zip(sides, (first, second), eqn.invars[::-1], strict=True):
+        for side, along in enumerate((first, second)):
+            factor, of = sides[side][0], eqn.invars[1 - side]
             known = self.look(factor)
             # such as the norms of the weight's own columns
             own = known.made and not known.is_parameter
@@ -193,7 +195,7 @@ class Values:
         found = gain_of(eqn, self.source, self.look, self.before_repeats)
         if found is None:
             return None
-        self._write([found.equation])
+        self._write(([found.equation], found.rest))
         factor = Leaf(self._squeezed(found.gain), out.aval.dtype)
         return Stretched(out, Leaf(found.rest, dtype), factor, found.along)
 
@@ -201,27 +203,23 @@ class Values:
         """Numbers, the kernel and numbers, one after another along every axis that gets some."""
         shape = list(eqn.invars[0].aval.shape)
         for axis, (low, high, _) in enumerate(eqn.params["padding_config"]):
-            sizes = [
-                (n, part) for n, part in ((low, None), (shape[axis], kernel), (high, None)) if n
-            ]
-            parts = []
-            for n, part in sizes:
+            parts: list[Expression] = []
+            sizes: list[int] = []
+            for n, part in ((low, None), (shape[axis], kernel), (high, None)):
+                if n == 0:
+                    continue
                 shape[axis] = n
-                parts.append(self._filled(shape, eqn.invars[1]) if part is None else part)
+                if part is None:
+                    part = Leaf(self._write(filled(tuple(shape), eqn.invars[1])))
+                parts.append(part)
+                sizes.append(n)
             if len(parts) > 1:
-                kernel = Joined(out, tuple(parts), axis, tuple(n for n, _ in sizes))
-            shape[axis] = sum(n for n, _ in sizes)
+                kernel = Joined(out, tuple(parts), axis, tuple(sizes))
+            shape[axis] = sum(sizes)
         return kernel
 
-    def _filled(self, shape: Sequence[int], value: Any) -> Leaf:
-        made, out = filled(tuple(shape), value)
-        self._write(made)
-        return Leaf(out)
-
     def _squeezed(self, v: Any) -> Any:
-        made, out = squeezed(v)  # without axes of length one
-        self._write(made)
-        return out
+        return self._write(squeezed(v))  # without axes of length one
 
     def _cut(self, out: Any, eqn: Any, kernel: Expression) -> Expression | None:
         if out.aval.shape == eqn.invars[0].aval.shape:
@@ -238,16 +236,17 @@ class Values:
         return kernel if cuts else None
 
     def _cut_leaf(self, leaf: Leaf, cut: Cut) -> Leaf:
-        made, out = slice_of(leaf.value, cut)
-        self._write(made)
-        return dataclasses.replace(leaf, value=out)
+        piece_of_it = self._write(slice_of(leaf.value, cut))
+        return dataclasses.replace(leaf, value=piece_of_it)
 
-    def _write(self, made: Sequence[Any]) -> None:
-        """Notes new equations."""
+    def _write(self, written: tuple[list[Any], Any]) -> Any:
+        """Notes new equations, and hands out what they make."""
+        made, out = written
         for eqn in made:
             given = list(map(self.look, eqn.invars))
             self.note(eqn, given, passed_on(eqn, [x.view for x in given]))
         self.slices += made
+        return out
 
     def _from_outside(self, v: Any, dtype: Any) -> Expression | None:
         """Where an input of a body is a kernel that is made outside."""
@@ -272,9 +271,10 @@ class Values:
         values, _, riding = self._outside()
         known = values.look(leaf.value)
         view = None if known.view is None else known.view.sliced()
-        aval = jax.make_jaxpr(functools.partial(piece, Cut(0, 0, None)))(leaf.value.aval)
+        step = functools.partial(piece, Cut(0, 0, None))
+        (aval,) = jax.make_jaxpr(step)(leaf.value.aval).out_avals
         same = [inner for inner, outer in riding.items() if outer is leaf.value]
-        return self._import(leaf, True, same, aval.out_avals[0], known._replace(view=view))
+        return self._import(leaf, True, same, aval, known._replace(view=view))
 
     def _imported(self, leaf: Leaf) -> Leaf:
         """A leaf outside, as an operand of the body."""
@@ -289,11 +289,13 @@ class Values:
         self, leaf: Leaf, rides: bool, same: Sequence[Any], aval: Any, known: Known
     ) -> Leaf:
         """The operand that there is, or a new one."""
+        if same:
+            return dataclasses.replace(leaf, value=same[0])
         key = (leaf.value, rides)
-        if key not in self.imports and not same:
-            self.imports[key] = jex.Var(aval)
-            self.known[self.imports[key]] = known
-        return dataclasses.replace(leaf, value=same[0] if same else self.imports[key])
+        if key not in self.imports:
+            self.imports[key] = new = jex.Var(aval)
+            self.known[new] = known
+        return dataclasses.replace(leaf, value=self.imports[key])
 
     def _outside(self) -> Outside:
         assert self.outside is not None

@@ -45,26 +45,6 @@ def tensor_normal(examples: Numeric | None) -> Phases:
             out[str(i)] = held * factors[str(i)] + new * mean
         return out
 
-    def refresh(
-        group: Group,
-        step: Step,
-        factors: ByAxis,
-        inverses: ByAxis,
-        previous: PyTree,
-    ):
-        # A_i = F_i / s^((k-1)/k), so that the product over axes needs no scale of its own
-        made = {}
-        scale, known = _scale(group, factors)
-        for axis, old in inverses.items():
-            # one batched factorisation after another
-            scaled = scale[:, None, None] * factors[axis]
-            ready = after(scaled, previous)
-            # l_i = damping^(1/k) n / n_i
-            shift = _share(group, int(axis), step.value("damping"))
-            previous = jax.vmap(psd_inverse, (0, None))(ready, shift)
-            made[axis] = select(known, previous, old)
-        return made, previous
-
     def apply(
         group: Group,
         step: Step,
@@ -89,7 +69,28 @@ def tensor_normal(examples: Numeric | None) -> Phases:
     def observe(step: Step) -> dict[str, jax.Array]:
         return sampled_tensors(step, examples)
 
-    return Phases(start, take_in, apply, refresh, observe)
+    return Phases(start, take_in, apply, _refresh, observe)
+
+
+def _refresh(
+    group: Group,
+    step: Step,
+    factors: ByAxis,
+    inverses: ByAxis,
+    previous: PyTree,
+):
+    # A_i = F_i / s^((k-1)/k), so that the product over axes needs no scale of its own
+    made = {}
+    scale, known = _scale(group, factors)
+    for axis, old in inverses.items():
+        # one batched factorisation after another
+        scaled = scale[:, None, None] * factors[axis]
+        ready = after(scaled, previous)
+        # l_i = damping^(1/k) n / n_i
+        shift = _share(group, int(axis), step.value("damping"))
+        previous = jax.vmap(psd_inverse, (0, None))(ready, shift)
+        made[axis] = select(known, previous, old)
+    return made, previous
 
 
 def _scale(group: Group, factors: ByAxis) -> tuple[jax.Array, jax.Array]:

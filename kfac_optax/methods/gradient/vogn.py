@@ -87,9 +87,12 @@ def _of_examples(given: Step) -> PyTree:
             "curvature=empirical_fisher(losses).at(drawn, *args)."
         )
     check_stacked("vogn", given.gradient, examples)
-    return jax.tree.map(
-        lambda x, g: jnp.mean(jnp.square(x.astype(g.dtype)), 0), examples, given.gradient
-    )
+
+    # examples are the first axis of every leaf
+    def mean_square(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(x.astype(g.dtype)), 0)
+
+    return jax.tree.map(mean_square, examples, given.gradient)
 
 
 def _of_layers(layers: Layers, given: Step) -> PyTree:
@@ -102,6 +105,7 @@ def _of_layers(layers: Layers, given: Step) -> PyTree:
         )
     leaves = named_leaves(given.gradient)
     rows = curvature.rows(present(layers, leaves))
+    # in the precision of the state, whatever that of the rows
     wide = next(iter(leaves.values())).dtype
     squares = {n: x.astype(wide) for n, x in mean_squares(rows, leaves).items()}
     if left := [name for name in leaves if name not in squares]:
@@ -109,9 +113,8 @@ def _of_layers(layers: Layers, given: Step) -> PyTree:
             f"vogn.update: {', '.join(left)} belongs to no layer, so its squares are not known; "
             "expected layers for every parameter. Leave layers= out and pass per_example_grads."
         )
-    return jax.tree.unflatten(
-        jax.tree.structure(given.gradient), [squares[name] for name in leaves]
-    )
+    in_order = [squares[name] for name in leaves]
+    return jax.tree.unflatten(jax.tree.structure(given.gradient), in_order)
 
 
 RECORDS = (

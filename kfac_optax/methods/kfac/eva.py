@@ -21,7 +21,6 @@ LEFT_OUT = ("scale_shift", "tied_embedding", "masked")
 
 def _preset(
     where: str,
-    outputs: bool,
     layers: Layers,
     *,
     learning_rate: ScalarOrSchedule | None = None,
@@ -48,7 +47,8 @@ def _preset(
     # left out first, so that `uncovered` decides on what is left over
     layers = leave_out(layers, LEFT_OUT, "{kind}: no block of rank one")
     layers = cover(layers, uncovered=uncovered, where=where)
-    # c = vec(a b^T), or a alone
+    # c = vec(a b^T) of Eva, a alone of Eva-f
+    outputs = where == "eva"
     block = rank_one(outputs, sharing=sharing, precision=precision)
     preconditioner = scale_by_curvature(
         layers,
@@ -114,7 +114,7 @@ def eva(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs
     Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
       Approximation (2023).
     """
-    return _preset("eva", True, layers, **options)
+    return _preset("eva", layers, **options)
 
 
 @flat_signature(_preset)
@@ -148,7 +148,7 @@ def eva_f(layers: Layers, **options: Any) -> optax.GradientTransformationExtraAr
     Reference: Zhang, Shi & Li, Eva: Practical Second-order Optimization with Kronecker-vectorized
       Approximation (2023).
     """
-    return _preset("eva_f", False, layers, **options)
+    return _preset("eva_f", layers, **options)
 
 
 def _two_means(sizes: Sizes) -> int:

@@ -146,12 +146,11 @@ def _numbers(
 def _by_bucket(layers: tuple[Layer, ...], measured: list[PyTree]) -> dict[str, Any]:
     """Statistics of layers as those of buckets, copies in front."""
     found = dict(zip(layers, measured, strict=True))
-    return {
-        bucket.name: jax.tree.map(
-            lambda *x: jnp.concatenate(x), *(found[layer] for layer in bucket.layers)
-        )
-        for bucket in make_buckets(layers)
-    }
+    of_buckets = {}
+    for bucket in make_buckets(layers):
+        mine = [found[layer] for layer in bucket.layers]
+        of_buckets[bucket.name] = jax.tree.map(lambda *x: jnp.concatenate(x), *mine)
+    return of_buckets
 
 
 def _taken(

@@ -30,7 +30,9 @@ def rows_of_gradient(
       ValueError: a part of the gradient belongs to no layer.
     """
     mine = present(layers, leaves)
-    known = {name for layer in mine for name in layer.leaves}
+    known: set[str] = set()
+    for layer in mine:
+        known.update(layer.leaves)
     # what the model does not use has columns of zeros in J
     known |= {u.path for u in layers.uncovered if u.reason == NOT_USED}
     if left := [name for name in leaves if name not in known]:

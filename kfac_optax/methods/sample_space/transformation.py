@@ -32,14 +32,7 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         hyper["momentum"] = rule.momentum
 
     def init(params: PyTree) -> SampleSpaceState:
-        check_real(rule.where, named_leaves(params))
-        # at least single precision
-        previous, wide = None, wide_dtype(params)
-        if rule.momentum is not None:
-            previous = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), params)
-        count, skipped, inexact = (jnp.zeros((), jnp.int32) for _ in range(3))
-        error, given = jnp.zeros((), jnp.float32), start_checked(**hyper)
-        return SampleSpaceState(previous, count, skipped, inexact, error, given)
+        return _start(rule, params, hyper)
 
     def update(
         updates: PyTree,
@@ -85,6 +78,18 @@ def scale_by_samples(rule: Rule) -> optax.GradientTransformationExtraArgs:
         return replace_leaves(updates, cast), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(rule: Rule, params: PyTree, hyper: dict[str, Any]) -> SampleSpaceState:
+    check_real(rule.where, named_leaves(params))
+    # at least single precision
+    wide = wide_dtype(params)
+    previous = None
+    if rule.momentum is not None:
+        previous = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), params)
+    count, skipped, inexact = (jnp.zeros((), jnp.int32) for _ in range(3))
+    error = jnp.zeros((), jnp.float32)
+    return SampleSpaceState(previous, count, skipped, inexact, error, start_checked(**hyper))
 
 
 def _inexact(rule: Rule, solved: Solved) -> jax.Array:
