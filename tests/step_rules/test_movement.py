@@ -79,6 +79,35 @@ def test_without_curvature_the_last_scale_is_used_again(x64):
         bounded.update(grad, state, curvature=curvature)
 
 
+def test_what_is_gathered_at_rate_zero_does_not_break_the_bound(x64):
+    """A warm-up from zero, and a rate that is zero in between."""
+    estimator, params, x, _ = problem()
+    rates, kl_clip = jnp.asarray([0.0, 0.5, 0.5, 0.0, 0.0, 0.5]), 1e-5
+    bounded = ko.bound_movement(
+        optax.identity(), learning_rate=lambda i: rates[i], kl_clip=kl_clip, momentum=MOMENTUM
+    )
+    tx = optax.chain(bounded, optax.sgd(lambda i: rates[i], momentum=MOMENTUM))
+
+    @jax.jit
+    def step(params, state):
+        grad, curvature = gradient(params, x), estimator.at(params, x)
+        updates, state = tx.update(grad, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for rate in rates:
+        new, state = step(params, state)
+        moved = oracles.flatten(new) - oracles.flatten(params)
+        square = (1 - MOMENTUM) ** 2 * moved @ dense_fisher(params, x) @ moved
+        np.testing.assert_allclose(square, kl_clip if rate else 0, rtol=1e-9)
+        params = new
+    # no movement has no length: the scale of the last one counts on
+    zero, curvature = jax.tree.map(jnp.zeros_like, params), estimator.at(params, x)
+    still = state[0]._replace(previous_params=params)
+    _, after = bounded.update(zero, still, params, curvature=curvature)
+    assert 0 < float(after.movement_scale) == float(still.movement_scale) < 1
+
+
 def test_an_update_of_any_length_has_the_bound(x64):
     _, params, x, _, estimator, _ = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
