@@ -1,5 +1,7 @@
 """Movements of `bound_movement` against dense matrices, momentum included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from kfac_optax.methods.kfac.fixed import _with_momentum
 from tests import helpers as h
 from tests import oracles
 from tests.step_rules.test_bound import MOMENTUM, dense_fisher, gradient, problem
@@ -130,3 +133,13 @@ def test_an_update_of_any_length_has_the_bound(x64):
 def test_a_bound_that_would_not_be_taken_is_refused(bound, words):
     with pytest.raises(ValueError, match=f"got bound='{bound}', which has no effect beside"):
         ko.kfac_two_level(h.plain_problem().layers, bound=bound, **words)
+
+
+@pytest.mark.parametrize(("given", "used", "ignored"), [(0.5, 0.5, 0), (1.0, 0.9, 1)])
+def test_an_injected_momentum_of_one_has_no_bound(given, used, ignored):
+    moving = functools.partial(ko.bound_movement, optax.identity(), learning_rate=1.0)
+    tx = _with_momentum(moving, jnp.float32(given))
+    params = jnp.ones(2)
+    _, state = tx.update(params, tx.init(params), params, curvature=None)
+    number = state.given["given_momentum"]
+    assert (float(number.last_good), int(number.ignored_values)) == (np.float32(used), ignored)
