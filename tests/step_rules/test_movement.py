@@ -84,7 +84,7 @@ def test_without_curvature_the_last_scale_is_used_again(x64):
 
 def test_what_is_gathered_at_rate_zero_does_not_break_the_bound(x64):
     """A warm-up from zero, and a rate that is zero in between."""
-    estimator, params, x, _ = problem()
+    _, params, x, _, estimator, _ = problem()
     rates, kl_clip = jnp.asarray([0.0, 0.5, 0.5, 0.0, 0.0, 0.5]), 1e-5
     bounded = ko.bound_movement(
         optax.identity(), learning_rate=lambda i: rates[i], kl_clip=kl_clip, momentum=MOMENTUM
