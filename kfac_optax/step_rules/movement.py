@@ -18,7 +18,7 @@ from kfac_optax._validate import (
     checked,
     start_checked,
 )
-from kfac_optax.linalg.division import positive_or_one
+from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import exponent_of, inverse_root_of, like_parameters
 from kfac_optax.step_rules.bound import MODEL_EXAMPLES
@@ -61,7 +61,8 @@ def bound_movement(
 
     What is handed on is `(m T0 - T) / learning_rate`, of which
     `optax.sgd(learning_rate, momentum=m)` makes the step `T`. An update with `curvature=None`, or a
-    product that is not finite, keeps the last `s`, one at first.
+    product that is zero or not finite, keeps the last `s`, one at first. A step at rate zero ends
+    the momentum: what it would gather there no movement shows.
 
     Args:
       preconditioner: any transformation; extra arguments are handed on.
@@ -98,7 +99,7 @@ def bound_movement(
     preconditioner = optax.with_extra_args_support(preconditioner)
 
     def init(params: PyTree) -> MovementState:
-        dtype = wide_dtype(params)
+        dtype = jnp.finfo(wide_dtype(params)).dtype  # real, of complex parameters too
         # new arrays each time: no buffer occurs twice
         copies = jax.tree.map(jnp.array, params)
         one, zero, rate = jnp.ones((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
@@ -122,24 +123,25 @@ def bound_movement(
         rate, given = checked(state.given, "learning_rate", learning_rate, count)
         bound, given = checked(given, "kl_clip", kl_clip, count)
         rate, bound = jnp.asarray(rate, dtype), jnp.asarray(bound, dtype)
-        carried = momentum * rate / positive_or_one(state.last_rate)
+        # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
+        per_rate = quotient_or_zero(jnp.asarray(momentum, dtype), state.last_rate)
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
             scale, norm = state.movement_scale, state.movement_norm
             if curvature is not None:
                 # T' = m T0 - rate U
-                movement = combine((new, last), jnp.stack([-rate, carried]))
+                movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
                 square, exponent = _square(curvature, movement, examples, axis_name)
                 square = square.astype(dtype)
                 found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
                 size = (1 - momentum) * times_power(root, exponent // 2)
                 # of a batch that says nothing, nothing is remembered
-                scale = jnp.where(jnp.isfinite(square), found, scale)
+                scale = jnp.where(jnp.isfinite(square) & (square > 0), found, scale)
                 norm = jnp.where(jnp.isfinite(size), size, norm)
-            # what sgd makes of it: rate * handed = m T0 - s T'
-            of_last = (1 - scale) * carried / positive_or_one(rate)
-            handed = combine((new, last), jnp.stack([scale, of_last]))
+            # what sgd makes of it: rate * handed = m T0 - s T'; at rate zero it forgets T0
+            left = jnp.where(rate > 0, scale, 0)
+            handed = combine((new, last), jnp.stack([left, (1 - left) * per_rate]))
         copies = jax.tree.map(jnp.array, params)
         count = optax.safe_increment(count)
         return handed, MovementState(after, copies, count, scale, norm, rate, given)

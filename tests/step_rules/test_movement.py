@@ -1,5 +1,7 @@
 """Movements of `bound_movement` against dense matrices, momentum included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from kfac_optax.methods.kfac.fixed import _with_momentum
 from tests import helpers as h
 from tests import oracles
 from tests.step_rules.test_bound import MOMENTUM, dense_fisher, gradient, problem
@@ -79,6 +82,35 @@ def test_without_curvature_the_last_scale_is_used_again(x64):
         bounded.update(grad, state, curvature=curvature)
 
 
+def test_what_is_gathered_at_rate_zero_does_not_break_the_bound(x64):
+    """A warm-up from zero, and a rate that is zero in between."""
+    _, params, x, _, estimator, _ = problem()
+    rates, kl_clip = jnp.asarray([0.0, 0.5, 0.5, 0.0, 0.0, 0.5]), 1e-5
+    bounded = ko.bound_movement(
+        optax.identity(), learning_rate=lambda i: rates[i], kl_clip=kl_clip, momentum=MOMENTUM
+    )
+    tx = optax.chain(bounded, optax.sgd(lambda i: rates[i], momentum=MOMENTUM))
+
+    @jax.jit
+    def step(params, state):
+        grad, curvature = gradient(params, x), estimator.at(params, x)
+        updates, state = tx.update(grad, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for rate in rates:
+        new, state = step(params, state)
+        moved = oracles.flatten(new) - oracles.flatten(params)
+        square = (1 - MOMENTUM) ** 2 * moved @ dense_fisher(params, x) @ moved
+        np.testing.assert_allclose(square, kl_clip if rate else 0, rtol=1e-9)
+        params = new
+    # no movement has no length: the scale of the last one counts on
+    zero, curvature = jax.tree.map(jnp.zeros_like, params), estimator.at(params, x)
+    still = state[0]._replace(previous_params=params)
+    _, after = bounded.update(zero, still, params, curvature=curvature)
+    assert 0 < float(after.movement_scale) == float(still.movement_scale) < 1
+
+
 def test_an_update_of_any_length_has_the_bound(x64):
     _, params, x, _, estimator, _ = problem()
     params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
@@ -101,3 +133,13 @@ def test_an_update_of_any_length_has_the_bound(x64):
 def test_a_bound_that_would_not_be_taken_is_refused(bound, words):
     with pytest.raises(ValueError, match=f"got bound='{bound}', which has no effect beside"):
         ko.kfac_two_level(h.plain_problem().layers, bound=bound, **words)
+
+
+@pytest.mark.parametrize(("given", "used", "ignored"), [(0.5, 0.5, 0), (1.0, 0.9, 1)])
+def test_an_injected_momentum_of_one_has_no_bound(given, used, ignored):
+    moving = functools.partial(ko.bound_movement, optax.identity(), learning_rate=1.0)
+    tx = _with_momentum(moving, jnp.float32(given))
+    params = jnp.ones(2)
+    _, state = tx.update(params, tx.init(params), params, curvature=None)
+    number = state.given["given_momentum"]
+    assert (float(number.last_good), int(number.ignored_values)) == (np.float32(used), ignored)

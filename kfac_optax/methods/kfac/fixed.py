@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Block, Coupling, Layers, ScalarOrSchedule
@@ -233,7 +234,9 @@ def _check_bound(bound: str, kl_clip: Any, balance: str) -> None:
 def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:
     """A transformation for a momentum, which is known only in an update where it is injected."""
     if isinstance(momentum, jax.Array):
-        return with_checked(make, momentum=momentum)
+        # (1 - m)^2 has no bound at one: not legal here, as for a plain number
+        legal = jnp.where(momentum <= 0.999, momentum, jnp.nan)
+        return with_checked(make, momentum=legal)
     return make(momentum=momentum)
 
 
