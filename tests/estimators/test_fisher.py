@@ -224,7 +224,7 @@ def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     x64, monkeypatch, examples, outputs, kept
 ):
     least = spec.Enough(examples, outputs)
-    monkeypatch.setattr(spec.part_of_batch, "__defaults__", (least,))
+    monkeypatch.setattr(spec.part_of_batch, "__defaults__", (least, 1))
     monkeypatch.setattr(curvature, "PRODUCTS", least)
     params, x, _ = problem()
     got = measure(ko.ggn(categorical, subsample="auto"), params, x)
@@ -237,6 +237,33 @@ def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     own = ko.ggn(categorical, subsample=lambda x: (x[:2],)).at(params, x)
     of_two = own.quadratic_form((params,), subsample="auto")
     np.testing.assert_allclose(of_two, own.quadratic_form((params,)), rtol=1e-12)
+
+
+def test_enough_is_whole_microbatches_and_all_of_what_is_no_plain_batch(x64, monkeypatch):
+    monkeypatch.setattr(curvature, "PRODUCTS", spec.Enough(2, 1))
+    params, x, _ = problem()
+
+    def form(function, subsample, *args, size=None):
+        lazy = ko.ggn(function).at(params, *args, microbatch_size=size)
+        return float(lazy.quadratic_form((params,), subsample=subsample)[0, 0])
+
+    plain, thirds = form(categorical, 2, x), form(categorical, 3, x)
+    np.testing.assert_allclose(form(categorical, "auto", x), plain, rtol=1e-12)
+    np.testing.assert_allclose(form(categorical, "auto", x, size=3), thirds, rtol=1e-12)
+
+    # nodes with edges, steps in time before one prediction, numbers of channels in front
+    edges = jnp.asarray([0, 2, 5, 5]), jnp.asarray([1, 1, 3, 0])
+    graph = lambda p, x, there, here: categorical(p, x.at[here].add(x[there]))
+    steps = lambda p, x: categorical(p, jnp.sum(x, axis=0))
+    shifted = lambda p, shift, x: categorical(p, x + shift)
+    in_time = oracles.normal(2, (5, N, 3))
+    for function, args in (
+        (graph, (x, *edges)),
+        (steps, (in_time,)),
+        (shifted, (jnp.arange(3.0), x)),
+    ):
+        whole = form(function, None, *args)
+        np.testing.assert_allclose(form(function, "auto", *args), whole, rtol=1e-12)
 
 
 def test_forward_only_measures_inputs_and_needs_no_backward_pass(x64):
