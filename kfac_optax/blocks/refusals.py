@@ -73,5 +73,6 @@ def of_all_positions(block: Block, word: str, layer: Layer, rows: Block) -> Bloc
     raise ValueError(
         f"blocks_of: {word} gives layer {layer.path!r} the block {block.name!r}, which measures "
         f"every position by itself; got sharing={rows.sharing!r}, positions={rows.positions} beside "
-        f"it, expected 'expand' and None. Leave them out, or {word}."
+        f"it, expected 'expand' and None. Leave them out, or {word}; for both, each on layers of "
+        "its own, pass block= a function of the layer."
     )

@@ -53,8 +53,12 @@ def _check_narrow(here: str, block: Block, statistic: PyTree, number: Any):
     """Raises where a factorisation has no form in half precision: found when it is lowered."""
     if number.dtype.itemsize >= 4:
         return
+    # nothing is lowered inside of `shard_map`: out of its mesh, and of shapes that know of none
+    nowhere = jax.sharding.AbstractMesh((), ())
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), statistic)
     try:
-        jax.jit(block.factorize).lower(statistic, number)
+        with jax.sharding.use_abstract_mesh(nowhere):
+            jax.jit(block.factorize).lower(plain, number)
     except NotImplementedError as error:
         raise ValueError(
             f"{here}: factorize(statistic, damping) cannot be computed in {number.dtype.name}, the "

@@ -130,7 +130,8 @@ class LazyCurvature:
     def _mean(self, function: Callable[[Spec, tuple[PyTree, ...]], PyTree], subsample: Any) -> Any:
         """What is a mean over examples, of one microbatch after another if there are several."""
         # every product is exact on the part of the batch that is asked for
-        spec, args = _exact(self.spec, self.params, self.args, subsample)
+        together = self.microbatch_size or 1
+        spec, args = _exact(self.spec, self.params, self.args, subsample, together)
         if self.microbatch_size is None:
             return function(spec, args)
         batch = microbatches.divide(spec, self.params, args, self.microbatch_size)
@@ -217,6 +218,7 @@ def _exact(
     params: PyTree,
     args: tuple[PyTree, ...],
     subsample: Any,
+    together: int = 1,
 ) -> tuple[Spec, tuple[PyTree, ...]]:
     """The part of the batch on which products are taken."""
     if not spec.kind.gradients:
@@ -232,7 +234,7 @@ def _exact(
         # only the user knows where examples are: of what is left
         args = part_of_batch(spec, params, args)
     spec = spec._replace(subsample=subsample)
-    return spec, part_of_batch(spec, params, args, PRODUCTS)
+    return spec, part_of_batch(spec, params, args, PRODUCTS, together)
 
 
 def _label_key(

@@ -1,6 +1,7 @@
 """Settings of an estimator, the part of the batch it sees, and its model, traced."""
 
 import functools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -122,12 +123,14 @@ def part_of_batch(
     params: PyTree,
     args: tuple[PyTree, ...],
     least: Enough = STATISTICS,
+    together: int = 1,
 ) -> tuple[PyTree, ...]:
     """The arguments restricted to the examples that `subsample` keeps.
 
     A fraction keeps evenly spaced examples (so that a batch sharded over devices stays balanced),
     in every array whose axis 0 has the length of the first array's. A whole number keeps so many,
-    or all where there are fewer. `"auto"` keeps as many as `least` asks for.
+    or all where there are fewer. `"auto"` keeps as many as `least` asks for, a multiple of
+    `together`.
     """
     if spec.subsample is None:
         return args
@@ -139,10 +142,10 @@ def part_of_batch(
         return args
     size = arrays[0].shape[0]
     if spec.subsample == "auto":
-        keep = _enough(spec, params, args, size, least)
+        keep = _enough(spec, params, args, least)
         # explicit mesh axes divide them
-        devices = shards(arrays[0])
-        keep = -(-keep // devices) * devices
+        unit = math.lcm(together, *map(shards, arrays))
+        keep = -(-keep // unit) * unit
     elif isinstance(spec.subsample, numbers.Integral):
         keep = int(spec.subsample)
     else:
@@ -172,14 +175,20 @@ def _enough(
     spec: Spec,
     params: PyTree,
     args: tuple[PyTree, ...],
-    size: int,
     least: Enough,
 ) -> int:
-    """Examples that `"auto"` keeps of a batch of this size."""
+    """Examples that `"auto"` keeps of a batch: all, unless axis 0 has them everywhere.
+
+    Nodes of a graph go with edges, and steps in time with one prediction: none is to be left out.
+    """
+    arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
+    size, *others = [x.shape[0] for x in arrays]
     # no need to look at the model
-    if size <= least.examples:
+    if size <= least.examples or any(n != size for n in others):
         return size
     predicted = jax.eval_shape(spec.function, params, *args)
+    if _examples(spec.kind, predicted) != size:
+        return size
     outputs = sum(x.size for x in jax.tree.leaves(predicted))
     # one example has `outputs / size` of them
     examples = -(-least.outputs * size // max(outputs, 1))

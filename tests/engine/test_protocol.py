@@ -99,3 +99,21 @@ def test_a_factorisation_that_half_precision_lacks_is_named(dtype):
     state = ko.eva(LAYERS, kl_clip=None, factor_dtype=dtype).init(W)
     factors = jax.tree.leaves(optax.tree.get(state, "factors"))
     assert {x.dtype.name for x in factors} == {dtype}
+
+
+def test_half_precision_is_asked_for_inside_shard_map_too():
+    params = {"w": jnp.ones((2, 3))}
+    estimator = ko.ggn(lambda p, x: ko.Normal(ko.tap_dense(x @ p["w"], x, p["w"])))
+    layers = estimator.layers(params, jnp.ones((4, 2)))
+    mesh = jax.make_mesh((1,), ("data",))
+    none = jax.sharding.PartitionSpec()
+
+    def init(block):
+        tx = ko.kfac(layers, block=block, kl_clip=None, factor_dtype=jnp.bfloat16)
+        mapped = jax.shard_map(tx.init, mesh=mesh, in_specs=none, out_specs=none)
+        return jax.eval_shape(mapped, params), jax.eval_shape(tx.init, params)
+
+    inside, outside = init(ko.rank_one())
+    assert jax.tree.map(jnp.shape, inside) == jax.tree.map(jnp.shape, outside)
+    with pytest.raises(ValueError, match="cannot be computed in bfloat16"):
+        init(ko.kronecker())

@@ -224,7 +224,7 @@ def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     x64, monkeypatch, examples, outputs, kept
 ):
     least = spec.Enough(examples, outputs)
-    monkeypatch.setattr(spec.part_of_batch, "__defaults__", (least,))
+    monkeypatch.setattr(spec.part_of_batch, "__defaults__", (least, 1))
     monkeypatch.setattr(curvature, "PRODUCTS", least)
     params, x, _ = problem()
     got = measure(ko.ggn(categorical, subsample="auto"), params, x)
@@ -237,6 +237,30 @@ def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     own = ko.ggn(categorical, subsample=lambda x: (x[:2],)).at(params, x)
     of_two = own.quadratic_form((params,), subsample="auto")
     np.testing.assert_allclose(of_two, own.quadratic_form((params,)), rtol=1e-12)
+
+
+def test_enough_is_whole_microbatches_and_all_of_what_is_no_plain_batch(x64, monkeypatch):
+    least = spec.Enough(2, 1)
+    monkeypatch.setattr(curvature, "PRODUCTS", least)
+    params, x, _ = problem()
+    lazy = ko.ggn(categorical).at(params, x, microbatch_size=3)
+    form = functools.partial(lazy.quadratic_form, (params,))
+    np.testing.assert_allclose(form(subsample="auto"), form(subsample=3), rtol=1e-12)
+
+    # nodes with edges, steps in time before one prediction, numbers of channels in front
+    edges = jnp.asarray([0, 2, 5, 5]), jnp.asarray([1, 1, 3, 0])
+    graph = lambda p, x, there, here: categorical(p, x.at[here].add(x[there]))
+    steps = lambda p, x: categorical(p, jnp.sum(x, axis=0))
+    shifted = lambda p, shift, x: categorical(p, x + shift)
+    in_time = oracles.normal(2, (5, N, 3))
+    for function, args in (
+        (graph, (x, *edges)),
+        (steps, (in_time,)),
+        (shifted, (jnp.arange(3.0), x)),
+    ):
+        mine = ko.ggn(function, subsample="auto").spec
+        kept = spec.part_of_batch(mine, params, args, least)
+        assert all(got is whole for got, whole in zip(kept, args, strict=True))
 
 
 def test_forward_only_measures_inputs_and_needs_no_backward_pass(x64):

@@ -68,8 +68,8 @@ def kfac_adaptive(
         `lambda + weight_decay`.
       model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in
         `fisher`. `"auto"` has small batches whole, and large ones where a prediction is a few
-        numbers (at least 128 examples and 32,768 numbers); `None` takes the part that the
-        estimator measures.
+        numbers (at least 128 examples and 32,768 numbers, in whole microbatches); `None` takes the
+        part that the estimator measures.
       curvature_every: period of the statistics; by default every step of the first 20, then every
         5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every

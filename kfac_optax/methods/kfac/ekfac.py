@@ -46,8 +46,9 @@ def ekfac(
       normalization: scale and shift of normalisation layers: `"unitwise"`, `"diagonal"` or
         `"pass"`.
       precision: matmul precision of factor products, moments and solves.
-      **options: as for `kfac`. The damping is exact, `decay` bounds the averaging weights of
-        factors and moments, `inverse_every` is the period of the eigenbases.
+      **options: as for `kfac`. The damping is exact, of layers with a mask factored; `decay` bounds
+        the averaging weights of factors and moments, `inverse_every` is the period of the
+        eigenbases.
 
     Returns:
       A transformation, to be chained with the optimizer that takes the step, as `kfac`.
