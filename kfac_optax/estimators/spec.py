@@ -177,14 +177,14 @@ def _enough(
     args: tuple[PyTree, ...],
     least: Enough,
 ) -> int:
-    """Examples that `"auto"` keeps of a batch: all, unless axis 0 has them everywhere.
+    """Examples that `"auto"` keeps of a batch: all, unless axis 0 has them everywhere, and alone.
 
     Nodes of a graph go with edges, and steps in time with one prediction: none is to be left out.
     """
     arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
-    size, *others = [x.shape[0] for x in arrays]
+    size = arrays[0].shape[0]
     # no need to look at the model
-    if size <= least.examples or any(n != size for n in others):
+    if size <= least.examples or not all(_leads(size, x.shape) for x in arrays):
         return size
     predicted = jax.eval_shape(spec.function, params, *args)
     if _examples(spec.kind, predicted) != size:
@@ -193,6 +193,12 @@ def _enough(
     # one example has `outputs / size` of them
     examples = -(-least.outputs * size // max(outputs, 1))
     return max(least.examples, examples)
+
+
+def _leads(size: int, shape: Sequence[int]) -> bool:
+    """Whether axis 0 has this length, and no other axis: an adjacency matrix has it twice."""
+    first, *others = shape
+    return first == size and size not in others
 
 
 def _check_even(spec: Spec, keep: int, devices: int) -> None:

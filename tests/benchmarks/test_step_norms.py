@@ -11,7 +11,7 @@ from tests.step_rules.test_bound import dense_fisher, gradient, problem
 
 
 def test_the_norm_is_that_of_the_whole_step(x64):
-    estimator, params, x, _ = problem()
+    _, params, x, _, estimator, _ = problem()
     tx = step_norms.watch(optax.sgd(0.1, momentum=0.9), momentum=0.9)
     state = tx.init(params)
 

@@ -247,14 +247,16 @@ def test_enough_is_whole_microbatches_and_all_of_what_is_no_plain_batch(x64, mon
     form = functools.partial(lazy.quadratic_form, (params,))
     np.testing.assert_allclose(form(subsample="auto"), form(subsample=3), rtol=1e-12)
 
-    # nodes with edges, steps in time before one prediction, numbers of channels in front
+    # nodes with edges or neighbours, steps in time before one prediction, numbers of channels in front
     edges = jnp.asarray([0, 2, 5, 5]), jnp.asarray([1, 1, 3, 0])
     graph = lambda p, x, there, here: categorical(p, x.at[here].add(x[there]))
+    neighbours = lambda p, x, matrix: categorical(p, matrix @ x)
     steps = lambda p, x: categorical(p, jnp.sum(x, axis=0))
     shifted = lambda p, shift, x: categorical(p, x + shift)
     in_time = oracles.normal(2, (5, N, 3))
     for function, args in (
         (graph, (x, *edges)),
+        (neighbours, (x, jnp.eye(N))),
         (steps, (in_time,)),
         (shifted, (jnp.arange(3.0), x)),
     ):

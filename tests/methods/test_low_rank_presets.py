@@ -241,7 +241,7 @@ def test_rows_of_layers_that_share_a_bucket_but_not_their_number(x64):
         return ko.Categorical(ko.tap_dense(h @ p["pooled"], h, p["pooled"]))
 
     x, y = oracles.normal(2, (2, 3, 20)), jnp.arange(2)
-    estimator, options = ko.fisher(oracles.classifier), dict(inverse="cholesky", **COMMON)
+    estimator, options = ko.fisher(predict), dict(inverse="cholesky", **COMMON)
     layers = estimator.layers(params, x)
     assert [layer.rows for layer in layers] == [6, 2]
 
