@@ -17,6 +17,7 @@ from kfac_optax._tree import (
     replace_leaves,
     scatter,
     together,
+    wide_dtype,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
 from kfac_optax.linalg.powers import times_power
@@ -51,6 +52,27 @@ def _exponent(largest: jax.Array) -> jax.Array:
     # nothing to divide by: 2^0
     _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
     return exponent
+
+
+def exact_square(
+    curvature: Any,
+    leaves: Mapping[str, jax.Array],
+    *,
+    subsample: Any,
+    axis_name: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """`d^T F d` of a direction by name, with zeros for what it leaves out, and the exponent of a
+    power of two that multiplies it.
+    """
+    exponent = exponent_of(leaves)
+    # products with a direction of ordinary length cannot overflow
+    shorter = {}
+    for name, x in leaves.items():
+        wide = x.astype(wide_dtype(x))
+        shorter[name] = times_power(wide, -exponent).astype(x.dtype)
+    direction = like_parameters(curvature.params, shorter)
+    form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)
+    return form[0, 0], 2 * exponent
 
 
 def inner_products(

@@ -20,7 +20,7 @@ from kfac_optax._validate import (
 )
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
-from kfac_optax.step_rules._per_layer import exponent_of, inverse_root_of, like_parameters
+from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of
 from kfac_optax.step_rules.bound import MODEL_EXAMPLES
 from kfac_optax.step_rules.directions import combine, moved_since
 
@@ -131,7 +131,10 @@ def bound_movement(
             if curvature is not None:
                 # T' = m T0 - rate U
                 movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
-                square, exponent = _square(curvature, movement, examples, axis_name)
+                # what is masked has no part in it
+                square, exponent = exact_square(
+                    curvature, named_leaves(movement), subsample=examples, axis_name=axis_name
+                )
                 square = square.astype(dtype)
                 found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
@@ -147,19 +150,3 @@ def bound_movement(
         return handed, MovementState(after, copies, count, scale, norm, rate, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _square(
-    curvature: Any, movement: PyTree, examples: int, axis_name: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`T^T F T` on some examples, apart from a power of two; what is masked has no part in it."""
-    leaves = named_leaves(movement)
-    exponent = exponent_of(leaves)
-    # products with a direction of ordinary length cannot overflow
-    shorter = {}
-    for name, x in leaves.items():
-        wide = x.astype(wide_dtype(x))
-        shorter[name] = times_power(wide, -exponent).astype(x.dtype)
-    direction = like_parameters(curvature.params, shorter)
-    form = curvature.quadratic_form((direction,), subsample=examples, axis_name=axis_name)
-    return form[0, 0], 2 * exponent

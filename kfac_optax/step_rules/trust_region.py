@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import covered_leaves, wide_dtype
+from kfac_optax._tree import covered_leaves
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
@@ -20,12 +20,10 @@ from kfac_optax._validate import (
     checked,
     start_checked,
 )
-from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import (
-    exponent_of,
+    exact_square,
     inner_products,
     inverse_root_of,
-    like_parameters,
     require_curvature,
     scale_layers,
 )
@@ -127,15 +125,7 @@ def clip_by_trust_region(
         # one product with the exact curvature of the batch
         curvature = require_curvature(where, 'metric="exact"', extra.get("curvature"))
         mine = covered_leaves(updates, layers)
-        exponent = exponent_of(mine)
-        # products with a direction of ordinary length cannot overflow
-        shorter = {}
-        for name, x in mine.items():
-            wide = x.astype(wide_dtype(x))
-            shorter[name] = times_power(wide, -exponent).astype(x.dtype)
-        direction = like_parameters(curvature.params, shorter)
-        form = curvature.quadratic_form((direction,), subsample=subsample, axis_name=axis_name)
-        return form[0, 0], 2 * exponent
+        return exact_square(curvature, mine, subsample=subsample, axis_name=axis_name)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         preconditioned, inner = preconditioner.update(
