@@ -62,7 +62,7 @@ def _check_narrow(here: str, block: Block, statistic: PyTree, number: Any):
     except NotImplementedError as error:
         raise ValueError(
             f"{here}: factorize(statistic, damping) cannot be computed in {number.dtype.name}, the "
-            f"factor_dtype ({error}). Leave factor_dtype out (float32 at least), or take a block "
+            f"factor_dtype. Leave factor_dtype out (float32 at least), or take a block "
             "without factorisations, such as rank_one(). What devices send each other can be "
             "narrower: Placement(statistics_dtype=)."
         ) from error
