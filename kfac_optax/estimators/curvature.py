@@ -34,7 +34,7 @@ from kfac_optax.estimators.sample_jacobian import (
     sampled_gradient,
 )
 from kfac_optax.estimators.served_heads import served_of
-from kfac_optax.estimators.spec import PRODUCTS, Spec, part_of_batch, trace_model
+from kfac_optax.estimators.spec import FEW, PRODUCTS, Spec, part_of_batch, trace_model
 from kfac_optax.estimators.statistics import collect
 
 
@@ -106,7 +106,9 @@ class LazyCurvature:
           directions: trees like the parameters, or a function from an index to one, of which a few
             exist at a time.
           count: how many, of a function.
-          subsample: part of the batch, as in `fisher`; `None` for the estimator's own.
+          subsample: part of the batch, as in `fisher`; `None` for the estimator's own, `"few"` for
+            what the length of a step is bounded on: at least 8 examples and 32,768 numbers of
+            predictions, at most 256 examples.
           axis_name: mapped axis over which the batch is split.
         """
 
@@ -233,8 +235,11 @@ def _exact(
     if callable(spec.subsample) and not callable(subsample):
         # only the user knows where examples are: of what is left
         args = part_of_batch(spec, params, args)
+    least = PRODUCTS
+    if subsample == "few":
+        least, subsample = FEW, "auto"
     spec = spec._replace(subsample=subsample)
-    return spec, part_of_batch(spec, params, args, PRODUCTS, together)
+    return spec, part_of_batch(spec, params, args, least, together)
 
 
 def _label_key(

@@ -18,18 +18,22 @@ from kfac_optax.linalg.batch_parts import shards
 
 
 class Enough(NamedTuple):
-    """What `subsample="auto"` keeps at least: examples, and numbers of their predictions.
+    """What `subsample="auto"` keeps at least: examples, and numbers of their predictions; and how
+    many examples are enough whatever they predict.
 
     Curvature is an average over both: with some hundred numbers it is underestimated along a step.
     """
 
     examples: int
     outputs: int
+    most: int | None = None
 
 
 # statistics draw labels, exact products do not
 STATISTICS = Enough(256, 2**16)
 PRODUCTS = Enough(128, 2**15)
+# what bounds the length of a step need not know it to a per cent
+FEW = Enough(8, 2**15, most=256)
 
 
 class Spec(NamedTuple):
@@ -192,7 +196,8 @@ def _enough(
     outputs = sum(x.size for x in jax.tree.leaves(predicted))
     # one example has `outputs / size` of them
     examples = -(-least.outputs * size // max(outputs, 1))
-    return max(least.examples, examples)
+    examples = max(least.examples, examples)
+    return examples if least.most is None else min(least.most, examples)
 
 
 def _leads(size: int, shape: Sequence[int]) -> bool:

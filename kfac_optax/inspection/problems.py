@@ -12,6 +12,7 @@ from kfac_optax.engine.state import (
     find_states,
 )
 from kfac_optax.step_rules.damping import DampingState
+from kfac_optax.step_rules.movement import MovementState
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
 _PROBLEMS: dict[type, dict[str, str]] = {
@@ -72,6 +73,14 @@ _PROBLEMS: dict[type, dict[str, str]] = {
             "{} steps were left out because the quadratic model has negative curvature: a Fisher "
             "or GGN has none, so check hessian_product of the likelihood, and that predict and the "
             "loss belong together."
+        ),
+    },
+    # a bound on the whole movement
+    MovementState: {
+        "other_movements": (
+            "{} shortened steps moved the parameters otherwise than sgd(learning_rate, momentum) "
+            "behind them would have, so the momentum was left out of the bound: pass the momentum= and "
+            'learning_rate= of what follows, or bound="damped" where that is no sgd.'
         ),
     },
     # damping that adapts

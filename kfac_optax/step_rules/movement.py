@@ -20,8 +20,7 @@ from kfac_optax._validate import (
 )
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
-from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of
-from kfac_optax.step_rules.bound import MODEL_EXAMPLES
+from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of, root_mean_square
 from kfac_optax.step_rules.directions import combine, moved_since
 
 
@@ -34,6 +33,8 @@ class MovementState(NamedTuple):
     movement_scale: jax.Array  # shape=(): what the bound left of the last movement
     movement_norm: jax.Array  # shape=(): (1 - m) sqrt(T^T F T) of it before the bound
     last_rate: jax.Array  # shape=(): the learning rate of the last update
+    planned_size: jax.Array  # shape=(): root mean square of the last movement, if sgd made it
+    other_movements: Any  # shape=(), dtype=int32: how many were not those of sgd
     given: dict[str, Checked]
 
 
@@ -43,7 +44,7 @@ def bound_movement(
     learning_rate: ScalarOrSchedule,
     kl_clip: ScalarOrSchedule = 1e-3,
     momentum: float = 0.9,
-    examples: int = MODEL_EXAMPLES,
+    examples: int | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens the whole movement of the parameters, momentum included, to an exact bound.
@@ -64,12 +65,19 @@ def bound_movement(
     product that is zero or not finite, keeps the last `s`, one at first. A step at rate zero ends
     the momentum: what it would gather there no movement shows.
 
+    How far the parameters moved tells whether such an `sgd` follows. After a movement that is not
+    between two thirds and one and a half times as long as planned `m` is zero in the next step: its
+    own part is bounded alone, and nothing is taken back. `problems` counts them where the bound was
+    active.
+
     Args:
       preconditioner: any transformation; extra arguments are handed on.
       learning_rate: the rate that the following transformations apply.
       kl_clip: bound on the squared Fisher norm of a step, momentum apart.
       momentum: of the transformation that follows, in [0, 1).
-      examples: how many examples of a batch the product is taken on, or all where there are fewer.
+      examples: how many examples of a batch the product is taken on, or all where there are fewer;
+        by default few: at least 8 and so many that their predictions have 32,768 numbers, at most
+        256.
       axis_name: mapped axis over which the batch is split.
 
     Returns:
@@ -94,7 +102,8 @@ def bound_movement(
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "kl_clip", kl_clip)
     check_number(where, "momentum", momentum, at_least=0, at_most=0.999)
-    check_number(where, "examples", examples, at_least=1)
+    if examples is not None:
+        check_number(where, "examples", examples, at_least=1)
     check_axis_name(where, axis_name)
     preconditioner = optax.with_extra_args_support(preconditioner)
 
@@ -102,10 +111,14 @@ def bound_movement(
         dtype = jnp.finfo(wide_dtype(params)).dtype  # real, of complex parameters too
         # new arrays each time: no buffer occurs twice
         copies = jax.tree.map(jnp.array, params)
-        one, zero, rate = jnp.ones((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype)
+        one = jnp.ones((), dtype)
+        norm, rate, size = (jnp.zeros((), dtype) for _ in range(3))
+        count, other = (jnp.zeros((), jnp.int32) for _ in range(2))
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
-        count = jnp.zeros((), jnp.int32)
-        return MovementState(preconditioner.init(params), copies, count, one, zero, rate, given)
+        inner_state = preconditioner.init(params)
+        return MovementState(
+            inner_state, copies, count, one, norm, rate, size, other, given
+        )
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         # handed on as they came: the preconditioner tells a forgotten curvature from none
@@ -123,17 +136,24 @@ def bound_movement(
         rate, given = checked(state.given, "learning_rate", learning_rate, count)
         bound, given = checked(given, "kl_clip", kl_clip, count)
         rate, bound = jnp.asarray(rate, dtype), jnp.asarray(bound, dtype)
-        # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
-        per_rate = quotient_or_zero(jnp.asarray(momentum, dtype), state.last_rate)
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
+            # sgd with this momentum would have moved so far
+            moved = root_mean_square(named_leaves(last)).astype(dtype)
+            other = _unlike(moved, state.planned_size)
+            carried = jnp.where(other, 0, jnp.asarray(momentum, dtype))
+            # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
+            per_rate = quotient_or_zero(carried, state.last_rate)
             scale, norm = state.movement_scale, state.movement_norm
+            # T' = m T0 - rate U
+            movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
             if curvature is not None:
-                # T' = m T0 - rate U
-                movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
                 # what is masked has no part in it
                 square, exponent = exact_square(
-                    curvature, named_leaves(movement), subsample=examples, axis_name=axis_name
+                    curvature,
+                    named_leaves(movement),
+                    subsample="few" if examples is None else examples,
+                    axis_name=axis_name,
                 )
                 square = square.astype(dtype)
                 found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
@@ -145,8 +165,27 @@ def bound_movement(
             # what sgd makes of it: rate * handed = m T0 - s T'; at rate zero it forgets T0
             left = jnp.where(rate > 0, scale, 0)
             handed = combine((new, last), jnp.stack([left, (1 - left) * per_rate]))
-        copies = jax.tree.map(jnp.array, params)
-        count = optax.safe_increment(count)
-        return handed, MovementState(after, copies, count, scale, norm, rate, given)
+            planned = left * root_mean_square(named_leaves(movement)).astype(dtype)
+        return handed, MovementState(
+            preconditioner=after,
+            previous_params=jax.tree.map(jnp.array, params),
+            movement_count=optax.safe_increment(count),
+            movement_scale=scale,
+            movement_norm=norm,
+            last_rate=rate,
+            planned_size=planned,
+            # without a bound momentum is only counted, not taken back
+            other_movements=state.other_movements + (other & (state.movement_scale < 1)),
+            given=given,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _unlike(moved: jax.Array, planned: jax.Array) -> jax.Array:
+    """Whether a movement is far shorter or longer than the one that was planned; a planned one of
+    zero, and numbers that are not finite, have nothing to say.
+    """
+    longer = moved > 1.5 * planned
+    shorter = moved < planned / 1.5
+    return (planned > 0) & (longer | shorter)

@@ -1,6 +1,7 @@
 """K-FAC as a preconditioner; chain it with `optax.sgd` or any other optimizer."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._types import Block, Coupling, Layers, ScalarOrSchedule
+from kfac_optax._types import Block, Coupling, Layer, Layers, ScalarOrSchedule
 from kfac_optax._validate import check_choice, check_unused
 from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
@@ -23,8 +24,8 @@ from kfac_optax.step_rules.bound import bound_step
 from kfac_optax.step_rules.kl_clip import clip_by_kl
 from kfac_optax.step_rules.movement import bound_movement
 
-# in the metric of the batch, in that of the blocks, or in both: first one, then the other
-BOUNDS = ("exact", "damped", "movement")
+# by the network; in the metric of the batch, in that of the blocks, or first in one, then in the other
+BOUNDS = ("auto", "exact", "damped", "movement")
 # of fine and coarse part: by a model, added up, or handed on
 BALANCES = ("model", "sum", "apart")
 
@@ -36,7 +37,7 @@ def kfac(
     learning_rate: ScalarOrSchedule | None = None,
     damping: ScalarOrSchedule = 1e-3,
     kl_clip: ScalarOrSchedule | None = 1e-3,
-    bound: str = "damped",
+    bound: str = "auto",
     momentum: float = 0.9,
     decay: ScalarOrSchedule = 0.95,
     curvature_every: ScalarOrSchedule = 10,
@@ -74,11 +75,13 @@ def kfac(
       kl_clip: bound on the squared Fisher norm of a step; `None` hands on the preconditioned
         gradient as it is.
       bound: `"damped"` is KL-clip as in the papers, which scales the update down to
-        `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"exact"` makes the step, momentum
+        `<U, V> <= kl_clip / learning_rate^2` (see `clip_by_kl`). `"movement"` is KL-clip, and
+        behind it the same `kl_clip` as a bound on the whole step, momentum included, in the exact
+        metric (see `bound_movement`): a rate that is too large is survived. `"auto"` is
+        `"movement"`, but `"damped"` where most of the weights have a normalisation behind them
+        (`layer.scale_free`), which bounds by itself what a step can do. `"exact"` makes the step, momentum
         included, as long as an exact quadratic model wants it and bounds it in the metric of the
-        Fisher itself (see `bound_step`): the level of the rate has no influence then. `"movement"`
-        is KL-clip, and behind it the same `kl_clip` as a bound on the whole step, momentum
-        included, in the exact metric (see `bound_movement`): a rate that is too large is survived.
+        Fisher itself (see `bound_step`): the level of the rate has no influence then.
       momentum: of the transformation that follows; all but `bound="damped"` count it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
@@ -144,7 +147,7 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
-    _check_bound(bound, kl_clip, balance)
+    bound = _bound_of(layers, bound, kl_clip, balance)
     if block is None:
         _check_masks(layers, inverse)
     else:  # knows how positions are shared
@@ -223,12 +226,26 @@ def _check_masks(layers: Any, inverse: str) -> None:
         )
 
 
-def _check_bound(bound: str, kl_clip: Any, balance: str) -> None:
-    """What has no bound here cannot have another one."""
+def _bound_of(layers: Layers, bound: str, kl_clip: Any, balance: str) -> str:
+    """The bound that is taken; what has none here cannot ask for one."""
     for void, why in ((kl_clip is None, "kl_clip=None"), (balance == "apart", "balance='apart'")):
-        if void:
+        if not void:
+            continue
+        if bound != "damped":
             beside = f"{why}: what follows decides on the length of the step"
-            check_unused("kfac", beside, bound=(bound, "damped"))
+            check_unused("kfac", beside, bound=(bound, "auto"))
+        return "damped"
+    if bound != "auto":
+        return bound
+    # A step turns weights before a normalisation, however long it is: they have no scale.
+    weights = sum(_entries(layer) for layer in layers)
+    without_scale = sum(_entries(layer) for layer in layers if layer.scale_free)
+    return "damped" if 2 * without_scale > weights else "movement"
+
+
+def _entries(layer: Layer) -> int:
+    """Entries of all matrices of a layer, the shift beside them left out."""
+    return math.prod(layer.stored)
 
 
 def _with_momentum(make: Callable[..., Any], momentum: Any) -> Any:
