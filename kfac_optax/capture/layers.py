@@ -20,6 +20,7 @@ from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.grouping.grouping import group, tapped_leaves
 from kfac_optax.capture.jaxpr.calls import is_rule
 from kfac_optax.capture.jaxpr.degrees import without_scale
+from kfac_optax.capture.jaxpr.shared_leaves import Owner
 from kfac_optax.capture.kernels.distribute import distributed
 from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import Consumer, Site, analyse, count_taps
@@ -111,12 +112,11 @@ def trace(
 def _with_scale_free(layers: Layers, names: Sequence[str], jaxpr: Any) -> Layers:
     """The layers told which of them have no scale, given a jaxpr of what is predicted alone."""
     position = {name: i for i, name in enumerate(names)}
-    owners: list[int | None] = [None] * len(jaxpr.invars)
+    owners: list[list[Owner]] = [[] for _ in jaxpr.invars]
     for number, layer in enumerate(layers.layers):
-        # a leaf shared out among several layers has no degree in one of them
-        if layer.part is None and layer.bias_part is None:
-            for path in layer.leaves:
-                owners[position[path]] = number
+        owners[position[layer.kernel]].append(Owner(number, layer.part))
+        if layer.bias is not None:
+            owners[position[layer.bias]].append(Owner(number, layer.bias_part))
     free = without_scale(jaxpr, owners)
     told = []
     for number, layer in enumerate(layers.layers):
