@@ -108,6 +108,9 @@ class Layer:
       mixed: some of its uses have no part in the bias.
       swapped: some of its uses multiply by the transposed weight, as cotangents of an inner
         derivative do.
+      scale_free: whether it was proven that the outputs of the traced function stay the same when
+        all of its parameters are multiplied by one `c > 0`, but for the epsilons of norms: a
+        normalisation follows.
       part, bias_part: the part of the weight leaf and of the bias leaf that it has, where those are
         shared out among several layers; `None` for all of it.
       mask: entries of the weight as a matrix that the layer uses, `None` for all of them.
@@ -133,6 +136,7 @@ class Layer:
     partly: tuple[Uncovered, ...] = ()
     mixed: bool = False
     swapped: bool = False
+    scale_free: bool = False
     # what of its leaves it has
     part: Part | None = None
     bias_part: Part | None = None

@@ -230,7 +230,8 @@ def present(
         if layer.kernel not in leaves:
             continue
         if layer.bias is not None and layer.bias not in leaves:
-            layer = dataclasses.replace(layer, bias=None)
+            # proven of both together
+            layer = dataclasses.replace(layer, bias=None, scale_free=False)
         found.append(layer)
     return tuple(found)
 

@@ -19,6 +19,8 @@ from kfac_optax.capture.front_ends import linen, nnx
 from kfac_optax.capture.geometry import Lookup
 from kfac_optax.capture.grouping.grouping import group, tapped_leaves
 from kfac_optax.capture.jaxpr.calls import is_rule
+from kfac_optax.capture.jaxpr.degrees import without_scale
+from kfac_optax.capture.jaxpr.shared_leaves import Owner
 from kfac_optax.capture.kernels.distribute import distributed
 from kfac_optax.capture.row_axes import without_examples
 from kfac_optax.capture.sites import Consumer, Site, analyse, count_taps
@@ -53,9 +55,11 @@ def trace(
     args: Sequence[PyTree],
     where: str,
     check: Callable[[PyTree], int | None] = lambda out_shape: None,
+    predicted: Callable[[PyTree], PyTree] = lambda out: out,
 ) -> Traced:
     """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees
-    its abstract result and says how many examples it has.
+    its abstract result and says how many examples it has, `predicted` which part of it is the
+    prediction.
 
     Raises:
       ValueError: no layer was found, or a tapped one runs where it has no meaning.
@@ -100,7 +104,34 @@ def trace(
             "whose output reaches the prediction and whose kernel is a parameter as stored "
             f"([inputs, outputs] or its transpose). {reasons}."
         )
+    predicting = _live(jaxpr, _outputs(out_shape, predicted))
+    layers = _with_scale_free(layers, names, predicting.jaxpr)
     return Traced(names, jaxpr, out_shape, sites, owner, layers)
+
+
+def _with_scale_free(layers: Layers, names: Sequence[str], jaxpr: Any) -> Layers:
+    """The layers told which of them have no scale, given a jaxpr of what is predicted alone."""
+    position = {name: i for i, name in enumerate(names)}
+    owners: list[list[Owner]] = [[] for _ in jaxpr.invars]
+    for number, layer in enumerate(layers.layers):
+        owners[position[layer.kernel]].append(Owner(number, layer.part))
+        if layer.bias is not None:
+            owners[position[layer.bias]].append(Owner(number, layer.bias_part))
+    free = without_scale(jaxpr, owners)
+    told = []
+    for number, layer in enumerate(layers.layers):
+        told.append(dataclasses.replace(layer, scale_free=number in free))
+    return dataclasses.replace(layers, layers=tuple(told))
+
+
+def _outputs(out_shape: PyTree, part: Callable[[PyTree], PyTree]) -> list[bool]:
+    """Which arrays of the function's result are in that part of it."""
+    leaves, treedef = jax.tree.flatten(out_shape)
+    # positions of the part's arrays among the results
+    numbers = range(len(leaves))
+    own = part(treedef.unflatten(numbers))
+    wanted = set(jax.tree.leaves(own))
+    return [i in wanted for i in numbers]
 
 
 def _named(names: Sequence[str], consumers: Mapping[int, Sequence[Consumer]]) -> str:
@@ -128,12 +159,7 @@ def _live(closed: Any, outputs: Sequence[bool] | None = None) -> Any:
 
 def serve_all(traced: Traced, part: Callable[[PyTree], PyTree]) -> bool:
     """Whether that part of the function's result depends on every tap that was found."""
-    leaves, treedef = jax.tree.flatten(traced.out_shape)
-    # positions of the part's arrays among the results
-    numbers = range(len(leaves))
-    own = part(treedef.unflatten(numbers))
-    wanted = set(jax.tree.leaves(own))
-    pruned = _live(traced.jaxpr, [i in wanted for i in numbers])
+    pruned = _live(traced.jaxpr, _outputs(traced.out_shape, part))
     return count_taps(pruned.jaxpr) == len(traced.sites)
 
 

@@ -84,9 +84,10 @@ def trace_shared(
         prediction, _ = pair_of(spec.kind, out_shape)
         return _examples(spec.kind, prediction)
 
-    traced = trace(spec.with_aux, params, args, spec.kind.name, check)
+    prediction_of = lambda out: out[0]
+    traced = trace(spec.with_aux, params, args, spec.kind.name, check, prediction_of)
     # the prediction depends on all layers: one trace serves both
-    if serve_all(traced, lambda out: out[0]):
+    if serve_all(traced, prediction_of):
         return _with_examples(spec.kind, traced, traced.out_shape[0]), False
     return trace_model(spec, params, args), True
 
