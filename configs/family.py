@@ -45,6 +45,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-2,
                 "kl_clip": 1e-3,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "curvature_every": 5,
                 "inverse_every": 20,
                 "inverse": "eigh",

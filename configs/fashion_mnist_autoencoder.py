@@ -53,6 +53,7 @@ def get_config(variant: str = "fashion_mnist") -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-1,
                 "kl_clip": 1e-1,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "curvature_every": 5,
                 "inverse_every": {"regular": 20, "warmup_steps": 20, "first": 5},
                 "inverse": "cholesky",

@@ -56,6 +56,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-2,
                 "kl_clip": 1e-2,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "curvature_every": 10,
                 "inverse_every": 50,
                 "inverse": "eigh",

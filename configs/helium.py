@@ -40,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-3,
                 "kl_clip": 1e-3,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "decay": 0.95,
                 "curvature_every": 1,
                 "inverse_every": 5,

@@ -20,8 +20,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "batch_size": 500,
         "budget_seconds": 0.0,
         "targets": (300.0,),
+        "kfac": {"bound": "auto"},
     },
-    "fashion_mnist_cnn": {"epochs": 3, "targets": (0.5,)},
+    "fashion_mnist_cnn": {
+        "epochs": 3,
+        "targets": (0.5,),
+        "kfac": {"bound": "auto", "kl_clip": 1e-3},
+    },
     "char_transformer": {"epochs": 3, "targets": (2.5,)},
 }
 _DATA = {

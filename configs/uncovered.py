@@ -48,6 +48,7 @@ def get_config(variant: str = "rms_transformer") -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-2,
                 "kl_clip": 1e-2,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "curvature_every": 10,
                 "inverse_every": 20,
                 "inverse": "eigh",

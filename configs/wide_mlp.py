@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
             "kfac": {
                 "damping": 1e-2,
                 "kl_clip": 1e-2,
+                "bound": "damped",  # KL-clip alone, as in the papers
                 "curvature_every": 5,
                 "inverse_every": 25,
                 "inverse": "cholesky",

@@ -55,11 +55,11 @@ def trace(
     args: Sequence[PyTree],
     where: str,
     check: Callable[[PyTree], int | None] = lambda out_shape: None,
-    predicted: Callable[[PyTree], PyTree] = lambda out: out,
+    predicted: Callable[[PyTree], PyTree] | None = None,
 ) -> Traced:
     """Traces `function(params, *args)` with all front ends on and finds its layers; `check` sees
     its abstract result and says how many examples it has, `predicted` which part of it is the
-    prediction.
+    prediction (all, by default).
 
     Raises:
       ValueError: no layer was found, or a tapped one runs where it has no meaning.
@@ -104,7 +104,7 @@ def trace(
             "whose output reaches the prediction and whose kernel is a parameter as stored "
             f"([inputs, outputs] or its transpose). {reasons}."
         )
-    predicting = _live(jaxpr, _outputs(out_shape, predicted))
+    predicting = jaxpr if predicted is None else _live(jaxpr, _outputs(out_shape, predicted))
     layers = _with_scale_free(layers, names, predicting.jaxpr)
     return Traced(names, jaxpr, out_shape, sites, owner, layers)
 

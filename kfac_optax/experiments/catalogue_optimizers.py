@@ -184,7 +184,8 @@ def of_record(record: ko.Method) -> Optimizer:
         section=_section_of(record),
         momentum=momentum or ("behind" if whole else ""),
         every_step=record.block_of is None,
-        products=whole and record.block_of is not None,
+        # those of a bound on the whole movement too
+        products=whole and record.block_of is not None or takes_bound(preset),
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
         estimator=own_losses if "losses" in record.needs else made,
         value="value" in record.needs,
@@ -192,6 +193,11 @@ def of_record(record: ko.Method) -> Optimizer:
         sampled="sampled" in record.needs,
         drawn=_DRAWN.get(record.name),
     )
+
+
+def takes_bound(preset: Callable[..., Any]) -> bool:
+    """Whether a preset may bound the whole movement, which takes a product in every step."""
+    return "bound" in inspect.signature(preset).parameters
 
 
 def _of_model(make: Callable[..., ko.Estimator]) -> MakeEstimator:
@@ -211,13 +217,16 @@ def known_options(preset: Callable[..., Any], options: dict[str, Any]) -> dict[s
     }
 
 
-def _made(preset: Callable[..., Any], curved: Curved | None, rate: Rate) -> tuple[Any, set[str]]:
-    """The preset's transformation, and the words it got.
+def _made(
+    preset: Callable[..., Any], curved: Curved | None, rate: Rate, **more: Any
+) -> tuple[Any, set[str]]:
+    """The preset's transformation, with more words than those of the configuration, and the words
+    it got.
 
     One of gradients alone keeps its defaults: `config.kfac` is about curvature.
     """
     known = inspect.signature(preset).parameters
-    options = {} if curved is None else known_options(preset, curved.options)
+    options = {} if curved is None else more | known_options(preset, curved.options)
     if "learning_rate" in known:
         options["learning_rate"] = rate
     layers = () if curved is None or "layers" not in known else (curved.layers,)
@@ -230,9 +239,11 @@ def preset_before_sgd(preset: Callable[..., Any]) -> Build:
     """
 
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        tx, words = _made(preset, curved, rate)
         # a second momentum would make a rate ten times as large
         momentum = config.momentum if momentum_of(preset) else None
+        # a bound on the whole movement has to know what is behind it
+        counted = {"momentum": momentum or 0.0} if takes_bound(preset) else {}
+        tx, words = _made(preset, curved, rate, **counted)
         if "weight_decay" in words:  # which is then its own
             return optax.chain(tx, optax.sgd(rate, momentum=momentum))
         return preconditioned(tx, config, rate, momentum)

@@ -63,20 +63,17 @@ def _two_products(layers: Any, **options: Any) -> Any:
     return ko.kpsvd(layers, rank=2, **options)
 
 
-def _two_level(coarse: str, coarse_damping: str = "identity") -> Build:
+def _variant(label: str, preset: Callable[..., Any], **words: Any) -> Optimizer:
+    """A preset with other words than its defaults, whatever the configuration says of them."""
+
     def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
         assert curved is not None
-        # U of both levels, then the rate and momentum of SGD
-        tx = ko.kfac_two_level(
-            curved.layers,
-            learning_rate=rate,
-            coarse=coarse,
-            coarse_damping=coarse_damping,
-            **curved.options,
-        )
+        # U, then the rate and momentum of SGD
+        options = {"momentum": config.momentum} | curved.options | words
+        tx = preset(curved.layers, learning_rate=rate, **options)
         return preconditioned(tx, config, rate, config.momentum)
 
-    return build
+    return Optimizer(label, True, build, products=True)
 
 
 def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
@@ -86,10 +83,10 @@ def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
         assert curved is not None
         # T of the bound is the whole step, so the momentum behind it has to be known
         options = {
+            "momentum": config.momentum,
             **curved.options,
             "kl_clip": 1e-3,
             "bound": "exact",
-            "momentum": config.momentum,
             **words,
         }
         tx = preset(curved.layers, learning_rate=rate, **options)
@@ -109,10 +106,10 @@ OPTIMIZERS = {
     # the same preset, measured by a recursion
     "kfra": of_record(ko.CATALOGUE["kflr"])._replace(label="KFRA", estimator=recursion),
     "kpsvd_two": Optimizer("KPSVD, two terms", True, preset_before_sgd(_two_products)),
-    "two_level": Optimizer("two-level K-FAC", True, _two_level("factored")),
-    "two_level_exact": Optimizer("two-level, exact", True, _two_level("exact")),
-    "two_level_galerkin": Optimizer(
-        "two-level, Galerkin", True, _two_level("factored", "galerkin")
+    "two_level": _variant("two-level K-FAC", ko.kfac_two_level),
+    "two_level_exact": _variant("two-level, exact", ko.kfac_two_level, coarse="exact"),
+    "two_level_galerkin": _variant(
+        "two-level, Galerkin", ko.kfac_two_level, coarse_damping="galerkin"
     ),
     # The bound of these is the default one in every experiment: it is not tuned.
     "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
@@ -131,11 +128,10 @@ OPTIMIZERS = {
     "adamw": Optimizer("AdamW", False, _decoupled(optax.adamw)),
     "lion": Optimizer("Lion", False, _decoupled(optax.lion)),
     "sophia": Optimizer("Sophia-G", True, _sophia, every_step=True),
-    # KL-clip, and the same bound on the whole step in the exact metric
-    "kfac_movement": Optimizer(
-        "K-FAC, movement", True, _bounded(ko.kfac, bound="movement"), products=True
-    ),
-    "two_level_movement": Optimizer(
-        "two-level, movement", True, _bounded(ko.kfac_two_level, bound="movement"), products=True
+    # KL-clip alone, as in the papers
+    "kfac_clipped": _variant("K-FAC, KL-clip", ko.kfac, bound="damped"),
+    "two_level_clipped": _variant("two-level, KL-clip", ko.kfac_two_level, bound="damped"),
+    "two_level_exact_clipped": _variant(
+        "two-level exact, KL-clip", ko.kfac_two_level, coarse="exact", bound="damped"
     ),
 }

@@ -31,6 +31,8 @@ def as_race(config: ml_collections.ConfigDict, **changes: Any) -> ml_collections
     config.seeds, config.tune, config.tune_seeds, config.grid = 3, True, 1, GRID
     # all have the same epochs, as a schedule has to know their end, and but one a constant rate
     config.budget_seconds, config.schedule = 0.0, ml_collections.ConfigDict()
+    # KL-clip alone, as in the papers
+    config.kfac.update({"bound": "damped"})
     config.per_optimizer = ml_collections.ConfigDict({"adamw": {"schedule": _SCHEDULE}})
     config.update(changes)
     return config

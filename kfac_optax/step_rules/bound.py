@@ -22,7 +22,13 @@ from kfac_optax._validate import (
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.step_rules._per_layer import like_parameters
-from kfac_optax.step_rules.directions import combine, inner_products_of, moved_since, negative_parts
+from kfac_optax.step_rules.directions import (
+    combine,
+    inner_products_of,
+    kept_finite,
+    moved_since,
+    negative_parts,
+)
 from kfac_optax.step_rules.model_solution import agreed_mix, solve_model
 
 MODEL_EXAMPLES = 256
@@ -195,7 +201,7 @@ def bound_step(
         rates = jnp.where(decided, both, before)
         new_state = BoundState(
             after,
-            jax.tree.map(jnp.array, params),
+            kept_finite(params, state.previous_params),
             optax.safe_increment(state.bound_count),
             rates[0],
             rates[1],

@@ -58,3 +58,8 @@ def moved_since(before: PyTree, now: PyTree, *, first: jax.Array) -> PyTree:
         return jnp.where(first | ~jnp.isfinite(moved), 0, moved)
 
     return jax.tree.map(difference, now, before)
+
+
+def kept_finite(now: PyTree, before: PyTree) -> PyTree:
+    """A copy of the parameters; entries that are not finite stay as they were."""
+    return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), now, before)

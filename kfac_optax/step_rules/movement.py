@@ -21,7 +21,7 @@ from kfac_optax._validate import (
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of, root_mean_square
-from kfac_optax.step_rules.directions import combine, moved_since
+from kfac_optax.step_rules.directions import combine, kept_finite, moved_since
 
 
 class MovementState(NamedTuple):
@@ -168,7 +168,7 @@ def bound_movement(
             planned = left * root_mean_square(named_leaves(movement)).astype(dtype)
         return handed, MovementState(
             preconditioner=after,
-            previous_params=jax.tree.map(jnp.array, params),
+            previous_params=kept_finite(params, state.previous_params),
             movement_count=optax.safe_increment(count),
             movement_scale=scale,
             movement_norm=norm,

@@ -147,7 +147,6 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
-    bound = _bound_of(layers, bound, kl_clip, balance)
     if block is None:
         _check_masks(layers, inverse)
     else:  # knows how positions are shared
@@ -158,6 +157,7 @@ def kfac(
             positions=(positions, None),
         )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
+    bound = _bound_of(layers, bound, kl_clip, balance)
     # weights between units; other kinds of layers have blocks of their own
     linear = kronecker_by(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
