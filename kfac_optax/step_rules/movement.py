@@ -158,14 +158,17 @@ def bound_movement(
                 square = square.astype(dtype)
                 found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
-                size = (1 - momentum) * times_power(root, exponent // 2)
+                length = (1 - momentum) * times_power(root, exponent // 2)
                 # of a batch that says nothing, nothing is remembered
                 scale = jnp.where(jnp.isfinite(square) & (square > 0), found, scale)
-                norm = jnp.where(jnp.isfinite(size), size, norm)
+                norm = jnp.where(jnp.isfinite(length), length, norm)
             # what sgd makes of it: rate * handed = m T0 - s T'; at rate zero it forgets T0
             left = jnp.where(rate > 0, scale, 0)
             handed = combine((new, last), jnp.stack([left, (1 - left) * per_rate]))
-            planned = left * root_mean_square(named_leaves(movement)).astype(dtype)
+            # sgd with this momentum moves by m T0 - rate handed, whatever has been left out here
+            behind = momentum * quotient_or_zero(rate, state.last_rate)
+            planned = combine((handed, last), jnp.stack([-rate, behind]))
+            size = root_mean_square(named_leaves(planned)).astype(dtype)
         return handed, MovementState(
             preconditioner=after,
             previous_params=kept_finite(params, state.previous_params),
@@ -173,7 +176,7 @@ def bound_movement(
             movement_scale=scale,
             movement_norm=norm,
             last_rate=rate,
-            planned_size=planned,
+            planned_size=size,
             # without a bound momentum is only counted, not taken back
             other_movements=state.other_movements + (other & (state.movement_scale < 1)),
             given=given,

@@ -10,6 +10,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.methods.kfac.fixed import _with_momentum
+from kfac_optax.step_rules.movement import MovementState
 from tests import helpers as h
 from tests import oracles
 from tests.step_rules.test_bound import MOMENTUM, dense_fisher, gradient, problem
@@ -143,3 +144,66 @@ def test_an_injected_momentum_of_one_has_no_bound(given, used, ignored):
     _, state = tx.update(params, tx.init(params), params, curvature=None)
     number = state.given["given_momentum"]
     assert (float(number.last_good), int(number.ignored_values)) == (np.float32(used), ignored)
+
+
+@pytest.mark.parametrize(
+    ("normalised", "words", "moving"),
+    [
+        ((), {}, True),
+        ((0, 1), {}, False),
+        ((1,), {}, True),  # the second of three has less than half of the weights
+        ((), {"kl_clip": None}, False),
+        ((), {"balance": "apart"}, False),
+        ((), {"bound": "damped"}, False),
+        ((0, 1), {"bound": "movement"}, True),
+    ],
+)
+def test_the_network_decides_on_the_bound(normalised, words, moving):
+    """A batch norm takes the scale of the weights before it; where most have none KL-clip is alone."""
+    params = {name: jnp.ones((3, 3)) for name in "abc"}
+
+    def predict(params, x):
+        for i, w in enumerate(params.values()):
+            x = x @ w
+            if i in normalised:
+                x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
+        return ko.Normal(x)
+
+    layers = ko.ggn(predict).layers(params, jnp.ones((5, 3)))
+    for preset in (ko.kfac, ko.kfac_two_level):
+        state = preset(layers, **({"learning_rate": 0.1} | words)).init(params)
+        assert isinstance(state, MovementState) == moving
+
+
+def test_momentum_counts_only_where_it_follows(x64):
+    """Behind plain gradient descent the bound is one of the update alone, and nothing is taken back."""
+    _, params, x, _, estimator, layers = problem()
+    rate, kl_clip = 0.5, 1e-5
+    bounded = ko.bound_movement(
+        optax.identity(), learning_rate=rate, kl_clip=kl_clip, momentum=MOMENTUM
+    )
+
+    def states(behind):
+        tx = optax.chain(bounded, behind)
+
+        @jax.jit
+        def step(params, state):
+            grad, curvature = gradient(params, x), estimator.at(params, x)
+            updates, state = tx.update(grad, state, params, curvature=curvature)
+            return optax.apply_updates(params, updates), state, grad, updates
+
+        at, state = params, tx.init(params)
+        for _ in range(4):
+            before = at
+            at, state, grad, updates = step(at, state)
+            yield before, state[0], oracles.flatten(grad), oracles.flatten(updates)
+
+    *_, (_, state, _, _) = states(optax.sgd(rate, momentum=MOMENTUM))
+    assert int(state.other_movements) == 0 and not ko.problems(state)
+    # two steps that are no sum: from then on each is along its gradient, with the same bound
+    for i, (at, state, grad, updates) in enumerate(states(optax.sgd(rate))):
+        assert int(state.other_movements) == max(0, i - 1)
+        if i != 1:
+            scale = np.sqrt(kl_clip / (1 - MOMENTUM) ** 2 / (grad @ dense_fisher(at, x) @ grad))
+            np.testing.assert_allclose(updates, -scale * grad, rtol=1e-9)
+    assert "pass the momentum=" in ko.problems(state)[0]
