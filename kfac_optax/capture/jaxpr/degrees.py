@@ -15,6 +15,7 @@ from kfac_optax.capture.jaxpr.homogeneous import (
     DATA,
     MOVED,
     Value,
+    constant_behind,
     degrees_behind,
     joined,
     literal,
@@ -73,9 +74,9 @@ def _walk(jaxpr: Any, inputs: Sequence[Value], unknown: set[int]) -> list[Value]
         if any(value.degrees or value.leaf for value in values):
             outputs = _behind(eqn, values, unknown)
             known.update(zip(eqn.outvars, outputs, strict=True))
-        elif eqn.primitive.name in MOVED:
-            # a function of data is data, but zeros and epsilons are worth knowing
-            known.update(dict.fromkeys(eqn.outvars, values[0]))
+        elif (constant := constant_behind(eqn, values)) is not None:
+            # any other function of data is data
+            known.update(dict.fromkeys(eqn.outvars, Value({}, constant)))
     return list(map(read, jaxpr.outvars))
 
 
@@ -111,7 +112,7 @@ def _behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Sequence[Va
         unknown.update(*(value.degrees for value in values))
         return [DATA] * len(eqn.outvars)
     degrees = {i: degree for i, degree in degrees.items() if degree}
-    return [Value(degrees)] * len(eqn.outvars)
+    return [Value(degrees, constant_behind(eqn, values))] * len(eqn.outvars)
 
 
 def _behind_cond(eqn: Any, values: Sequence[Value], unknown: set[int]) -> list[Value]:

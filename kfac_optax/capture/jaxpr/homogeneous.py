@@ -61,7 +61,7 @@ class Value(NamedTuple):
     @property
     def of_any_degree(self) -> bool:
         """Whether a factor would change nothing."""
-        return self.constant is not None and (self.constant == 0 or math.isinf(self.constant))
+        return self.constant is not None and _absorbs(self.constant)
 
     @property
     def is_epsilon(self) -> bool:
@@ -72,6 +72,11 @@ class Value(NamedTuple):
 DATA = Value({})
 
 
+def _absorbs(number: float) -> bool:
+    """Whether a positive factor leaves a number as it is."""
+    return number == 0 or not math.isfinite(number)
+
+
 def without(degrees: Degrees, unknown: set[int]) -> Degrees:
     """Degrees in all other sets."""
     return {i: degree for i, degree in degrees.items() if i not in unknown}
@@ -79,8 +84,10 @@ def without(degrees: Degrees, unknown: set[int]) -> Degrees:
 
 def literal(v: Any) -> Value:
     """A number in the program."""
-    real = jnp.issubdtype(v.aval.dtype, jnp.floating) and v.aval.ndim == 0
-    return Value({}, float(v.val)) if real else DATA
+    # zeros are often whole numbers, cast where they are used
+    kinds = (jnp.floating, jnp.integer)
+    real = any(jnp.issubdtype(v.aval.dtype, kind) for kind in kinds)
+    return Value({}, float(v.val)) if real and v.aval.ndim == 0 else DATA
 
 
 def degrees_behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Degrees | None:
@@ -92,7 +99,9 @@ def degrees_behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Degr
         # rounded to whole numbers they have none
         return first if _inexact(eqn.outvars[0]) else None
     if name == "gather":
-        return first if _fills_with_nothing(eqn) else None
+        # what it gives outside of its table
+        fill = eqn.params["fill_value"]
+        return first if fill is None or _absorbs(fill) else None
     if name in _PRODUCTS:
         return _sum(first, values[1].degrees, 1)
     if name == "div":
@@ -115,13 +124,19 @@ def degrees_behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Degr
     return None
 
 
+def constant_behind(eqn: Any, values: Sequence[Value]) -> float | None:
+    """The number that all entries of an operation's result are, where that is worth knowing: zeros
+    and epsilons.
+    """
+    name = eqn.primitive.name
+    if name in MOVED:
+        return values[0].constant
+    zeros = name in _PRODUCTS and any(value.constant == 0 for value in values)
+    return 0.0 if zeros else None
+
+
 def _inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
-
-
-def _fills_with_nothing(eqn: Any) -> bool:
-    """Whether what a look-up gives outside of its table is NaN or zero."""
-    return eqn.params["fill_value"] in (None, 0)
 
 
 def _sum(left: Degrees, right: Degrees, sign: int) -> Degrees:
