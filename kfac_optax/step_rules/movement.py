@@ -34,6 +34,7 @@ class MovementState(NamedTuple):
     movement_norm: jax.Array  # shape=(): (1 - m) sqrt(T^T F T) of it before the bound
     last_rate: jax.Array  # shape=(): the learning rate of the last update
     planned_size: jax.Array  # shape=(): root mean square of the last movement, if sgd made it
+    plain_size: jax.Array  # shape=(): and if sgd without momentum did
     other_movements: Any  # shape=(), dtype=int32: how many were not those of sgd
     given: dict[str, Checked]
 
@@ -66,9 +67,9 @@ def bound_movement(
     the momentum: what it would gather there no movement shows.
 
     How far the parameters moved tells whether such an `sgd` follows. After a movement that is not
-    between two thirds and one and a half times as long as planned `m` is zero in the next step: its
-    own part is bounded alone, and nothing is taken back. `problems` counts them where the bound was
-    active.
+    about as long as planned, or nearer to that of an `sgd` without momentum, `m` is zero in the next
+    step: its own part is bounded alone, and nothing is taken back. `problems` counts them where the
+    bound was active.
 
     Args:
       preconditioner: any transformation; extra arguments are handed on.
@@ -112,12 +113,12 @@ def bound_movement(
         # new arrays each time: no buffer occurs twice
         copies = jax.tree.map(jnp.array, params)
         one = jnp.ones((), dtype)
-        norm, rate, size = (jnp.zeros((), dtype) for _ in range(3))
+        norm, rate, planned, plain = (jnp.zeros((), dtype) for _ in range(4))
         count, other = (jnp.zeros((), jnp.int32) for _ in range(2))
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
         inner_state = preconditioner.init(params)
         return MovementState(
-            inner_state, copies, count, one, norm, rate, size, other, given
+            inner_state, copies, count, one, norm, rate, planned, plain, other, given
         )
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
@@ -140,7 +141,7 @@ def bound_movement(
             last = moved_since(state.previous_params, params, first=count == 0)
             # sgd with this momentum would have moved so far
             moved = root_mean_square(named_leaves(last)).astype(dtype)
-            other = _unlike(moved, state.planned_size)
+            other = ~_follows(moved, state.planned_size, state.plain_size)
             carried = jnp.where(other, 0, jnp.asarray(momentum, dtype))
             # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
             per_rate = quotient_or_zero(carried, state.last_rate)
@@ -168,7 +169,7 @@ def bound_movement(
             # sgd with this momentum moves by m T0 - rate handed, whatever has been left out here
             behind = momentum * quotient_or_zero(rate, state.last_rate)
             planned = combine((handed, last), jnp.stack([-rate, behind]))
-            size = root_mean_square(named_leaves(planned)).astype(dtype)
+            sizes = [root_mean_square(named_leaves(tree)) for tree in (planned, handed)]
         return handed, MovementState(
             preconditioner=after,
             previous_params=kept_finite(params, state.previous_params),
@@ -176,7 +177,8 @@ def bound_movement(
             movement_scale=scale,
             movement_norm=norm,
             last_rate=rate,
-            planned_size=size,
+            planned_size=sizes[0].astype(dtype),
+            plain_size=rate * sizes[1].astype(dtype),
             # without a bound momentum is only counted, not taken back
             other_movements=state.other_movements + (other & (state.movement_scale < 1)),
             given=given,
@@ -185,10 +187,10 @@ def bound_movement(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _unlike(moved: jax.Array, planned: jax.Array) -> jax.Array:
-    """Whether a movement is far shorter or longer than the one that was planned; a planned one of
-    zero, and numbers that are not finite, have nothing to say.
+def _follows(moved: jax.Array, planned: jax.Array, plain: jax.Array) -> jax.Array:
+    """Whether sgd with its momentum made a movement: one about as long as planned, and no nearer to
+    what it would be without momentum. A plan of zero has nothing to say.
     """
-    longer = moved > 1.5 * planned
-    shorter = moved < planned / 1.5
-    return (planned > 0) & (longer | shorter)
+    about = (moved < 1.5 * planned) & (moved > planned / 1.5)
+    nearer = jnp.abs(moved - planned) <= jnp.abs(moved - plain) + 1e-3 * planned
+    return (about & nearer) | ~(planned > 0)

@@ -151,7 +151,8 @@ def test_an_injected_momentum_of_one_has_no_bound(given, used, ignored):
     [
         ((), {}, True),
         ((0, 1), {}, False),
-        ((1,), {}, True),  # the second of three has less than half of the weights
+        ((0,), {}, True),  # one of three has less than half of the weights
+        ((1,), {}, False),  # what is before it has none either
         ((), {"kl_clip": None}, False),
         ((), {"balance": "apart"}, False),
         ((), {"bound": "damped"}, False),
