@@ -19,6 +19,10 @@ or `curvature=None` to take no statistics in this step. Wrappers that cannot for
 (such as `TrainState.apply_gradients`) need the short recipe of docs/howto/loops.md."""
 
 
+class NoProductsError(ValueError):
+    """A curvature that has statistics, but no exact products."""
+
+
 def _concrete(value: Any) -> bool:
     return isinstance(value, (int, float, np.ndarray, np.generic)) and not isinstance(value, bool)
 

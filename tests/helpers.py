@@ -3,6 +3,7 @@ compilation counter.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -118,13 +119,19 @@ def linen_problem() -> Problem:
 
 
 def make_tx(preset: str, problem: Problem, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-    """A preset with short periods, so that a few steps see every branch."""
-    settings = {
-        "learning_rate": 0.1,
-        "damping": 0.05,
-        "curvature_every": 2,
-        "inverse_every": 3,
-    } | kwargs
+    """A preset with short periods, so that a few steps see every branch, and KL-clip alone."""
+    known = inspect.signature(PRESETS[preset]).parameters
+    alone = {"bound": "damped"} if "bound" in known else {}
+    settings = (
+        alone
+        | {
+            "learning_rate": 0.1,
+            "damping": 0.05,
+            "curvature_every": 2,
+            "inverse_every": 3,
+        }
+        | kwargs
+    )
     return PRESETS[preset](problem.layers, **settings)
 
 

@@ -104,20 +104,29 @@ def trace(
             "whose output reaches the prediction and whose kernel is a parameter as stored "
             f"([inputs, outputs] or its transpose). {reasons}."
         )
-    predicting = jaxpr if predicted is None else _live(jaxpr, _outputs(out_shape, predicted))
-    layers = _with_scale_free(layers, names, predicting.jaxpr)
+    outputs = None if predicted is None else _outputs(out_shape, predicted)
+    layers = _with_scale_free(layers, names, jaxpr, outputs)
     return Traced(names, jaxpr, out_shape, sites, owner, layers)
 
 
-def _with_scale_free(layers: Layers, names: Sequence[str], jaxpr: Any) -> Layers:
-    """The layers told which of them have no scale, given a jaxpr of what is predicted alone."""
+def _with_scale_free(
+    layers: Layers,
+    names: Sequence[str],
+    closed: Any,
+    outputs: Sequence[bool] | None,
+) -> Layers:
+    """The layers told which of them have no scale in these outputs (default all) of the closed
+    jaxpr.
+    """
+    # new statistics of a batch have the scale of their layer, but are no prediction
+    live = closed if outputs is None else _live(closed, outputs)
     position = {name: i for i, name in enumerate(names)}
-    owners: list[list[Owner]] = [[] for _ in jaxpr.invars]
+    owners: list[list[Owner]] = [[] for _ in live.jaxpr.invars]
     for number, layer in enumerate(layers.layers):
         owners[position[layer.kernel]].append(Owner(number, layer.part))
         if layer.bias is not None:
             owners[position[layer.bias]].append(Owner(number, layer.bias_part))
-    free = without_scale(jaxpr, owners)
+    free = without_scale(live.jaxpr, owners)
     told = []
     for number, layer in enumerate(layers.layers):
         told.append(dataclasses.replace(layer, scale_free=number in free))

@@ -11,6 +11,7 @@ import jax
 from jax.extend import core as jex
 
 from kfac_optax._types import Layer, PyTree
+from kfac_optax._validate import NoProductsError
 from kfac_optax.capture.layers import Traced
 from kfac_optax.estimators import microbatches
 from kfac_optax.estimators.centring import centred_cotangents
@@ -224,7 +225,7 @@ def _exact(
 ) -> tuple[Spec, tuple[PyTree, ...]]:
     """The part of the batch on which products are taken."""
     if not spec.kind.gradients:
-        raise ValueError(
+        raise NoProductsError(
             f"{spec.kind.name}: measures inputs of layers only, so it is no model of the loss. Use "
             "fisher or ggn where the step is decided by a quadratic model, a trust region in the "
             "exact metric, or a deflated coupling."

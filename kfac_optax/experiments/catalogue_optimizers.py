@@ -185,7 +185,7 @@ def of_record(record: ko.Method) -> Optimizer:
         momentum=momentum or ("behind" if whole else ""),
         every_step=record.block_of is None,
         # those of a bound on the whole movement too
-        products=whole and record.block_of is not None or takes_bound(preset),
+        products=(whole and record.block_of is not None) or takes_bound(preset),
         rated=not whole or "learning_rate" in inspect.signature(preset).parameters,
         estimator=own_losses if "losses" in record.needs else made,
         value="value" in record.needs,

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._validate import NoProductsError
 from kfac_optax.likelihoods import _common
 
 LogDensity = Callable[..., jax.Array]
@@ -153,7 +154,7 @@ class FromLogDensity:
     ) -> jax.Array:
         # only what is exact needs it, so it is missed where it is used
         if self.fisher is None:
-            raise ValueError(
+            raise NoProductsError(
                 f"{self.name}: the exact Fisher information of a term is needed (by ggn, products, "
                 "or a bound in the exact metric), but from_log_density got none. Pass "
                 f"fisher=, a function of the natural arrays of one term to a matrix "

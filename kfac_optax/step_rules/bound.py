@@ -142,7 +142,7 @@ def bound_step(
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip, damping=damping)
         return BoundState(
             preconditioner.init(params),
-            jax.tree.map(jnp.array, params),
+            jax.tree.map(jnp.zeros_like, params),  # not read before the first update
             jnp.zeros((), jnp.int32),
             number(0),
             number(0),

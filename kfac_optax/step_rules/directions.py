@@ -34,10 +34,15 @@ def inner_products_of(directions: Sequence[PyTree]) -> jax.Array:
 
 
 def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
-    """`sum_i weights_i d_i`; where a weight is zero its direction may hold anything, NaN included."""
+    """`sum_i weights_i d_i`; where a weight is zero its direction may hold anything, NaN included.
+
+    Of parameters that do not train (whole numbers, flags) the first direction is left as it is.
+    """
 
     def entry(*xs: jax.Array) -> jax.Array:
         dtype = xs[0].dtype
+        if not all(trains(x) for x in xs):
+            return xs[0]
         terms = []
         for x, weight in zip(xs, weights, strict=True):
             w = weight.astype(dtype)
@@ -50,10 +55,12 @@ def combine(directions: Sequence[PyTree], weights: jax.Array) -> PyTree:
 
 def moved_since(before: PyTree, now: PyTree, *, first: jax.Array) -> PyTree:
     """How the parameters have moved, `now - before`; not at all in the first update, or where the
-    difference is not finite.
+    difference is not finite, or where they do not train (whole numbers, flags).
     """
 
     def difference(new: jax.Array, old: jax.Array) -> jax.Array:
+        if not trains(new):
+            return jnp.zeros_like(new)
         moved = new - old
         return jnp.where(first | ~jnp.isfinite(moved), 0, moved)
 
@@ -62,4 +69,13 @@ def moved_since(before: PyTree, now: PyTree, *, first: jax.Array) -> PyTree:
 
 def kept_finite(now: PyTree, before: PyTree) -> PyTree:
     """A copy of the parameters; entries that are not finite stay as they were."""
-    return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), now, before)
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isfinite(new), new, old) if trains(new) else jnp.array(new)
+
+    return jax.tree.map(kept, now, before)
+
+
+def trains(x: jax.Array) -> bool:
+    """Whether entries are of floating point, or complex: whole numbers and flags have no gradient."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)

@@ -12,6 +12,7 @@ from kfac_optax._tree import named_leaves, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
+    NoProductsError,
     check_axis_name,
     check_legal,
     check_number,
@@ -21,7 +22,7 @@ from kfac_optax._validate import (
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
 from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of, root_mean_square
-from kfac_optax.step_rules.directions import combine, kept_finite, moved_since
+from kfac_optax.step_rules.directions import combine, kept_finite, moved_since, trains
 
 
 class MovementState(NamedTuple):
@@ -46,6 +47,7 @@ def bound_movement(
     kl_clip: ScalarOrSchedule = 1e-3,
     momentum: float = 0.9,
     examples: int | None = None,
+    required: bool = True,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens the whole movement of the parameters, momentum included, to an exact bound.
@@ -79,6 +81,8 @@ def bound_movement(
       examples: how many examples of a batch the product is taken on, or all where there are fewer;
         by default few: at least 8 and so many that their predictions have 32,768 numbers, at most
         256.
+      required: whether a curvature that has no products (a likelihood without an exact Fisher) is an
+        error, or the step stays as long as it is.
       axis_name: mapped axis over which the batch is split.
 
     Returns:
@@ -110,16 +114,30 @@ def bound_movement(
 
     def init(params: PyTree) -> MovementState:
         dtype = jnp.finfo(wide_dtype(params)).dtype  # real, of complex parameters too
-        # new arrays each time: no buffer occurs twice
-        copies = jax.tree.map(jnp.array, params)
+        # not read before the first update; new arrays each time: no buffer occurs twice
+        unread = jax.tree.map(jnp.zeros_like, params)
         one = jnp.ones((), dtype)
         norm, rate, planned, plain = (jnp.zeros((), dtype) for _ in range(4))
         count, other = (jnp.zeros((), jnp.int32) for _ in range(2))
         given = start_checked(learning_rate=learning_rate, kl_clip=kl_clip)
         inner_state = preconditioner.init(params)
         return MovementState(
-            inner_state, copies, count, one, norm, rate, planned, plain, other, given
+            inner_state, unread, count, one, norm, rate, planned, plain, other, given
         )
+
+    def squared(curvature: Any, movement: PyTree) -> tuple[jax.Array, jax.Array] | None:
+        """`T^T F T` and the exponent of a power of two that multiplies it, if there are products."""
+        # what is masked has no part in it, nor has what does not train
+        leaves = {name: x for name, x in named_leaves(movement).items() if trains(x)}
+        part = "few" if examples is None else examples
+        if not required and not hasattr(curvature, "quadratic_form"):
+            return None
+        try:
+            return exact_square(curvature, leaves, subsample=part, axis_name=axis_name)
+        except NoProductsError:
+            if required:
+                raise
+            return None
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         # handed on as they came: the preconditioner tells a forgotten curvature from none
@@ -148,15 +166,9 @@ def bound_movement(
             scale, norm = state.movement_scale, state.movement_norm
             # T' = m T0 - rate U
             movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
-            if curvature is not None:
-                # what is masked has no part in it
-                square, exponent = exact_square(
-                    curvature,
-                    named_leaves(movement),
-                    subsample="few" if examples is None else examples,
-                    axis_name=axis_name,
-                )
-                square = square.astype(dtype)
+            product = None if curvature is None else squared(curvature, movement)
+            if product is not None:
+                square, exponent = product[0].astype(dtype), product[1]
                 found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
                 length = (1 - momentum) * times_power(root, exponent // 2)

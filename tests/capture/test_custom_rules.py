@@ -187,7 +187,9 @@ def test_diagonal_measures_through_the_rule():
     x = x[:1]  # of one example no signs are needed
     predict = lambda p, x: ko.Normal(dense(tanh_layer(scaled(p["a"]), x), p["b"]))
     estimator = ko.ggn(predict)
-    tx = ko.kfac(estimator.layers(params, x), learning_rate=1.0, uncovered="diagonal")
+    tx = ko.kfac(
+        estimator.layers(params, x), learning_rate=1.0, uncovered="diagonal", bound="damped"
+    )
     _, state = tx.update(params, tx.init(params), params, curvature=estimator.at(params, x))
     jacobian = jax.jacrev(lambda a: predict({**params, "a": a}, x).mean)(params["a"])
     want = np.sum(np.square(jacobian), (0, 1)).reshape(1, 1, -1)

@@ -182,11 +182,23 @@ def over_time_normed(p, x):
     return dense(p["out"], h)
 
 
+def self_attention(qkv, x):
+    q, k, v = (x @ w for w in jnp.split(qkv, 3, 1))
+    return jax.nn.softmax(rms_norm(q) @ rms_norm(k).swapaxes(-1, -2)) @ v
+
+
 def fused(p, x):
     """Queries, keys and values in one parameter, the layers of a network in another."""
-    q, k, v = (x @ w for w in jnp.split(p["qkv"], 3, 1))
-    h = jax.nn.softmax(rms_norm(q) @ rms_norm(k).swapaxes(-1, -2)) @ v
+    h = self_attention(p["qkv"], x)
     return rms_norm(h @ p["stack"][0] + p["shift"][0]) @ p["stack"][1]
+
+
+def fused_stack(p, x):
+    """Split inside of a scan, and in front of one."""
+    x = jax.lax.scan(lambda h, w: (self_attention(w, h), None), x, p["inside"])[0]
+    step = lambda h, w: (rms_norm(h @ w[0]) + h @ w[1], None)
+    halves = jnp.split(p["before"], 2, 2)
+    return dense(p["out"], jax.lax.scan(step, x, halves)[0])
 
 
 def weight_norm(p, x):
@@ -231,6 +243,13 @@ ARCHITECTURES = {
         },
         SEQUENCE,
         {"qkv[:, 0:4]", "qkv[:, 4:8]", "stack[0]"},
+    ),
+    "fused stack": (
+        fused_stack,
+        {"inside": normal(2, WIDTH, 3 * WIDTH), "before": normal(2, WIDTH, 2 * WIDTH)}
+        | weights("out"),
+        SEQUENCE,
+        {"inside[:, 0:4]", "inside[:, 4:8]", "before[:, 0:4]"},
     ),
     "weight norm": (
         weight_norm,

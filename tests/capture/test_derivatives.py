@@ -174,7 +174,7 @@ def test_a_parameter_that_is_handed_out_or_carried_is_used():
     layers = estimator.layers(params, jnp.ones((N, 2)))
     reasons = {u.path: u.reason for u in layers.uncovered}
     assert "the prediction itself" in reasons["scale"] and "scan" in reasons["start"]
-    tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal")
+    tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal", bound="damped")
     _, state = tx.update(
         params, tx.init(params), params, curvature=estimator.at(params, jnp.ones((N, 2)))
     )

@@ -66,9 +66,8 @@ class Case(NamedTuple):
 
     def tx(self, *batch, **settings):
         layers = self.estimator.layers(h.plain_params(), *batch)
-        return h.PRESETS[self.preset](
-            layers, **{"learning_rate": 0.1, "damping": 0.05} | self.settings | settings
-        )
+        short = {"learning_rate": 0.1, "damping": 0.05, "bound": "damped"}
+        return h.PRESETS[self.preset](layers, **short | self.settings | settings)
 
     def step(self, tx):
         return _step(tx, self.estimator, refresh=self.refresh)
@@ -181,7 +180,12 @@ def explicit_axes_sampled_labels():
     mesh = jax.make_mesh((DEVICES,), ("data",))
     x, y, weights = _data()
     estimator = ko.fisher(_weighted)
-    tx = ko.kfac(estimator.layers(h.plain_params(), x, weights), learning_rate=0.1, damping=0.05)
+    tx = ko.kfac(
+        estimator.layers(h.plain_params(), x, weights),
+        learning_rate=0.1,
+        damping=0.05,
+        bound="damped",
+    )
 
     @jax.jit
     def step(params, state, x, y, weights, key):
@@ -205,7 +209,7 @@ def explicit_axes_part_of_the_batch():
     mesh = jax.make_mesh((DEVICES,), ("data",))
     x, params = _data()[0], h.plain_params()
     estimator = ko.ggn(h.plain_predict, subsample=0.5)
-    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1)
+    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, bound="damped")
     step = _step(tx, estimator, refresh=False)
     expected = jax.device_get(step(params, jax.jit(tx.init)(params), x))
     with jax.set_mesh(mesh):
@@ -480,8 +484,8 @@ def shard_map_sampled_labels():
     estimator, key, params = ko.fisher(h.plain_predict), jax.random.key(11), h.plain_params()
     layers = estimator.layers(params, x)
     tx, single = (
-        ko.kfac(layers, learning_rate=0.1, axis_name="data"),
-        ko.kfac(layers, learning_rate=0.1),
+        ko.kfac(layers, learning_rate=0.1, axis_name="data", bound="damped"),
+        ko.kfac(layers, learning_rate=0.1, bound="damped"),
     )
     state = jax.jit(tx.init)(params)
 

@@ -152,7 +152,9 @@ def placement_schedule():
 
     def make(**words):
         short = {"curvature_every": 1, "inverse_every": 2}
-        return ko.kfac_two_level(layers, learning_rate=0.1, damping=0.05, **short, **words)
+        return ko.kfac_two_level(
+            layers, learning_rate=0.1, damping=0.05, bound="damped", **short, **words
+        )
 
     def run(tx, state, params, x, weights):
         curvature = estimator.at(params, x, weights)
@@ -282,7 +284,7 @@ def placement_pmap():
     gradients = params, jax.tree.map(jnp.cos, params)
 
     def make(**words):
-        return ko.kfac(layers, learning_rate=0.1, damping=0.05, **words)
+        return ko.kfac(layers, learning_rate=0.1, damping=0.05, bound="damped", **words)
 
     expected, _ = jax.jit(steps(make, estimator, gradients))(make().init(params), params, *batch)
     words = dict(axis_name="data", placement=ko.Placement("data", 0.5, mesh))

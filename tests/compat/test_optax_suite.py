@@ -134,6 +134,7 @@ def test_inject_hyperparams_changes_nothing(preset, number):
     problem = h.plain_problem()
     schedule = optax.linear_schedule(0.1, 0.01, 5)
     settings = {"learning_rate": schedule, "damping": 0.05, "kl_clip": 1e-3, "decay": 0.9}
+    settings["bound"] = "damped"  # the other one remembers its momentum beside the rest
     periods = {"curvature_every": number(2), "inverse_every": number(3)}
     tx = h.PRESETS[preset](problem.layers, **settings, curvature_every=2, inverse_every=3)
     factory = optax.inject_hyperparams(h.PRESETS[preset], static_args=("layers",))

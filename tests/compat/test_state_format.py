@@ -130,7 +130,7 @@ def described_on(devices, fraction=0.0, statistics="averaged", named=True):
 
     params = [jnp.eye(3)] * 9
     layers = ko.ggn(predict).layers(params, jnp.ones((2, 3)))
-    tx = ko.kfac(layers, learning_rate=0.1, axis_name="data", placement=placement)
+    tx = ko.kfac(layers, learning_rate=0.1, axis_name="data", placement=placement, bound="damped")
     state, words = jax.eval_shape(tx.init, params), {"placement": placement} if named else {}
     return tx, params, words, json.loads(json.dumps(ko.describe_state(state, params, **words)))
 
@@ -167,7 +167,7 @@ def test_another_part_of_a_parameter_is_refused():
 
         params, x = {"w": jnp.zeros((3, 4))}, jnp.ones((5, 3))
         layers = ko.ggn(predict).layers(params, x)
-        tx = ko.kfac(layers, learning_rate=0.1)
+        tx = ko.kfac(layers, learning_rate=0.1, bound="damped")
         return tx, params, layers, ko.describe_state(tx.init(params), params, layers)
 
     *_, found = description(0)

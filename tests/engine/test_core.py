@@ -92,7 +92,9 @@ def _plan(layers):
 
 def test_static_refresh_has_no_branch_and_equals_the_traced_schedule():
     params, x, layers = problem()
-    tx = ko.kfac_two_level(layers, learning_rate=0.1, curvature_every=2, inverse_every=4)
+    tx = ko.kfac_two_level(
+        layers, learning_rate=0.1, curvature_every=2, inverse_every=4, bound="damped"
+    )
     schedule = ko.HostSchedule(curvature_every=2, inverse_every=4)
     traced = stepper(tx)
 
@@ -165,7 +167,9 @@ def test_zero_gradients_dead_layers_batch_of_one_and_rank_deficiency_stay_finite
     dead = params | {"layer1": jax.tree.map(jnp.zeros_like, params["layer1"])}
     zeros = jax.tree.map(jnp.zeros_like, params)
     for inverse in ("eigh", "cholesky"):
-        tx = ko.kfac_two_level(layers, learning_rate=0.1, inverse=inverse, damping=1e-3)
+        tx = ko.kfac_two_level(
+            layers, learning_rate=0.1, inverse=inverse, damping=1e-3, bound="damped"
+        )
         step = stepper(tx)
         updates, state = step(zeros, tx.init(params), params, x)
         assert all(not np.any(u) for u in jax.tree.leaves(updates))
@@ -185,7 +189,7 @@ def test_uncovered_parameters_pass_through_unscaled_and_unsummed():
     params = {"net": net, "scale": jnp.full((2,), 3.0)}
     estimator = ko.ggn(with_scale)
     layers = estimator.layers(params, x)
-    tx = ko.kfac(layers, learning_rate=10.0, kl_clip=1e-4, uncovered="pass")
+    tx = ko.kfac(layers, learning_rate=10.0, kl_clip=1e-4, uncovered="pass", bound="damped")
     updates, state = jax.jit(tx.update)(
         params, tx.init(params), params, curvature=estimator.at(params, x)
     )
@@ -209,6 +213,7 @@ def test_hyperparameters_may_be_schedules_or_traced():
         damping=ramp,
         decay=lambda c: 0.95,
         kl_clip=lambda c: 1e-3,
+        bound="damped",
         inverse_every=1,
     )
     step, state = stepper(scheduled), scheduled.init(params)
@@ -219,11 +224,16 @@ def test_hyperparameters_may_be_schedules_or_traced():
     @jax.jit
     def traced(rate, damping, every):
         tx = ko.kfac(
-            layers, learning_rate=rate, damping=damping, curvature_every=every, inverse_every=every
+            layers,
+            learning_rate=rate,
+            damping=damping,
+            bound="damped",
+            curvature_every=every,
+            inverse_every=every,
         )
         return tx.update(params, tx.init(params), params, curvature=ESTIMATOR.at(params, x))[0]
 
-    fixed = ko.kfac(layers, learning_rate=0.3, damping=0.2)
+    fixed = ko.kfac(layers, learning_rate=0.3, damping=0.2, bound="damped")
     expected, _ = stepper(fixed)(params, fixed.init(params), params, x)
     h.assert_leaves_close(traced(0.3, 0.2, 10), expected)
 

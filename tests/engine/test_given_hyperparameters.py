@@ -41,7 +41,7 @@ def train():
     }
 
     def run(steps=3, **changes):
-        tx = ko.kfac_two_level(problem.layers, **(base | changes))
+        tx = ko.kfac_two_level(problem.layers, bound="damped", **(base | changes))
         params, state = problem.params, tx.init(problem.params)
         update = jax.jit(lambda p, s: tx.update(problem.grad(p), s, p, curvature=problem.at(p)))
         for _ in range(steps):

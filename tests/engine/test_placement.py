@@ -195,8 +195,8 @@ def test_the_form_of_what_travels_needs_an_axis_to_sum_over():
     for words in forms:
         placement = ko.Placement("data", 1.0, MESH, **words)
         with pytest.raises(ValueError, match="expected axis_name="):
-            ko.kfac(layers, learning_rate=0.1, placement=placement)
-        ko.kfac(layers, learning_rate=0.1, placement=placement, axis_name="data")
+            ko.kfac(layers, learning_rate=0.1, placement=placement, bound="damped")
+        ko.kfac(layers, learning_rate=0.1, placement=placement, axis_name="data", bound="damped")
     with pytest.raises(TypeError, match="statistics_dtype is"):
         ko.Placement("data", statistics_dtype=jnp.int32)
 
@@ -212,8 +212,20 @@ def test_the_axis_has_to_be_a_name():
 def test_what_needs_all_inverses_is_refused_beside_a_divided_state(words):
     layers = h.plain_problem().layers
     with pytest.raises(ValueError, match="expected all devices to keep all of them"):
-        ko.kfac(layers, learning_rate=0.1, placement=ko.Placement("data", 0.5, MESH), **words)
-    ko.kfac(layers, learning_rate=0.1, placement=ko.Placement("data", 1.0, MESH), **words)
+        ko.kfac(
+            layers,
+            learning_rate=0.1,
+            placement=ko.Placement("data", 0.5, MESH),
+            bound="damped",
+            **words,
+        )
+    ko.kfac(
+        layers,
+        learning_rate=0.1,
+        placement=ko.Placement("data", 1.0, MESH),
+        bound="damped",
+        **words,
+    )
 
 
 def test_a_placement_needs_a_mesh_or_a_mapped_axis():
@@ -317,7 +329,9 @@ def test_what_does_not_fit_into_memory_is_named_before_it_is_made(words):
 
     def init(memory, **placed):
         placement = ko.Placement("data", **{"mesh": MESH} | placed, memory=memory)
-        tx = ko.kfac(layers, learning_rate=0.1, axis_name="data", placement=placement)
+        tx = ko.kfac(
+            layers, learning_rate=0.1, axis_name="data", placement=placement, bound="damped"
+        )
         return jax.eval_shape(tx.init, params).preconditioner
 
     state, needed = init(None, **words), {}
@@ -345,7 +359,7 @@ def test_the_coverage_table_says_who_keeps_what(workers, statistics):
     layers = ko.ggn(placement_checks.predict).layers(params, *batch)
     placement = ko.Placement("data", workers / 8, MESH, statistics=statistics)
     table = ko.coverage(layers, placement=placement)
-    state = ko.kfac(layers, learning_rate=0.1).init(params).preconditioner
+    state = ko.kfac(layers, learning_rate=0.1, bound="damped").init(params).preconditioner
     numbers = lambda x: 0 * x + jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
     numbered = jax.tree.map(numbers, (state.factors, state.inverses))
     state = ko.divided_state(state._replace(factors=numbered[0], inverses=numbered[1]), placement)

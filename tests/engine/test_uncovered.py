@@ -136,7 +136,9 @@ def test_nothing_left_nothing_done():
 def test_the_clip_shrinks_both_alike():
     """One rate fits all parameters also where KL-clip or a trust region makes the step shorter."""
     grads, params = parameters(), parameters()
-    tx = ko.kfac(LAYERS, learning_rate=1.0, kl_clip=1e-6, damping=0.1, uncovered="graft")
+    tx = ko.kfac(
+        LAYERS, learning_rate=1.0, kl_clip=1e-6, damping=0.1, uncovered="graft", bound="damped"
+    )
     free = ko.kfac(LAYERS, kl_clip=None, damping=0.1, uncovered="graft")
     table = ko.coverage(LAYERS, uncovered="graft")
     rule = ko.clip_by_trust_region(free, learning_rate=1.0, radius=1e-6, layers=table)

@@ -105,7 +105,9 @@ def test_complex_parameters_are_named_and_their_gradient_is_handed_on(uncovered)
     )
     grads = jax.grad(lambda p: jnp.mean(rbm(p, x)[:, 0] * jnp.arange(N)))(params)
     for damping in (1e-3, 1e6):
-        tx = ko.kfac(layers, learning_rate=0.1, damping=damping, uncovered=uncovered)
+        tx = ko.kfac(
+            layers, learning_rate=0.1, damping=damping, uncovered=uncovered, bound="damped"
+        )
         updates, state = tx.update(
             grads, tx.init(params), params, curvature=estimator.at(params, x)
         )
@@ -131,7 +133,7 @@ def test_a_real_layer_on_complex_numbers_is_left_out_and_has_a_diagonal():
     assert [(u.path, u.reason) for u in layers.uncovered] == [
         ("w", "its layer computes with complex numbers: not measured")
     ]
-    tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal")
+    tx = ko.kfac(layers, learning_rate=0.1, uncovered="diagonal", bound="damped")
     _, state = tx.update(params, tx.init(params), params, curvature=estimator.at(params, z))
     want = jax.grad(lambda w: predict({**params, "w": w}, z).mean[0, 0])(params["w"]) ** 2
     np.testing.assert_allclose(

@@ -103,7 +103,7 @@ def test_random_labels_differ_between_microbatches():
     estimator = ko.fisher(predict)
     at = functools.partial(estimator.at, params, key=jax.random.key(3))
     layers = estimator.layers(params, x)
-    tx = ko.kfac(layers, learning_rate=0.1)
+    tx = ko.kfac(layers, learning_rate=0.1, bound="damped")
 
     @jax.jit
     def outputs(curvature):
@@ -189,7 +189,7 @@ def test_devices_are_asked_once_for_the_means_of_all_microbatches():
     """As often as for a whole batch, and never within the loop over microbatches but for weights."""
     params, x = h.plain_params(), jnp.ones((N, 4))
     estimator = ko.ggn(predict)
-    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, axis_name="data")
+    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, axis_name="data", bound="damped")
     state = tx.init(params)
 
     def sums(size):

@@ -178,7 +178,7 @@ def test_the_network_decides_on_the_bound(normalised, words, moving):
 
 def test_momentum_counts_only_where_it_follows(x64):
     """Behind plain gradient descent the bound is one of the update alone, and nothing is taken back."""
-    _, params, x, _, estimator, layers = problem()
+    _, params, x, _, estimator, _ = problem()
     rate, kl_clip = 0.5, 1e-5
     bounded = ko.bound_movement(
         optax.identity(), learning_rate=rate, kl_clip=kl_clip, momentum=MOMENTUM

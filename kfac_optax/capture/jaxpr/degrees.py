@@ -82,10 +82,13 @@ def _walk(jaxpr: Any, inputs: Sequence[Value], unknown: set[int]) -> list[Value]
 
 def _settled(values: Sequence[Value], unknown: set[int]) -> list[Value]:
     """The same values; what several sets have a part of has no degree in them."""
+    settled = []
     for value in values:
         if value.leaf is not None:
             unknown.update(value.leaf.having_some())
-    return [value._replace(leaf=None) for value in values]
+            value = value._replace(leaf=None)
+        settled.append(value)
+    return settled
 
 
 def _behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Sequence[Value]:
@@ -98,9 +101,9 @@ def _behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Sequence[Va
         return _walk(getattr(body, "jaxpr", body), values, unknown)
     if name in MOVED and (cut := cut_out(eqn, [value.leaf for value in values])) is not None:
         return list(map(_of_leaf, cut))
-    values = _settled(values, unknown)
     if name == "scan":
         return _behind_scan(eqn, values, unknown)
+    values = _settled(values, unknown)
     if name == "cond":
         # which branch is a number without a degree
         return _behind_cond(eqn, values[1:], unknown)
@@ -123,12 +126,18 @@ def _behind_cond(eqn: Any, values: Sequence[Value], unknown: set[int]) -> list[V
 def _behind_scan(eqn: Any, values: Sequence[Value], unknown: set[int]) -> list[Value]:
     closed, constants, carried = scan_body(eqn)
     first = constants + carried
-    carry = list(values[constants:first])
+    carry = _settled(values[constants:first], unknown)
+    slices = list(map(_sliced, values[first:]))
     while True:  # zeros to start from may take another degree in a step, once each
-        inputs = [*values[:constants], *carry, *values[first:]]
-        outputs = _walk(closed.jaxpr, inputs, unknown)
+        inputs = [*values[:constants], *carry, *slices]
+        outputs = _settled(_walk(closed.jaxpr, inputs, unknown), unknown)
         pairs = zip(carry, outputs[:carried], strict=True)
         after = [joined(pair, unknown) for pair in pairs]
         if after == carry:
             return [*carry, *outputs[carried:]]
         carry = after
+
+
+def _sliced(value: Value) -> Value:
+    """What one step of a scan over a value sees; all steps are of one degree."""
+    return value if value.leaf is None else _of_leaf(value.leaf.sliced())

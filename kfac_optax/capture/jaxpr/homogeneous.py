@@ -1,6 +1,7 @@
 """How operations treat factors of their operands: degrees of homogeneity of their results."""
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,9 +100,7 @@ def degrees_behind(eqn: Any, values: Sequence[Value], unknown: set[int]) -> Degr
         # rounded to whole numbers they have none
         return first if _inexact(eqn.outvars[0]) else None
     if name == "gather":
-        # what it gives outside of its table
-        fill = eqn.params["fill_value"]
-        return first if fill is None or _absorbs(fill) else None
+        return first if _fills_with_nothing(eqn.params["fill_value"]) else None
     if name in _PRODUCTS:
         return _sum(first, values[1].degrees, 1)
     if name == "div":
@@ -137,6 +136,11 @@ def constant_behind(eqn: Any, values: Sequence[Value]) -> float | None:
 
 def _inexact(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+
+
+def _fills_with_nothing(fill: Any) -> bool:
+    """Whether what a look-up gives outside of its table is zero or not finite, as by default."""
+    return fill is None or (isinstance(fill, numbers.Real) and _absorbs(float(fill)))
 
 
 def _sum(left: Degrees, right: Degrees, sign: int) -> Degrees:

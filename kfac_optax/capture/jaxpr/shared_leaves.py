@@ -20,6 +20,10 @@ class SharedLeaf(NamedTuple):
     view: View
     owners: tuple[Owner, ...]
 
+    def sliced(self) -> "SharedLeaf":
+        """What one step of a scan over it sees."""
+        return self._replace(view=self.view.sliced())
+
     def having_all(self) -> set[int]:
         """Sets that every entry of the value is of."""
         return {owner.number for owner in self.owners if _within(self.view.part, owner.part)}
@@ -47,18 +51,22 @@ def _within(inner: Part | None, outer: Part | None) -> bool:
     """Whether a box is in another; `None` is the whole leaf."""
     if outer is None or inner is None:
         return outer is None
+    if len(inner.shape) < len(outer.shape):
+        # one step of a scan over axes that the other has a part of
+        return False
     return all(start <= a and b <= end for a, b, start, end in _ranges(inner, outer))
 
 
 def _touches(one: Part | None, other: Part | None) -> bool:
-    """Whether two boxes have an entry in common."""
-    if one is None or other is None:
+    """Whether two boxes may have an entry in common."""
+    if one is None or other is None or len(one.shape) < len(other.shape):
         return True
     return all(a < end and start < b for a, b, start, end in _ranges(one, other))
 
 
 def _ranges(one: Part, other: Part) -> Iterator[tuple[int, int, int, int]]:
-    """Where both begin and end, along each axis."""
-    axes = zip(one.starts, one.sizes, other.starts, other.sizes, strict=True)
-    for a, n, b, m in axes:
+    """Where both begin and end, along each axis; parts of layers have no axes of a stack."""
+    axes = len(other.shape)
+    starts, sizes = one.starts[-axes:], one.sizes[-axes:]
+    for a, n, b, m in zip(starts, sizes, other.starts, other.sizes, strict=True):
         yield a, a + n, b, b + m

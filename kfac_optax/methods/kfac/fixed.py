@@ -79,9 +79,10 @@ def kfac(
         behind it the same `kl_clip` as a bound on the whole step, momentum included, in the exact
         metric (see `bound_movement`): a rate that is too large is survived. `"auto"` is
         `"movement"`, but `"damped"` where most of the weights have a normalisation behind them
-        (`layer.scale_free`), which bounds by itself what a step can do. `"exact"` makes the step, momentum
-        included, as long as an exact quadratic model wants it and bounds it in the metric of the
-        Fisher itself (see `bound_step`): the level of the rate has no influence then.
+        (`layer.scale_free`), which bounds by itself what a step can do; a curvature without exact
+        products leaves KL-clip alone, too. `"exact"` makes the step, momentum included, as long as
+        an exact quadratic model wants it and bounds it in the metric of the Fisher itself (see
+        `bound_step`): the level of the rate has no influence then.
       momentum: of the transformation that follows; all but `bound="damped"` count it.
       decay: bound of the averaging weight `min(1 - 1/k, decay)`.
       curvature_every: period of the statistics.
@@ -157,7 +158,7 @@ def kfac(
             positions=(positions, None),
         )
     layers = cover(layers, uncovered=uncovered, normalization=normalization, where="kfac")
-    bound = _bound_of(layers, bound, kl_clip, balance)
+    asked, bound = bound, _bound_of(layers, bound, kl_clip, balance)
     # weights between units; other kinds of layers have blocks of their own
     linear = kronecker_by(inverse, sharing=sharing, positions=positions, precision=precision)
     block_of = blocks_of(
@@ -208,7 +209,12 @@ def kfac(
     assert learning_rate is not None and kl_clip is not None
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T = m T0 - learning_rate U
     moving = functools.partial(
-        bound_movement, clipped, learning_rate=learning_rate, kl_clip=kl_clip, axis_name=axis_name
+        bound_movement,
+        clipped,
+        learning_rate=learning_rate,
+        kl_clip=kl_clip,
+        required=asked == "movement",
+        axis_name=axis_name,
     )
     return _with_momentum(moving, momentum)
 
@@ -267,9 +273,9 @@ RECORDS = (
         name="kfac",
         kind="preconditioner",
         summary="block-diagonal K-FAC, `(A ⊗ G + λI)⁻¹` per layer (factored damping above 128 "
-        "inputs or outputs), then KL-clip; "
-        '`bound="exact"`: a bound on the true step, at any rate; `bound="movement"`: KL-clip and such a '
-        "bound behind it",
+        "inputs or outputs), then KL-clip, and an exact bound on the whole movement where no "
+        'normalisation has that effect; `bound="damped"`: KL-clip alone; `bound="exact"`: steps as '
+        "long as an exact model wants them",
         paper="Martens & Grosse (2015)",
         equation="U = (A ⊗ G + λ I)⁻¹ V",
         needs=frozenset({"gradient", "curvature"}),
