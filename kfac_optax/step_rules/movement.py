@@ -127,13 +127,11 @@ def bound_movement(
 
     def squared(curvature: Any, movement: PyTree) -> tuple[jax.Array, jax.Array] | None:
         """`T^T F T` and the exponent of a power of two that multiplies it, if there are products."""
-        # what is masked has no part in it, nor has what does not train
-        leaves = {name: x for name, x in named_leaves(movement).items() if trains(x)}
         part = "few" if examples is None else examples
         if not required and not hasattr(curvature, "quadratic_form"):
             return None
         try:
-            return exact_square(curvature, leaves, subsample=part, axis_name=axis_name)
+            return exact_square(curvature, _moving(movement), subsample=part, axis_name=axis_name)
         except NoProductsError:
             if required:
                 raise
@@ -158,7 +156,7 @@ def bound_movement(
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
             # sgd with this momentum would have moved so far
-            moved = root_mean_square(named_leaves(last)).astype(dtype)
+            moved = root_mean_square(_moving(last)).astype(dtype)
             other = ~_follows(moved, state.planned_size, state.plain_size)
             carried = jnp.where(other, 0, jnp.asarray(momentum, dtype))
             # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
@@ -181,7 +179,7 @@ def bound_movement(
             # sgd with this momentum moves by m T0 - rate handed, whatever has been left out here
             behind = momentum * quotient_or_zero(rate, state.last_rate)
             planned = combine((handed, last), jnp.stack([-rate, behind]))
-            sizes = [root_mean_square(named_leaves(tree)) for tree in (planned, handed)]
+            sizes = [root_mean_square(_moving(tree)) for tree in (planned, handed)]
         return handed, MovementState(
             preconditioner=after,
             previous_params=kept_finite(params, state.previous_params),
@@ -197,6 +195,11 @@ def bound_movement(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moving(tree: PyTree) -> dict[str, jax.Array]:
+    """The leaves that train, by name; what is masked is none of them."""
+    return {name: x for name, x in named_leaves(tree).items() if trains(x)}
 
 
 def _follows(moved: jax.Array, planned: jax.Array, plain: jax.Array) -> jax.Array:

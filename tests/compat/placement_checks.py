@@ -3,6 +3,7 @@ own.
 """
 
 import functools
+import inspect
 import itertools
 
 import jax
@@ -109,10 +110,12 @@ def check(name, fraction, mode, settings=None, **words_of_placement):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     gradients = params, jax.tree.map(jnp.cos, params)
 
+    preset = getattr(ko, name)
+    alone = {"bound": "damped"} if "bound" in inspect.signature(preset).parameters else {}
+    short = {"learning_rate": 0.1, "damping": 0.05} | alone | (settings or {})
+
     def make(**words):
-        return getattr(ko, name)(
-            layers, learning_rate=0.1, damping=0.05, **(settings or {}), **words
-        )
+        return preset(layers, **short, **words)
 
     single = jax.jit(steps(make, estimator, gradients))
     expected, whole = single(jax.jit(make().init)(params), params, *batch)

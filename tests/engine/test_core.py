@@ -126,7 +126,12 @@ def test_static_refresh_has_no_branch_and_equals_the_traced_schedule():
 def test_a_bad_batch_is_counted_and_changes_nothing(inverse):
     params, x, layers = problem()
     tx = ko.kfac_two_level(
-        layers, learning_rate=0.1, curvature_every=1, inverse_every=1, inverse=inverse
+        layers,
+        learning_rate=0.1,
+        bound="damped",
+        curvature_every=1,
+        inverse_every=1,
+        inverse=inverse,
     )
     step = stepper(tx)
     _, good = step(params, tx.init(params), params, x)

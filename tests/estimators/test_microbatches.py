@@ -123,7 +123,7 @@ def test_the_gradient_and_the_curvature_of_a_scanned_step(batch):
     """
     params, x, y = batch
     estimator = ko.ggn(predict)
-    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, damping=0.05)
+    tx = ko.kfac(estimator.layers(params, x), learning_rate=0.1, damping=0.05, bound="damped")
     loss = lambda params, x, y: predict(params, x).mean_nll(y)
     mean = microbatching.AccumulationType.MEAN
     in_parts = microbatching.microbatch(
