@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfac_optax._types import PyTree
 from kfac_optax.capture.jaxpr.calls import has_rule_back_only
@@ -46,7 +47,9 @@ def linearized(
     _, along, other = jax.linearize(function, params, has_aux=True)
     # integers have no directions to trace it with
     real = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(params))
-    if not real or not has_rule_back_only(jax.make_jaxpr(along)(params).jaxpr):
+    if not real:
+        return lambda direction: along(_tangents(params, direction)), other
+    if not has_rule_back_only(jax.make_jaxpr(along)(params).jaxpr):
         return along, other
     outputs, pull, other = jax.vjp(function, params, has_aux=True)
     # J^T u is linear in u, and its transpose is J v
@@ -62,3 +65,14 @@ def linearized(
         return tangents
 
     return transposed, other
+
+
+def _tangents(params: PyTree, direction: PyTree) -> PyTree:
+    """A direction as JAX wants it: whole numbers and flags have none."""
+
+    def tangent(parameter: jax.Array, along: Any) -> Any:
+        if jnp.issubdtype(parameter.dtype, jnp.inexact):
+            return along
+        return np.zeros(parameter.shape, jax.dtypes.float0)
+
+    return jax.tree.map(tangent, params, direction)
