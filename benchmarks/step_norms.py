@@ -22,7 +22,7 @@ from rich.progress import track
 from kfac_optax.experiments import steps, train
 
 EXAMPLES = 256
-OPTIMIZERS = ("kfac", "two_level")
+OPTIMIZERS = ("kfac_clipped", "two_level_clipped")
 RATES = {"deep_linear": (1e-3, 1e-2), "deep_tanh": (1e-1, 1e-2, 1e-3)}
 ENDS = (10, 50)  # parts of a run: before the first, up to the second, the rest
 
