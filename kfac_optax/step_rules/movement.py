@@ -167,9 +167,9 @@ def bound_movement(
             product = None if curvature is None else squared(curvature, movement)
             if product is not None:
                 square, exponent = product[0].astype(dtype), product[1]
-                found = inverse_root_of(square, exponent, 1 - momentum, bound).astype(dtype)
+                found = inverse_root_of(square, exponent, 1 - carried, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
-                length = (1 - momentum) * times_power(root, exponent // 2)
+                length = (1 - carried) * times_power(root, exponent // 2)
                 # of a batch that says nothing, nothing is remembered
                 scale = jnp.where(jnp.isfinite(square) & (square > 0), found, scale)
                 norm = jnp.where(jnp.isfinite(length), length, norm)
