@@ -26,6 +26,7 @@ from kfac_optax.experiments.nets_dense import Autoencoder
 from kfac_optax.experiments.nets_text import CharTransformer
 
 PERIODS = ((10, 100), (200, 2000))
+CLIPPED = "plain, KL-clip alone"  # without the product of the bound on the whole movement
 
 
 class Network(NamedTuple):
@@ -107,11 +108,9 @@ def compiled(network: Network, **kind: Any) -> Any:
     return step.lower(params, rest, opt_state, network.x, network.y, jax.random.key(2)).compile()
 
 
-def make_step(
-    network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False
-) -> Step:
+def make_step(network: Network, **kind: Any) -> Step:
     """`measure=None`: the traced schedule at the long periods; else a static step."""
-    step, optimizer = _step(network, measure=measure, refresh=refresh, sgd=sgd)
+    step, optimizer = _step(network, **kind)
     params = network.variables["params"]
     opt_state = jax.jit(optimizer.init)(params)
     args = (params, _rest(network), opt_state, network.x, network.y, jax.random.key(2))
@@ -132,7 +131,12 @@ def _rest(network: Network) -> dict[str, Any]:
 
 
 def _step(
-    network: Network, *, measure: bool | None = None, refresh: bool | None = None, sgd: bool = False
+    network: Network,
+    *,
+    measure: bool | None = None,
+    refresh: bool | None = None,
+    sgd: bool = False,
+    bound: str = "auto",
 ) -> tuple[Any, Any]:
     """The step, jitted, and its optimizer."""
     rate = 1e-2
@@ -147,6 +151,7 @@ def _step(
             learning_rate=rate,
             curvature_every=every,
             inverse_every=inverse,
+            bound=bound,
             **network.options,
         )
         optimizer = optax.chain(preconditioner, optimizer)
@@ -161,8 +166,10 @@ def _step(
         (value, new_state), grads = jax.value_and_grad(loss, has_aux=True)(params, state, x, y)
         extra = {}
         if not sgd:
-            at = fisher.at(params, state, x, key=key) if measure in (None, True) else None
-            extra = {"curvature": at, "refresh": None if measure is None else bool(refresh)}
+            # the bound takes a product in every step
+            at = fisher.at(params, state, x, key=key)
+            due = None if measure is None else bool(refresh)
+            extra = {"curvature": at, "measure": measure, "refresh": due}
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), new_state, opt_state, value
 
@@ -184,6 +191,7 @@ def measure(network: Network, rounds: int) -> dict[str, dict[str, float]]:
     """Rows of the table of one network: each kind of step, then averages over the periods."""
     steps = {"SGD": make_step(network, sgd=True)}
     steps |= {label: make_step(network, measure=m, refresh=r) for label, (m, r) in KINDS.items()}
+    steps[CLIPPED] = make_step(network, measure=False, refresh=False, bound="damped")
     traced = make_step(network)
     times = paired({label: runner(step) for label, step in steps.items()}, rounds)
     rows = {label: costs(step, steps["SGD"]) for label, step in steps.items()}
