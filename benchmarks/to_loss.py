@@ -42,6 +42,7 @@ PART = {"subsample": "auto"}
 SETTINGS = {
     "defaults": Setting(),
     "statistics of a part": Setting(PART),
+    "and every 5 from the first step": Setting(PART, {}, {"curvature_every": 5}),
     "and inverses of rank 128": Setting(PART, {"block": ko.low_rank_blocks("b_kfac", rank=128)}),
     "and damping_min=1e-4": Setting(PART, {"damping_min": 1e-4}),
     "and periods 1/5": Setting(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import together
+from kfac_optax._tree import together, zero_or_nan
 from kfac_optax._types import Average, PyTree
 from kfac_optax.engine.branches import STATISTICS, when
 from kfac_optax.engine.mapped import on_all
@@ -111,12 +111,14 @@ def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 def _largest(tree: PyTree) -> jax.Array:
-    """The largest size in each leaf, `[leaves]`, NaN where one of its entries is: one pass tells
+    """The largest size in each leaf, `[leaves]`, NaN where one of its entries is not finite: tells
     both whether all of them are finite and whether any is not zero.
     """
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     dtype = jnp.result_type(jnp.float32, *leaves)
-    return together([jnp.max(jnp.abs(x)).astype(dtype) for x in leaves])
+    # the maximum alone would not do: see `zero_or_nan`
+    sizes = [jnp.max(jnp.abs(x)) + zero_or_nan(x) for x in leaves]
+    return together([size.astype(dtype) for size in sizes])
 
 
 def _absorb(

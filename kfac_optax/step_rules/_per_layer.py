@@ -32,8 +32,8 @@ class Scaled(NamedTuple):
 
 
 def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
-    """`e` with the largest entry in `[2^(e-1), 2^e)`; zero where nothing is, or an entry is not
-    finite.
+    """`e` with the largest entry in `[2^(e-1), 2^e)`; zero where nothing is, or that is not finite.
+    Where there is a NaN it is any.
 
     >>> print(exponent_of({"a": jnp.array([1.0, -3.0])}))
     2

@@ -20,8 +20,9 @@ def negative_parts(updates: PyTree) -> tuple[PyTree, ...]:
         first, *others = parts
         added = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *others)
         parts = (first, added)
-    # a step goes against the update
-    return tuple(jax.tree.map(jnp.negative, part) for part in parts)
+    # a step goes against the update; written once, not in every product that reads it
+    negative = tuple(jax.tree.map(jnp.negative, part) for part in parts)
+    return jax.lax.optimization_barrier(negative)
 
 
 def inner_products_of(directions: Sequence[PyTree]) -> jax.Array:

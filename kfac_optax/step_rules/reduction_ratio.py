@@ -113,7 +113,7 @@ def promise(
         return Promise(jnp.bool_(False), jnp.bool_(False))
     # M(delta) - M(0) = slope + curvature / 2, and the damped change has damping |delta|^2 / 2 more
     dtype = known.model_change.dtype
-    slope = mean_over(inner(grad, step), rule.axis_name).astype(dtype)
+    slope = mean_over(inner(step, grad), rule.axis_name).astype(dtype)
     moves = known.damped_change != 0
     limit = jnp.abs(value).astype(dtype) * (1 + _SLACK)
     # negated, so that NaN counts

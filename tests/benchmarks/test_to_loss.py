@@ -2,6 +2,7 @@
 
 import numpy as np
 
+import kfac_optax as ko
 from benchmarks import to_loss
 
 
@@ -14,6 +15,18 @@ def test_a_tiny_run_falls_and_is_counted_in_steps_of_sgd():
     # the loss of the start is below all targets
     (row,) = to_loss.rows({"tiny": [run, run]}).values()
     assert [row[f"{target:g}"] for target in to_loss.TARGETS] == ["0 (0) 0 (0)"] * 6
+
+
+def test_every_setting_says_when_statistics_and_inverses_are_due():
+    due = {}
+    for name, setting in to_loss.SETTINGS.items():
+        schedule = ko.HostSchedule(adapt_every=5, **setting.schedule)
+        kinds = [schedule(step) for step in range(40)]
+        due[name] = [sum(bool(kind[what]) for kind in kinds) for what in ("measure", "refresh")]
+    usual = [20 + 4, 4 + 1]
+    assert due.pop("and every 5 from the first step") == [8, 5]
+    assert due.pop("and periods 1/5") == [40, 8]
+    assert all(counts == usual for counts in due.values())
 
 
 def test_every_epoch_has_every_image_once():
