@@ -20,7 +20,7 @@ from kfac_optax._tree import (
     wide_dtype,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
-from kfac_optax.linalg.powers import times_power
+from kfac_optax.linalg.powers import exponent_near, times_power
 from kfac_optax.step_rules._alike import stacked_alike
 
 
@@ -50,8 +50,7 @@ def _exponent(largest: jax.Array) -> jax.Array:
     """`e` with a size in `[2^(e-1), 2^e)`, zero where there is no usable one."""
     usable = jnp.isfinite(largest) & (largest > 0)
     # nothing to divide by: 2^0
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
-    return exponent
+    return exponent_near(jnp.where(usable, largest, 0.5))
 
 
 def exact_square(
