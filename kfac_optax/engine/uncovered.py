@@ -1,12 +1,14 @@
 """Gradients without a block get the size of the preconditioned updates, `uncovered="graft"`."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from kfac_optax._parts import boxes_left, size_of, with_box, within_box
 from kfac_optax._tree import covered_leaves, grafted_leaves, named_leaves, present, replace_leaves
 from kfac_optax._types import Layers, PyTree
-from kfac_optax.step_rules._per_layer import root_mean_square, within
+from kfac_optax.step_rules._per_layer import largest_of, within
 
 # what becomes of parameters without a block in presets that measure no single ones
 WITHOUT_DIAGONAL = ("pass", "graft", "raise")
@@ -42,7 +44,7 @@ def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
         return updates
     with jax.named_scope("kfac/graft_uncovered"):
         idle = sum(map(size_of, rest.values()))
-        wanted = root_mean_square(covered_leaves(updates, layers), idle)
+        wanted = _root_mean_square(covered_leaves(updates, layers), idle)
         new = {name: _with_size(x, wanted) for name, x in left.items()}
         # of leaves that layers share out what none has, each box on its own
         for name, boxes in rest.items():
@@ -54,8 +56,31 @@ def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
 
 
 def _with_size(x: jax.Array, wanted: jax.Array) -> jax.Array:
-    size = root_mean_square({"": x})
-    wide = x.astype(jnp.promote_types(size.dtype, x.dtype))
+    wide = x.astype(jnp.promote_types(wanted.dtype, x.dtype))
+    # by the largest entry first: squares of what is left neither over- nor underflow together
+    even = wide / _largest_or_one({"": wide}).astype(wide.dtype)
+    size = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(even))))
     # a size that is no number passes through: the step is left out as a whole, and counted
-    scaled = wide / jnp.where(size == 0, 1, size) * wanted
+    scaled = even / jnp.where(size == 0, 1, size) * wanted
     return within(jnp.where(size == 0, 0, scaled), x.dtype)
+
+
+def _root_mean_square(leaves: Mapping[str, jax.Array], left_out: int) -> jax.Array:
+    """Root of the mean square over the entries of all leaves together, without overflow of the
+    squares; `left_out` entries are zero and do not count.
+    """
+    # by the largest entry of all leaves together
+    largest = _largest_or_one(leaves)
+    scaled = [jnp.abs(x).astype(largest.dtype) / largest for x in leaves.values()]
+    total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), largest.dtype)
+    entries = sum(x.size for x in scaled) - left_out
+    return jnp.sqrt(total / max(entries, 1)) * largest
+
+
+def _largest_or_one(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The largest size of an entry, or one where it is zero or not finite: what entries may be
+    divided by before they are squared.
+    """
+    largest = largest_of(leaves)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jnp.where(usable, largest, 1)

@@ -40,10 +40,18 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     """
     if not leaves:
         return jnp.zeros((), jnp.int32)
+    return _exponent(largest_of(leaves)).astype(jnp.int32)
+
+
+def largest_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The largest size of an entry, float32 or wider; what it is where one is NaN nobody knows.
+
+    >>> print(largest_of({"a": jnp.array([1.0, -3.0])}))
+    3.0
+    """
     wide = _wide(leaves)
     of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
-    largest = jnp.max(together([x.astype(wide) for x in of_leaves]))
-    return _exponent(largest).astype(jnp.int32)
+    return jnp.max(together([x.astype(wide) for x in of_leaves]))
 
 
 def _exponent(largest: jax.Array) -> jax.Array:
@@ -156,24 +164,6 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     reduce = jnp.mean if mean else jnp.sum
     root = jnp.sqrt(reduce(squares, axis=(1, 2)))
     return times_power(root, exponent[:, 0, 0])
-
-
-def root_mean_square(leaves: Mapping[str, jax.Array], left_out: int = 0) -> jax.Array:
-    """Root of the mean square over the entries of all leaves together, without overflow of the
-    squares; `left_out` entries are zero and do not count.
-
-    >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
-    3e+30
-    """
-    # one power of two for all leaves together
-    wide = _wide(leaves)
-    sizes = {name: jnp.abs(x).astype(wide) for name, x in leaves.items()}
-    exponent = exponent_of(sizes)
-    scaled = [times_power(x, -exponent) for x in sizes.values()]
-    total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), wide)
-    entries = sum(x.size for x in scaled) - left_out
-    root = jnp.sqrt(total / max(entries, 1))
-    return times_power(root, exponent)
 
 
 def scale_layers(
