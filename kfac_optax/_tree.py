@@ -198,12 +198,16 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
-    checks = [jnp.isfinite(nothing_of(x)) for x in jax.tree.leaves(tree) if _may_be_infinite(x)]
-    return together(checks).all() if checks else jnp.bool_(True)
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    if not floats:
+        return jnp.bool_(True)
+    # half precision beside double
+    zeros = [nothing_of(x).astype(jnp.float32) for x in floats]
+    return jnp.isfinite(together(zeros)).all()
 
 
 def nothing_of(x: jax.Array) -> jax.Array:
-    """Zero, shape=(), or NaN where an entry is not finite.
+    """Zero, shape=(), or NaN where an entry is not finite. Real also of complex numbers.
 
     A sum of `x - x`, which cannot overflow. Not the largest entry: on a CPU, XLA (0.10) loses NaN in the
     maximum of a large array. Nor `isfinite(x).all()`: that writes an array of flags and reads it.
@@ -211,11 +215,10 @@ def nothing_of(x: jax.Array) -> jax.Array:
     >>> print(nothing_of(jnp.array([3e38, 3e38])), nothing_of(jnp.array([1.0, jnp.inf])))
     0.0 nan
     """
-    return jnp.sum(x - x)
-
-
-def _may_be_infinite(x: jax.Array) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    zeros = x - x
+    if jnp.iscomplexobj(zeros):
+        zeros = zeros.real + zeros.imag
+    return jnp.sum(zeros)
 
 
 def together(scalars: Sequence[jax.Array]) -> jax.Array:
