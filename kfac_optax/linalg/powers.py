@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def exponent_near(size: jax.Array) -> jax.Array:
-    """`e` with a positive finite size in `[2^(e-1), 2^e)`, or below where it is not normal.
+    """`e` with a positive finite size in `[2^(e-1), 2^e)`; of numbers below what is normal the least `e`.
 
     Read off the bits: `jnp.frexp` is twenty-seven equations, which compilers on a CPU repeat in every
     loop that scales by the result.
