@@ -209,8 +209,9 @@ def all_finite(tree: PyTree) -> jax.Array:
 def nothing_of(x: jax.Array) -> jax.Array:
     """Zero, shape=(), or NaN where an entry is not finite. Real also of complex numbers.
 
-    A sum of `x - x`, which cannot overflow. Not the largest entry: on a CPU, XLA (0.10) loses NaN in the
-    maximum of a large array. Nor `isfinite(x).all()`: that writes an array of flags and reads it.
+    A sum of `x - x`, which cannot overflow. Not the largest entry: on a CPU, XLA (0.10) loses NaN
+    in the maximum of a large array. Nor `isfinite(x).all()`: that writes an array of flags and
+    reads it.
 
     >>> print(nothing_of(jnp.array([3e38, 3e38])), nothing_of(jnp.array([1.0, jnp.inf])))
     0.0 nan
