@@ -13,8 +13,11 @@ import numpy as np
 
 from kfac_optax._layout import as_replicated, laid_out
 from kfac_optax._parts import boxes_left, emptied
+from kfac_optax._places import consecutive
 from kfac_optax._reasons import NOT_REAL, NOT_USED
 from kfac_optax._types import Block, Bucket, Layer, Layers, Part, PyTree
+
+_SEVERAL = 4  # layers of a bucket from which on a kernel for each of them counts
 
 
 def path_name(path: tuple) -> str:
@@ -132,12 +135,18 @@ def scatter(
     bucket: Bucket,
     matrices: jax.Array,
     leaves: Mapping[str, jax.Array],
+    some: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`."""
+    """Inverse of `gather`: leaves by name; what layers have no part of stays as it is in `leaves`.
+
+    With `some`, a scalar bool known only when the step runs, a deep net compiles sooner; where it
+    is false the leaves may be those of other layers of the bucket.
+    """
     out: dict[str, jax.Array] = {}
-    for layer, copies in bucket.slices:
-        # the copies of this layer; its bias is the last row of each
-        mine = matrices[copies]
+    counts = [layer.copies for layer in bucket.layers]
+    parts = consecutive(matrices, counts, some, many=_SEVERAL)
+    # the copies of each layer; its bias is the last row of each
+    for layer, mine in zip(bucket.layers, parts, strict=True):
         weights = mine[:, : layer.inputs]
         kernel = _as_stored(weights, layer)
         before = out.get(layer.kernel, leaves[layer.kernel])
@@ -189,22 +198,28 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
-    # integers always are
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    checks = [zero_or_nan(x) == 0 for x in leaves]
-    return together(checks).all() if checks else jnp.bool_(True)
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    if not floats:
+        return jnp.bool_(True)
+    # half precision beside double
+    zeros = [nothing_of(x).astype(jnp.float32) for x in floats]
+    return jnp.isfinite(together(zeros)).all()
 
 
-def zero_or_nan(x: jax.Array) -> jax.Array:
-    """Zero where all entries are finite, else NaN.
+def nothing_of(x: jax.Array) -> jax.Array:
+    """Zero, shape=(), or NaN where an entry is not finite. Real also of complex numbers.
 
-    A sum, for XLA's CPU backend writes down the flags of `isfinite` before it reduces them, and
-    loses NaN in a maximum.
+    A sum of `x - x`, which cannot overflow. Not the largest entry: on a CPU, XLA (0.10) loses NaN
+    in the maximum of a large array. Nor `isfinite(x).all()`: that writes an array of flags and
+    reads it.
 
-    >>> print(zero_or_nan(jnp.array([1.0, 3e38, 3e38])), zero_or_nan(jnp.array([1.0, jnp.inf])))
+    >>> print(nothing_of(jnp.array([3e38, 3e38])), nothing_of(jnp.array([1.0, jnp.inf])))
     0.0 nan
     """
-    return jnp.sum(x - x)
+    zeros = x - x
+    if jnp.iscomplexobj(zeros):
+        zeros = zeros.real + zeros.imag
+    return jnp.sum(zeros)
 
 
 def together(scalars: Sequence[jax.Array]) -> jax.Array:

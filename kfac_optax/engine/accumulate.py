@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import together, zero_or_nan
+from kfac_optax._tree import all_finite, together
 from kfac_optax._types import Average, PyTree
 from kfac_optax.engine.branches import STATISTICS, when
 from kfac_optax.engine.mapped import on_all
@@ -96,7 +96,7 @@ def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
     """
     largest = _largest(measured)
     # weights that are all zero give zeros everywhere: nothing learnt about the curvature
-    good, learnt = jnp.isfinite(largest).all(), (largest > 0).any()
+    good, learnt = all_finite(measured), (largest > 0).any()
     if step.owned is None:
         return good, learnt
     if step.owned.local:
@@ -111,14 +111,10 @@ def _verdict(step: Step, measured: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 def _largest(tree: PyTree) -> jax.Array:
-    """The largest size in each leaf, `[leaves]`, NaN where one of its entries is not finite: tells
-    both whether all of them are finite and whether any is not zero.
-    """
+    """The largest size in each leaf, `[leaves]`; what it is where an entry is NaN nobody knows."""
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     dtype = jnp.result_type(jnp.float32, *leaves)
-    # the maximum alone would not do: see `zero_or_nan`
-    sizes = [jnp.max(jnp.abs(x)) + zero_or_nan(x) for x in leaves]
-    return together([size.astype(dtype) for size in sizes])
+    return together([jnp.max(jnp.abs(x)).astype(dtype) for x in leaves])
 
 
 def _absorb(

@@ -72,7 +72,9 @@ def precondition(
         parts = jax.tree.map(lambda x: jnp.where(finite, x, 0), parts)
         first = leaves | {name: jnp.where(finite, leaves[name], 0) for name in boxes}
         others = leaves | {name: jnp.zeros_like(leaves[name]) for name in boxes}
-    named = [_named(step, part, others if i else first) for i, part in enumerate(parts)]
+    named = []
+    for i, part in enumerate(parts):
+        named.append(_named(step, part, others if i else first, finite))
     return named, share, finite
 
 
@@ -93,10 +95,15 @@ def _sum(parts: list[Vector]) -> Vector:
     return [sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True)]
 
 
-def _named(step: Step, vector: Vector, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _named(
+    step: Step,
+    vector: Vector,
+    leaves: dict[str, jax.Array],
+    some: jax.Array | None = None,
+) -> dict[str, jax.Array]:
     named: dict[str, jax.Array] = {}
     for bucket, matrices in zip(step.buckets, vector, strict=True):
-        named |= scatter(bucket, matrices, leaves | named)
+        named |= scatter(bucket, matrices, leaves | named, some)
     return named
 
 

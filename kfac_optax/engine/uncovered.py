@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kfac_optax._parts import boxes_left, size_of, with_box, within_box
 from kfac_optax._tree import covered_leaves, grafted_leaves, named_leaves, present, replace_leaves
 from kfac_optax._types import Layers, PyTree
-from kfac_optax.step_rules._per_layer import root_mean_square, within
+from kfac_optax.step_rules._per_layer import largest_or_one, root_mean_square, within
 
 # what becomes of parameters without a block in presets that measure no single ones
 WITHOUT_DIAGONAL = ("pass", "graft", "raise")
@@ -54,8 +54,10 @@ def graft_uncovered(updates: PyTree, layers: Layers) -> PyTree:
 
 
 def _with_size(x: jax.Array, wanted: jax.Array) -> jax.Array:
-    size = root_mean_square({"": x})
-    wide = x.astype(jnp.promote_types(size.dtype, x.dtype))
+    wide = x.astype(jnp.promote_types(wanted.dtype, x.dtype))
+    # by the largest entry first: squares of what is left neither over- nor underflow together
+    even = wide / largest_or_one({"": wide}).astype(wide.dtype)
+    size = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(even))))
     # a size that is no number passes through: the step is left out as a whole, and counted
-    scaled = wide / jnp.where(size == 0, 1, size) * wanted
+    scaled = even / jnp.where(size == 0, 1, size) * wanted
     return within(jnp.where(size == 0, 0, scaled), x.dtype)

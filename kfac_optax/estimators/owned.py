@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfac_optax._layout import varying_as
+from kfac_optax._tree import nothing_of
 from kfac_optax._types import PyTree
 
 # `(a, g, weights, inverse) -> statistic`
@@ -54,7 +55,9 @@ def where_owned(
 
 
 def _size(g: jax.Array | None, weights: jax.Array | None) -> jax.Array:
-    """The largest size of an output gradient, or without any one where an example counts."""
+    """The largest size of an output gradient, NaN where one is not finite, or without any one where
+    an example counts.
+    """
     if g is not None:
-        return jnp.max(jnp.abs(g))
+        return jnp.max(jnp.abs(g)) + nothing_of(g)
     return jnp.ones(()) if weights is None else jnp.any(weights != 0).astype(jnp.float32)

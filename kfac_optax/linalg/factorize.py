@@ -1,5 +1,6 @@
 """Factorisations of symmetric positive semi-definite matrices, at full precision."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ class Eigen(NamedTuple):
     values: Float[Array, " n"]
 
 
+_FEW = 4  # flags that may be computed again wherever they are read
 _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
 
 
@@ -119,13 +121,14 @@ def after(tree: PyTree, previous: PyTree) -> PyTree:
     waiting, and the step never returns. An optimisation barrier would be gone before scheduling,
     hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
     """
-    # false at run time, which the compiler cannot know: adding them orders without changing
-    arrays = [x for x in jax.tree.leaves(previous) if x.size]
-    marks = [jnp.ravel(x)[0] > jnp.inf for x in arrays]
     # nothing to wait for: no array, or none with an entry
-    if not marks:
+    arrays = [x for x in jax.tree.leaves(previous) if x.size]
+    if not arrays:
         return tree
-    mark = together(marks).any()
+    # false at run time, which the compiler cannot know: adding it orders without changing
+    marks = [jnp.ravel(x)[0] > jnp.inf for x in arrays]
+    few = len(marks) <= _FEW
+    mark = functools.reduce(jnp.logical_or, marks) if few else together(marks).any()
 
     def later(x: jax.Array) -> jax.Array:
         return x + mark.astype(x.dtype)
@@ -216,7 +219,9 @@ def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     [[0.25]]
     """
     identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # LAPACK wants columns one after another: of the transpose, which is the same, they are
+    lower = jnp.linalg.cholesky(matrix.T, symmetrize_input=False)
     # M = C C^T, so M^{-1} = (C^{-1})^T C^{-1}: symmetric by construction
-    lower = jnp.linalg.cholesky(matrix, symmetrize_input=False)
-    half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
-    return jnp.matmul(half.T, half, precision=jax.lax.Precision.HIGHEST)
+    half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
+    columns = ((1,), (1,)), ((), ())
+    return jax.lax.dot_general(half, half, columns, precision=jax.lax.Precision.HIGHEST)

@@ -6,10 +6,27 @@ import jax
 import jax.numpy as jnp
 
 
+def exponent_near(size: jax.Array) -> jax.Array:
+    """`e` with a positive finite size in `[2^(e-1), 2^e)`; where it is not normal, the least `e`.
+
+    Read off the bits: `jnp.frexp` is twenty-seven equations, which compilers on a CPU repeat in
+    every loop that scales by the result.
+
+    >>> print(exponent_near(jnp.float32(3.0)), exponent_near(jnp.float32(0.5)))
+    2 0
+    """
+    known = jnp.finfo(size.dtype)
+    bits = jax.lax.bitcast_convert_type(size, jnp.dtype(f"int{known.bits}"))
+    # sign 0, the biased exponent, mantissa; a half has maxexp - 2 there
+    biased = bits >> known.nmant
+    return biased.astype(jnp.int32) - (known.maxexp - 2)
+
+
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """`x 2^exponent`, exact but for under- and overflow of the result.
 
-    The exponent is one that `frexp` finds in the dtype of `x`, or minus that, or between the two.
+    The exponent is one that `exponent_near` finds in the dtype of `x`, or minus that, or between
+    the two.
 
     >>> print(times_power(jnp.float32(3.0), jnp.int32(-2)))
     0.75

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Numeric
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
-from kfac_optax.linalg.powers import times_power
+from kfac_optax.linalg.powers import exponent_near, times_power
 
 METHODS = ("eigh", "newton")
 _ITERATIONS = 100
@@ -93,8 +93,7 @@ def _exponent(matrix: Array) -> Array:
     usable = jnp.isfinite(largest) & (largest > 0)
     # of one half it is zero
     size = jnp.where(usable, largest, 0.5)
-    _, exponent = jnp.frexp(size)
-    return exponent
+    return exponent_near(size)
 
 
 def _power(total: Array, known: Array, p: int) -> Array:

@@ -20,7 +20,7 @@ from kfac_optax._tree import (
     wide_dtype,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
-from kfac_optax.linalg.powers import times_power
+from kfac_optax.linalg.powers import exponent_near, times_power
 from kfac_optax.step_rules._alike import stacked_alike
 
 
@@ -40,18 +40,25 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     """
     if not leaves:
         return jnp.zeros((), jnp.int32)
+    return _exponent(largest_of(leaves)).astype(jnp.int32)
+
+
+def largest_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The largest size of an entry, float32 or wider; what it is where one is NaN nobody knows.
+
+    >>> print(largest_of({"a": jnp.array([1.0, -3.0])}))
+    3.0
+    """
     wide = _wide(leaves)
     of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
-    largest = jnp.max(together([x.astype(wide) for x in of_leaves]))
-    return _exponent(largest).astype(jnp.int32)
+    return jnp.max(together([x.astype(wide) for x in of_leaves]))
 
 
 def _exponent(largest: jax.Array) -> jax.Array:
     """`e` with a size in `[2^(e-1), 2^e)`, zero where there is no usable one."""
     usable = jnp.isfinite(largest) & (largest > 0)
     # nothing to divide by: 2^0
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 0.5))
-    return exponent
+    return exponent_near(jnp.where(usable, largest, 0.5))
 
 
 def exact_square(
@@ -166,15 +173,21 @@ def root_mean_square(leaves: Mapping[str, jax.Array], left_out: int = 0) -> jax.
     >>> print(root_mean_square({"a": jnp.full(3, 3e30), "b": jnp.full(1, 3e30)}))
     3e+30
     """
-    # one power of two for all leaves together
-    wide = _wide(leaves)
-    sizes = {name: jnp.abs(x).astype(wide) for name, x in leaves.items()}
-    exponent = exponent_of(sizes)
-    scaled = [times_power(x, -exponent) for x in sizes.values()]
-    total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), wide)
+    # by the largest entry of all leaves together
+    largest = largest_or_one(leaves)
+    scaled = [jnp.abs(x).astype(largest.dtype) / largest for x in leaves.values()]
+    total = jnp.asarray(sum(jnp.sum(jnp.square(x)) for x in scaled), largest.dtype)
     entries = sum(x.size for x in scaled) - left_out
-    root = jnp.sqrt(total / max(entries, 1))
-    return times_power(root, exponent)
+    return jnp.sqrt(total / max(entries, 1)) * largest
+
+
+def largest_or_one(leaves: Mapping[str, jax.Array]) -> jax.Array:
+    """The largest size of an entry, or one where it is zero or not finite: what entries may be
+    divided by before they are squared.
+    """
+    largest = largest_of(leaves)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    return jnp.where(usable, largest, 1)
 
 
 def scale_layers(

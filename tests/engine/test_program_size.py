@@ -1,13 +1,17 @@
 """What compiled steps hold and compute, by counts that no machine changes."""
 
 import functools
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import pytest
 
 import kfac_optax as ko
-from kfac_optax._tree import all_finite, select
+from kfac_optax._tree import all_finite, gather, make_buckets, scatter, select
 from kfac_optax.linalg.factorize import after
 from tests import helpers as h
 
@@ -51,6 +55,58 @@ def test_a_flag_of_many_leaves_is_computed_once():
 
     assert kept(lambda new: 0) < 2 * leaves
     assert kept(lambda new: after([x[0, 0] for x in new], new)) < 4 * leaves
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels of the CPU's compiler")
+def test_a_deep_net_has_no_more_kernels_than_a_shallow_one():
+    """Kernels that differ in nothing are compiled once, so that depth costs no time to compile."""
+    shallow, deep = _kernels(6), _kernels(12)
+    assert deep.distinct <= shallow.distinct < deep.all
+
+
+class Kernels(NamedTuple):
+    distinct: int
+    all: int
+
+
+def _kernels(depth):
+    """Of a two-level step with statistics and inverses."""
+    one = {"w": jnp.full((5, 5), 0.1), "scale": jnp.ones(5)}
+    params, x = {f"layer{i:02d}": one for i in range(depth)}, jnp.ones((16, 5))
+
+    def scaled(params, x):
+        for layer in params.values():
+            x = jnp.tanh(h.dense(x, layer["w"]) * layer["scale"])
+        return ko.Categorical(x)
+
+    estimator = ko.fisher(scaled)
+    layers = estimator.layers(params, x)
+    tx = ko.kfac_two_level(layers, learning_rate=0.1, uncovered="graft", inverse="cholesky")
+
+    def step(params, state, x):
+        at = estimator.at(params, x, key=jax.random.key(0))
+        return tx.update(params, state, params, curvature=at, refresh=True)
+
+    program = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), x).compile()
+    bodies = re.findall(
+        r"^%fused_computation\S* \(.*?^}", program.as_text(), re.DOTALL | re.MULTILINE
+    )
+    # without names, numbers of instructions, where they come from, and the number of layers
+    plain = [re.sub(r"%[\w.-]+|metadata=\{.*?\}|param_\d+\S*", "", body) for body in bodies]
+    return Kernels(len({body.replace(f"[{depth}", "[n") for body in plain}), len(bodies))
+
+
+def test_layers_are_cut_out_at_their_places():
+    """As numbers that the compiler does not know they are those of static slices."""
+    params, *_, layers = problem()
+    leaves = {name: i + x for i, (name, x) in enumerate(params.items())}
+    (bucket,) = make_buckets(layers)
+    matrices = gather(bucket, leaves, jnp.float32)
+    cut = jax.jit(lambda matrices, some: scatter(bucket, matrices, params, some))
+    found = cut(matrices, True)
+    assert found.keys() == leaves.keys()
+    for name, x in found.items():
+        np.testing.assert_array_equal(x, leaves[name])
 
 
 def test_statistics_are_measured_without_keeping_rows():

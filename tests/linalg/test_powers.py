@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_optax.linalg.powers import times_power
+from kfac_optax.linalg.powers import exponent_near, times_power
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -29,3 +29,13 @@ def test_times_power_beyond_the_range_of_one_factor():
     np.testing.assert_array_equal(times_power(times_power(x[0], -power), power), x[0])
     assert float(times_power(jnp.float32(1.0), power)) == np.inf
     assert float(times_power(jnp.float32(0.5), power)) == 2.0**127
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_exponents_are_those_of_frexp(x64, dtype):
+    known = jnp.finfo(dtype)
+    sizes = np.array([1, 0.5, 0.75, 3, known.max, known.tiny, 1 - known.epsneg], dtype)
+    np.testing.assert_array_equal(exponent_near(jnp.asarray(sizes)), np.frexp(sizes)[1])
+    # the power is never too small
+    below = jnp.asarray(known.tiny / 4, dtype)
+    assert exponent_near(below) == np.frexp(known.tiny)[1] - 1

@@ -14,6 +14,8 @@ from kfac_optax.blocks.use_rows import input_rows, share_of_layer
 from kfac_optax.linalg.factorize import (
     Eigen,
     after,
+    cholesky_inverse,
+    damped,
     damped_logdet,
     damped_root,
     psd_eigh,
@@ -135,8 +137,8 @@ def kronecker(
         # pi sqrt(damping) for A and sqrt(damping) / pi for G
         shift, output_shift = factor_shifts(*factors, damping)
         inverse_inputs = psd_inverse(factors.inputs, shift)
-        outputs = after(factors.outputs, inverse_inputs)
-        return DenseInverse(inverse_inputs, psd_inverse(outputs, output_shift))
+        outputs = after(damped(factors.outputs, output_shift), inverse_inputs)
+        return DenseInverse(inverse_inputs, cholesky_inverse(outputs))
 
     def refresh(
         held: DenseInverse,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfac_optax._places import consecutive
 from kfac_optax._validate import check_choice, check_real
-from kfac_optax.methods.gradient.flat import MANY, unknown_places
+from kfac_optax.methods.gradient.flat import MANY
 from kfac_optax.methods.gradient.stacks import stacked_axes
 from kfac_optax.methods.signature import check_size
 
@@ -200,20 +201,9 @@ def scatter(
     With `some`, a scalar bool known only when the step runs, a deep net compiles sooner; where it
     is false the leaves may be any part of the tensors.
     """
-    # the first entry of each leaf along the axis of copies
+    # of each leaf along the axis of copies
     counts = [view.tensors for view in group.views]
-    starts = [0, *itertools.accumulate(counts)]
-    if some is None or len(group.views) < MANY:
-        # in a small group slices are static
-        parts = [tensors[a:b] for a, b in itertools.pairwise(starts)]
-    else:
-        first = (0,) * len(group.block)
-        parts = []
-        for start, count in zip(unknown_places(starts[:-1], some), counts, strict=True):
-            at = (start, *first)
-            size = (count, *group.block)
-            part = jax.lax.dynamic_slice(tensors, at, size, allow_negative_indices=False)
-            parts.append(part)
+    parts = consecutive(tensors, counts, some, many=MANY)
     of_leaves = zip(group.views, parts, strict=True)
     return {view.name: _join(part, view) for view, part in of_leaves}
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._layout import as_replicated, laid_out
+from kfac_optax._places import unknown_places
 from kfac_optax._types import PyTree
 from kfac_optax.step_rules._per_layer import within
 
@@ -53,22 +54,3 @@ def as_leaves(vector: Float[Array, " d"], like: PyTree, some: jax.Array) -> PyTr
         part = part if part.dtype == x.dtype else within(part, x.dtype)
         parts.append(laid_out(part.reshape(x.shape), x))
     return treedef.unflatten(parts)
-
-
-def unknown_places(starts: list[int], some: jax.Array) -> list[jax.Array]:
-    """Where the leaves begin, as numbers that the compiler of the CPU does not know.
-
-    It makes a kernel of every slice with all that is done before it, and compiles equal ones once.
-    Those of leaves at known places are all different; out of a branch no place is known.
-    """
-
-    def unknown(some: jax.Array) -> list[jax.Array]:
-        def nowhere() -> list[jax.Array]:
-            return [jnp.int32(0)] * len(starts)
-
-        return jax.lax.cond(some, lambda: known(some), nowhere)
-
-    def known(some: jax.Array) -> list[jax.Array]:
-        return [jnp.int32(start) for start in starts]
-
-    return jax.lax.platform_dependent(some, cpu=unknown, default=known)
