@@ -42,7 +42,7 @@ def test_memory_is_that_of_the_state_on_one_device(fraction, statistics):
     mesh = AbstractMesh((8,), ("data",))
     placement = None if fraction is None else ko.Placement("data", fraction, mesh, **words)
     tx = ko.kfac(layers, kl_clip=None, placement=placement, axis_name="data")
-    state = jax.eval_shape(tx.init, params)
+    state = jax.eval_shape(tx.init, params).preconditioner
     devices = 8 if placement is not None and placement.divided else 1
     factors = tree_bytes(state.factors)
     if owned:  # the table of counts is no factor
