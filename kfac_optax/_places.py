@@ -55,7 +55,7 @@ def consecutive(
     if some is None or len(counts) < many:
         return [x[a:b] for a, b in itertools.pairwise(starts)]
     # along all other axes from the first entry on
-    first = (0,) * (x.ndim - 1)
+    first = (jnp.int32(0),) * (x.ndim - 1)
     parts = []
     for start, count in zip(unknown_places(starts[:-1], some), counts, strict=True):
         size = (count, *x.shape[1:])

@@ -34,7 +34,7 @@ def whole_state(opt_state: PyTree, placement: Placement) -> PyTree:
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> layers = estimator.layers(jnp.zeros((2, 1)), jnp.ones((4, 2)))
     >>> placement = Placement("data", 0.0, jax.sharding.AbstractMesh((4,), ("data",)))
-    >>> tx = ko.kfac(layers, learning_rate=0.1, placement=placement)
+    >>> tx = ko.kfac(layers, kl_clip=None, placement=placement)
     >>> state = tx.init(jnp.zeros((2, 1)))
     >>> for one in (state, whole_state(state, placement)):
     ...     print(one.preconditioner.inverses["dense_2x1"].inputs.values.shape)
@@ -78,7 +78,7 @@ def divided_state(opt_state: PyTree, placement: Placement) -> PyTree:
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> w = jnp.zeros((2, 1))
-    >>> state = ko.kfac(estimator.layers(w, jnp.ones((4, 2))), learning_rate=0.1).init(w)
+    >>> state = ko.kfac(estimator.layers(w, jnp.ones((4, 2))), kl_clip=None).init(w)
     >>> placement = Placement("data", 0.0, jax.sharding.AbstractMesh((4,), ("data",)))
     >>> divided = divided_state(state, placement)
     >>> print(divided.preconditioner.inverses["dense_2x1"].inputs.values.shape)

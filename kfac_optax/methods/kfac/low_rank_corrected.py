@@ -39,7 +39,7 @@ def b_r_kfac(
     >>> import jax, jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
-    >>> tx = b_r_kfac(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> tx = b_r_kfac(estimator.layers(w, x), rank=8, kl_clip=None)
     >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
     >>> print(state.factors["dense_64x2"].inputs.shape, state.inverses["dense_64x2"].inputs.low.vectors.shape)
     (1, 64, 64) (1, 64, 8)
@@ -80,7 +80,7 @@ def b_kfac_c(
     >>> import jax, jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
-    >>> tx = b_kfac_c(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> tx = b_kfac_c(estimator.layers(w, x), rank=8, kl_clip=None)
     >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
     >>> print(state.factors["dense_64x2"].inputs.shape, state.inverses["dense_64x2"].inputs.low.vectors.shape)
     (1, 64, 64) (1, 64, 8)
@@ -124,7 +124,7 @@ def b_r_c(
     >>> import jax, jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.fisher(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))
     >>> w, x = jnp.zeros((64, 2)), jnp.ones((5, 64))
-    >>> tx = b_r_c(estimator.layers(w, x), rank=8, learning_rate=1.0)
+    >>> tx = b_r_c(estimator.layers(w, x), rank=8, kl_clip=None)
     >>> state = jax.eval_shape(tx.init, w).preconditioner  # nothing is computed
     >>> print(state.factors["dense_64x2"].inputs.shape, state.inverses["dense_64x2"].inputs.low.vectors.shape)
     (1, 64, 64) (1, 64, 8)
