@@ -12,9 +12,7 @@ import re
 import time
 from typing import Any
 
-import jax
-
-from benchmarks.networks import NETWORKS, Network, _rest, _step
+from benchmarks.networks import NETWORKS, Network, lowered
 from benchmarks.ratios import KINDS, table
 
 
@@ -48,13 +46,10 @@ def measure(network: Network) -> dict[str, dict[str, Any]]:
 
 
 def _compiled(network: Network, **kind: Any) -> dict[str, Any]:
-    step, optimizer = _step(network, **kind)
-    params = network.variables["params"]
-    state = jax.eval_shape(optimizer.init, params)
     start = time.perf_counter()
-    lowered = step.lower(params, _rest(network), state, network.x, network.y, jax.random.key(2))
+    step = lowered(network, **kind)
     traced, spent = time.perf_counter(), time.process_time()
-    program = lowered.compile()
+    program = step.compile()
     done, all_threads = time.perf_counter(), time.process_time()
     return {
         "trace s": traced - start,

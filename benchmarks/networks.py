@@ -102,10 +102,15 @@ class Step(NamedTuple):
 
 def compiled(network: Network, **kind: Any) -> Any:
     """A step as a compiled program, as in `make_step`, that has not been given any arrays."""
+    return lowered(network, **kind).compile()
+
+
+def lowered(network: Network, **kind: Any) -> Any:
+    """The same, before the compiler has seen it."""
     step, optimizer = _step(network, **kind)
     params, rest = network.variables["params"], _rest(network)
     opt_state = jax.eval_shape(optimizer.init, params)
-    return step.lower(params, rest, opt_state, network.x, network.y, jax.random.key(2)).compile()
+    return step.lower(params, rest, opt_state, network.x, network.y, jax.random.key(2))
 
 
 def make_step(network: Network, **kind: Any) -> Step:

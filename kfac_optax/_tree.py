@@ -198,12 +198,19 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
 
 def all_finite(tree: PyTree) -> jax.Array:
     """Scalar bool: every entry of every leaf is finite."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    floats = [x for x in jax.tree.leaves(tree) if trains(x)]
     if not floats:
         return jnp.bool_(True)
     # half precision beside double
     zeros = [nothing_of(x).astype(jnp.float32) for x in floats]
     return jnp.isfinite(together(zeros)).all()
+
+
+def trains(x: Any) -> bool:
+    """Whether entries are of floating point, or complex: whole numbers and flags have no gradient,
+    and are always finite.
+    """
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def nothing_of(x: jax.Array) -> jax.Array:

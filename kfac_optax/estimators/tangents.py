@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from kfac_optax._tree import trains
 from kfac_optax._types import PyTree
 from kfac_optax.capture.jaxpr.calls import has_rule_back_only
 
@@ -46,7 +46,7 @@ def linearized(
     """
     _, along, other = jax.linearize(function, params, has_aux=True)
     # integers have no directions to trace it with
-    real = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(params))
+    real = all(map(trains, jax.tree.leaves(params)))
     if not real:
         return lambda direction: along(_tangents(params, direction)), other
     if not has_rule_back_only(jax.make_jaxpr(along)(params).jaxpr):
@@ -71,8 +71,6 @@ def _tangents(params: PyTree, direction: PyTree) -> PyTree:
     """A direction as JAX wants it: whole numbers and flags have none."""
 
     def tangent(parameter: jax.Array, along: Any) -> Any:
-        if jnp.issubdtype(parameter.dtype, jnp.inexact):
-            return along
-        return np.zeros(parameter.shape, jax.dtypes.float0)
+        return along if trains(parameter) else np.zeros(parameter.shape, jax.dtypes.float0)
 
     return jax.tree.map(tangent, params, direction)

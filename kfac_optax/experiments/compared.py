@@ -76,24 +76,8 @@ def _variant(label: str, preset: Callable[..., Any], **words: Any) -> Optimizer:
     return Optimizer(label, True, build, products=True)
 
 
-def _bounded(preset: Callable[..., Any], **words: Any) -> Build:
-    """A preset whose whole step, momentum included, is bounded in the exact metric."""
-
-    def build(config: ml_collections.ConfigDict, curved: Curved | None, rate: Rate) -> Any:
-        assert curved is not None
-        # T of the bound is the whole step, so the momentum behind it has to be known
-        options = {
-            "momentum": config.momentum,
-            **curved.options,
-            "kl_clip": 1e-3,
-            "bound": "exact",
-            **words,
-        }
-        tx = preset(curved.layers, learning_rate=rate, **options)
-        return preconditioned(tx, config, rate, config.momentum)
-
-    return build
-
+# The whole step, as an exact model wants it, within a bound that no configuration changes.
+_EXACT = {"kl_clip": 1e-3, "bound": "exact"}
 
 # What a user would take instead.
 OF_OPTAX = ("sgd", "adam", "adamw", "lion", "sophia", "muon")
@@ -112,9 +96,9 @@ OPTIMIZERS = {
         "two-level, Galerkin", ko.kfac_two_level, coarse_damping="galerkin"
     ),
     # The bound of these is the default one in every experiment: it is not tuned.
-    "kfac_bounded": Optimizer("K-FAC, bounded", True, _bounded(ko.kfac)),
-    "two_level_bounded": Optimizer(
-        "two-level, bounded", True, _bounded(ko.kfac_two_level, coarse="exact", balance="model")
+    "kfac_bounded": _variant("K-FAC, bounded", ko.kfac, **_EXACT),
+    "two_level_bounded": _variant(
+        "two-level, bounded", ko.kfac_two_level, coarse="exact", balance="model", **_EXACT
     ),
     "two_level_adaptive": of_record(ko.CATALOGUE["kfac_two_level_adaptive"]),
     "b_kfac_two_level": Optimizer(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kfac_optax._tree import inner
+from kfac_optax._tree import inner, trains
 from kfac_optax._types import Directions, PyTree
 from kfac_optax.linalg.pairs import symmetric_matrix
 
@@ -75,8 +75,3 @@ def kept_finite(now: PyTree, before: PyTree) -> PyTree:
         return jnp.where(jnp.isfinite(new), new, old) if trains(new) else jnp.array(new)
 
     return jax.tree.map(kept, now, before)
-
-
-def trains(x: jax.Array) -> bool:
-    """Whether entries are of floating point, or complex: whole numbers and flags have no gradient."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)

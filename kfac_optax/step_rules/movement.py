@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import named_leaves, wide_dtype
+from kfac_optax._tree import inner, named_leaves, trains, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
@@ -21,8 +21,8 @@ from kfac_optax._validate import (
 )
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.linalg.powers import times_power
-from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of, root_mean_square
-from kfac_optax.step_rules.directions import combine, kept_finite, moved_since, trains
+from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of
+from kfac_optax.step_rules.directions import combine, kept_finite, moved_since
 
 
 class MovementState(NamedTuple):
@@ -34,7 +34,7 @@ class MovementState(NamedTuple):
     movement_scale: jax.Array  # shape=(): what the bound left of the last movement
     movement_norm: jax.Array  # shape=(): (1 - m) sqrt(T^T F T) of it before the bound
     last_rate: jax.Array  # shape=(): the learning rate of the last update
-    planned_size: jax.Array  # shape=(): root mean square of the last movement, if sgd made it
+    planned_size: jax.Array  # shape=(): length of the last movement, if sgd made it
     plain_size: jax.Array  # shape=(): and if sgd without momentum did
     other_movements: Any  # shape=(), dtype=int32: how many were not those of sgd
     given: dict[str, Checked]
@@ -156,8 +156,8 @@ def bound_movement(
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
             # sgd with this momentum would have moved so far
-            moved = root_mean_square(_moving(last)).astype(dtype)
-            other = ~_follows(moved, state.planned_size, state.plain_size)
+            moved = _product(last, last).astype(dtype)
+            other = ~_follows(jnp.sqrt(moved), state.planned_size, state.plain_size)
             carried = jnp.where(other, 0, jnp.asarray(momentum, dtype))
             # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
             per_rate = quotient_or_zero(carried, state.last_rate)
@@ -178,8 +178,9 @@ def bound_movement(
             handed = combine((new, last), jnp.stack([left, (1 - left) * per_rate]))
             # sgd with this momentum moves by m T0 - rate handed, whatever has been left out here
             behind = momentum * quotient_or_zero(rate, state.last_rate)
-            planned = combine((handed, last), jnp.stack([-rate, behind]))
-            sizes = [root_mean_square(_moving(tree)) for tree in (planned, handed)]
+            both = _product(handed, last).astype(dtype)
+            plain = jnp.square(rate) * _product(handed, handed).astype(dtype)
+            planned = plain - 2 * rate * behind * both + jnp.square(behind) * moved
         return handed, MovementState(
             preconditioner=after,
             previous_params=kept_finite(params, state.previous_params),
@@ -187,8 +188,8 @@ def bound_movement(
             movement_scale=scale,
             movement_norm=norm,
             last_rate=rate,
-            planned_size=sizes[0].astype(dtype),
-            plain_size=rate * sizes[1].astype(dtype),
+            planned_size=jnp.sqrt(jnp.maximum(planned, 0)),
+            plain_size=jnp.sqrt(plain),
             # without a bound momentum is only counted, not taken back
             other_movements=state.other_movements + (other & (state.movement_scale < 1)),
             given=given,
@@ -202,9 +203,16 @@ def _moving(tree: PyTree) -> dict[str, jax.Array]:
     return {name: x for name, x in named_leaves(tree).items() if trains(x)}
 
 
+def _product(left: PyTree, right: PyTree) -> jax.Array:
+    """Inner product of movements; of complex numbers the real part, as lengths have it."""
+    conjugate = jax.tree.map(jnp.conj, _moving(right))
+    return jnp.real(inner(_moving(left), conjugate))
+
+
 def _follows(moved: jax.Array, planned: jax.Array, plain: jax.Array) -> jax.Array:
     """Whether sgd with its momentum made a movement: one about as long as planned, and no nearer to
-    what it would be without momentum. A plan of zero has nothing to say.
+    what it would be without momentum. A plan of zero has nothing to say, nor has one whose square
+    overflows.
     """
     about = (moved < 1.5 * planned) & (moved > planned / 1.5)
     nearer = jnp.abs(moved - planned) <= jnp.abs(moved - plain) + 1e-3 * planned
