@@ -15,7 +15,7 @@ from kfac_optax.engine.state import block_of_bucket
 from kfac_optax.estimators.estimator import Estimator
 from kfac_optax.estimators.heads import Kind, count_examples, split_outputs
 from kfac_optax.estimators.plan import Plan
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 Batches = Iterable[Sequence[PyTree]]
 

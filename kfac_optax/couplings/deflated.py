@@ -20,7 +20,7 @@ from kfac_optax.couplings.spaces import (
     make_space,
     solve_space,
 )
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 Operator = Callable[[PyTree], PyTree]
 COARSE_OPERATOR = ("batch", "averaged")

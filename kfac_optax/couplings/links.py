@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import PyTree
 from kfac_optax.blocks.kronecker.kronecker import DenseInverse, Factors
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich, trace_ratio
 from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Coupling, Fine, Layer, PyTree, System, Vector
 from kfac_optax.blocks.kronecker.kronecker import DenseInverse, Factors
 from kfac_optax.couplings.links import Link, link_of, links_by_shape, solve_chain, stacked
-from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.weighted_rows import finite_padding, keep_rows
 
 _WHERE = "tridiagonal"

@@ -25,7 +25,7 @@ from kfac_optax.engine.state import (
     block_of_bucket,
     own_values,
 )
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 LINEAR = ("pass", "diagonal", "raise")  # grafting is no linear map
 

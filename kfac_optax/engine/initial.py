@@ -11,7 +11,7 @@ from kfac_optax.engine.placed import first_placed
 from kfac_optax.engine.placement import Placement
 from kfac_optax.engine.refresh import factorize_all
 from kfac_optax.engine.state import CoarseState, Step, start_of_bucket
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 
 def initial(

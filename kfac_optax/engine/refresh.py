@@ -15,7 +15,7 @@ from kfac_optax.engine.grouping import Grouping
 from kfac_optax.engine.placed import factorize_placed, inverses_of_all
 from kfac_optax.engine.renew import kept_finite, online, renewed
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 
 def refresh_parts(step: Step, state: CurvatureState, due: Sequence[Any]) -> CurvatureState:

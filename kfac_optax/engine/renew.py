@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kfac_optax._tree import all_finite, select
 from kfac_optax._types import Average, Block, Bucket, PyTree
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 
 def renewed(

@@ -16,7 +16,7 @@ from kfac_optax.engine.state import (
     find_states,
     the_state,
 )
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.step_rules.balance import BalanceState
 from kfac_optax.step_rules.bound import BoundState
 from kfac_optax.step_rules.damping import DampingState

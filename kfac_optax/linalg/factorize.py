@@ -1,14 +1,11 @@
 """Factorisations of symmetric positive semi-definite matrices, at full precision."""
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kfac_optax._tree import together
-from kfac_optax._types import PyTree
+from kfac_optax.linalg.triangular import inverse_from_cholesky
 
 
 class Eigen(NamedTuple):
@@ -18,7 +15,6 @@ class Eigen(NamedTuple):
     values: Float[Array, " n"]
 
 
-_FEW = 4  # flags that may be computed again wherever they are read
 _ROUNDING = 4  # what lies below so many units of rounding of the largest eigenvalue is noise
 
 
@@ -112,30 +108,6 @@ def at_least_rounding(shift: Array, scale: Array) -> Array:
     return jnp.maximum(shift, rounding)
 
 
-def after(tree: PyTree, previous: PyTree) -> PyTree:
-    """`tree` unchanged, but computed only once `previous` is: keeps factorisations one after
-    another.
-
-    On the CPU, JAX 0.10 spreads a batched LAPACK call over XLA's thread pool while a thread of the
-    pool waits for it. Two such calls at the same time can take all threads of a small machine for
-    waiting, and the step never returns. An optimisation barrier would be gone before scheduling,
-    hence a dependency that holds at run time: nothing exceeds infinity, NaN included.
-    """
-    # nothing to wait for: no array, or none with an entry
-    arrays = [x for x in jax.tree.leaves(previous) if x.size]
-    if not arrays:
-        return tree
-    # false at run time, which the compiler cannot know: adding it orders without changing
-    marks = [jnp.ravel(x)[0] > jnp.inf for x in arrays]
-    few = len(marks) <= _FEW
-    mark = functools.reduce(jnp.logical_or, marks) if few else together(marks).any()
-
-    def later(x: jax.Array) -> jax.Array:
-        return x + mark.astype(x.dtype)
-
-    return jax.tree.map(later, tree)
-
-
 def symmetrize(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     """`(M + M^T) / 2`."""
     twice = matrix + matrix.T
@@ -218,10 +190,6 @@ def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     >>> print(cholesky_inverse(4 * jnp.eye(1)))
     [[0.25]]
     """
-    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     # LAPACK wants columns one after another: of the transpose, which is the same, they are
     lower = jnp.linalg.cholesky(matrix.T, symmetrize_input=False)
-    # M = C C^T, so M^{-1} = (C^{-1})^T C^{-1}: symmetric by construction
-    half = jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
-    columns = ((1,), (1,)), ((), ())
-    return jax.lax.dot_general(half, half, columns, precision=jax.lax.Precision.HIGHEST)
+    return inverse_from_cholesky(lower)

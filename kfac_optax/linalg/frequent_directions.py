@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Numeric
-from kfac_optax.linalg.factorize import after, at_least_rounding, psd_eigh
+from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.truncated_eigen import LowRank, zero
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

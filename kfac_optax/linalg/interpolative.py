@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
+from kfac_optax.linalg.factorize import psd_inverse, symmetrize
+from kfac_optax.linalg.in_order import after
 
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

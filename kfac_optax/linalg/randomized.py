@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_choice, check_number
-from kfac_optax.linalg.factorize import after, psd_eigh, symmetrize
+from kfac_optax.linalg.factorize import psd_eigh, symmetrize
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.truncated_eigen import LowRank, largest
 
 VARIANTS = ("svd", "symmetric")

@@ -12,7 +12,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax._tree import all_finite, gather, make_buckets, scatter, select
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from tests import helpers as h
 
 DEPTH, BATCH, WIDTH = 10, 4096, 8

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfac_optax.linalg.factorize import after, psd_eigh, psd_inverse
+from kfac_optax.linalg.factorize import cholesky_inverse, psd_eigh, psd_inverse
 from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import eigen_solve, trace_ratio
 from tests import oracles
 
@@ -55,6 +56,36 @@ def test_factored_solve_does_not_depend_on_how_scale_is_split(x64):
 @pytest.mark.parametrize(("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_trace_ratio_is_one_for_a_dead_factor(a, g):
     assert float(trace_ratio(a * jnp.eye(3), g * jnp.eye(2))) == 1.0
+
+
+# one more than a width that is solved as it is, one below and above the first, and the second split
+@pytest.mark.parametrize("n", [256, 257, 1024, 1027])
+def test_the_inverse_by_halves_is_the_dense_one(x64, n):
+    # eigenvalues from 1e-4 to one
+    rotation, _ = np.linalg.qr(np.random.default_rng(n).normal(size=(n, n)))
+    values = np.logspace(-4, 0, n)
+    matrix = rotation * values @ rotation.T
+    dense = rotation / values @ rotation.T
+    got = jax.jit(cholesky_inverse)(jnp.asarray(matrix))
+    np.testing.assert_allclose(got, dense, rtol=0, atol=1e-10 * np.abs(dense).max())
+    # in single precision no worse than the whole triangle at once
+    single = jnp.asarray(matrix, jnp.float32)
+    whole = jax.scipy.linalg.cho_solve(
+        (jnp.linalg.cholesky(single), True), jnp.eye(n, dtype=single.dtype)
+    )
+    error = np.linalg.norm(np.asarray(jax.jit(cholesky_inverse)(single), np.float64) - dense)
+    assert error < 2 * np.linalg.norm(np.asarray(whole, np.float64) - dense)
+
+
+def test_the_inverse_by_halves_of_several_is_that_of_each():
+    rows = np.random.default_rng(0).normal(size=(3, 400, 300)).astype(np.float32)
+    matrices = jnp.asarray(np.einsum("kij,kil->kjl", rows, rows) / 400)
+    # the last one is not positive definite
+    matrices = matrices.at[2].add(-jnp.eye(300))
+    got = jax.jit(jax.vmap(cholesky_inverse))(matrices)
+    for matrix, inverse in zip(matrices[:2], got, strict=False):
+        np.testing.assert_allclose(inverse, jax.jit(cholesky_inverse)(matrix), rtol=1e-3, atol=1e-4)
+    assert np.isnan(np.asarray(got[2])).all()
 
 
 def test_eigenvalues_are_clamped_and_indefinite_cholesky_is_nan():

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Layer
 from kfac_optax.blocks.kronecker.kronecker import Factors
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after, symmetrize
+from kfac_optax.linalg.factorize import symmetrize
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil

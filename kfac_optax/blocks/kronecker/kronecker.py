@@ -13,7 +13,6 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.use_rows import input_rows, share_of_layer
 from kfac_optax.linalg.factorize import (
     Eigen,
-    after,
     cholesky_inverse,
     damped,
     damped_logdet,
@@ -23,6 +22,7 @@ from kfac_optax.linalg.factorize import (
     psd_root,
 )
 from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import eigen_solve, sandwich
 from kfac_optax.linalg.newton import newton_inverse
 from kfac_optax.linalg.tikhonov import factor_shifts

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Staircase
 from kfac_optax.blocks.kronecker.kronecker import Factors, kronecker
-from kfac_optax.linalg.factorize import after, damped
+from kfac_optax.linalg.factorize import damped
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.staircase import entries, with_bias
 from kfac_optax.linalg.tikhonov import factor_shifts

@@ -13,8 +13,8 @@ from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker.kronecker import SHARING
 from kfac_optax.blocks.use_rows import input_rows, share_of_layer
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil, two_term_solve

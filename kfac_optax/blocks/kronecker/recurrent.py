@@ -10,9 +10,10 @@ from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after, symmetrize
+from kfac_optax.linalg.factorize import symmetrize
 from kfac_optax.linalg.geometric_sums import eta as eta
 from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.tikhonov import factor_shifts
 from kfac_optax.linalg.two_term import Pencil, inverse_root, two_term_solve

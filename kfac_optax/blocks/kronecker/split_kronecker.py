@@ -11,8 +11,9 @@ from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice, check_number
 from kfac_optax.blocks.kronecker.kronecker import SHARING
 from kfac_optax.blocks.use_rows import input_rows, share_of_layer
-from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
+from kfac_optax.linalg.factorize import at_least_rounding, psd_inverse
 from kfac_optax.linalg.groups import group_gram, group_identity, group_product
+from kfac_optax.linalg.in_order import after
 
 
 class SplitFactors(NamedTuple):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Use
-from kfac_optax.linalg.factorize import after, psd_inverse, symmetrize
+from kfac_optax.linalg.factorize import psd_inverse, symmetrize
 from kfac_optax.linalg.gram import gram, homogeneous
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import inverse_root
 from kfac_optax.linalg.weighted_rows import weighted_gram

@@ -11,8 +11,9 @@ from kfac_optax.blocks.refusals import given_outputs
 from kfac_optax.blocks.use_rows import input_rows
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.example_moments import example_rows
-from kfac_optax.linalg.factorize import after, at_least_rounding, psd_inverse
+from kfac_optax.linalg.factorize import at_least_rounding, psd_inverse
 from kfac_optax.linalg.gram import gram
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.rearrangement import contract
 from kfac_optax.linalg.weighted_rows import keep_rows, weighted_gram

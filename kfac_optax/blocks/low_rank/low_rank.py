@@ -29,7 +29,7 @@ from kfac_optax.blocks.low_rank.low_rank_side import (
     root_side,
     solve_side,
 )
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.truncated_eigen import LowRank, of_diagonal
 

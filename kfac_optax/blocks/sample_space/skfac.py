@@ -19,7 +19,7 @@ from kfac_optax.blocks.sample_space.sample_side import (
     side_of_rows,
     solve_sample_side,
 )
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 
 

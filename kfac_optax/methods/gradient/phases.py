@@ -12,7 +12,7 @@ from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import Checked
 from kfac_optax.engine.branches import due_at
 from kfac_optax.engine.state import GradientCounts
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.roots import inverse_root_of_values
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import FULL, Group, Rules

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL
 from kfac_optax.methods.gradient.axis_products import along, statistic
 from kfac_optax.methods.gradient.axiswise import Step

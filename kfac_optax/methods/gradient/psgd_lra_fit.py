@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._tree import all_finite, select
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kfac_optax._tree import select
 from kfac_optax._types import PyTree
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.roots import inverse_root
 from kfac_optax.methods.gradient.axes import Group
 from kfac_optax.methods.gradient.axis_products import along

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_optax.linalg.factorize import after
 from kfac_optax.linalg.frequent_directions import (
     Sketch,
     absorb_columns,
     no_sketch,
     root_weights,
 )
+from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient.axes import FULL, Group
 from kfac_optax.methods.gradient.axis_products import along, statistic, unfolded
 from kfac_optax.methods.gradient.axiswise import Step

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from kfac_optax._layout import varying_as
 from kfac_optax._tree import all_finite, select
 from kfac_optax._types import PyTree
-from kfac_optax.linalg.factorize import after, psd_eigh
+from kfac_optax.linalg.factorize import psd_eigh
+from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient import gate
 from kfac_optax.methods.gradient.axes import Group
 from kfac_optax.methods.gradient.axis_products import along

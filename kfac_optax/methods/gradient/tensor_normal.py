@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from kfac_optax._tree import select
 from kfac_optax._types import Numeric, PyTree
 from kfac_optax.linalg.division import positive_or_one
-from kfac_optax.linalg.factorize import after, psd_inverse
+from kfac_optax.linalg.factorize import psd_inverse
+from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient.axes import FULL, Group
 from kfac_optax.methods.gradient.axis_products import along, statistic
 from kfac_optax.methods.gradient.axiswise import Step

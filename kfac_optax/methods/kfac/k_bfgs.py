@@ -30,7 +30,7 @@ from kfac_optax.blocks.rank_one.pairs import (
 )
 from kfac_optax.blocks.rank_one.rank_one import rank_one
 from kfac_optax.estimators.plan import Plan
-from kfac_optax.linalg.factorize import after
+from kfac_optax.linalg.in_order import after
 
 
 class KBFGSState(NamedTuple):
