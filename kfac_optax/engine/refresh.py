@@ -100,9 +100,8 @@ def refactorize_coarse(step: Step, state: CurvatureState) -> CurvatureState:
     with jax.named_scope("kfac/factorize"):
         inverses: Any = inverses_of_all(step, state.factors, state.inverses)
         fine = step.fine(state.factors, inverses, coarse.coarse_sizes)
-        # a divided state differs between devices, the number of failures does not
-        previous = state.inverses if inverses is state.inverses else failed
-        new = step.coupling.factorize(after(coarse.coarse_factors, previous), fine)
+        # all inverses are made before their failures are counted
+        new = step.coupling.factorize(after(coarse.coarse_factors, failed), fine)
         good = all_finite(new)
         coarse = coarse._replace(coarse_inverse=select(good, new, coarse.coarse_inverse))
         failed = failed + (~good).astype(jnp.int32)

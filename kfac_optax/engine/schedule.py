@@ -50,10 +50,11 @@ def refresh_period(regular: int, *, warmup_steps: int, first: int = 1) -> Callab
 # they follow the statistics.
 CURVATURE_EVERY = 10
 INVERSE_EVERY = refresh_period(100, warmup_steps=100, first=CURVATURE_EVERY)
-# Periods of `kfac_adaptive`: short while everything changes fast, then so long that a step costs
-# about twice that of SGD where layers are wide.
-ADAPTIVE_CURVATURE_EVERY = refresh_period(5, warmup_steps=20)
-ADAPTIVE_INVERSE_EVERY = refresh_period(20, warmup_steps=20, first=5)
+# Periods of `kfac_adaptive`: inverses follow the statistics while everything changes fast, then they
+# are so rare that a step costs about twice that of SGD where layers are wide. Statistics of every
+# step would be dearer at first, and weigh in the average for long after.
+ADAPTIVE_CURVATURE_EVERY = 5
+ADAPTIVE_INVERSE_EVERY = refresh_period(15, warmup_steps=20, first=5)
 
 
 class HostSchedule(NamedTuple):
@@ -67,9 +68,9 @@ class HostSchedule(NamedTuple):
     Attributes:
       curvature_every: period of the statistics, in steps; or a schedule such as
         `refresh_period(...)`. By default that of `kfac`, 10, and with `adapt_every` that of
-        `kfac_adaptive`: every step of the first 20, then every 5.
+        `kfac_adaptive`, 5.
       inverse_every: period of the inverses, or a schedule of it. By default every 10 of the first
-        100 steps, then every 100, and with `adapt_every` every 5 of the first 20, then every 20.
+        100 steps, then every 100, and with `adapt_every` every 5 of the first 20, then every 15.
       stagger: parts of the inverses, as the transformation was given; `refresh` then names the
         parts that are due by a tuple, and is `True` where all are (in step 0, for one).
       adapt_every: period of `adapt_damping` (its `every`), or of a whole optimizer that contains

@@ -4,6 +4,7 @@ it is due.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,14 @@ from kfac_optax.estimators.sample_jacobian import (
     sampled_gradient,
 )
 from kfac_optax.estimators.served_heads import served_of
-from kfac_optax.estimators.spec import FEW, PRODUCTS, Spec, part_of_batch, trace_model
+from kfac_optax.estimators.spec import (
+    FEW,
+    PRODUCTS,
+    Spec,
+    count_cases,
+    part_of_batch,
+    trace_model,
+)
 from kfac_optax.estimators.statistics import collect
 
 
@@ -55,6 +63,13 @@ class LazyCurvature:
     def moved(self, params: PyTree) -> "LazyCurvature":
         """The curvature of the same batch at other parameters, for a second pass behind a step."""
         return dataclasses.replace(self, params=params)
+
+    def cases(self, *, axis_name: Any = None) -> int:
+        """How many predictions of the batch the loss is a mean over, on all devices that a mapped
+        axis splits it over.
+        """
+        devices = math.prod(map(jax.lax.axis_size, names_of(axis_name)))
+        return devices * count_cases(self.spec, self.params, self.args)
 
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:
         """Statistics of the plan's layers, `[copies, ...]` each, and of its coupling."""

@@ -18,12 +18,18 @@ class Curvature(Protocol):
     class will do, no base class is needed, and a method that is never asked for may be missing:
     presets made of blocks ask for `statistics`; `quadratic_step`, `bound_step` and exact metrics
     for `quadratic_form`; deflated couplings for `vector_product`; `smw` and `spring` for
-    `linearize`, and for `rows` where they are given layers; `k_bfgs` for `moved`. Nothing should
+    `linearize`, and for `rows` where they are given layers; `k_bfgs` for `moved`; adaptive presets
+    for `cases`, if there is one. Nothing should
     run before it is asked for, since most steps ask for nothing.
     """
 
     # read by rules that bring masked updates to the whole tree
     params: PyTree  # where it was taken, all of them
+
+    # for rules that ask how noisy a batch is
+    def cases(self, *, axis_name: Any = None) -> int:
+        """How many predictions of the batch the loss is a mean over, on all devices."""
+        ...
 
     # averages of blocks
     def statistics(self, plan: Plan) -> tuple[list[PyTree], PyTree]:

@@ -71,6 +71,10 @@ class SharedCurvature(NamedTuple):
         """As `Curvature.quadratic_form`."""
         return self._lazy.quadratic_form(directions, **options)
 
+    def cases(self, **options: Any) -> int:
+        """As `Curvature.cases`."""
+        return self._lazy.cases(**options)
+
     def vector_product(self, vector: PyTree, **options: Any) -> PyTree:
         """As `Curvature.vector_product`."""
         return self._lazy.vector_product(vector, **options)

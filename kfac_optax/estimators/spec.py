@@ -109,6 +109,16 @@ def _examples(kind: Kind, prediction: PyTree) -> int:
     return count_examples(kind, heads)
 
 
+def count_cases(spec: Spec, params: PyTree, args: tuple[PyTree, ...]) -> int:
+    """How many predictions the loss is a mean over: examples, each with its positions; of several
+    heads the fewest.
+    """
+    predicted = jax.eval_shape(spec.function, params, *args)
+    _, heads = split_outputs(spec.kind, predicted)
+    shapes = [head.shape if spec.kind.losses else head.batch_shape for head in heads]
+    return min(map(math.prod, shapes))
+
+
 def pair_of(kind: Kind, out: PyTree) -> tuple[PyTree, PyTree]:
     """A prediction and what comes with it.
 

@@ -39,15 +39,16 @@ def _whole(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 
 def _by_halves(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    # C^{-1} = [[P, 0], [R, S]], so (C^{-1})^T C^{-1} = [[P^T P + R^T R, R^T S], [S^T R, S^T S]]
+    # C^{-1} = [[P, 0], [-R, S]]
     p, r, s = _halves(lower)
-    below = _product(s.T, r)
+    # (C^{-1})^T C^{-1} = [[P^T P + R^T R, -R^T S], [-S^T R, S^T S]]
+    below = -_product(s.T, r)
     first = _product(p.T, p) + _product(r.T, r)
     return jnp.block([[first, below.T], [below, _product(s.T, s)]])
 
 
 class _Halves(NamedTuple):
-    """`[[first, 0], [below, last]]`."""
+    """`[[first, 0], [-below, last]]`."""
 
     first: Float[Array, "h h"]
     below: Float[Array, "k h"]
@@ -55,11 +56,11 @@ class _Halves(NamedTuple):
 
 
 def _halves(lower: Float[Array, "n n"]) -> _Halves:
-    """Those of `C^{-1}`: with `C = [[P, 0], [R, S]]` they are `P^{-1}, -S^{-1} R P^{-1}, S^{-1}`."""
+    """Those of `C^{-1}`: with `C = [[P, 0], [R, S]]` they are `P^{-1}, S^{-1} R P^{-1}, S^{-1}`."""
     h = len(lower) // 2
     first = _inverse(lower[:h, :h])
     last = _inverse(after(lower[h:, h:], first))
-    below = -_product(_product(last, lower[h:, :h]), first)
+    below = _product(_product(last, lower[h:, :h]), first)
     return _Halves(first, below, last)
 
 
@@ -67,7 +68,7 @@ def _inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     if len(lower) <= _LEAF:
         return _solved(lower)
     first, below, last = _halves(lower)
-    return jnp.block([[first, jnp.zeros_like(below.T)], [below, last]])
+    return jnp.block([[first, jnp.zeros_like(below.T)], [-below, last]])
 
 
 def _solved(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -16,6 +16,7 @@ from kfac_optax.step_rules.reduction_ratio import (
     DampingRule,
     check_rule,
     failures,
+    least_damping,
     lowest_ratio,
     mean_over,
     model_change_of,
@@ -45,7 +46,7 @@ def adapt_damping(
     decay: Numeric = 0.95,
     lower: Numeric = 0.25,
     upper: Numeric = 0.75,
-    damping_min: Numeric = 1e-8,
+    damping_min: Numeric | None = 1e-8,
     damping_max: Numeric = 1e8,
     reject_below: Numeric | None = 0.0,
     include_damping: bool = False,
@@ -95,7 +96,8 @@ def adapt_damping(
       decay: factor per step, in (0, 1].
       lower: ratio below which the damping grows.
       upper: ratio above which it shrinks.
-      damping_min: lower bound of `lambda`.
+      damping_min: lower bound of `lambda`; `None`: `0.01 min(1, 128 / cases)`, with as many cases as
+        predictions of a batch have a loss of their own.
       damping_max: upper bound of `lambda`.
       reject_below: ratios below it reject the step; `None` rejects only what is not finite.
       include_damping: whether `M` in the ratio contains `lambda ||delta||^2 / 2`.
@@ -123,7 +125,7 @@ def adapt_damping(
     Reference: Martens & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature (2015), sections 6.5 and 6.6.
     """
-    rule = DampingRule(
+    settings = DampingRule(
         "adapt_damping",
         every,
         decay,
@@ -138,7 +140,7 @@ def adapt_damping(
         search_decay,
         axis_name,
     )
-    check_rule(rule, initial_damping)
+    check_rule(settings, initial_damping)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> DampingState:
@@ -169,7 +171,8 @@ def adapt_damping(
     ):
         if not jax.tree.leaves(updates):
             return updates, state
-        _check_arguments(rule.where, params, curvature, value, value_fn)
+        _check_arguments(settings.where, params, curvature, value, value_fn)
+        rule = settings._replace(damping_min=least_damping(settings, curvature))
         grad = updates if grad is None else grad
 
         # the inner update as a function of gamma^2, of which a search tries three

@@ -29,7 +29,7 @@ def kfac_adaptive(
     weight_decay: Numeric = 0.0,
     adapt_every: int = 5,
     damping_decay: Numeric = 0.95,
-    damping_min: Numeric = 0.01,
+    damping_min: Numeric | None = None,
     damping_max: Numeric = 1e8,
     reject_below: Numeric | None = 0.0,
     search_every: int | None = None,
@@ -60,7 +60,8 @@ def kfac_adaptive(
       weight_decay: coefficient `w` of a penalty `w/2 ||theta||^2` that the loss contains.
       adapt_every: period of the damping's adaptation.
       damping_decay: factor on the damping per step, see `adapt_damping`.
-      damping_min: lower bound of the damping.
+      damping_min: lower bound of the damping; `None`: 0.01, and `1.28 / cases` where the predictions
+        of a batch have more than 128 losses (examples, or their positions).
       damping_max: upper bound of the damping.
       reject_below: measured reduction ratios below it reject the step; `None` rejects only what is
         not finite.
@@ -70,10 +71,9 @@ def kfac_adaptive(
         `fisher`. `"auto"` has small batches whole, and large ones where a prediction is a few
         numbers (at least 128 examples and 32,768 numbers, in whole microbatches); `None` takes the
         part that the estimator measures.
-      curvature_every: period of the statistics; by default every step of the first 20, then every
-        5.
+      curvature_every: period of the statistics, 5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
-        20.
+        15.
       inverse: `"cholesky"` (factored Tikhonov damping), `"eigh"` (exact damping), `"newton"` or
         `"auto"`, see `kfac`.
       axis_name: mapped axis of `shard_map`/`pmap`, if any.
