@@ -3,7 +3,9 @@
 Where a process has several CPU devices they take the matrices of a stack one at a time. JAX 0.10
 spreads a stack over the threads of XLA, which all devices of a process share, and waits for them on
 a thread of their own: as many waiting devices as there are threads wait for ever. One matrix waits
-for nobody. Everywhere else these are JAX's own calls, and so are derivatives: mapped ones still take stacks.
+for nobody.
+
+Everywhere else these are JAX's own calls. Derivatives are so everywhere: mapped ones take stacks.
 """
 
 import functools
@@ -106,7 +108,8 @@ def solve_triangular(
 ) -> Float[Array, "..."]:
     """`T^{-1} b`, with `trans=1` `T^{-T} b`, as `jax.scipy.linalg.solve_triangular`.
 
-    >>> print(solve_triangular(jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([1.0, 5.0]), lower=True))
+    >>> lower = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+    >>> print(solve_triangular(lower, jnp.array([1.0, 5.0]), lower=True))
     [1. 2.]
     """
     call = functools.partial(jax.scipy.linalg.solve_triangular, trans=trans, lower=lower)

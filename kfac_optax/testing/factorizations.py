@@ -1,4 +1,4 @@
-"""Which factorisations of a program may run at the same time, and which take a stack of matrices."""
+"""Which factorisations of a program may run at the same time, and which take several matrices."""
 
 import math
 import re

@@ -112,9 +112,19 @@ def test_factorizations_follow_one_another(name):
     assert all(calls for _, calls in found[1:])  # the first may have nothing to invert yet
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_several_devices_of_a_process_take_one_matrix_at_a_time(monkeypatch, name):
+@pytest.fixture
+def several(monkeypatch):
+    """A process with several devices; traces that know of one are forgotten, and the other way
+    round.
+    """
+    jax.clear_caches()
     monkeypatch.setattr(lapack, "several_devices", lambda: True)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_devices_of_a_process_take_one_matrix_at_a_time(several, name):
     _, refresh, _ = _programs(name)
     program = refresh.compile().as_text()
     calls, count = stacked(program)
