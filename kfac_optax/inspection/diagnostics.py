@@ -16,6 +16,7 @@ from kfac_optax.engine.state import (
     find_states,
     the_state,
 )
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.in_order import after
 from kfac_optax.step_rules.balance import BalanceState
 from kfac_optax.step_rules.bound import BoundState
@@ -97,7 +98,7 @@ def _spectra(state: CurvatureState) -> list[jax.Array]:
         for x in jax.tree.leaves(factors):
             # copies are on axis 0: as many vectors as they are long make no matrix
             if x.ndim >= 3 and x.shape[-1] == x.shape[-2]:
-                values = jnp.linalg.eigvalsh(after(x, spectra))
+                values = lapack.eigvalsh(after(x, spectra))
                 spectra.append(values.ravel())
     return spectra
 

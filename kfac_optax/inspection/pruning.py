@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from kfac_optax._tree import wide_dtype
 from kfac_optax._types import PyTree
 from kfac_optax._validate import check_number
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.row_inverse import RowInverse, inverse_of_rows
 
 
@@ -94,7 +95,7 @@ def prune(
     (gone,) = jnp.nonzero(mask)
     columns = jax.vmap(inverse.column)(gone)  # [k, d]
     # multipliers of the constraints w_i = 0
-    multipliers = jnp.linalg.solve(columns[:, gone], weights[gone])
+    multipliers = lapack.solve(columns[:, gone], weights[gone])
     moved = weights - jnp.matmul(multipliers, columns, precision=jax.lax.Precision.HIGHEST)
     # zero exactly, not up to rounding
     kept = back(moved.at[gone].set(0))

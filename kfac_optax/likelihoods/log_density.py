@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kfac_optax._validate import NoProductsError
 from kfac_optax.likelihoods import _common
+from kfac_optax.linalg import lapack
 
 LogDensity = Callable[..., jax.Array]
 
@@ -107,7 +108,7 @@ class FromLogDensity:
             flat, unravel = jax.flatten_util.ravel_pytree(natural)
             # column c of the symmetric root U diag(sqrt(d)) U^T
             matrix = self._matrix(natural, flat.size)
-            values, vectors = jnp.linalg.eigh(matrix)
+            values, vectors = lapack.eigh(matrix)
             root = jnp.sqrt(jnp.maximum(values, 0))
             column = jnp.matmul(vectors, root * vectors[c], precision="highest")
             return unravel(column)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.triangular import inverse_from_cholesky
 
 
@@ -122,7 +123,7 @@ def psd_eigh(matrix: Float[Array, "n n"]) -> Eigen:
     [0. 2.]
     """
     # eigenvalues in rising order
-    values, vectors = jnp.linalg.eigh(symmetrize(matrix), symmetrize_input=False)
+    values, vectors = lapack.eigh(symmetrize(matrix), symmetrize_input=False)
     return Eigen(vectors, jnp.maximum(values, 0))
 
 
@@ -191,5 +192,5 @@ def cholesky_inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
     [[0.25]]
     """
     # LAPACK wants columns one after another: of the transpose, which is the same, they are
-    lower = jnp.linalg.cholesky(matrix.T, symmetrize_input=False)
+    lower = lapack.cholesky(matrix.T, symmetrize_input=False)
     return inverse_from_cholesky(lower)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Numeric
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh
 from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.truncated_eigen import LowRank, zero
@@ -70,7 +71,7 @@ def absorb_columns(
     # the eigenproblem on the smaller side, with orthonormal columns either way
     basis = None
     if both.shape[1] < dimension:
-        basis, triangle = jnp.linalg.qr(both)
+        basis, triangle = lapack.qr(both)
         # the basis is formed apart from the triangle; no two factorisations at a time
         both = after(triangle, basis)
     gram = _product(both, both.T)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import psd_inverse, symmetrize
 from kfac_optax.linalg.in_order import after
 
@@ -94,7 +95,7 @@ def middle_of_interpolation(
     missing = jnp.where(pivots > 0, 0, 1).astype(lower.dtype)
     regular = chosen + jnp.diag(missing)
     # P^T = L_S^{-T} L^T, [r, n]
-    weights = jax.scipy.linalg.solve_triangular(regular, lower.T, trans=1, lower=True)
+    weights = lapack.solve_triangular(regular, lower.T, trans=1, lower=True)
     # (E + shift I)^{-1}
     left_over = matrix - _product(lower, lower.T)
     rest = psd_inverse(after(left_over, weights), shift)

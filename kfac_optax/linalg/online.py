@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_number
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import symmetrize
 from kfac_optax.linalg.truncated_eigen import LowRank, largest, truncate
 
@@ -71,7 +72,7 @@ def brand_update(
         pairs = min(pairs, keep)
     # Z^T Z = V L V^T, no larger than [rank + n, rank + n]
     inner = jnp.matmul(z.T, z, precision=precision)
-    values, rotation = jnp.linalg.eigh(symmetrize(inner))
+    values, rotation = lapack.eigh(symmetrize(inner))
     top = largest(values, rotation, pairs)
     # U = Z V L^{-1/2}; where L is rounding its column becomes zero
     eps = jnp.finfo(values.dtype).eps
@@ -127,7 +128,7 @@ def correct_directions(
     # U_c^T X U_c = W L W^T
     image = jnp.matmul(matrix, part, precision=precision)
     middle = jnp.matmul(part.T, image, precision=precision)
-    values, rotation = jnp.linalg.eigh(symmetrize(middle))
+    values, rotation = lapack.eigh(symmetrize(middle))
     rotated = jnp.matmul(part, rotation, precision=precision)
     vectors = low.vectors.at[:, chosen].set(rotated)
     # rounding below zero is none

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._validate import check_choice, check_number
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import psd_eigh, symmetrize
 from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.truncated_eigen import LowRank, largest
@@ -35,7 +36,7 @@ def range_finder(
     draw = jax.random.normal(key, (dimension, size), matrix.dtype)
     for _ in range(1 + power_iterations):
         image = jnp.matmul(matrix, draw, precision=precision)
-        draw, _ = jnp.linalg.qr(image)
+        draw, _ = lapack.qr(image)
     return draw
 
 
@@ -98,12 +99,12 @@ def randomized_eigh(
     # Q^T X Q = W diag(d) W^T, eigenvectors Q W
     if variant == "symmetric":
         middle = symmetrize(jnp.matmul(basis.T, image, precision=precision))
-        values, rotation = jnp.linalg.eigh(middle)
+        values, rotation = lapack.eigh(middle)
         vectors = jnp.matmul(basis, rotation, precision=precision)
         return largest(values, vectors, rank)
     # image = (Q^T X)^T, so its left singular vectors, by those of a triangle
-    orthonormal, triangle = jnp.linalg.qr(image)
+    orthonormal, triangle = lapack.qr(image)
     triangle = after(triangle, orthonormal)
-    left, values, _ = jnp.linalg.svd(triangle)
+    left, values, _ = lapack.svd(triangle)
     vectors = jnp.matmul(orthonormal, left[:, :rank], precision=precision)
     return LowRank(vectors, values[:rank])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import PyTree
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import symmetrize
 
 Forward = Callable[[PyTree], Array]
@@ -83,10 +84,10 @@ def factor_kernel(
     if cutoff is None:
         identity = jnp.eye(len(kernel), dtype=kernel.dtype)
         damped = kernel + damping * identity
-        lower = jnp.linalg.cholesky(damped, symmetrize_input=False)
+        lower = lapack.cholesky(damped, symmetrize_input=False)
         return KernelInverse(lower, None, damping)
     # K = U diag(s) U^T
-    values, vectors = jnp.linalg.eigh(kernel, symmetrize_input=False)
+    values, vectors = lapack.eigh(kernel, symmetrize_input=False)
     return KernelInverse(vectors, jnp.maximum(values, 0), damping, cutoff)
 
 
@@ -100,7 +101,7 @@ def kernel_solve(inverse: KernelInverse, b: Float[Array, " n"]) -> Float[Array, 
     [1. 0.]
     """
     if inverse.values is None:
-        return jax.scipy.linalg.cho_solve((inverse.factor, True), b)
+        return lapack.cho_solve(inverse.factor, b)
     return _along_eigenvectors(inverse, b, _shares(inverse))
 
 

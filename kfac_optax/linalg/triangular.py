@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.in_order import after
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -73,7 +74,7 @@ def _inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 def _solved(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     identity = jnp.eye(len(lower), dtype=lower.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+    return lapack.solve_triangular(lower, identity, lower=True)
 
 
 def _product(x: Array, y: Array) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import at_least_rounding, psd_eigh, symmetrize
 from kfac_optax.linalg.kronecker_products import sandwich
 
@@ -75,7 +76,7 @@ def pencil(
     # W^T (M + shift I) W = I, so the eigenvectors E of W^T N W diagonalise both
     root = inverse_root(m, shift)
     whitened = sandwich(root.T, n, root, precision=precision)
-    values, rotation = jnp.linalg.eigh(symmetrize(whitened))
+    values, rotation = lapack.eigh(symmetrize(whitened))
     return Pencil(jnp.matmul(root, rotation, precision=precision), values)
 
 

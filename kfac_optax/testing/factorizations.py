@@ -1,5 +1,6 @@
-"""Which factorisations of a compiled program may run at the same time."""
+"""Which factorisations of a program may run at the same time, and which take several matrices."""
 
+import math
 import re
 
 
@@ -43,3 +44,31 @@ def side_by_side(program: str) -> tuple[list[tuple[str, str]], int]:
             count += direct
             with_calls.add(computation)
     return pairs, count
+
+
+def stacked(program: str) -> tuple[list[str], int]:
+    """LAPACK calls that take more than one matrix, by target, and the number of all calls.
+
+    On a CPU with several devices in one process these wait for threads that all devices share.
+
+    Args:
+      program: text in XLA's language, `lowered.as_text("hlo")` or `compiled.as_text()`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.zeros((3, 2, 2))
+    >>> print(stacked(jax.jit(jnp.linalg.cholesky).lower(x).as_text("hlo")))
+    (['lapack_spotrf_ffi'], 1)
+    """
+    found: list[str] = []
+    count = 0
+    for line in program.splitlines():
+        target = re.search(r'custom_call_target="(lapack_\w+)"', line)
+        if target is None:
+            continue
+        count += 1
+        # the first result is as large as the matrices, [..., m, n]
+        shape = re.search(r"\[([\d,]*)\]", line)
+        sizes = [int(size) for size in shape[1].split(",")] if shape else []
+        if math.prod(sizes[:-2]) > 1:
+            found.append(target[1])
+    return found, count

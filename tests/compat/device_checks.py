@@ -26,6 +26,7 @@ from tests.compat import (
     own_gradient_checks,
     placement_checks,
     preset_checks,
+    wide_layer_checks,
 )
 
 DEVICES, EXAMPLES = 8, 16
@@ -799,6 +800,7 @@ OF_ALL_FILES = {
         catalogue_checks.CHECKS,
         own_gradient_checks.CHECKS,
         preset_checks.CHECKS,
+        wide_layer_checks.CHECKS,
     )
     for name, check in checks.items()
 }

@@ -16,6 +16,7 @@ from tests.compat.model_parallel_checks import CHECKS as OF_PARAMETERS
 from tests.compat.own_gradient_checks import CHECKS as OF_OWN_GRADIENTS
 from tests.compat.placement_checks import CHECKS as OF_PLACEMENT
 from tests.compat.placement_checks import SLOW as OF_PLACEMENT_SLOW
+from tests.compat.wide_layer_checks import CHECKS as OF_WIDE_LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(CHECKS)
@@ -36,15 +37,29 @@ GROUPS = [
 ]
 
 
+# the environment of tests takes threads from XLA; users have them
+WITHOUT_THREADS = "--xla_cpu_multi_thread_eigen=false"
+
+
 @pytest.mark.parametrize("names", GROUPS, ids="+".join)
 def test_on_eight_devices(names):
+    _run(names, os.environ)
+
+
+def test_on_eight_devices_with_threads():
+    """A step that waits for threads for ever runs into the time limit."""
+    flags = os.environ["XLA_FLAGS"].replace(WITHOUT_THREADS, "")
+    _run([*OF_WIDE_LAYERS], os.environ | {"XLA_FLAGS": flags}, timeout=120)
+
+
+def _run(names, environment, timeout=300):
     done = subprocess.run(
         [sys.executable, "-m", "tests.compat.device_checks", *names],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=environment | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     passed = [

@@ -12,7 +12,8 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax import testing
-from kfac_optax.testing.factorizations import side_by_side
+from kfac_optax.linalg import lapack
+from kfac_optax.testing.factorizations import side_by_side, stacked
 from tests import oracles
 
 N, SIZES = 5, (40, 30, 30, 30, 3)  # buckets of one and of two layers, factors wide and small
@@ -49,6 +50,8 @@ WITHOUT_REFRESH = {
 ALL_PARTS = {"online, staggered": (0, 1)}
 # triangles so wide that they are inverted in parts; two layers in one bucket
 SIZES_OF = {"by halves": (40, 600, 600, 600, 3)}
+# eigenvectors, Cholesky factors, triangular solves, QR and singular values
+FAMILIES = ("eigh", "two-level", "by halves", "rows", "sketched", "online, all")
 
 
 def test_calls_side_by_side_are_seen():
@@ -83,8 +86,8 @@ def test_a_transformation_that_factorises_side_by_side_is_named():
         testing.check_factorizations(trial)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_factorizations_follow_one_another(name):
+def _programs(name):
+    """Lowered programs of a preset: its start, a refresh, and a step by the schedule."""
     sizes = SIZES_OF.get(name, SIZES)
     params = jax.eval_shape(lambda: oracles.make_params(0, sizes))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
@@ -97,14 +100,38 @@ def test_factorizations_follow_one_another(name):
             params, state, params, curvature=FISHER.at(params, x, key=key), refresh=refresh
         )
 
-    programs = [jax.jit(tx.init).lower(params)]
+    yield jax.jit(tx.init).lower(params)
     for refresh in (ALL_PARTS.get(name, True), None):
-        programs.append(
-            jax.jit(lambda *args, refresh=refresh: step(*args, refresh)).lower(state, x, key)
-        )
-    found = [side_by_side(program.compile().as_text()) for program in programs]
+        yield jax.jit(lambda *args, refresh=refresh: step(*args, refresh)).lower(state, x, key)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_factorizations_follow_one_another(name):
+    found = [side_by_side(program.compile().as_text()) for program in _programs(name)]
     assert not any(pairs for pairs, _ in found)
     assert all(calls for _, calls in found[1:])  # the first may have nothing to invert yet
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """A process with several devices; traces that know of one are forgotten, and the other way
+    round.
+    """
+    jax.clear_caches()
+    monkeypatch.setattr(lapack, "several_devices", lambda: True)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_devices_of_a_process_take_one_matrix_at_a_time(several, name):
+    _, refresh, _ = _programs(name)
+    program = refresh.compile().as_text()
+    calls, count = stacked(program)
+    assert calls == []
+    assert count > 0
+    # loops over matrices follow one another as well
+    assert side_by_side(program)[0] == []
 
 
 @pytest.mark.parametrize("name", WITHOUT_REFRESH)

@@ -16,6 +16,7 @@ from kfac_optax.blocks.embedding.token_moments import (
     output_moment,
     token_counts,
 )
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.tikhonov import tikhonov_shifts
 from kfac_optax.linalg.two_term import Pencil, pencil
@@ -143,7 +144,7 @@ def tied_embedding(inverse: str = "eigh", *, precision: jax.lax.PrecisionLike = 
 
 def _logdet(inverse: TiedInverse, damping: Array, shape: tuple[int, int]) -> Array:
     # K is not orthogonal: det(K)^2 comes in once for each of p rows
-    _, of_vectors = jnp.linalg.slogdet(inverse.dense.vectors)
+    _, of_vectors = lapack.slogdet(inverse.dense.vectors)
     p, _ = shape
     of_total = jnp.sum(jnp.log(_total(inverse)))
     return of_total - 2 * p * of_vectors

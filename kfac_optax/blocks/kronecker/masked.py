@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from kfac_optax._types import Block, Layer, Staircase
 from kfac_optax.blocks.kronecker.kronecker import Factors, kronecker
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import damped
 from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
@@ -160,6 +161,6 @@ def _inverse_factor(
     factor: Float[Array, "n n"], shift: Float[Array, ""], order: np.ndarray
 ) -> Float[Array, "n n"]:
     """`L^{-1}` with `L L^T` the damped factor in that order; NaN where it is not positive definite."""
-    lower = jnp.linalg.cholesky(damped(factor, shift)[order][:, order], symmetrize_input=False)
+    lower = lapack.cholesky(damped(factor, shift)[order][:, order], symmetrize_input=False)
     identity = jnp.eye(len(factor), dtype=factor.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+    return lapack.solve_triangular(lower, identity, lower=True)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from kfac_optax._types import Block, Layer, Use
 from kfac_optax._validate import check_choice
 from kfac_optax.blocks.use_rows import input_rows
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.factorize import symmetrize
 from kfac_optax.linalg.geometric_sums import eta as eta
@@ -231,7 +232,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
     ) -> tuple[Array, Array]:
         # the symmetric part is what a time-reversible chain has
         psi = _product(root.T, lag, root)
-        values, rotation = jnp.linalg.eigh(symmetrize(psi))
+        values, rotation = lapack.eigh(symmetrize(psi))
         basis = rotation if rotate_only else jnp.matmul(root, rotation, precision=precision)
         return basis, jnp.clip(values, -_LARGEST, _LARGEST)
 
@@ -239,7 +240,7 @@ def recurrent(option: str = "option1", *, precision: jax.lax.PrecisionLike = "hi
         # Psi^T Psi in whitened coordinates, whose eigenvalues m are squared singular values
         psi = _product(root.T, lag, root)
         square = jnp.matmul(psi.T, psi, precision=precision)
-        values, rotation = jnp.linalg.eigh(symmetrize(square))
+        values, rotation = lapack.eigh(symmetrize(square))
         vectors = jnp.matmul(root, rotation, precision=precision)
         return Pencil(vectors, values)
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL
@@ -170,7 +171,7 @@ def _against(v: jax.Array, axis: int, q: jax.Array) -> jax.Array:
     # [copies, n, rest], solved, and back in place
     columns = jnp.moveaxis(v, place, 1)
     flat = columns.reshape(*columns.shape[:2], -1)
-    solved = jax.scipy.linalg.solve_triangular(q, flat, trans=1, lower=False)
+    solved = lapack.solve_triangular(q, flat, trans=1, lower=False)
     return jnp.moveaxis(solved.reshape(columns.shape), 1, place)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._tree import all_finite, select
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.linalg.in_order import after
 
@@ -62,13 +63,13 @@ class _Inner(NamedTuple):
 def _factored(q: LowRank) -> _Inner:
     identity = jnp.eye(q.u.shape[1], dtype=q.u.dtype)
     inner = identity + _matmul(q.u.T, q.v)
-    return _Inner(*jax.scipy.linalg.lu_factor(inner))
+    return _Inner(*lapack.lu_factor(inner))
 
 
 def _against(q: LowRank, inner: _Inner, x: Float[Array, "k n"]) -> Float[Array, "k n"]:
     """`(I + V U^T)^{-1} x = x - V (I + U^T V)^{-1} U^T x`, row by row."""
     small = _matmul(q.u.T, x.T)
-    solved = jax.scipy.linalg.lu_solve(inner, small)
+    solved = lapack.lu_solve(*inner, small)
     return x - _matmul(q.v, solved).T
 
 
@@ -79,13 +80,13 @@ def _against_transposed(
 ) -> Float[Array, "k n"]:
     """`(I + U V^T)^{-1} x = x - U (I + U^T V)^{-T} V^T x`, row by row."""
     small = _matmul(q.v.T, x.T)
-    solved = jax.scipy.linalg.lu_solve(inner, small, trans=1)
+    solved = lapack.lu_solve(*inner, small, trans=1)
     return x - _matmul(q.u, solved).T
 
 
 def _inverse_of(q: LowRank, inner: _Inner) -> Float[Array, "n r"]:
     """`V (I + U^T V)^{-1}`: `Q^{-T} = (I - V (I + U^T V)^{-1} U^T) diag(d)^{-1}`."""
-    return jax.scipy.linalg.lu_solve(inner, q.v.T, trans=1).T
+    return lapack.lu_solve(*inner, q.v.T, trans=1).T
 
 
 def _largest(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kfac_optax._layout import varying_as
 from kfac_optax._tree import all_finite, select
 from kfac_optax._types import PyTree
+from kfac_optax.linalg import lapack
 from kfac_optax.linalg.factorize import psd_eigh
 from kfac_optax.linalg.in_order import after
 from kfac_optax.methods.gradient import gate
@@ -92,7 +93,7 @@ def _power_step(matrices: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array
         values = jnp.sum(q * products, axis=1)
         order = jnp.argsort(-values, axis=-1)
         sorted_products = jnp.take_along_axis(products, order[:, None, :], axis=2)
-        vectors, _ = jnp.linalg.qr(sorted_products)
+        vectors, _ = lapack.qr(sorted_products)
     # positions have no part in what JAX knows of devices
     return vectors, varying_as(order, matrices)
 
