@@ -28,7 +28,8 @@ KINDS = {
     "with a new damping": (False, False, True),
 }
 SCHEDULES = {
-    "statistics every 5, inverses every 20": (5, 20),
+    "statistics every 5, inverses every 15": (5, 15),
+    "every 5, every 20": (5, 20),
     "every 2, every 10": (2, 10),
     "every 1, every 5": (1, 5),
 }

@@ -42,12 +42,15 @@ PART = {"subsample": "auto"}
 SETTINGS = {
     "defaults": Setting(),
     "statistics of a part": Setting(PART),
-    "and every 5 from the first step": Setting(PART, {}, {"curvature_every": 5}),
-    "and inverses of rank 128": Setting(PART, {"block": ko.low_rank_blocks("b_kfac", rank=128)}),
-    "and damping_min=1e-4": Setting(PART, {"damping_min": 1e-4}),
-    "and periods 1/5": Setting(
-        PART, {"damping_min": 1e-4}, {"curvature_every": 1, "inverse_every": 5}
+    "statistics in each of the first 20 steps": Setting(
+        PART, {}, {"curvature_every": ko.refresh_period(5, warmup_steps=20)}
     ),
+    "inverses of rank 128": Setting(PART, {"block": ko.low_rank_blocks("b_kfac", rank=128)}),
+    "damping_min=0.01": Setting(PART, {"damping_min": 0.01}),
+    "inverses every 10": Setting(
+        PART, {}, {"inverse_every": ko.refresh_period(10, warmup_steps=20, first=5)}
+    ),
+    "periods 1/5": Setting(PART, {}, {"curvature_every": 1, "inverse_every": 5}),
 }
 
 

@@ -8,7 +8,7 @@ from benchmarks import to_loss
 
 def test_a_tiny_run_falls_and_is_counted_in_steps_of_sgd():
     pixels = np.random.default_rng(0).integers(0, 256, (24, 12), np.uint8)
-    setting = to_loss.SETTINGS["and periods 1/5"]
+    setting = to_loss.SETTINGS["periods 1/5"]
     run = to_loss.train(setting, pixels, seed=0, steps=3, batch=8, widths=(4, 2))
     assert len(run.losses) == 4 and len(run.seconds) == len(run.sgd) == 3
     assert run.losses[-1] < run.losses[0] < to_loss.TARGETS[-1]
@@ -23,9 +23,11 @@ def test_every_setting_says_when_statistics_and_inverses_are_due():
         schedule = ko.HostSchedule(adapt_every=5, **setting.schedule)
         kinds = [schedule(step) for step in range(40)]
         due[name] = [sum(bool(kind[what]) for kind in kinds) for what in ("measure", "refresh")]
-    usual = [20 + 4, 4 + 1]
-    assert due.pop("and every 5 from the first step") == [8, 5]
-    assert due.pop("and periods 1/5") == [40, 8]
+    # inverses at 0, 5, 10, 15 and 30
+    usual = [8, 5]
+    assert due.pop("statistics in each of the first 20 steps") == [20 + 4, 5]
+    assert due.pop("inverses every 10") == [8, 6]
+    assert due.pop("periods 1/5") == [40, 8]
     assert all(counts == usual for counts in due.values())
 
 

@@ -187,9 +187,8 @@ def test_the_schedule_of_adaptive_presets():
     """
     schedule = ko.HostSchedule(adapt_every=5)
     due = [schedule(step) for step in range(101)]
-    measured = [*range(20), *range(20, 101, 5)]
-    assert [i for i, d in enumerate(due) if d["measure"]] == measured
-    assert [i for i, d in enumerate(due) if d["refresh"]] == [0, 5, 10, 15, *range(20, 101, 20)]
+    assert [i for i, d in enumerate(due) if d["measure"]] == [*range(0, 101, 5)]
+    assert [i for i, d in enumerate(due) if d["refresh"]] == [0, 5, 10, *range(15, 101, 15)]
     assert [i for i, d in enumerate(due) if d["adapt"]] == [*range(4, 101, 5)]
     plain = ko.HostSchedule()
     assert [i for i in range(101) if plain(i)["measure"]] == [*range(0, 101, 10)]
