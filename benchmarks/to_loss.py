@@ -207,8 +207,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
     for name in options.settings:
         runs[name] = []
         for seed in range(options.seeds):
-            runs[name].append(train(SETTINGS[name], pixels, seed=seed, steps=options.steps))
-            print(f"{name}, seed {seed}: {runs[name][-1].losses[-1]:.2f}", flush=True)
+            run = train(SETTINGS[name], pixels, seed=seed, steps=options.steps)
+            runs[name].append(run)
+            (row,) = rows({name: [run]}).values()
+            print(f"{name}, seed {seed}, at last {run.losses[-1]:.2f}: {row}", flush=True)
     print("\n".join(table(rows(runs))), flush=True)
     return runs
 
