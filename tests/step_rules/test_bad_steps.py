@@ -46,9 +46,9 @@ ADAPTIVE = {
 }
 
 
-def _optimizer(name, layers):
+def _optimizer(name, layers, periods):
     if name in ADAPTIVE:
-        return ADAPTIVE[name](layers)
+        return ADAPTIVE[name](layers, **dict(periods))
     preset = (
         FIXED[name](layers, learning_rate=0.1)
         if name in FIXED
@@ -58,9 +58,9 @@ def _optimizer(name, layers):
 
 
 @functools.cache
-def _step(name, rows=N):
+def _step(name, rows=N, periods=()):
     params, x, _ = _problem()
-    tx = _optimizer(name, ESTIMATOR.layers(params, x[:rows]))
+    tx = _optimizer(name, ESTIMATOR.layers(params, x[:rows]), periods)
 
     @jax.jit
     def step(params, state, x, y, key, factor):
@@ -126,15 +126,20 @@ def test_a_batch_that_is_not_finite_leaves_the_state_finite(name):
     assert _finite((updates, state))
 
 
+# of this step: the coarse level of two levels with older ones may raise the objective in between
+FRESH = (("curvature_every", 1), ("inverse_every", 1))
+
+
+@pytest.mark.parametrize("scale", [1e4, 2e4, 3e4])
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_saturated_outputs(name):
+def test_saturated_outputs(name, scale):
     """Logits of 1e4: no curvature, so the model is all damping; a step that raises the objective is
     taken back.
     """
-    params, x, y = _problem(2e4)
-    tx, step = _step(name)
+    params, x, y = _problem(scale)
+    tx, step = _step(name, periods=FRESH)
     state, last = tx.init(params), float(_loss(params, x, y))
-    assert last > 1e4
+    assert last > 0.7 * scale
     for i in range(100):
         params, state, _ = step(params, state, x, y, jax.random.key(i), jnp.float32(1))
         value = float(_loss(params, x, y))
