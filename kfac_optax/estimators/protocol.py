@@ -19,8 +19,8 @@ class Curvature(Protocol):
     presets made of blocks ask for `statistics`; `quadratic_step`, `bound_step` and exact metrics
     for `quadratic_form`; deflated couplings for `vector_product`; `smw` and `spring` for
     `linearize`, and for `rows` where they are given layers; `k_bfgs` for `moved`; adaptive presets
-    for `cases`, if there is one. Nothing should
-    run before it is asked for, since most steps ask for nothing.
+    for `cases`, if there is one. Nothing should run before it is asked for, since most steps ask
+    for nothing.
     """
 
     # read by rules that bring masked updates to the whole tree

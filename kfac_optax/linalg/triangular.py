@@ -1,4 +1,4 @@
-"""Inverses of symmetric matrices from their Cholesky factors."""
+"""Inverses of triangles, and of symmetric matrices from their Cholesky factors."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def inverse_from_cholesky(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 def _whole(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     # symmetric by construction, and the columns of the transpose lie as LAPACK leaves them
-    half = _solved(lower).T
+    half = inverse_of_lower(lower).T
     columns = ((1,), (1,)), ((), ())
     return jax.lax.dot_general(half, half, columns, precision=_HIGHEST)
 
@@ -67,12 +67,18 @@ def _halves(lower: Float[Array, "n n"]) -> _Halves:
 
 def _inverse(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
     if len(lower) <= _LEAF:
-        return _solved(lower)
+        return inverse_of_lower(lower)
     first, below, last = _halves(lower)
     return jnp.block([[first, jnp.zeros_like(below.T)], [-below, last]])
 
 
-def _solved(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def inverse_of_lower(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """`L^{-1}` of a lower triangle.
+
+    >>> print(inverse_of_lower(jnp.array([[2.0, 0.0], [1.0, 0.5]])))
+    [[ 0.5  0. ]
+     [-1.   2. ]]
+    """
     identity = jnp.eye(len(lower), dtype=lower.dtype)
     return lapack.solve_triangular(lower, identity, lower=True)
 

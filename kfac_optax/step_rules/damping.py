@@ -96,8 +96,8 @@ def adapt_damping(
       decay: factor per step, in (0, 1].
       lower: ratio below which the damping grows.
       upper: ratio above which it shrinks.
-      damping_min: lower bound of `lambda`; `None`: `0.01 min(1, 128 / cases)`, with as many cases as
-        predictions of a batch have a loss of their own.
+      damping_min: lower bound of `lambda`; `None`: `0.01 min(1, 128 / cases)`, where `cases` counts
+        the predictions of a batch that have a loss of their own.
       damping_max: upper bound of `lambda`.
       reject_below: ratios below it reject the step; `None` rejects only what is not finite.
       include_damping: whether `M` in the ratio contains `lambda ||delta||^2 / 2`.

@@ -11,9 +11,8 @@ from kfac_optax._validate import check_axis_name, check_number
 from kfac_optax.step_rules.quadratic_model import QuadraticState
 
 _SLACK = 1e-2  # a model that is right may promise the whole objective, up to rounding
-# least damping of batches that are small, up to so many cases
-_SMALL_BATCH, _SMALL = 1e-2, 128
 _FLAT = 1e-2  # curvature below this share of the damping has no say in a step
+_LEAST, _SMALL_BATCH = 1e-2, 128  # least damping of a batch of so many cases or fewer
 
 
 class DampingRule(NamedTuple):
@@ -42,11 +41,9 @@ def check_rule(rule: DampingRule, initial_damping: Any) -> None:
     check_number(where, "decay", rule.decay, above=0, at_most=1)
     check_number(where, "lower", rule.lower, at_least=0)
     check_number(where, "upper", rule.upper, at_least=rule.lower)
-    if rule.damping_min is None:
-        check_number(where, "damping_max", rule.damping_max, at_least=_SMALL_BATCH)
-    else:
-        check_number(where, "damping_min", rule.damping_min, above=0)
-        check_number(where, "damping_max", rule.damping_max, at_least=rule.damping_min)
+    least = _LEAST if rule.damping_min is None else rule.damping_min
+    check_number(where, "damping_min", least, above=0)
+    check_number(where, "damping_max", rule.damping_max, at_least=least)
     check_number(where, "weight_decay", rule.weight_decay, at_least=0)
     check_axis_name(where, rule.axis_name)
     if rule.search_every is not None:
@@ -62,9 +59,9 @@ def least_damping(rule: DampingRule, curvature: Any) -> Any:
     if rule.damping_min is not None:
         return rule.damping_min
     if not hasattr(curvature, "cases"):
-        return _SMALL_BATCH
+        return _LEAST
     cases = curvature.cases(axis_name=rule.axis_name)
-    return _SMALL_BATCH * min(1.0, _SMALL / max(cases, 1))
+    return _LEAST * min(1.0, _SMALL_BATCH / max(cases, 1))
 
 
 def mean_over(x: Any, axis_name: Any) -> jax.Array:

@@ -17,6 +17,7 @@ from kfac_optax.linalg.in_order import after
 from kfac_optax.linalg.kronecker_products import sandwich
 from kfac_optax.linalg.staircase import entries, with_bias
 from kfac_optax.linalg.tikhonov import factor_shifts
+from kfac_optax.linalg.triangular import inverse_of_lower
 
 
 class TriangularInverse(NamedTuple):
@@ -162,5 +163,4 @@ def _inverse_factor(
 ) -> Float[Array, "n n"]:
     """`L^{-1}` with `L L^T` the damped factor in that order; NaN where it is not positive definite."""
     lower = lapack.cholesky(damped(factor, shift)[order][:, order], symmetrize_input=False)
-    identity = jnp.eye(len(factor), dtype=factor.dtype)
-    return lapack.solve_triangular(lower, identity, lower=True)
+    return inverse_of_lower(lower)
