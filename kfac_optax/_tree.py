@@ -103,7 +103,10 @@ def gather(
     if not biases:
         return matrices
     last_rows = jnp.concatenate(biases)
-    return jnp.concatenate([matrices, last_rows], axis=1)
+    if len(matrices) > 1:
+        return jnp.concatenate([matrices, last_rows], axis=1)
+    # without the axis of copies: XLA would write it for products too, beside the one with it
+    return jnp.concatenate([matrices[0], last_rows[0]])[None]
 
 
 def _taken(layer: Layer, leaf: jax.Array, part: Part | None) -> jax.Array:

@@ -2,13 +2,14 @@
 stays what it is.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._tree import inner, named_leaves, trains, wide_dtype
+from kfac_optax._tree import inner, named_leaves, replace_leaves, trains, wide_dtype
 from kfac_optax._types import PyTree, ScalarOrSchedule
 from kfac_optax._validate import (
     Checked,
@@ -19,10 +20,11 @@ from kfac_optax._validate import (
     checked,
     start_checked,
 )
-from kfac_optax.linalg.division import quotient_or_zero
+from kfac_optax.linalg.division import positive_or_one, quotient_or_zero
 from kfac_optax.linalg.powers import times_power
-from kfac_optax.step_rules._per_layer import exact_square, inverse_root_of
-from kfac_optax.step_rules.directions import combine, kept_finite, moved_since
+from kfac_optax.step_rules._per_layer import inverse_root_of, like_parameters
+from kfac_optax.step_rules._small import join_small
+from kfac_optax.step_rules.directions import exponent_of_sum, kept_finite, moved_since, scaled_sum
 
 
 class MovementState(NamedTuple):
@@ -125,17 +127,19 @@ def bound_movement(
             inner_state, unread, count, one, norm, rate, planned, plain, other, given
         )
 
-    def squared(curvature: Any, movement: PyTree) -> tuple[jax.Array, jax.Array] | None:
-        """`T^T F T` and the exponent of a power of two that multiplies it, if there are products."""
+    def squared(curvature: Any, direction: Mapping[str, jax.Array]) -> jax.Array | None:
+        """`d^T F d` of a direction by name, if there are products."""
         part = "few" if examples is None else examples
         if not required and not hasattr(curvature, "quadratic_form"):
             return None
+        whole = like_parameters(curvature.params, direction)
         try:
-            return exact_square(curvature, _moving(movement), subsample=part, axis_name=axis_name)
+            form = curvature.quadratic_form((whole,), subsample=part, axis_name=axis_name)
         except NoProductsError:
             if required:
                 raise
             return None
+        return form[0, 0]
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
         # handed on as they came: the preconditioner tells a forgotten curvature from none
@@ -155,32 +159,46 @@ def bound_movement(
         rate, bound = jnp.asarray(rate, dtype), jnp.asarray(bound, dtype)
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
+            update, before = _moving(new), _moving(last)
+            # sums go over few leaves, the small ones joined
+            few, few_before = join_small(update, before)
             # sgd with this momentum would have moved so far
-            moved = _product(last, last).astype(dtype)
+            moved = _product(few_before, few_before).astype(dtype)
             other = ~_follows(jnp.sqrt(moved), state.planned_size, state.plain_size)
             carried = jnp.where(other, 0, jnp.asarray(momentum, dtype))
             # T0 / last_rate is what sgd carries on; nothing after a step at rate zero
             per_rate = quotient_or_zero(carried, state.last_rate)
             scale, norm = state.movement_scale, state.movement_norm
-            # T' = m T0 - rate U
-            movement = combine((new, last), jnp.stack([-rate, rate * per_rate]))
-            product = None if curvature is None else squared(curvature, movement)
+            # T' = c T0 - rate U as 2^exponent D: no product with D overflows
+            of_last = rate * per_rate
+            weights = jnp.stack([-rate, of_last])
+            exponent = exponent_of_sum((few, few_before), weights)
+            direction = scaled_sum(update, before, weights, exponent)
+            product = None if curvature is None else squared(curvature, direction)
             if product is not None:
-                square, exponent = product[0].astype(dtype), product[1]
-                found = inverse_root_of(square, exponent, 1 - carried, bound).astype(dtype)
+                square = product.astype(dtype)
+                found = inverse_root_of(square, 2 * exponent, 1 - carried, bound).astype(dtype)
                 root = jnp.sqrt(jnp.maximum(square, 0))
-                length = (1 - carried) * times_power(root, exponent // 2)
+                length = (1 - carried) * times_power(root, exponent)
                 # of a batch that says nothing, nothing is remembered
                 scale = jnp.where(jnp.isfinite(square) & (square > 0), found, scale)
                 norm = jnp.where(jnp.isfinite(length), length, norm)
-            # what sgd makes of it: rate * handed = m T0 - s T'; at rate zero it forgets T0
-            left = jnp.where(rate > 0, scale, 0)
-            handed = combine((new, last), jnp.stack([left, (1 - left) * per_rate]))
-            # sgd with this momentum moves by m T0 - rate handed, whatever has been left out here
+            # s 2^exponent: what is left of D; at rate zero sgd forgets T0
+            left = times_power(jnp.where(rate > 0, scale, 0), exponent)
+            # what sgd makes of it: rate * handed = c T0 - s T'; divided last, since compilers repeat
+            # what is cheaper in every loop that reads it
+            divisor = positive_or_one(rate)
+            shares = jnp.stack([-left, divisor * per_rate]) / divisor
+            handed = replace_leaves(new, _sum(direction, before, shares))
+            # sgd with this momentum moves by b T0 - rate * handed = s T' + (b - c) T0, whatever has
+            # been left out here, and sgd without one by s T' - c T0
             behind = momentum * quotient_or_zero(rate, state.last_rate)
-            both = _product(handed, last).astype(dtype)
-            plain = jnp.square(rate) * _product(handed, handed).astype(dtype)
-            planned = plain - 2 * rate * behind * both + jnp.square(behind) * moved
+            beside = jnp.stack([behind, jnp.zeros_like(behind)]) - of_last
+            whole = scaled_sum(few, few_before, weights, exponent)
+            short = jnp.square(left) * _product(whole, whole).astype(dtype)
+            both = left * _product(whole, few_before).astype(dtype)
+            squares = short + 2 * beside * both + jnp.square(beside) * moved
+            sizes = jnp.sqrt(jnp.maximum(squares, 0))
         return handed, MovementState(
             preconditioner=after,
             previous_params=kept_finite(params, state.previous_params),
@@ -188,8 +206,8 @@ def bound_movement(
             movement_scale=scale,
             movement_norm=norm,
             last_rate=rate,
-            planned_size=jnp.sqrt(jnp.maximum(planned, 0)),
-            plain_size=jnp.sqrt(plain),
+            planned_size=sizes[0],
+            plain_size=sizes[1],
             # without a bound momentum is only counted, not taken back
             other_movements=state.other_movements + (other & (state.movement_scale < 1)),
             given=given,
@@ -203,10 +221,23 @@ def _moving(tree: PyTree) -> dict[str, jax.Array]:
     return {name: x for name, x in named_leaves(tree).items() if trains(x)}
 
 
-def _product(left: PyTree, right: PyTree) -> jax.Array:
+def _sum(
+    first: Mapping[str, jax.Array],
+    second: Mapping[str, jax.Array],
+    weights: jax.Array,
+) -> dict[str, jax.Array]:
+    """`weights_0 a + weights_1 b` of finite leaves by name, in the dtype of the first."""
+    a, b = weights
+    out = {}
+    for name, x in first.items():
+        out[name] = a.astype(x.dtype) * x + b.astype(x.dtype) * second[name].astype(x.dtype)
+    return out
+
+
+def _product(left: Mapping[str, jax.Array], right: Mapping[str, jax.Array]) -> jax.Array:
     """Inner product of movements; of complex numbers the real part, as lengths have it."""
-    conjugate = jax.tree.map(jnp.conj, _moving(right))
-    return jnp.real(inner(_moving(left), conjugate))
+    conjugate = {name: jnp.conj(x) for name, x in right.items()}
+    return jnp.real(inner(left, conjugate))
 
 
 def _follows(moved: jax.Array, planned: jax.Array, plain: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 
 import kfac_optax as ko
 from kfac_optax.methods.kfac.fixed import _with_momentum
+from kfac_optax.step_rules.directions import kept_finite
 from kfac_optax.step_rules.movement import MovementState
 from tests import helpers as h
 from tests import oracles
@@ -209,3 +210,60 @@ def test_momentum_counts_only_where_it_follows(x64):
             scale = np.sqrt(kl_clip / (1 - counted) ** 2 / (grad @ dense_fisher(at, x) @ grad))
             np.testing.assert_allclose(updates, -scale * grad, rtol=1e-9)
     assert "pass the momentum=" in ko.problems(state)[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_short_movements_in_half_precision_have_the_bound(x64, dtype):
+    """Entries whose squares a half does not have, of leaves that differ by orders of magnitude."""
+    _, params, x, _, estimator, _ = problem()
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    half, x = jax.tree.map(lambda p: p.astype(dtype), params), x.astype(jnp.float32)
+    sizes = jax.tree.unflatten(
+        jax.tree.structure(params), 1e-3 * 0.5 ** np.arange(len(jax.tree.leaves(params)))
+    )
+    update = jax.tree.map(lambda g, size: (size * g).astype(dtype), gradient(params, x), sizes)
+    tx = ko.bound_movement(optax.identity(), learning_rate=1.0, kl_clip=1e-9, momentum=0.0)
+
+    def moved(params, x):
+        widened = jax.tree.map(lambda g, p: g.astype(p.dtype), update, params)
+        new, state = tx.update(widened, tx.init(params), params, curvature=estimator.at(params, x))
+        return oracles.flatten(jax.tree.map(lambda u: u.astype(jnp.float32), new)), state
+
+    wide, of_wide = moved(params, x)
+    narrow, of_narrow = moved(half, x.astype(dtype))
+    digits = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(narrow, wide, rtol=8 * digits, atol=1e-7)
+    np.testing.assert_allclose(of_narrow.movement_scale, of_wide.movement_scale, rtol=4 * digits)
+    assert float(of_wide.movement_scale) < 0.5
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_update_that_is_not_finite_is_seen_but_at_rate_zero(x64, bad):
+    _, params, x, _, estimator, _ = problem()
+    params, x = jax.tree.map(lambda p: p.astype(jnp.float32), params), x.astype(jnp.float32)
+    rates = jnp.asarray([0.5, 0.0])
+    tx = ko.bound_movement(
+        optax.identity(), learning_rate=lambda i: rates[i], kl_clip=1e-3, momentum=MOMENTUM
+    )
+    grad = gradient(params, x)
+    broken = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(bad), grad)
+    state = tx.init(params)
+    for seen in (True, False):
+        new, state = tx.update(broken, state, params, curvature=estimator.at(params, x))
+        finite = [bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(new)]
+        assert all(finite) != seen
+        assert float(state.movement_scale) == 1.0
+
+
+def test_parameters_are_kept_but_for_what_is_not_finite():
+    """Exactly where a step is short; elsewhere to a rounding of the step."""
+    random = np.random.default_rng(0)
+    before = jnp.asarray(random.normal(size=1000), jnp.float32)
+    near = before * jnp.asarray(random.uniform(0.5, 2.0, 1000), jnp.float32)
+    far = jnp.asarray(random.normal(size=1000), jnp.float32)
+    np.testing.assert_array_equal(kept_finite(near, before), near)
+    error = np.abs(np.asarray(kept_finite(far, before), float) - np.asarray(far, float))
+    assert (error <= 2.0**-23 * np.abs(far - before)).all()
+    np.testing.assert_array_equal(kept_finite(far, jnp.zeros(1000)), far)
+    broken = jnp.array([jnp.nan, jnp.inf, 3.0])
+    np.testing.assert_array_equal(kept_finite(broken, jnp.array([1.0, 2.0, 2.5])), [1.0, 2.0, 3.0])
