@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import kfac_optax as ko
+from benchmarks.compiling import kernels
 from kfac_optax._tree import all_finite, gather, make_buckets, scatter, select
 from kfac_optax.linalg.in_order import after
 from tests import helpers as h
@@ -218,3 +219,32 @@ def _equations(jaxpr):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
                     yield from _equations(inner)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels of the CPU's compiler")
+def test_a_bound_on_the_movement_has_few_kernels_for_another_shape():
+    """Sums over small leaves are computed of all of them together."""
+    few, many = _kernels_of_a_bound(4), _kernels_of_a_bound(8)
+    # of each: how it moved, the movement planned, what is handed on, and what is kept
+    assert many - few <= 4 * 4
+
+
+def _kernels_of_a_bound(shapes):
+    params = {f"leaf{i}": jnp.ones(100 + 50 * i) for i in range(shapes)}
+
+    class Curvature:
+        """Every product is one."""
+
+        def __init__(self):
+            self.params = params
+
+        def quadratic_form(self, directions, **_):
+            return jnp.ones((1, 1))
+
+    tx = ko.bound_movement(optax.identity(), learning_rate=0.1)
+
+    def step(grads, state, params):
+        return tx.update(grads, state, params, curvature=Curvature())
+
+    program = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), params).compile()
+    return kernels(program.as_text())
