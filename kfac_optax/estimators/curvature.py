@@ -23,6 +23,7 @@ from kfac_optax.estimators.heads import (
     own_cotangents,
     split_outputs,
 )
+from kfac_optax.estimators.in_turn import in_turn, is_cut
 from kfac_optax.estimators.layer_rows import LayerRows, layer_rows
 from kfac_optax.estimators.linearization import Linearize, as_returned, linearize_now
 from kfac_optax.estimators.near_means import means_of_plan
@@ -133,7 +134,7 @@ class LazyCurvature:
                 spec.kind, spec.function, self.params, directions, args, axis_name, count
             )
 
-        return self._mean(form, subsample)
+        return self._mean(form, subsample, () if callable(directions) else directions)
 
     def vector_product(
         self, vector: PyTree, *, subsample: Any = None, axis_name: Any = None
@@ -143,13 +144,23 @@ class LazyCurvature:
         def product(spec: Spec, args: tuple[PyTree, ...]) -> PyTree:
             return vector_product(spec.kind, spec.function, self.params, vector, args, axis_name)
 
-        return self._mean(product, subsample)
+        return self._mean(product, subsample, vector)
 
-    def _mean(self, function: Callable[[Spec, tuple[PyTree, ...]], PyTree], subsample: Any) -> Any:
-        """What is a mean over examples, of one microbatch after another if there are several."""
+    def _mean(
+        self,
+        function: Callable[[Spec, tuple[PyTree, ...]], PyTree],
+        subsample: Any,
+        behind: PyTree,
+    ) -> Any:
+        """What is a mean over examples, of one microbatch after another if there are several; a
+        pass of its own waits for `behind`.
+        """
         # every product is exact on the part of the batch that is asked for
         together = self.microbatch_size or 1
         spec, args = _exact(self.spec, self.params, self.args, subsample, together)
+        # a part of its own shares its values with nothing else in the step
+        if subsample is not None and is_cut(args, self.args):
+            args = in_turn(args, behind)
         if self.microbatch_size is None:
             return function(spec, args)
         batch = microbatches.divide(spec, self.params, args, self.microbatch_size)

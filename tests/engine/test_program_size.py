@@ -248,3 +248,41 @@ def _kernels_of_a_bound(shapes):
 
     program = jax.jit(step).lower(params, jax.eval_shape(tx.init, params), params).compile()
     return kernels(program.as_text())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="memory as the CPU's compiler plans it")
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("bound", ["damped", "movement"])
+def test_activations_exist_once_in_a_step_with_statistics(mode, bound):
+    """One forward pass serves loss and statistics; that of the bound, on a part of the batch, waits
+    for its direction.
+    """
+    examples, steps, width, classes = 64, 128, 32, 32
+    tokens = jnp.zeros((examples, steps), jnp.int32)
+    names = [f"layer{i}" for i in range(DEPTH)]
+    params = {name: jnp.full((width, width), 0.1) for name in names}
+    params |= {"table": jnp.ones((classes, width)), "head": jnp.ones((width, classes))}
+
+    def model(params, tokens):
+        x = jnp.take(params["table"], tokens, axis=0, mode=mode)
+        x = ko.tap_embedding(x, tokens, params["table"])
+        for name in names:
+            x = jnp.tanh(h.dense(x, params[name]))
+        return ko.Categorical(h.dense(x, params["head"]))
+
+    estimator = ko.fisher(model)
+    layers = estimator.layers(params, tokens)
+    tx = ko.kfac_two_level(layers, learning_rate=0.1, bound=bound)
+
+    def gradient(params, tokens):
+        return jax.grad(lambda params: model(params, tokens).mean_nll(tokens))(params)
+
+    def step(params, state, tokens):
+        at = estimator.at(params, tokens, key=jax.random.key(0))
+        grads = gradient(params, tokens)
+        return tx.update(grads, state, params, curvature=at, measure=True, refresh=False)
+
+    state = jax.eval_shape(tx.init, params)
+    plain = _temporary(jax.jit(gradient).lower(params, tokens).compile())
+    measured = _temporary(jax.jit(step).lower(params, state, tokens).compile())
+    assert measured < 1.2 * plain
