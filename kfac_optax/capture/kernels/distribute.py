@@ -26,6 +26,7 @@ from kfac_optax.capture.kernels.added_parts import (
     scaled_after,
 )
 from kfac_optax.capture.kernels.equations import slice_of
+from kfac_optax.capture.kernels.kept_calls import Written, with_calls
 from kfac_optax.capture.kernels.known import Known
 from kfac_optax.capture.kernels.slices import Cut
 from kfac_optax.capture.kernels.taken_apart import taken_apart
@@ -75,20 +76,23 @@ class _Rewriting:
         self.values = Values(known, outside)
         self.names: dict[Any, Any] = {}  # of what a call has handed out that is no more
         self.equations: list[Any] = []
-        self.changed = False
+        self.written: list[Written] = []  # calls that are no more
+        self.changes = 0
 
     def run(self) -> Any:
         """The jaxpr, new if anything has changed; what has come in from outside is behind its inputs."""
         for eqn in self.jaxpr.eqns:
             self._equation(eqn)
-        if not self.changed:
+        # calls alone, of which nothing came apart, are no change
+        if not self.changes:
             return self.jaxpr
         # values of calls that are written out have other names
         outs = list(map(self._named, self.jaxpr.outvars))
+        equations = with_calls(self.equations, outs, self.written)
         ins = [*self.jaxpr.invars, *self.values.imports.values()]
         names = self.jaxpr.debug_info.with_unknown_names()
         return self.jaxpr.replace(
-            eqns=self.equations,
+            eqns=equations,
             invars=ins,
             outvars=outs,
             debug_info=names,
@@ -121,7 +125,7 @@ class _Rewriting:
         self.values.note(eqn, given, views)
         if body is None and name != "scan":
             taken = self._in_place_of(eqn, given)
-        self.changed = self.changed or taken is not None
+        self.changes += taken is not None
         # slices of attempts that came to nothing are nobody's
         if taken is None:
             self.equations.append(eqn)
@@ -152,12 +156,15 @@ class _Rewriting:
 
     def _inlined(self, eqn: Any, body: Any) -> None:
         """The equations of a call stand in its place, and its outputs are theirs."""
-        self.changed = True
+        start, changes, calls = len(self.equations), self.changes, len(self.written)
         inner, outs = renamed(body.jaxpr, eqn.invars)
         # they may be calls again, or products that come apart
         self._equations(written_out(inner, eqn, body.jaxpr))
-        named = map(self._named, outs)
+        named = list(map(self._named, outs))
         self.names |= dict(zip(eqn.outvars, named, strict=True))
+        # in front of the calls inside it
+        apart = self.changes > changes
+        self.written.insert(calls, Written(eqn, named, start, len(self.equations), apart))
 
     def _inlines(self, eqn: Any, body: Any) -> bool:
         """Whether a call makes a kernel, or one made outside meets data inside."""
@@ -249,7 +256,7 @@ class _Rewriting:
 
     def _unrolled(self, eqn: Any) -> None:
         """The equations of all steps of a scan, one after another."""
-        self.changed = True
+        self.changes += 1
         closed, constants, carried = scan_body(eqn)
         first = constants + carried
         fixed = eqn.invars[:constants]
