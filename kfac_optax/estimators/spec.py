@@ -157,17 +157,14 @@ def part_of_batch(
         return args
     size = arrays[0].shape[0]
     if spec.subsample == "auto":
-        keep = _enough(spec, params, args, least)
-        # explicit mesh axes divide them
-        unit = math.lcm(together, *map(shards, arrays))
-        keep = -(-keep // unit) * unit
-    elif isinstance(spec.subsample, numbers.Integral):
-        keep = int(spec.subsample)
-    else:
-        keep = max(1, round(size * spec.subsample))
-    if keep >= size:
-        return args
-    # evenly spaced
+        return _enough(spec, params, args, least, together)
+    some = spec.subsample
+    keep = int(some) if isinstance(some, numbers.Integral) else max(1, round(size * some))
+    return args if keep >= size else _evenly(spec, args, size, keep)
+
+
+def _evenly(spec: Spec, args: tuple[PyTree, ...], size: int, keep: int) -> tuple[PyTree, ...]:
+    """Evenly spaced examples of arrays that have all of them on axis 0."""
     index = np.arange(keep) * size // keep
 
     def take(x: Any) -> Any:
@@ -191,30 +188,59 @@ def _enough(
     params: PyTree,
     args: tuple[PyTree, ...],
     least: Enough,
-) -> int:
-    """Examples that `"auto"` keeps of a batch: all, unless axis 0 has them everywhere, and alone.
+    together: int,
+) -> tuple[PyTree, ...]:
+    """What `"auto"` keeps of a batch: all, unless axis 0 has the examples everywhere, and the model
+    takes fewer.
 
     Nodes of a graph go with edges, and steps in time with one prediction: none is to be left out.
     """
     arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 0]
     size = arrays[0].shape[0]
     # no need to look at the model
-    if size <= least.examples or not all(_leads(size, x.shape) for x in arrays):
-        return size
+    if size <= least.examples or any(x.shape[0] != size for x in arrays):
+        return args
     predicted = jax.eval_shape(spec.function, params, *args)
     if _examples(spec.kind, predicted) != size:
-        return size
+        return args
     outputs = sum(x.size for x in jax.tree.leaves(predicted))
     # one example has `outputs / size` of them
     examples = -(-least.outputs * size // max(outputs, 1))
     examples = max(least.examples, examples)
-    return examples if least.most is None else min(least.most, examples)
+    if least.most is not None:
+        examples = min(least.most, examples)
+    # explicit mesh axes divide them
+    unit = math.lcm(together, *map(shards, arrays))
+    keep = -(-examples // unit) * unit
+    if keep >= size:
+        return args
+    part = _evenly(spec, args, size, keep)
+    return part if _predicts(spec, params, part, predicted, size, keep) else args
 
 
-def _leads(size: int, shape: Sequence[int]) -> bool:
-    """Whether axis 0 has this length, and no other axis: an adjacency matrix has it twice."""
-    first, *others = shape
-    return first == size and size not in others
+def _predicts(
+    spec: Spec,
+    params: PyTree,
+    part: tuple[PyTree, ...],
+    whole: PyTree,
+    size: int,
+    keep: int,
+) -> bool:
+    """Whether the model makes of a part of the batch that part of its prediction.
+
+    Not so where an adjacency matrix has lost some of its rows, or has all of them in the model.
+    """
+    try:
+        predicted = jax.eval_shape(spec.function, params, *part)
+    # whatever a model raises that other shapes do not fit
+    except Exception:
+        return False
+
+    def cut(x: Any) -> tuple[int, ...]:
+        return (keep, *x.shape[1:]) if x.shape[:1] == (size,) else x.shape
+
+    expected = list(map(cut, jax.tree.leaves(whole)))
+    return [x.shape for x in jax.tree.leaves(predicted)] == expected
 
 
 def _check_even(spec: Spec, keep: int, devices: int) -> None:

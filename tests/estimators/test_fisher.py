@@ -247,22 +247,33 @@ def test_enough_is_whole_microbatches_and_all_of_what_is_no_plain_batch(x64, mon
     form = functools.partial(lazy.quadratic_form, (params,))
     np.testing.assert_allclose(form(subsample="auto"), form(subsample=3), rtol=1e-12)
 
-    # nodes with edges or neighbours, steps in time before one prediction, numbers of channels in front
+    # nodes with edges or neighbours, given or in the model, steps in time before one prediction (as
+    # many as examples too), numbers of channels in front
     edges = jnp.asarray([0, 2, 5, 5]), jnp.asarray([1, 1, 3, 0])
     graph = lambda p, x, there, here: categorical(p, x.at[here].add(x[there]))
     neighbours = lambda p, x, matrix: categorical(p, matrix @ x)
+    known = lambda p, x: categorical(p, jnp.eye(N) @ x)
+    sources = lambda p, x, matrix: categorical(p, matrix.T @ x)
     steps = lambda p, x: categorical(p, jnp.sum(x, axis=0))
     shifted = lambda p, shift, x: categorical(p, x + shift)
     in_time = oracles.normal(2, (5, N, 3))
     for function, args in (
         (graph, (x, *edges)),
         (neighbours, (x, jnp.eye(N))),
+        (sources, (x, jnp.eye(N))),
+        (known, (x,)),
         (steps, (in_time,)),
+        (steps, (oracles.normal(2, (N, N, 3)),)),
         (shifted, (jnp.arange(3.0), x)),
     ):
         mine = ko.ggn(function, subsample="auto").spec
         kept = spec.part_of_batch(mine, params, args, least)
         assert all(got is whole for got, whole in zip(kept, args, strict=True))
+
+    # examples that are as long as they are many come apart all the same
+    long = lambda p, x: categorical(p, x[:, :3])
+    (kept,) = spec.part_of_batch(ko.ggn(long, subsample="auto").spec, params, (jnp.eye(N),), least)
+    np.testing.assert_array_equal(kept, jnp.eye(N)[np.array([0, N // 2])])
 
 
 def test_forward_only_measures_inputs_and_needs_no_backward_pass(x64):
