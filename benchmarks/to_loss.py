@@ -77,9 +77,9 @@ def numbers(pixels: np.ndarray) -> jax.Array:
 
 
 class Problem:
-    """The network, its loss, and a step of either optimizer from the same start."""
+    """The network, its loss, and a step of either optimizer, compiled once for all starts."""
 
-    def __init__(self, setting: Setting, pixels: np.ndarray, seed: int, batch: int, widths: Any):
+    def __init__(self, setting: Setting, pixels: np.ndarray, batch: int, widths: Any):
         model = Autoencoder(widths=widths, outputs=pixels.shape[1])
         x = numbers(pixels[:batch])
 
@@ -87,14 +87,16 @@ class Problem:
             return ko.Bernoulli(model.apply({"params": params}, x, train=True))
 
         self.predict = predict
-        self.params = model.init(jax.random.key(seed), x, train=True)["params"]
+        self._init = jax.jit(lambda key: model.init(key, x, train=True)["params"])
         self.estimator = ko.fisher(predict, **setting.estimator)
-        layers = self.estimator.layers(self.params, x)
+        layers = self.estimator.layers(self._init(jax.random.key(0)), x)
         self.adaptive = ko.kfac_adaptive(layers, weight_decay=PENALTY, **setting.preset)
         self.sgd = optax.sgd(1e-3, momentum=0.9)
         schedule = ko.HostSchedule(adapt_every=5, **setting.schedule)
         self.step = ko.compile_step(self._adaptive_step, schedule, donate_argnums=(0, 1))
         self.sgd_step = jax.jit(self._sgd_step, donate_argnums=(0, 1))
+        evaluated = numbers(pixels[:EVALUATED])
+        self.loss = jax.jit(lambda params: predict(params, evaluated).mean_nll(evaluated))
 
     def objective(self, params: Any, x: jax.Array) -> jax.Array:
         """The loss with its penalty."""
@@ -119,29 +121,21 @@ class Problem:
         updates, state = self.sgd.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def start(self, tx: Any) -> tuple[Any, Any]:
+    def start(self, tx: Any, seed: int) -> tuple[Any, Any]:
         """Parameters of one's own, to be donated, and a first state."""
-        return jax.tree.map(jnp.copy, self.params), jax.jit(tx.init)(self.params)
+        params = self._init(jax.random.key(seed))
+        return params, jax.jit(tx.init)(params)
 
 
 def train(
-    setting: Setting,
-    pixels: np.ndarray,
-    *,
-    seed: int,
-    steps: int,
-    batch: int = BATCH,
-    widths: tuple[int, ...] = WIDTHS,
+    problem: Problem, pixels: np.ndarray, *, seed: int, steps: int, batch: int = BATCH
 ) -> Run:
     """One run, with a step of SGD after every step."""
-    problem = Problem(setting, pixels, seed, batch, widths)
-    evaluated = numbers(pixels[:EVALUATED])
-    loss_of = jax.jit(lambda params: problem.predict(params, evaluated).mean_nll(evaluated))
 
     def repeat(steps: int, run: Run) -> Run:
         """So many steps from the start, of both."""
-        ours, theirs = problem.start(problem.adaptive), problem.start(problem.sgd)
-        run.losses.append(float(loss_of(ours[0])))
+        ours, theirs = problem.start(problem.adaptive, seed), problem.start(problem.sgd, seed)
+        run.losses.append(float(problem.loss(ours[0])))
         drawn = batches(pixels, seed, batch)
         for number in range(steps):
             x, key = next(drawn), jax.random.key(number)
@@ -149,7 +143,7 @@ def train(
             theirs, of_sgd = timed(problem.sgd_step, *theirs, x)
             run.seconds.append(spent)
             run.sgd.append(of_sgd)
-            run.losses.append(float(loss_of(ours[0])))
+            run.losses.append(float(problem.loss(ours[0])))
         return run
 
     # all kinds of step are compiled before the clock starts
@@ -206,8 +200,9 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {}
     for name in options.settings:
         runs[name] = []
+        problem = Problem(SETTINGS[name], pixels, BATCH, WIDTHS)
         for seed in range(options.seeds):
-            run = train(SETTINGS[name], pixels, seed=seed, steps=options.steps)
+            run = train(problem, pixels, seed=seed, steps=options.steps)
             runs[name].append(run)
             (row,) = rows({name: [run]}).values()
             print(f"{name}, seed {seed}, at last {run.losses[-1]:.2f}: {row}", flush=True)

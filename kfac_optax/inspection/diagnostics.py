@@ -152,6 +152,7 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
         "preconditioner_damping",
         "reduction_ratio",
         "rejected_steps",
+        "rejected_in_a_row",
         "damping_at_bound",
     ),
 }

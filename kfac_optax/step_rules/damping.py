@@ -35,6 +35,7 @@ class DampingState(NamedTuple):
     preconditioner_damping: jax.Array  # shape=(): gamma^2
     reduction_ratio: jax.Array  # shape=(): the last one, 1 before the first
     rejected_steps: jax.Array  # shape=(), dtype=int32
+    rejected_in_a_row: jax.Array  # shape=(), dtype=int32: up to the last step
     damping_at_bound: jax.Array  # shape=(), dtype=int32: adaptations that ended on a bound
 
 
@@ -69,12 +70,15 @@ def adapt_damping(
     one whose predicted decrease exceeds `|value|`, or whose curvature is next to all damping
     (saturated outputs), or whose prediction is not finite. The first of these is rejected below
     `lower` already: it promised more than there is to gain. An ordinary step costs no evaluation of
-    the objective for it.
+    the objective for it. So is each of the first `every` steps, when the initial damping is a guess
+    and one long step can lose the whole start; it may raise the damping, but not lower it before
+    its turn.
 
     A step whose ratio is measured and lies below `reject_below` (the objective rose), or is not
     finite, is rejected: the update is zero and everything the optimizer holds stays as it was,
-    momentum included, apart from the curvature itself. A step that the model could not decide
-    raises the damping at once.
+    momentum included, apart from the curvature itself. The `n`-th rejection in a row raises the damping by
+    `omega^-n`, so that a start far from the right damping is not waited out. A step that the model
+    could not decide raises the damping at once.
 
     With `search_every`, every so many steps `gamma^2` itself is chosen among its last value, and
     that times and divided by `search_decay`: all three updates are made, and the one with the
@@ -153,8 +157,7 @@ def adapt_damping(
             start,
             start + jnp.asarray(weight_decay, dtype),
             jnp.ones((), dtype),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), jnp.int32),
+            *[jnp.zeros((), jnp.int32)] * 3,
         )
 
     def update(
@@ -203,8 +206,11 @@ def adapt_damping(
 
         scheduled = state.damping_count % every == every - 1 if adapt is None else bool(adapt)
         promised = promise(rule, known, step, grad, mean_over(value, axis_name))
+        # out of turn only upwards, but where the model is doubtful
+        first = state.damping_count < every
+        may_shrink = jnp.asarray(scheduled) | promised.too_much | promised.flat
         # all devices have to measure together
-        due = scheduled is True or jnp.asarray(scheduled) | promised.too_much | promised.flat
+        due = scheduled is True or may_shrink | first
         # rho = (h(theta + delta) - h(theta)) / (M(delta) - M(0))
         new_value, change = if_due(due, measure)
         ratio = (new_value - mean_over(value, axis_name)) / change
@@ -212,7 +218,8 @@ def adapt_damping(
         step, after, rejected = reject(
             step, after, state.optimizer, (ratio, failed, due, lowest), new_value
         )
-        return step, _next_state(rule, state, after, gamma, ratio, due, failed, rejected)
+        outcome = _Outcome(ratio, jnp.asarray(due), may_shrink, failed, rejected)
+        return step, _next_state(rule, state, after, gamma, outcome)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -241,36 +248,47 @@ def _check_arguments(
         )
 
 
+class _Outcome(NamedTuple):
+    """What came of a step; all of shape ()."""
+
+    ratio: jax.Array  # of reduction, NaN where it was not measured
+    due: jax.Array  # bool: it was measured
+    may_shrink: jax.Array  # bool: and may lower the damping
+    failed: jax.Array  # bool: the model had no minimum
+    rejected: jax.Array  # bool: the step was taken back
+
+
 def _next_state(
     rule: DampingRule,
     state: Any,
     after: PyTree,
     gamma: jax.Array,
-    ratio,
-    due,
-    failed,
-    rejected,
+    outcome: _Outcome,
 ) -> DampingState:
-    # omega = decay^every: lambda / omega where rho is low, lambda omega where it is high
-    due, lam = jnp.asarray(due), state.model_damping
-    ratio = ratio.astype(lam.dtype)
+    lam = state.model_damping
+    ratio = outcome.ratio.astype(lam.dtype)
+    decides = outcome.due & ~outcome.failed
+    grow = outcome.failed | (outcome.due & ~(ratio >= rule.lower))  # NaN grows
+    shrink = decides & outcome.may_shrink & (ratio > rule.upper)
+    # omega = decay^every: lambda omega where rho is high, lambda / omega where it is low, and
+    # lambda / omega^n at the n-th rejection in a row
     omega = jnp.asarray(rule.decay, lam.dtype) ** rule.every
-    grow = failed | (due & ~(ratio >= rule.lower))  # NaN grows
-    shrink = due & ~failed & (ratio > rule.upper)
+    row = jnp.where(outcome.rejected, state.rejected_in_a_row + 1, 0)
     wanted = jnp.where(shrink, lam * omega, lam)
-    wanted = jnp.where(grow, lam / omega, wanted)
+    wanted = jnp.where(grow, lam / omega ** jnp.maximum(row, 1), wanted)
     damping = jnp.clip(wanted, rule.damping_min, rule.damping_max)
     at_bound = (wanted != damping) & (grow | shrink)
     # where no search chooses it, gamma^2 follows lambda
     if rule.search_every is None:
         gamma = damping + jnp.asarray(rule.weight_decay, lam.dtype)
-    measured = due & ~failed & jnp.isfinite(ratio)
+    measured = decides & jnp.isfinite(ratio)
     return DampingState(
         after,
         optax.safe_increment(state.damping_count),
         damping,
         gamma,
         jnp.where(measured, ratio, state.reduction_ratio),
-        state.rejected_steps + rejected.astype(jnp.int32),
+        state.rejected_steps + outcome.rejected.astype(jnp.int32),
+        row,
         state.damping_at_bound + at_bound.astype(jnp.int32),
     )

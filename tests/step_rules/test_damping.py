@@ -142,14 +142,54 @@ def test_a_rejected_step_leaves_parameters_and_momentum_untouched(quadratic, fac
     assert int(curvature(new).kfac_count) == int(curvature(state).kfac_count) + 1
 
 
+@pytest.mark.parametrize(("every", "decay"), [(1, 0.95), (5, 0.9), (20, 1.0)])
+def test_rejections_in_a_row_raise_the_damping_ever_faster(quadratic, every, decay):
+    """By `omega^-1`, `omega^-2`, ...; a step that is taken begins the row anew."""
+    options = {"initial_damping": 1.0, "every": every, "decay": decay, "reject_below": 0.0}
+    tx = ko.adapt_damping(quadratic.chain(), **options)
+    good, worse = quadratic.step(tx), quadratic.step(tx, lambda p: 100 + quadratic.loss(p))
+    params, state, expected = quadratic.params, tx.init(quadratic.params), 1.0
+    for row in (1, 2, 3):
+        params, state = worse(params, state, adapt=True)
+        expected *= decay ** (-every * row)
+        assert int(state.rejected_in_a_row) == row
+        np.testing.assert_allclose(state.model_damping, expected, rtol=1e-12)
+    params, state = good(params, state, adapt=False)
+    before = float(state.model_damping)
+    assert int(state.rejected_in_a_row) == 0
+    _, state = worse(params, state, adapt=True)
+    np.testing.assert_allclose(state.model_damping, before * decay**-every, rtol=1e-12)
+
+
 def test_steps_in_between_are_not_measured(quadratic):
     tx = ko.adapt_damping(quadratic.chain(), every=2)
+    good = quadratic.step(tx)
     worse = quadratic.step(tx, lambda p: quadratic.loss(p) * jnp.nan)
-    params, state = worse(quadratic.params, tx.init(quadratic.params))
-    assert int(state.rejected_steps) == 0 and float(state.reduction_ratio) == 1
+    params, state = quadratic.params, tx.init(quadratic.params)
+    for _ in range(2):
+        params, state = good(params, state)
+    known = float(state.reduction_ratio)
+    params, state = worse(params, state)
+    assert int(state.rejected_steps) == 0 and float(state.reduction_ratio) == known
     after, state = worse(params, state)
     assert int(state.rejected_steps) == 1
     assert_trees_equal(after, params)
+
+
+@pytest.mark.parametrize("adapt", [None, False])
+def test_every_step_of_the_first_period_is_measured(quadratic, adapt):
+    """One that raises the objective is taken back; a good one does not lower the damping before
+    its turn.
+    """
+    tx = ko.adapt_damping(quadratic.chain(), initial_damping=1.0, every=3)
+    good, worse = quadratic.step(tx), quadratic.step(tx, lambda p: quadratic.loss(p) + 100)
+    params, state = good(quadratic.params, tx.init(quadratic.params), adapt=adapt)
+    np.testing.assert_allclose(state.reduction_ratio, 1, rtol=1e-10)
+    assert float(state.model_damping) == 1
+    after, state = worse(params, state, adapt=adapt)
+    assert_trees_equal(after, params)
+    assert int(state.rejected_steps) == 1
+    np.testing.assert_allclose(state.model_damping, 0.95**-3, rtol=1e-12)
 
 
 def test_static_and_traced_schedules_agree(quadratic):
