@@ -12,7 +12,7 @@ from benchmarks.accelerator import steps
 from benchmarks.parts import Case
 from benchmarks.timing import Program, compile_together, equations, seconds_of
 
-PERIODS = ((10, 100), (5, 20))  # of statistics and of inverses
+PERIODS = ((10, 100), (5, 15))  # of statistics and of inverses
 ADAPT_EVERY = 5
 BUDGET = 1.5  # seconds of repetitions for one kind of step
 IN_A_ROW = 20  # steps of optimizers that have only one kind; two of their periods
@@ -99,7 +99,7 @@ def _cases(problem: steps.Problem, name: str, compiled: dict[str, Any], small: b
         mean = lambda kinds=kinds: _over_sgd(sum(map(seconds.get, kinds)) / len(kinds), problem)
         yield Case(f"{label}, mean of the kinds", mean)
         yield Case(f"{label}, host's count", functools.partial(timed, kinds))
-    # the preset's own periods are compiled in, 10/100, and of an adaptive one 5/20 after a warm-up
+    # the preset's own periods are compiled in, 10/100, and of an adaptive one 5/15 after a warm-up
     yield Case(f"{name}: traced schedule, 100 steps", lambda: timed(["traced"] * 100))
 
 
