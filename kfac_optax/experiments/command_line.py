@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kfac_optax.experiments.folder import Stopped
 
+LOG_WIDTH = 240  # columns; the widest tables have seven numbers with intervals
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiment file", lock_config=True)
 
 
@@ -53,8 +54,8 @@ def run(experiment: Callable[[ml_collections.ConfigDict, Path, Console], None]) 
         config = _CONFIG.value
         console = Console()
         if not console.is_terminal:
-            # a log has no width of its own, and 80 would break the cells
-            console = Console(width=150)
+            # a log has no width of its own, and 80 would break the cells of any table
+            console = Console(width=LOG_WIDTH)
         try:
             experiment(config, Path(config.out or f"results/{config.name}"), console)
         except Stopped as error:

@@ -1,5 +1,6 @@
 """How long a sweep will take, from the part of it that is done."""
 
+import math
 from typing import NamedTuple
 
 
@@ -30,11 +31,18 @@ def observe(pace: Pace, *, epochs: float, seconds: float, preparation: float) ->
     return pace
 
 
-def left(pace: Pace, *, epochs: float, optimizers: int, workers: int) -> float | None:
+def left(
+    pace: Pace,
+    *,
+    epochs: float,
+    optimizers: int,
+    workers: int,
+    at_most: float = math.inf,
+) -> float | None:
     """Seconds until so many more epochs are trained, None before any was.
 
-    `(epochs * s + unprepared * c) / processes`, with the mean seconds `s` of an epoch and `c` of
-    compiling.
+    `(min(epochs * s, at_most) + unprepared * c) / processes`, with the mean seconds `s` of an epoch
+    and `c` of compiling.
 
     Args:
         pace: what was seen.
@@ -42,16 +50,20 @@ def left(pace: Pace, *, epochs: float, optimizers: int, workers: int) -> float |
         optimizers: in all, each of them compiled once, by one process; one that several processes
             share counts as often.
         workers: processes at the most.
+        at_most: seconds that training takes together where the clock ends every run.
 
     >>> pace = observe(Pace(), epochs=2.0, seconds=1.0, preparation=4.0)
     >>> left(pace, epochs=10.0, optimizers=3, workers=2)
     6.5
+    >>> left(pace, epochs=10.0, optimizers=3, workers=2, at_most=1.0)
+    4.5
     """
     if not pace.epochs:
         return None
     mean = pace.preparation / pace.prepared if pace.prepared else 0.0
     unprepared = max(optimizers - pace.prepared, 0)
-    total = epochs * pace.seconds / pace.epochs + unprepared * mean
+    training = min(epochs * pace.seconds / pace.epochs, at_most)
+    total = training + unprepared * mean
     return total / min(workers, optimizers)
 
 

@@ -1,5 +1,6 @@
 """All runs of a comparison: several at once, each kept on disk as soon as it is finished."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,20 +237,27 @@ class _Display:
 
     def _left(self) -> str:
         """How long these runs will take, nothing before it is known."""
-        seconds = self._seconds(self.total - self.finished, self.kinds)
+        runs = len(self.jobs) - self.done
+        seconds = self._seconds(runs, self.total - self.finished, self.kinds)
         return "" if seconds is None else f"about {estimate.words(seconds)}"
 
     def _afterwards(self) -> str:
         """What may come after these runs, each optimizer compiled once more."""
-        seconds = self._seconds(self.later * self.config.epochs, self.kinds + self.pace.prepared)
+        epochs = self.later * self.config.epochs
+        seconds = self._seconds(self.later, epochs, self.kinds + self.pace.prepared)
         if not self.later or seconds is None:
             return ""
         words = estimate.words(seconds)
         return f"; then up to {self.later} at the best rates, about {words} more"
 
-    def _seconds(self, epochs: float, optimizers: int) -> float | None:
+    def _seconds(self, runs: int, epochs: float, optimizers: int) -> float | None:
+        budget = self.config.get("budget_seconds")
         return estimate.left(
-            self.pace, epochs=epochs, optimizers=optimizers, workers=self.config.workers
+            self.pace,
+            epochs=epochs,
+            optimizers=optimizers,
+            workers=self.config.workers,
+            at_most=runs * budget if budget else math.inf,
         )
 
 

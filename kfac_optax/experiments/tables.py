@@ -208,9 +208,10 @@ def blank(title: str, headings: Sequence[str], caption: str) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("optimizer")
+    # where a terminal is too narrow cells go over several lines, and nothing is cut off
+    table.add_column("optimizer", no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,22 @@ def test_a_race_is_told_in_seconds_and_steps(unequal):
     adam = next(row for row in text.splitlines() if "Adam" in row)
     assert "0.1*" in adam and "500.00" in adam  # the largest rate tried; 5 steps in 2.5 s
     np.testing.assert_allclose(results.ms_per_step(unequal["sgd", 0.1]), [200.0, 100.0, 200.0])
+
+
+def test_a_table_too_wide_for_its_terminal_loses_nothing(unequal):
+    targets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+    shown = []
+    for width in (60, 400):
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(tables.race(unequal, targets=targets))
+        shown.append(capture.get())
+    narrow, wide = shown
+    assert "…" not in narrow
+    for name in {name for name, _ in unequal}:
+        assert optimizers.OPTIMIZERS[name].label in narrow
+    # every character of the wide one, wherever it has gone
+    assert Counter(re.sub(r"[\s─]", "", narrow)) == Counter(re.sub(r"[\s─]", "", wide))
 
 
 def test_figures_take_runs_of_unequal_length(tmp_path, unequal):

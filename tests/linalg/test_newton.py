@@ -89,7 +89,9 @@ def test_batched_the_factorisation_stands_in_a_branch(x64):
     got = batch(matrices, jnp.float64(SHIFT), starts)
     expected = np.stack([_expected(m) for m in matrices])
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
-    np.testing.assert_array_equal(got[1], psd_inverse(matrices[1], jnp.float64(SHIFT)))
+    # not bit for bit: libraries of accelerators take a stack in another way
+    alone = psd_inverse(matrices[1], jnp.float64(SHIFT))
+    np.testing.assert_allclose(got[1], alone, rtol=1e-13, atol=1e-13 * np.abs(alone).max())
     jaxpr = jax.make_jaxpr(batch)(matrices, jnp.float64(SHIFT), starts)
     assert "cholesky" in str(jaxpr)
     outside = [e.primitive.name for e in jaxpr.jaxpr.eqns[0].params["jaxpr"].eqns]
