@@ -35,17 +35,42 @@ def check_number(
     above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
+    schedule: bool = False,
+    remedy: str = "Pass a number.",
 ) -> None:
-    """Checks a hyperparameter that is a plain number; traced values and schedules are taken as they
-    are.
+    """Checks the value of a number; arrays, which may be traced, are taken as they are.
+
+    Args:
+      where: for the error.
+      name: of the number.
+      value: what was given for it.
+      above: exclusive lower bound, if any.
+      at_least: lower bound, if any.
+      at_most: upper bound, if any.
+      schedule: whether it may be a schedule, which is taken as it is.
+      remedy: what to do about a schedule where none may be.
+
+    Raises:
+      TypeError: neither a number nor an array; a schedule where none may be.
+      ValueError: out of range.
+
+    >>> check_number("jorge", "eps", lambda step: 1e-6)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    TypeError: jorge: eps is <function ...>, a schedule; expected a number or a jax.Array, ...
     """
-    # known only in an update, where `checked` looks at it
-    if callable(value) or isinstance(value, jax.Array):
+    # an array is known only in an update, where `checked` looks at it
+    if isinstance(value, jax.Array) or (schedule and callable(value)):
         return
-    if not _concrete(value):
+    if callable(value):
         raise TypeError(
-            f"{where}: {name} is {value!r}; expected a number, a jax.Array or a schedule (step -> "
-            "number)."
+            f"{where}: {name} is {value!r}, a schedule; expected a number or a jax.Array, the same "
+            f"in every step. {remedy}"
+        )
+    if not _concrete(value):
+        kinds = "a number, a jax.Array or a schedule (step -> number)"
+        raise TypeError(
+            f"{where}: {name} is {value!r}; expected "
+            f"{kinds if schedule else 'a number or a jax.Array'}."
         )
     wanted = []
     number = float(value)  # type: ignore[arg-type]
@@ -59,6 +84,12 @@ def check_number(
         raise ValueError(f"{where}: {name}={value!r}; expected {name} {' and '.join(wanted)}.")
 
 
+def check_momentum(where: str, momentum: Numeric) -> None:
+    """Checks the momentum of the `optax.sgd` behind a bound, which has a factor `1 / (1 - m)`."""
+    remedy = "Pass the number that optax.sgd has."
+    check_number(where, "momentum", momentum, at_least=0, at_most=0.999, remedy=remedy)
+
+
 class Checked(NamedTuple):
     """What is remembered of a hyperparameter whose value is known only in an update."""
 
@@ -70,14 +101,22 @@ def check_legal(
     where: str,
     name: str,
     value: ScalarOrSchedule | None,
+    *,
+    schedule: bool = True,
 ) -> None:
     """Checks a hyperparameter against `LEGAL` where it is a plain number; `checked` does so for all
-    others.
+    others. With `schedule=False` it may be no schedule.
     """
     legal = LEGAL[name]
     # of schedules and traced numbers `checked` holds the same bounds
     check_number(
-        where, name, value, above=legal.above, at_least=legal.at_least, at_most=legal.at_most
+        where,
+        name,
+        value,
+        above=legal.above,
+        at_least=legal.at_least,
+        at_most=legal.at_most,
+        schedule=schedule,
     )
 
 

@@ -15,6 +15,7 @@ from kfac_optax._validate import (
     Checked,
     check_axis_name,
     check_legal,
+    check_momentum,
     check_number,
     checked,
     start_checked,
@@ -108,6 +109,7 @@ def bound_step(
       the last `s`.
 
     Raises:
+      TypeError: a schedule where a number is meant.
       ValueError: a hyperparameter out of range; in an update, `params` missing.
 
     >>> import kfac_optax as ko
@@ -126,7 +128,7 @@ def bound_step(
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "kl_clip", kl_clip)
     check_legal(where, "damping", damping)
-    check_number(where, "momentum", momentum, at_least=0, at_most=0.999)
+    check_momentum(where, momentum)
     check_number(where, "examples", examples, at_least=1)
     check_axis_name(where, axis_name)
     own_damping = damping

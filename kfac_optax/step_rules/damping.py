@@ -114,6 +114,7 @@ def adapt_damping(
       A transformation; its state shows `lambda`, the last ratio and how often steps were rejected.
 
     Raises:
+      TypeError: a schedule where a number is meant.
       ValueError: a hyperparameter out of range; `curvature`, `value` or `value_fn` missing.
 
     >>> import kfac_optax as ko

@@ -16,6 +16,7 @@ from kfac_optax._validate import (
     NoProductsError,
     check_axis_name,
     check_legal,
+    check_momentum,
     check_number,
     checked,
     start_checked,
@@ -92,6 +93,7 @@ def bound_movement(
       and `(1 - m) sqrt(T'^T F T')` as `movement_norm`.
 
     Raises:
+      TypeError: a schedule where a number is meant.
       ValueError: a hyperparameter out of range; in an update, `params` missing.
 
     >>> import kfac_optax as ko
@@ -108,7 +110,7 @@ def bound_movement(
     where = "bound_movement"
     check_legal(where, "learning_rate", learning_rate)
     check_legal(where, "kl_clip", kl_clip)
-    check_number(where, "momentum", momentum, at_least=0, at_most=0.999)
+    check_momentum(where, momentum)
     if examples is not None:
         check_number(where, "examples", examples, at_least=1)
     check_axis_name(where, axis_name)

@@ -45,6 +45,10 @@ def check_rule(rule: DampingRule, initial_damping: Any) -> None:
     check_number(where, "damping_min", least, above=0)
     check_number(where, "damping_max", rule.damping_max, at_least=least)
     check_number(where, "weight_decay", rule.weight_decay, at_least=0)
+    if rule.reject_below is not None:
+        check_number(where, "reject_below", rule.reject_below)
+    if rule.search_decay is not None:
+        check_number(where, "search_decay", rule.search_decay, above=0)
     check_axis_name(where, rule.axis_name)
     if rule.search_every is not None:
         check_number(where, "search_every", rule.search_every, at_least=1)

@@ -49,6 +49,7 @@ def until_stalled(
       A transformation with `StallState`.
 
     Raises:
+      TypeError: a schedule where a number is meant.
       ValueError: a number out of range; `value` missing in an update.
 
     >>> tx = until_stalled(optax.scale(2.0), threshold=0.5, patience=1)

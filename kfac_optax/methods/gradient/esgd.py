@@ -51,7 +51,7 @@ def esgd(
       optimization (2015).
     """
     where = "esgd"
-    check_number(where, "damping", damping, above=0)
+    check_number(where, "damping", damping, above=0, schedule=True)
     hyper: dict[str, Any] = dict(damping=damping, curvature_every=curvature_every)
 
     def start(params: PyTree, dtype: Any) -> Probes:

@@ -87,7 +87,7 @@ def scale_by_eva_s(
     rules = Rules(_NO_AXIS_IS_LONG, merge, IDENTITY, FULL, stacked)
     check_rules(where, rules, (IDENTITY,), (FULL,))
     check_choice(where, "form", form, FORMS)
-    check_number(where, "damping", damping, above=0)
+    check_number(where, "damping", damping, above=0, schedule=True)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
     # (c c^T + damping I)^{-1} G, or roots of (v_i v_i^T + damping I) on every axis
     solve = against_product if form == "product" else between_roots

@@ -75,7 +75,7 @@ def ggt(
     """
     check_size("ggt", "window", window)
     check_choice("ggt", "mode", mode, MODES)
-    check_number("ggt", "eps", eps, above=0)
+    check_number("ggt", "eps", eps, above=0, schedule=True)
 
     def step(given: Step) -> Made:
         check_length("ggt", given.held, given.gradient)

@@ -68,7 +68,7 @@ def mfac(
       makes the first steps up to `m` times as long.
     """
     check_size("mfac", "window", window)
-    check_number("mfac", "damping", damping, above=0)
+    check_number("mfac", "damping", damping, above=0, schedule=True)
 
     def step(given: Step) -> Made:
         vector = given.gradient

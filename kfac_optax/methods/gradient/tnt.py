@@ -78,7 +78,7 @@ def scale_by_tnt(
     where = "scale_by_tnt"
     rules = Rules(max_dim, merge, long_axes, vectors, stacked)
     check_rules(where, rules, ("split", DIAGONAL), (FULL, DIAGONAL))
-    check_number(where, "damping", damping, above=0)
+    check_number(where, "damping", damping, above=0, schedule=True)
     if examples is not None:
         check_number(where, "examples", examples, above=0)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay, inverse_every=inverse_every)

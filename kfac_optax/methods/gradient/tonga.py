@@ -69,7 +69,7 @@ def tonga(
     where = "tonga"
     check_size(where, "rank", rank)
     check_size(where, "block", block)
-    check_number(where, "damping", damping, above=0)
+    check_number(where, "damping", damping, above=0, schedule=True)
     hyper: dict[str, Any] = dict(damping=damping, decay=decay)
 
     def start(params: PyTree, dtype: Any) -> Window:

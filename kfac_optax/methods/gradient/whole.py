@@ -32,9 +32,7 @@ def with_step(
         parts.append(optax.add_decayed_weights(weight_decay))
     if momentum is not None:
         # optax.trace takes a number
-        if callable(momentum):
-            raise TypeError(f"{where}: momentum is a schedule; expected a number, or None.")
-        check_legal(where, "momentum", momentum)
+        check_legal(where, "momentum", momentum, schedule=False)
         parts.append(optax.trace(momentum))
     return _of_their_dtype(optax.chain(*parts, optax.scale_by_learning_rate(learning_rate)))
 

@@ -42,7 +42,7 @@ def _preset(
         )
     check_choice(where, "uncovered", uncovered, WITHOUT_DIAGONAL)
     # (c c^T + damping I)^{-1} V = (V - c <c, V> / (damping + |c|^2)) / damping
-    check_number(where, "damping", damping, above=0)
+    check_number(where, "damping", damping, above=0, schedule=True)
     layers = cover(layers, where=where)
     # left out first, so that `uncovered` decides on what is left over
     layers = leave_out(layers, LEFT_OUT, "{kind}: no block of rank one")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import Block, Coupling, Layer, Layers, ScalarOrSchedule
-from kfac_optax._validate import check_choice, check_unused
+from kfac_optax._validate import check_choice, check_momentum, check_unused
 from kfac_optax.blocks.kronecker.kronecker import kronecker
 from kfac_optax.engine.choice import BlockOf, blocks_of, cover, kronecker_by
 from kfac_optax.engine.core import scale_by_curvature
@@ -205,6 +205,8 @@ def kfac(
         preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers
     )
     if bound != "movement":
+        # no bound counts it; wrong numbers are refused all the same
+        check_momentum("kfac", momentum)
         return clipped
     assert learning_rate is not None and kl_clip is not None
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T = m T0 - learning_rate U

@@ -29,9 +29,9 @@ def _preset(
     axis_name: Any = None,
     precision: Any = "highest",
 ) -> optax.GradientTransformationExtraArgs:
-    check_number(where, "learning_rate", learning_rate, at_least=0)
-    check_number(where, "damping", damping, above=0, at_most=1)
-    check_number(where, "decay", decay, at_least=0, at_most=1)
+    check_number(where, "learning_rate", learning_rate, at_least=0, schedule=True)
+    check_number(where, "damping", damping, above=0, at_most=1, schedule=True)
+    check_number(where, "decay", decay, at_least=0, at_most=1, schedule=True)
     check_choice(where, "uncovered", uncovered, UNCOVERED)
     check_axis_name(where, axis_name)
     # left out first, so that `uncovered` decides on what is left over

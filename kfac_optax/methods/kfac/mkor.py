@@ -84,7 +84,8 @@ def mkor(
       Optimizer Using Rank-1 Updates (2023).
     """
     check_choice("mkor", "uncovered", uncovered, WITHOUT_DIAGONAL)
-    check_number("mkor", "decay", decay, above=0, at_most=1)  # the update divides by it
+    # the update divides by it
+    check_number("mkor", "decay", decay, above=0, at_most=1, schedule=True)
     layers = cover(layers, where="mkor")
     # what is left out is left over, and named so, before `uncovered` decides about it
     layers = leave_out(layers, LEFT_OUT, "{kind}: no inverse factors of rank-one updates")
