@@ -13,7 +13,7 @@ from kfac_optax.engine.placement import Placement
 
 # Of all states of the package together, as `describe_state` saves it: one more whenever a field, a
 # shape or the meaning of an array changes.
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 class CoarseState(NamedTuple):
