@@ -161,9 +161,9 @@ def bound_movement(
         rate, bound = jnp.asarray(rate, dtype), jnp.asarray(bound, dtype)
         with jax.named_scope("kfac/bound_movement"):
             last = moved_since(state.previous_params, params, first=count == 0)
-            update, before = _moving(new), _moving(last)
+            moving, before = _moving(new), _moving(last)
             # sums go over few leaves, the small ones joined
-            few, few_before = join_small(update, before)
+            few, few_before = join_small(moving, before)
             # sgd with this momentum would have moved so far
             moved = _product(few_before, few_before).astype(dtype)
             other = ~_follows(jnp.sqrt(moved), state.planned_size, state.plain_size)
@@ -175,7 +175,7 @@ def bound_movement(
             of_last = rate * per_rate
             weights = jnp.stack([-rate, of_last])
             exponent = exponent_of_sum((few, few_before), weights)
-            direction = scaled_sum(update, before, weights, exponent)
+            direction = scaled_sum(moving, before, weights, exponent)
             product = None if curvature is None else squared(curvature, direction)
             if product is not None:
                 square = product.astype(dtype)

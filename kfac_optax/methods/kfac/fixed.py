@@ -148,6 +148,8 @@ def kfac(
         )
     check_choice("kfac", "bound", bound, BOUNDS)
     check_choice("kfac", "balance", balance, BALANCES)
+    # also where no bound counts it
+    check_momentum("kfac", momentum)
     if block is None:
         _check_masks(layers, inverse)
     else:  # knows how positions are shared
@@ -205,8 +207,6 @@ def kfac(
         preconditioner, learning_rate=learning_rate, kl_clip=kl_clip, layers=layers
     )
     if bound != "movement":
-        # no bound counts it; wrong numbers are refused all the same
-        check_momentum("kfac", momentum)
         return clipped
     assert learning_rate is not None and kl_clip is not None
     # s = min(1, sqrt(kl_clip / ((1 - m)^2 T^T F T))) over the whole step T = m T0 - learning_rate U
