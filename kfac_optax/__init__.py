@@ -1,7 +1,7 @@
 """Natural-gradient preconditioners for JAX as pure Optax transformations."""
 
 from kfac_optax import testing
-from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Use
+from kfac_optax._types import Block, Coupling, Directions, Layer, Layers, Sloped, Use
 from kfac_optax.bayes.diagonal import sample_diagonal
 from kfac_optax.bayes.draw import sample_params
 from kfac_optax.bayes.laplace import laplace
@@ -158,6 +158,7 @@ __all__ = [
     "Placement",
     "Posterior",
     "SampleJacobian",
+    "Sloped",
     "Use",
     "adahessian",
     "adapt_damping",

@@ -31,8 +31,9 @@ class Block(NamedTuple):
         `count` numbers the statistics, for random draws.
       absorb: `(inverse, news, statistic, damping, average) -> inverse`, what becomes of the inverse
         at every statistic. Such a block measures `(statistic, news)`. `average` is an `Average`.
-      solve_rows: `(inverse, a, g, damping) -> a^T g preconditioned`, from rows `a [R, p]` and
-        `g [R, q]`; or `None` where that would cost more than `solve`.
+      solve_rows: `(inverse, a, g, damping) -> (U, (b, h))`, `a^T g` preconditioned as `U = b^T h`,
+        from rows `a [R, p]` and `g [R, q]`, with rows `b` and `h` of the same shapes; or `None`
+        where that would cost more than `solve`.
       first_moments: `measure` averages `g` itself, not its products: it needs the output gradients
         of the data's own loss, without random signs and with the whole weight of their example
         (others carry its root).
@@ -71,7 +72,7 @@ class Block(NamedTuple):
     refresh: Callable[..., PyTree] | None = None
     absorb: Callable[..., PyTree] | None = None
     # shortcuts and demands that only some blocks have
-    solve_rows: Callable[..., jax.Array | None] | None = None
+    solve_rows: Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]] | None] | None = None
     first_moments: bool = False
     absorbs: str = "columns"
     reads_inverse: bool = False

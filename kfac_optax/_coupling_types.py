@@ -22,6 +22,20 @@ class Directions(NamedTuple):
     parts: tuple[PyTree, ...]
 
 
+class Sloped(NamedTuple):
+    """An update with its products with the gradient, for step rules that bound it by them.
+
+    Attributes:
+      update: like the gradient.
+      slopes: `[matrices]`, `<U_i, V_i> 2^-exponent` of every layer, with `V_i` its gradient.
+      exponent: shape=(), dtype=int32.
+    """
+
+    update: PyTree
+    slopes: jax.Array
+    exponent: jax.Array
+
+
 class Fine(NamedTuple):
     """The block-diagonal level at a refresh, for couplings that build on it. Rows are the matrices
     that couplings see.

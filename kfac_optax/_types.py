@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from kfac_optax._block_types import Average, Block, Bucket, Near, Travel
-from kfac_optax._coupling_types import Coupling, Directions, Fine, System, Vector
+from kfac_optax._coupling_types import Coupling, Directions, Fine, Sloped, System, Vector
 from kfac_optax._layer_types import Layer, Layers, Layout, Part, PyTree, Staircase, Uncovered, Use
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Part",
     "PyTree",
     "ScalarOrSchedule",
+    "Sloped",
     "Staircase",
     "System",
     "Travel",

@@ -39,6 +39,7 @@ def scale_by_curvature(
     normalization: str = "unitwise",
     factored_gradient: bool = False,
     separate: bool = False,
+    sloped: bool = False,
     axis_name: Any = None,
     factor_dtype: Any = None,
     placement: Placement | None = None,
@@ -98,6 +99,10 @@ def scale_by_curvature(
       separate: hand on the parts of the update one by one, as `Directions`, to a step rule that
         weighs them: the block-diagonal level, then what the coupling adds. Without a coupling there
         is one part. Parameters without a block are in the first part, grafted to the size of that.
+      sloped: hand on the update as `Sloped`, with its products `<U_i, V_i>` with the gradient of
+        every layer, to a step rule that bounds it by them (`clip_by_kl`). With
+        `factored_gradient=True` they come from the rows, and the gradient of a layer whose block
+        takes rows is never formed. Not with a coupling.
       axis_name: mapped axis (or axes) of `shard_map`/`pmap` over which the batch is split;
         statistics are averaged over it. Not needed under `jit` with sharded arrays.
       factor_dtype: dtype of factors and inverses; default the widest of float32 and the parameters'
@@ -109,7 +114,8 @@ def scale_by_curvature(
       A transformation whose whole state is a `CurvatureState` of arrays.
 
     Raises:
-      ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot;
+      ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot; `sloped`
+        with a coupling;
         `curvature` missing or made for another model.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
@@ -138,6 +144,11 @@ def scale_by_curvature(
     check_owned(where, placement, layers, blocks, coupling, axis_name)
     if factored_gradient:
         check_factored(where, blocks)
+    if sloped and coupling is not None:
+        raise ValueError(
+            f"{where}: got sloped=True with the coupling {coupling.name}, whose part of the update "
+            "takes the gradient itself; expected no coupling. Leave sloped= out."
+        )
     rule = Rule(
         where,
         layers,
@@ -152,6 +163,7 @@ def scale_by_curvature(
         parts,
         factored_gradient,
         separate,
+        sloped,
         axis_name,
         factor_dtype,
         placement,

@@ -13,9 +13,19 @@ from kfac_optax._parts import boxes_left, emptied, within_box
 from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.engine.placed import inverses_of_all, solve_placed
+from kfac_optax.engine.slopes import FromRows, Slopes, in_one_scale, of_matrices, of_rows
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
 
 Rows = dict[Layer, tuple[jax.Array, jax.Array]]
+
+
+class Preconditioned(NamedTuple):
+    """An update in parts, and what is known of it."""
+
+    parts: list[dict[str, jax.Array]]  # leaves by name; one part, their sum, unless `separate`
+    share: jax.Array  # shape=(): that the coupling has in it
+    finite: jax.Array  # shape=(), dtype=bool: whether all of it is
+    slopes: Slopes | None  # `<U_i, V_i>` of every matrix, where they are asked for
 
 
 def precondition(
@@ -28,28 +38,27 @@ def precondition(
     rows: Rows | None,
     finite: jax.Array,
     separate: bool,
-) -> tuple[list[dict[str, jax.Array]], jax.Array, jax.Array]:
-    """The parts of the update (one, their sum, unless `separate`), leaves by name, the share that
-    the coupling has in it, and whether all of it is finite.
+    sloped: bool = False,
+) -> Preconditioned:
+    """The update. One that is not finite, or `finite` that is false, gives zeros.
 
-    An update that is not finite, or `finite` that is false, gives zeros. `rows`: see `_from_rows`.
+    `rows`: see `_from_rows`; `sloped`: of an update without a coupling.
     """
+    from_rows = _from_rows(step, state, rows, dtype, axis_name) if rows else {}
 
     def fine(vector: Vector) -> Vector:
         if step.divided is not None:
             return solve_placed(step, step.divided, state.factors, state.inverses, vector)
         # of what couplings solve for, only the gradient itself is a product of rows
-        known = (
-            _from_rows(step, state, rows, dtype, axis_name) if rows and vector is gradient else {}
-        )
-        return [
-            known[b.name]
-            if b.name in known
-            else jax.vmap(block_of_bucket(b).solve, (0, 0, None))(
-                state.inverses[b.name], v, step.damping
-            )
-            for b, v in zip(step.buckets, vector, strict=True)
-        ]
+        known = from_rows if vector is gradient else {}
+        solved = []
+        for bucket, v in zip(step.buckets, vector, strict=True):
+            if bucket.name in known:
+                solved.append(known[bucket.name].update)
+                continue
+            solve = jax.vmap(block_of_bucket(bucket).solve, (0, 0, None))
+            solved.append(solve(state.inverses[bucket.name], v, step.damping))
+        return solved
 
     with jax.named_scope("kfac/precondition"):
         gradient = [gather(bucket, leaves, dtype) for bucket in step.buckets]
@@ -59,6 +68,7 @@ def precondition(
             system = _system(step, state, gradient, fine, leaves, curvature, axis_name)
             parts = step.coupling.apply(state.coarse.coarse_inverse, system)
         share = _share(parts)
+        slopes = _slopes(step, parts[0], gradient, from_rows, axis_name) if sloped else None
         # added up where layers are stacked: leaf by leaf it would be an operation for each
         parts = parts if separate else [_sum(parts)]
         # here and not leaf by leaf: few arrays depend on all of them, which XLA compiles far sooner
@@ -75,7 +85,24 @@ def precondition(
     named = []
     for i, part in enumerate(parts):
         named.append(_named(step, part, others if i else first, finite))
-    return named, share, finite
+    return Preconditioned(named, share, finite, slopes)
+
+
+def _slopes(
+    step: Step,
+    update: Vector,
+    gradient: Vector,
+    from_rows: dict[str, FromRows],
+    axis_name: Any,
+) -> Slopes:
+    """`<U_i, V_i>` of all matrices, from rows where they are known: of the devices of a mapped axis
+    each has some.
+    """
+    found = []
+    for bucket, u, v in zip(step.buckets, update, gradient, strict=True):
+        mine = bucket.name in from_rows and axis_name is None
+        found.append(of_rows(from_rows[bucket.name]) if mine else of_matrices(u, v))
+    return in_one_scale(found)
 
 
 def _share(parts: list[Vector]) -> jax.Array:
@@ -109,11 +136,11 @@ def _named(
 
 def _from_rows(
     step: Step, state: CurvatureState, rows: Rows, dtype: Any, axis_name: Any
-) -> dict[str, jax.Array]:
+) -> dict[str, FromRows]:
     """Preconditioned gradients of the buckets that take rows
     `(a [copies, R, p], g [copies, R, q])`, by bucket.
     """
-    known: dict[str, jax.Array] = {}
+    known: dict[str, FromRows] = {}
     for bucket in step.buckets:
         solve_rows = block_of_bucket(bucket).solve_rows
         if solve_rows is None or any(layer not in rows for layer in bucket.layers):
@@ -124,9 +151,13 @@ def _from_rows(
         solved = jax.vmap(solve_rows, (0, 0, 0, None))(
             state.inverses[bucket.name], a, g, step.damping
         )
-        if solved is not None:
-            # linear in the rows, so that the mean over devices is that of the gradient
-            known[bucket.name] = solved if axis_name is None else jax.lax.pmean(solved, axis_name)
+        if solved is None:
+            continue
+        update, of_rows_alone = solved
+        # linear in the rows, so that the mean over devices is that of the gradient
+        if axis_name is not None:
+            update = jax.lax.pmean(update, axis_name)
+        known[bucket.name] = FromRows(update, of_rows_alone, (a, g))
     return known
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._tree import all_finite, named_leaves, replace_leaves
-from kfac_optax._types import Coupling, Directions, Layers, PyTree, ScalarOrSchedule
+from kfac_optax._types import Coupling, Directions, Layers, PyTree, ScalarOrSchedule, Sloped
 from kfac_optax._validate import Checked, checked, start_checked
 from kfac_optax.engine.accumulate import average_at, take_statistics
 from kfac_optax.engine.arguments import (
@@ -44,6 +44,7 @@ class Rule(NamedTuple):
     parts: int  # of a staggered refresh
     factored_gradient: bool
     separate: bool
+    sloped: bool
     axis_name: Any
     factor_dtype: Any
     placement: Placement | None
@@ -195,13 +196,25 @@ def _preconditioned(
     for layer in step.layers:
         covered.update(layer.leaves)
     finite = all_finite({name: x for name, x in leaves.items() if name not in covered})
-    new, share, finite = precondition(
-        step, state, leaves, plan.dtype, curvature, rule.axis_name, rows, finite, rule.separate
+    new = precondition(
+        step,
+        state,
+        leaves,
+        plan.dtype,
+        curvature,
+        rule.axis_name,
+        rows,
+        finite,
+        rule.separate,
+        rule.sloped,
     )
     # what no block covers is left out as well where any part of the update is not finite
-    left = {name: jnp.where(finite, x, 0) for name, x in leaves.items() if name not in covered}
+    left = {name: jnp.where(new.finite, x, 0) for name, x in leaves.items() if name not in covered}
     updates = replace_leaves(updates, left)
-    return _joined(updates, new, rule.separate, rule.layers), share, finite
+    joined = _joined(updates, new.parts, rule.separate, rule.layers)
+    if new.slopes is not None:
+        joined = Sloped(joined, new.slopes.values, new.slopes.exponent)
+    return joined, new.share, new.finite
 
 
 def _counted(

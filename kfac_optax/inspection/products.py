@@ -77,11 +77,10 @@ def inverse_product(
     dtype = wide_dtype(state.inverses)
     # what an update does, without a statistic and without a refresh
     step = Step(grouping, coupling, state.damping.astype(dtype))
-    (named,), _, finite = precondition(
-        step, state, leaves, dtype, curvature, None, None, jnp.bool_(True), False
-    )
+    solved = precondition(step, state, leaves, dtype, curvature, None, None, jnp.bool_(True), False)
+    (named,) = solved.parts
     # an update would become zero; a product that is asked for must not look like one
-    named = {name: jnp.where(finite, x, jnp.nan) for name, x in named.items()}
+    named = {name: jnp.where(solved.finite, x, jnp.nan) for name, x in named.items()}
     return replace_leaves(vector, named)
 
 

@@ -22,6 +22,17 @@ def exponent_near(size: jax.Array) -> jax.Array:
     return biased.astype(jnp.int32) - (known.maxexp - 2)
 
 
+def exponent_or_zero(size: jax.Array) -> jax.Array:
+    """`e` with a size in `[2^(e-1), 2^e)`, zero where it is zero or not finite.
+
+    >>> print(exponent_or_zero(jnp.array([3.0, 0.0, jnp.inf])))
+    [2 0 0]
+    """
+    usable = jnp.isfinite(size) & (size > 0)
+    # nothing to divide by: 2^0
+    return exponent_near(jnp.where(usable, size, 0.5))
+
+
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """`x 2^exponent`, exact but for under- and overflow of the result.
 

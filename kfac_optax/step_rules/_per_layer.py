@@ -20,7 +20,7 @@ from kfac_optax._tree import (
     wide_dtype,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
-from kfac_optax.linalg.powers import exponent_near, times_power
+from kfac_optax.linalg.powers import exponent_or_zero, times_power
 from kfac_optax.step_rules._alike import stacked_alike
 
 
@@ -40,7 +40,7 @@ def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     """
     if not leaves:
         return jnp.zeros((), jnp.int32)
-    return _exponent(largest_of(leaves)).astype(jnp.int32)
+    return exponent_or_zero(largest_of(leaves)).astype(jnp.int32)
 
 
 def largest_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
@@ -52,13 +52,6 @@ def largest_of(leaves: Mapping[str, jax.Array]) -> jax.Array:
     wide = _wide(leaves)
     of_leaves = [jnp.max(jnp.abs(x), initial=0) for x in leaves.values()]
     return jnp.max(together([x.astype(wide) for x in of_leaves]))
-
-
-def _exponent(largest: jax.Array) -> jax.Array:
-    """`e` with a size in `[2^(e-1), 2^e)`, zero where there is no usable one."""
-    usable = jnp.isfinite(largest) & (largest > 0)
-    # nothing to divide by: 2^0
-    return exponent_near(jnp.where(usable, largest, 0.5))
 
 
 def exact_square(
@@ -159,7 +152,7 @@ def norms(x: jax.Array, *, mean: bool = False) -> jax.Array:
     # a power of two near the largest entry of each matrix, [copies, 1, 1]
     sizes = jnp.abs(x)
     largest = jnp.max(sizes, axis=(1, 2), keepdims=True, initial=0)
-    exponent = _exponent(largest)
+    exponent = exponent_or_zero(largest)
     squares = jnp.square(times_power(sizes, -exponent))
     reduce = jnp.mean if mean else jnp.sum
     root = jnp.sqrt(reduce(squares, axis=(1, 2)))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfac_optax._types import Layers, PyTree, ScalarOrSchedule
+from kfac_optax._types import Layers, PyTree, ScalarOrSchedule, Sloped
 from kfac_optax._validate import Checked, check_legal, checked, start_checked
-from kfac_optax.step_rules._per_layer import inner_products, inverse_root_of, scale_layers
+from kfac_optax.step_rules._per_layer import Scaled, inner_products, inverse_root_of, scale_layers
 
 
 class KLClipState(NamedTuple):
@@ -36,7 +36,8 @@ def clip_by_kl(
     not finite; products are formed so that the sum itself cannot overflow.
 
     Args:
-      preconditioner: any transformation; extra arguments are handed on.
+      preconditioner: any transformation; extra arguments are handed on. Where it knows
+        `<U_i, V_i>` itself (`sloped=True` of `scale_by_curvature`), they are not formed here.
       learning_rate: the rate that the following transformations apply; only used in the formula,
         `None` only where clipping is off. Checked there too if given, but not read.
       kl_clip: the bound; `None` switches clipping off (the state keeps its form).
@@ -78,13 +79,20 @@ def clip_by_kl(
             updates, state.preconditioner, params, **extra
         )
         count = optax.safe_increment(state.kl_count)
+        # products with the gradient that the preconditioner knows already
+        products = None
+        if isinstance(preconditioned, Sloped):
+            products = Scaled(preconditioned.slopes, preconditioned.exponent)
+            preconditioned = preconditioned.update
         if kl_clip is None or learning_rate is None:
             return preconditioned, KLClipState(inner, count, state.kl_scale, state.given)
         # values that make no sense leave the last good ones
         rate, given = checked(state.given, "learning_rate", learning_rate, state.kl_count)
         bound, given = checked(given, "kl_clip", kl_clip, state.kl_count)
         with jax.named_scope("kfac/kl_clip"):
-            scale = kl_scale(preconditioned, updates, rate, bound, layers)
+            if products is None:
+                products = inner_products(preconditioned, updates, layers)
+            scale = _scale(products, rate, bound)
             clipped = scale_layers(preconditioned, scale, layers)
         return clipped, KLClipState(inner, count, scale.astype(jnp.float32), given)
 
@@ -105,5 +113,9 @@ def kl_scale(
     """
     # <U_i, V_i> of every layer, apart from a common power of two
     products = inner_products(preconditioned, gradients, layers)
+    return _scale(products, learning_rate, kl_clip)
+
+
+def _scale(products: Scaled, learning_rate: Any, kl_clip: Any) -> jax.Array:
     total = jnp.sum(jnp.abs(products.values))
     return inverse_root_of(total, products.exponent, learning_rate, kl_clip)

@@ -168,7 +168,9 @@ def test_rows_are_solved_for_where_that_is_cheaper(rows):
     if rows > 1:
         assert got is None
     else:
-        np.testing.assert_allclose(got, block.solve(inverse, a.T @ g, LAM), rtol=1e-10)
+        update, (b, h) = got
+        np.testing.assert_allclose(update, block.solve(inverse, a.T @ g, LAM), rtol=1e-10)
+        np.testing.assert_allclose(b.T @ h, update, rtol=1e-10)
 
 
 def test_errors():

@@ -298,7 +298,9 @@ def test_rows_that_cost_more_fall_back_to_the_dense_gradient(x64, block, most):
         a, g = jnp.ones((n, 8)), jnp.ones((n, 6))
         return jax.eval_shape(lambda h: block.solve_rows(h, a, g, 1.0), inverse)
 
-    assert shape(most).shape == (8, 6)
+    update, rows = shape(most)
+    assert update.shape == (8, 6)
+    assert [x.shape for x in rows] == [(most, 8), (most, 6)]
     assert shape(most + 1) is None
     assert shape(300) is None
 

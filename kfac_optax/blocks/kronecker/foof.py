@@ -125,13 +125,13 @@ def _linear(
         a: Array,
         g: Array,
         damping: Array,
-    ) -> Array | None:
+    ) -> tuple[Array, tuple[Array, Array]] | None:
         (n, p), q = a.shape, g.shape[1]
         # multiplications: n p^2 + n p q from rows, p^2 q from the gradient that is there already
         if n * (p + q) > p * q:  # more than `solve` takes
             return None
         thin = jnp.matmul(a, inverse, precision=precision)
-        return jnp.matmul(thin.T, g, precision=precision)
+        return jnp.matmul(thin.T, g, precision=precision), (thin, g)
 
     def multiply(moment: Array, v: Array) -> Array:
         return jnp.matmul(moment, v, precision=precision)

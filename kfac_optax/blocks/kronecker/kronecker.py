@@ -163,7 +163,7 @@ def kronecker(
         a: Array,
         g: Array,
         damping: Array,
-    ) -> Array | None:
+    ) -> tuple[Array, tuple[Array, Array]] | None:
         (n, p), q = a.shape, g.shape[1]
         # multiplications, from the rows or from the gradient that is there already
         from_rows = n * (p * p + q * q + p * q)
@@ -173,7 +173,7 @@ def kronecker(
         # a^T g = V: (A^{-1} a^T) (g G^{-1}) never forms V before it is preconditioned
         thin_a = jnp.matmul(a, inverse.inputs, precision=precision)
         thin_g = jnp.matmul(g, inverse.outputs, precision=precision)
-        return jnp.matmul(thin_a.T, thin_g, precision=precision)
+        return jnp.matmul(thin_a.T, thin_g, precision=precision), (thin_a, thin_g)
 
     def multiply(factors: Factors, v: Array) -> Array:
         return sandwich(factors.inputs, v, factors.outputs, precision=precision)

@@ -207,7 +207,7 @@ def low_rank(
         a: Array,
         g: Array,
         damping: Array,
-    ) -> Array | None:
+    ) -> tuple[Array, tuple[Array, Array]] | None:
         n, p = a.shape
         q = g.shape[1]
         of_a, of_g = (side.low.values.shape[0] for side in inverse)
@@ -218,7 +218,8 @@ def low_rank(
             return None
         thin_a = solve_side(inverse.inputs, a.T, precision=precision)
         thin_g = solve_side(inverse.outputs, g.T, precision=precision)
-        return jnp.matmul(thin_a, thin_g.T, precision=precision)
+        update = jnp.matmul(thin_a, thin_g.T, precision=precision)
+        return update, (thin_a.T, thin_g.T)
 
     def root_solve(inverse: LowRankInverse, z: Array, damping: Array) -> Array:
         # R_A Z R_G, roots that are symmetric

@@ -183,6 +183,8 @@ def kfac(
         stagger=stagger,
         factored_gradient=factored_gradient,
         separate=coupling is not None and balance != "sum",
+        # products for KL-clip, of which the gradient is formed nowhere
+        sloped=factored_gradient and coupling is None and bound != "exact",
         axis_name=axis_name,
         factor_dtype=factor_dtype,
         placement=placement,
