@@ -124,8 +124,8 @@ class LazyCurvature:
             exist at a time.
           count: how many, of a function.
           subsample: part of the batch, as in `fisher`; `None` for the estimator's own, `"few"` for
-            what the length of a step is bounded on: at least 8 examples and 32,768 numbers of
-            predictions, at most 256 examples.
+            what the length of a step is bounded on: at least 8 predictions (of a text each position
+            is one), 32,768 numbers of them and 2 examples, at most 256 examples.
           axis_name: mapped axis over which the batch is split.
         """
 

@@ -33,10 +33,11 @@ def fisher(
       subsample: measure on a part of the batch only: a whole number of examples, some hundreds
         say, of which a smaller batch has all (inside `shard_map` of what each device has); a
         fraction in (0, 1] (both take evenly spaced examples of every argument whose axis 0 is the
-        batch); `"auto"`, as many examples as give 65,536 numbers of the predictions, but at least
-        256, and all of them unless the prediction and every array of the arguments have the batch
-        on axis 0, and the model takes a part of it (of a graph it does not); or a function of the
-        arguments that returns them cut down.
+        batch); `"auto"`, as many examples as give 65,536 numbers of the predictions and 256
+        predictions (of a text each position is one), but at least 16, and all of them unless the
+        prediction and every array of the arguments have the batch on axis 0, and the model takes a
+        part of it (of a graph it does not); or a function of the arguments that returns them cut
+        down.
       has_aux: `predict` returns a pair, the likelihoods and anything else (new batch statistics,
         logits), which `value_and_grad` hands out next to the loss, as `jax.value_and_grad` does.
 

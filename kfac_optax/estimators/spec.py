@@ -18,22 +18,25 @@ from kfac_optax.linalg.batch_parts import shards
 
 
 class Enough(NamedTuple):
-    """What `subsample="auto"` keeps at least: examples, and numbers of their predictions; and how
-    many examples are enough whatever they predict.
+    """What `subsample="auto"` keeps at least: predictions with a loss of their own (positions of an
+    example are several), numbers of them, and examples, which may be alike in all positions; and
+    how many examples are enough whatever they predict.
 
-    Curvature is an average over both: with some hundred numbers it is underestimated along a step.
+    Curvature is an average over all three: with some hundred numbers it is underestimated along a
+    step.
     """
 
-    examples: int
+    cases: int
     outputs: int
+    examples: int = 1
     most: int | None = None
 
 
 # statistics draw labels, exact products do not
-STATISTICS = Enough(256, 2**16)
-PRODUCTS = Enough(128, 2**15)
+STATISTICS = Enough(256, 2**16, 16)
+PRODUCTS = Enough(128, 2**15, 8)
 # what bounds the length of a step need not know it to a per cent
-FEW = Enough(8, 2**15, most=256)
+FEW = Enough(8, 2**15, 2, most=256)
 
 
 class Spec(NamedTuple):
@@ -113,9 +116,12 @@ def count_cases(spec: Spec, params: PyTree, args: tuple[PyTree, ...]) -> int:
     """How many predictions the loss is a mean over: examples, each with its positions; of several
     heads the fewest.
     """
-    predicted = jax.eval_shape(spec.function, params, *args)
-    _, heads = split_outputs(spec.kind, predicted)
-    shapes = [head.shape if spec.kind.losses else head.batch_shape for head in heads]
+    return _cases(spec.kind, jax.eval_shape(spec.function, params, *args))
+
+
+def _cases(kind: Kind, predicted: PyTree) -> int:
+    _, heads = split_outputs(kind, predicted)
+    shapes = [head.shape if kind.losses else head.batch_shape for head in heads]
     return min(map(math.prod, shapes))
 
 
@@ -203,10 +209,12 @@ def _enough(
     predicted = jax.eval_shape(spec.function, params, *args)
     if _examples(spec.kind, predicted) != size:
         return args
+    # one example has `outputs / size` numbers, and `cases / size` predictions
     outputs = sum(x.size for x in jax.tree.leaves(predicted))
-    # one example has `outputs / size` of them
-    examples = -(-least.outputs * size // max(outputs, 1))
-    examples = max(least.examples, examples)
+    cases = _cases(spec.kind, predicted)
+    of_outputs = -(-least.outputs * size // max(outputs, 1))
+    of_cases = -(-least.cases * size // max(cases, 1))
+    examples = max(least.examples, of_outputs, of_cases)
     if least.most is not None:
         examples = min(least.most, examples)
     # explicit mesh axes divide them

@@ -82,8 +82,8 @@ def bound_movement(
       kl_clip: bound on the squared Fisher norm of a step, momentum apart.
       momentum: of the transformation that follows, in [0, 1).
       examples: how many examples of a batch the product is taken on, or all where there are fewer;
-        by default few: at least 8 and so many that their predictions have 32,768 numbers, at most
-        256.
+        by default few: so many that there are 8 predictions (of a text each position is one) with
+        32,768 numbers, at least 2, at most 256.
       required: whether a curvature that has no products (a likelihood without an exact Fisher) is an
         error, or the step stays as long as it is.
       axis_name: mapped axis over which the batch is split.

@@ -239,6 +239,40 @@ def test_enough_of_the_batch_for_so_many_examples_and_outputs(
     np.testing.assert_allclose(of_two, own.quadratic_form((params,)), rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("cases", "outputs", "examples", "kept"),
+    [(8, 1, 1, 2), (9, 1, 1, 3), (8, 17, 1, 3), (8, 1, 4, 4), (1000, 1, 1, N)],
+)
+def test_positions_of_an_example_are_predictions_of_their_own(x64, cases, outputs, examples, kept):
+    """Four positions of two numbers each: eight numbers an example."""
+    params, x, _ = problem()
+    texts = jnp.repeat(x[:, None], 4, axis=1)
+    mine = ko.ggn(categorical, subsample="auto").spec
+    assert categorical(params, texts).batch_shape == (N, 4)
+    least = spec.Enough(cases, outputs, examples)
+    (part,) = spec.part_of_batch(mine, params, (texts,), least)
+    assert len(part) == kept
+    # each of the batch shape has its own loss, whatever the numbers behind it
+    (part,) = spec.part_of_batch(mine, params, (x,), spec.Enough(N - 1, 1))
+    assert len(part) == N - 1
+
+
+def test_a_short_text_is_not_taken_for_many_examples():
+    """What the defaults make of 32 texts of 64 characters, and of batches of single predictions."""
+
+    def kept(least, size, *shape):
+        function = lambda p, x: ko.Categorical(x * p)
+        mine = ko.ggn(function, subsample="auto").spec
+        (part,) = spec.part_of_batch(mine, jnp.float32(1), (jnp.zeros((size, *shape)),), least)
+        return len(part)
+
+    defaults = (spec.STATISTICS, spec.PRODUCTS, spec.FEW)
+    assert [kept(least, 32, 64, 96) for least in defaults] == [16, 8, 6]
+    assert [kept(least, 16, 128, 96) for least in defaults] == [16, 8, 3]
+    assert [kept(least, 1000, 784) for least in defaults] == [256, 128, 42]
+    assert [kept(least, 128, 10) for least in defaults] == [128, 128, 128]
+
+
 def test_enough_is_whole_microbatches_and_all_of_what_is_no_plain_batch(x64, monkeypatch):
     least = spec.Enough(2, 1)
     monkeypatch.setattr(curvature, "PRODUCTS", least)

@@ -69,8 +69,8 @@ def kfac_adaptive(
         `lambda + weight_decay`.
       model_subsample: part of the batch on which the quadratic model is taken, as `subsample` in
         `fisher`. `"auto"` has small batches whole, and large ones where a prediction is a few
-        numbers (at least 128 examples and 32,768 numbers, in whole microbatches); `None` takes the
-        part that the estimator measures.
+        numbers (at least 128 predictions, of a text each position is one, 32,768 numbers of them and
+        8 examples, in whole microbatches); `None` takes the part that the estimator measures.
       curvature_every: period of the statistics, 5.
       inverse_every: period of the inverses; by default every 5 of the first 20 steps, then every
         15.
