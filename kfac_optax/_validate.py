@@ -90,6 +90,23 @@ def check_momentum(where: str, momentum: Numeric) -> None:
     check_number(where, "momentum", momentum, at_least=0, at_most=0.999, remedy=remedy)
 
 
+def check_seed(where: str, seed: Any) -> None:
+    """Checks what a key is made of.
+
+    Raises:
+      TypeError: no whole number.
+
+    >>> check_seed("psgd_kron", 0.5)
+    Traceback (most recent call last):
+    TypeError: psgd_kron: seed is 0.5; expected a whole number, of which jax.random.key makes a key.
+    """
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        return
+    raise TypeError(
+        f"{where}: seed is {seed!r}; expected a whole number, of which jax.random.key makes a key."
+    )
+
+
 class Checked(NamedTuple):
     """What is remembered of a hyperparameter whose value is known only in an update."""
 

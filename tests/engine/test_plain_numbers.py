@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -81,6 +82,7 @@ def _words_that(fits: Callable[[inspect.Parameter], bool]) -> list[tuple[str, st
 
 NUMBERS = _words_that(_takes_a_number)
 SCHEDULES = _words_that(_takes_a_schedule)
+SEEDS = _words_that(lambda parameter: parameter.name == "seed")
 
 
 def _made(name: str, word: str, **given: Any) -> Any:
@@ -132,6 +134,19 @@ def test_a_schedule_of_a_number_is_refused_in_words(name, word):
 @pytest.mark.parametrize(("name", "word"), SCHEDULES)
 def test_a_schedule_is_taken_where_one_may_be(name, word):
     assert _made(name, word, **{word: _schedule}) is not None
+
+
+@pytest.mark.parametrize("seed", [_schedule, 0.5, True, jax.random.key(0)], ids=str)
+@pytest.mark.parametrize("name", [name for name, word in SEEDS])
+def test_a_seed_is_a_whole_number(name, seed):
+    with pytest.raises(TypeError, match=r"(?s)^\w+: seed is .*; expected a (whole|Python) number"):
+        _made(name, "seed", seed=seed)
+
+
+@pytest.mark.parametrize("name", [name for name, word in SEEDS])
+def test_of_any_kind_that_makes_a_key(name):
+    for seed in (-1, np.int64(3)):
+        assert _made(name, "seed", seed=seed) is not None
 
 
 @pytest.mark.parametrize("make", [ko.bound_step, ko.bound_movement])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from kfac_optax._types import Average, Block, Layer, Use
+from kfac_optax._validate import check_seed
 from kfac_optax.blocks.batch_rows import Columns, of_all_pullbacks, scaled_rows
 from kfac_optax.blocks.kronecker.kronecker import Factors, kronecker
 from kfac_optax.blocks.low_rank.low_rank_factor import (
@@ -118,6 +119,7 @@ def low_rank(
         precision,
     )
     check_settings("low_rank", settings)
+    check_seed("low_rank", seed)
     plain = kronecker("cholesky", sharing=sharing, positions=positions, precision=precision)
     corrected = correct_every is not None
     rules = [Rule(on, overwrite or not on, on and corrected) for on in online]

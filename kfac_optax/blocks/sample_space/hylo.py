@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kfac_optax._types import Average, Block, Layer, Use
-from kfac_optax._validate import check_choice, check_number
+from kfac_optax._validate import check_choice, check_number, check_seed
 from kfac_optax.blocks.batch_rows import Columns, pooled, scaled_rows
 from kfac_optax.blocks.refusals import without_product
 from kfac_optax.blocks.sample_space.example_rows import (
@@ -90,6 +90,7 @@ def hylo_block(
       Gradient Descent Method (2022).
     """
     _check(rank, selection, critical)
+    check_seed("hylo_block", seed)
     p, q = shape
 
     def init(layer: Layer, dtype: jnp.dtype) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
+from kfac_optax._validate import check_seed
 from kfac_optax.linalg.division import quotient_or_zero
 from kfac_optax.methods.gradient.gate import unbiased
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
@@ -85,6 +86,7 @@ def adahessian(
     hyper: dict[str, Any] = dict(b1=b1, b2=b2, eps=eps, power=power)
     hyper["curvature_every"] = curvature_every
     check_size(where, "block", block)
+    check_seed(where, seed)
 
     def start(params: PyTree, dtype: Any) -> AdaHessianHeld:
         probes = no_probes(zeros(params, dtype), seed)

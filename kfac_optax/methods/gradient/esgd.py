@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_number
+from kfac_optax._validate import check_number, check_seed
 from kfac_optax.methods.gradient.hessian_probes import Probes, next_probes, no_probes, probed
 from kfac_optax.methods.gradient.treewise import Made, Rule, Step, transformation, zeros
 from kfac_optax.methods.record import Method
@@ -52,6 +52,7 @@ def esgd(
     """
     where = "esgd"
     check_number(where, "damping", damping, above=0, schedule=True)
+    check_seed(where, seed)
     hyper: dict[str, Any] = dict(damping=damping, curvature_every=curvature_every)
 
     def start(params: PyTree, dtype: Any) -> Probes:

@@ -9,7 +9,7 @@ import optax
 
 from kfac_optax._tree import all_finite
 from kfac_optax._types import ScalarOrSchedule
-from kfac_optax._validate import Checked, check_number
+from kfac_optax._validate import Checked, check_number, check_seed
 from kfac_optax.engine.state import GradientCounts
 from kfac_optax.methods.gradient import gate, psgd_fit
 from kfac_optax.methods.gradient.axes import DIAGONAL, FULL, Rules, check_rules
@@ -86,6 +86,7 @@ def psgd_kron(
     where = "psgd_kron"
     rules = Rules(max_dim, merge, DIAGONAL, vectors, stacked)
     check_rules(where, rules, (DIAGONAL,), (FULL, DIAGONAL))
+    check_seed(where, seed)
     if fit_probability is None:
         fit_probability = psgd_fit.usual_probability
     hyper: dict[str, Any] = dict(

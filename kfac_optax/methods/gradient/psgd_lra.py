@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfac_optax._types import PyTree, ScalarOrSchedule
-from kfac_optax._validate import check_number
+from kfac_optax._validate import check_number, check_seed
 from kfac_optax.linalg.division import positive_or_one
 from kfac_optax.methods.gradient import gate, psgd_lra_fit
 from kfac_optax.methods.gradient.psgd_fit import usual_probability
@@ -78,6 +78,7 @@ def psgd_lra(
     """
     where = "psgd_lra"
     check_size(where, "rank", rank)
+    check_seed(where, seed)
     if initial_scale is not None:
         check_number(where, "initial_scale", initial_scale, above=0)
     probability = usual_probability if fit_probability is None else fit_probability
