@@ -115,8 +115,7 @@ def scale_by_curvature(
 
     Raises:
       ValueError: a hyperparameter out of range; `factored_gradient` of blocks that cannot; `sloped`
-        with a coupling;
-        `curvature` missing or made for another model.
+        with a coupling; `curvature` missing or made for another model.
 
     >>> import jax.numpy as jnp, kfac_optax as ko
     >>> estimator = ko.ggn(lambda w, x: ko.Normal(ko.tap_dense(x @ w, x, w)))

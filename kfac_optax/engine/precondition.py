@@ -13,8 +13,9 @@ from kfac_optax._parts import boxes_left, emptied, within_box
 from kfac_optax._tree import all_finite, gather, named_leaves, replace_leaves, scatter
 from kfac_optax._types import Layer, PyTree, System, Vector
 from kfac_optax.engine.placed import inverses_of_all, solve_placed
-from kfac_optax.engine.slopes import FromRows, Slopes, in_one_scale, of_matrices, of_rows
+from kfac_optax.engine.slopes import FromRows, in_one_scale, of_matrices, of_rows
 from kfac_optax.engine.state import CurvatureState, Step, block_of_bucket
+from kfac_optax.linalg.powers import Scaled
 
 Rows = dict[Layer, tuple[jax.Array, jax.Array]]
 
@@ -25,7 +26,7 @@ class Preconditioned(NamedTuple):
     parts: list[dict[str, jax.Array]]  # leaves by name; one part, their sum, unless `separate`
     share: jax.Array  # shape=(): that the coupling has in it
     finite: jax.Array  # shape=(), dtype=bool: whether all of it is
-    slopes: Slopes | None  # `<U_i, V_i>` of every matrix, where they are asked for
+    slopes: Scaled | None  # `<U_i, V_i>` of every matrix, where they are asked for
 
 
 def precondition(
@@ -44,7 +45,8 @@ def precondition(
 
     `rows`: see `_from_rows`; `sloped`: of an update without a coupling.
     """
-    from_rows = _from_rows(step, state, rows, dtype, axis_name) if rows else {}
+    with jax.named_scope("kfac/precondition"):
+        from_rows = _from_rows(step, state, rows, dtype, axis_name) if rows else {}
 
     def fine(vector: Vector) -> Vector:
         if step.divided is not None:
@@ -94,14 +96,17 @@ def _slopes(
     gradient: Vector,
     from_rows: dict[str, FromRows],
     axis_name: Any,
-) -> Slopes:
-    """`<U_i, V_i>` of all matrices, from rows where they are known: of the devices of a mapped axis
-    each has some.
+) -> Scaled:
+    """`<U_i, V_i>` of all matrices, from few rows where they are known: of the devices of a mapped
+    axis each has some.
     """
     found = []
     for bucket, u, v in zip(step.buckets, update, gradient, strict=True):
-        mine = bucket.name in from_rows and axis_name is None
-        found.append(of_rows(from_rows[bucket.name]) if mine else of_matrices(u, v))
+        known = from_rows.get(bucket.name) if axis_name is None else None
+        if known is not None and known.few:
+            found.append(of_rows(known))
+        else:
+            found.append(of_matrices(u, v))
     return in_one_scale(found)
 
 

@@ -1,9 +1,16 @@
 """Products with powers of two, exact and in few equations."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Scaled(NamedTuple):
+    """Numbers `values * 2^exponent`, which may lie outside of the range of their dtype."""
+
+    values: jax.Array
+    exponent: jax.Array  # shape=(), dtype=int32
 
 
 def exponent_near(size: jax.Array) -> jax.Array:

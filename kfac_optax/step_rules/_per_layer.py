@@ -1,7 +1,7 @@
 """What step rules need of layers: inner products, one scale for all of them, or a function of each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,8 @@ from kfac_optax._tree import (
     wide_dtype,
 )
 from kfac_optax._types import Bucket, Layers, PyTree
-from kfac_optax.linalg.powers import exponent_or_zero, times_power
+from kfac_optax.linalg.powers import Scaled, exponent_or_zero, times_power
 from kfac_optax.step_rules._alike import stacked_alike
-
-
-class Scaled(NamedTuple):
-    """Numbers `values * 2^exponent`, which may lie outside of the range of their dtype."""
-
-    values: jax.Array
-    exponent: jax.Array  # shape=(), dtype=int32
 
 
 def exponent_of(leaves: Mapping[str, jax.Array]) -> jax.Array:

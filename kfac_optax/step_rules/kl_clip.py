@@ -8,7 +8,8 @@ import optax
 
 from kfac_optax._types import Layers, PyTree, ScalarOrSchedule, Sloped
 from kfac_optax._validate import Checked, check_legal, checked, start_checked
-from kfac_optax.step_rules._per_layer import Scaled, inner_products, inverse_root_of, scale_layers
+from kfac_optax.linalg.powers import Scaled
+from kfac_optax.step_rules._per_layer import inner_products, inverse_root_of, scale_layers
 
 
 class KLClipState(NamedTuple):

