@@ -136,7 +136,9 @@ def test_a_schedule_is_taken_where_one_may_be(name, word):
     assert _made(name, word, **{word: _schedule}) is not None
 
 
-@pytest.mark.parametrize("seed", [_schedule, 0.5, True, jax.random.key(0)], ids=str)
+@pytest.mark.parametrize(
+    "seed", [_schedule, 0.5, True, jax.random.key(0)], ids=["function", "half", "flag", "key"]
+)
 @pytest.mark.parametrize("name", [name for name, word in SEEDS])
 def test_a_seed_is_a_whole_number(name, seed):
     with pytest.raises(TypeError, match=r"(?s)^\w+: seed is .*; expected a (whole|Python) number"):
