@@ -45,8 +45,6 @@ def precondition(
 
     `rows`: see `_from_rows`; `sloped`: of an update without a coupling.
     """
-    with jax.named_scope("kfac/precondition"):
-        from_rows = _from_rows(step, state, rows, dtype, axis_name) if rows else {}
 
     def fine(vector: Vector) -> Vector:
         if step.divided is not None:
@@ -64,6 +62,7 @@ def precondition(
 
     with jax.named_scope("kfac/precondition"):
         gradient = [gather(bucket, leaves, dtype) for bucket in step.buckets]
+        from_rows = _from_rows(step, state, rows, dtype, axis_name) if rows else {}
         if step.coupling is None:
             parts = [fine(gradient)]
         else:
